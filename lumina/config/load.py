@@ -1,0 +1,201 @@
+"""From a preset's name or a YAML file, command-line flags and --set pairs to one validated `Config`.
+
+Precedence, lowest first: preset < YAML file < flags < --set. A YAML file may name the preset that it starts from with
+a `preset:` key; without one it starts from `medium`, the command line's default.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lumina.config.errors import UserError, did_you_mean
+from lumina.config.schema import MIN_VOCAB, Config
+
+DEFAULT_PRESET = "medium"
+PRESETS = ("nano", "debug", "small", "medium", "large")
+
+# Names people type for a key that is called something else: the command line's flags and other trainers' names.
+SYNONYMS = {
+    "lr": "learning_rate",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "micro_batch_size": "batch_size",
+    "n_layers": "num_layers",
+    "n_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_seq_len": "seq_length",
+    "dtype": "precision",
+    "scheduler": "lr_scheduler",
+    "patience": "early_stopping_patience",
+}
+
+log = logging.getLogger("lumina.config")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads YAML 1.1, in which `1e-4` (no point, no sign on the exponent's base) is a string. Here it is the
+    float that YAML 1.2 and every reader take it for."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+|\d+\.\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets that come with Lumina, smallest first."""
+    return PRESETS
+
+
+def load(
+    preset_or_yaml: str = DEFAULT_PRESET, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+) -> Config:
+    """One validated configuration.
+
+    Args:
+        preset_or_yaml: a preset's name, or the path of a YAML file of flat keys.
+        flags: values by key from the command line; None means that the flag was not given.
+        sets: `key=value` strings; the value is read as YAML (`true`, `3`, `1e-4`, `[a, b]`).
+
+    Raises:
+        UserError: no such preset or file, an unknown key (with a did-you-mean and the line), a value out of bounds.
+    """
+    values, file_values, lines, where = _base(preset_or_yaml)
+    origin = {name: f"{where}, line {lines[name]}" for name in file_values}
+    explicit = dict(file_values)
+    for name, value in (flags or {}).items():
+        if value is not None:
+            _check_key(name, "the command line")
+            explicit[name] = value
+            origin[name] = "the command line"
+    for pair in sets:
+        name, value = _parse_set(pair)
+        explicit[name] = value
+        origin[name] = f"--set {pair}"
+    merged = values | explicit
+    try:
+        config = Config.create(merged, frozenset(explicit))
+    except ValidationError as error:
+        raise UserError(_explain(error, origin)) from None
+    return _with_room_for_the_tokenizer(config)
+
+
+def _base(preset_or_yaml: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, int], str]:
+    """Preset values, the file's own values, the line of each of its keys, and the file's name for messages."""
+    if preset_or_yaml in PRESETS:
+        return _read_preset(preset_or_yaml), {}, {}, ""
+    path = Path(preset_or_yaml)
+    if not path.is_file():
+        looks_like_a_name = path.suffix not in {".yaml", ".yml"} and path.parent == Path()
+        if looks_like_a_name:
+            raise UserError(
+                f"no preset and no file is called `{preset_or_yaml}`.{did_you_mean(preset_or_yaml, PRESETS)}",
+                f"Presets: {', '.join(PRESETS)}; or give the path of a YAML file.",
+            )
+        raise UserError(f"no such configuration file: {preset_or_yaml}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    values, lines = parse_yaml(text, str(path))
+    preset = values.pop("preset", DEFAULT_PRESET)
+    if preset not in PRESETS:
+        hint = did_you_mean(str(preset), PRESETS)
+        raise UserError(f"{path}, line {lines['preset']}: no preset is called `{preset}`.{hint}")
+    for name in values:
+        _check_key(name, f"{path}, line {lines[name]}")
+    return _read_preset(preset), values, lines, str(path)
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    text = resources.files("lumina.config").joinpath(f"presets/{name}.yaml").read_text(encoding="utf-8")
+    return parse_yaml(text, f"preset {name}")[0]
+
+
+def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """A flat YAML mapping and the 1-based line of each key. Raises UserError on bad YAML, nesting of the document in
+    anything but a mapping, and a key given twice (YAML would silently keep the last)."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}, {}
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{where} is not a mapping of `key: value` lines")
+        values: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key = str(loader.construct_object(key_node, deep=True))
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                raise UserError(f"{where}, line {line}: `{key}` was already given on line {lines[key]}")
+            lines[key] = line
+            values[key] = loader.construct_object(value_node, deep=True)
+        return values, lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{where}{at}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    finally:
+        loader.dispose()
+
+
+def _check_key(name: str, where: str) -> None:
+    if name in Config.model_fields:
+        return
+    meant = SYNONYMS.get(name.lower().replace("-", "_"))
+    hint = f" Did you mean `{meant}`?" if meant else did_you_mean(name, Config.model_fields)
+    raise UserError(f"{where}: unknown key `{name}`.{hint}")
+
+
+def _parse_set(pair: str) -> tuple[str, Any]:
+    name, equals, text = pair.partition("=")
+    name = name.strip()
+    if not equals:
+        raise UserError(f"--set {pair}: expected key=value, such as --set learning_rate=3e-4")
+    _check_key(name, f"--set {pair}")
+    try:
+        return name, yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {pair}: the value is not valid YAML") from None
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
+    """pydantic's findings as one line each: where, which key, which value, what was expected."""
+    found: dict[str, str] = {}
+    for item in error.errors():
+        name = str(item["loc"][0]) if item["loc"] else ""
+        message = item["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        if not name:
+            found.setdefault(message, message)
+        elif name in found:  # a union (`bool or int`) reports once per member
+            found[name] += f", or {message.removeprefix('input ')}"
+        else:
+            given = "" if item["type"] == "missing" else f" (given {item['input']!r})"
+            at = f"{origin[name]}: " if name in origin else ""
+            found[name] = f"{at}`{name}`{given}: {message}"
+    return "; ".join(found.values())
+
+
+def _with_room_for_the_tokenizer(config: Config) -> Config:
+    if config.vocab_size >= MIN_VOCAB:
+        return config
+    log.warning(
+        "vocab_size %d is smaller than the tokenizer's %d ids (cl100k_base and the control tokens): raised to %d",
+        config.vocab_size,
+        MIN_VOCAB,
+        MIN_VOCAB,
+    )
+    return config.replace(vocab_size=MIN_VOCAB)

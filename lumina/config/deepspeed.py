@@ -1,0 +1,303 @@
+"""DeepSpeed's JSON: read a user's file, fill every "auto" from Lumina's configuration, refuse what contradicts it.
+
+Who wins: a value that the user wrote down in Lumina's configuration (YAML, flag, --set) and another value in the JSON
+contradict each other, and the run is refused with both names. A Lumina default or preset value gives way to the JSON.
+Everything filled or overruled is reported, one line each.
+
+Batch sizes are computed here because DeepSpeed floor-divides them and then asserts. Where the global batch does not
+divide by world size times micro-batch, Lumina pads with samples of weight zero, so DeepSpeed is told the padded size:
+
+    accumulation     = ceil(ceil(global / world) / micro)
+    train_batch_size = micro * accumulation * world            (>= global)
+
+No torch here. Spec of the JSON: https://www.deepspeed.ai/docs/config-json/
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lumina.config import precision as precision_rules
+from lumina.config.errors import UserError
+from lumina.config.schema import Config
+
+Json = dict[str, Any]
+AUTO = "auto"
+
+# What runs when no --ds_config is given: one process has nobody to share with; more share gradients and optimizer
+# states, which costs no more communication than plain data parallelism (ZeRO paper, section 7.2.1).
+DEFAULT_STAGE_ONE_PROCESS = 0
+DEFAULT_STAGE_SEVERAL = 2
+
+# Keys that DeepSpeed (0.19) removed or that Lumina does in its own way. Silence would train something else than asked.
+REFUSED_KEYS = {
+    "elasticity": "DeepSpeed removed it; Lumina keeps the global batch at any world size by itself (see --resume)",
+    "nebula": "DeepSpeed removed it; Lumina writes its own verified checkpoints",
+    "amp": "DeepSpeed removed it; use a bf16 or fp16 block, or --precision",
+    "curriculum_learning": "DeepSpeed removed it; Lumina's order of samples is a function of seed and step",
+    "compression_training": "DeepSpeed removed it",
+    "quantize_training": "DeepSpeed removed it",
+    "eigenvalue": "DeepSpeed removed it",
+    "sparse_attention": "DeepSpeed removed it",
+    "sparse_gradients": "DeepSpeed removed it",
+    "progressive_layer_drop": "DeepSpeed removed it",
+    "graph_harvesting": "DeepSpeed removed it",
+    "scheduler": (
+        "Lumina's learning rate is a function of the step (lr_scheduler, warmup_ratio, min_lr), so that a resumed run "
+        "continues on the same curve; remove the block and set those keys"
+    ),
+    "data_efficiency": "Lumina's own sampler fixes the order of samples; DeepSpeed's would train other ones",
+}
+ADAM_TYPES = frozenset({"adam", "adamw", "torch_adam", "fusedadam"})
+
+
+class Resolved(NamedTuple):
+    """`json`: what `deepspeed.initialize` gets, no "auto" left, batch sizes consistent. `report`: what was filled or
+    overruled. `config`: the configuration with the values that gave way to the JSON; train with this one."""
+
+    json: Json
+    report: list[str]
+    config: Config
+
+
+def default_json(world_size: int) -> Json:
+    """The JSON of a run that names no file."""
+    stage = DEFAULT_STAGE_ONE_PROCESS if world_size == 1 else DEFAULT_STAGE_SEVERAL
+    return {
+        "train_batch_size": AUTO,
+        "train_micro_batch_size_per_gpu": AUTO,
+        "gradient_accumulation_steps": AUTO,
+        "gradient_clipping": AUTO,
+        "bf16": {"enabled": AUTO},
+        "fp16": {"enabled": AUTO},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": AUTO},
+    }
+
+
+def read_json(path: str) -> Json:
+    """A DeepSpeed JSON file. Raises UserError with line and column on a syntax error, a missing file or a key given
+    twice (DeepSpeed refuses that as well)."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
+        seen: Json = {}
+        for key, value in pairs:
+            if key in seen:
+                raise UserError(f"{path}: `{key}` is given twice")
+            seen[key] = value
+        return seen
+
+    try:
+        loaded = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the DeepSpeed configuration {path}: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return loaded
+
+
+def resolve(config: Config, world_size: int, device_type: str, *, bf16_supported: bool | None = None) -> Resolved:
+    """Fill and check the run's DeepSpeed JSON.
+
+    Args:
+        config: the run's configuration; `config.ds_config` names the file, None takes `default_json`.
+        world_size: number of data-parallel processes.
+        device_type: `cpu` or `cuda`.
+        bf16_supported: passed on to `lumina.config.precision.resolve` (None asks the device).
+
+    Raises:
+        UserError: unreadable file, refused key, contradiction, a precision that the device lacks, an unknown "auto".
+    """
+    source = config.ds_config or "the built-in DeepSpeed configuration"
+    document = read_json(config.ds_config) if config.ds_config else default_json(world_size)
+    merge = _Merge(config, copy.deepcopy(document), source)
+    merge.refuse_removed()
+    merge.take_optimizer()
+    merge.settle_precision(device_type, bf16_supported)
+    merge.settle("gradient_clipping", "max_grad_norm")
+    merge.settle_batches(world_size)
+    merge.fill_zero()
+    merge.json.setdefault("steps_per_print", 2**31 - 1)  # Lumina prints its own line
+    _refuse_leftover_auto(merge.json, source)
+    return Resolved(merge.json, merge.report, config.replace(**merge.changes))
+
+
+class _Merge:
+    """The document being filled, the report, and the configuration values that gave way."""
+
+    def __init__(self, config: Config, document: Json, source: str) -> None:
+        self.config = config
+        self.json = document
+        self.source = source
+        self.report: list[str] = []
+        self.changes: Json = {}
+
+    def value(self, name: str) -> Any:
+        return self.changes.get(name, getattr(self.config, name))
+
+    def refuse_removed(self) -> None:
+        for key, why in REFUSED_KEYS.items():
+            if key in self.json:
+                raise UserError(f"{self.source}: `{key}` is not supported: {why}")
+
+    def contradiction(self, key: str, given: Any, name: str, ours: Any) -> UserError:
+        return UserError(
+            f"{self.source} says {key} = {given}, but {name} = {ours} was set in Lumina's configuration",
+            f'Write "auto" for {key} in the JSON, or leave {name} out.',
+        )
+
+    def settle(self, path: str, name: str, block: Json | None = None) -> None:
+        """Fill the last part of the dotted `path` from the setting `name`, or let the setting give way to it."""
+        block = self.json if block is None else block
+        key = path.rsplit(".", 1)[-1]
+        given, ours = block.get(key, AUTO), self.value(name)
+        if given == AUTO:
+            block[key] = ours
+            self.report.append(f"{path} = {ours} (from {name})")
+        elif given != ours:
+            self.give_way(path, given, name)
+
+    def give_way(self, path: str, given: Any, name: str) -> None:
+        ours = self.value(name)
+        if name in self.config.explicit:
+            raise self.contradiction(path, given, name, ours)
+        self.changes[name] = given
+        self.report.append(f"{name} = {given} (from {path} in {self.source}, instead of the default {ours})")
+
+    def take_optimizer(self) -> None:
+        """An Adam block's numbers become Lumina's; the block itself goes, because Lumina builds the optimizer (norms
+        and embeddings without decay), which DeepSpeed then partitions or offloads."""
+        block = self.json.pop("optimizer", None)
+        if block is None:
+            return
+        kind = str(block.get("type", "AdamW"))
+        if kind.lower() not in ADAM_TYPES:
+            raise UserError(
+                f"{self.source}: optimizer.type `{kind}` is not supported: Lumina trains with AdamW",
+                "Remove the optimizer block, or use AdamW.",
+            )
+        params = block.get("params", {})
+        flat = {key: params[key] for key in ("lr", "eps", "weight_decay") if key in params}
+        if params.get("betas", AUTO) != AUTO:
+            flat["beta1"], flat["beta2"] = params["betas"]
+        names = {
+            "lr": "learning_rate",
+            "eps": "adam_eps",
+            "weight_decay": "weight_decay",
+            "beta1": "adam_beta1",
+            "beta2": "adam_beta2",
+        }
+        for key, given in flat.items():
+            if given not in (AUTO, self.value(names[key])):
+                self.give_way(f"optimizer.params.{key}", given, names[key])
+        self.report.append("optimizer: AdamW, built by Lumina without decay on norms and embeddings")
+
+    def settle_precision(self, device_type: str, bf16_supported: bool | None) -> None:
+        asked = {name: self.json.get(name, {}).get("enabled", AUTO) for name in ("fp16", "bf16")}
+        on = [name for name, enabled in asked.items() if enabled is True]
+        if len(on) == 2:
+            raise UserError(f"{self.source}: fp16.enabled and bf16.enabled are both true", "Enable one of them.")
+        ours = self.config.precision
+        if on:
+            if ours not in ("auto", on[0]):
+                self.give_way(f"{on[0]}.enabled", on[0], "precision")
+            wanted = on[0]
+        else:
+            wanted = ours
+        chosen = precision_rules.resolve(wanted, device_type, bf16_supported=bf16_supported)
+        if asked.get(chosen, AUTO) is False:
+            if ours == chosen:
+                raise self.contradiction(f"{chosen}.enabled", "false", "precision", ours)
+            # precision auto landed on a format that the JSON switches off: the next best that it leaves on.
+            fallback = "fp16" if chosen == "bf16" and device_type != "cpu" and asked["fp16"] is not False else "fp32"
+            chosen = precision_rules.resolve(fallback, device_type, bf16_supported=bf16_supported)
+        for name in ("fp16", "bf16"):
+            self.json.setdefault(name, {})["enabled"] = name == chosen
+        self.changes["precision"] = chosen
+        origin = f"{self.source}" if on else f"precision {ours} on {device_type}"
+        self.report.append(f"precision = {chosen} (from {origin})")
+
+    def settle_batches(self, world: int) -> None:
+        self.settle("train_micro_batch_size_per_gpu", "batch_size")
+        micro = int(self.json["train_micro_batch_size_per_gpu"])
+        total, accumulation = (self.json.get(k, AUTO) for k in ("train_batch_size", "gradient_accumulation_steps"))
+        fixed = self.config.global_batch_size
+        if total != AUTO:
+            if fixed is not None and total not in (fixed, _padded(fixed, micro, world)[1]):
+                raise self.contradiction("train_batch_size", total, "global_batch_size", fixed)
+            wanted = fixed if fixed is not None else int(total)
+        elif fixed is not None:
+            wanted = fixed
+        else:
+            self.settle("gradient_accumulation_steps", "gradient_accumulation_steps")
+            wanted = micro * int(self.json["gradient_accumulation_steps"]) * world
+        steps, padded = _padded(wanted, micro, world)
+        if accumulation not in (AUTO, steps):
+            raise UserError(
+                f"{self.source}: gradient_accumulation_steps = {accumulation} does not fit a global batch of {wanted} "
+                f"with micro-batches of {micro} on {world} processes (that takes {steps})",
+                'Write "auto" for one of train_batch_size and gradient_accumulation_steps.',
+            )
+        ours = self.value("gradient_accumulation_steps")
+        if steps != ours:
+            if "gradient_accumulation_steps" in self.config.explicit and fixed is None:
+                raise self.contradiction("train_batch_size", total, "gradient_accumulation_steps", ours)
+            self.report.append(f"gradient_accumulation_steps = {steps} (global batch {wanted}, world size {world})")
+        self.changes |= {"gradient_accumulation_steps": steps, "global_batch_size": wanted}
+        self.json |= {"gradient_accumulation_steps": steps, "train_batch_size": padded}
+        padding = f", {padded - wanted} of them padding of weight zero" if padded > wanted else ""
+        self.report.append(
+            f"train_batch_size = {padded} ({micro} per micro-batch x {steps} accumulation x {world} processes{padding})"
+        )
+
+    def fill_zero(self) -> None:
+        """Sizes of ZeRO's buffers, in elements. DeepSpeed's own defaults (5e8) allocate a gigabyte for any model."""
+        zero = self.json.setdefault("zero_optimization", {"stage": 0})
+        stage = zero.get("stage", 0)
+        if stage == AUTO:
+            raise UserError(f"{self.source}: zero_optimization.stage must be 0, 1, 2 or 3")
+        layer = (self.config.num_parameters(False) - self.config.hidden_size) // self.config.num_layers
+        table = self.config.vocab_size * self.config.hidden_size
+        rules = {
+            # whole model in one go when it is small; at most 200 M elements, and never less than the largest tensor
+            "reduce_bucket_size": max(table, min(self.config.num_parameters(), 200_000_000)),
+            "allgather_bucket_size": max(table, min(self.config.num_parameters(), 200_000_000)),
+            # two layers ahead of the one that computes
+            "stage3_prefetch_bucket_size": 2 * layer,
+            # norms stay whole on every rank: gathering a vector costs a round trip and saves nothing
+            "stage3_param_persistence_threshold": 2 * self.config.hidden_size,
+            "stage3_max_live_parameters": max(2 * table, 4 * layer + table),
+            "stage3_max_reuse_distance": max(2 * table, 4 * layer + table),
+            "sub_group_size": 100_000_000,
+        }
+        missing = ["reduce_bucket_size"] if stage else []
+        if stage == 3:
+            missing += ["stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"]
+        for key in missing:
+            zero.setdefault(key, AUTO)
+        for key, value in rules.items():
+            if zero.get(key) == AUTO:
+                zero[key] = value
+                self.report.append(f"zero_optimization.{key} = {value} (from the model's shape)")
+
+
+def _padded(wanted: int, micro: int, world: int) -> tuple[int, int]:
+    """Accumulation steps and padded global batch for a wanted global batch."""
+    per_rank = -(-wanted // world)
+    steps = -(-per_rank // micro)
+    return steps, micro * steps * world
+
+
+def _refuse_leftover_auto(value: Any, source: str, path: str = "") -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_leftover_auto(inner, source, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _refuse_leftover_auto(inner, source, f"{path}[{index}]")
+    elif value == AUTO:
+        raise UserError(f'{source}: Lumina has no rule to fill "auto" for {path}', "Give it a value, or remove it.")

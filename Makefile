@@ -1,0 +1,53 @@
+# make quickstart     train a small chat model on real conversations and talk to it (ten minutes on two cores)
+# make test           the tests that need no root
+# make test-cluster   the tests that start sshd, pdsh and several processes (root: installs their Debian packages)
+# make check          ruff, formatting, mypy
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2
+
+# DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install quickstart test test-cluster cluster-packages check format clean
+
+install: $(STAMP)
+
+# Newer than what it was made from, or made anew. pip itself does nothing when all is installed already.
+$(STAMP): setup.py constraints.txt
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[dev,hf,mpi,quickstart]' -c constraints.txt
+	touch $@
+
+quickstart: $(STAMP)
+	launchers/quickstart.sh
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" $(PYTEST_ARGS)
+
+# pytest exits 5 when it collects nothing: say so rather than pass or fail in silence.
+test-cluster: $(STAMP) cluster-packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster $(PYTEST_ARGS) \
+	  || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked cluster" || exit $$code; }
+
+cluster-packages:
+	if dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1; then exit 0; \
+	elif [ "$$(id -u)" -ne 0 ]; then echo "not root: install $(CLUSTER_PACKAGES) yourself; their tests will say why they skip" >&2; \
+	else apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES) >/dev/null; fi
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lumina kernels
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

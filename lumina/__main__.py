@@ -1,0 +1,7 @@
+"""`python -m lumina` is `lumina`."""
+
+import sys
+
+from lumina.cli import main
+
+sys.exit(main())

@@ -1,0 +1,150 @@
+"""Law 4: every message of every input line is trained on, masked, or dropped with a counted reason.
+
+An `Account` is filled by whoever reads, cuts and packs, merged over workers, checked (`check`: the sums add up) and
+printed (`lines`). It is plain data, kept in the cache's meta.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+FIRST_LINES = 5  # how many line numbers are kept for each reason
+
+
+@dataclass
+class FaultCount:
+    """Lines skipped for one reason: how many, how many messages they held, and where the first ones are."""
+
+    lines: int = 0
+    messages: int = 0
+    first: list[str] = field(default_factory=list)  # "file:line", or the bare line number inside a worker's report
+
+
+@dataclass
+class Account:
+    """Counts in lines (records of any format), conversations, messages and tokens.
+
+    `*_dropped` map a reason to a count. Tokens are those of the template's rendering, control tokens included;
+    `tokens_repeated` are the context tokens put before a piece that begins inside a message, on top of those.
+    """
+
+    lines: int = 0
+    blank_lines: int = 0
+    conversations: int = 0
+    faults: dict[str, FaultCount] = field(default_factory=dict)
+    conversations_dropped: dict[str, int] = field(default_factory=dict)
+    messages: int = 0
+    messages_trained: int = 0
+    messages_masked: int = 0
+    messages_dropped: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    tokens_trained: int = 0
+    tokens_masked: int = 0
+    tokens_dropped: dict[str, int] = field(default_factory=dict)
+    tokens_repeated: int = 0
+    overlong: str = "split"
+    window: int = 0
+    overlong_conversations: int = 0
+    cut_messages: int = 0
+    pieces: int = 0
+    samples: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def fault(self, reason: str, line: int | str, messages: int = 0) -> None:
+        """Counts one skipped line and the messages it held."""
+        entry = self.faults.setdefault(reason, FaultCount())
+        entry.lines += 1
+        entry.messages += messages
+        if len(entry.first) < FIRST_LINES:
+            entry.first.append(str(line))
+        if messages:
+            self.messages += messages
+            self.drop_messages(f"line skipped: {reason}", messages)
+
+    def drop_messages(self, reason: str, count: int) -> None:
+        if count:
+            self.messages_dropped[reason] = self.messages_dropped.get(reason, 0) + count
+
+    def drop_tokens(self, reason: str, count: int) -> None:
+        if count:
+            self.tokens_dropped[reason] = self.tokens_dropped.get(reason, 0) + count
+
+    def drop_conversations(self, reason: str, count: int) -> None:
+        if count:
+            self.conversations_dropped[reason] = self.conversations_dropped.get(reason, 0) + count
+
+    def merge(self, other: Account, source: str, line_base: int) -> None:
+        """Adds a worker's report on part of `source`, whose first line is number `line_base` + 1."""
+        for reason, theirs in other.faults.items():
+            entry = self.faults.setdefault(reason, FaultCount())
+            entry.lines += theirs.lines
+            entry.messages += theirs.messages
+            room = FIRST_LINES - len(entry.first)
+            entry.first += [f"{source}:{int(line) + line_base}" for line in theirs.first[:room]]
+        for name, value in vars(other).items():
+            if name in ("faults", "overlong", "window"):
+                continue
+            own = getattr(self, name)
+            if isinstance(value, int):
+                setattr(self, name, own + value)
+            elif isinstance(value, list):
+                own.extend(value)
+            else:
+                for reason, count in value.items():
+                    own[reason] = own.get(reason, 0) + count
+
+    @property
+    def bad_lines(self) -> int:
+        return sum(entry.lines for entry in self.faults.values())
+
+    @property
+    def fill(self) -> float:
+        """The share of the rows' room that holds tokens; 0 without rows."""
+        held = self.tokens_trained + self.tokens_masked + self.tokens_repeated
+        return held / (self.samples * self.window) if self.samples else 0.0
+
+    def check(self) -> None:
+        """Asserts that lines, messages and tokens add up."""
+        assert self.lines == self.blank_lines + self.conversations + self.bad_lines, "lines do not add up"
+        dropped = sum(self.messages_dropped.values())
+        assert self.messages == self.messages_trained + self.messages_masked + dropped, "messages do not add up"
+        dropped = sum(self.tokens_dropped.values())
+        assert self.tokens == self.tokens_trained + self.tokens_masked + dropped, "tokens do not add up"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, with the derived `bad_lines` and `fill`."""
+        return {**asdict(self), "bad_lines": self.bad_lines, "fill": round(self.fill, 6)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Account:
+        fields = {name: value for name, value in data.items() if name in cls.__dataclass_fields__}
+        faults = {reason: FaultCount(**entry) for reason, entry in data["faults"].items()}
+        return cls(**{**fields, "faults": faults})
+
+    def report(self) -> list[str]:
+        """The account as lines of text, every drop with its reason."""
+        dropped_messages = sum(self.messages_dropped.values())
+        dropped_tokens = sum(self.tokens_dropped.values())
+        out = [
+            f"lines          {self.lines:,} = {self.conversations:,} conversations + {self.bad_lines:,} bad"
+            f" + {self.blank_lines:,} blank",
+            f"messages       {self.messages:,} = {self.messages_trained:,} trained + {self.messages_masked:,} masked"
+            f" + {dropped_messages:,} dropped",
+            f"tokens         {self.tokens:,} = {self.tokens_trained:,} trained + {self.tokens_masked:,} masked"
+            f" + {dropped_tokens:,} dropped",
+            f"over {self.window:,} tokens {self.overlong_conversations:,} conversations ({self.overlong}),"
+            f" {self.cut_messages:,} messages cut, {self.tokens_repeated:,} context tokens repeated",
+            f"samples        {self.samples:,} from {self.pieces:,} pieces, {100 * self.fill:.2f}% full",
+        ]
+        for reason, entry in sorted(self.faults.items()):
+            more = ", …" if entry.lines > len(entry.first) else ""
+            out.append(f"  bad: {reason}: {entry.lines:,} ({', '.join(entry.first)}{more})")
+        for what, counts in (
+            ("conversations", self.conversations_dropped),
+            ("messages", self.messages_dropped),
+            ("tokens", self.tokens_dropped),
+        ):
+            out += [f"  dropped {what}: {reason}: {count:,}" for reason, count in sorted(counts.items())]
+        return out + [f"  note: {note}" for note in self.notes]

@@ -1,0 +1,81 @@
+"""The chitchat corpus as training files: `python -m lumina.data.chitchat OUT_DIR`.
+
+PyPI's `chitchat-dataset` (MIT) holds 7,168 dialogues between two people as lists of utterances. Utterances of one
+sender in a row become one message; the one who speaks first is the user, the other the assistant. Dialogues with fewer
+than two messages are left out. Split by dialogue: every 20th (by a hash of its key) goes to the evaluation file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from lumina.config.errors import UserError
+from lumina.data.files import replace_durably
+
+EVAL_SHARE = 20
+TRAIN_FILE, EVAL_FILE = "chitchat.train.jsonl", "chitchat.eval.jsonl"
+
+
+def merge_turns(messages: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
+    """Utterances -> messages of alternating roles. Utterances without text are left out."""
+    turns: list[tuple[str, list[str]]] = []
+    for utterance in (utterance for turn in messages for utterance in turn):
+        text = utterance["text"].strip()
+        if not text:
+            continue
+        if turns and turns[-1][0] == utterance["sender"]:
+            turns[-1][1].append(text)
+        else:
+            turns.append((utterance["sender"], [text]))
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": "\n".join(texts)} for i, (_, texts) in enumerate(turns)
+    ]
+
+
+def write_files(out_dir: Path) -> tuple[Path, Path, int, int]:
+    """Writes both files. Returns (train path, eval path, train dialogues, eval dialogues).
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("chitchat_dataset")
+    if spec is None or spec.origin is None:
+        raise UserError("the chitchat corpus is not installed", "pip install chitchat-dataset")
+    dialogues = json.loads((Path(spec.origin).parent / "dataset.json").read_bytes())
+    out_dir.mkdir(parents=True, exist_ok=True)
+    paths = [out_dir / TRAIN_FILE, out_dir / EVAL_FILE]
+    partial = [path.with_name(path.name + ".tmp") for path in paths]
+    counts = [0, 0]
+    with open(partial[0], "wb") as train, open(partial[1], "wb") as evaluation:
+        for key, dialogue in dialogues.items():
+            messages = merge_turns(dialogue["messages"])
+            if len(messages) < 2:
+                continue
+            side = int(hashlib.sha256(key.encode()).digest()[0]) < 256 // EVAL_SHARE
+            (evaluation if side else train).write(orjson.dumps({"id": key, "messages": messages}) + b"\n")
+            counts[side] += 1
+    for source, path in zip(partial, paths, strict=True):
+        replace_durably(source, path)
+    return paths[0], paths[1], counts[0], counts[1]
+
+
+def main(argv: list[str]) -> int:
+    """The command: OUT_DIR, "data" when not given."""
+    try:
+        train, evaluation, train_count, eval_count = write_files(Path(argv[0] if argv else "data"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{train}: {train_count:,} dialogues\n{evaluation}: {eval_count:,} dialogues")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

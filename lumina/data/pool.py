@@ -1,0 +1,107 @@
+"""Runs prepare's tasks: in this process, or in worker processes fed one task at a time."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from lumina.chat.tokenizer import Tokenizer
+from lumina.config.errors import UserError
+from lumina.data.worker import Task, run_task
+
+Report = dict[str, Any]
+Done = Callable[[int, Report], None]
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (a batch system may have given it fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: Tokenizer, done: Done) -> None:
+    """Runs numbered tasks and calls `done(number, report)` as each ends, never twice at once.
+
+    Raises:
+        UserError: an input could not be read, or a worker process died.
+    """
+    if min(workers, len(tasks)) <= 1:
+        for number, task in tasks:
+            try:
+                report = run_task(tokenizer, task)
+            except OSError as error:
+                raise UserError(f"cannot prepare {task.path}: {error.strerror or error}") from error
+            done(number, report)
+        return
+    waiting: queue.SimpleQueue[tuple[int, Task]] = queue.SimpleQueue()
+    for item in tasks:
+        waiting.put(item)
+    finished: queue.SimpleQueue[tuple[int, Task, Report]] = queue.SimpleQueue()
+    processes = [_start() for _ in range(min(workers, len(tasks)))]
+    threads = [threading.Thread(target=_feed, args=(p, waiting, finished), daemon=True) for p in processes]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in tasks:
+            number, task, report = finished.get()
+            if "error" in report:
+                raise UserError(f"cannot prepare {task.path}: {report['error']}")
+            done(number, report)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    finally:
+        for process in processes:
+            if process.stdin and process.poll() is None:
+                process.stdin.close()
+        for process in processes:
+            process.wait()
+        for thread in threads:
+            thread.join()
+        for process in processes:
+            if process.stdout:
+                process.stdout.close()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # The package may be importable only through this process's sys.path (a source tree, a test).
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lumina.data.worker"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def _feed(
+    process: subprocess.Popen[bytes],
+    waiting: queue.SimpleQueue[tuple[int, Task]],
+    finished: queue.SimpleQueue[tuple[int, Task, Report]],
+) -> None:
+    """One worker's life: a task in, a report out, until nothing waits. A dead worker reports an error for its task."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    while True:
+        try:
+            number, task = waiting.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            process.stdin.write(orjson.dumps(asdict(task)) + b"\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except (OSError, ValueError):
+            answer = b""
+        if not answer:
+            code = process.wait()
+            finished.put((number, task, {"error": f"a worker process died (exit code {code}); out of memory?"}))
+            return
+        finished.put((number, task, orjson.loads(answer)))

@@ -11,6 +11,7 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "lumina/__init__.py").r
 INSTALL_REQUIRES = [
     "torch>=2.6",  # tensors, autograd, distributed, elastic
     "deepspeed>=0.19",  # ZeRO, offload, activation checkpointing, launcher
+    "triton>=3.0; platform_system == 'Linux'",  # the kernels' language; CUDA builds of torch bring their own
     "numpy>=1.26",  # index arithmetic of the sampler, token buffers
     "pyarrow>=15",  # the memory-mapped store of prepared samples
     "orjson>=3.9",  # JSONL several times faster than json

@@ -1,0 +1,226 @@
+"""Presets, the seed's YAML, precedence, and what is refused."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumina.config import MIN_VOCAB, Config, UserError, load, preset_names
+
+SEED_YAML = """\
+# config/custom.yaml
+model_name: "custom_model"
+hidden_size: 1024
+num_layers: 24
+num_heads: 16
+num_kv_heads: 4
+seq_length: 4096
+vocab_size: 50304
+
+learning_rate: 1e-4
+batch_size: 4
+gradient_accumulation_steps: 4
+max_grad_norm: 1.0
+weight_decay: 0.01
+
+precision: "fp16"
+compile: true
+gradient_checkpointing: true
+
+# Scheduler options
+lr_scheduler: "cosine"
+warmup_ratio: 0.1
+min_lr: 1e-6
+
+# Training behavior
+early_stopping_patience: 5
+eval_every_n_batches: 500
+save_every_n_batches: 1000
+health_check_interval: 100
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "custom.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_the_seeds_yaml_loads_verbatim(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = load(write(tmp_path, SEED_YAML))
+    expected = {
+        "model_name": "custom_model",
+        "hidden_size": 1024,
+        "num_layers": 24,
+        "num_heads": 16,
+        "num_kv_heads": 4,
+        "seq_length": 4096,
+        "learning_rate": 1e-4,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.01,
+        "precision": "fp16",
+        "compile": True,
+        "gradient_checkpointing": True,
+        "lr_scheduler": "cosine",
+        "warmup_ratio": 0.1,
+        "min_lr": 1e-6,
+        "early_stopping_patience": 5,
+        "eval_every_n_batches": 500,
+        "save_every_n_batches": 1000,
+        "health_check_interval": 100,
+    }
+    got = {name: getattr(config, name) for name in expected}
+    assert got == expected
+    assert [type(got[name]) for name in expected] == [type(value) for value in expected.values()]
+    # Its 50,304 rows do not hold cl100k_base: raised, and said so.
+    assert config.vocab_size == 100_352
+    assert "vocab_size 50304" in caplog.text
+    assert config.explicit == frozenset(expected) | {"vocab_size"}
+
+
+def test_the_vocabulary_is_the_tokenizers() -> None:
+    from lumina.chat import Tokenizer
+
+    assert Tokenizer.load().vocab_size == MIN_VOCAB
+
+
+def test_no_warning_when_the_vocabulary_is_large_enough(caplog: pytest.LogCaptureFixture) -> None:
+    assert load("nano", sets=["vocab_size=100480"]).vocab_size == 100_480
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "ffn", "millions_without", "millions_with"),
+    [
+        ("debug", (512, 8, 8, 2, 1024), 1408, 22.6, 73.9),
+        ("small", (768, 12, 12, 4, 2048), 2048, 75.5, 152.6),
+        ("medium", (1024, 24, 16, 4, 4096), 2752, 265.9, 368.6),
+        ("large", (2048, 32, 32, 8, 8192), 5504, 1417.8, 1623.3),
+    ],
+)
+def test_preset_shapes_and_sizes(
+    preset: str, shape: tuple[int, ...], ffn: int, millions_without: float, millions_with: float
+) -> None:
+    config = load(preset)
+    names = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "seq_length")
+    assert tuple(getattr(config, name) for name in names) == shape
+    assert config.ffn_size == ffn
+    assert round(config.num_parameters(with_embeddings=False) / 1e6, 1) == millions_without
+    assert round(config.num_parameters(with_embeddings=True) / 1e6, 1) == millions_with
+    assert config.explicit == frozenset()
+
+
+def test_parameter_count_is_that_of_transformers_llama() -> None:
+    """transformers counts its own modules; ours is a formula."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    for tied in (True, False):
+        config = load("nano", sets=[f"tie_word_embeddings={tied}", "intermediate_size=320"])
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(
+                    hidden_size=config.hidden_size,
+                    num_hidden_layers=config.num_layers,
+                    num_attention_heads=config.num_heads,
+                    num_key_value_heads=config.num_kv_heads,
+                    intermediate_size=320,
+                    vocab_size=config.vocab_size,
+                    tie_word_embeddings=tied,
+                )
+            )
+        assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
+
+
+@given(in_file=st.booleans(), in_flag=st.booleans(), in_set=st.booleans(), values=st.permutations([3e-4, 5e-4, 7e-4]))
+def test_precedence(
+    tmp_path_factory: pytest.TempPathFactory, in_file: bool, in_flag: bool, in_set: bool, values: list[float]
+) -> None:
+    """preset < YAML < flags < --set, whichever of them are there; None means that a flag was not given."""
+    path = write(tmp_path_factory.mktemp("c"), f"preset: nano\n{f'learning_rate: {values[0]}' if in_file else ''}\n")
+    config = load(
+        path,
+        {"learning_rate": values[1] if in_flag else None},
+        [f"learning_rate={values[2]}"] if in_set else [],
+    )
+    layers = [1e-4, *(v for v, there in zip(values, (in_file, in_flag, in_set), strict=True) if there)]
+    assert config.learning_rate == layers[-1]
+    assert config.explicit == ({"learning_rate"} if len(layers) > 1 else set())
+    assert config.hidden_size == 256
+
+
+def test_a_yaml_without_a_preset_starts_from_medium(tmp_path: Path) -> None:
+    assert load(write(tmp_path, "epochs: 3\n")).hidden_size == load("medium").hidden_size
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_yaml_round_trip(tmp_path: Path, preset: str) -> None:
+    config = load(preset, {"train_data": ["ä b.jsonl", "c: d"]}, ["gradient_checkpointing=3", "min_lr=3e-9"])
+    again = load(write(tmp_path, config.to_yaml()))
+    assert again.values() == config.values()
+    assert yaml.safe_load(config.to_yaml()).keys() == Config.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.e-4", 1e-4), (".5e-3", 5e-4), ("1.0e-4", 1e-4), ("+2e-04", 2e-4), ("1", 1.0)],
+)
+def test_exponents_are_numbers(tmp_path: Path, text: str, value: float) -> None:
+    config = load(write(tmp_path, f"learning_rate: {text}\n"))
+    assert config.learning_rate == value
+    assert load("nano", sets=[f"learning_rate={text}"]).learning_rate == value
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\n", "line 1: unknown key `a`"),
+        ("epochs: 1\n\nhiden_size: 4\n", "line 3: unknown key `hiden_size`. Did you mean `hidden_size`?"),
+        ("lr: 1e-3\n", "Did you mean `learning_rate`?"),
+        ("epochs: 1\nepochs: 2\n", "line 2: `epochs` was already given on line 1"),
+        ("epochs: [1\n", "not valid YAML"),
+        ("- epochs\n", "not a mapping"),
+        ("epochs: 1\nbatch_size: none\n", "line 2: `batch_size` (given 'none')"),
+        ("epochs: 0\n", "line 1: `epochs` (given 0): input should be greater than 0"),
+        ("learning_rate: .inf\n", "`learning_rate`"),
+        ("precision: fp8\n", "`precision` (given 'fp8')"),
+        ("hidden_size: 100\nnum_heads: 16\n", "hidden_size 100 is not a multiple of num_heads 16"),
+        ("num_kv_heads: 3\n", "num_heads 16 is not a multiple of num_kv_heads 3"),
+        ("min_lr: 1\n", "min_lr 1 is above learning_rate 0.0001"),
+        ("preset: larg\n", "line 1: no preset is called `larg`. Did you mean `large`?"),
+    ],
+)
+def test_refused_by_name_and_line(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(write(tmp_path, text))
+    assert says in str(caught.value)
+    assert "\n" not in caught.value.message
+
+
+def test_flags_and_sets_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"--set epoch=3: unknown key `epoch`. Did you mean `epochs`"):
+        load("nano", sets=["epoch=3"])
+    with pytest.raises(UserError, match="expected key=value"):
+        load("nano", sets=["epochs"])
+    with pytest.raises(UserError, match=r"the command line: `batch_size` \(given -1\)"):
+        load("nano", {"batch_size": -1})
+
+
+def test_a_missing_preset_or_file() -> None:
+    with pytest.raises(UserError, match=r"Did you mean `medium`\?"):
+        load("meduim")
+    with pytest.raises(UserError, match=r"no such configuration file: config/x\.yaml"):
+        load("config/x.yaml")
+
+
+def test_checkpointing_forms() -> None:
+    every = {
+        text: load("nano", sets=[f"gradient_checkpointing={text}"]).checkpoint_every for text in ("false", "true", "4")
+    }
+    assert every == {"false": 0, "true": 1, "4": 4}

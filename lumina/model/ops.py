@@ -1,0 +1,238 @@
+"""The one door to fused operators: Triton kernels on CUDA, compiled loops on a CPU in bfloat16, plain torch elsewhere.
+
+`LUMINA_KERNELS=torch|triton|interpret` forces a path ("interpret" runs the Triton kernels in Triton's interpreter on CPU
+tensors, for tests). All paths compute in float32 and round once; tests hold them together.
+
+Shape suffixes as in transformer.py; T is any number of leading rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumina.config import UserError
+from lumina.model import cpu
+
+
+@functools.cache
+def _choice() -> str:
+    choice = os.environ.get("LUMINA_KERNELS", "auto")
+    if choice not in ("auto", "torch", "triton", "interpret"):
+        raise UserError(f"LUMINA_KERNELS={choice} is not a path. Use torch, triton or interpret, or unset it.")
+    if choice == "interpret":
+        os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
+    return choice
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    import lumina.kernels as kernels
+
+    return kernels
+
+
+def _use_triton(x: Tensor) -> bool:
+    choice = _choice()
+    return choice in ("triton", "interpret") or (choice == "auto" and x.device.type == "cuda")
+
+
+def _use_cpu(*tensors: Tensor) -> bool:
+    return _choice() == "auto" and cpu.usable(*tensors)
+
+
+# --- RMSNorm -----------------------------------------------------------------------------------------------------------
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32 for the half precisions; float32 and float64 stay as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _cpu_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed, x + residual, reciprocal root mean square of each row)."""
+    x = x.contiguous()
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    total = x if residual is None else torch.empty_like(x)
+    y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
+    added = None if residual is None else residual.contiguous()
+    cpu.call("lumina_rms_norm", x, added, weight_D, total, y, rstd, rows, width, eps)
+    return y, total, rstd
+
+
+def _cpu_norm_backward(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor, Tensor]:
+    total, weight_D, rstd = ctx.saved_tensors
+    dx, width = torch.empty_like(total), total.shape[-1]
+    partial = torch.empty(torch.get_num_threads(), width, dtype=torch.float32)
+    upstream = None if dtotal is None else dtotal.contiguous()
+    dy = dy.contiguous()
+    cpu.call("lumina_rms_norm_backward", dy, upstream, total, weight_D, rstd, dx, partial, len(rstd), width)
+    return dx, partial.sum(0).to(weight_D.dtype)
+
+
+class _CpuRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        y, total, rstd = _cpu_norm(x, None, weight_D, eps)
+        ctx.save_for_backward(total, weight_D, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_cpu_norm_backward(ctx, grads[0], None), None
+
+
+class _CpuAddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, total, rstd = _cpu_norm(x, residual, weight_D, eps)
+        ctx.save_for_backward(total, weight_D, rstd)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight_D = _cpu_norm_backward(ctx, grads[0], grads[1])
+        return dx, dx, dweight_D, None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv:1910.07467). Any float dtype, float32 inside."""
+    if _use_triton(x):
+        return _triton().rms_norm(x, weight_D, eps)  # type: ignore[no-any-return]
+    if _use_cpu(x, weight_D):
+        return _CpuRMSNorm.apply(x, weight_D, eps)  # type: ignore[no-any-return, no-untyped-call]
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_D.to(wide.dtype)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), the sum rounded to the dtype of x before it is normed."""
+    if _use_triton(x):
+        return _triton().add_rms_norm(x, residual, weight_D, eps)  # type: ignore[no-any-return]
+    if _use_cpu(x, residual, weight_D):
+        return _CpuAddRMSNorm.apply(x, residual, weight_D, eps)  # type: ignore[no-any-return, no-untyped-call]
+    total = x + residual
+    return rms_norm(total, weight_D, eps), total
+
+
+# --- Rotary positions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosines and sines of each token's angles: float32 (B, S, d/2)."""
+
+    cos_BSh: Tensor
+    sin_BSh: Tensor
+
+    @classmethod
+    def of(cls, positions_BS: Tensor, head_dim: int, theta: float) -> Rotary:
+        """Angles positions * theta^(-2i/d), in float32 as Llama computes them (arXiv:2104.09864, section 3.2.2)."""
+        exponent_h = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
+        angles_BSh = positions_BS[..., None].float() * (1.0 / theta**exponent_h)
+        return cls(angles_BSh.cos(), angles_BSh.sin())
+
+
+def _rope_torch(x_BSnd: Tensor, rotary: Rotary) -> Tensor:
+    first, second = _wide(x_BSnd).chunk(2, -1)
+    cos, sin = rotary.cos_BSh[:, :, None].to(first.dtype), rotary.sin_BSh[:, :, None].to(first.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_BSnd.dtype)
+
+
+def _cpu_rope(x_BSnd: Tensor, cos_BSh: Tensor, sin_BSh: Tensor, sign: float) -> Tensor:
+    if x_BSnd.stride(-1) != 1 or x_BSnd.stride(0) != x_BSnd.shape[1] * x_BSnd.stride(1):
+        x_BSnd = x_BSnd.contiguous()
+    batch, length, heads, width = x_BSnd.shape
+    out = torch.empty(x_BSnd.shape, dtype=x_BSnd.dtype)
+    strides = x_BSnd.stride(1), x_BSnd.stride(2)
+    cpu.call("lumina_rope", x_BSnd, out, cos_BSh, sin_BSh, batch * length, heads, width // 2, *strides, sign)
+    return out
+
+
+class _CpuRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSnd: Tensor, cos_BSh: Tensor, sin_BSh: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BSh, sin_BSh)
+        return _cpu_rope(x_BSnd, cos_BSh, sin_BSh, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _cpu_rope(grads[0], *ctx.saved_tensors, -1.0), None, None
+
+
+def rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """Rotate q and k by their tokens' angles (rotate-half). Inputs may be strided views of one projection."""
+    if _use_triton(q_BSHd):
+        return _triton_rope(q_BSHd, k_BSKd, rotary)
+    if _use_cpu(q_BSHd, k_BSKd):
+        tables = rotary.cos_BSh.contiguous(), rotary.sin_BSh.contiguous()
+        return _CpuRope.apply(q_BSHd, *tables), _CpuRope.apply(k_BSKd, *tables)  # type: ignore[no-untyped-call]
+    return _rope_torch(q_BSHd, rotary), _rope_torch(k_BSKd, rotary)
+
+
+def _triton_rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    # The kernel looks each token up in a table by position: here the table has one row per token, in order.
+    batch, length = q_BSHd.shape[:2]
+    cos_Th, sin_Th = rotary.cos_BSh.flatten(0, 1), rotary.sin_BSh.flatten(0, 1)
+    rows_BS = torch.arange(batch * length, device=q_BSHd.device).view(batch, length)
+    return _triton().rope(q_BSHd, k_BSKd, cos_Th, sin_Th, rows_BS)  # type: ignore[no-any-return]
+
+
+# --- SwiGLU ------------------------------------------------------------------------------------------------------------
+
+
+class _CpuSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
+        ctx.save_for_backward(gate_up)
+        width = gate_up.shape[-1] // 2
+        h = gate_up.new_empty(*gate_up.shape[:-1], width)
+        cpu.call("lumina_swiglu", gate_up, h, h.numel() // width, width)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        dgate_up, width = torch.empty_like(gate_up), gate_up.shape[-1] // 2
+        cpu.call("lumina_swiglu_backward", grads[0].contiguous(), gate_up, dgate_up, gate_up.numel() // (2 * width), width)
+        return dgate_up
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, where gate and up are the halves of the last axis (arXiv:2002.05202)."""
+    if _use_triton(gate_up):
+        return _triton().swiglu(gate_up)  # type: ignore[no-any-return]
+    if _use_cpu(gate_up):
+        return _CpuSwiGLU.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
+    gate, up = _wide(gate_up).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+# --- Cross-entropy -----------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    """Return -log softmax(logits)[target] per row (float32, or float64 for float64 logits) and overwrite the logits with
+    weight * (softmax - onehot), the gradient of the weighted sum. targets: int64 in [0, V). weights: float32."""
+    if _use_triton(logits_NV):
+        return _triton().cross_entropy_(logits_NV, targets_N, weights_N)  # type: ignore[no-any-return]
+    rows, vocabulary = logits_NV.shape
+    if _use_cpu(logits_NV):
+        losses_N = torch.empty(rows, dtype=torch.float32)
+        weights_N, targets_N = weights_N.float().contiguous(), targets_N.contiguous()
+        cpu.call("lumina_cross_entropy", logits_NV, targets_N, weights_N, losses_N, rows, vocabulary)
+        return losses_N
+    wide_NV = _wide(logits_NV)
+    lse_N = wide_NV.logsumexp(-1)
+    losses_N = lse_N - wide_NV.gather(1, targets_N[:, None])[:, 0]
+    gradient_NV = (wide_NV - lse_N[:, None]).exp_()
+    gradient_NV[torch.arange(rows, device=logits_NV.device), targets_N] -= 1.0
+    logits_NV.copy_(gradient_NV.mul_(weights_N[:, None].to(wide_NV.dtype)))
+    return losses_N

@@ -1,0 +1,200 @@
+"""The decoder: Llama's shape, read top to bottom.
+
+Shape suffixes: B sequences, S positions, D hidden width, H query heads, K key/value heads, d head width, F feed-forward
+width, V vocabulary, N supervised positions, P positions in the rotary table.
+
+References: Llama 2 (arXiv:2307.09288) for the arrangement, GQA (arXiv:2305.13245), RoPE (arXiv:2104.09864, the
+rotate-half form), SwiGLU (arXiv:2002.05202), RMSNorm (arXiv:1910.07467).
+
+A training batch is one row (B = 1) of documents laid end to end without padding; `cu_seqlens` says where they meet.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lumina.config import ModelConfig
+from lumina.model import ops
+from lumina.model.attention import Documents, attention
+from lumina.model.loss import output_loss
+
+if TYPE_CHECKING:
+    from lumina.model.cache import KVCache
+
+
+def _linear(fan_in: int, fan_out: int, std: float) -> nn.Linear:
+    """A bias-free linear layer drawn from N(0, std^2)."""
+    layer = nn.Linear(fan_in, fan_out, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; adds the residual first when there is one, since both touch the same memory."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x_BSD: Tensor, residual_BSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (normed, new residual): norm(x + residual) and x + residual."""
+        if residual_BSD is None:
+            return ops.rms_norm(x_BSD, self.weight, self.eps), x_BSD
+        return ops.add_rms_norm(x_BSD, residual_BSD, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over one fused projection."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        self.qkv = _linear(config.hidden_size, sum(self.heads) * self.head_dim, config.init_std)
+        self.out = _linear(config.hidden_size, config.hidden_size, config.init_std / math.sqrt(2 * config.num_layers))
+
+    def forward(self, x_BSD: Tensor, rotary: ops.Rotary, docs: Documents | None, cache: KVCache | None) -> Tensor:
+        heads_BSnd = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim))
+        q_BSHd, k_BSKd, v_BSKd = heads_BSnd.split(self.heads, dim=2)
+        q_BSHd, k_BSKd = ops.rope(q_BSHd, k_BSKd, rotary)
+        if cache is not None:
+            o_BSHd = cache.attend(self.layer, q_BSHd, k_BSKd, v_BSKd)
+        else:
+            o_BSHd = attention(q_BSHd, k_BSKd, v_BSKd, docs)
+        return self.out(o_BSHd.flatten(2))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU over one fused gate/up projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = _linear(config.hidden_size, 2 * config.ffn_size, config.init_std)
+        self.down = _linear(config.ffn_size, config.hidden_size, config.init_std / math.sqrt(2 * config.num_layers))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down(ops.swiglu(self.gate_up(x_BSD)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One pre-norm layer. Takes and returns (delta, residual), so that each add is fused with the norm after it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        delta_BSD: Tensor,
+        residual_BSD: Tensor | None,
+        rotary: ops.Rotary,
+        docs: Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        normed_BSD, residual_BSD = self.attention_norm(delta_BSD, residual_BSD)
+        delta_BSD = self.attention(normed_BSD, rotary, docs, cache)
+        normed_BSD, residual_BSD = self.feed_forward_norm(delta_BSD, residual_BSD)
+        return self.feed_forward(normed_BSD), residual_BSD
+
+
+class Embedding(nn.Module):
+    """Token embedding. Its gradient is sparse when the output layer shares the weight: the dense gradient of the
+    output layer is already there, and adding a few rows to it costs less than a second dense one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.init_std)
+        self.sparse = config.tie_word_embeddings
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        sparse = self.sparse and self.weight.device.type == "cpu"
+        return torch.nn.functional.embedding(ids_BS, self.weight, sparse=sparse)
+
+
+class Output(nn.Module):
+    """The vocabulary projection: logits for inference, the loss for training. The loss lives here, inside the module
+    that owns the weight, because ZeRO-3 gathers a weight only around its owner's forward."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None = None, weights_BS: Tensor | None = None) -> Tensor:
+        if targets_BS is None or weights_BS is None:
+            return torch.nn.functional.linear(x_BSD, self.weight)
+        supervised_BS = weights_BS > 0
+        return output_loss(x_BSD[supervised_BS], self.weight, targets_BS[supervised_BS], weights_BS[supervised_BS])
+
+
+class Transformer(nn.Module):
+    """The model. `forward` returns logits (B, S, V), or the weighted sum of token losses when targets are given."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.tie_word_embeddings:
+            self.output = Output(self.embedding.weight)
+        else:
+            weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+            nn.init.normal_(weight, std=config.init_std)
+            self.output = Output(weight)
+        self.checkpoint_every = 0  # 0: keep all activations; n: recompute every nth layer in the backward pass
+        self.layer_forward = Block.__call__  # replaced by torch.compile when the run asks for it
+
+    def forward(
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        cu_seqlens_D: Tensor | None = None,
+        max_seqlen: int | None = None,
+        targets_BS: Tensor | None = None,
+        weights_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, S, V) or, with targets, a float32 scalar: sum over positions of weight * cross-entropy in nats.
+
+        ids, positions, targets: int64 (B, S); weights: float32 (B, S). cu_seqlens: int32, document boundaries over
+        B*S starting at 0, given only with B = 1; without it every row is one causal document.
+        """
+        docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen) if cache is None else None
+        rotary = ops.Rotary.of(positions_BS, self.config.head_dim, self.config.rope_theta)
+        delta_BSD = self.embedding(ids_BS)
+        residual_BSD: Tensor | None = None
+        for layer, block in enumerate(self.blocks):
+            if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
+                delta_BSD, residual_BSD = _checkpointed(block, delta_BSD, residual_BSD, rotary, docs)
+            else:
+                delta_BSD, residual_BSD = block(delta_BSD, residual_BSD, rotary, docs, cache)
+        normed_BSD, _ = self.norm(delta_BSD, residual_BSD)
+        return self.output(normed_BSD, targets_BS, weights_BS)  # type: ignore[no-any-return]
+
+
+def _checkpointed(
+    block: nn.Module, delta_BSD: Tensor, residual_BSD: Tensor | None, rotary: ops.Rotary, docs: Documents | None
+) -> tuple[Tensor, Tensor]:
+    """Run a block through DeepSpeed's activation checkpointing: its inner activations are recomputed in backward."""
+    from deepspeed.runtime.activation_checkpointing.checkpointing import checkpoint
+
+    # The first block has no residual yet: an empty tensor stands for it, since checkpoint() wants tensors.
+    first = residual_BSD is None
+    given = delta_BSD.new_empty(0) if residual_BSD is None else residual_BSD
+
+    def run(delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = block(delta, None if first else residual, rotary, docs)
+        return out
+
+    outputs: tuple[Tensor, Tensor] = checkpoint(run, delta_BSD, given)
+    return outputs

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import reference
 
-# Both must be set before triton is imported. The interpreter is chosen where a kernel is decorated, and the default of FP
-# fusion changes between Triton 3.9 and 3.10: we state it, so that numbers do not depend on the release.
+# Both must be set before triton is imported. The interpreter is chosen where a kernel is decorated, and the default
+# of FP fusion changes between Triton 3.9 and 3.10: we state it, so that numbers do not depend on the release.
 if os.environ.get("LUMINA_KERNELS") == "interpret":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -41,7 +41,7 @@ else:
     def __getattr__(name: str) -> Any:
         if name in __all__:
             raise ImportError(
-                f"lumina.kernels.{name} needs Triton, which is not installed: pip install triton, or use the plain torch "
-                "path (LUMINA_KERNELS=torch)"
+                f"lumina.kernels.{name} needs Triton, which is not installed: pip install triton, or use the plain "
+                "torch path (LUMINA_KERNELS=torch)"
             )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

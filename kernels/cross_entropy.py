@@ -2,12 +2,15 @@
 
     lse = log sum exp(x);  loss = lse - x[target];  dx = w * (exp(x - lse) - [column = target])
 
-One program per row. The first sweep finds the maximum and the sum together (online softmax, Milakov and Gimelshein 2018,
-arXiv:1805.02867), each lane keeping its own pair so that threads meet once per row and not once per block; the second
-writes the gradient over the logits. It walks backwards: the end of the row is what the caches hold last. A row of 100,352
-bf16 logits is 200 kB, and one program per multiprocessor keeps the rows in flight inside L2, so that memory sees one read
-and one write: 4 bytes per logit in bf16. A row of weight 0 is not read, only zeroed.
+One program per row. The first sweep finds the maximum and the sum together (online softmax, Milakov and Gimelshein
+2018, arXiv:1805.02867), each lane keeping its own pair so that threads meet once per row and not once per block; the
+second writes the gradient over the logits. It walks backwards: the end of the row is what the caches hold last. A row
+of 100,352 bf16 logits is 200 kB, and one program per multiprocessor keeps the rows in flight inside L2, so that
+memory sees one read and one write: 4 bytes per logit in bf16. A row of weight 0 is not read, only zeroed.
 """
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# Kernels are written in Triton's language, whose arguments (pointers, blocks) have no Python types.
 
 from __future__ import annotations
 
@@ -100,9 +103,10 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, weights: torch.T
 
     logits [N, V]: bf16, fp16 or fp32, unit stride along V, OVERWRITTEN by d(sum of weights * losses)/d(logits). targets
     [N]: integers below V, negative for rows to ignore. weights [N]: float, divided by whatever the loss is divided by.
-    Returns losses [N] in nats, float32, not weighted: log-sum-exp - target's logit; 0 where the weight is 0 or the target
-    negative (such a row isn't read); NaN where the target is V or more. A caller of an output loss computes its gradient in its forward; autograd
-    must therefore not follow the logits (RuntimeError), and shapes that do not fit raise ValueError.
+    Returns losses [N] in nats, float32, not weighted: log-sum-exp - target's logit; 0 where the weight is 0 or the
+    target negative (such a row isn't read); NaN where the target is V or more. A caller of an output loss computes
+    its gradient in its forward; autograd must therefore not follow the logits (RuntimeError), and shapes that do not
+    fit raise ValueError.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1] or weights.shape != logits.shape[:1]:
         raise ValueError(

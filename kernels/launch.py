@@ -1,19 +1,21 @@
 """How a kernel is launched: block shapes, the number of programs, tuning, and the registration of operators.
 
-Every operator builds a `Launch` (kernel, grid, arguments, compile-time constants). The same `Launch` is run on a GPU, run
-in Triton's interpreter, and, built from `meta` tensors, compiled by `static.py` for cards that are not here. There is one
-source of truth, so what the tests prove about registers, spills and bytes holds for what is launched.
+Every operator builds a `Launch` (kernel, grid, arguments, compile-time constants). The same `Launch` is run on a GPU,
+run in Triton's interpreter, and, built from `meta` tensors, compiled by `static.py` for cards that are not here.
+There is one source of truth, so what the tests prove about registers, spills and bytes holds for what is launched.
 
 Shapes: N rows, W width (last dimension), both counted in elements.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ DEFAULT_MULTIPROCESSORS = 132
 
 FLOAT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_LIBRARY = torch.library.Library("lumina", "FRAGMENT")
+_LIBRARY = torch.library.Library("lumina", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,23 @@ def _multiprocessors_of(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
+_planned: ContextVar[int] = ContextVar("planned", default=DEFAULT_MULTIPROCESSORS)
+
+
+@contextlib.contextmanager
+def planned_for(units: int) -> Iterator[None]:
+    """Plan launches on tensors that are on no GPU for a card of `units` multiprocessors."""
+    token = _planned.set(units)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; `DEFAULT_MULTIPROCESSORS` for any other."""
+    """Multiprocessors of a CUDA device; for any other device what `planned_for` says."""
     if device.type != "cuda":
-        return DEFAULT_MULTIPROCESSORS
+        return _planned.get()
     return _multiprocessors_of(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -138,7 +153,7 @@ def _time_on_gpu(run: Callable[[], None], repeats: int = 20) -> float:
         run()
     times: list[float] = []
     for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         run()
         stop.record()
@@ -160,8 +175,9 @@ def pick(
 ) -> Tile:
     """The tile to use: the table's first, or, with `LUMINA_KERNELS_AUTOTUNE=1` on a GPU, the fastest one measured.
 
-    A measured choice is kept under `name`, the card and Triton's version in `tuning_cache()`; candidates run on the real
-    arguments, so a kernel that overwrites its input must not be tuned this way. `timer` replaces the CUDA timer in tests.
+    A measured choice is kept under `name`, the card and Triton's version in `tuning_cache()`; candidates run on the
+    real arguments, so a kernel that overwrites its input must not be tuned this way. `timer` replaces the CUDA timer
+    in tests.
     """
     if os.environ.get("LUMINA_KERNELS_AUTOTUNE") != "1" or (timer is None and device.type != "cuda"):
         return tiles[0]
@@ -201,7 +217,7 @@ def check(*tensors: torch.Tensor | None) -> None:
     if present[0].device.type not in ("cuda", "meta") and not INTERPRETED:
         raise RuntimeError(
             f"Lumina's Triton kernels need CUDA tensors, got {present[0].device}: use the plain torch path "
-            "(LUMINA_KERNELS=torch) or, for tests, Triton's interpreter (LUMINA_KERNELS=interpret, set before the import)"
+            "(LUMINA_KERNELS=torch) or, for tests, Triton's interpreter (LUMINA_KERNELS=interpret before the import)"
         )
 
 
@@ -237,14 +253,14 @@ def register(
 ) -> Callable[..., Any]:
     """Register `lumina::NAME` from a schema string and return the operator.
 
-    `fake` gives shapes and types without data, so that torch.compile and ZeRO-3 trace through; `setup` and `backward` are
-    `torch.library.register_autograd`'s. Registered by schema and not through `custom_op`, whose wrapper costs more than
-    a small kernel's launch.
+    `fake` gives shapes and types without data, so that torch.compile and ZeRO-3 trace through; `setup` and `backward`
+    are `torch.library.register_autograd`'s. Registered by schema and not through `custom_op`, whose wrapper costs
+    more than a small kernel's launch.
     """
     name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)
+        _LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"lumina::{name}", fake, lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"lumina::{name}", backward, setup_context=setup, lib=_LIBRARY)

@@ -48,7 +48,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """As `cross_entropy.cross_entropy_`: losses [N] (float32 or wider); logits [N, V] become their weighted gradient."""
+    """Losses [N] (float32 or wider) of logits [N, V], which become their weighted gradient, as in `cross_entropy`."""
     keep = (weights != 0) & (targets >= 0)
     weights = torch.where(keep, weights, 0.0)
     targets = targets.clamp(min=0).long().unsqueeze(1)

@@ -15,6 +15,9 @@ Rows wider than `FUSED_BACKWARD` do not fit beside that share: dx is then made i
 L2) and dweight by a kernel over columns, at 4 more bytes per element.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# Kernels are written in Triton's language, whose arguments (pointers, blocks) have no Python types.
+
 from __future__ import annotations
 
 from typing import Any

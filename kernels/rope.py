@@ -9,9 +9,12 @@ picks the row of the tables cos and sin [P, D/2] (float32), so packed documents 
 rotation by the opposite angle, by the same kernel. Bytes per element in bf16: 4 forward, 4 backward; the tables (8 D/2
 bytes a position, shared by all heads and layers) stay in L2.
 
-`rope` makes new tensors. `rope_` rotates in place and refuses tensors that autograd follows: q and k are two views of one
-projection, and rewriting them would have to be told to their base.
+`rope` makes new tensors. `rope_` rotates in place and refuses tensors that autograd follows: q and k are two views of
+one projection, and rewriting them would have to be told to their base.
 """
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# Kernels are written in Triton's language, whose arguments (pointers, blocks) have no Python types.
 
 from __future__ import annotations
 
@@ -225,8 +228,8 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q [.., S, H, D] and k [.., S, K, D]; returns new contiguous tensors of their shapes and type.
 
-    cos, sin: [P, D/2] float32 tables (cos[p, i] = cos(p * theta^(-2i/D))); positions: integers [.., S] or [S], each below
-    P (one outside the table gives NaN). Raises ValueError or TypeError for shapes and types that do not fit.
+    cos, sin: [P, D/2] float32 tables (cos[p, i] = cos(p * theta^(-2i/D))); positions: integers [.., S] or [S], each
+    below P (one outside the table gives NaN). Raises ValueError or TypeError for shapes and types that do not fit.
     """
     _check_shapes(q, k, cos, sin, positions)
     rotated: tuple[torch.Tensor, torch.Tensor] = rope_op(q, k, cos, sin, positions, False)

@@ -3,10 +3,13 @@
     x [.., 2F] = (gate, up);  h = silu(gate) * up,  silu(g) = g * sigmoid(g)
     dup = dh * silu(gate);    dgate = dh * up * s * (1 + gate * (1 - s)),  s = sigmoid(gate)
 
-Only the projection is kept for the backward: the sigmoid and the product are made again from it, and the two gradients are
-written side by side, as the projection's own backward wants them. Arithmetic in float32. Bytes per element of h in bf16:
-6 forward (read gate and up, write h), 10 backward (read dh, gate and up, write both gradients).
+Only the projection is kept for the backward: the sigmoid and the product are made again from it, and the two
+gradients are written side by side, as the projection's own backward wants them. Arithmetic in float32. Bytes per
+element of h in bf16: 6 forward (read gate and up, write h), 10 backward (read dh, gate and up, write both gradients).
 """
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# Kernels are written in Triton's language, whose arguments (pointers, blocks) have no Python types.
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Causal attention over documents laid end to end: each query sees its own document's past and nothing else.
 
 Four ways, one result: flash-attn's variable-length kernel where it is installed and the GPU has it; torch's own
-variable-length kernel on a GPU in half precision; blocks of matrix products on a CPU in bfloat16; and scaled-dot-product
-attention document by document everywhere else, which is also the reference.
+variable-length kernel on a GPU in half precision; blocks of matrix products on a CPU in bfloat16; and
+scaled-dot-product attention document by document everywhere else, which is also the reference.
 
 Shape suffixes as in transformer.py; R rows of one key/value head's queries (positions x group), n keys.
 """
@@ -10,12 +10,14 @@ Shape suffixes as in transformer.py; R rows of one key/value head's queries (pos
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from lumina.model import cpu
@@ -44,7 +46,7 @@ class Documents:
         """(start, end) of each document of a single row."""
         assert self.cu_seqlens is not None
         bounds = self.bounds if self.bounds is not None else tuple(self.cu_seqlens.tolist())
-        return zip(bounds[:-1], bounds[1:], strict=True)
+        return itertools.pairwise(bounds)
 
 
 def attention(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents | None) -> Tensor:
@@ -90,22 +92,28 @@ def _torch_varlen() -> Callable[[Tensor, Tensor, Tensor, Documents], Tensor] | N
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
+    # The mask is a window that ends at the query since torch 2.12, a flag before.
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    grouped = "enable_gqa" in known
 
     def own(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
         group = q.shape[1] // k.shape[1]
-        if group > 1:  # written out: whether the kernel takes grouped heads differs between torch versions
+        if group > 1 and not grouped:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        options = causal | ({"enable_gqa": group > 1} if grouped else {})
         cu, longest = docs.cu_seqlens, docs.max_seqlen
-        out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, is_causal=True)  # type: ignore[call-arg]
+        assert cu is not None
+        out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
         return out  # type: ignore[no-any-return]
 
     return own
 
 
-# --- CPU, bfloat16 -----------------------------------------------------------------------------------------------------
-# torch's CPU flash attention took 14 ms forward and backward for one document of 512 tokens (8/2 heads of 64, two cores);
-# the same work as plain matrix products over blocks of queries takes 4: they run at the machine's full rate, and folding
-# the heads of a group into rows saves repeating the keys. Probabilities are rebuilt in the backward pass.
+# --- CPU, bfloat16 --------------------------------------------------------------------------------
+# torch's CPU flash attention took 14 ms forward and backward for one document of 512 tokens (8/2 heads of 64, two
+# cores); the same work as plain matrix products over blocks of queries takes 8: they run at the machine's full rate, and
+# folding the heads of a group into rows saves repeating the keys. Probabilities are rebuilt in the backward pass.
 
 _QUERY_BLOCK = 256  # queries at a time; keys beyond a block's last query are never touched
 

@@ -94,7 +94,7 @@ def usable(*tensors: Tensor) -> bool:
     return on_cpu and not torch.compiler.is_compiling() and lib() is not None
 
 
-def call(name: str, *arguments: Tensor | None | float | int) -> None:
+def call(name: str, *arguments: Tensor | float | int | None) -> None:
     """Call a kernel: tensors go as pointers (contiguity is the caller's part), None as NULL, the thread count last."""
     library = lib()
     assert library is not None

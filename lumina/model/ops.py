@@ -1,7 +1,7 @@
 """The one door to fused operators: Triton kernels on CUDA, compiled loops on a CPU in bfloat16, plain torch elsewhere.
 
-`LUMINA_KERNELS=torch|triton|interpret` forces a path ("interpret" runs the Triton kernels in Triton's interpreter on CPU
-tensors, for tests). All paths compute in float32 and round once; tests hold them together.
+`LUMINA_KERNELS=torch|triton|interpret` forces a path ("interpret" runs the Triton kernels in Triton's interpreter on
+CPU tensors, for tests). All paths compute in float32 and round once; tests hold them together.
 
 Shape suffixes as in transformer.py; T is any number of leading rows.
 """
@@ -47,7 +47,7 @@ def _use_cpu(*tensors: Tensor) -> bool:
     return _choice() == "auto" and cpu.usable(*tensors)
 
 
-# --- RMSNorm -----------------------------------------------------------------------------------------------------------
+# --- RMSNorm --------------------------------------------------------------------------------------
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
     return rms_norm(total, weight_D, eps), total
 
 
-# --- Rotary positions --------------------------------------------------------------------------------------------------
+# --- Rotary positions -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _triton_rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor
     return _triton().rope(q_BSHd, k_BSKd, cos_Th, sin_Th, rows_BS)  # type: ignore[no-any-return]
 
 
-# --- SwiGLU ------------------------------------------------------------------------------------------------------------
+# --- SwiGLU ---------------------------------------------------------------------------------------
 
 
 class _CpuSwiGLU(torch.autograd.Function):
@@ -201,7 +201,8 @@ class _CpuSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         dgate_up, width = torch.empty_like(gate_up), gate_up.shape[-1] // 2
-        cpu.call("lumina_swiglu_backward", grads[0].contiguous(), gate_up, dgate_up, gate_up.numel() // (2 * width), width)
+        rows, dh = gate_up.numel() // (2 * width), grads[0].contiguous()
+        cpu.call("lumina_swiglu_backward", dh, gate_up, dgate_up, rows, width)
         return dgate_up
 
 
@@ -215,12 +216,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
-# --- Cross-entropy -----------------------------------------------------------------------------------------------------
+# --- Cross-entropy --------------------------------------------------------------------------------
 
 
 def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-    """Return -log softmax(logits)[target] per row (float32, or float64 for float64 logits) and overwrite the logits with
-    weight * (softmax - onehot), the gradient of the weighted sum. targets: int64 in [0, V). weights: float32."""
+    """Return -log softmax(logits)[target] per row (float32, or float64 for float64 logits) and overwrite the logits
+    with weight * (softmax - onehot), the gradient of the weighted sum. targets: int64 in [0, V). weights: float32."""
     if _use_triton(logits_NV):
         return _triton().cross_entropy_(logits_NV, targets_N, weights_N)  # type: ignore[no-any-return]
     rows, vocabulary = logits_NV.shape

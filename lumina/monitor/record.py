@@ -1,0 +1,39 @@
+"""One step's figures, as metrics.jsonl stores them and the console prints them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StepRecord:
+    """step and epoch count from 1; loss in nats per supervised token; tokens over all ranks; memory in bytes of this
+    rank's device (CPU: resident set); mfu is None where the device's peak is unknown; time in seconds since 1970."""
+
+    step: int
+    epoch: int
+    batch: int
+    batches: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    tokens_per_s: float
+    memory: int
+    memory_total: int
+    memory_kind: str
+    health: str
+    time: float
+    applied: bool = True
+    mfu: float | None = None
+    ppl: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ppl = perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows a float."""
+    return math.exp(loss) if loss < 700 else math.inf

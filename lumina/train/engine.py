@@ -1,0 +1,175 @@
+"""The DeepSpeed engine: process group, initialisation, and one optimizer step with its gradient norm.
+
+What DeepSpeed does differently from stage to stage is evened out here, so that the loop sees one engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lumina.config import Config
+from lumina.model import Transformer
+from lumina.train.optimizer import build_optimizer, parameter_groups
+
+if TYPE_CHECKING:
+    from lumina.data.dataset import TorchBatch
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+_MPI_VARIABLES = {  # Open MPI, then PMI (MPICH, Intel MPI, srun --mpi=pmi2)
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join() -> Ranks:
+    """Join the process group that the launcher described, or be a world of one. Sets the threads of this rank."""
+    for name, sources in _MPI_VARIABLES.items():
+        found = next((os.environ[source] for source in sources if source in os.environ), None)
+        if found is not None:
+            os.environ.setdefault(name, found)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    _hush()
+    import deepspeed
+
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    return Ranks(rank, world, local, local_world)
+
+
+def _hush() -> None:
+    """DeepSpeed logs dozens of lines on start; Lumina says what matters itself. LUMINA_DEBUG=1 keeps them."""
+    if os.environ.get("LUMINA_DEBUG") == "1":
+        return
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    import deepspeed.utils
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
+    warnings.filterwarnings("ignore", message=".*barrier.*device.*")
+
+
+def leave() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Engine:
+    """A DeepSpeed engine with the gradient clipped, its norm known and a bad step skipped under every stage."""
+
+    def __init__(self, model: Transformer, config: Config, ds_config: dict[str, Any]) -> None:
+        import deepspeed
+
+        self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        self.half = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+        self.fp16 = bool(ds_config.get("fp16", {}).get("enabled"))
+        self._clip = 0.0
+        if self.stage == 0 and not self.half:
+            # DeepSpeed clips here without reporting the norm or refusing a NaN: done below instead.
+            self._clip = float(ds_config.get("gradient_clipping", 0.0))
+            ds_config = {**ds_config, "gradient_clipping": 0.0}
+        optimizer = build_optimizer(model, config, ds_config)
+        groups = parameter_groups(model, config.weight_decay) if optimizer is None else None
+        allowed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        self.ds, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=groups, config={**allowed, **ds_config}
+        )
+        self.device: torch.device = self.ds.device
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer proper, inside DeepSpeed's wrapper."""
+        return self.ds.basic_optimizer  # type: ignore[no-any-return]
+
+    @property
+    def model(self) -> Transformer:
+        return self.ds.module  # type: ignore[no-any-return]
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def accumulate(self, batch: TorchBatch, scale: float, last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its loss, scale * sum(weight * token loss), detached.
+
+        On the last micro-batch of a step the gradients are reduced over the ranks. That boundary is set by hand,
+        because an epoch's last step may have fewer micro-batches than the others; and DeepSpeed must not divide by the
+        accumulation steps, because `scale` already divides by the step's true token count.
+        """
+        self.ds.set_gradient_accumulation_boundary(is_boundary=last)
+        ids, targets, weights, positions, cu_seqlens = (t.to(self.device, non_blocking=True) for t in batch[:5])
+        # float16 gradients would underflow divided by a token count that the loss scale has not met yet: there the
+        # division comes after the loss.
+        inner, outer = (1.0, scale) if self.fp16 else (scale, 1.0)
+        loss = self.ds(ids[None], positions[None], cu_seqlens, batch.max_seqlen, targets[None], (weights * inner)[None])
+        if outer != 1.0:
+            loss = loss * outer
+        self.ds.backward(loss, scale_wrt_gas=False)
+        return loss.detach()  # type: ignore[no-any-return]
+
+    def step(self) -> tuple[float, bool]:
+        """Update the weights. Returns the gradient norm before clipping and whether the step was applied: a norm that
+        is not finite leaves the weights as they are."""
+        if self.stage == 0 and not self.half:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            if not torch.isfinite(norm):
+                self.ds.zero_grad()
+                return float(norm), False
+            if self._clip:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip, norm)
+            self.ds.step()
+            return float(norm), True
+        self.ds.step()
+        norm = self.ds.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm), bool(self.ds.was_step_applied())
+
+    def loss_scale(self) -> dict[str, float]:
+        """The state of fp16's dynamic loss scale, empty otherwise."""
+        return {k: v for k, v in vars(self._scaler()).items() if isinstance(v, int | float)} if self.fp16 else {}
+
+    def set_loss_scale(self, state: dict[str, float]) -> None:
+        if self.fp16:
+            vars(self._scaler()).update(state)
+
+    def _scaler(self) -> Any:
+        wrapper = self.ds.optimizer
+        return getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config

@@ -1,0 +1,69 @@
+"""The training loop. Everything it calls is elsewhere; what is here is the order of things."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from lumina.data import StepData
+from lumina.monitor.record import perplexity
+from lumina.train.evaluate import evaluate
+from lumina.train.signals import EXIT_STOPPED
+
+if TYPE_CHECKING:
+    from lumina.train.run import Run
+
+
+def fit(run: Run) -> int:
+    """Train to the end of the run. Returns the exit code: 0, or EXIT_STOPPED when a signal ended it early."""
+    for data in run.loader():
+        stop = _step(run, data)
+        last = run.progress.step == run.total_steps
+        if run.eval_data is not None and (last or run.due(run.config.eval_every_n_batches)):
+            stop = _evaluate(run) or stop
+        if last or stop or run.due(run.config.save_every_n_batches):
+            run.save()
+        if stop:
+            run.console.say(f"Stopped at step {run.progress.step}: {stop}. The checkpoint is saved.")
+            return EXIT_STOPPED if run.stop.signal or stop.startswith("signal") else 0
+    return 0
+
+
+def _step(run: Run, data: StepData) -> str | None:
+    """One optimizer step on one global batch. Returns why the run must stop, if it must, agreed between all ranks."""
+    began = time.perf_counter()
+    lr = run.schedule(data.step)
+    run.engine.set_lr(lr)
+    scale = run.ranks.world / data.supervised_tokens  # the engine averages over ranks: law 2 wants their sum
+    loss = torch.zeros((), dtype=torch.float32, device=run.engine.device)
+    for number, batch in enumerate(data.micro_batches, 1):
+        loss += run.engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
+    grad_norm, applied = run.engine.step()
+    run.progress.step = data.step + 1
+    shared = torch.stack((loss / run.ranks.world, loss.new_tensor(float(run.stop.signal is not None))))
+    dist.all_reduce(shared)
+    mean_loss, stopping = shared.tolist()
+    run.record(data, mean_loss, lr, grad_norm, applied, time.perf_counter() - began)
+    return f"signal {run.stop.signal or 'on another rank'}" if stopping else None
+
+
+def _evaluate(run: Run) -> str | None:
+    """Evaluate, keep the best checkpoint, and say whether patience has run out."""
+    assert run.eval_data is not None
+    began = time.perf_counter()
+    loss = evaluate(run.engine, run.eval_data, run.config.batch_size, run.ranks)
+    progress = run.progress
+    run.record_evaluation(loss, perplexity(loss), time.perf_counter() - began)
+    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+        progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
+        run.save(best=True)
+        return None
+    progress.evaluations_without_gain += 1
+    patience = run.config.early_stopping_patience
+    if patience is not None and progress.evaluations_without_gain >= patience:
+        return f"no better evaluation in {patience} (best {progress.best_loss:.4f} at step {progress.best_step})"
+    return None

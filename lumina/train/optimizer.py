@@ -1,0 +1,39 @@
+"""AdamW, with weight decay only where it belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lumina.config import Config
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups in the order of `named_parameters`: matrices with decay; norms and embeddings without, as is usual for
+    AdamW (arXiv:1711.05101) in language models. A tied output layer is the embedding; an untied one is a matrix."""
+    decayed, free = [], []
+    embedding = {id(p) for name, p in model.named_parameters() if name.startswith("embedding.")}
+    for parameter in model.parameters():
+        (decayed if parameter.ndim >= 2 and id(parameter) not in embedding else free).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, config: Config, ds_config: dict[str, Any]) -> torch.optim.Optimizer | None:
+    """torch's fused AdamW; DeepSpeed's CPU Adam when optimizer states are offloaded; None when the user's DeepSpeed
+    JSON names an optimizer, which DeepSpeed then builds itself."""
+    if "optimizer" in ds_config:
+        return None
+    groups = parameter_groups(model, config.weight_decay)
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_eps,
+    }
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(groups, fused=True, **settings)

@@ -1,0 +1,292 @@
+"""A run: everything it needs, built in order, like a recipe."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from lumina.chat.tokenizer import Tokenizer
+from lumina.config import Config, UserError
+from lumina.config import deepspeed as ds_json
+from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare
+from lumina.model import Transformer, keep_heap
+from lumina.monitor import Console, MetricsFile, StepRecord
+from lumina.train import checkpoint, engine
+from lumina.train.checkpoint import Progress
+from lumina.train.health import Health
+from lumina.train.loop import fit
+from lumina.train.schedule import schedule
+from lumina.train.signals import StopRequest
+
+log = logging.getLogger("lumina")
+# What the console shows is kept in the run's log too, without being printed a second time.
+record_log = logging.getLogger("lumina.record")
+record_log.propagate = False
+record_log.setLevel(logging.INFO)
+
+_MODEL_KEYS = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "vocab_size",
+    "ffn_size",
+    "tie_word_embeddings",
+)
+
+
+def train(config: Config) -> int:
+    """Train as `config` says, on however many ranks the launcher started. Returns the exit code: 0 when the run is
+    complete, signals.EXIT_STOPPED when a signal stopped it after a save."""
+    keep_heap()
+    ranks = engine.join()
+    try:
+        with Run(config, ranks) as run:
+            return fit(run)
+    finally:
+        engine.leave()
+
+
+class Run:
+    """What `fit` works on. Building one joins no process group and starts no step."""
+
+    def __init__(self, config: Config, ranks: engine.Ranks) -> None:
+        self.ranks = ranks
+        self.stop = StopRequest()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.folder = Path(config.output_dir) / config.experiment_name
+        source, progress, trainer = self._find_checkpoint(config)
+        if progress.step:
+            config = _same_batch(config, progress)
+        ds_config, report, config = ds_json.resolve(config, ranks.world, device)
+        self.config = config
+        precision = next((n for n in ("bf16", "fp16") if ds_config.get(n, {}).get("enabled")), "fp32")
+        self.global_batch = config.global_batch_size or (
+            config.batch_size * config.gradient_accumulation_steps * ranks.world
+        )
+        self.train_data, self.eval_data = self._prepare_data()
+        self.order = GlobalOrder(
+            self.train_data.num_samples, self.global_batch, config.seed, self.train_data.fingerprint
+        )
+        steps = config.epochs * self.order.steps_per_epoch
+        self.total_steps = min(steps, config.max_steps or steps)
+        self.schedule = schedule(config, self.total_steps)
+        torch.manual_seed(config.seed)
+        model = Transformer(config)
+        model.checkpoint_every = config.checkpoint_every
+        if config.compile:
+            model.compile(dynamic=True)
+        self.engine = engine.Engine(model, config, ds_config)
+        self.progress = progress
+        self.progress.global_batch_size, self.progress.world = self.global_batch, ranks.world
+        self.progress.precision, self.progress.zero_stage = precision, self.engine.stage
+        if source is not None:
+            self._resume(source, trainer)
+        self.progress.model, self.progress.data_fingerprint = _shape(config), self.train_data.fingerprint
+        self.start_step = self._last_saved = self.progress.step
+        self._open_folder(report, precision)
+
+    # --- Building ---
+
+    def _find_checkpoint(self, config: Config) -> tuple[Path | None, Progress, dict[str, Any]]:
+        """The checkpoint to go on from, chosen by rank 0 for all."""
+        found: list[Any] = [None]
+        if self.ranks.main:
+            try:
+                found = [_choose(config, self.folder)]
+            except UserError as error:
+                found = [error]
+        dist.broadcast_object_list(found)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        source = found[0]
+        progress, trainer = checkpoint.read_progress(source) if source is not None else (Progress(), {})
+        return source, progress, trainer
+
+    def _prepare_data(self) -> tuple[PackedDataset, PackedDataset | None]:
+        """Rank 0 of each node prepares; the others find the cache it left."""
+        tokenizer = Tokenizer.load()
+
+        def both() -> tuple[PackedDataset, PackedDataset | None]:
+            held_out = prepare(self.config.eval_data, self.config, tokenizer) if self.config.eval_data else None
+            return prepare(self.config.train_data, self.config, tokenizer), held_out
+
+        failure: list[Any] = [None] * self.ranks.world
+        own: UserError | None = None
+        data: tuple[PackedDataset, PackedDataset | None] | None = None
+        if self.ranks.local_rank == 0:
+            try:
+                data = both()
+            except UserError as error:
+                own = error
+        dist.all_gather_object(failure, own)
+        for refusal in failure:
+            if refusal is not None:
+                raise refusal
+        return data if data is not None else both()
+
+    def _resume(self, source: Path, trainer: dict[str, Any]) -> None:
+        _same_model(self.progress.model, _shape(self.config), source)
+        if self.progress.data_fingerprint != self.train_data.fingerprint:
+            raise UserError(
+                f"the training data is not what {source} was trained on, so its position in the data means nothing",
+                "Resume with the same files and data settings, or start a run with another --experiment-name.",
+            )
+        checkpoint.load(source, self.engine, trainer)
+
+    def _open_folder(self, report: Iterable[str], precision: str) -> None:
+        """The run's folder with its resolved configuration, log and metrics. Rank 0 writes."""
+        self.checkpoints = self.folder / "checkpoints"
+        self.console = Console(self.ranks.main, self.total_steps, self.start_step)
+        self.health = Health(self.config.health_check_interval)
+        self.metrics: MetricsFile | None = None
+        if not self.ranks.main:
+            return
+        for name in ("checkpoints", "backups"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(self.config.to_yaml())
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.start_step)
+        self._handler = logging.FileHandler(self.folder / "train.log")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for logger in (log, record_log):
+            logger.addHandler(self._handler)
+        config, data = self.config, self.train_data
+        millions = config.num_parameters() / 1e6
+        at = f", resumed at step {self.start_step}" if self.start_step else ""
+        self._say(
+            f"{config.model_name}: {millions:.1f}M parameters, {precision}, ZeRO-{self.engine.stage}, "
+            f"{self.ranks.world} process(es), {self.total_steps} steps of {self.global_batch} samples{at}"
+        )
+        for text in [*report, *data.account_lines()]:
+            self._say(f"  {text}")
+
+    def __enter__(self) -> Run:
+        self.console.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.console.__exit__(*exception)
+        if self.metrics is not None:
+            self.metrics.close()
+            for logger in (log, record_log):
+                logger.removeHandler(self._handler)
+            self._handler.close()
+
+    # --- Running ---
+
+    def loader(self) -> Loader:
+        return Loader(
+            self.train_data,
+            self.order,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            micro_batch_size=self.config.batch_size,
+            start_step=self.start_step,
+            stop_step=self.total_steps,
+        )
+
+    def due(self, every: int) -> bool:
+        return self.progress.step % every == 0
+
+    def save(self, best: bool = False) -> None:
+        """Save a checkpoint of this step unless that was done; collective."""
+        if self._last_saved != self.progress.step or best:
+            checkpoint.save(self.checkpoints, self.engine, self.progress)
+            self._last_saved = self.progress.step
+        if self.ranks.main:
+            if best:
+                assert self.progress.best_loss is not None
+                checkpoint.mark_best(self.checkpoints, self.progress.step, self.progress.best_loss)
+            checkpoint.prune(self.checkpoints, self.config.keep_last)
+
+    def record(self, data: StepData, loss: float, lr: float, grad_norm: float, applied: bool, seconds: float) -> None:
+        health = self.health.check(data.step + 1, loss, applied)
+        if self.metrics is None:
+            return
+        memory, total, kind = _memory(self.engine.device)
+        record = StepRecord(
+            step=data.step + 1,
+            epoch=data.epoch + 1,
+            batch=data.batch_in_epoch + 1,
+            batches=self.order.steps_per_epoch,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=data.tokens,
+            supervised_tokens=int(data.supervised_tokens),
+            tokens_per_s=data.tokens / seconds,
+            memory=memory,
+            memory_total=total,
+            memory_kind=kind,
+            health=health,
+            time=time.time(),
+            applied=applied,
+        )
+        self.metrics.step(record)
+        self.console.step(record)
+        if not applied:
+            log.warning("step %d: gradient norm %s, update skipped; samples %s", record.step, grad_norm, data.samples)
+
+    def record_evaluation(self, loss: float, ppl: float, seconds: float) -> None:
+        if self.metrics is not None:
+            self.metrics.evaluation(self.progress.step, loss, ppl, seconds)
+            self._say(f"Eval at step {self.progress.step} | Loss: {loss:.6f} | PPL: {ppl:.2f} | {seconds:.1f}s")
+
+    def _say(self, text: str) -> None:
+        self.console.say(text)
+        record_log.info(text)
+
+
+def _choose(config: Config, folder: Path) -> Path | None:
+    """The newest sound checkpoint that --resume means; None to start anew."""
+    saved = checkpoint.checkpoints(folder / "checkpoints")
+    if config.resume is None:
+        if saved:
+            raise UserError(
+                f"{folder} already holds checkpoints (newest {saved[0].name})",
+                "Add --resume auto to go on, or choose another --experiment-name.",
+            )
+        return None
+    choices = saved if config.resume == "auto" else checkpoint.candidates(config.resume)
+    sound = checkpoint.newest_sound(choices)
+    if choices and sound is None:
+        raise UserError(f"no checkpoint under {choices[0].parent} is whole", "See the warnings above for each one.")
+    return sound
+
+
+def _same_batch(config: Config, progress: Progress) -> Config:
+    """The global batch of the run's first start holds for its whole life (law 1), whatever the world size is now."""
+    wanted = config.global_batch_size
+    if wanted is not None and wanted != progress.global_batch_size:
+        raise UserError(
+            f"the run was started with global_batch_size {progress.global_batch_size}, not {wanted}",
+            "Drop global_batch_size to go on, or start another run: the order of samples depends on it.",
+        )
+    return config.replace(global_batch_size=progress.global_batch_size)
+
+
+def _shape(config: Config) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in _MODEL_KEYS}
+
+
+def _same_model(saved: dict[str, Any], own: dict[str, Any], source: Path) -> None:
+    differing = [f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]]
+    if differing:
+        raise UserError(
+            f"{source} is a checkpoint of another shape: {'; '.join(differing)}",
+            "Resume with the run's own configuration (its folder has config.yaml).",
+        )
+
+
+def _memory(device: torch.device) -> tuple[int, int, str]:
+    """(bytes used, bytes there are, label for the console)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(device).total_memory, "GPU"
+    return psutil.Process().memory_info().rss, psutil.virtual_memory().total, "Mem"

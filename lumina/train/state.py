@@ -1,0 +1,180 @@
+"""The training state as named fragments: what each rank holds of every parameter's float32 weights and optimizer state.
+
+DeepSpeed keeps this state in a different shape under each ZeRO stage. Here each stage is read as the same thing: for
+every parameter, the range [start, start + numel) of its flattened elements that this rank owns, as writable views. A
+checkpoint of fragments can therefore be loaded at another world size or under another stage: a rank reads the ranges it
+owns from whichever files hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumina.config import UserError
+from lumina.train.engine import Engine
+
+MASTER = "master"
+
+
+@dataclass
+class Fragment:
+    """One parameter's range on this rank. `owner` is the tensor that the optimizer updates, of which it is
+    `owner.flatten()[offset : offset + numel]`; `start` counts in the parameter's own elements."""
+
+    name: str
+    start: int
+    numel: int
+    owner: Tensor
+    offset: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """This fragment's part of a tensor shaped like its owner (the weights or a moment)."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
+
+
+def fragments(engine: Engine) -> list[Fragment]:
+    """Every fragment this rank owns. Together the ranks' fragments cover each parameter exactly once, except that ranks
+    of stage 0 all hold everything and each names its equal share."""
+    names = {id(p): name for name, p in engine.model.named_parameters()}
+    found = list(_by_stage(engine, names))
+    return [f for f in found if f.numel > 0]
+
+
+def _by_stage(engine: Engine, names: dict[int, str]) -> Iterator[Fragment]:
+    wrapper = engine.ds.optimizer
+    if engine.stage == 3:
+        yield from _stage3(wrapper, names)
+    elif hasattr(wrapper, "single_partition_of_fp32_groups"):  # stages 1 and 2
+        yield from _partitioned(wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, names)
+    elif hasattr(wrapper, "fp32_groups_flat_partition"):  # stage 1 with float32 gradient accumulation
+        yield from _partitioned(wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, names)
+    else:
+        yield from _replicated(engine, names)
+
+
+def _partitioned(groups: list[list[Tensor]], flats: list[Tensor], names: dict[int, str]) -> Iterator[Fragment]:
+    for group, flat in zip(groups, flats, strict=True):
+        for parameter in group:
+            mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield Fragment(names[id(parameter)], low.start, high.numel, flat, high.start)
+
+
+def _stage3(wrapper: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    if any(flat is None for flat in wrapper.fp16_partitioned_groups_flat) or wrapper.swap_optimizer:
+        raise UserError(
+            "checkpoints of state offloaded to NVMe are not supported",
+            'Use "offload_optimizer": {"device": "cpu"} in the DeepSpeed configuration.',
+        )
+    rank = torch.distributed.get_rank(wrapper.dp_process_group)
+    for group in wrapper.fp16_groups:
+        for parameter in group:
+            index, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            start = rank * size
+            numel = min(size, parameter.ds_numel - start)  # the last rank's share ends in padding
+            yield Fragment(names[id(parameter)], start, numel, wrapper.fp32_partitioned_groups_flat[index], int(offset))
+
+
+def _replicated(engine: Engine, names: dict[int, str]) -> Iterator[Fragment]:
+    wrapper = engine.ds.optimizer
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def share(name: str, owner: Tensor, numel: int, offset: int) -> Fragment:
+        start = numel * rank // world
+        return Fragment(name, start, numel * (rank + 1) // world - start, owner, offset + start)
+
+    if hasattr(wrapper, "fp32_groups_flat"):  # half precision with a fused optimizer: one flat tensor per group
+        for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_groups_flat, strict=True):
+            offset = 0
+            for parameter in group:
+                yield share(names[id(parameter)], flat, parameter.numel(), offset)
+                offset += parameter.numel()
+    elif hasattr(wrapper, "fp32_groups"):  # half precision: one float32 copy per parameter
+        for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for parameter, master in zip(group, masters, strict=True):
+                yield share(names[id(parameter)], master, parameter.numel(), 0)
+    else:  # float32: the parameter itself
+        for parameter in engine.model.parameters():
+            yield share(names[id(parameter)], parameter, parameter.numel(), 0)
+
+
+def to_load(engine: Engine) -> list[Fragment]:
+    """The ranges this rank must read from a checkpoint: its fragments, but all of every parameter under stage 0."""
+    if engine.stage != 0:
+        return fragments(engine)
+    names = {id(p): name for name, p in engine.model.named_parameters()}
+    sizes = {name: p.numel() for name, p in engine.model.named_parameters()}
+    shares = _replicated(engine, names)
+    return [Fragment(f.name, 0, sizes[f.name], f.owner, f.offset - f.start) for f in shares]
+
+
+# --- Optimizer state ------------------------------------------------------------------------------
+
+
+def moments(engine: Engine, fragment: Fragment) -> dict[str, Tensor]:
+    """The optimizer's per-element states of a fragment by name (exp_avg, exp_avg_sq for Adam)."""
+    state = engine.optimizer.state.get(fragment.owner, {})
+    return {
+        key: fragment.view(value)
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.numel() == fragment.owner.numel() and value.dim() > 0
+    }
+
+
+def step_count(engine: Engine) -> int:
+    """How many updates the optimizer has made: Adam's bias correction depends on it."""
+    for state in engine.optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return int(engine.optimizer.param_groups[0].get("step", 0))
+
+
+def prepare_moments(engine: Engine, keys: list[str], step: int) -> None:
+    """Create the optimizer state that a checkpoint names, before its values are read into it."""
+    torch_optimizer = type(engine.optimizer).__module__.startswith("torch.")
+    for group in engine.optimizer.param_groups:
+        if "step" in group:  # DeepSpeed's fused Adam counts per group
+            group["step"] = step
+    for owner in _owners(engine):
+        state = engine.optimizer.state[owner]
+        for key in keys:
+            if key not in state:
+                state[key] = torch.zeros_like(owner, memory_format=torch.preserve_format)
+        # torch's fused AdamW wants a float32 tensor beside the weights, DeepSpeed's CPU Adam a plain number.
+        state["step"] = torch.tensor(float(step), device=owner.device) if torch_optimizer else step
+
+
+def _owners(engine: Engine) -> list[Tensor]:
+    wrapper = engine.ds.optimizer
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(wrapper, name):
+            return list(getattr(wrapper, name))
+    return [p for group in engine.optimizer.param_groups for p in group["params"]]
+
+
+@torch.no_grad()
+def publish(engine: Engine) -> None:
+    """Make the model's weights follow the float32 ones after these were loaded, on every rank."""
+    wrapper = engine.ds.optimizer
+    if engine.stage == 3:
+        for index, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
+            wrapper.fp16_partitioned_groups_flat[index].copy_(flat)
+            wrapper._unflatten_partitioned_parameters(index)
+        if wrapper.persistent_parameters:  # small parameters are kept whole on every rank: gather them anew
+            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+    elif hasattr(wrapper, "update_lp_params"):
+        wrapper.update_lp_params()
+    elif hasattr(wrapper, "fp32_groups_flat"):
+        for half, flat in zip(wrapper.fp16_groups_flat, wrapper.fp32_groups_flat, strict=True):
+            half.copy_(flat)
+    elif hasattr(wrapper, "fp32_groups"):
+        for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for parameter, master in zip(group, masters, strict=True):
+                parameter.copy_(master)

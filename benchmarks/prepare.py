@@ -1,0 +1,93 @@
+"""Preparing a chat JSONL (read, template, tokenise, mask, pack, write): Lumina beside a peer's script.
+
+    python benchmarks/prepare.py FILE [--workers 2] [--peer SCRIPT] [--peer-python PYTHON] [--repeat 3]
+
+The peer is any script that takes FILE and a process count and prints `tokens_per_s=N`, such as one around TRL's
+dataset preparation. SCRIPT and PYTHON may also come from LUMINA_PEER_PREP and LUMINA_PEER_PYTHON. Lumina's time is
+that of `lumina prepare`'s work into an empty cache, its worker processes' start included; tokens are those of the
+template's rendering. The last line is the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lumina.chat import Tokenizer
+from lumina.data import prepare
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The data settings measured."""
+
+    cache_dir: str
+    seq_length: int = 1024
+    packing: bool = True
+    overlong: str = "split"
+    num_workers: int | None = None
+
+
+def ours(path: Path, workers: int) -> float:
+    """Prepares once into an empty cache; prints the account's figures; returns tokens/s."""
+    with tempfile.TemporaryDirectory() as cache:
+        start = time.perf_counter()
+        dataset = prepare([path], Settings(cache), Tokenizer.load(), workers=workers)
+        seconds = time.perf_counter() - start
+        account = dataset.account
+        lost = sum(account["tokens_dropped"].values())
+        print(
+            f"lumina rows={account['conversations']} tokens={account['tokens']} lost={lost} seconds={seconds:.2f} "
+            f"packed_rows={dataset.num_samples} fill={account['fill']:.4f} "
+            f"tokens_per_s={account['tokens'] / seconds:.0f}",
+            flush=True,
+        )
+        start = time.perf_counter()
+        prepare([path], Settings(cache), Tokenizer.load(), workers=workers)
+        print(f"lumina reuse_seconds={time.perf_counter() - start:.3f}", flush=True)
+        return float(account["tokens"]) / seconds
+
+
+def peer(script: str, python: str, path: Path, workers: int) -> float:
+    """Runs the peer's script once; passes its last line on; returns its tokens/s."""
+    done = subprocess.run([python, script, str(path), str(workers)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the peer failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    line = done.stdout.strip().splitlines()[-1]
+    found = re.search(r"tokens_per_s=([\d.]+)", line)
+    if found is None:
+        sys.exit(f"the peer printed no tokens_per_s: {line}")
+    print(line, flush=True)
+    return float(found.group(1))
+
+
+def main() -> None:
+    """Runs both and prints the ratio of their best runs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--peer", default=os.environ.get("LUMINA_PEER_PREP"))
+    parser.add_argument("--peer-python", default=os.environ.get("LUMINA_PEER_PYTHON", sys.executable))
+    arguments = parser.parse_args()
+    best = max(ours(arguments.file, arguments.workers) for _ in range(arguments.repeat))
+    if arguments.peer is None:
+        print(f"no peer given (--peer or LUMINA_PEER_PREP); lumina alone: {best:.0f} tokens/s")
+        return
+    if not Path(arguments.peer).is_file():
+        sys.exit(f"the peer's script {arguments.peer} does not exist")
+    theirs = max(
+        peer(arguments.peer, arguments.peer_python, arguments.file, arguments.workers) for _ in range(arguments.repeat)
+    )
+    print(f"ratio={best / theirs:.2f}")
+
+
+if __name__ == "__main__":
+    main()

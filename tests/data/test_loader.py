@@ -1,0 +1,71 @@
+"""Loading: the steps' true token counts, any world size, any start, errors that arrive and threads that end."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from helpers import TOKENIZER, Settings, chat, write_jsonl
+
+from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
+    folder = tmp_path_factory.mktemp("loader")
+    lines = [chat("word " * (1 + i % 11), "reply " * (1 + i % 13)) for i in range(120)]
+    return prepare([write_jsonl(folder / "in.jsonl", lines)], Settings(), TOKENIZER)
+
+
+def load(dataset: PackedDataset, rank: int, world: int, micro: int, start: int = 0, stop: int = 20) -> list[StepData]:
+    order = GlobalOrder(dataset.num_samples, 6, seed=3, fingerprint=dataset.fingerprint)
+    return list(
+        Loader(dataset, order, rank=rank, world=world, micro_batch_size=micro, start_step=start, stop_step=stop)
+    )
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 6), (2, 1), (2, 2), (3, 4), (8, 1)])
+def test_every_world_sees_the_same_tokens_each_step(dataset: PackedDataset, world: int, micro: int) -> None:
+    whole = load(dataset, 0, 1, 6)
+    ranks = [load(dataset, rank, world, micro) for rank in range(world)]
+    for reference, *shares in zip(whole, *ranks, strict=True):
+        (full,) = reference.micro_batches
+        batches = [batch for share in shares for batch in share.micro_batches]
+        learned = np.concatenate([batch.targets_T[batch.weights_T > 0] for batch in batches])
+        assert sorted(learned.tolist()) == sorted(full.targets_T[full.weights_T > 0].tolist())
+        assert {share.supervised_tokens for share in shares} == {float(len(learned))}
+        assert sum(int((batch.ids_T != TOKENIZER.pad_id).sum()) for batch in batches) == reference.tokens
+
+
+def test_resuming_is_a_step_number(dataset: PackedDataset) -> None:
+    through, resumed = load(dataset, 0, 2, 1), load(dataset, 0, 2, 1, start=13)
+    for one, other in zip(through[13:], resumed, strict=True):
+        assert (one.step, one.epoch, one.batch_in_epoch) == (other.step, other.epoch, other.batch_in_epoch)
+        assert np.array_equal(one.samples, other.samples)
+        for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert np.array_equal(a.ids_T, b.ids_T)
+
+
+def test_leaving_early_ends_the_thread(dataset: PackedDataset) -> None:
+    order = GlobalOrder(dataset.num_samples, 6, seed=3, fingerprint=dataset.fingerprint)
+    loader = Loader(dataset, order, rank=0, world=1, micro_batch_size=2, start_step=0, stop_step=10**9)
+    steps = iter(loader)
+    assert next(steps).step == 0
+    assert any(thread.name == "lumina-loader" for thread in threading.enumerate())
+    steps.close()  # type: ignore[attr-defined]
+    assert not any(thread.name == "lumina-loader" for thread in threading.enumerate())
+
+
+def test_an_error_while_loading_reaches_the_loop(dataset: PackedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = PackedDataset.batch
+
+    def fails_later(self: PackedDataset, indices: object) -> object:
+        if threading.current_thread().name == "lumina-loader" and next(calls) == 4:
+            raise OSError("disk gone")
+        return real(self, indices)  # type: ignore[arg-type]
+
+    calls = iter(range(100))
+    monkeypatch.setattr(PackedDataset, "batch", fails_later)
+    with pytest.raises(OSError, match="disk gone"):
+        load(dataset, 0, 1, 6)

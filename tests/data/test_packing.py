@@ -1,0 +1,53 @@
+"""Packing against best-fit decreasing written the slow way, piece by piece."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumina.data.packing import pack, rows_to_pieces
+
+
+def slow_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
+    """The rooms left in the rows, by the textbook: each piece into the fullest row that takes it."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        if fitting:
+            rooms.remove(min(fitting))
+            rooms.append(min(fitting) - length)
+        else:
+            rooms.append(capacity - length)
+    return sorted(rooms)
+
+
+@given(st.integers(1, 40).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=60))))
+def test_the_same_rows_as_the_slow_way(case: tuple[int, list[int]]) -> None:
+    capacity, lengths = case
+    row_of = pack(np.array(lengths, dtype=np.int32), capacity)
+    used = np.bincount(row_of, weights=lengths).astype(int) if lengths else np.empty(0, int)
+    assert sorted((capacity - used).tolist()) == slow_best_fit_decreasing(lengths, capacity)
+
+
+def test_large_random_lengths_against_the_slow_way() -> None:
+    rng = np.random.default_rng(3)
+    lengths = np.minimum(1024, 1 + rng.lognormal(5.5, 1.0, 3000).astype(np.int32)).astype(np.int32)
+    used = np.bincount(pack(lengths, 1024), weights=lengths).astype(int)
+    assert sorted((1024 - used).tolist()) == slow_best_fit_decreasing(lengths.tolist(), 1024)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1))
+def test_rows_to_pieces_groups_every_piece_once(rows: list[int]) -> None:
+    row_of = np.unique(rows, return_inverse=True)[1]  # rows numbered without gaps
+    pieces, offsets = rows_to_pieces(row_of)
+    for row, (first, last) in enumerate(itertools.pairwise(offsets)):
+        assert pieces[first:last].tolist() == [piece for piece, its_row in enumerate(row_of) if its_row == row]
+
+
+def test_a_piece_longer_than_a_row_is_a_broken_invariant() -> None:
+    with pytest.raises(AssertionError):
+        pack(np.array([5], dtype=np.int32), 4)

@@ -1,0 +1,284 @@
+"""Preparing: every answer learned exactly once, every line accounted for, the cache reused and never half a cache."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import TOKENIZER, Settings, chat, expected_targets, learned_targets, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lumina.chat import Conversation, Message, render
+from lumina.config.errors import UserError
+from lumina.data import PackedDataset, prepare
+from lumina.data.account import Account
+
+words = st.text(st.sampled_from("ab é漢\n"), min_size=1, max_size=120).filter(lambda text: not text.isspace())
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "prompter", "human", "assistant", "ai", "bot", "system"]), "content": words}
+)
+records = st.lists(
+    st.fixed_dictionaries({"messages": st.lists(turns, min_size=1, max_size=8)}).filter(
+        lambda record: any(m["role"] in ("assistant", "ai", "bot") for m in record["messages"])
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def prepared(folder: Path, lines: list[Any], **changes: Any) -> PackedDataset:
+    path = write_jsonl(folder / "in.jsonl", lines)
+    return prepare([path], Settings(**changes), TOKENIZER)
+
+
+@settings(max_examples=60)
+@given(records, st.sampled_from([16, 17, 40, 500]), st.booleans())
+def test_every_answer_is_learned_exactly_once(lines: list[dict[str, Any]], window: int, packing: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = prepared(Path(folder), lines, seq_length=window, packing=packing)
+        expected = expected_targets(lines)
+        assert learned_targets(dataset) == expected
+        assert dataset.num_supervised == expected.total()
+        account = Account.from_dict(dataset.account)
+        account.check()
+        assert account.messages == sum(len(line["messages"]) for line in lines)
+        assert account.tokens_trained == expected.total()
+        assert account.tokens_dropped == {}
+        assert dataset.tokens_per_sample.max() <= window
+        assert dataset.num_tokens == account.tokens + account.tokens_repeated
+
+
+@settings(max_examples=40)
+@given(records, st.sampled_from([16, 40, 500]), st.sampled_from(["truncate", "drop"]))
+def test_truncate_and_drop_against_a_slow_reference(lines: list[dict[str, Any]], window: int, policy: str) -> None:
+    """What must remain, conversation by conversation, and where each message must be counted."""
+    aliases = {"prompter": "user", "human": "user", "ai": "assistant", "bot": "assistant"}
+    kept: list[tuple[list[int], list[int]]] = []
+    trained = masked = dropped = 0
+    for line in lines:
+        messages = [Message(aliases.get(m["role"], m["role"]), m["content"]) for m in line["messages"]]
+        full = render(TOKENIZER, Conversation(messages))
+        keep = len(full.ids) if len(full.ids) <= window else window if policy == "truncate" else 0
+        if keep:
+            kept.append((full.ids[:keep].tolist(), full.mask[:keep].tolist()))
+        for message, start, stop in zip(messages, full.message_offsets[:-1], full.message_offsets[1:], strict=True):
+            learned_left = int(full.mask[start : min(stop, keep)].sum()) if start < keep else 0
+            trained += learned_left > 0
+            masked += message.role != "assistant" and start < keep
+            dropped += (learned_left == 0) if message.role == "assistant" else start >= keep
+    with tempfile.TemporaryDirectory() as folder:
+        if not any(sum(mask) for _, mask in kept):
+            with pytest.raises(UserError, match="nothing is left to learn"):
+                prepared(Path(folder), lines, seq_length=window, overlong=policy)
+            return
+        dataset = prepared(Path(folder), lines, seq_length=window, overlong=policy, packing=False)
+        pieces = [(p.ids.tolist(), p.mask.tolist()) for s in range(dataset.num_samples) for p in dataset.pieces_of(s)]
+        assert sorted(pieces) == sorted(kept)
+        account = Account.from_dict(dataset.account)
+        account.check()
+        counted = (account.messages_trained, account.messages_masked, sum(account.messages_dropped.values()))
+        assert counted == (trained, masked, dropped)
+
+
+def test_batches_never_cross_documents(tmp_path: Path) -> None:
+    dataset = prepared(tmp_path, [chat("hello there", f"answer {i}") for i in range(9)])
+    batch = dataset.batch([0, -1, 1])
+    bounds = batch.cu_seqlens_D.tolist()
+    assert bounds[0] == 0
+    assert bounds[-1] == len(batch.ids_T)
+    for first, last in itertools.pairwise(bounds):
+        assert batch.positions_T[first:last].tolist() == list(range(last - first))
+        assert batch.targets_T[first : last - 1].tolist() == batch.ids_T[first + 1 : last].tolist()
+        assert batch.weights_T[last - 1] == 0
+    assert batch.max_seqlen == max(np.diff(bounds))
+    padding = bounds.index(next(b for b, e in itertools.pairwise(bounds) if e - b == 1))
+    assert batch.ids_T[bounds[padding]] == TOKENIZER.pad_id
+    assert batch.weights_T.sum() == dataset.supervised_per_sample[[0, 1]].sum()
+    tensors = batch.torch()
+    assert tensors.ids_T.tolist() == batch.ids_T.tolist()
+    assert str(tensors.cu_seqlens_D.dtype) == "torch.int32"
+    with pytest.raises(IndexError):
+        dataset.batch([dataset.num_samples])
+    with pytest.raises(IndexError):
+        dataset.batch([-2])
+
+
+BAD_LINES: list[tuple[Any, str, int]] = [
+    (b'{"messages": [', "broken JSON", 0),
+    (b'{"messages": [{"role": "user", "content": NaN}]}', "broken JSON", 0),
+    (b'{"messages": "\xff"}', "broken JSON", 0),
+    (b"[1, 2]", "wrong type", 0),
+    ({"messages": {"role": "user"}}, "wrong type", 0),
+    ({"messages": [{"role": "user", "content": 7}]}, "wrong type", 1),
+    ({"messages": [{"role": None, "content": "x"}]}, "wrong type", 1),
+    ({"messages": []}, "empty", 0),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " \n"}]}, "empty", 2),
+    ({"messages": [{"role": "wizard", "content": "q"}, {"role": "assistant", "content": "a"}]}, "unknown role", 2),
+    ({"messages": [{"role": "user", "content": "q"}]}, "no assistant turn", 1),
+    ({"unrelated": 1}, "unknown format", 0),
+]
+
+
+def test_bad_lines_are_skipped_and_counted_with_their_line_numbers(tmp_path: Path) -> None:
+    lines: list[Any] = []
+    for bad, _, _ in BAD_LINES:
+        lines += [chat("q", "a"), b"", bad]
+    account = Account.from_dict(prepared(tmp_path, lines).account)
+    account.check()
+    assert (account.lines, account.blank_lines, account.conversations) == (3 * len(BAD_LINES),) + (len(BAD_LINES),) * 2
+    path = tmp_path / "in.jsonl"
+    for reason in {reason for _, reason, _ in BAD_LINES}:
+        where = [3 * (i + 1) for i, (_, its_reason, _) in enumerate(BAD_LINES) if its_reason == reason]
+        assert account.faults[reason].lines == len(where)
+        assert account.faults[reason].first == [f"{path}:{line}" for line in where[:5]]
+        assert account.faults[reason].messages == sum(n for _, its_reason, n in BAD_LINES if its_reason == reason)
+    assert account.messages == 2 * len(BAD_LINES) + sum(n for _, _, n in BAD_LINES)
+    report = "\n".join(account.report())
+    assert f"bad: unknown role: 1 ({path}:30)" in report
+
+
+def test_line_numbers_hold_across_tasks_workers_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 1000)
+    monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 1000)
+    lines: list[Any] = [chat("question " * (i % 7), f"answer {i}") for i in range(1, 200)]
+    lines[150] = lines[20] = b"broken"
+    first = write_jsonl(tmp_path / "one.jsonl", lines)
+    second = write_jsonl(tmp_path / "two.jsonl", [b"{", *lines[100:120]])
+    second.write_bytes(second.read_bytes().rstrip(b"\n").replace(b"\n", b"\r\n"))  # no last line end, Windows ends
+    alone = prepare([first, second], Settings(cache_dir=str(tmp_path / "a")), TOKENIZER, workers=1)
+    several = prepare([first, second], Settings(cache_dir=str(tmp_path / "b")), TOKENIZER, workers=3)
+    assert len(alone.meta["shards"]) > 5
+    assert alone.account["faults"]["broken JSON"]["first"] == [f"{first}:21", f"{first}:151", f"{second}:1"]
+    # Empty questions at i % 7 == 0 are bad lines too.
+    empty = [i for i in range(1, 200) if i % 7 == 0 and i - 1 not in (20, 150)]
+    assert alone.account["faults"]["empty"]["first"] == [f"{first}:{i}" for i in empty[:5]]
+    assert {p.name: p.read_bytes() for p in alone.folder.iterdir()} == {
+        p.name: p.read_bytes() for p in several.folder.iterdir()
+    }
+    texts = {
+        (piece.source, piece.line): TOKENIZER.decode(piece.ids)
+        for sample in range(alone.num_samples)
+        for piece in alone.pieces_of(sample)
+    }
+    assert "answer 131" in texts[(str(first), 131)]
+    assert "answer 104" in texts[(str(second), 5)]
+
+
+def test_a_second_start_reuses_the_cache_without_reading_the_input(tmp_path: Path) -> None:
+    dataset = prepared(tmp_path, [chat("q", "a")])
+    before = {path: path.stat().st_mtime_ns for path in dataset.folder.iterdir()}
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr("lumina.data.files.sha256_of", lambda path: pytest.fail("the input was read again"))
+        again = prepare([tmp_path / "in.jsonl"], Settings(), TOKENIZER)
+    assert again.fingerprint == dataset.fingerprint
+    assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == before
+
+
+def test_the_fingerprint_follows_contents_and_settings(tmp_path: Path) -> None:
+    base = prepared(tmp_path, [chat("q", "a")])
+    prints = {
+        base.fingerprint,
+        prepared(tmp_path, [chat("q", "b")]).fingerprint,
+        prepared(tmp_path, [chat("q", "a")], seq_length=32).fingerprint,
+        prepared(tmp_path, [chat("q", "a")], packing=False).fingerprint,
+        prepared(tmp_path, [chat("q", "a")], overlong="drop").fingerprint,
+    }
+    assert len(prints) == 5
+    moved = shutil.copy(write_jsonl(tmp_path / "in.jsonl", [chat("q", "a")]), tmp_path / "moved.jsonl")
+    assert prepare([moved], Settings(), TOKENIZER).fingerprint == base.fingerprint
+
+
+def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
+    dataset = prepared(tmp_path, [chat("q", "a")])
+    whole = (dataset.folder / "plan.arrow").read_bytes()
+    (dataset.folder / "plan.arrow").write_bytes(whole[:-9])
+    assert (prepared(tmp_path, [chat("q", "a")]).folder / "plan.arrow").read_bytes() == whole
+    (dataset.folder / "meta.json").write_bytes(b"{")
+    assert (prepared(tmp_path, [chat("q", "a")]).folder / "plan.arrow").read_bytes() == whole
+
+
+def test_finished_tasks_are_kept_over_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lumina.data import pool
+
+    monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 500)
+    monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 500)
+    path = write_jsonl(tmp_path / "in.jsonl", [chat("question", f"answer {i}") for i in range(60)])
+    undisturbed = prepare([path], Settings(cache_dir=str(tmp_path / "a")), TOKENIZER)
+    real, done = pool.run_task, []
+
+    def three_then_die(tokenizer: Any, task: Any) -> dict[str, Any]:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(task.out)
+        return real(tokenizer, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "run_task", three_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([path], Settings(cache_dir=str(tmp_path / "b")), TOKENIZER)
+    ran: list[str] = []
+    monkeypatch.setattr(pool, "run_task", lambda tokenizer, task: ran.append(task.out) or real(tokenizer, task))
+    resumed = prepare([path], Settings(cache_dir=str(tmp_path / "b")), TOKENIZER)
+    assert not set(ran) & set(done)
+    assert {p.name: p.read_bytes() for p in undisturbed.folder.iterdir()} == {
+        p.name: p.read_bytes() for p in resumed.folder.iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "missing.jsonl", "does not exist"),
+        (lambda folder: folder, "is a folder"),
+        (lambda folder: write_jsonl(folder / "empty.jsonl", []), "is empty"),
+        (lambda folder: write_jsonl(folder / "bad.jsonl", [b"no", b"", b"{}"]), "all 2 lines are bad"),
+        (lambda folder: write_jsonl(folder / "blank.jsonl", [b"", b" "]), "Every line is blank"),
+    ],
+)
+def test_unusable_inputs_are_the_users_error(tmp_path: Path, make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare([make(tmp_path)], Settings(cache_dir=str(tmp_path / "cache")), TOKENIZER)
+
+
+def test_no_files_and_too_small_a_window(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no data files"):
+        prepare([], Settings(), TOKENIZER)
+    with pytest.raises(UserError, match="at least 16"):
+        prepared(tmp_path, [chat("q", "a")], seq_length=8)
+
+
+def test_another_process_preparing_is_waited_for_within_a_bound(tmp_path: Path) -> None:
+    import fcntl
+
+    dataset = prepared(tmp_path, [chat("q", "a")])
+    lock = dataset.folder.parent / f"{dataset.folder.name}.lock"
+    shutil.rmtree(dataset.folder)
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process"):
+            prepare([tmp_path / "in.jsonl"], Settings(), TOKENIZER, wait_seconds=0.2)
+
+
+def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+    import sys
+
+    from lumina.data import pool
+
+    def stillborn() -> subprocess.Popen[bytes]:
+        code = "import sys; sys.stdin.readline(); sys.exit(9)"
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    monkeypatch.setattr(pool, "_start", stillborn)
+    monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 100)
+    monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 100)
+    path = write_jsonl(tmp_path / "in.jsonl", [chat("question", f"answer {i}") for i in range(20)])
+    with pytest.raises(UserError, match=r"worker process died \(exit code 9\)"):
+        prepare([path], Settings(), TOKENIZER, workers=2)

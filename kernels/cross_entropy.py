@@ -56,16 +56,19 @@ def _cross_entropy(logits_ptr, target_ptr, weight_ptr, loss_ptr, width, stride, 
             total_V = total_V * tl.exp(most_V - higher_V) + tl.sum(tl.exp(x_KV - higher_V[None, :]), axis=0)
             most_V = higher_V
         most = tl.max(most_V, axis=0)
-        lse = most + tl.log(tl.sum(total_V * tl.exp(most_V - most), axis=0))
+        # Not lse = most + log(total): its rounding, an error of the size of the largest logit, would go into every
+        # loss.
+        total = tl.sum(total_V * tl.exp(most_V - most), axis=0)
+        scale = 1.0 / total
         # The logit at the target was read before anyone overwrites it, and every thread has read its own columns.
         tl.debug_barrier()
         for back in range(0, steps):
             here_KV = (steps - 1 - back) * COLS + col_KV
             inside_KV = here_KV < width
             x_KV = tl.load(row_ptr + here_KV, mask=inside_KV, other=float("-inf")).to(tl.float32)
-            dx_KV = weight * (tl.exp(x_KV - lse) - tl.where(here_KV == target, 1.0, 0.0))
+            dx_KV = weight * (tl.exp(x_KV - most) * scale - tl.where(here_KV == target, 1.0, 0.0))
             tl.store(row_ptr + here_KV, dx_KV.to(logits_ptr.dtype.element_ty), mask=inside_KV)
-        tl.store(loss_ptr + row, lse - at_target)
+        tl.store(loss_ptr + row, tl.log(total) - (at_target - most))
 
 
 def cross_entropy_launch(
@@ -95,6 +98,7 @@ cross_entropy_op = launch.register(
     "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights) -> Tensor",
     _cross_entropy_in_place,
     lambda logits, targets, weights: logits.new_empty(logits.shape[0], dtype=torch.float32),
+    mutated=1,
 )
 
 

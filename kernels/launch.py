@@ -26,6 +26,11 @@ import triton
 #: True when kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
+if INTERPRETED:
+    from . import interpreter
+
+    interpreter.install()
+
 #: Programs are planned for this many multiprocessors where no device can be asked (an H100 SXM has 132).
 DEFAULT_MULTIPROCESSORS = 132
 
@@ -250,6 +255,7 @@ def register(
     *,
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    mutated: int = 0,
 ) -> Callable[..., Any]:
     """Register `lumina::NAME` from a schema string and return the operator.
 
@@ -259,10 +265,18 @@ def register(
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    operator: torch._ops.OpOverload[..., Any] = getattr(torch.ops.lumina, name).default
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"lumina::{name}", fake, lib=_LIBRARY)
+    if mutated:
+
+        def count(keys: torch.DispatchKeySet, *args: Any) -> Any:
+            torch.autograd.graph.increment_version(args[:mutated])
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return operator.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
+        _LIBRARY.impl(name, count, "ADInplaceOrView", with_keyset=True)  # type: ignore[no-untyped-call]
     if backward is not None:
         torch.library.register_autograd(f"lumina::{name}", backward, setup_context=setup, lib=_LIBRARY)
-    operator: Callable[..., Any] = getattr(torch.ops.lumina, name).default
     return operator

@@ -187,7 +187,7 @@ def _wide_shares(
 
 
 @triton.jit
-def _add_shares(share_ptr, dweight_ptr, shares, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _add_shares(share_ptr, dweight_ptr, shares, width, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     col_W = tl.program_id(0) * COLS + tl.arange(0, COLS)
     inside_W = col_W < width
     total_RW = tl.zeros([ROWS, COLS], tl.float32)
@@ -198,8 +198,9 @@ def _add_shares(share_ptr, dweight_ptr, shares, width, ROWS: tl.constexpr, COLS:
             mask=(share_R < shares)[:, None] & inside_W[None, :],
             other=0.0,
         )
-    dweight_W = tl.sum(total_RW, axis=0).to(dweight_ptr.dtype.element_ty)
-    tl.store(dweight_ptr + col_W, dweight_W, mask=inside_W)
+    # In two levels: no chain of additions is longer than the square root of their number.
+    total_W = tl.sum(tl.sum(tl.reshape(total_RW, [ROWS // INNER, INNER, COLS]), axis=0), axis=0)
+    tl.store(dweight_ptr + col_W, total_W.to(dweight_ptr.dtype.element_ty), mask=inside_W)
 
 
 # ---------------------------------------------------------------- launches
@@ -266,9 +267,9 @@ def backward_launches(
         return [
             Launch(_backward_wide, (rows,), (dy_NW, x_NW, weight_W, dsum, dx_NW, rstd_N, rows, width, *strides, eps),
                    {**add, "ROWS": 1, "COLS": SWEEP}, 8),
-            Launch(_wide_shares, (cdiv(width, 256), shares),
+            Launch(_wide_shares, (cdiv(width, 1024), shares),
                    (dy_NW, x_NW, rstd_N, share_PW, rows, width, dy_NW.stride(0), x_NW.stride(0), cdiv(rows, shares)),
-                   {"ROWS": 8, "COLS": 256}, 4),
+                   {"ROWS": 4, "COLS": 1024}, 4),
             _shares_launch(share_PW, dweight_W),
         ]  # fmt: skip
 
@@ -285,7 +286,8 @@ def backward_launches(
 
 def _shares_launch(share_PW: torch.Tensor, dweight_W: torch.Tensor) -> Launch:
     shares, width = share_PW.shape
-    tile = {"ROWS": min(64, power_of_two(shares)), "COLS": 32}
+    height = min(64, power_of_two(shares))
+    tile = {"INNER": min(8, height), "ROWS": height, "COLS": 32}
     return Launch(_add_shares, (cdiv(width, 32),), (share_PW, dweight_W, shares, width), tile, 4)
 
 

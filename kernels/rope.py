@@ -206,6 +206,7 @@ rope_in_place_op = launch.register(
     "rope_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor positions) -> ()",
     _rope_in_place,
     lambda q, k, cos, sin, positions: None,
+    mutated=2,
 )
 
 

@@ -13,6 +13,12 @@ from typing import Any
 FIRST_LINES = 5  # how many line numbers are kept for each reason
 
 
+def add_counts(own: dict[str, int], more: Mapping[str, int]) -> None:
+    """Adds counts by key."""
+    for key, count in more.items():
+        own[key] = own.get(key, 0) + count
+
+
 @dataclass
 class FaultCount:
     """Lines skipped for one reason: how many, how many messages they held, and where the first ones are."""
@@ -32,7 +38,9 @@ class Account:
 
     lines: int = 0
     blank_lines: int = 0
+    records: int = 0  # lines used: a line each, but for flat OASST messages, where a tree takes several
     conversations: int = 0
+    paths_discarded: dict[str, int] = field(default_factory=dict)  # of OASST trees
     faults: dict[str, FaultCount] = field(default_factory=dict)
     conversations_dropped: dict[str, int] = field(default_factory=dict)
     messages: int = 0
@@ -92,8 +100,7 @@ class Account:
             elif isinstance(value, list):
                 own.extend(value)
             else:
-                for reason, count in value.items():
-                    own[reason] = own.get(reason, 0) + count
+                add_counts(own, value)
 
     @property
     def bad_lines(self) -> int:
@@ -107,7 +114,7 @@ class Account:
 
     def check(self) -> None:
         """Asserts that lines, messages and tokens add up."""
-        assert self.lines == self.blank_lines + self.conversations + self.bad_lines, "lines do not add up"
+        assert self.lines == self.blank_lines + self.records + self.bad_lines, "lines do not add up"
         dropped = sum(self.messages_dropped.values())
         assert self.messages == self.messages_trained + self.messages_masked + dropped, "messages do not add up"
         dropped = sum(self.tokens_dropped.values())
@@ -128,8 +135,8 @@ class Account:
         dropped_messages = sum(self.messages_dropped.values())
         dropped_tokens = sum(self.tokens_dropped.values())
         out = [
-            f"lines          {self.lines:,} = {self.conversations:,} conversations + {self.bad_lines:,} bad"
-            f" + {self.blank_lines:,} blank",
+            f"lines          {self.lines:,} = {self.records:,} used + {self.bad_lines:,} bad"
+            f" + {self.blank_lines:,} blank; {self.conversations:,} conversations",
             f"messages       {self.messages:,} = {self.messages_trained:,} trained + {self.messages_masked:,} masked"
             f" + {dropped_messages:,} dropped",
             f"tokens         {self.tokens:,} = {self.tokens_trained:,} trained + {self.tokens_masked:,} masked"
@@ -142,6 +149,7 @@ class Account:
             more = ", …" if entry.lines > len(entry.first) else ""
             out.append(f"  bad: {reason}: {entry.lines:,} ({', '.join(entry.first)}{more})")
         for what, counts in (
+            ("OASST paths", self.paths_discarded),
             ("conversations", self.conversations_dropped),
             ("messages", self.messages_dropped),
             ("tokens", self.tokens_dropped),

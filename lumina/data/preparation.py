@@ -33,6 +33,7 @@ from lumina.data.files import cache_root, content_digests, write_json
 from lumina.data.packing import pack, rows_to_pieces
 from lumina.data.pool import run_tasks, usable_cores
 from lumina.data.shards import open_batches, write_plan
+from lumina.data.sources import detect, expand
 from lumina.data.worker import Task
 
 FORMAT_VERSION = 1
@@ -129,24 +130,22 @@ def open_cached(folder: Path, fingerprint: str) -> PackedDataset | None:
 
 
 def plan_tasks(files: Sequence[Path], folder: Path, config: Settings) -> list[Task]:
-    """The byte ranges to do, from the files' sizes alone."""
+    """What there is to do, from the files' sizes and layouts alone."""
     sizes = [path.stat().st_size for path in files]
     step = min(max(-(-sum(sizes) // 16), MIN_TASK_BYTES), MAX_TASK_BYTES)
-    ranges = [(path, start, size) for path, size in zip(files, sizes, strict=True) for start in range(0, size, step)]
-    return [
-        Task(
-            str(path), start, min(start + step, size), str(folder / _piece_name(i)), config.seq_length, config.overlong
-        )
-        for i, (path, start, size) in enumerate(ranges)
-    ]
-
-
-def _piece_name(number: int) -> str:
-    return f"pieces-{number:05d}.arrow"
+    tasks: list[Task] = []
+    for path, size in zip(files, sizes, strict=True):
+        layout = detect(str(path))
+        for start in range(0, size, step if layout.splittable else size):
+            stop = min(start + step, size) if layout.splittable else size
+            out = str(folder / f"pieces-{len(tasks):05d}.arrow")
+            how = (layout.container, layout.compression, layout.flat)
+            tasks.append(Task(str(path), how, start, stop, out, config.seq_length, config.overlong))
+    return tasks
 
 
 def _check_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    files = [Path(path) for path in paths]
+    files = [Path(path) for path in expand([os.fspath(path) for path in paths])]
     if not files:
         raise UserError("no data files given")
     for path in files:
@@ -155,6 +154,8 @@ def _check_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
             raise UserError(f"data file {path} {what}")
         if path.stat().st_size == 0:
             raise UserError(f"data file {path} is empty", "It should hold one conversation a line.")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"data file {path} may not be read by this user")
     return files
 
 

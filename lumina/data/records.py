@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
 from lumina.chat.template import ROLE_ALIASES, TEXT_ROLE, Conversation, Message
+from lumina.data.oasst import Options, extract, malformed
 
 BROKEN_JSON = "broken JSON"
 WRONG_TYPE = "wrong type"
@@ -18,6 +21,15 @@ EMPTY = "empty"
 UNKNOWN_ROLE = "unknown role"
 NO_ASSISTANT = "no assistant turn"
 UNKNOWN_FORMAT = "unknown format"
+
+SHAREGPT_ROLES = {
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "tool": "user",
+    "observation": "user",
+    "function_response": "user",
+}
 
 
 @dataclass(slots=True, frozen=True)
@@ -27,6 +39,16 @@ class Fault:
     reason: str
     detail: str
     messages: int = 0
+
+
+BLANK = Fault("blank line", "")
+
+
+class Tree(NamedTuple):
+    """The conversations of one OASST tree, and its discarded paths by reason."""
+
+    conversations: list[Conversation]
+    discarded: Counter[str]
 
 
 def parse_json(line: bytes) -> Any:
@@ -66,7 +88,9 @@ def from_messages(record: dict[str, Any]) -> Conversation | Fault:
     for number, item in enumerate(raw, 1):
         if type(item) is not dict:
             return Fault(WRONG_TYPE, f"message {number} is {_kind(item)}, not an object", len(raw))
-        role, content, weight = item.get("role"), item.get("content"), item.get("weight", 1)
+        role, content, weight = item.get("role"), item.get("content"), item.get("weight")
+        if weight is None:
+            weight = 1
         if type(content) is not str:
             content = content_text(content)
         if type(role) is not str or content is None or weight not in (0, 1):
@@ -83,8 +107,7 @@ def from_messages(record: dict[str, Any]) -> Conversation | Fault:
         return Fault(EMPTY, "no messages")
     if not learn_any:
         return Fault(NO_ASSISTANT, "no assistant message to learn from", len(raw))
-    identity = record.get("id", "")
-    return Conversation(messages, identity if type(identity) is str else str(identity))
+    return Conversation(messages, _identity(record))
 
 
 def from_text(record: dict[str, Any]) -> Conversation | Fault:
@@ -94,21 +117,127 @@ def from_text(record: dict[str, Any]) -> Conversation | Fault:
         return Fault(WRONG_TYPE, f"`text` is {_kind(text)}, not a string", 1)
     if not text or text.isspace():
         return Fault(EMPTY, "no text", 1)
-    return Conversation([Message(TEXT_ROLE, text)], str(record.get("id", "")))
+    return Conversation([Message(TEXT_ROLE, text)], _identity(record))
 
 
-def convert(record: Any) -> Conversation | Fault:
-    """A parsed record -> a conversation, by the keys it has."""
+def from_sharegpt(record: dict[str, Any]) -> Conversation | Fault:
+    """ShareGPT: `{"conversations": [{"from", "value"}], "system"?}`. A tool's output is context for the assistant, as
+    a user's words are; the template has no role of its own for it."""
+    raw = record["conversations"]
+    if type(raw) is not list:
+        return Fault(WRONG_TYPE, f"`conversations` is {_kind(raw)}, not a list")
+    turns: list[Any] = []
+    for item in raw:
+        if type(item) is not dict:
+            turns.append(item)
+            continue
+        role = item["from"] if item.get("from") is not None else item.get("role")
+        content = item["value"] if item.get("value") is not None else item.get("content")
+        role = SHAREGPT_ROLES.get(role, role) if type(role) is str else role
+        turns.append({"role": role, "content": content, "weight": item.get("weight")})
+    return from_messages({**record, "messages": [*_system(record), *turns]})
+
+
+def from_instruction(record: dict[str, Any]) -> Conversation | Fault:
+    """Alpaca: `{"instruction", "input"?, "output", "system"?}`. The input comes after a blank line."""
+    parts = [record["instruction"], record.get("input") or ""]
+    wrong = [part for part in parts if type(part) is not str]
+    question: Any = wrong[0] if wrong else "\n\n".join(part for part in parts if part.strip())
+    return _pair(record, question, record.get("output"))
+
+
+def from_prompt(record: dict[str, Any]) -> Conversation | Fault:
+    """`{"prompt", "response" | "completion"}`, each a string or a list of messages (TRL)."""
+    prompt = record["prompt"]
+    answer = record["response"] if record.get("response") is not None else record.get("completion")
+    if type(prompt) is list and type(answer) is list:
+        return from_messages({**record, "messages": [*prompt, *answer]})
+    return _pair(record, prompt, answer)
+
+
+def _pair(record: dict[str, Any], question: Any, answer: Any) -> Conversation | Fault:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return from_messages({**record, "messages": [*_system(record), *turns]})
+
+
+def _system(record: dict[str, Any]) -> list[dict[str, Any]]:
+    system = record.get("system")
+    return [{"role": "system", "content": system}] if type(system) is str and system.strip() else []
+
+
+def _identity(record: dict[str, Any]) -> str:
+    """What must stay on one side of a split: the tree's or the conversation's id."""
+    for key in ("tree_id", "id"):
+        identity = record.get(key)
+        if identity is not None:
+            return str(identity)
+    return ""
+
+
+def is_flat_oasst(record: Any) -> bool:
+    """Whether a record is a single OASST message, linked to its tree by parent_id."""
+    return (
+        type(record) is dict
+        and type(record.get("message_id")) is str
+        and type(record.get("text")) is str
+        and type(record.get("role")) is str
+        and "replies" not in record
+    )
+
+
+def from_tree(record: dict[str, Any]) -> Tree | Fault:
+    """An OASST tree: every thread that the default options take (`lumina process-oasst` has the others)."""
+    reason = malformed(record)
+    if reason is not None:
+        return Fault(WRONG_TYPE, f"an OASST tree with {reason}")
+    extraction = extract(record, Options())
+    conversations = []
+    for thread in extraction.records:
+        found = from_messages(thread)
+        if isinstance(found, Fault):
+            extraction.discarded[found.reason] += 1
+        else:
+            conversations.append(found)
+    return Tree(conversations, extraction.discarded)
+
+
+FORMATS: tuple[tuple[str, str, Callable[[dict[str, Any]], Conversation | Fault | Tree]], ...] = (
+    # The key that tells it, its name, its converter; the first key present decides.
+    ("messages", "messages", from_messages),
+    ("conversations", "ShareGPT", from_sharegpt),
+    ("instruction", "Alpaca", from_instruction),
+    ("text", "text", from_text),
+)
+
+
+def format_of(record: Any) -> str | None:
+    """The name of a record's format, None when it has none of ours."""
+    if type(record) is not dict:
+        return None
+    if type(record.get("prompt")) is dict:
+        return "OASST tree"
+    if record.get("prompt") is not None and (record.get("response") or record.get("completion")) is not None:
+        return "prompt and response"
+    return next((name for key, name, _ in FORMATS if record.get(key) is not None), None)
+
+
+def convert(record: Any) -> Conversation | Fault | Tree:
+    """A parsed record -> a conversation (a tree: several), by the keys it has."""
+    if type(record) is dict:
+        if type(record.get("messages")) is list:  # by far the most frequent
+            return from_messages(record)
+        if type(record.get("prompt")) is dict:
+            return from_tree(record)
+        if record.get("prompt") is not None and (record.get("response") or record.get("completion")) is not None:
+            return from_prompt(record)
+        for key, _, converter in FORMATS:
+            if record.get(key) is not None:
+                return converter(record)
+        keys = ", ".join(sorted(map(str, record))[:6])
+        return Fault(UNKNOWN_FORMAT, f"none of our formats has the keys it has ({keys[:120]})")
     if type(record) is Fault:
         return record
-    if type(record) is not dict:
-        return Fault(WRONG_TYPE, f"the record is {_kind(record)}, not an object")
-    if "messages" in record:
-        return from_messages(record)
-    if "text" in record:
-        return from_text(record)
-    keys = ", ".join(sorted(map(str, record))[:6])
-    return Fault(UNKNOWN_FORMAT, f"no `messages` or `text` among its keys ({keys})")
+    return Fault(WRONG_TYPE, f"the record is {_kind(record)}, not an object")
 
 
 def _kind(value: Any) -> str:

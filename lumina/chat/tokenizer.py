@@ -101,6 +101,7 @@ class Tokenizer:
         self.control_ids: dict[str, int] = {name: BASE_VOCAB + i for i, name in enumerate(CONTROL_TOKENS)}
         used = BASE_VOCAB + len(CONTROL_TOKENS)
         self.vocab_size: int = -(-used // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.text_ids: int = _FIRST_SPECIAL  # ids below this one are text, the others control tokens or nothing
         self.pad_id: int = self.control_ids["<|pad|>"]
         self.stop_id: int = self.control_ids["<|im_end|>"]
         self.end_of_text_id: int = self.control_ids["<|endoftext|>"]

@@ -167,7 +167,8 @@ class Transformer(nn.Module):
         """Logits (B, S, V) or, with targets, a float32 scalar: sum over positions of weight * cross-entropy in nats.
 
         ids, positions, targets: int64 (B, S); weights: float32 (B, S). cu_seqlens: int32, document boundaries over
-        B*S starting at 0, given only with B = 1; without it every row is one causal document.
+        B*S starting at 0, given only with B = 1; without it every row is one causal document. With a cache, ids and
+        positions are those of its announced pass, and the logits are of each row's newest position only: (R, 1, V).
         """
         docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen) if cache is None else None
         rotary = ops.Rotary.of(positions_BS, self.config.head_dim, self.config.rope_theta)
@@ -179,6 +180,8 @@ class Transformer(nn.Module):
             else:
                 delta_BSD, residual_BSD = block(delta_BSD, residual_BSD, rotary, docs, cache)
         normed_BSD, _ = self.norm(delta_BSD, residual_BSD)
+        if cache is not None:
+            normed_BSD = cache.newest(normed_BSD)
         return self.output(normed_BSD, targets_BS, weights_BS)  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,123 @@
+"""Generation: prefill the prompts in one pass, then one token per sequence and pass until each has stopped.
+
+Shape suffixes: R sequences still going, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lumina.chat import Tokenizer
+from lumina.config import UserError
+from lumina.infer.sampling import Sampling, choose, generator
+from lumina.model import Transformer
+from lumina.model.cache import KVCache
+
+Finish = Literal["stop", "length", "window"]
+"""Why a sequence ended: its stop token, max_length, or the model's window (seq_length) being full."""
+
+
+@dataclass
+class Answer:
+    """The new tokens of one sequence, without the stop token."""
+
+    ids: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """Ids that are never sampled, bool (V): everything that is not text, except the stop token. The chat template
+    places control tokens, not the model; ids past the tokenizer's own are padding of the vocabulary."""
+    forbidden_V = torch.ones(vocab_size, dtype=torch.bool)
+    forbidden_V[: tokenizer.text_ids] = False
+    forbidden_V[tokenizer.stop_id] = False
+    return forbidden_V
+
+
+def check_prompt(length: int, window: int) -> None:
+    """Raise UserError when a prompt leaves no room for an answer."""
+    if not 1 <= length < window:
+        raise UserError(
+            f"the prompt has {length} tokens, and the model's window is {window}",
+            "Shorten it: the prompt and the answer share the window (seq_length).",
+        )
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+) -> Iterator[list[tuple[int, int]]]:
+    """Generate for a batch of prompts of any lengths.
+
+    Yields after every pass the new tokens as (sequence, id) pairs, the stop token included: a sequence ends with it, at
+    max_length tokens, or when prompt and answer fill the model's window.
+
+    Raises:
+        UserError: a prompt that fills the window.
+    """
+    window, stop = model.config.seq_length, tokenizer.stop_id
+    for prompt in prompts:
+        check_prompt(len(prompt), window)
+    weight = model.embedding.weight
+    forbidden_V = forbidden_ids(tokenizer, model.config.vocab_size).to(weight.device)
+    room = [min(sampling.max_length, window - len(prompt)) for prompt in prompts]
+    capacity = max(len(prompt) + new for prompt, new in zip(prompts, room, strict=True))
+    cache = KVCache(model.config, len(prompts), capacity, weight)
+    generators = [generator(sampling, sequence) for sequence in range(len(prompts))]
+    going = list(range(len(prompts)))
+    new_ids = torch.tensor([token for prompt in prompts for token in prompt], device=weight.device)[None]
+    positions = cache.extend(going, [len(prompt) for prompt in prompts])
+    while True:
+        logits_RV = model(new_ids, positions, cache=cache)[:, 0]
+        logits_RV.masked_fill_(forbidden_V, -torch.inf)
+        chosen = choose(logits_RV, sampling, [generators[sequence] for sequence in going]).tolist()
+        yield list(zip(going, chosen, strict=True))
+        for sequence in going:
+            room[sequence] -= 1
+        kept = [(s, token) for s, token in zip(going, chosen, strict=True) if token != stop and room[s] > 0]
+        if not kept:
+            return
+        going = [sequence for sequence, _ in kept]
+        new_ids = torch.tensor([token for _, token in kept], device=weight.device)[:, None]
+        positions = cache.extend(going, [1] * len(going), decode=True)
+
+
+def generate(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[Answer]:
+    """Answers to a batch of prompts. See `stream`."""
+    answers = [Answer() for _ in prompts]
+    for new in stream(model, tokenizer, prompts, sampling):
+        for sequence, token in new:
+            answer = answers[sequence]
+            if token == tokenizer.stop_id:
+                answer.finish = "stop"
+            else:
+                answer.ids.append(token)
+    for answer in answers:
+        if answer.finish is None:
+            answer.finish = "length" if len(answer.ids) == sampling.max_length else "window"
+    return answers
+
+
+class TextStream:
+    """Tokens to text as it arrives: holds back bytes until they are whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def end(self) -> str:
+        return self._decoder.decode(b"", final=True)

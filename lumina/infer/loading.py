@@ -1,0 +1,161 @@
+"""From a path that a user gives to a model that is ready to answer.
+
+A path is a run's folder (its best checkpoint, or the newest when none was evaluated), RUN/best, or one checkpoint. Only
+Lumina's own checkpoints are read, whose hashes are checked first: safetensors and JSON, never a pickle.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from lumina.chat import Tokenizer
+from lumina.config import ModelConfig, UserError
+from lumina.config import precision as precisions
+from lumina.config.load import parse_yaml
+from lumina.model import Transformer, keep_heap
+from lumina.train.checkpoint import (
+    Reader,
+    best_step,
+    candidates,
+    checkpoints,
+    name_of,
+    newest_sound,
+    read_progress,
+)
+from lumina.train.state import MASTER
+
+log = logging.getLogger("lumina")
+
+RUNS = Path("experiments")
+_SEED_SPELLING = "best_model.pt"  # `--resume checkpoints/best_model.pt`, as the project was first described
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, its tokenizer, and where both came from."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    checkpoint: Path
+    step: int
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The sound checkpoint that a path means. Damaged ones are reported and passed over.
+
+    Raises:
+        UserError: nothing there, a file in a format that is not read, or no whole checkpoint.
+    """
+    given = Path(path)
+    if given.name == _SEED_SPELLING and not given.exists():
+        run = _newest_run()
+        if run is None:
+            raise UserError(f"{given} does not exist, and no run under {RUNS}/ has a checkpoint", "Train one first.")
+        log.info("%s does not exist: using the best checkpoint of the newest run, %s", given, run)
+        given = run
+    if given.is_file():
+        why = " and a pickle can run code when it is opened" if given.suffix in _PICKLES else ""
+        raise UserError(
+            f"{given} is a file: a checkpoint is a folder of safetensors{why}",
+            "Give a run's folder (experiments/NAME) or one of its checkpoints/step-… folders.",
+        )
+    wants_best = given.name == "best" and not given.exists()
+    run = given.parent if wants_best else given
+    choices = candidates(run)
+    if choices[0] != run:  # a run's folder or its checkpoints folder
+        best = best_step(choices[0].parent)
+        if best is not None:
+            choices = sorted(choices, key=lambda choice: choice.name != name_of(best))
+        elif wants_best:
+            log.warning("no checkpoint of %s was evaluated: using its newest", run)
+    sound = newest_sound(choices)
+    if sound is None:
+        raise UserError(f"no checkpoint under {choices[0].parent} is whole", "See the warnings above for each one.")
+    return sound
+
+
+def _newest_run() -> Path | None:
+    """The run whose newest checkpoint was written last."""
+    newest = {run: found[0] for run in RUNS.glob("*") if (found := checkpoints(run / "checkpoints"))}
+    return max(newest, key=lambda run: newest[run].stat().st_mtime, default=None)
+
+
+def read_config(checkpoint: Path) -> ModelConfig:
+    """The model's shape, from the run's config.yaml; settings of training are not looked at."""
+    path = checkpoint.parent.parent / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}", "A checkpoint is used from inside its run's folder.") from None
+    values, _ = parse_yaml(text, str(path))
+    try:
+        return ModelConfig(**{name: value for name, value in values.items() if name in ModelConfig.model_fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """The float32 weights by name, one at a time: memory for the largest one is enough.
+
+    Raises:
+        UserError: the checkpoint has other parameters than the model.
+    """
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+    try:
+        reader = Reader(checkpoint)
+        strange = sorted(set(shapes) ^ reader.names())
+        if strange:
+            which = "does not know" if strange[0] in reader.names() else "also needs"
+            raise UserError(f"{checkpoint} was written by another model: this one {which} {strange[0]}")
+        for name, shape in shapes.items():
+            if reader.numel(name) != shape.numel():
+                raise UserError(
+                    f"{checkpoint}: {name} has {reader.numel(name)} elements, the model has {shape.numel()}",
+                    "The run's config.yaml does not belong to this checkpoint.",
+                )
+            flat = torch.empty(shape.numel(), dtype=torch.float32)
+            reader.read(MASTER, name, 0, flat)
+            yield name, flat.view(shape)
+    except (SafetensorError, KeyError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"{checkpoint} cannot be read: {error}") from None
+
+
+def choose_dtype(precision: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Where and in what to compute: the GPU when there is one; bf16 where the device multiplies it, since decoding is
+    bound by the bytes of the weights (benchmarks/generate.py)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, _DTYPES[precisions.resolve(precision, device.type)]
+
+
+@torch.no_grad()
+def load(path: str | Path, precision: str = "auto") -> Loaded:
+    """Load the model that `path` means (see find_checkpoint), in evaluation mode, on the GPU when there is one."""
+    keep_heap()
+    checkpoint = find_checkpoint(path)
+    config = read_config(checkpoint)
+    device, dtype = choose_dtype(precision)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype).to_empty(device=device)
+    if config.tie_word_embeddings:  # to_empty gives each use of a shared weight a tensor of its own
+        model.output.weight = model.embedding.weight
+    parameters = dict(model.named_parameters())
+    for name, weight in weights(checkpoint, config):
+        parameters[name].copy_(weight)
+    model.requires_grad_(False).eval()
+    return Loaded(model, Tokenizer.load(), checkpoint, read_progress(checkpoint)[0].step)

@@ -1,0 +1,90 @@
+"""From logits to the next token.
+
+Filters apply in the order that transformers uses: temperature, top-k, top-p on what top-k left. One uniform number per
+token and sequence picks from the remaining probabilities, likeliest first, so a sequence's tokens depend on its own
+seed and not on its neighbours in a batch.
+
+Shape suffixes: R sequences, V vocabulary, k candidates.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lumina.config import UserError
+
+TEMPERATURES, TOP_KS, TOP_PS, LENGTHS = (0.1, 2.0), (1, 100), (0.1, 1.0), (1, 2048)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose. temperature 0 is greedy; top_k None and top_p 1 filter nothing; seed None draws one.
+
+    Raises UserError when a value is outside its range.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float = 0.9
+    max_length: int = 256
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0:
+            _within("temperature", self.temperature, TEMPERATURES, " (or 0 for greedy)")
+        if self.top_k is not None:
+            _within("top_k", self.top_k, TOP_KS)
+        _within("top_p", self.top_p, TOP_PS)
+        _within("max_length", self.max_length, LENGTHS)
+        if self.seed is None:
+            object.__setattr__(self, "seed", int.from_bytes(os.urandom(4), "little"))
+        elif not 0 <= self.seed < 2**63:
+            raise UserError(f"seed {self.seed} is outside 0 to 2^63 - 1")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _within(name: str, value: float, bounds: tuple[float, float], also: str = "") -> None:
+    low, high = bounds
+    if not (math.isfinite(value) and low <= value <= high):
+        raise UserError(f"{name} {value:g} is outside {low:g} to {high:g}{also}")
+
+
+def generator(sampling: Sampling, sequence: int) -> torch.Generator:
+    """The random numbers of one sequence of a batch."""
+    assert sampling.seed is not None
+    return torch.Generator().manual_seed((sampling.seed + sequence) % 2**63)
+
+
+def candidates(logits_RV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The tokens that remain after the filters: (probabilities float64 (R, k), ids int64 (R, k)), likeliest first.
+    Those that top-p removed have probability 0."""
+    if sampling.top_k is not None:
+        kept_Rk, ids_Rk = logits_RV.topk(min(sampling.top_k, logits_RV.shape[-1]))
+    else:
+        kept_Rk, ids_Rk = logits_RV.sort(descending=True)
+    p_Rk = (kept_Rk.double() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        before_Rk = p_Rk.cumsum(-1) - p_Rk
+        p_Rk = p_Rk.masked_fill(before_Rk >= sampling.top_p, 0)  # the token that crosses top-p stays
+        p_Rk /= p_Rk.sum(-1, keepdim=True)
+    return p_Rk, ids_Rk
+
+
+def choose(logits_RV: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """The next token of each sequence: int64 (R,). Forbidden tokens have logits -inf."""
+    if sampling.greedy:
+        return logits_RV.argmax(-1)
+    p_Rk, ids_Rk = candidates(logits_RV, sampling)
+    uniform = [torch.rand(1, generator=g, dtype=torch.float64) for g in generators]
+    u_R1 = torch.stack(uniform).to(p_Rk.device)
+    sums_Rk = p_Rk.cumsum(-1)
+    picked_R1 = torch.searchsorted(sums_Rk, u_R1 * sums_Rk[:, -1:], right=True)
+    return ids_Rk.gather(1, picked_R1.clamp_(max=ids_Rk.shape[1] - 1))[:, 0]

@@ -1,0 +1,155 @@
+"""The keys and values of sequences being generated, allocated once.
+
+The cache has rows (one sequence each) of a fixed capacity. A forward pass extends some of its rows; `extend` says which
+and by how much, and returns the positions of the new tokens:
+
+- Prefill: any rows, any counts. The new tokens lie end to end in one row of ids (1, T), without padding, exactly as
+  training lays out documents. Rows that were empty go through training's own attention.
+- Decode: one token for each of R rows, as ids (R, 1).
+
+Rows are independent: one can be freed and filled anew while the others go on.
+
+Shape suffixes as in transformer.py; L layers, R rows of one pass, N rows of the cache, T new tokens end to end,
+C capacity in tokens, n cached tokens seen by a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lumina.config import ModelConfig
+from lumina.model.attention import Documents, attention
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one forward pass adds: for each row, tokens [start, end)."""
+
+    rows: list[int]
+    starts: list[int]
+    ends: list[int]
+    decode: bool
+    index_R: Tensor | None  # decode: the rows, or None when they are the first R in order
+    slots_R: Tensor | None  # decode: where in its row each new token goes
+    mask_R11n: Tensor | None  # decode: the tokens each row sees; None when every row sees all n
+    docs: Documents | None  # prefill of empty rows: training's own layout
+
+
+class KVCache:
+    """Keys and values (L, N, K, C, d) of N sequences of at most C tokens, in the model's dtype.
+
+    Bytes: 2 * L * N * K * C * d * element size.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor) -> None:
+        """`like` gives dtype and device: a weight of the model."""
+        shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
+        # Zeros, not empty: a masked slot has weight 0, and 0 times the NaN that stray memory may hold is NaN.
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+        self.rows, self.capacity = rows, capacity
+        self.lengths = [0] * rows
+        self._pass: _Pass | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def free(self, row: int, keep: int = 0) -> None:
+        """Forget all but the first `keep` tokens of a row."""
+        assert 0 <= keep <= self.lengths[row]
+        self.lengths[row] = keep
+
+    def extend(self, rows: Sequence[int], counts: Sequence[int], decode: bool = False) -> Tensor:
+        """Announce the next forward pass: `counts[i]` new tokens in row `rows[i]`.
+
+        Returns the new tokens' positions, int64: (1, T) end to end, or (R, 1) with `decode`, where all counts are 1.
+        """
+        starts = [self.lengths[row] for row in rows]
+        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        assert len(set(rows)) == len(rows), "a row is extended once per pass"
+        assert min(counts) >= 1, "a row is extended by at least one token"
+        assert max(ends) <= self.capacity, "the cache is full"
+        for row, end in zip(rows, ends, strict=True):
+            self.lengths[row] = end
+        device = self.device
+        if decode:
+            assert max(counts) == 1
+            slots_R = torch.tensor(starts, device=device)
+            in_order = list(rows) == list(range(len(rows)))
+            index_R = None if in_order else torch.tensor(list(rows), device=device)
+            longest = max(ends)
+            mask_R11n = None
+            if min(ends) != longest:
+                mask_R11n = (torch.arange(longest, device=device) <= slots_R[:, None])[:, None, None]
+            self._pass = _Pass(list(rows), starts, ends, True, index_R, slots_R, mask_R11n, None)
+            return slots_R[:, None]
+        docs = None
+        if max(starts) == 0:
+            bounds = (0, *accumulate(counts))
+            edges = torch.tensor(bounds, dtype=torch.int32, device=device)
+            docs = Documents(bounds if device.type == "cpu" else None, edges, max(counts))
+        self._pass = _Pass(list(rows), starts, ends, False, None, None, None, docs)
+        pieces = [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
+        return torch.cat(pieces)[None]
+
+    def attend(self, layer: int, q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor) -> Tensor:
+        """Store the new keys and values of a layer; attention of the new queries over all that their rows hold.
+
+        q (1, T, H, d), k and v (1, T, K, d), or (R, 1, ...) when decoding; already rotated. Returns q's shape.
+        """
+        assert self._pass is not None, "extend() announces a pass before the model runs it"
+        now, keys, values = self._pass, self.keys[layer], self.values[layer]
+        if now.decode:
+            return self._decode(now, keys, values, q_BSHd, k_BSKd, v_BSKd)
+        out, first = [], 0
+        for row, start, end in zip(now.rows, now.starts, now.ends, strict=True):
+            new = slice(first, first + end - start)
+            first = new.stop
+            keys[row, :, start:end] = k_BSKd[0, new].transpose(0, 1)
+            values[row, :, start:end] = v_BSKd[0, new].transpose(0, 1)
+            if now.docs is None:
+                out.append(_continued(q_BSHd[:, new], keys[row, :, :end], values[row, :, :end], start))
+        return attention(q_BSHd, k_BSKd, v_BSKd, now.docs) if now.docs is not None else torch.cat(out, 1)
+
+    def _decode(
+        self, now: _Pass, keys: Tensor, values: Tensor, q_R1Hd: Tensor, k_R1Kd: Tensor, v_R1Kd: Tensor
+    ) -> Tensor:
+        count, longest = len(now.rows), max(now.ends)
+        if count == 1:  # plain slices: indexed writes and copies would cost as much as the attention itself
+            row, slot = now.rows[0], now.starts[0]
+            keys[row, :, slot], values[row, :, slot] = k_R1Kd[0, 0], v_R1Kd[0, 0]
+            k_RKnd, v_RKnd = keys[row : row + 1, :, :longest], values[row : row + 1, :, :longest]
+        else:
+            index_R = torch.arange(count, device=keys.device) if now.index_R is None else now.index_R
+            keys[index_R, :, now.slots_R], values[index_R, :, now.slots_R] = k_R1Kd[:, 0], v_R1Kd[:, 0]
+            k_RKnd, v_RKnd = (x[:count] if now.index_R is None else x[now.index_R] for x in (keys, values))
+            k_RKnd, v_RKnd = k_RKnd[:, :, :longest], v_RKnd[:, :, :longest]
+        q_RH1d = q_R1Hd.transpose(1, 2)
+        grouped = q_RH1d.shape[1] != k_RKnd.shape[1]
+        o_RH1d = F.scaled_dot_product_attention(q_RH1d, k_RKnd, v_RKnd, attn_mask=now.mask_R11n, enable_gqa=grouped)
+        return o_RH1d.transpose(1, 2)
+
+    def newest(self, x_BSD: Tensor) -> Tensor:
+        """Of a pass's (B, S, D), the newest position of each row: (R, 1, D). Only these need logits."""
+        assert self._pass is not None
+        if self._pass.decode:
+            return x_BSD
+        counts = [end - start for start, end in zip(self._pass.starts, self._pass.ends, strict=True)]
+        last_R = torch.tensor(list(accumulate(counts)), device=x_BSD.device) - 1
+        return x_BSD[0, last_R][:, None]
+
+
+def _continued(q_1SHd: Tensor, k_Knd: Tensor, v_Knd: Tensor, start: int) -> Tensor:
+    """Attention of S new queries at positions start, start + 1, ... over the n = start + S keys of their row."""
+    q_1HSd = q_1SHd.transpose(1, 2)
+    seen_Sn = torch.ones(q_1HSd.shape[2], k_Knd.shape[1], dtype=torch.bool, device=k_Knd.device).tril(start)
+    grouped = q_1HSd.shape[1] != k_Knd.shape[0]
+    o_1HSd = F.scaled_dot_product_attention(q_1HSd, k_Knd[None], v_Knd[None], attn_mask=seen_Sn, enable_gqa=grouped)
+    return o_1HSd.transpose(1, 2)

@@ -1,0 +1,162 @@
+"""Generation with a cache against recomputation without one, and against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import as_transformers, make_model
+
+from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
+from lumina.config import UserError
+from lumina.infer import Sampling, TextStream, generate
+from lumina.infer.generation import forbidden_ids
+from lumina.model import Transformer
+from lumina.model.cache import KVCache
+
+TOKENIZER = Tokenizer.load()
+GREEDY = Sampling(temperature=0, max_length=16)
+PROMPTS = [
+    prompt_ids(TOKENIZER, Conversation([Message("user", text)]))
+    for text in ("Hello", "What is the tallest mountain, and how tall is it?", "Tell me a story. " * 12, "No.")
+]
+
+
+def recomputed(model: Transformer, prompt: list[int], max_length: int) -> list[int]:
+    """Greedy continuation by whole forward passes, the stop token included."""
+    ids, forbidden_V = list(prompt), forbidden_ids(TOKENIZER, model.config.vocab_size)
+    for _ in range(min(max_length, model.config.seq_length - len(prompt))):
+        tensor = torch.tensor([ids])
+        logits_V = model(tensor, torch.arange(len(ids))[None])[0, -1]
+        ids.append(int(logits_V.masked_fill(forbidden_V, -torch.inf).argmax()))
+        if ids[-1] == TOKENIZER.stop_id:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_equals_recomputation_token_for_token(tied: bool) -> None:
+    model = make_model(tie_word_embeddings=tied)
+    together = generate(model, TOKENIZER, PROMPTS, GREEDY)
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        assert answer.ids == recomputed(model, prompt, 16)
+        assert generate(model, TOKENIZER, [prompt], GREEDY)[0].ids == answer.ids
+    assert len({tuple(answer.ids) for answer in together}) == len(PROMPTS)  # the prompts matter
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_equals_transformers(tied: bool) -> None:
+    model = make_model(seed=1, tie_word_embeddings=tied)
+    llama = as_transformers(model)
+    suppressed = forbidden_ids(TOKENIZER, model.config.vocab_size).nonzero()[:, 0].tolist()
+    for prompt, answer in zip(PROMPTS, generate(model, TOKENIZER, PROMPTS, GREEDY), strict=True):
+        theirs = llama.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=min(16, 128 - len(prompt)),
+            eos_token_id=TOKENIZER.stop_id,
+            pad_token_id=TOKENIZER.pad_id,
+            suppress_tokens=suppressed,
+        )
+        assert theirs[0, len(prompt) :].tolist() == answer.ids
+
+
+def test_logits_of_prefill_decode_and_continuation_equal_the_whole_pass() -> None:
+    """Rows of different lengths, freed and filled again in another order, in pieces and token by token."""
+    model = make_model(seed=2)
+    texts = [torch.randint(0, 1000, (length,)).tolist() for length in (9, 30, 17)]
+    whole = [model(torch.tensor([ids]), torch.arange(len(ids))[None])[0] for ids in texts]
+    cache = KVCache(model.config, 4, 40, model.embedding.weight)
+
+    def run(rows: list[int], pieces: list[list[int]], decode: bool = False) -> torch.Tensor:
+        positions = cache.extend(rows, [len(piece) for piece in pieces], decode)
+        ids = torch.tensor([token for piece in pieces for token in piece]).view(positions.shape)
+        return model(ids, positions, cache=cache)[:, 0]
+
+    def check(logits_RV: torch.Tensor, which: list[int], lengths: list[int]) -> None:
+        expected = torch.stack([whole[text][length - 1] for text, length in zip(which, lengths, strict=True)])
+        torch.testing.assert_close(logits_RV, expected, rtol=1e-5, atol=1e-5)
+
+    check(run([0, 2], [texts[0][:4], texts[1][:20]]), [0, 1], [4, 20])  # empty rows
+    check(run([0, 2], [texts[0][4:5], texts[1][20:21]], decode=True), [0, 1], [5, 21])  # different lengths
+    check(run([2], [texts[1][21:22]], decode=True), [1], [22])
+    check(run([3, 0], [texts[2][:6], texts[0][5:8]]), [2, 0], [6, 8])  # one empty, one continued
+    cache.free(2)
+    check(run([2], [texts[2][:6]]), [2], [6])
+    check(run([2, 3], [texts[2][6:7]] * 2, decode=True), [2, 2], [7, 7])  # equal lengths
+    cache.free(3, keep=5)
+    check(run([3, 2], [texts[2][5:9], texts[2][7:10]]), [2, 2], [9, 10])
+
+
+def test_an_answer_ends_at_the_stop_token_the_length_or_the_window() -> None:
+    model = make_model()
+    ends_with = recomputed(model, PROMPTS[0], 24)[4]
+    stopping = Tokenizer.load()
+    stopping.stop_id = ends_with  # the token this model says fifth
+    answer = generate(model, stopping, PROMPTS[:1], GREEDY)[0]
+    assert answer.finish == "stop"
+    assert ends_with not in answer.ids
+    assert len(answer.ids) <= 4
+    assert generate(model, TOKENIZER, PROMPTS[:1], GREEDY)[0].finish == "length"
+    long = generate(model, TOKENIZER, [PROMPTS[0], PROMPTS[2]], Sampling(temperature=0, max_length=2048))
+    for prompt, filled in zip((PROMPTS[0], PROMPTS[2]), long, strict=True):
+        assert filled.finish == "window"
+        assert len(prompt) + len(filled.ids) == 128
+
+
+@pytest.mark.parametrize("length", [0, 128, 500])
+def test_a_prompt_that_leaves_no_room_is_refused(length: int) -> None:
+    with pytest.raises(UserError, match=f"{length} tokens, and the model's window is 128"):
+        generate(make_model(), TOKENIZER, [PROMPTS[0], [5] * length], GREEDY)
+
+
+def test_control_tokens_other_than_the_stop_are_never_sampled() -> None:
+    """A model that wants nothing but control tokens and padding ids still says text, or stops."""
+    model = make_model()
+    model.embedding.weight[100_257:] = 0
+    model.norm.weight.zero_()  # all logits equal: untied output rows decide nothing
+    ids = [
+        i
+        for answer in generate(model, TOKENIZER, PROMPTS * 8, Sampling(2.0, None, 1.0, 60, seed=1))
+        for i in answer.ids
+    ]
+    assert len(ids) > 1000
+    assert max(ids) < 100_257
+    assert forbidden_ids(TOKENIZER, 100_352).sum() == 100_352 - 100_257 - 1
+
+
+def test_seeds_reproduce_and_do_not_depend_on_the_batch() -> None:
+    model = make_model(seed=3)
+    sampling = Sampling(temperature=1.0, max_length=20, seed=7)
+    first = [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, sampling)]
+    again = [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, sampling)]
+    other = [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, Sampling(1.0, max_length=20, seed=8))]
+    assert first == again
+    assert first != other
+    assert generate(model, TOKENIZER, PROMPTS[:1], sampling)[0].ids == first[0]
+    drawn = {Sampling().seed for _ in range(8)}
+    assert len(drawn) == 8
+
+
+def test_bfloat16_follows_recomputation_in_bfloat16() -> None:
+    """Rounding differs between one token and many, so the logits are compared, not the choice between near-equals."""
+    exact, model = make_model(seed=4), make_model(seed=4, dtype=torch.bfloat16)
+    ids = PROMPTS[1]
+    reference = exact(torch.tensor([ids]), torch.arange(len(ids))[None])[0, -1]
+    rounded = model(torch.tensor([ids]), torch.arange(len(ids))[None])[0, -1].float()
+    cache = KVCache(model.config, 1, len(ids), model.embedding.weight)
+    model(torch.tensor([ids[:5]]), cache.extend([0], [5]), cache=cache)
+    for token in ids[5:]:
+        logits_V = model(torch.tensor([[token]]), cache.extend([0], [1], decode=True), cache=cache)[0, 0].float()
+    assert (logits_V - reference).norm() <= 2 * (rounded - reference).norm()
+
+
+def test_text_streams_in_whole_characters() -> None:
+    text = "naïve café — 日本語 🙂🙂 end"
+    stream = TextStream(TOKENIZER)
+    pieces = [stream.push(token) for token in TOKENIZER.encode(text)]
+    assert "".join(pieces) + stream.end() == text
+    assert "\ufffd" not in "".join(pieces)
+    cut = TextStream(TOKENIZER)
+    assert cut.push(TOKENIZER.encode("🙂")[0]) == ""
+    assert cut.end() == "\ufffd"

@@ -1,0 +1,112 @@
+"""Each filter against the exact distribution, computed here in float64 from its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lumina.config import UserError
+from lumina.infer import Sampling
+from lumina.infer.sampling import candidates, choose
+
+VOCABULARY, DRAWS = 40, 20_000
+
+
+def exact(logits_V: np.ndarray, temperature: float, top_k: int | None, top_p: float) -> np.ndarray:
+    """Keep the top_k likeliest; of these the fewest whose mass reaches top_p; renormalise."""
+    p = np.exp(logits_V.astype(np.float64) / temperature)
+    order = np.argsort(-logits_V)[: top_k or len(logits_V)]
+    kept = np.zeros_like(p)
+    kept[order] = p[order] / p[order].sum()
+    mass, chosen = 0.0, []
+    for token in order:
+        chosen.append(token)
+        mass += kept[token]
+        if mass >= top_p:
+            break
+    final = np.zeros_like(p)
+    final[chosen] = kept[chosen] / kept[chosen].sum()
+    return final
+
+
+def chi_square_bound(freedom: int) -> float:
+    """The value that a chi-square variable exceeds once in a million (Wilson and Hilferty, 1931)."""
+    return freedom * (1 - 2 / (9 * freedom) + 4.753 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, None, 1.0),
+        (0.5, None, 1.0),
+        (2.0, None, 1.0),
+        (1.0, 5, 1.0),
+        (1.0, None, 0.7),
+        (0.8, 12, 0.9),
+        (1.3, 1, 0.1),
+    ],
+)
+def test_each_filter_draws_from_the_exact_distribution(temperature: float, top_k: int | None, top_p: float) -> None:
+    logits_V = np.random.default_rng(0).normal(scale=1.5, size=VOCABULARY).astype(np.float32)
+    logits_V[7] = -np.inf  # a forbidden token
+    expected = exact(logits_V, temperature, top_k, top_p) * DRAWS
+    sampling = Sampling(temperature, top_k, top_p, seed=0)
+    rows = torch.from_numpy(logits_V).repeat(100, 1)
+    generators = [torch.Generator().manual_seed(row) for row in range(100)]
+    drawn = torch.cat([choose(rows, sampling, generators) for _ in range(DRAWS // 100)])
+    counts = np.bincount(drawn.numpy(), minlength=VOCABULARY)
+    assert counts[expected == 0].sum() == 0
+    support = expected > 0
+    common, rare = support & (expected >= 5), support & (expected < 5)
+    observed = np.append(counts[common], counts[rare].sum())
+    wanted = np.append(expected[common], expected[rare].sum())
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    if len(wanted) > 1:
+        assert ((observed - wanted) ** 2 / wanted).sum() < chi_square_bound(len(wanted) - 1)
+    else:
+        assert observed[0] == DRAWS
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=60, unique=True),
+    st.sampled_from([0.1, 0.7, 1.0, 2.0]),
+    st.integers(1, 100),
+    st.sampled_from([0.1, 0.35, 0.8, 1.0]),
+)
+def test_candidates_are_the_definition(logits: list[float], temperature: float, top_k: int, top_p: float) -> None:
+    logits_V = np.array(logits, dtype=np.float32)
+    p_Rk, ids_Rk = candidates(torch.from_numpy(logits_V)[None], Sampling(temperature, top_k, top_p))
+    spread = torch.zeros(1, len(logits), dtype=p_Rk.dtype).scatter_(1, ids_Rk, p_Rk)[0].numpy()
+    # A token exactly at the edge of top_p may fall either way by the last bit of a sum.
+    edges = [exact(logits_V, temperature, top_k, top_p * (1 + by)) for by in (0, -1e-12, 1e-12)]
+    assert any(np.allclose(spread, expected, rtol=1e-9, atol=1e-12) for expected in edges)
+
+
+def test_greedy_takes_the_largest_and_needs_no_random_numbers() -> None:
+    logits_RV = torch.tensor([[0.0, 3.0, 1.0], [5.0, -1.0, 4.9]])
+    assert choose(logits_RV, Sampling(temperature=0), []).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"temperature": 0.05}, "temperature 0.05 is outside 0.1 to 2"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k 0 is outside 1 to 100"),
+        ({"top_k": 101}, "top_k"),
+        ({"top_p": 0.05}, "top_p 0.05 is outside 0.1 to 1"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"max_length": 0}, "max_length 0 is outside 1 to 2048"),
+        ({"max_length": 2049}, "max_length"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_values_outside_their_range_are_refused_by_name(values: dict[str, float], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        Sampling(**values)  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ class FaultCount:
     lines: int = 0
     messages: int = 0
     first: list[str] = field(default_factory=list)  # "file:line", or the bare line number inside a worker's report
+    example: str = ""  # what was wrong with the first of them
 
 
 @dataclass
@@ -60,10 +61,11 @@ class Account:
     samples: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def fault(self, reason: str, line: int | str, messages: int = 0) -> None:
+    def fault(self, reason: str, line: int | str, messages: int = 0, example: str = "") -> None:
         """Counts one skipped line and the messages it held."""
         entry = self.faults.setdefault(reason, FaultCount())
         entry.lines += 1
+        entry.example = entry.example or example
         entry.messages += messages
         if len(entry.first) < FIRST_LINES:
             entry.first.append(str(line))
@@ -89,6 +91,7 @@ class Account:
             entry = self.faults.setdefault(reason, FaultCount())
             entry.lines += theirs.lines
             entry.messages += theirs.messages
+            entry.example = entry.example or theirs.example
             room = FIRST_LINES - len(entry.first)
             entry.first += [f"{source}:{int(line) + line_base}" for line in theirs.first[:room]]
         for name, value in vars(other).items():
@@ -147,7 +150,8 @@ class Account:
         ]
         for reason, entry in sorted(self.faults.items()):
             more = ", …" if entry.lines > len(entry.first) else ""
-            out.append(f"  bad: {reason}: {entry.lines:,} ({', '.join(entry.first)}{more})")
+            example = f": {entry.example}" if entry.example else ""
+            out.append(f"  bad: {reason}: {entry.lines:,} ({', '.join(entry.first)}{more}){example}")
         for what, counts in (
             ("OASST paths", self.paths_discarded),
             ("conversations", self.conversations_dropped),

@@ -77,7 +77,7 @@ def prepare(
     Raises:
         UserError: a file is missing or empty, or no line of any file is a usable conversation.
     """
-    files = _check_inputs(paths)
+    files = check_inputs(paths)
     assert config.overlong in POLICIES
     if config.seq_length < MIN_WINDOW:
         raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_WINDOW} tokens")
@@ -129,8 +129,8 @@ def open_cached(folder: Path, fingerprint: str) -> PackedDataset | None:
     return PackedDataset(folder, meta)
 
 
-def plan_tasks(files: Sequence[Path], folder: Path, config: Settings) -> list[Task]:
-    """What there is to do, from the files' sizes and layouts alone."""
+def plan_tasks(files: Sequence[Path], folder: Path | None, config: Settings) -> list[Task]:
+    """What there is to do, from the files' sizes and layouts alone. Without a folder, tasks that only survey."""
     sizes = [path.stat().st_size for path in files]
     step = min(max(-(-sum(sizes) // 16), MIN_TASK_BYTES), MAX_TASK_BYTES)
     tasks: list[Task] = []
@@ -138,13 +138,13 @@ def plan_tasks(files: Sequence[Path], folder: Path, config: Settings) -> list[Ta
         layout = detect(str(path))
         for start in range(0, size, step if layout.splittable else size):
             stop = min(start + step, size) if layout.splittable else size
-            out = str(folder / f"pieces-{len(tasks):05d}.arrow")
+            out = "" if folder is None else str(folder / f"pieces-{len(tasks):05d}.arrow")
             how = (layout.container, layout.compression, layout.flat)
             tasks.append(Task(str(path), how, start, stop, out, config.seq_length, config.overlong))
     return tasks
 
 
-def _check_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def check_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     files = [Path(path) for path in expand([os.fspath(path) for path in paths])]
     if not files:
         raise UserError("no data files given")
@@ -208,7 +208,7 @@ def _build(
     complete = [report for report in reports if report is not None]
     assert len(complete) == len(tasks)
 
-    account = _merge(tasks, complete, config)
+    account = merge_accounts(tasks, complete, config.overlong, config.seq_length)
     if not account.conversations:
         shutil.rmtree(partial)
         raise UserError(
@@ -234,7 +234,7 @@ def _build(
         "sources": [str(path) for path in files],
         "shards": [
             {"file": name, "rows": report["rows"], "source": task.path, "line_base": base}
-            for name, report, task, base in zip(names, complete, tasks, _line_bases(tasks, complete), strict=True)
+            for name, report, task, base in zip(names, complete, tasks, line_bases(tasks, complete), strict=True)
         ],
         "sizes": {name: (partial / name).stat().st_size for name in [*names, "plan.arrow"]},
     }
@@ -257,7 +257,7 @@ def _finished(pieces: Path) -> dict[str, Any] | None:
     return report if isinstance(report, dict) and pieces.is_file() else None
 
 
-def _line_bases(tasks: Sequence[Task], reports: Sequence[dict[str, Any]]) -> list[int]:
+def line_bases(tasks: Sequence[Task], reports: Sequence[dict[str, Any]]) -> list[int]:
     """How many lines of its file come before each task's range."""
     bases, path, count = [], "", 0
     for task, report in zip(tasks, reports, strict=True):
@@ -268,9 +268,10 @@ def _line_bases(tasks: Sequence[Task], reports: Sequence[dict[str, Any]]) -> lis
     return bases
 
 
-def _merge(tasks: Sequence[Task], reports: Sequence[dict[str, Any]], config: Settings) -> Account:
-    account = Account(overlong=config.overlong, window=config.seq_length)
-    for task, report, base in zip(tasks, reports, _line_bases(tasks, reports), strict=True):
+def merge_accounts(tasks: Sequence[Task], reports: Sequence[dict[str, Any]], overlong: str, window: int) -> Account:
+    """The tasks' accounts as one, with file names and true line numbers."""
+    account = Account(overlong=overlong, window=window)
+    for task, report, base in zip(tasks, reports, line_bases(tasks, reports), strict=True):
         account.merge(Account.from_dict(report["account"]), task.path, base)
     return account
 

@@ -34,11 +34,17 @@ SHAREGPT_ROLES = {
 
 @dataclass(slots=True, frozen=True)
 class Fault:
-    """Why a record is skipped, and how many messages it held as far as one can tell."""
+    """Why a record is skipped, how many messages it held as far as one can tell, and its bytes if it is no JSON."""
 
     reason: str
     detail: str
     messages: int = 0
+    raw: bytes = b""
+
+    def example(self) -> str:
+        """The detail, with the beginning of what was read, for a person."""
+        start = self.raw[:60].decode("utf-8", "backslashreplace").strip()
+        return f"{self.detail}: {start!r}" if start else self.detail
 
 
 BLANK = Fault("blank line", "")
@@ -56,7 +62,7 @@ def parse_json(line: bytes) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        return Fault(BROKEN_JSON, str(error))
+        return Fault(BROKEN_JSON, str(error), raw=line)
 
 
 def content_text(content: Any) -> str | None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -21,9 +22,10 @@ from lumina.chat.template import Conversation, render_many
 from lumina.chat.tokenizer import Tokenizer
 from lumina.data.account import Account, add_counts
 from lumina.data.cutting import cut
-from lumina.data.records import BLANK, Fault, Tree, convert
+from lumina.data.records import BLANK, Fault, Tree, convert, format_of
 from lumina.data.shards import PieceWriter
 from lumina.data.sources import Layout, read_items
+from lumina.data.survey import Survey
 
 BLOCK_BYTES = 1 << 20  # input turned into arrays at a time: bounds a worker's memory
 
@@ -31,7 +33,7 @@ BLOCK_BYTES = 1 << 20  # input turned into arrays at a time: bounds a worker's m
 @dataclass(frozen=True)
 class Task:
     """Records that begin in bytes [start, stop) of the file at `path`, all when it cannot be split; pieces go to
-    `out`. `layout` holds the fields of sources.Layout."""
+    `out`, and when that is empty the records are surveyed instead. `layout` holds the fields of sources.Layout."""
 
     path: str
     layout: tuple[str, str, bool]
@@ -42,44 +44,57 @@ class Task:
     overlong: str
 
 
+class Block(NamedTuple):
+    """Conversations and the record number each comes from."""
+
+    conversations: list[Conversation]
+    numbers: list[int]
+
+
+def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> Iterator[Block]:
+    """The task's conversations, some BLOCK_BYTES of input at a time; every record is entered into `account`, and
+    the used ones' formats into `survey`."""
+    block, held = Block([], []), 0
+    for item in read_items(task.path, Layout(*task.layout), task.start, task.stop):
+        account.lines += item.lines
+        if item.record is BLANK:
+            account.blank_lines += 1
+            continue
+        found = convert(item.record)
+        if isinstance(found, Fault):
+            account.fault(found.reason, item.number, found.messages, found.example())
+            continue
+        account.records += item.lines
+        if survey is not None:
+            survey.add_record(format_of(item.record), item.record, item.lines)
+        conversations = [found] if isinstance(found, Conversation) else found.conversations
+        if isinstance(found, Tree):
+            add_counts(account.paths_discarded, found.discarded)
+        account.conversations += len(conversations)
+        block.conversations.extend(conversations)
+        block.numbers.extend([item.number] * len(conversations))
+        held += item.size
+        if held >= BLOCK_BYTES and block.conversations:
+            yield block
+            block, held = Block([], []), 0
+    if block.conversations:
+        yield block
+
+
 def run_task(tokenizer: Tokenizer, task: Task) -> dict[str, Any]:
-    """Does one task. Returns {"account", "rows" (per record batch), "lines" (in the range)}."""
+    """Does one task. Returns {"account", "lines" (in the range)} with "rows" (per record batch), or with "survey"."""
     account = Account(overlong=task.overlong, window=task.window)
-    block: list[Conversation] = []
-    lines: list[int] = []
-    held = 0
+    if not task.out:
+        survey = Survey()
+        for block in read_blocks(task, account, survey):
+            rendered = render_many(tokenizer, block.conversations)
+            cut(rendered, task.window, task.overlong, account)
+            survey.add(block.conversations, block.numbers, rendered)
+        return {"account": asdict(account), "survey": survey.to_dict(), "lines": account.lines}
     with PieceWriter(Path(task.out)) as writer:
-
-        def flush() -> None:
-            account.conversations += len(block)
-            pieces = cut(render_many(tokenizer, block), task.window, task.overlong, account)
-            writer.write(pieces, np.array(lines, dtype=np.int64)[pieces.conversation])
-            block.clear()
-            lines.clear()
-
-        for item in read_items(task.path, Layout(*task.layout), task.start, task.stop):
-            account.lines += item.lines
-            if item.record is BLANK:
-                account.blank_lines += 1
-                continue
-            found = convert(item.record)
-            if isinstance(found, Fault):
-                account.fault(found.reason, item.number, found.messages)
-                continue
-            if isinstance(found, Tree):
-                block += found.conversations
-                lines += [item.number] * len(found.conversations)
-                add_counts(account.paths_discarded, found.discarded)
-            else:
-                block.append(found)
-                lines.append(item.number)
-            account.records += item.lines
-            held += item.size
-            if held >= BLOCK_BYTES:
-                flush()
-                held = 0
-        if block:
-            flush()
+        for block in read_blocks(task, account):
+            pieces = cut(render_many(tokenizer, block.conversations), task.window, task.overlong, account)
+            writer.write(pieces, np.array(block.numbers, dtype=np.int64)[pieces.conversation])
     return {"account": asdict(account), "rows": writer.rows, "lines": account.lines}
 
 

@@ -1,0 +1,181 @@
+"""The data commands of the command line: plain arguments in, an exit code out.
+
+Text goes to stdout; with `json` exactly one JSON object does. Progress goes to stderr, on a terminal only.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+
+from lumina.chat.tokenizer import Tokenizer
+from lumina.config.errors import UserError
+from lumina.data.oasst import THREADS, Options
+from lumina.data.preparation import Progress, Settings, prepare
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+def _say(lines: Sequence[str]) -> None:
+    """Plain lines: file names may hold what rich would take for markup."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for line in lines:
+        console.print(line)
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Progress | None]:
+    """A bar over bytes of input, on a terminal's stderr; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+
+    columns = (
+        progress.TextColumn(title),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def prepare_command(files: Sequence[str], config: Settings, *, json: bool = False) -> int:
+    """Prepares the files as training would and prints the account. Exit code 0; UserError when nothing is usable."""
+    start = time.perf_counter()
+    with _progress_bar("preparing") as progress:
+        dataset = prepare(files, config, Tokenizer.load(), progress=progress)
+    seconds = time.perf_counter() - start
+    if json:
+        _print_json(
+            {
+                "cache": str(dataset.folder),
+                "fingerprint": dataset.fingerprint,
+                "samples": dataset.num_samples,
+                "tokens": dataset.num_tokens,
+                "supervised_tokens": dataset.num_supervised,
+                "seconds": round(seconds, 3),
+                "account": dataset.account,
+            }
+        )
+    else:
+        rate = dataset.account["tokens"] / seconds
+        _say([*dataset.account_lines(), f"cache          {dataset.folder} ({seconds:.2f} s, {rate:,.0f} tokens/s)"])
+    return 0
+
+
+def validate_command(
+    file: str | Sequence[str], *, create_report: bool = False, json: bool = False, fix: str | None = None
+) -> int:
+    """Reads whole files as training would and prints what is in them.
+
+    Args:
+        create_report: also write FILE.report.html beside the (first) file.
+        fix: write the sound records to this path, and the rest beside it.
+
+    Returns:
+        0, or 1 when no record is usable.
+    """
+    from lumina.data.report import render_report
+    from lumina.data.validation import fix as write_fixed
+    from lumina.data.validation import validate
+
+    files = [file] if isinstance(file, str) else list(file)
+    tokenizer = Tokenizer.load()
+    with _progress_bar("validating") as progress:
+        validation = validate(files, tokenizer, progress=progress)
+    figures = validation.to_dict()
+    extra: list[str] = []
+    if create_report:
+        report = Path(f"{next(iter(validation.layouts))}.report.html")
+        report.write_text(render_report(validation), encoding="utf-8")
+        figures["report"] = str(report)
+        extra.append(f"report         {report}")
+    if fix is not None:
+        written, rejected, rejects = write_fixed(files, Path(fix), tokenizer)
+        figures["fixed"] = {"file": fix, "written": written, "rejected": rejected, "rejects": str(rejects)}
+        extra.append(f"fixed          {fix}: {written:,} conversations; {rejects}: {rejected:,} records")
+    if json:
+        _print_json(figures)
+    else:
+        _say([*_validation_lines(figures, validation.account.report()), *extra])
+    return 0 if validation.account.conversations else 1
+
+
+def _validation_lines(figures: dict[str, Any], account: list[str]) -> list[str]:
+    """The figures as text, the account without its packing lines first."""
+    out = [f"{path}: {layout}" for path, layout in figures["files"].items()]
+    out += [*account[:3], *account[5:]]
+    for what in ("formats", "roles", "languages", "scripts"):
+        if figures[what]:
+            out.append(f"{what:<15}" + ", ".join(f"{name} {count:,}" for name, count in sorted(figures[what].items())))
+    for name in ("turns", "message_tokens", "conversation_tokens", "supervised_tokens"):
+        if figures[name]:
+            spread = ", ".join(f"{key} {value:,}" for key, value in figures[name].items())
+            out.append(f"{name.replace('_', ' '):<20} {spread}")
+    for row in figures["windows"]:
+        out.append(
+            f"window {row['window']:>6,}: {100 * row['longer']:.2f}% of conversations are longer; truncating loses "
+            f"{100 * row['lost']:.2f}% of tokens, splitting none; packed rows about {100 * row['fill']:.1f}% full"
+        )
+    out.append(f"duplicates     {figures['duplicates']:,}")
+    for what, finding in sorted(figures["findings"].items()):
+        more = ", …" if finding["count"] > len(finding["first"]) else ""
+        out.append(f"  look: {what}: {finding['count']:,} ({', '.join(finding['first'])}{more})")
+    return out
+
+
+def process_oasst_command(
+    input: str,
+    output: str,
+    *,
+    max_conversations: int | None = None,
+    threads: str = "all",
+    top_k: int | None = None,
+    lang: str | None = None,
+    tree_state: str = "ready_for_export",
+    include_deleted: bool = False,
+    include_synthetic: bool = False,
+    min_quality: float | None = None,
+    max_toxicity: float | None = None,
+    json: bool = False,
+) -> int:
+    """Extracts conversations from OASST trees or flat messages; prints how many, and every discard with its reason.
+
+    `lang` and `tree_state` are comma-separated. The options are those of lumina.data.oasst.Options.
+    """
+    from lumina.data.oasst_files import process
+
+    if threads not in THREADS:
+        raise UserError(f"--threads {threads} is none of {', '.join(THREADS)}")
+    if top_k is not None and (threads != "all" or top_k < 1):
+        raise UserError("--top-k is a number from 1 and goes with --threads all")
+    if max_conversations is not None and max_conversations < 1:
+        raise UserError(f"--max-conversations is {max_conversations}; it must be at least 1")
+    options = Options(
+        threads=threads,
+        top_k=top_k,
+        languages=frozenset(filter(None, (lang or "").split(","))),
+        tree_states=frozenset(tree_state.split(",")),
+        include_deleted=include_deleted,
+        include_synthetic=include_synthetic,
+        min_quality=min_quality,
+        max_toxicity=max_toxicity,
+    )
+    summary = process(Path(input), Path(output), options, max_conversations)
+    if json:
+        _print_json(summary.to_dict())
+    else:
+        _say(summary.lines())
+    return 0

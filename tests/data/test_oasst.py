@@ -1,0 +1,306 @@
+"""OASST extraction against paths worked out by hand, one tree with every case in it.
+
+P0 prompter
+├─ A1 assistant, rank 0
+│  ├─ P2 prompter
+│  │  ├─ A3 assistant, rank 1
+│  │  └─ A4 assistant, rank 0, toxicity 0.9
+│  ├─ P5 prompter, unanswered
+│  └─ P6 prompter, unanswered
+├─ A7 assistant, rank 1, deleted
+│  └─ P8 prompter
+│     └─ A9 assistant, unranked, no sibling
+├─ A10 assistant, unranked (with siblings)
+├─ A11 assistant, rank 2, synthetic
+├─ A12 assistant, rank 3, in German
+├─ A13 assistant, rank 4
+│  └─ P14 prompter, review_result false
+│     └─ A15 assistant, unranked, no sibling
+├─ A16 assistant, rank 5, quality 0.1
+│  └─ A17 assistant (assistant after assistant)
+└─ P18 prompter (prompter after prompter), unanswered
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from helpers import TOKENIZER, Settings, learned_targets, write_jsonl
+
+from lumina.config.errors import UserError
+from lumina.data import prepare
+from lumina.data.commands import process_oasst_command
+from lumina.data.oasst import Options, extract
+
+
+def node(name: str, replies: list[dict[str, Any]] | None = None, **fields: Any) -> dict[str, Any]:
+    role = "prompter" if name[0] == "P" else "assistant"
+    defaults = {"lang": "en", "deleted": False, "synthetic": False, "review_result": True, "rank": None, "labels": {}}
+    text = f"text of {name}"
+    return {"message_id": name, "role": role, "text": text, **defaults, **fields, "replies": replies or []}
+
+
+def labels(**values: float) -> dict[str, Any]:
+    return {name: {"value": value, "count": 3} for name, value in values.items()}
+
+
+def the_tree() -> dict[str, Any]:
+    prompt = node(
+        "P0",
+        [
+            node(
+                "A1",
+                [
+                    node("P2", [node("A3", rank=1), node("A4", rank=0, labels=labels(toxicity=0.9))]),
+                    node("P5"),
+                    node("P6", review_result=None),
+                ],
+                rank=0,
+                labels=labels(quality=0.8, toxicity=0.1),
+            ),
+            node("A7", [node("P8", [node("A9")])], rank=1, deleted=True),
+            node("A10"),
+            node("A11", rank=2, synthetic=True),
+            node("A12", rank=3, lang="de"),
+            node("A13", [node("P14", [node("A15")], review_result=False)], rank=4),
+            node("A16", [node("A17")], rank=5, labels=labels(quality=0.1)),
+            node("P18"),
+        ],
+    )
+    return {"message_tree_id": "T", "tree_state": "ready_for_export", "prompt": prompt}
+
+
+def paths(tree: dict[str, Any], **options: Any) -> tuple[list[str], dict[str, int]]:
+    extraction = extract(tree, Options(**options))
+    return [" ".join(record["message_ids"]) for record in extraction.records], dict(extraction.discarded)
+
+
+def test_all() -> None:
+    assert paths(the_tree()) == (
+        ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A10", "P0 A12"],
+        {
+            "unanswered sibling": 1,  # P6
+            "deleted": 1,  # A9
+            "synthetic": 1,  # A11
+            "rejected prompt": 1,  # A15
+            "roles do not alternate": 2,  # A17, P18
+        },
+    )
+
+
+def test_best_takes_the_lowest_rank_at_each_step() -> None:
+    taken, discarded = paths(the_tree(), threads="best")
+    assert taken == ["P0 A1 P2 A4"]
+    assert discarded["not the best"] == 5  # A3, P5, P6, A10, A12
+    # A1 deleted: all its paths go, and the next best reply with an admissible path is A12 (A10 is unranked).
+    tree = the_tree()
+    tree["prompt"]["replies"][0]["deleted"] = True
+    assert paths(tree, threads="best")[0] == ["P0 A12"]
+    # All ranks away: the order of the replies decides, first A1, then P2 among its children, then A3.
+    tree = the_tree()
+    for reply in (tree["prompt"]["replies"][0], *tree["prompt"]["replies"][0]["replies"][0]["replies"]):
+        reply["rank"] = None
+    for reply in tree["prompt"]["replies"]:
+        reply["rank"] = None
+    assert paths(tree, threads="best")[0] == ["P0 A1 P2 A3"]
+
+
+def test_best_loses_an_unanswered_prompter_too() -> None:
+    tree = the_tree()
+    del tree["prompt"]["replies"][0]["replies"][0]  # P2 with its answers
+    assert paths(tree, threads="best")[0] == ["P0 A1"]
+
+
+def test_prefixes_learn_only_the_last_reply() -> None:
+    extraction = extract(the_tree(), Options(threads="prefixes"))
+    taken = [" ".join(record["message_ids"]) for record in extraction.records]
+    assert taken == ["P0 A1", "P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A10", "P0 A12", "P0 A13", "P0 A16"]
+    assert extraction.discarded == {
+        "deleted": 2,  # A7, A9
+        "synthetic": 1,  # A11
+        "rejected prompt": 1,  # A15
+        "roles do not alternate": 1,  # A17
+    }
+    (long,) = [record for record in extraction.records if record["message_ids"][-1] == "A3"]
+    assert [message.get("weight") for message in long["messages"]] == [None, 0, None, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({"top_k": 1}, ["P0 A1 P2 A4", "P0 A1"]),  # A10 is unranked with siblings, A12 has rank 3
+        ({"top_k": 2}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1"]),
+        ({"top_k": 2, "include_deleted": True}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A7 P8 A9"]),
+        ({"top_k": 4}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A12"]),
+        ({"languages": frozenset({"en"})}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A10"]),
+        ({"languages": frozenset({"de"})}, []),  # the prompt is English
+        ({"languages": frozenset({"en", "de"})}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A10", "P0 A12"]),
+        ({"include_deleted": True}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A7 P8 A9", "P0 A10", "P0 A12"]),
+        ({"include_synthetic": True}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A10", "P0 A11", "P0 A12"]),
+        ({"max_toxicity": 0.5}, ["P0 A1 P2 A3", "P0 A1", "P0 A10", "P0 A12"]),
+        ({"min_quality": 0.9}, ["P0 A10", "P0 A12"]),  # A1 has 0.8; a message without the label passes
+        ({"tree_states": frozenset({"growing"})}, []),
+    ],
+)
+def test_options_of_all(options: dict[str, Any], taken: list[str]) -> None:
+    assert paths(the_tree(), **options)[0] == taken
+
+
+def test_each_path_is_taken_or_counted_once() -> None:
+    leaves = str(the_tree()).count("'replies': []")
+    for options in ({}, {"top_k": 2}, {"threads": "best"}, {"min_quality": 0.5}, {"tree_states": frozenset({"x"})}):
+        taken, discarded = paths(the_tree(), **options)
+        assert len(taken) + sum(discarded.values()) == leaves
+
+
+def test_an_unanswered_child_that_may_not_pass_leaves_its_place_to_the_next() -> None:
+    tree = the_tree()
+    tree["prompt"]["replies"][0]["replies"][1]["deleted"] = True  # P5
+    taken, discarded = paths(tree)
+    assert taken == ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A10", "P0 A12"]
+    assert "unanswered sibling" not in discarded
+
+
+def test_a_prompt_without_replies_and_a_tree_without_state() -> None:
+    assert paths({"message_tree_id": "T", "prompt": node("P0")}) == ([], {"no assistant reply": 1})
+    assert paths({"message_tree_id": "T", "prompt": node("P0", [node("A1")])})[0] == ["P0 A1"]
+
+
+def test_a_deep_tree_needs_no_recursion() -> None:
+    root = tip = node("P0")
+    for i in range(1, 3000):
+        tip["replies"] = [node(("A" if i % 2 else "P") + str(i))]
+        tip = tip["replies"][0]
+    (record,) = extract({"prompt": root}, Options()).records
+    assert len(record["messages"]) == 3000
+
+
+def flat_rows(tree: dict[str, Any], hub_labels: bool = False) -> list[dict[str, Any]]:
+    rows = []
+
+    def walk(message: dict[str, Any], parent: str | None) -> None:
+        row = {key: value for key, value in message.items() if key != "replies"}
+        if hub_labels:
+            row["labels"] = {
+                "name": list(message["labels"]),
+                "value": [label["value"] for label in message["labels"].values()],
+                "count": [3 for _ in message["labels"]],
+            }
+        rows.append({**row, "parent_id": parent, "message_tree_id": "T", "tree_state": tree["tree_state"]})
+        for reply in message["replies"]:
+            walk(reply, message["message_id"])
+
+    walk(tree["prompt"], None)
+    return rows
+
+
+def processed(source: Path, **options: Any) -> list[str]:
+    out = source.with_name("out.jsonl")
+    assert process_oasst_command(str(source), str(out), **options) == 0
+    return [" ".join(orjson.loads(line)["message_ids"]) for line in out.read_bytes().splitlines()]
+
+
+@pytest.mark.parametrize("form", ["trees", "trees.gz", "flat", "flat children first", "parquet"])
+def test_every_file_form_gives_the_same_conversations(tmp_path: Path, form: str) -> None:
+    expected, _ = paths(the_tree(), max_toxicity=0.5)
+    rows = flat_rows(the_tree(), hub_labels=form == "parquet")
+    if form == "trees":
+        source = write_jsonl(tmp_path / "in", [the_tree()])
+    elif form == "trees.gz":
+        source = tmp_path / "in"
+        source.write_bytes(gzip.compress(orjson.dumps(the_tree()) + b"\n"))
+    elif form == "flat":
+        source = write_jsonl(tmp_path / "in", rows)
+    elif form == "flat children first":
+        # Parents after children; brothers keep their order, which decides ties.
+        depth = {None: 0}
+        for row in rows:
+            depth[row["message_id"]] = depth[row["parent_id"]] + 1
+        source = write_jsonl(tmp_path / "in", sorted(rows, key=lambda row: -depth[row["message_id"]]))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        source = tmp_path / "in"
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    assert processed(source, max_toxicity=0.5) == expected
+
+
+def test_orphans_and_duplicates_of_flat_messages_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = flat_rows(the_tree())
+    orphan = {**rows[1], "message_id": "X", "parent_id": "nobody"}
+    below = {**rows[2], "message_id": "Y", "parent_id": "X"}
+    source = write_jsonl(tmp_path / "in", [*rows, orphan, below, rows[0], b"{"])
+    assert process_oasst_command(str(source), str(tmp_path / "out"), json=True) == 0
+    summary = orjson.loads(capsys.readouterr().out)
+    n = len(rows)
+    assert summary["bad"] == {
+        "broken JSON": {"count": 1, "first": [n + 4]},
+        "parent missing": {"count": 2, "first": [n + 1, n + 2]},
+        "duplicate message_id": {"count": 1, "first": [n + 3]},
+    }
+    assert summary["conversations"] == 5
+    assert summary["discarded"]["deleted"] == 1
+
+
+def test_provenance_and_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "in", [the_tree(), the_tree()])
+    assert processed(source, max_conversations=3) == ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1"]
+    assert "stopped at --max-conversations" in capsys.readouterr().out
+    first = orjson.loads((tmp_path / "out.jsonl").read_bytes().splitlines()[0])
+    assert first["tree_id"] == "T"
+    assert first["ranks"] == [None, 0, None, 1]
+    assert first["messages"][1] == {"role": "assistant", "content": "text of A1"}
+
+
+def test_what_process_writes_trains_with_only_the_last_reply_of_a_prefix(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in", [the_tree()])
+    processed(source, threads="prefixes")
+    dataset = prepare([tmp_path / "out.jsonl"], Settings(), TOKENIZER)
+    counts = learned_targets(dataset)
+    assert counts[TOKENIZER.stop_id] == 7  # one for each prefix
+    assert dataset.account["messages_trained"] == 7
+
+
+def test_trees_can_be_trained_on_directly_and_their_discards_are_in_the_account(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in", [the_tree()])
+    direct = prepare([source], Settings(), TOKENIZER)
+    flat = prepare([write_jsonl(tmp_path / "flat", flat_rows(the_tree()))], Settings(), TOKENIZER)
+    processed(source)
+    through = prepare([tmp_path / "out.jsonl"], Settings(), TOKENIZER)
+    assert learned_targets(direct) == learned_targets(through) == learned_targets(flat)
+    assert direct.account["paths_discarded"] == paths(the_tree())[1]
+    assert flat.account["lines"] == flat.account["records"] == len(flat_rows(the_tree()))
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        ([{"messages": []}], {}, "no OASST trees"),
+        ([the_tree()], {"tree_state": "growing"}, "no path passes"),
+        ([the_tree()], {"threads": "some"}, "none of all, best, prefixes"),
+        ([the_tree()], {"threads": "best", "top_k": 1}, "goes with --threads all"),
+        ([the_tree()], {"max_conversations": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_work_is_said(tmp_path: Path, lines: list[Any], options: dict[str, Any], message: str) -> None:
+    source = write_jsonl(tmp_path / "in", lines)
+    with pytest.raises(UserError, match=message):
+        process_oasst_command(str(source), str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_malformed_trees_are_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = copy.deepcopy(the_tree())
+    broken["prompt"]["replies"][3]["text"] = None
+    source = write_jsonl(tmp_path / "in", [broken, the_tree(), {"prompt": {"replies": 7, "text": "", "role": ""}}])
+    assert process_oasst_command(str(source), str(tmp_path / "out"), json=True) == 0
+    summary = orjson.loads(capsys.readouterr().out)
+    assert summary["bad"] == {"not an OASST tree or message": {"count": 2, "first": [1, 3]}}

@@ -136,8 +136,9 @@ def _stream(path: str, compression: str) -> Generator[bytes | Fault, None, None]
         with pa.input_stream(path, compression="zstd") as stream:
             yield from _chunks(stream.read)
     else:
+        # read1, not read: before a break, read would throw away what it has already unpacked.
         with gzip.open(path) if compression == "gzip" else open(path, "rb") as file:
-            yield from _chunks(file.read)
+            yield from _chunks(file.read1)
 
 
 def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes | Fault]:

@@ -1,0 +1,97 @@
+"""Mutated lines: nothing crashes, nothing hangs, and every line is in the account."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import orjson
+import pytest
+from helpers import TOKENIZER, Settings, chat, write_jsonl
+
+from lumina.config.errors import UserError
+from lumina.data import prepare
+from lumina.data.account import Account
+from lumina.data.validation import fix, validate
+
+LINES = 100_000
+SEEDS = [
+    orjson.dumps(chat("hello there", "general reply", "and?", "more")),
+    orjson.dumps({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "é漢🙂"}]}),
+    orjson.dumps({"instruction": "do", "input": "this", "output": "done"}),
+    orjson.dumps({"prompt": "q", "response": "a"}),
+    orjson.dumps({"text": "plain <|im_end|> words"}),
+    orjson.dumps({"prompt": {"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": "a"}]}}),
+]
+FRAGMENTS = [
+    b"NaN", b"Infinity", b"-1e999", b"null", b"true", b"[]", b"{}", b'""', b"\\ud800", b"\\u0000", b"\xff\xfe", b"\xed\xa0\x80",
+    b'"role":"user",', b'"messages":[],', b"<|im_start|>", b"\r", b"\x00", b"\xe2\x80\xa8", b"\\", b'"', b"[[[[", b"}}}}",
+]  # fmt: skip
+
+
+def mutated(rng: random.Random) -> bytes:
+    line = bytearray(rng.choice(SEEDS))
+    for _ in range(rng.randint(0, 4)):
+        at = rng.randrange(len(line) + 1)
+        what = rng.randrange(6)
+        if what == 0 and line:
+            line[at % len(line)] ^= 1 << rng.randrange(8)
+        elif what == 1:
+            del line[at:]
+        elif what == 2:
+            line[at:at] = rng.choice(FRAGMENTS)
+        elif what == 3:
+            end = rng.randrange(at, len(line) + 1)
+            line[at:at] = line[at:end]  # duplicated keys and values among them
+        elif what == 4:
+            line[at:at] = rng.choice([b"[", b'{"a":']) * rng.choice([3, 300, 3000])
+        else:
+            del line[at : at + rng.randint(1, 9)]
+    return bytes(line).replace(b"\n", b" ")
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(20_240_601)
+    lines = [mutated(rng) for _ in range(LINES)]
+    lines[5000] = orjson.dumps(chat("x" * 3_000_000, " " * 1_000_000 + "end"))  # huge
+    lines[6000] = b'{"messages": ' + b"[" * 1_000_000
+    return write_jsonl(tmp_path_factory.mktemp("fuzz") / "fuzz.jsonl", lines)
+
+
+def test_every_mutated_line_is_accounted_for(fuzzed: Path) -> None:
+    account = Account.from_dict(prepare([fuzzed], Settings(seq_length=512), TOKENIZER, workers=2).account)
+    account.check()
+    assert account.lines == LINES
+    assert account.conversations > LINES // 10, "mutations should leave some lines sound"
+    assert account.bad_lines > LINES // 10
+    assert set(account.faults) == {
+        "broken JSON", "wrong type", "empty", "unknown role", "no assistant turn", "unknown format",
+    }  # fmt: skip
+
+
+def test_validation_sees_what_training_sees_and_fix_leaves_only_sound_lines(fuzzed: Path, tmp_path: Path) -> None:
+    dataset = prepare([fuzzed], Settings(seq_length=512), TOKENIZER, workers=2)
+    validation = validate([str(fuzzed)], TOKENIZER, workers=2)
+    for name in ("lines", "records", "conversations", "messages", "tokens", "tokens_trained"):
+        assert getattr(validation.account, name) == dataset.account[name]
+    written, rejected, rejects = fix([str(fuzzed)], tmp_path / "sound.jsonl", TOKENIZER)
+    assert written == validation.account.conversations
+    assert rejected == validation.account.bad_lines
+    assert len(rejects.read_bytes().splitlines()) == rejected
+    again = validate([str(tmp_path / "sound.jsonl")], TOKENIZER, workers=1)
+    assert again.account.bad_lines == 0
+    assert again.account.tokens_trained == validation.account.tokens_trained
+    assert sorted(again.survey.hashes) == sorted(validation.survey.hashes)
+
+
+def test_arrays_of_garbage_end(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    path = tmp_path / "array.json"
+    for _ in range(300):
+        good = [orjson.dumps(chat("q", "a"))] * rng.randint(0, 3)
+        path.write_bytes(b"[" + b",".join([*good, mutated(rng), *good]) + rng.choice([b"]", b"", b"}"]))
+        try:
+            Account.from_dict(prepare([path], Settings(), TOKENIZER, workers=1).account).check()
+        except UserError as error:
+            assert "no usable conversation" in str(error)

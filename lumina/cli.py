@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse without abbreviations (`--max` would silently become `--max-steps`), and errors in one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n  See: {self.prog} --help\n")
@@ -255,6 +255,40 @@ def _generate_options(parser: _Parser) -> None:
     _json_option(parser)
 
 
+def export(arguments: Arguments) -> int:
+    """Write a trained model as a folder that transformers and vLLM load."""
+    from lumina.infer import export_command
+
+    return export_command(
+        run=arguments.run,
+        out=arguments.out,
+        dtype=arguments.dtype,
+        shard_size=arguments.shard_size,
+        json=arguments.json,
+    )
+
+
+def _export_options(parser: _Parser) -> None:
+    parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
+    parser.add_argument("out", metavar="OUT", help="folder to write; it must not hold anything yet")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(float32)")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
+    _json_option(parser)
+
+
+def import_(arguments: Arguments) -> int:
+    """Take a Llama-shaped Hugging Face model from disk, as a run that other commands use."""
+    from lumina.infer import import_command
+
+    return import_command(source=arguments.source, out=arguments.out, json=arguments.json)
+
+
+def _import_options(parser: _Parser) -> None:
+    parser.add_argument("source", metavar="HF_DIR", help="folder with config.json, safetensors and tokenizer.json")
+    parser.add_argument("out", metavar="OUT", help="run's folder to write, such as experiments/NAME")
+    _json_option(parser)
+
+
 def config(arguments: Arguments) -> int:
     """Show a preset or YAML file with every value filled in, and its true parameter counts."""
     from lumina.config import load
@@ -298,6 +332,8 @@ COMMANDS: dict[str, Command] = {
     "validate-data": Command(validate_data, _validate_data_options),
     "process-oasst": Command(process_oasst, _process_oasst_options),
     "generate": Command(generate, _generate_options),
+    "export": Command(export, _export_options),
+    "import": Command(import_, _import_options),
     "config": Command(config, _config_show_options),
     "check-environment": Command(check_environment, _json_option),
     "estimate-time": Command(estimate_time, _estimate_time_options),

@@ -100,7 +100,14 @@ def read_json(path: str) -> Json:
     return loaded
 
 
-def resolve(config: Config, world_size: int, device_type: str, *, bf16_supported: bool | None = None) -> Resolved:
+def resolve(
+    config: Config,
+    world_size: int,
+    device_type: str,
+    *,
+    bf16_supported: bool | None = None,
+    document: Json | None = None,
+) -> Resolved:
     """Fill and check the run's DeepSpeed JSON.
 
     Args:
@@ -108,12 +115,14 @@ def resolve(config: Config, world_size: int, device_type: str, *, bf16_supported
         world_size: number of data-parallel processes.
         device_type: `cpu` or `cuda`.
         bf16_supported: passed on to `lumina.config.precision.resolve` (None asks the device).
+        document: the JSON itself, for a caller that has made one; read from the file otherwise.
 
     Raises:
         UserError: unreadable file, refused key, contradiction, a precision that the device lacks, an unknown "auto".
     """
     source = config.ds_config or "the built-in DeepSpeed configuration"
-    document = read_json(config.ds_config) if config.ds_config else default_json(world_size)
+    if document is None:
+        document = read_json(config.ds_config) if config.ds_config else default_json(world_size)
     merge = _Merge(config, copy.deepcopy(document), source)
     merge.refuse_removed()
     merge.take_optimizer()

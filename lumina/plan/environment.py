@@ -90,7 +90,8 @@ def check_devices() -> Iterator[Finding]:
         else:
             yield Finding("OK", f"gpu {index}", f"{detail}, CUDA {version}")
     if torch.distributed.is_nccl_available():
-        yield Finding("OK", "nccl", ".".join(map(str, torch.cuda.nccl.version())))
+        version_of_nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        yield Finding("OK", "nccl", ".".join(map(str, version_of_nccl)))
     else:
         yield Finding("FAIL", "nccl", "not in this torch", "Several GPUs need it: install a CUDA build of torch.")
 

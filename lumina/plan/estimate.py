@@ -1,0 +1,140 @@
+"""One configuration on one cluster with one data set: memory, speed, duration and cost together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lumina.config import Config, UserError
+from lumina.config.deepspeed import resolve
+from lumina.plan.devices import Cluster
+from lumina.plan.memory import Buffers, Memory, peak_memory
+from lumina.plan.speed import Speed, predict
+from lumina.plan.workload import Shape
+
+# Tokens per parameter where more parameters and more data are worth the same (Chinchilla, arXiv:2203.15556, table 3).
+TOKENS_PER_PARAMETER = 20
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the estimate knows of the data. tokens: of one epoch; document_tokens: the length-weighted mean,
+    sum(L^2)/sum(L), which gives the attention work of the real mix; fill: share of each window that packing fills."""
+
+    tokens: float
+    document_tokens: float | None
+    supervised: float
+    fill: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that is said about one run on one cluster."""
+
+    cluster: Cluster
+    shape: Shape
+    memory: Memory
+    speed: Speed
+    global_batch: int
+    steps: int
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.device <= self.cluster.device.memory
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds * self.cluster.world_size / 3600
+
+    @property
+    def energy_kwh(self) -> float:
+        """At the boards' full power; the hosts and the cooling come on top."""
+        return self.gpu_hours * self.cluster.device.power / 1000
+
+
+def assumed_data(config: Config, tokens: float | None, document_tokens: float | None, supervised: float) -> Data:
+    """Where no file is given: so many tokens, or 20 per parameter in all (the epochs share them)."""
+    if not 0 < supervised <= 1:
+        raise UserError(f"--supervised {supervised:g} is not a share", "Give a number above 0 and at most 1.")
+    if tokens is None:
+        tokens = TOKENS_PER_PARAMETER * config.num_parameters() / config.epochs
+        source = f"assumed: {TOKENS_PER_PARAMETER} tokens per parameter over all epochs"
+    else:
+        source = "given"
+    return Data(tokens, document_tokens, supervised, 1.0, source)
+
+
+def data_of_files(config: Config) -> Data:
+    """Counted from the prepared training files (prepared now if they are not)."""
+    import numpy as np
+
+    from lumina.chat import Tokenizer
+    from lumina.data import prepare
+
+    dataset = prepare(config.train_data, config, Tokenizer.load())
+    # A thousand samples say how long documents are: dataset.batch reads them from the memory map.
+    some = dataset.batch(range(0, dataset.num_samples, max(1, dataset.num_samples // 1000)))
+    lengths = np.diff(some.cu_seqlens_D).astype(np.float64)
+    return Data(
+        tokens=float(dataset.num_tokens),
+        document_tokens=float((lengths**2).sum() / lengths.sum()),
+        supervised=dataset.num_supervised / dataset.num_tokens,
+        fill=dataset.num_tokens / (dataset.num_samples * config.seq_length),
+        source="counted in the training files",
+    )
+
+
+def shape_of(config: Config, document: dict[str, Any], world: int, data: Data) -> tuple[Shape, Buffers]:
+    """The cost model's view of a resolved DeepSpeed JSON."""
+    zero = document.get("zero_optimization", {})
+    stage = int(zero.get("stage", 0))
+
+    def offloads(key: str) -> bool:
+        return bool((zero.get(key) or {}).get("device", "none") != "none")
+
+    shape = Shape(
+        micro_batch=int(document["train_micro_batch_size_per_gpu"]),
+        accumulation=int(document["gradient_accumulation_steps"]),
+        world=world,
+        precision=next((name for name in ("bf16", "fp16") if document[name]["enabled"]), "fp32"),
+        stage=stage,
+        offload_optimizer=offloads("offload_optimizer"),
+        offload_params=offloads("offload_param"),
+        checkpoint_every=config.checkpoint_every,
+        document_tokens=data.document_tokens,
+        supervised=data.supervised,
+        fill=data.fill,
+    )
+    buffers = Buffers(
+        reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
+        prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
+        persistence=int(zero.get("stage3_param_persistence_threshold", 100_000)),
+        overlap=bool(zero.get("overlap_comm", stage == 3)),
+        sub_group=int(zero.get("sub_group_size", 1_000_000_000)),
+    )
+    return shape, buffers
+
+
+def estimate_run(config: Config, cluster: Cluster, data: Data, document: dict[str, Any] | None = None) -> Estimate:
+    """Estimate the run that this configuration describes. Its DeepSpeed JSON (or `document` in its place) is resolved
+    as training would resolve it."""
+    has_bf16 = "bf16" in cluster.device.peak
+    resolved = resolve(config, cluster.world_size, "cuda", bf16_supported=has_bf16, document=document)
+    shape, buffers = shape_of(resolved.config, resolved.json, cluster.world_size, data)
+    global_batch = resolved.config.global_batch_size
+    assert global_batch is not None
+    return estimate_shape(resolved.config, shape, buffers, cluster, data, global_batch)
+
+
+def estimate_shape(
+    config: Config, shape: Shape, buffers: Buffers, cluster: Cluster, data: Data, global_batch: int
+) -> Estimate:
+    """The same for a shape that was chosen, not read from a configuration."""
+    speed = predict(config, shape, cluster)
+    per_epoch = math.ceil(data.tokens / (config.seq_length * data.fill) / global_batch)
+    steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
+    memory = peak_memory(config, shape, buffers)
+    return Estimate(cluster, shape, memory, speed, global_batch, steps, steps * speed.step)

@@ -1,0 +1,198 @@
+"""Memory of one rank, by part, at the two moments that can be the highest: the end of the forward pass (activations are
+all there, gradients begin) and the optimizer step (activations are gone, float32 copies of gradients are there).
+
+Weights, master weights and moments are what DeepSpeed 0.19 allocates, to the byte (tests/plan/test_memory.py holds them
+against real runs). It keeps two flat buffers, one per parameter group (decayed matrices; norms and embeddings):
+
+- stage 0: nothing is shared. In half precision each tensor has a float32 master copy; in float32 the weights are it.
+- stages 1, 2: each group is padded to a multiple of 2 * world; weights whole, master and moments 1/world of it.
+- stage 3: each tensor is padded to a multiple of world and every rank keeps 1/world; small ones are also kept whole.
+
+Activations are those that autograd keeps for the fused operators of lumina.model on a GPU. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from lumina.config import ModelConfig
+from lumina.plan.workload import Shape
+
+CONTEXT = 1.2e9  # CUDA context, cuBLAS workspaces and NCCL buffers; outside PyTorch's allocator
+FRAGMENTATION = 0.05  # of what PyTorch's allocator holds
+LOSS_CHUNK = 256 * 2**20  # logits alive at once, as in lumina.model.loss
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """DeepSpeed's bucket sizes in elements, as in the resolved JSON."""
+
+    reduce_bucket: int = 200_000_000
+    prefetch: int = 50_000_000
+    persistence: int = 100_000
+    overlap: bool = True
+    sub_group: int = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device by part, and on the host. `moment` is when this peak happens."""
+
+    moment: str
+    weights: float
+    gathered: float  # weights of the layers at work under stage 3
+    gradients: float
+    master: float
+    moments: float
+    activations: float
+    output: float  # logits chunk and the gradients that the loss holds
+    buffers: float  # communication buckets
+    margin: float
+    host: float
+
+    @property
+    def device(self) -> float:
+        return float(sum(getattr(self, part) for part in PARTS))
+
+
+PARTS = tuple(field.name for field in fields(Memory) if field.name not in ("moment", "host"))
+
+
+def parameter_groups(model: ModelConfig) -> tuple[list[int], list[int]]:
+    """Element counts of every tensor: the matrices that decay, then embeddings and norms that do not."""
+    h, d = model.hidden_size, model.head_dim
+    layer = [h * d * (model.num_heads + 2 * model.num_kv_heads), h * d * model.num_heads, 2 * h * model.ffn_size]
+    decayed = [*layer, h * model.ffn_size] * model.num_layers
+    free = [model.vocab_size * h, *[h] * (2 * model.num_layers + 1)]
+    if not model.tie_word_embeddings:
+        decayed.append(model.vocab_size * h)
+    return decayed, free
+
+
+@dataclass(frozen=True)
+class States:
+    """What stays allocated between steps, in bytes."""
+
+    weights: int
+    master: int
+    moments: int
+
+
+def states(model: ModelConfig, shape: Shape, persistence: int = 0) -> States:
+    """Weights, master weights and Adam's two moments of one rank, wherever they are kept."""
+    groups, world, element = parameter_groups(model), shape.world, shape.element
+    if shape.stage == 0:
+        total = sum(map(sum, groups))
+        return States(element * total, 0 if element == FP32 else FP32 * total, 2 * FP32 * total)
+    if shape.stage < 3:
+        padded = sum(_up(sum(group), 2 * world) for group in groups)
+        return States(element * padded, FP32 * padded // world, 2 * FP32 * padded // world)
+    shard = sum(-(-count // world) for group in groups for count in group)
+    # A single rank's share is the whole tensor already: DeepSpeed then keeps no second one.
+    small = [count for group in groups for count in group if count < persistence and world > 1]
+    whole = sum(_up(count, world) for count in small)
+    return States(element * (shard + whole), FP32 * shard, 2 * FP32 * shard)
+
+
+def activation_bytes_per_token(model: ModelConfig, shape: Shape) -> float:
+    """What autograd keeps per token, over all layers.
+
+    A layer keeps, per token: the summed residual and the normed input of both halves with a float32 scale each; the
+    projection of queries, keys and values (attention reads the values in place) and the rotated queries and keys; the
+    attention's result and a float32 log-sum per head; gate and up, and their product. A recomputed layer keeps its two
+    inputs only.
+    """
+    whole, inputs, again = _layer_activations(model, shape)
+    return (model.num_layers - again) * whole + again * inputs
+
+
+def _layer_activations(model: ModelConfig, shape: Shape) -> tuple[float, float, int]:
+    """Bytes per token of a layer that keeps all, of a recomputed one, and how many are recomputed."""
+    e, h, f, d = shape.element, model.hidden_size, model.ffn_size, model.head_dim
+    queries, keys = model.num_heads * d, model.num_kv_heads * d
+    norms = 2 * (2 * e * h + FP32)
+    attention = e * (queries + 2 * keys) + e * (queries + keys) + e * queries + FP32 * model.num_heads
+    feed_forward = e * 3 * f
+    again = -(-model.num_layers // shape.checkpoint_every) if shape.checkpoint_every else 0
+    return norms + attention + feed_forward, 2.0 * e * h, again
+
+
+def peak_memory(model: ModelConfig, shape: Shape, buffers: Buffers | None = None) -> Memory:
+    """The higher of the two moments."""
+    buffers = buffers or Buffers()
+    return max((_forward_end(model, shape, buffers), _update(model, shape, buffers)), key=lambda m: m.device)
+
+
+def _kept(model: ModelConfig, shape: Shape, buffers: Buffers) -> tuple[dict[str, float], float]:
+    """Parts that are there all the time, and the bytes on the host."""
+    held = states(model, shape, buffers.persistence)
+    optimizer_on_host = held.master + held.moments if shape.offload_optimizer else 0
+    weights_on_host = held.weights if shape.offload_params else 0
+    parts: dict[str, float] = {
+        "weights": held.weights - weights_on_host,
+        "master": 0 if shape.offload_optimizer else held.master,
+        "moments": 0 if shape.offload_optimizer else held.moments,
+    }
+    gradients_on_host = held.master if shape.offload_optimizer else 0
+    return parts, float(optimizer_on_host + weights_on_host + gradients_on_host)
+
+
+def _gradients(model: ModelConfig, shape: Shape) -> float:
+    """Gradients that wait for the update: all of them under stages 0 and 1, the rank's share under 2 and 3."""
+    if shape.offload_optimizer and shape.stage >= 2:
+        return 0.0
+    share = shape.world if shape.stage >= 2 else 1
+    return shape.element * model.num_parameters() / share
+
+
+def _forward_end(model: ModelConfig, shape: Shape, buffers: Buffers) -> Memory:
+    parts, host = _kept(model, shape, buffers)
+    element, tokens = shape.element, shape.micro_batch * model.seq_length * shape.fill
+    whole, _, again = _layer_activations(model, shape)
+    rotary_and_inputs = tokens * (FP32 * model.head_dim + 28)
+    recomputing = whole * tokens if again else 0.0
+    table = model.vocab_size * model.hidden_size
+    supervised = tokens * shape.supervised
+    chunks = supervised * model.vocab_size * element
+    # The loss keeps the gradient of the table (float32 while several chunks add up) and of the hidden states.
+    output = min(LOSS_CHUNK, chunks) + table * (FP32 if chunks > LOSS_CHUNK else element)
+    output += 2 * supervised * model.hidden_size * element
+    layer = (model.num_parameters(False) - model.hidden_size) / model.num_layers
+    gathered = element * min(model.num_parameters(), max(table, layer) + buffers.prefetch) if shape.stage == 3 else 0.0
+    bucket = element * buffers.reduce_bucket * (2 if buffers.overlap else 1) if shape.stage and shape.world > 1 else 0.0
+    # Gradients of earlier micro-batches are there already; with a single one they only begin to appear.
+    parts |= {
+        "gathered": gathered,
+        "gradients": _gradients(model, shape) if shape.accumulation > 1 or shape.stage == 3 else 0.0,
+        "activations": tokens * activation_bytes_per_token(model, shape) + recomputing + rotary_and_inputs,
+        "output": output,
+        "buffers": bucket,
+    }
+    return _with_margin("forward pass", parts, host)
+
+
+def _update(model: ModelConfig, shape: Shape, buffers: Buffers) -> Memory:
+    parts, host = _kept(model, shape, buffers)
+    groups, share = parameter_groups(model), shape.world if shape.stage else 1
+    copies = 0.0
+    if shape.element < FP32 and not shape.offload_optimizer:
+        # float32 copies: of everything under stage 0, of one group (1, 2) or sub-group (3) at a time.
+        at_once = sum(map(sum, groups)) if shape.stage == 0 else max(map(sum, groups)) / share
+        copies = FP32 * min(at_once, buffers.sub_group if shape.stage == 3 else at_once)
+    parts |= {
+        "gathered": 0.0,
+        "gradients": _gradients(model, shape) + copies,
+        "activations": 0.0,
+        "output": 0.0,
+        "buffers": shape.element * buffers.reduce_bucket if shape.stage == 3 else 0.0,
+    }
+    return _with_margin("optimizer step", parts, host)
+
+
+def _with_margin(moment: str, parts: dict[str, float], host: float) -> Memory:
+    return Memory(moment=moment, **parts, margin=CONTEXT + FRAGMENTATION * sum(parts.values()), host=host)
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

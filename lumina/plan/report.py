@@ -1,0 +1,203 @@
+"""`lumina estimate-time`: which cluster, which data, and the estimate as text for a reader or as one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+from lumina.config import Config, UserError
+from lumina.config.deepspeed import default_json
+from lumina.plan.devices import Cluster, find_device, local_device
+from lumina.plan.estimate import Data, Estimate, assumed_data, data_of_files, estimate_run
+from lumina.plan.memory import PARTS, Buffers, peak_memory
+from lumina.plan.speed import UNCERTAINTY
+from lumina.plan.workload import flops_per_token
+
+REFERENCE = ("a100-80gb", "h100")  # shown where no GPU is named and none is here
+
+
+def estimate(config: Config, arguments: argparse.Namespace) -> int:
+    """Print the estimate; 0 if the run fits on every cluster that was asked for, else 1."""
+    data = gather_data(config, arguments)
+    clusters, note = choose_clusters(arguments)
+    document = stage_document(config, arguments.zero)
+    estimates = [estimate_run(config, cluster, data, document) for cluster in clusters]
+    if arguments.json:
+        runs = [as_dict(config, each, arguments.price) for each in estimates]
+        print(json.dumps({"model": model_dict(config, data), "data": asdict(data), "runs": runs}))
+    else:
+        print("\n".join(model_lines(config, data)))
+        if note:
+            print(note)
+        for each in estimates:
+            print("\n".join(["", *run_lines(config, each, arguments.price)]))
+    return 0 if all(each.fits for each in estimates) else 1
+
+
+def gather_data(config: Config, arguments: argparse.Namespace) -> Data:
+    """Counted from --train-data where given, else what the options say."""
+    if config.train_data:
+        return data_of_files(config)
+    return assumed_data(config, arguments.tokens, arguments.document_tokens, arguments.supervised)
+
+
+def choose_clusters(arguments: argparse.Namespace) -> tuple[list[Cluster], str]:
+    """The clusters to estimate, and a line that says why these."""
+    names = [arguments.gpu] if arguments.gpu else []
+    note = ""
+    devices = [find_device(name) for name in names]
+    if not devices:
+        here = local_device()
+        devices = [here] if here else [find_device(name) for name in REFERENCE]
+        if not here:
+            note = f"no --gpu given and none that is known here: shown for {' and '.join(REFERENCE)}"
+    return [Cluster(device, arguments.nodes, arguments.gpus_per_node) for device in devices], note
+
+
+def stage_document(config: Config, stage: int | None) -> dict[str, Any] | None:
+    """The built-in DeepSpeed JSON with the stage of --zero; None where that was not given."""
+    if stage is None:
+        return None
+    if config.ds_config:
+        raise UserError("--zero and --ds_config both choose the ZeRO stage", "Give one of them.")
+    document = default_json(2)
+    document["zero_optimization"]["stage"] = stage
+    return document
+
+
+def model_dict(config: Config, data: Data) -> dict[str, Any]:
+    """The part that no cluster changes."""
+    shape = _any_shape(data)
+    flops = flops_per_token(config, shape)
+    return {
+        "name": config.model_name,
+        "parameters": config.num_parameters(),
+        "parameters_without_embeddings": config.num_parameters(False),
+        "sequence_length": config.seq_length,
+        "flops_per_token": {
+            "layers": 3 * flops.layers,
+            "attention": 3 * flops.attention,
+            "output": 3 * flops.output,
+            "total": flops.model,
+        },
+    }
+
+
+def as_dict(config: Config, each: Estimate, price: float | None) -> dict[str, Any]:
+    """One estimate for --json; sizes in bytes, times in seconds."""
+    speed, memory = each.speed, each.memory
+    return {
+        "cluster": {
+            "device": each.cluster.device.name,
+            "nodes": each.cluster.nodes,
+            "gpus_per_node": each.cluster.gpus_per_node,
+            "sources": each.cluster.device.sources,
+        },
+        "shape": asdict(each.shape),
+        "global_batch_size": each.global_batch,
+        "fits": each.fits,
+        "memory": {part: getattr(memory, part) for part in PARTS}
+        | {"total": memory.device, "host": memory.host, "device": each.cluster.device.memory, "peak_at": memory.moment},
+        "memory_by_stage": by_stage(config, each),
+        "communication": {"gradients": speed.traffic.gradients, "weights": speed.traffic.weights},
+        "step": {
+            "products": speed.products,
+            "elementwise": speed.elementwise,
+            "optimizer": speed.optimizer,
+            "communication": speed.communication,
+            "exposed_communication": speed.exposed,
+            "total": speed.step,
+        },
+        "tokens_per_second": speed.tokens_per_second,
+        "uncertainty": UNCERTAINTY,
+        "mfu": speed.mfu,
+        "steps": each.steps,
+        "seconds": each.seconds,
+        "gpu_hours": each.gpu_hours,
+        "energy_kwh": each.energy_kwh,
+        "cost": None if price is None else price * each.gpu_hours,
+    }
+
+
+def by_stage(config: Config, each: Estimate) -> dict[str, float]:
+    """Peak bytes of a rank under every ZeRO stage, and with offload, at the same batch."""
+    plain = replace(each.shape, offload_optimizer=False, offload_params=False)
+    totals = {f"zero{stage}": _peak(config, replace(plain, stage=stage)) for stage in range(4)}
+    totals["zero3_offload"] = _peak(config, replace(plain, stage=3, offload_optimizer=True, offload_params=True))
+    return totals
+
+
+def _peak(config: Config, shape: Any) -> float:
+    bucket = max(config.vocab_size * config.hidden_size, min(config.num_parameters(), 200_000_000))
+    layer = (config.num_parameters(False) - config.hidden_size) // config.num_layers
+    return peak_memory(config, shape, Buffers(bucket, 2 * layer, 2 * config.hidden_size)).device
+
+
+def model_lines(config: Config, data: Data) -> list[str]:
+    """The model and the data as text."""
+    model = model_dict(config, data)
+    flops = model["flops_per_token"]
+    shares = ", ".join(f"{part} {flops[part] / flops['total']:.0%}" for part in ("layers", "attention", "output"))
+    documents = f", documents of {data.document_tokens:,.0f}" if data.document_tokens else ""
+    return [
+        f"{config.model_name}: {model['parameters'] / 1e6:,.1f} M parameters "
+        f"({model['parameters_without_embeddings'] / 1e6:,.1f} M without embeddings), window {config.seq_length:,}",
+        f"work: {flops['total'] / 1e9:.2f} GFLOP per token, forward and backward ({shares})",
+        f"data: {data.tokens / 1e6:,.1f} M tokens an epoch ({data.source}){documents}, "
+        f"{data.supervised:.0%} supervised, windows {data.fill:.1%} full",
+    ]
+
+
+def run_lines(config: Config, each: Estimate, price: float | None) -> list[str]:
+    """One estimate as text."""
+    shape, memory, speed = each.shape, each.memory, each.speed
+    capacity = each.cluster.device.memory
+    offload = " with offload" if shape.offload_optimizer else ""
+    layers = f", every {shape.checkpoint_every}. layer recomputed" if shape.checkpoint_every > 1 else ""
+    layers = ", every layer recomputed" if shape.checkpoint_every == 1 else layers
+    parts = ", ".join(f"{part} {_size(getattr(memory, part))}" for part in PARTS if getattr(memory, part))
+    stages = ", ".join(f"{name} {_size(total)}" for name, total in by_stage(config, each).items())
+    low, high = (each.seconds * factor for factor in (1 / (1 + UNCERTAINTY), 1 / (1 - UNCERTAINTY)))
+    lines = [
+        f"{each.cluster}: {shape.precision}, ZeRO {shape.stage}{offload}{layers}; {shape.micro_batch} per micro-batch "
+        f"x {shape.accumulation} x {shape.world} ranks = {each.global_batch} samples a step",
+        f"  memory    {_size(memory.device)} of {_size(capacity)} at the {memory.moment}: "
+        f"{'fits' if each.fits else 'DOES NOT FIT'}",
+        f"            {parts}",
+        *([f"            on the host of each rank {_size(memory.host)}"] if memory.host else []),
+        f"  by stage  {stages}",
+        f"  step      {_time(speed.step)}: matrix products {_time(speed.products)}, element-wise "
+        f"{_time(speed.elementwise)}, optimizer {_time(speed.optimizer)}, network not hidden {_time(speed.exposed)}",
+        f"  network   {_size(speed.traffic.total)} received by each rank a step: gradients "
+        f"{_size(speed.traffic.gradients)}, weights {_size(speed.traffic.weights)}",
+        f"  speed     {speed.tokens_per_second:,.0f} tokens/s, MFU {speed.mfu:.1%} (within {UNCERTAINTY:.0%})",
+        f"  run       {each.steps:,} steps: {_duration(each.seconds)} (between {_duration(low)} and {_duration(high)})"
+        f", {each.gpu_hours:,.1f} GPU-hours, {each.energy_kwh:,.1f} kWh"
+        + (f", {price * each.gpu_hours:,.2f} USD" if price is not None else ""),
+        f"  figures   {'; '.join(dict.fromkeys(each.cluster.device.sources))}",
+    ]
+    return lines
+
+
+def _any_shape(data: Data) -> Any:
+    from lumina.plan.workload import Shape
+
+    return Shape(1, 1, 1, "bf16", document_tokens=data.document_tokens, supervised=data.supervised, fill=data.fill)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,117 @@
+"""How long a step takes on a cluster, from the counted work and the sourced rates of the device.
+
+    compute  = products / (peak * share reached) + element-wise bytes / bandwidth
+    exposed  = communication that the stage cannot hide behind compute
+    step     = accumulation * compute + optimizer + exposed
+
+Lumina's element-wise kernels are fused; `passes` says how many times more bytes another implementation moves, and
+`attention` overrides the share its attention kernel reaches, so that published runs of other trainers can be predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lumina.config import ModelConfig, UserError
+from lumina.plan.devices import Cluster
+from lumina.plan.workload import (
+    Flops,
+    Shape,
+    Traffic,
+    flops_per_token,
+    memory_bytes_per_token,
+    optimizer_bytes,
+    recomputed_share,
+    traffic,
+)
+
+STREAM = 0.85  # share of memory bandwidth that element-wise kernels reach
+COLLECTIVE = 0.80  # share of a link that NCCL's collectives reach for large messages
+HOST_LINK = 25e9  # bytes/s between GPU and host: PCIe 4.0 x16, as measured by most bandwidth tests
+HOST_ADAM = 1e9  # parameters/s that DeepSpeed's CPU Adam updates on a server (ZeRO-Offload, arXiv:2101.06840, table 4)
+UNCERTAINTY = 0.25  # of the predicted rate, either way
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One step's time in seconds, by part, and the rates that follow."""
+
+    products: float
+    elementwise: float
+    optimizer: float
+    communication: float  # all of it
+    exposed: float  # what is not hidden behind compute
+    step: float
+    tokens_per_step: float
+    flops: Flops
+    traffic: Traffic
+    mfu: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.step
+
+
+def predict(
+    model: ModelConfig, shape: Shape, cluster: Cluster, *, passes: float = 1.0, attention: float | None = None
+) -> Speed:
+    """The speed of one step. UserError where the device lacks the precision or its network is not known."""
+    device = cluster.device
+    if shape.precision not in device.peak:
+        raise UserError(f"{device.name} has no {shape.precision}", f"It has {', '.join(device.peak)}.")
+    tokens = shape.micro_batch * model.seq_length * shape.fill
+    flops = flops_per_token(model, shape)
+    again = recomputed_share(model, shape)
+    peak = device.peak[shape.precision]
+    matrix = flops.layers * (3 + again) + flops.output * 3
+    scores = flops.attention * (3.5 + again) / (attention or device.attention)
+    products = shape.accumulation * tokens * (matrix / device.matmul + scores) / peak
+    stream = device.bandwidth * STREAM
+    elementwise = shape.accumulation * tokens * passes * memory_bytes_per_token(model, shape) / stream
+    optimizer = optimizer_seconds(model, shape, stream)
+    moved = traffic(model, shape)
+    communication = moved.total / link_rate(cluster) if shape.world > 1 else 0.0
+    exposed = _exposed(shape, moved, products + elementwise, communication)
+    step = products + elementwise + optimizer + exposed
+    total = tokens * shape.accumulation * shape.world
+    mfu = flops.model * total / (step * cluster.world_size * device.peak[shape.precision])
+    return Speed(products, elementwise, optimizer, communication, exposed, step, total, flops, moved, mfu)
+
+
+def optimizer_seconds(model: ModelConfig, shape: Shape, stream: float) -> float:
+    """The update itself: on the device, or on the host with gradients going there and weights coming back."""
+    if not shape.offload_optimizer:
+        return optimizer_bytes(model, shape) / stream
+    own = model.num_parameters() / (shape.world if shape.stage else 1)
+    return own / HOST_ADAM + 2 * own * shape.element / HOST_LINK
+
+
+def link_rate(cluster: Cluster) -> float:
+    """Bytes/s at which a rank receives in collectives over the whole cluster: the slower of the links inside a node and
+    the network, which carries a share (nodes - 1) / nodes of the bytes over all of a node's adapters at once."""
+    device = cluster.device
+    inside = device.link * COLLECTIVE
+    if cluster.nodes == 1:
+        return inside
+    if device.network is None:
+        raise UserError(
+            f"the network of nodes with {device.name} is not known", "Estimate one node, or --measure there."
+        )
+    # All ranks of a node need the same bytes from outside once; the node's adapters bring them in together.
+    world, nodes, each = cluster.world_size, cluster.nodes, cluster.gpus_per_node
+    crossing = ((nodes - 1) / nodes) / ((world - 1) / world)
+    outside = device.network * COLLECTIVE * each / crossing
+    return min(inside, outside)
+
+
+def _exposed(shape: Shape, moved: Traffic, compute: float, communication: float) -> float:
+    """Gradients are reduced during the backward pass (two thirds of compute) of the micro-batches that reduce; gathered
+    weights of stage 3 hide behind any compute; those of stages 1 and 2 come after the update, where nothing runs."""
+    if not communication:
+        return 0.0
+    per_byte = communication / moved.total
+    reducing = 1 if shape.stage < 2 else shape.accumulation
+    backward = compute * 2 / 3 * reducing / shape.accumulation
+    if shape.stage == 3:
+        return max(0.0, communication - compute)
+    return max(0.0, moved.gradients * per_byte - backward) + moved.weights * per_byte

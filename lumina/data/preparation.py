@@ -224,6 +224,8 @@ def _build(
     account.check()
     for task in tasks:
         _report_path(Path(task.out)).unlink()
+    for leftover in partial.glob("*.tmp"):
+        leftover.unlink()
     names = [Path(task.out).name for task in tasks]
     meta = {
         "fingerprint": fingerprint,

@@ -33,7 +33,8 @@ _STYLE = """
 body { margin: 0 auto; max-width: 70rem; padding: 1.2rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.tiles, .plots { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
+.tiles, .plots { display: grid; gap: .8rem; margin: .8rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .tile, figure { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem;
   margin: 0; }
@@ -107,7 +108,9 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
             return f'<td class="n">{shown}</td>'
         return f"<td>{escape(str(value))}</td>"
 
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    numeric = [isinstance(value, int | float) for value in rows[0]] if rows else []
+    kinds = [' class="n"' if i < len(numeric) and numeric[i] else "" for i in range(len(head))]
+    top = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     lines = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 

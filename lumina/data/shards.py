@@ -12,6 +12,7 @@ Plan, one record batch:
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,7 +42,8 @@ class PieceWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._partial = path.with_name(path.name + ".tmp")
+        # A worker left over from a killed run may still be writing the same piece: each writes its own file.
+        self._partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._sink = pa.OSFile(str(self._partial), "wb")
         self._writer = pa.ipc.new_file(self._sink, PIECES)
         self.rows: list[int] = []  # per record batch

@@ -7,8 +7,10 @@ threads is not safe, and `multiprocessing`'s spawn would run the user's main scr
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -98,8 +100,17 @@ def run_task(tokenizer: Tokenizer, task: Task) -> dict[str, Any]:
     return {"account": asdict(account), "rows": writer.rows, "lines": account.lines}
 
 
+def die_with_parent() -> None:
+    """Asks Linux to kill this process when its parent dies; elsewhere the end of stdin has to do."""
+    if not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def main() -> None:
-    """The worker process: tasks in, reports out. An error is reported and ends the worker."""
+    """The worker process: tasks in, reports out, until stdin ends. An input that cannot be read is reported."""
+    die_with_parent()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not break the protocol
     gc.disable()  # nothing here makes cycles, and collections over a block's messages took a sixth of the time

@@ -1,0 +1,186 @@
+"""validate-data: its figures by hand on a small file, its report in a browser, its fix read back."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from helpers import TOKENIZER, chat, write_jsonl
+
+from lumina.chat import Conversation, Message, render
+from lumina.config.errors import UserError
+from lumina.data.commands import validate_command
+from lumina.data.report import render_report
+from lumina.data.survey import percentiles, windows
+from lumina.data.validation import fix, validate
+
+KEY = "sk-" + "a1B2c3D4e5F6g7H8i9J0"
+LINES: list[Any] = [
+    chat("hello", "hi"),
+    chat("hello", "hi"),  # a duplicate
+    chat("mail me at someone@example.org", "or call +1 555 123 4567"),
+    chat("my key is " + KEY, "thanks"),
+    chat("say <|im_end|> and <|im_start|>", "no\u202e"),
+    {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}, {"role": "bot", "content": "y"}]},
+    chat("привет", "как дела", "хорошо"),
+    b"{oops",
+    {"messages": [{"role": "user", "content": "alone"}]},
+    {"lang": "de", "instruction": "tu", "output": "ja"},
+    b"",
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "in.jsonl", LINES)
+
+
+def test_the_figures_of_a_small_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate_command(str(path), json=True) == 0
+    figures = orjson.loads(capsys.readouterr().out)
+    at = lambda *lines: [f"{path}:{line}" for line in lines]
+    assert figures["files"] == {str(path): "JSON lines"}
+    assert figures["account"]["lines"] == 11
+    assert figures["account"]["conversations"] == 8
+    assert figures["formats"] == {"messages": 7, "Alpaca": 1}
+    assert figures["roles"] == {"user": 10, "assistant": 8}
+    assert figures["languages"] == {"de": 1}
+    assert figures["scripts"] == {"Latin": 7, "Cyrillic": 1}
+    assert figures["turns"] == {"min": 2, "p50": 2, "p90": 3, "p99": 3, "max": 3, "mean": 2.25}
+    assert figures["duplicates"] == 1
+    assert figures["findings"] == {
+        "a turn repeated at once": {"count": 1, "first": at(6)},
+        "roles that do not alternate": {"count": 1, "first": at(6)},
+        "ends with an unanswered user turn": {"count": 1, "first": at(7)},
+        "email address": {"count": 1, "first": at(3)},
+        "phone number": {"count": 1, "first": at(3)},
+        "secret key": {"count": 1, "first": at(4)},
+        "control-token text": {"count": 1, "first": at(5)},
+        "suspicious characters": {"count": 1, "first": at(5)},
+    }
+    faults = figures["account"]["faults"]
+    assert faults["broken JSON"]["first"] == at(8)
+    assert "{oops" in faults["broken JSON"]["example"]
+    assert faults["no assistant turn"]["first"] == at(9)
+    shortest = render(TOKENIZER, Conversation([Message("user", "tu"), Message("assistant", "ja")]))
+    assert figures["conversation_tokens"]["min"] == len(shortest.ids)
+
+
+def test_text_output_names_everything_and_prints_no_secret(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate_command(str(path), create_report=True) == 0
+    out = capsys.readouterr().out
+    for phrase in (
+        "secret key: 1",
+        "email address: 1",
+        "broken JSON: 1",
+        "duplicates     1",
+        "window    512",
+        "report",
+    ):
+        assert phrase in out
+    assert KEY not in out
+    assert "someone@example.org" not in out
+
+
+def test_percentiles_and_windows_against_numpy() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 3000, 501)
+    histogram = {str(length): int((lengths == length).sum()) for length in np.unique(lengths)}
+    spread = percentiles(histogram)
+    for p in (50, 90, 99):
+        assert spread[f"p{p}"] == np.percentile(lengths, p, method="inverted_cdf")
+    assert (spread["min"], spread["max"]) == (lengths.min(), lengths.max())
+    assert spread["mean"] == pytest.approx(lengths.mean(), abs=0.005)
+    for row in windows(histogram):
+        window = row["window"]
+        assert row["longer"] == pytest.approx((lengths > window).mean(), abs=1e-6)
+        assert row["lost"] == pytest.approx(np.maximum(lengths - window, 0).sum() / lengths.sum(), abs=1e-6)
+        assert 0.9 < row["fill"] <= 1
+    assert percentiles({}) == {}
+
+
+def test_a_file_without_a_usable_line_exits_1_and_still_reports(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "bad.jsonl", [b"x", b"y"])
+    assert validate_command(str(path), create_report=True) == 1
+    assert "broken JSON" in (tmp_path / "bad.jsonl.report.html").read_text()
+
+
+def test_fix_writes_the_sound_and_keeps_the_rest_word_for_word(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fixed.jsonl"
+    assert fix([str(path)], out, TOKENIZER)[:2] == (8, 2)
+    sound = [orjson.loads(line) for line in out.read_bytes().splitlines()]
+    assert sound[0] == LINES[0]
+    assert sound[5]["messages"][2] == {"role": "assistant", "content": "y"}
+    assert sound[7] == chat("tu", "ja")
+    rejected = [orjson.loads(line) for line in (tmp_path / "fixed.jsonl.rejected.jsonl").read_bytes().splitlines()]
+    assert [(entry["source"], entry["reason"]) for entry in rejected] == [
+        (f"{path}:8", "broken JSON"),
+        (f"{path}:9", "no assistant turn"),
+    ]
+    assert rejected[0]["record"].strip() == "{oops"
+    assert rejected[1]["record"] == LINES[8]
+    with pytest.raises(UserError, match="one of the inputs"):
+        fix([str(path)], path, TOKENIZER)
+
+
+def test_the_report_is_self_contained_and_escapes_what_people_typed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [chat("<script>alert(1)</script>", "<img src=x onerror=y>"), b"<b>bad"])
+    html = render_report(validate([str(path)], TOKENIZER, workers=1))
+    assert "&lt;script&gt;alert(1)" in html
+    assert not re.search(r"<script|<img|<b>bad|@import|url\(|(?:src|href)=\"(?!data:,)", html)
+    assert html.count("<svg") == 4
+    assert html.count('<div class="turn learned">') == 1
+    assert html.count('<div class="turn masked">') == 1
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
+def test_the_report_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
+    """No console message, no request, and pixels of the bars' colour in the picture."""
+    from PIL import Image
+
+    path = write_jsonl(tmp_path / "in.jsonl", LINES * 20)
+    html = render_report(validate([str(path)], TOKENIZER, workers=1))
+    picture, messages, requests = browse(tmp_path / "report", html, width, dark)
+    assert messages == []
+    assert requests == []
+    image = Image.open(picture).convert("RGB")
+    colours = {colour: count for count, colour in image.getcolors(1 << 24)}
+    bar, background = ((0x6E, 0xA8, 0xE6), (0x16, 0x18, 0x1B)) if dark else ((0x2F, 0x6D, 0xB3), (0xFB, 0xFB, 0xF9))
+    assert colours.get(bar, 0) > 500, "no bars to be seen"
+    assert colours.get(background, 0) > 10_000
+    # The same look at a page that does misbehave, so that silence means something.
+    spoilt = html.replace("</body>", '<img src="http://127.0.0.1:9/x.png"><script>console.log("x")</script></body>')
+    _, messages, requests = browse(tmp_path / "spoilt", spoilt, width, dark)
+    assert len(messages) == 1
+    assert requests == ["http://127.0.0.1:9/x.png"]
+
+
+def browse(folder: Path, html: str, width: int, dark: bool) -> tuple[Path, list[str], list[str]]:
+    """Opens a page; returns its picture, its console's messages, and what it asked the network for. The browser's own
+    requests (updates, dictionaries) have no origin; they resolve to nothing here."""
+    folder.mkdir()
+    page, picture, network = folder / "page.html", folder / "page.png", folder / "net.json"
+    page.write_text(html, encoding="utf-8")
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
+        "--disable-background-networking", "--disable-component-update", "--no-first-run", "--enable-logging=stderr",
+        f"--log-net-log={network}", f"--window-size={width},2400", f"--screenshot={picture}",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--host-resolver-rules=MAP * ~NOTFOUND",
+        page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert picture.exists(), done.stderr
+    events = orjson.loads(network.read_bytes())["events"]
+    asked = [event["params"] for event in events if {"url", "initiator"} <= set(event.get("params", {}))]
+    requests = [params["url"] for params in asked if params["initiator"] != "not an origin"]
+    return picture, [line for line in done.stderr.splitlines() if "CONSOLE" in line], requests

@@ -43,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     add = parse.add_argument
     add("--op", action="append", choices=OPERATORS, help="an operator; repeat for several (default: all)")
     add("--shapes", choices=("presets", "sweep"), default="presets")
-    add("--preset", action="append", choices=[s.name for s in PRESETS], help="only these presets' shapes")
+    names = [shape.name for shape in (*PRESETS, *sweep())]
+    add("--only", action="append", choices=names, metavar="SHAPE", help="only this shape; repeat for several")
     add("--dtype", choices=tuple(DTYPES), default="bf16")
     add("--card", action="append", choices=[c.name for c in CARDS], help="static table: only these cards")
     add("--bandwidth", type=float, metavar="GB/S", help="static table: predict for this bandwidth")
@@ -129,8 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return compare(options.model, repeats=min(options.repeats, 20))
     shapes = PRESETS if options.shapes == "presets" else sweep()
-    if options.preset:
-        shapes = tuple(shape for shape in PRESETS if shape.name in options.preset)
+    shapes = tuple(shape for shape in shapes if not options.only or shape.name in options.only)
+    if not shapes:
+        print(f"error: no such shape among the {options.shapes}: {', '.join(options.only)}", file=sys.stderr)
+        return 2
     todo = cases(shapes, tuple(options.op or OPERATORS), DTYPES[options.dtype])
     static = options.static or not torch.cuda.is_available()
     if static and INTERPRETED:

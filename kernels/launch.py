@@ -14,7 +14,7 @@ import functools
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -238,11 +238,6 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
         return x.view(rows, width)
     except RuntimeError:  # leading dimensions that no single stride joins
         return x.contiguous().view(rows, width)
-
-
-def offset_bound(sizes: Iterable[int], strides: Iterable[int]) -> int:
-    """The largest element offset that a tensor of these sizes and strides reaches."""
-    return sum((size - 1) * abs(stride) for size, stride in zip(sizes, strides, strict=True) if size > 0)
 
 
 # ---------------------------------------------------------------- operators

@@ -41,7 +41,7 @@ def time_step(preset: str, repeats: int, tokens: int | None = None, vocabulary: 
     for _ in range(repeats + 2):
         start = time.perf_counter()
         loss = model(ids, positions, boundaries, length, targets, weights)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         last = loss.item()  # waits for the device

@@ -177,7 +177,7 @@ def _wide_shares(
     share_RW = tl.zeros([ROWS, COLS], tl.float32)
     stop = tl.minimum((program + 1) * per_program, rows)
     for start in range(program * per_program, stop, ROWS):
-        row_R = start + tl.arange(0, ROWS)
+        row_R = start + tl.arange(0, ROWS).to(tl.int64)
         inside_RW = (row_R < stop)[:, None] & inside_W[None, :]
         x_RW = tl.load(x_ptr + row_R[:, None] * x_stride + col_W[None, :], mask=inside_RW, other=0.0)
         dy_RW = tl.load(dy_ptr + row_R[:, None] * dy_stride + col_W[None, :], mask=inside_RW, other=0.0)

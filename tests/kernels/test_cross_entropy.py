@@ -26,7 +26,7 @@ def test_losses_and_gradients(rows: int, width: int, dtype: torch.dtype) -> None
     compare((3 * torch.randn(rows, width)).to(dtype), torch.randint(0, width, (rows,)), torch.rand(rows))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     rows=st.integers(1, 9),
     width=st.integers(1, 700),

@@ -49,7 +49,7 @@ def test_add_norm_and_its_gradients(rows: int, width: int, dtype: torch.dtype) -
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 40),
     width=st.integers(1, 600),

@@ -40,7 +40,7 @@ def test_rotation_and_its_gradient(tokens: int, heads: int, kv_heads: int, head_
     compare(qkv, heads, kv_heads, torch.arange(tokens), tokens)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     batch=st.integers(1, 3),
     sequence=st.integers(1, 20),

@@ -15,7 +15,7 @@ def test_product_and_its_gradient(rows: int, width: int, dtype: torch.dtype) -> 
     check(swiglu, reference.swiglu, [gate_up], [torch.randn(rows, width).to(dtype)])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     rows=st.integers(1, 70),
     width=st.integers(1, 400),

@@ -1,0 +1,97 @@
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lumina.kernels import bench, cases, peers
+
+SMALL = cases.Shape("tiny", 64, 96, 4, 2, 16, 200, tokens=20, sequence=10)
+
+
+def test_without_a_gpu_it_prints_the_static_table_and_says_so(tmp_path: Path) -> None:
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LUMINA_KERNELS")}
+    table, plot = tmp_path / "out" / "table.csv", tmp_path / "out" / "plot.png"
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "lumina.kernels.bench", "--op", "swiglu", "--op", "rms_norm", "--card", "A100"),
+            *("--only", "debug", "--bandwidth", "1000", "--csv", str(table), "--plot", str(plot)),
+        ],
+        capture_output=True,
+        text=True,
+        env=clean | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "no GPU was used" in run.stdout
+    assert "no measurement" in run.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    lines = table.read_text().splitlines()
+    assert lines[0].startswith("# static: Static table: no GPU was used")
+    header, *rows = [line.split(",") for line in lines if not line.startswith("#")]
+    forward = dict(zip(header, next(row for row in rows if row[3] == "swiglu"), strict=True))
+    # 8,192 tokens x 1,408 x 6 bytes at 1,000 GB/s
+    assert float(forward["predicted_us"]) == pytest.approx(8192 * 1408 * 6 / 1e12 * 1e6, abs=0.01)
+
+
+def test_a_shape_of_the_other_set_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--only", "width 512"]) == 2
+    assert "width 512" in capsys.readouterr().err
+
+
+def test_interpreted_kernels_cannot_be_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--static", "--op", "rope"]) == 2
+    assert "unset LUMINA_KERNELS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("op", "direction"), cases.LIMITS)
+def test_measuring_runs_every_side(op: str, direction: str) -> None:
+    """The GPU's benchmark, on interpreted kernels and the wall clock: what it computes, not how fast."""
+    case = cases.Case(op, direction, SMALL, torch.float32)
+    ours, eager = peers.measure(case, "cpu", repeats=1)
+    assert (ours.side, eager.side) == ("lumina", "eager")
+    for found in (ours, eager):
+        assert found.microseconds > 0
+        assert found.gigabytes == pytest.approx(case.bytes(case.launches()) / found.microseconds / 1e3)
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
+def test_sides_compute_the_same(op: str) -> None:
+    case = cases.Case(op, "forward", SMALL, torch.float32)
+    torch.manual_seed(0)
+    given = peers.inputs(case, "cpu")
+    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in given]
+    with torch.no_grad():
+        ours, eager = peers.OURS[op](*given), peers.EAGER[op](*copies)
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(given[0], copies[0])
+
+
+def test_backward_steps_give_gradients() -> None:
+    case = cases.Case("add_rms_norm", "backward", SMALL, torch.float32)
+    gradients = peers.step_of(peers.OURS["add_rms_norm"], case, "cpu")()
+    assert [g.shape for g in gradients] == [(20, 64), (20, 64), (64,)]
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_measured_tables_are_written_and_drawn(tmp_path: Path) -> None:
+    case = cases.Case("swiglu", "forward", SMALL, torch.float32)
+    table = bench.measured_table([case], "cpu", 1)
+    bench.write_csv(tmp_path / "m.csv", table, {"gpu": "none"})
+    bench.write_plot(tmp_path / "m.png", table, static=False)
+    assert (tmp_path / "m.csv").read_text().startswith("# gpu: none\nshape,op,")
+    assert (tmp_path / "m.png").stat().st_size > 1000
+
+
+def test_environment_is_recorded() -> None:
+    assert {"python", "torch", "triton", "machine"} <= set(peers.environment())
+
+
+def test_a_training_step_by_one_path() -> None:
+    pytest.importorskip("lumina.model")
+    step = importlib.import_module("lumina.kernels.model_step")
+    found = step.time_step("nano", repeats=1, tokens=16, vocabulary=128)
+    assert found["tokens"] == 16
+    # Two warm-up steps and one timed, on the same tokens: below log(128) = 4.85 and falling.
+    assert 2.0 < found["loss"] < 4.85

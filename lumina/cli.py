@@ -173,12 +173,15 @@ def validate_data(arguments: Arguments) -> int:
     """Check conversations line by line: what would be trained on, masked or dropped, and why."""
     from lumina.data.commands import validate_command
 
-    return validate_command(arguments.file, create_report=arguments.create_report, json=arguments.json)
+    return validate_command(
+        arguments.files, create_report=arguments.create_report, json=arguments.json, fix=arguments.fix
+    )
 
 
 def _validate_data_options(parser: _Parser) -> None:
-    parser.add_argument("file", metavar="FILE", help="conversations (JSONL)")
-    parser.add_argument("--create-report", action="store_true", help="also write a report next to the file")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="conversations, in any format that train reads")
+    parser.add_argument("--create-report", action="store_true", help="also write FILE.report.html")
+    parser.add_argument("--fix", metavar="OUT", help="write the sound records to OUT, the others beside it")
     _json_option(parser)
 
 
@@ -186,15 +189,22 @@ def process_oasst(arguments: Arguments) -> int:
     """Turn OpenAssistant message trees into conversations."""
     from lumina.data.commands import process_oasst_command
 
-    return process_oasst_command(
-        arguments.input, arguments.output, max_conversations=arguments.max_conversations, json=arguments.json
-    )
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "input", "output")}
+    return process_oasst_command(arguments.input, arguments.output, **given)
 
 
 def _process_oasst_options(parser: _Parser) -> None:
-    parser.add_argument("input", metavar="IN", help="trees (JSONL)")
+    parser.add_argument("input", metavar="IN", help="trees or flat messages")
     parser.add_argument("output", metavar="OUT", help="conversations to write (JSONL)")
     parser.add_argument("--max-conversations", type=int, metavar="N", help="stop after N conversations")
+    parser.add_argument("--threads", default="all", metavar="WHICH", help="which paths of a tree (all)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="the K best-ranked answers at each turn")
+    parser.add_argument("--lang", metavar="A,B", help="only these languages")
+    parser.add_argument("--tree-state", default="ready_for_export", metavar="A,B", help="only trees in these states")
+    parser.add_argument("--include-deleted", action="store_true", help="also messages that were deleted")
+    parser.add_argument("--include-synthetic", action="store_true", help="also messages that a model wrote")
+    parser.add_argument("--min-quality", type=float, metavar="Q", help="only messages labelled at least this good")
+    parser.add_argument("--max-toxicity", type=float, metavar="T", help="only messages labelled at most this toxic")
     _json_option(parser)
 
 

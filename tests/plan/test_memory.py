@@ -1,4 +1,4 @@
-"""The memory model against what DeepSpeed really allocates on CPUs, and activations against what autograd really keeps."""
+"""The memory model against what DeepSpeed really allocates, and activations against what autograd really keeps."""
 
 import json
 import subprocess

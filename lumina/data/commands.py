@@ -179,3 +179,28 @@ def process_oasst_command(
     else:
         _say(summary.lines())
     return 0
+
+
+def inspect_command(
+    files: Sequence[str], config: Settings, *, sample: int = 0, table: bool = False, json: bool = False
+) -> int:
+    """Shows what the model will see of one sample: text coloured by what is learned, with `table` every token.
+
+    Raises:
+        UserError: there is no such sample.
+    """
+    from lumina.data.inspection import describe, render_sample
+
+    tokenizer = Tokenizer.load()
+    with _progress_bar("preparing") as progress:
+        dataset = prepare(files, config, tokenizer, progress=progress)
+    if not 0 <= sample < dataset.num_samples:
+        raise UserError(f"there is no sample {sample}", f"They are numbered from 0 to {dataset.num_samples - 1:,}.")
+    description = describe(dataset, sample, tokenizer)
+    if json:
+        _print_json(description)
+        return 0
+    console = Console(soft_wrap=True, highlight=False)
+    for line in render_sample(description, tokenizer, table):
+        console.print(line)
+    return 0

@@ -1,18 +1,26 @@
 """Using a trained model: load it, generate, talk to it, take it elsewhere."""
 
-from lumina.infer.commands import generate_command
-from lumina.infer.generation import Answer, TextStream, generate, stream
+from lumina.infer.commands import export_command, generate_command, import_command
+from lumina.infer.exporting import export
+from lumina.infer.generation import Answer, generate, stream
+from lumina.infer.importing import import_hf
 from lumina.infer.loading import Loaded, find_checkpoint, load
 from lumina.infer.sampling import Sampling
+from lumina.infer.voice import LuminaVoice, Voice
 
 __all__ = [
     "Answer",
     "Loaded",
+    "LuminaVoice",
     "Sampling",
-    "TextStream",
+    "Voice",
+    "export",
+    "export_command",
     "find_checkpoint",
     "generate",
     "generate_command",
+    "import_command",
+    "import_hf",
     "load",
     "stream",
 ]

@@ -7,9 +7,11 @@ import logging
 import sys
 import time
 
-from lumina.chat import Conversation, Message, prompt_ids
-from lumina.infer.generation import Answer, TextStream, stream
-from lumina.infer.loading import load
+from lumina.chat import Conversation, Message
+from lumina.infer.exporting import export
+from lumina.infer.generation import Answer, stream
+from lumina.infer.importing import import_hf
+from lumina.infer.loading import find_checkpoint, foreign_tokenizer, load, read_config
 from lumina.infer.sampling import Sampling
 
 log = logging.getLogger("lumina")
@@ -30,11 +32,11 @@ def generate_command(
     sampling = Sampling(temperature, top_k, top_p, max_length, seed)
     loaded = load(run)
     log.info("%s, step %d", loaded.checkpoint, loaded.step)
-    ids = prompt_ids(loaded.tokenizer, Conversation([Message("user", prompt)]))
-    answer, text, pieces = Answer(), TextStream(loaded.tokenizer), []
+    ids = loaded.voice.prompt(Conversation([Message("user", prompt)]))
+    answer, text, pieces = Answer(), loaded.voice.text_stream(), []
     started = time.perf_counter()
-    for ((_, token),) in stream(loaded.model, loaded.tokenizer, [ids], sampling):
-        if token == loaded.tokenizer.stop_id:
+    for ((_, token),) in stream(loaded.model, loaded.voice, [ids], sampling):
+        if token in loaded.voice.stop_ids:
             answer.finish = "stop"
             break
         answer.ids.append(token)
@@ -62,4 +64,36 @@ def generate_command(
         "step": loaded.step,
     }
     print(json_module.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def export_command(*, run: str, out: str, dtype: str, shard_size: str, json: bool = False) -> int:
+    """Write a Hugging Face folder. Raises UserError."""
+    exported = export(run, out, dtype, shard_size)
+    facts = {
+        "folder": str(exported.folder),
+        "files": exported.shards,
+        "bytes": exported.bytes,
+        "dtype": dtype,
+        "checkpoint": str(exported.checkpoint),
+    }
+    if json:
+        print(json_module.dumps(facts, ensure_ascii=False))
+    else:
+        files = f"{len(exported.shards)} weight file" + ("s" if len(exported.shards) > 1 else "")
+        print(f"{exported.checkpoint} -> {exported.folder}: {files}, {exported.bytes / 1e6:.1f} MB in {dtype}")
+    return 0
+
+
+def import_command(*, source: str, out: str, json: bool = False) -> int:
+    """Turn a Hugging Face folder into a run. Raises UserError."""
+    folder = import_hf(source, out)
+    checkpoint = find_checkpoint(folder)
+    config, own = read_config(checkpoint), foreign_tokenizer(checkpoint) is None
+    facts = {"folder": str(folder), "parameters": config.num_parameters(), "lumina_tokenizer": own}
+    if json:
+        print(json_module.dumps(facts, ensure_ascii=False))
+    else:
+        whose = "Lumina's tokenizer" if own else "its own tokenizer and chat template"
+        print(f"{source} -> {folder}: {config.num_parameters() / 1e6:.1f}M parameters, {whose}")
     return 0

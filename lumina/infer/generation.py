@@ -5,17 +5,15 @@ Shape suffixes: R sequences still going, V vocabulary.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from lumina.chat import Tokenizer
 from lumina.config import UserError
 from lumina.infer.sampling import Sampling, choose, generator
+from lumina.infer.voice import Voice
 from lumina.model import Transformer
 from lumina.model.cache import KVCache
 
@@ -31,15 +29,6 @@ class Answer:
     finish: Finish | None = None
 
 
-def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """Ids that are never sampled, bool (V): everything that is not text, except the stop token. The chat template
-    places control tokens, not the model; ids past the tokenizer's own are padding of the vocabulary."""
-    forbidden_V = torch.ones(vocab_size, dtype=torch.bool)
-    forbidden_V[: tokenizer.text_ids] = False
-    forbidden_V[tokenizer.stop_id] = False
-    return forbidden_V
-
-
 def check_prompt(length: int, window: int) -> None:
     """Raise UserError when a prompt leaves no room for an answer."""
     if not 1 <= length < window:
@@ -52,7 +41,7 @@ def check_prompt(length: int, window: int) -> None:
 @torch.inference_mode()
 def stream(
     model: Transformer,
-    tokenizer: Tokenizer,
+    voice: Voice,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
 ) -> Iterator[list[tuple[int, int]]]:
@@ -64,11 +53,11 @@ def stream(
     Raises:
         UserError: a prompt that fills the window.
     """
-    window, stop = model.config.seq_length, tokenizer.stop_id
+    window = model.config.seq_length
     for prompt in prompts:
         check_prompt(len(prompt), window)
     weight = model.embedding.weight
-    forbidden_V = forbidden_ids(tokenizer, model.config.vocab_size).to(weight.device)
+    forbidden_V = voice.forbidden(model.config.vocab_size).to(weight.device)
     room = [min(sampling.max_length, window - len(prompt)) for prompt in prompts]
     capacity = max(len(prompt) + new for prompt, new in zip(prompts, room, strict=True))
     cache = KVCache(model.config, len(prompts), capacity, weight)
@@ -83,7 +72,9 @@ def stream(
         yield list(zip(going, chosen, strict=True))
         for sequence in going:
             room[sequence] -= 1
-        kept = [(s, token) for s, token in zip(going, chosen, strict=True) if token != stop and room[s] > 0]
+        kept = [
+            (s, token) for s, token in zip(going, chosen, strict=True) if token not in voice.stop_ids and room[s] > 0
+        ]
         if not kept:
             return
         going = [sequence for sequence, _ in kept]
@@ -91,15 +82,13 @@ def stream(
         positions = cache.extend(going, [1] * len(going), decode=True)
 
 
-def generate(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
-) -> list[Answer]:
+def generate(model: Transformer, voice: Voice, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
     """Answers to a batch of prompts. See `stream`."""
     answers = [Answer() for _ in prompts]
-    for new in stream(model, tokenizer, prompts, sampling):
+    for new in stream(model, voice, prompts, sampling):
         for sequence, token in new:
             answer = answers[sequence]
-            if token == tokenizer.stop_id:
+            if token in voice.stop_ids:
                 answer.finish = "stop"
             else:
                 answer.ids.append(token)
@@ -107,17 +96,3 @@ def generate(
         if answer.finish is None:
             answer.finish = "length" if len(answer.ids) == sampling.max_length else "window"
     return answers
-
-
-class TextStream:
-    """Tokens to text as it arrives: holds back bytes until they are whole characters."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
-
-    def end(self) -> str:
-        return self._decoder.decode(b"", final=True)

@@ -6,6 +6,7 @@ Lumina's own checkpoints are read, whose hashes are checked first: safetensors a
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from lumina.chat import Tokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.config import precision as precisions
 from lumina.config.load import parse_yaml
+from lumina.infer.voice import ForeignVoice, LuminaVoice, Voice
 from lumina.model import Transformer, keep_heap
 from lumina.train.checkpoint import (
     Reader,
@@ -34,6 +36,7 @@ from lumina.train.state import MASTER
 log = logging.getLogger("lumina")
 
 RUNS = Path("experiments")
+STOPS = "stops.json"  # in an imported run's tokenizer folder: the ids that end its turns
 _SEED_SPELLING = "best_model.pt"  # `--resume checkpoints/best_model.pt`, as the project was first described
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,10 +44,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode, its tokenizer, and where both came from."""
+    """A model in evaluation mode, its tokenizer and template, and where both came from."""
 
     model: Transformer
-    tokenizer: Tokenizer
+    voice: Voice
     checkpoint: Path
     step: int
 
@@ -135,6 +138,26 @@ def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.
         raise UserError(f"{checkpoint} cannot be read: {error}") from None
 
 
+def foreign_tokenizer(checkpoint: Path) -> Path | None:
+    """The folder of an imported model's own tokenizer; None when the model speaks Lumina's."""
+    folder = checkpoint.parent.parent / "tokenizer"
+    return folder if folder.is_dir() else None
+
+
+def read_stops(folder: Path) -> frozenset[int]:
+    """The ids that end an imported model's turns."""
+    try:
+        return frozenset(int(token) for token in json.loads((folder / STOPS).read_text())["stop_ids"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / STOPS} cannot be read: {error}", "Import the model again.") from None
+
+
+def read_voice(checkpoint: Path) -> Voice:
+    """The tokenizer and template that the checkpoint's model was trained with."""
+    folder = foreign_tokenizer(checkpoint)
+    return LuminaVoice(Tokenizer.load()) if folder is None else ForeignVoice(folder, read_stops(folder))
+
+
 def choose_dtype(precision: str = "auto") -> tuple[torch.device, torch.dtype]:
     """Where and in what to compute: the GPU when there is one; bf16 where the device multiplies it, since decoding is
     bound by the bytes of the weights (benchmarks/generate.py)."""
@@ -158,4 +181,4 @@ def load(path: str | Path, precision: str = "auto") -> Loaded:
     for name, weight in weights(checkpoint, config):
         parameters[name].copy_(weight)
     model.requires_grad_(False).eval()
-    return Loaded(model, Tokenizer.load(), checkpoint, read_progress(checkpoint)[0].step)
+    return Loaded(model, read_voice(checkpoint), checkpoint, read_progress(checkpoint)[0].step)

@@ -1,0 +1,111 @@
+"""Lumina's tokenizer and chat template as files that transformers loads: tokenizer.json and tokenizer_config.json.
+
+tokenizer.json is byte-level BPE. tiktoken joins whichever adjacent pair makes the token of lowest rank; here that is
+written as a list of all pairs that make a token, ordered by the rank of what they make. A word that is a token as it
+stands is taken whole (`ignore_merges`), as tiktoken does.
+
+The base vocabulary's own special tokens are left out: nothing produces them, and its <|endoftext|> is
+spelled as ours is.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from lumina.chat import CONTROL_TOKENS, ROLE_ALIASES, Tokenizer
+from lumina.chat.tokenizer import find_ranks
+
+# cl100k_base's published pattern without possessive quantifiers, which Oniguruma (inside `tokenizers`) reads otherwise:
+# there `{1,3}+` repeats the whole. Both forms cut every text the same way.
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_ROLES = "{" + ", ".join(f"'{alias}': '{role}'" for alias, role in ROLE_ALIASES.items()) + "}"
+CHAT_TEMPLATE = (
+    "{%- set roles = " + _ROLES + " -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'text' -%}"
+    "{{- '<|endoftext|>' + message['content'] + '<|endoftext|>' -}}"
+    "{%- elif message['role'] in roles -%}"
+    "{{- '<|im_start|><|' + roles[message['role']] + '|>' + message['content'] + '<|im_end|>' -}}"
+    "{%- else -%}"
+    "{{- raise_exception('unknown role: ' + message['role']) -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|><|assistant|>' -}}{%- endif -%}"
+)
+
+
+def _alphabet() -> list[str]:
+    """A printable character for each byte, as byte-level BPE files write them (GPT-2's table): printable Latin-1 bytes
+    stand for themselves, the others for U+0100 onwards in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The contents of tokenizer.json."""
+    alphabet = _alphabet()
+    fields = find_ranks()[1].split()
+    ranks = dict(zip(map(base64.b64decode, fields[::2]), map(int, fields[1::2]), strict=True))
+    spelled = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ranks and right in ranks:
+                merges.append([spelled[left], spelled[right]])
+    plain: dict[str, Any] = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    added = [{**plain, "id": tokenizer.control_ids[name], "content": name} for name in CONTROL_TOKENS]
+    # `tokenizers` numbers added tokens on from the vocabulary's size, unless the vocabulary has them: so it does, and
+    # the base's special ids between are filled with names that no text can spell (a space is written otherwise).
+    first = tokenizer.control_ids[CONTROL_TOKENS[0]]
+    unused = {f"<unused {token}>": token for token in range(len(ranks), first)}
+    bytes_to_text = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    words = {"type": "Split", "pattern": {"Regex": _PATTERN}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, bytes_to_text]},
+        "post_processor": None,
+        "decoder": bytes_to_text,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {spelled[token]: rank for token, rank in ranks.items()} | unused | tokenizer.control_ids,
+            "merges": merges,
+        },
+    }
+
+
+def tokenizer_config(tokenizer: Tokenizer, window: int) -> dict[str, Any]:
+    """The contents of tokenizer_config.json, with the chat template in Jinja."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": window,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|pad|>",
+        "additional_special_tokens": [name for name in CONTROL_TOKENS if name not in ("<|im_end|>", "<|pad|>")],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+        "lumina_fingerprint": tokenizer.fingerprint,
+    }

@@ -1,0 +1,279 @@
+"""`lumina import`: a Llama-shaped Hugging Face folder as a run that every other command takes.
+
+The result looks like a run at step 0: config.yaml, one checkpoint with a manifest, and, when the tokenizer is not
+Lumina's own, the tokenizer's files. What this model cannot represent exactly is refused by name before anything is
+written. Weights are read from safetensors only, one tensor at a time; an index cannot name a file outside its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lumina.chat import Tokenizer
+from lumina.config import ModelConfig, UserError
+from lumina.infer import llama_names
+from lumina.infer.loading import STOPS
+from lumina.model import Transformer
+from lumina.train.checkpoint import FORMAT, MANIFEST, TRAINER, Progress, digest, name_of, write_json
+from lumina.train.state import MASTER
+
+_WIDEST = 2**24  # no width is beyond this but in a damaged file
+_SHARD = 2 * 10**9  # bytes of float32 weights in memory and in a file at a time
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_IGNORED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they follow from rope_theta
+
+
+def import_hf(source: str | Path, out: str | Path) -> Path:
+    """Turn the Hugging Face folder `source` into the run `out`; returns `out`.
+
+    Raises:
+        UserError: what is missing, damaged, or not supported, by name.
+    """
+    source, out = Path(source), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
+    values = _read_json(source / "config.json")
+    config = to_model_config(values)
+    scratch = out.parent / f".{out.name}.partial"
+    with ExitStack() as files:
+        tensors = _Tensors(source, files)
+        if len(tensors) < config.num_layers:
+            raise UserError(f"{source} has {len(tensors)} tensors, too few for {config.num_layers} layers")
+        with torch.device("meta"):
+            shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+        tensors.check(shapes, config)
+        shutil.rmtree(scratch, ignore_errors=True)
+        checkpoint = scratch / "checkpoints" / name_of(0)
+        checkpoint.mkdir(parents=True)
+        try:
+            _write_checkpoint(checkpoint, tensors, shapes, config)
+            (scratch / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+            _copy_tokenizer(source, scratch / "tokenizer", values)
+            if out.exists():
+                out.rmdir()
+            os.replace(scratch, out)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", "Give a Hugging Face model's folder.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return values
+
+
+# --- Configuration --------------------------------------------------------------------------------
+
+
+def to_model_config(values: dict[str, Any]) -> ModelConfig:
+    """Our configuration of a config.json. Raises UserError, naming what this model cannot represent."""
+    _refuse_unsupported(values)
+    theta, _ = llama_names.config_facts(values)
+    heads = values.get("num_attention_heads")
+    kv_heads = values.get("num_key_value_heads")
+    ours = {
+        "hidden_size": values.get("hidden_size"),
+        "num_layers": values.get("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "seq_length": values.get("max_position_embeddings", 2048),
+        "vocab_size": values.get("vocab_size"),
+        "intermediate_size": values.get("intermediate_size"),
+        "rope_theta": theta,
+        "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": values.get("tie_word_embeddings", False),
+        "init_std": values.get("initializer_range", 0.02),
+    }
+    try:
+        config = ModelConfig.model_validate(ours)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "config"
+        raise UserError(f"config.json does not describe a Llama: {where}: {first['msg']}") from None
+    for name in ("hidden_size", "ffn_size", "vocab_size"):
+        if getattr(config, name) > _WIDEST:
+            raise UserError(f"config.json does not describe a Llama: {name} is {getattr(config, name)}")
+    return config
+
+
+def _refuse_unsupported(values: dict[str, Any]) -> None:
+    kind = values.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise UserError(
+            f"model_type {kind} is not supported",
+            "Supported: llama without rope scaling (Llama 2, Llama 3, TinyLlama, SmolLM2), mistral without a window.",
+        )
+    _, scaling = llama_names.config_facts(values)
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    refused = {
+        "rope scaling": scaling,
+        "attention_bias": values.get("attention_bias"),
+        "mlp_bias": values.get("mlp_bias"),
+        "a quantised checkpoint (quantization_config)": values.get("quantization_config"),
+        "sliding_window": values.get("sliding_window", 4096 if kind == "mistral" else None),
+    }
+    for what, value in refused.items():
+        if value:
+            raise UserError(f"{what} is not supported ({json.dumps(value)})")
+    if values.get("hidden_act", "silu") != "silu":
+        raise UserError(f"hidden_act {values['hidden_act']} is not supported, only silu")
+    if values.get("pretraining_tp", 1) != 1:
+        raise UserError(f"pretraining_tp {values['pretraining_tp']} is not supported, only 1")
+    head_dim = values.get("head_dim")
+    if head_dim is not None and not (isinstance(heads, int) and head_dim * heads == hidden):
+        raise UserError(f"head_dim {head_dim} is not supported: {heads} heads of it are not hidden_size {hidden}")
+
+
+# --- Weights --------------------------------------------------------------------------------------
+
+
+class _Tensors:
+    """The tensors of a folder's safetensors files, by name."""
+
+    def __init__(self, source: Path, files: ExitStack) -> None:
+        self._source = source
+        self._homes: dict[str, Any] = {}
+        for path in self._paths():
+            try:
+                file = files.enter_context(safe_open(path, framework="pt"))
+                names = list(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is not a sound safetensors file: {error}") from None
+            self._homes |= dict.fromkeys(names, file)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def _paths(self) -> list[Path]:
+        index = self._source / "model.safetensors.index.json"
+        single = self._source / "model.safetensors"
+        if not index.exists():
+            if not single.exists():
+                pickled = next(
+                    (path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self._source.glob(pattern)), None
+                )
+                if pickled is not None:
+                    raise UserError(
+                        f"{self._source} has its weights in {pickled}: a pickle, which can run code when it is opened",
+                        "Convert it to safetensors where you trust it.",
+                    )
+                raise UserError(f"{self._source} has no model.safetensors")
+            return [single]
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if Path(name).name != name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+                raise UserError(f"{index} names {name!r}, which is not a safetensors file of its own folder")
+            if not (self._source / name).is_file():
+                raise UserError(f"{index} names {name}, which is missing")
+        return [self._source / name for name in names]
+
+    def check(self, shapes: dict[str, torch.Size], config: ModelConfig) -> None:
+        """Raise UserError unless the files hold exactly the model's tensors in their shapes."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for ours, shape in shapes.items():
+            expected |= {part.name: (part.rows, *shape[1:]) for part in llama_names.parts(ours, config)}
+        for name, wanted in expected.items():
+            if name not in self._homes:
+                raise UserError(f"{self._source} has no tensor {name}")
+            piece = self._homes[name].get_slice(name)
+            if tuple(piece.get_shape()) != wanted:
+                raise UserError(f"{name} has shape {piece.get_shape()}, config.json says {list(wanted)}")
+            if piece.get_dtype() not in ("F32", "F16", "BF16"):
+                raise UserError(
+                    f"{name} has type {piece.get_dtype()}: only float32, float16 and bfloat16 are supported"
+                )
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # a copy that some files carry
+        extra = [n for n in self._homes if n not in expected and n not in tied and not n.endswith(_IGNORED)]
+        if extra:
+            raise UserError(f"{self._source} has a tensor {sorted(extra)[0]}, which this model has no place for")
+
+    def read(self, ours: str, config: ModelConfig) -> torch.Tensor:
+        """One of our parameters, float32."""
+        pieces = [self._homes[p.name].get_tensor(p.name).float() for p in llama_names.parts(ours, config)]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _groups(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
+    group: list[str] = []
+    filled = 0
+    for name, shape in shapes.items():
+        size = 4 * shape.numel()
+        if group and filled + size > _SHARD:
+            yield group
+            group, filled = [], 0
+        group.append(name)
+        filled += size
+    yield group
+
+
+def _write_checkpoint(checkpoint: Path, tensors: _Tensors, shapes: dict[str, torch.Size], config: ModelConfig) -> None:
+    """A checkpoint of whole parameters, dealt to as many rank files as memory asks for; no optimizer state."""
+    groups = list(_groups(shapes))
+    for rank, names in enumerate(groups):
+        held = {f"{MASTER}/{name}": tensors.read(name, config).flatten() for name in names}
+        ranges = {name: [0, shapes[name].numel()] for name in names}
+        path = checkpoint / f"rank-{rank:05d}-of-{len(groups):05d}.safetensors"
+        save_file({"rng/cpu": torch.get_rng_state(), **held}, path, metadata={"ranges": json.dumps(ranges)})
+    keys = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "ffn_size", "tie_word_embeddings")
+    progress = Progress(model={key: getattr(config, key) for key in keys}, world=len(groups))
+    write_json(checkpoint / TRAINER, {**asdict(progress), "optimizer_step": 0, "loss_scale": {}})
+    entries = [{"name": p.name, "bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(checkpoint.iterdir())]
+    write_json(checkpoint / MANIFEST, {"format": FORMAT, "files": entries})
+
+
+# --- Tokenizer ------------------------------------------------------------------------------------
+
+
+def _copy_tokenizer(source: Path, target: Path, config: dict[str, Any]) -> None:
+    """Keep the model's own tokenizer, unless it is Lumina's, which every installation has."""
+    if (source / "tokenizer_config.json").exists():
+        fingerprint = _read_json(source / "tokenizer_config.json").get("lumina_fingerprint")
+        if fingerprint == Tokenizer.load().fingerprint:
+            return
+    if not (source / "tokenizer.json").exists():
+        raise UserError(f"{source} has no tokenizer.json", "Save its tokenizer as a fast one with transformers first.")
+    target.mkdir()
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    generation = source / "generation_config.json"
+    stops = config.get("eos_token_id")
+    if generation.is_file():
+        stops = _read_json(generation).get("eos_token_id", stops)
+    listed = [t for t in (stops if isinstance(stops, list) else [stops]) if type(t) is int]
+    if not listed or not all(0 <= token < int(config["vocab_size"]) for token in listed):
+        raise UserError(f"{source} names no eos_token_id of its vocabulary, so an answer would never end")
+    write_json(target / STOPS, {"stop_ids": listed})
+    # Found out now rather than at the first question; the checkpoint is not there yet to be half of a run.
+    from lumina.infer.voice import ForeignVoice
+
+    ForeignVoice(target, frozenset(listed))

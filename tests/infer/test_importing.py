@@ -1,0 +1,279 @@
+"""Hugging Face folders made by transformers: taken in, answered with, given out again; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import make_model, write_run
+
+from lumina.chat import Conversation, Message
+from lumina.cli import main
+from lumina.config import UserError
+from lumina.infer import Sampling, export, generate, import_hf, load
+from lumina.infer.voice import ForeignVoice
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('bad role') }}"
+    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama2": {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "dtype": torch.float16},
+    "llama3": {"num_key_value_heads": 2, "rope_theta": 500000.0, "dtype": torch.bfloat16},
+    "tinyllama": {"num_key_value_heads": 1, "dtype": torch.float32},
+    "smollm2": {"num_key_value_heads": 2, "rope_theta": 100000.0, "tie_word_embeddings": True, "dtype": torch.bfloat16},
+    "mistral": {"num_key_value_heads": 2, "dtype": torch.bfloat16},
+}
+
+
+def make_tokenizer() -> Any:
+    """A byte-level BPE of a few hundred tokens with ChatML control tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(["hello there, how are you today? " * 3, "system user assistant"], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        eos_token="<|im_end|>",
+        bos_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+    )
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+def make_hf(folder: Path, family: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    options = dict(FAMILIES[family])
+    dtype, theta = options.pop("dtype"), options.pop("rope_theta", 10000.0)
+    options |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "eos_token_id": 2, "bos_token_id": 0}
+    if family == "mistral":
+        options["sliding_window"] = None
+    kind, model_kind = (MistralConfig, MistralForCausalLM) if family == "mistral" else (LlamaConfig, LlamaForCausalLM)
+    torch.manual_seed(0)
+    model = model_kind(kind(vocab_size=320, max_position_embeddings=96, initializer_range=0.3, **SIZES, **options))
+    model.to(dtype).save_pretrained(folder, max_shard_size="20KB" if family == "llama3" else "5GB")
+    make_tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_answer_and_out_again(tmp_path: Path, family: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    make_hf(tmp_path / "hf", family)
+    run = import_hf(tmp_path / "hf", tmp_path / "run")
+    loaded, tokenizer = load(run, precision="fp32"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+
+    ids = torch.randint(0, 300, (1, 30))
+    with torch.no_grad():
+        own = loaded.model(ids, torch.arange(30)[None])
+        torch.testing.assert_close(own, reference(ids).logits, rtol=1e-5, atol=1e-5)
+
+    conversation = Conversation(
+        [Message("user", "hello there"), Message("assistant", "how?"), Message("user", "today")]
+    )
+    messages = [message._asdict() for message in conversation.messages]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = loaded.voice.prompt(conversation)
+    assert prompt == inputs["input_ids"][0].tolist()
+    answer = generate(loaded.model, loaded.voice, [prompt], Sampling(temperature=0, max_length=20))[0]
+    suppressed = [0, 1, *range(len(tokenizer), 320)]
+    theirs = reference.generate(
+        **inputs, max_new_tokens=20, do_sample=False, suppress_tokens=suppressed, eos_token_id=2, pad_token_id=0
+    )
+    said = [token for token in theirs[0, len(prompt) :].tolist() if token != 2]
+    assert answer.ids == said
+    stream = loaded.voice.text_stream()
+    assert "".join(map(stream.push, answer.ids)) + stream.end() == tokenizer.decode(said, skip_special_tokens=True)
+
+    dtype = str(FAMILIES[family]["dtype"]).removeprefix("torch.")
+    export(run, tmp_path / "out", dtype=dtype)
+    before = {k: v for path in (tmp_path / "hf").glob("*.safetensors") for k, v in load_file(path).items()}
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, reference(ids).logits, rtol=1e-5, atol=1e-5)
+    out_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert out_tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.apply_chat_template(
+        messages, tokenize=False
+    )
+
+
+def test_our_own_export_comes_back_as_it_was(tmp_path: Path) -> None:
+    model = make_model(seed=3, tie_word_embeddings=False)
+    export(write_run(tmp_path / "run", model), tmp_path / "hf", shard_size="8MB")
+    back = load(import_hf(tmp_path / "hf", tmp_path / "back"), precision="fp32")
+    assert not (tmp_path / "back/tokenizer").exists()
+    assert back.config == model.config.model_copy(update={"intermediate_size": model.config.ffn_size})
+    for (name, parameter), (_, original) in zip(back.model.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(parameter, original), name
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hf")
+    make_hf(folder / "one", "tinyllama")
+    make_hf(folder / "sharded", "llama3")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "qwen2"}, "model_type qwen2 is not supported"),
+        ({"model_type": "mixtral"}, "model_type mixtral"),
+        ({"model_type": None}, "model_type None"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope scaling"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"head_dim": 32}, "head_dim 32"),
+        ({"head_dim": "12"}, "head_dim 12"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"num_hidden_layers": 3}, "no tensor model.layers.2"),
+        ({"num_hidden_layers": 10**9}, "too few for 1000000000 layers"),
+        ({"num_hidden_layers": 1}, "which this model has no place for"),
+        ({"intermediate_size": 96}, r"gate_proj.weight has shape \[80, 48\], config.json says \[96, 48\]"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"eos_token_id": None}, "names no eos_token_id"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    hf: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    source = shutil.copytree(hf / "one", tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    (source / "generation_config.json").unlink(missing_ok=True)
+    (source / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=named):
+        import_hf(source, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]  # nothing is left behind
+
+
+def test_a_pickled_model_is_refused_and_does_not_run(hf: Path, tmp_path: Path) -> None:
+    from test_loading import Payload
+
+    source = shutil.copytree(hf / "one", tmp_path / "hf")
+    marker = tmp_path / "marker"
+    torch.save({"weight": Payload(marker)}, source / "pytorch_model.bin")
+    import_hf(source, tmp_path / "run")  # safetensors are there: the pickle is not looked at
+    (source / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"pytorch_model.bin: a pickle, which can run code"):
+        import_hf(source, tmp_path / "other")
+    shutil.copyfile(source / "pytorch_model.bin", source / "model.safetensors")
+    with pytest.raises(UserError, match="not a sound safetensors file"):
+        import_hf(source, tmp_path / "other")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "x.bin", 5])
+def test_an_index_cannot_leave_its_folder(hf: Path, tmp_path: Path, name: Any) -> None:
+    source = shutil.copytree(hf / "sharded", tmp_path / "hf")
+    save_file({"w": torch.zeros(1)}, tmp_path / "secret.safetensors")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="which is not a safetensors file of its own folder"):
+        import_hf(source, tmp_path / "run")
+
+
+def test_damaged_files_give_errors_only(hf: Path, tmp_path: Path) -> None:
+    """Flipped, cut, repeated and overwritten bytes in every kind of file: an import works or is refused."""
+    generator = random.Random(0)
+    files = ["model.safetensors", "config.json", "generation_config.json"]
+    sharded = ["model.safetensors.index.json", min(path.name for path in (hf / "sharded").glob("model-*.safetensors"))]
+    refused = 0
+    for attempt in range(200):
+        kind, name = ("one", files[attempt % 3]) if attempt % 5 < 3 else ("sharded", sharded[attempt % 2])
+        source = shutil.copytree(hf / kind, tmp_path / "hf")
+        (source / "tokenizer.json").write_bytes((hf / kind / "tokenizer.json").read_bytes())
+        data = bytearray((source / name).read_bytes())
+        for _ in range(generator.randint(1, 4)):
+            at = generator.randrange(min(len(data), 4000))  # headers and text, where damage is felt
+            how = generator.randrange(4)
+            if how == 0:
+                data[at] ^= 1 << generator.randrange(8)
+            elif how == 1:
+                del data[at : at + generator.randint(1, 50)]
+            elif how == 2:
+                data[at:at] = data[at : at + 20]
+            else:
+                data[at] = generator.choice(b'0919"{}[],:-enull')
+        (source / name).write_bytes(data)
+        try:
+            import_hf(source, tmp_path / "run")
+        except UserError:
+            refused += 1
+        shutil.rmtree(source)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert not list(tmp_path.iterdir())
+    assert 100 < refused < 200  # most damage is felt, some falls where it does not matter
+
+
+def test_typed_control_tokens_and_missing_templates_are_refused(hf: Path, tmp_path: Path) -> None:
+    voice = load(import_hf(hf / "one", tmp_path / "run"), precision="fp32").voice
+    assert isinstance(voice, ForeignVoice)
+    with pytest.raises(UserError, match=r"contains <\|im_end\|>, which is a control token"):
+        voice.prompt(Conversation([Message("user", "hi <|im_end|> there")]))
+    with pytest.raises(UserError, match="chat template refuses this conversation: bad role"):
+        voice.prompt(Conversation([Message("critic", "hi")]))
+    ids, mask = voice.rendered(Conversation([Message("user", "hello"), Message("assistant", "today")]))
+    learned = [token for token, flag in zip(ids, mask, strict=True) if flag]
+    assert voice.decode(learned) == "today\n"
+    assert 2 in learned
+    source = shutil.copytree(hf / "one", tmp_path / "base")
+    (source / "chat_template.jinja").unlink()
+    base = load(import_hf(source, tmp_path / "base-run"), precision="fp32").voice
+    with pytest.raises(UserError, match="has no chat template"):
+        base.prompt(Conversation([Message("user", "hi")]))
+
+
+def test_the_command(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", str(hf / "one"), str(tmp_path / "run"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["lumina_tokenizer"] is False
+    line = [
+        "generate",
+        "--resume",
+        str(tmp_path / "run"),
+        "--prompt",
+        "hello",
+        "--temperature",
+        "0",
+        "--max-length",
+        "8",
+    ]
+    assert main(line) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(["import", str(hf / "one"), str(tmp_path / "run")]) == 2
+    assert "already holds something" in capsys.readouterr().err
+    assert main(["import", str(tmp_path / "none"), str(tmp_path / "other")]) == 2
+    assert "error: cannot read" in capsys.readouterr().err

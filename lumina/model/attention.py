@@ -112,8 +112,8 @@ def _torch_varlen() -> Callable[[Tensor, Tensor, Tensor, Documents], Tensor] | N
 
 # --- CPU, bfloat16 --------------------------------------------------------------------------------
 # torch's CPU flash attention took 14 ms forward and backward for one document of 512 tokens (8/2 heads of 64, two
-# cores); the same work as plain matrix products over blocks of queries takes 8: they run at the machine's full rate, and
-# folding the heads of a group into rows saves repeating the keys. Probabilities are rebuilt in the backward pass.
+# cores); the same work as plain matrix products over blocks of queries takes 8: they run at the machine's full rate,
+# and folding the heads of a group into rows saves repeating the keys. Probabilities are rebuilt in the backward pass.
 
 _QUERY_BLOCK = 256  # queries at a time; keys beyond a block's last query are never touched
 

@@ -9,6 +9,7 @@ Shape suffixes as in transformer.py; T is any number of leading rows.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -33,9 +34,7 @@ def _choice() -> str:
 
 @functools.cache
 def _triton() -> ModuleType:
-    import lumina.kernels as kernels
-
-    return kernels
+    return importlib.import_module("lumina.kernels")
 
 
 def _use_triton(x: Tensor) -> bool:
@@ -163,7 +162,8 @@ class _CpuRope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _cpu_rope(grads[0], *ctx.saved_tensors, -1.0), None, None
+        cos_BSh, sin_BSh = ctx.saved_tensors
+        return _cpu_rope(grads[0], cos_BSh, sin_BSh, -1.0), None, None
 
 
 def rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:

@@ -114,6 +114,10 @@ class Engine:
             model=model, optimizer=optimizer, model_parameters=groups, config={**allowed, **ds_config}
         )
         self.device: torch.device = self.ds.device
+        if self.stage == 0 and self.half and optimizer is not None:
+            # DeepSpeed allocates this optimizer's state by an update with zero gradients, which counts as Adam's first
+            # step and makes the real first one too large. The rate was 0 then: forgetting the state undoes it.
+            self.optimizer.state.clear()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -141,8 +145,9 @@ class Engine:
         # division comes after the loss.
         inner, outer = (1.0, scale) if self.fp16 else (scale, 1.0)
         loss = self.ds(ids[None], positions[None], cu_seqlens, batch.max_seqlen, targets[None], (weights * inner)[None])
-        if outer != 1.0:
-            loss = loss * outer
+        # Multiplied even by one: DeepSpeed 0.19.8 divides the gradient of a tensor that its forward returned by the
+        # accumulation steps, scale_wrt_gas or not, unless backward() is called on a tensor derived from it (stage 0).
+        loss = loss * outer
         self.ds.backward(loss, scale_wrt_gas=False)
         return loss.detach()  # type: ignore[no-any-return]
 
@@ -150,7 +155,10 @@ class Engine:
         """Update the weights. Returns the gradient norm before clipping and whether the step was applied: a norm that
         is not finite leaves the weights as they are."""
         if self.stage == 0 and not self.half:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            # In float64: torch's float32 norm of the embedding's 25 million gradients is off in the fifth digit.
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads])
+            norm = torch.linalg.vector_norm(norms)
             if not torch.isfinite(norm):
                 self.ds.zero_grad()
                 return float(norm), False

@@ -13,7 +13,8 @@ from lumina.config import Config
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups in the order of `named_parameters`: matrices with decay; norms and embeddings without, as is usual for
     AdamW (arXiv:1711.05101) in language models. A tied output layer is the embedding; an untied one is a matrix."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     embedding = {id(p) for name, p in model.named_parameters() if name.startswith("embedding.")}
     for parameter in model.parameters():
         (decayed if parameter.ndim >= 2 and id(parameter) not in embedding else free).append(parameter)
@@ -27,7 +28,7 @@ def build_optimizer(model: nn.Module, config: Config, ds_config: dict[str, Any])
         return None
     groups = parameter_groups(model, config.weight_decay)
     settings: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": 0.0,  # the loop sets it before every step; some DeepSpeed wrappers make a dry first update on their own
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_eps,
     }

@@ -101,21 +101,24 @@ def activation_bytes_per_token(model: ModelConfig, shape: Shape) -> float:
     A layer keeps, per token: the summed residual and the normed input of both halves with a float32 scale each; the
     projection of queries, keys and values (attention reads the values in place) and the rotated queries and keys; the
     attention's result and a float32 log-sum per head; gate and up, and their product. A recomputed layer keeps its two
-    inputs only.
+    inputs only: the last layer's result and the residual sum, which the layer before it keeps too unless that one is
+    recomputed as well. The first layer, always among the recomputed, has one input.
     """
-    whole, inputs, again = _layer_activations(model, shape)
-    return (model.num_layers - again) * whole + again * inputs
+    whole, again = _layer_activations(model, shape)
+    inputs = shape.element * model.hidden_size
+    own_residuals = again - 1 if shape.checkpoint_every == 1 else 0
+    return (model.num_layers - again) * whole + (again + own_residuals) * inputs
 
 
-def _layer_activations(model: ModelConfig, shape: Shape) -> tuple[float, float, int]:
-    """Bytes per token of a layer that keeps all, of a recomputed one, and how many are recomputed."""
+def _layer_activations(model: ModelConfig, shape: Shape) -> tuple[float, int]:
+    """Bytes per token of a layer that keeps all, and how many layers are recomputed."""
     e, h, f, d = shape.element, model.hidden_size, model.ffn_size, model.head_dim
     queries, keys = model.num_heads * d, model.num_kv_heads * d
     norms = 2 * (2 * e * h + FP32)
     attention = e * (queries + 2 * keys) + e * (queries + keys) + e * queries + FP32 * model.num_heads
     feed_forward = e * 3 * f
     again = -(-model.num_layers // shape.checkpoint_every) if shape.checkpoint_every else 0
-    return norms + attention + feed_forward, 2.0 * e * h, again
+    return float(norms + attention + feed_forward), again
 
 
 def peak_memory(model: ModelConfig, shape: Shape, buffers: Buffers | None = None) -> Memory:
@@ -149,7 +152,7 @@ def _gradients(model: ModelConfig, shape: Shape) -> float:
 def _forward_end(model: ModelConfig, shape: Shape, buffers: Buffers) -> Memory:
     parts, host = _kept(model, shape, buffers)
     element, tokens = shape.element, shape.micro_batch * model.seq_length * shape.fill
-    whole, _, again = _layer_activations(model, shape)
+    whole, again = _layer_activations(model, shape)
     rotary_and_inputs = tokens * (FP32 * model.head_dim + 28)
     recomputing = whole * tokens if again else 0.0
     table = model.vocab_size * model.hidden_size

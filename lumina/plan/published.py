@@ -1,0 +1,211 @@
+"""The speed model against published runs: `python -m lumina.plan.published > docs/plan.md` writes the document.
+
+None of these rows was fitted. The matrix-product shares of devices.yaml come from llm-foundry's single-node rows; here
+stand its multi-node rows and other trainers. What differs from Lumina is said per trainer, not per run: how many times
+more bytes its element-wise code moves (eager code runs norm, activation and residual as separate passes: 2.8, fitted to
+the same single-node rows; compiled code as fused as ours: 1), and what its attention kernel reaches (llm-foundry used
+FlashAttention 1 in Triton: 0.31 of an A100's peak and 0.18 of an H100's, fitted likewise).
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from lumina.config import ModelConfig, load
+from lumina.plan.devices import Cluster, find_device
+from lumina.plan.estimate import assumed_data, estimate_run
+from lumina.plan.memory import CONTEXT, FRAGMENTATION
+from lumina.plan.speed import predict
+from lumina.plan.workload import Shape
+
+LLM_FOUNDRY = "llm-foundry, scripts/train/benchmarking/README.md at 8c8dd48"
+TORCHTITAN = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md at b5bcd76 (500 W boards)"
+TORCHTITAN_A100 = "torchtitan, docs/performance.md of 2024"
+
+EAGER, COMPILED = 2.8, 1.0
+FLASH_1 = {"a100-40gb": 0.31, "a100-80gb": 0.31, "h100": 0.18}
+
+
+def _mpt(hidden: int, layers: int, heads: int, window: int = 2048) -> ModelConfig:
+    """An MPT model: multi-head, a 4x feed-forward of two matrices (as many elements as 8/3 with three)."""
+    return ModelConfig(
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        seq_length=window,
+        vocab_size=50368,
+        intermediate_size=8 * hidden // 3,
+    )
+
+
+def _llama3(hidden: int, layers: int, heads: int, feed_forward: int) -> ModelConfig:
+    return ModelConfig(
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        seq_length=8192,
+        vocab_size=128256,
+        intermediate_size=feed_forward,
+        tie_word_embeddings=False,
+    )
+
+
+MODELS = {
+    "MPT 125M": _mpt(768, 12, 12),
+    "MPT 1B": _mpt(2048, 24, 16),
+    "MPT 3B": _mpt(2560, 32, 20),
+    "MPT 7B": _mpt(4096, 32, 32),
+    "MPT 13B": _mpt(5120, 40, 40),
+    "MPT 30B": _mpt(7168, 48, 56),
+    "MPT 70B": _mpt(8192, 80, 64),
+    "Llama 3 8B": _llama3(4096, 32, 32, 14336),
+    "Llama 3 70B": _llama3(8192, 80, 64, 28672),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A published run. rate: tokens/s of one GPU. recompute: every nth layer; torchtitan's selective recomputation,
+    which saves every other matrix product, counts as every second layer."""
+
+    model: str
+    device: str
+    gpus: int
+    micro_batch: int
+    recompute: int
+    rate: float
+    source: str
+    passes: float
+    stage: int = 3
+    accumulation: int = 1
+
+    def predicted(self) -> float:
+        """Tokens/s of one GPU as `predict` has it."""
+        cluster = Cluster(find_device(self.device), self.gpus // 8, 8)
+        shape = Shape(
+            self.micro_batch, self.accumulation, self.gpus, "bf16", self.stage, checkpoint_every=self.recompute
+        )
+        attention = FLASH_1[self.device] if self.source == LLM_FOUNDRY else None
+        speed = predict(MODELS[self.model], shape, cluster, passes=self.passes, attention=attention)
+        return speed.tokens_per_second / self.gpus
+
+    @property
+    def error(self) -> float:
+        """Predicted over published, less one."""
+        return self.predicted() / self.rate - 1
+
+
+def _foundry(
+    model: str,
+    device: str,
+    gpus: int,
+    micro_batch: int,
+    recompute: int,
+    rate: float,
+    stage: int = 3,
+    accumulation: int = 1,
+) -> Case:
+    return Case(model, device, gpus, micro_batch, recompute, rate, LLM_FOUNDRY, EAGER, stage, accumulation)
+
+
+CASES = (
+    _foundry("MPT 125M", "a100-40gb", 128, 26, 0, 123936),
+    _foundry("MPT 1B", "a100-40gb", 64, 10, 0, 19001),
+    _foundry("MPT 3B", "a100-40gb", 128, 6, 0, 9538),
+    _foundry("MPT 7B", "a100-40gb", 64, 18, 1, 3665),
+    _foundry("MPT 13B", "a100-40gb", 128, 16, 1, 1972),
+    _foundry("MPT 30B", "a100-40gb", 128, 6, 1, 865),
+    _foundry("MPT 70B", "a100-80gb", 64, 8, 1, 410, accumulation=4),
+    _foundry("MPT 1B", "h100", 512, 12, 0, 39837, stage=2),
+    _foundry("MPT 3B", "h100", 128, 8, 0, 23422, stage=2),
+    _foundry("MPT 7B", "h100", 256, 6, 0, 10119),
+    _foundry("MPT 13B", "h100", 32, 2, 0, 4811),
+    _foundry("MPT 13B", "h100", 512, 16, 1, 4952),
+    _foundry("MPT 30B", "h100", 16, 10, 1, 2263, accumulation=3),
+    _foundry("MPT 70B", "h100", 128, 8, 1, 1058),
+    Case("Llama 3 8B", "a100-80gb", 64, 1, 2, 2973, TORCHTITAN_A100, EAGER),
+    Case("Llama 3 70B", "a100-80gb", 64, 1, 1, 331, TORCHTITAN_A100, EAGER),
+    Case("Llama 3 8B", "h100", 8, 2, 2, 5762, TORCHTITAN, EAGER),
+    Case("Llama 3 8B", "h100", 8, 2, 2, 6667, TORCHTITAN, COMPILED),
+    Case("Llama 3 8B", "h100", 128, 2, 2, 6514, TORCHTITAN, COMPILED),
+)
+
+
+def median_error() -> float:
+    """The median of the absolute errors over all cases."""
+    return statistics.median(abs(case.error) for case in CASES)
+
+
+def table() -> str:
+    """The comparison as Markdown."""
+    lines = [
+        "| model | cluster | recomputed | published tokens/s/GPU | predicted | error | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    kinds = {0: "no", 1: "every layer", 2: "half"}
+    for case in CASES:
+        code = "compiled" if case.passes == COMPILED else "eager"
+        lines.append(
+            f"| {case.model} | {case.gpus} {case.device} | {kinds[case.recompute]} | {case.rate:,.0f} | "
+            f"{case.predicted():,.0f} | {case.error:+.1%} | {case.source}, {code} |"
+        )
+    lines += ["", f"Median absolute error over {len(CASES)} runs: {median_error():.1%}."]
+    return "\n".join(lines)
+
+
+def presets_table() -> str:
+    """The presets on one, 8 and 64 of two devices, at their default batch, trained on 20 tokens per parameter."""
+    lines = [
+        "| preset | cluster | ZeRO | memory a rank | tokens/s | MFU | for 20 tokens per parameter |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for preset in ("debug", "small", "medium", "large"):
+        config = load(preset)
+        data = assumed_data(config, None, None, 1.0)
+        for device in ("a100-80gb", "h100"):
+            for nodes, each in ((1, 1), (1, 8), (8, 8)):
+                run = estimate_run(config, Cluster(find_device(device), nodes, each), data)
+                hours = f"{run.seconds / 3600:,.1f} h, {run.gpu_hours:,.0f} GPU-hours"
+                lines.append(
+                    f"| {preset} | {run.cluster} | {run.shape.stage} | {run.memory.device / 1e9:.1f} GB | "
+                    f"{run.speed.tokens_per_second:,.0f} | {run.speed.mfu:.0%} | {hours} |"
+                )
+    return "\n".join(lines)
+
+
+DOCUMENT = """\
+# Estimates, and how far to trust them
+
+Made by `python -m lumina.plan.published > docs/plan.md`; do not edit by hand.
+
+## Memory
+
+Weights, master weights and Adam's moments are what DeepSpeed allocates, to the byte, for ZeRO 0 to 3 at one and two
+ranks in bf16 and float32 (`tests/plan/test_memory.py` runs it). Activations are those that autograd keeps for Lumina's
+fused operators, held within 1% against the real model under fake tensors. On top come {context:.1f} GB for the
+CUDA context and NCCL, and {fragmentation:.0%} for fragmentation: assumptions, not measurements.
+
+## Speed against published runs
+
+None of these rows was fitted; `lumina/plan/published.py` says what was, and where each figure was published.
+
+{published}
+
+## The presets
+
+{presets}
+"""
+
+
+def document() -> str:
+    """All of docs/plan.md."""
+    return DOCUMENT.format(
+        context=CONTEXT / 1e9, fragmentation=FRAGMENTATION, published=table(), presets=presets_table()
+    )
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,6 +67,7 @@ def prepare(
     workers: int | None = None,
     progress: Progress | None = None,
     wait_seconds: float = 3600.0,
+    selection: Selection | None = None,
 ) -> PackedDataset:
     """The packed data set of these files, from the cache when nothing has changed.
 
@@ -73,6 +75,7 @@ def prepare(
         paths: files of conversations, read in this order.
         workers: processes; None takes config.num_workers, else the usable cores (at most 16).
         wait_seconds: how long to wait for another process that is preparing the same data.
+        selection: the part of the conversations to take; None takes all.
 
     Raises:
         UserError: a file is missing or empty, or no line of any file is a usable conversation.
@@ -81,29 +84,43 @@ def prepare(
     assert config.overlong in POLICIES
     if config.seq_length < MIN_WINDOW:
         raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_WINDOW} tokens")
-    root = cache_root(config.cache_dir, files[0])
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the cache folder {root}: {error.strerror}", "Set cache_dir.") from error
-    fingerprint = fingerprint_of(content_digests(files, root / "sources.json"), config, tokenizer)
+    root = make_root(config, files)
+    fingerprint = fingerprint_of(content_digests(files, root / "sources.json"), config, tokenizer, selection)
     final = root / fingerprint[:32]
     found = open_cached(final, fingerprint)
     if found is not None:
         return found
-    with _only_one(root / f"{final.name}.lock", final, wait_seconds):
+    with only_one(root / f"{final.name}.lock", final, wait_seconds):
         found = open_cached(final, fingerprint)  # another process may have made it while we waited
         if found is None:
             count = workers or config.num_workers or min(usable_cores(), 16)
-            _build(files, config, tokenizer, fingerprint, final, count, progress)
+            partial = final.with_name(f"{final.name}.partial")
+            partial.mkdir(exist_ok=True)
+            if selection is None:
+                tasks = plan_tasks(files, "pieces", partial, config)
+            else:
+                tasks = selection.tasks(files, partial, config)
+            _build(tasks, config, tokenizer, fingerprint, final, count, progress)
             found = open_cached(final, fingerprint)
     assert found is not None
     return found
 
 
-def fingerprint_of(digests: Sequence[str], config: Settings, tokenizer: Tokenizer) -> str:
+def make_root(config: Settings, files: Sequence[Path]) -> Path:
+    """The cache's folder, made if need be."""
+    root = cache_root(config.cache_dir, files[0])
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the cache folder {root}: {error.strerror}", "Set cache_dir.") from error
+    return root
+
+
+def fingerprint_of(
+    digests: Sequence[str], config: Settings, tokenizer: Tokenizer, selection: Selection | None = None
+) -> str:
     """SHA-256 over the inputs' contents, the tokenizer, the template and every setting that changes the result."""
-    parts = {
+    parts: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "inputs": list(digests),
         "tokenizer": tokenizer.fingerprint,
@@ -112,6 +129,8 @@ def fingerprint_of(digests: Sequence[str], config: Settings, tokenizer: Tokenize
         "packing": config.packing,
         "overlong": config.overlong,
     }
+    if selection is not None:
+        parts["selection"] = [selection.fingerprint, selection.part]
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -129,8 +148,32 @@ def open_cached(folder: Path, fingerprint: str) -> PackedDataset | None:
     return PackedDataset(folder, meta)
 
 
-def plan_tasks(files: Sequence[Path], folder: Path | None, config: Settings) -> list[Task]:
-    """What there is to do, from the files' sizes and layouts alone. Without a folder, tasks that only survey."""
+@dataclass(frozen=True)
+class Selection:
+    """A part of some files' conversations: the decisions on all `files`, in `folder`, and the part to take."""
+
+    files: tuple[Path, ...]
+    folder: Path
+    fingerprint: str
+    part: int
+
+    def tasks(self, own: Sequence[Path], folder: Path, config: Settings) -> list[Task]:
+        """The tasks of the files `own`, each with its decisions: those of planning all files together."""
+        planned = enumerate(plan_tasks(self.files, "pieces", folder, config))
+        return [
+            replace(task, decisions=str(self.folder / decisions_name(i)), part=self.part)
+            for i, task in planned
+            if Path(task.path) in own
+        ]
+
+
+def decisions_name(task: int) -> str:
+    """The file of the decisions on the conversations of a task."""
+    return f"decisions-{task:05d}.npy"
+
+
+def plan_tasks(files: Sequence[Path], kind: str, folder: Path | None, config: Settings) -> list[Task]:
+    """What there is to do, from the files' sizes and layouts alone. A survey needs no folder."""
     sizes = [path.stat().st_size for path in files]
     step = min(max(-(-sum(sizes) // 16), MIN_TASK_BYTES), MAX_TASK_BYTES)
     tasks: list[Task] = []
@@ -138,9 +181,10 @@ def plan_tasks(files: Sequence[Path], folder: Path | None, config: Settings) -> 
         layout = detect(str(path))
         for start in range(0, size, step if layout.splittable else size):
             stop = min(start + step, size) if layout.splittable else size
-            out = "" if folder is None else str(folder / f"pieces-{len(tasks):05d}.arrow")
+            suffix = "arrow" if kind == "pieces" else "npz"
+            out = "" if folder is None else str(folder / f"pieces-{len(tasks):05d}.{suffix}")
             how = (layout.container, layout.compression, layout.flat)
-            tasks.append(Task(str(path), how, start, stop, out, config.seq_length, config.overlong))
+            tasks.append(Task(kind, str(path), how, start, stop, out, config.seq_length, config.overlong))
     return tasks
 
 
@@ -160,7 +204,7 @@ def check_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 @contextmanager
-def _only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
+def only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
     """Holds the lock file, so that one process at a time makes a cache; the kernel frees it when its holder dies."""
     with open(lock, "w") as file:
         deadline = time.monotonic() + wait_seconds
@@ -179,7 +223,7 @@ def _only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
 
 
 def _build(
-    files: Sequence[Path],
+    tasks: Sequence[Task],
     config: Settings,
     tokenizer: Tokenizer,
     fingerprint: str,
@@ -189,8 +233,7 @@ def _build(
 ) -> None:
     """Runs the tasks that are not done yet, packs, and gives the folder its name."""
     partial = final.with_name(f"{final.name}.partial")
-    partial.mkdir(exist_ok=True)
-    tasks = plan_tasks(files, partial, config)
+    files = list(dict.fromkeys(task.path for task in tasks))
     reports: list[dict[str, Any] | None] = [_finished(Path(task.out)) for task in tasks]
     total = sum(task.stop - task.start for task in tasks)
     bytes_done = sum(task.stop - task.start for task, report in zip(tasks, reports, strict=True) if report)
@@ -212,9 +255,12 @@ def _build(
     if not account.conversations:
         shutil.rmtree(partial)
         raise UserError(
-            f"no usable conversation in {', '.join(map(str, files))}: all {account.bad_lines:,} lines are bad",
+            f"no usable conversation in {', '.join(files)}: all {account.bad_lines:,} lines are bad",
             "\n  ".join(account.report()[5:]) or "Every line is blank.",
         )
+    if not account.pieces and account.conversations_dropped:
+        where = ", ".join(f"{count:,} {reason}" for reason, count in account.conversations_dropped.items())
+        raise UserError(f"no conversation is left of the {account.conversations:,} in {', '.join(files)}: {where}")
     if not account.tokens_trained:
         raise UserError(
             f"nothing is left to learn from: no answer lies within the first {config.seq_length:,} tokens",
@@ -233,7 +279,7 @@ def _build(
         "window": config.seq_length,
         "packing": config.packing,
         "tokenizer": tokenizer.fingerprint,
-        "sources": [str(path) for path in files],
+        "sources": files,
         "shards": [
             {"file": name, "rows": report["rows"], "source": task.path, "line_base": base}
             for name, report, task, base in zip(names, complete, tasks, line_bases(tasks, complete), strict=True)

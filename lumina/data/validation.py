@@ -70,7 +70,7 @@ def validate(
         UserError: a file is missing or empty. Bad lines are no error here: they are what is asked for.
     """
     files = check_inputs(paths)
-    tasks = plan_tasks(files, None, _Whole())
+    tasks = plan_tasks(files, "survey", None, _Whole())
     reports: dict[int, dict[str, Any]] = {}
     total, seen = sum(task.stop - task.start for task in tasks), 0
 

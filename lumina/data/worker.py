@@ -19,24 +19,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from lumina.chat.template import Conversation, render_many
 from lumina.chat.tokenizer import Tokenizer
 from lumina.data.account import Account, add_counts
+from lumina.data.curation import DUPLICATE, EVAL, TRAIN, join_signs, signs_of
 from lumina.data.cutting import cut
 from lumina.data.records import BLANK, Fault, Tree, convert, format_of
 from lumina.data.shards import PieceWriter
 from lumina.data.sources import Layout, read_items
 from lumina.data.survey import Survey
 
+ELSEWHERE = {TRAIN: "left for training", EVAL: "held out for evaluation", DUPLICATE: "duplicate"}
 BLOCK_BYTES = 1 << 20  # input turned into arrays at a time: bounds a worker's memory
 
 
 @dataclass(frozen=True)
 class Task:
-    """Records that begin in bytes [start, stop) of the file at `path`, all when it cannot be split; pieces go to
-    `out`, and when that is empty the records are surveyed instead. `layout` holds the fields of sources.Layout."""
+    """Records that begin in bytes [start, stop) of the file at `path`, all when it cannot be split.
 
+    `kind` says what becomes of them: "pieces" are written to `out`, "signs" for curation too ("near signs" with
+    MinHash), a "survey" is returned. `layout` holds the fields of sources.Layout. With `decisions`, a file of one uint8
+    for each conversation, only those equal to `part` are taken.
+    """
+
+    kind: str
     path: str
     layout: tuple[str, str, bool]
     start: int
@@ -44,6 +52,8 @@ class Task:
     out: str
     window: int
     overlong: str
+    decisions: str = ""
+    part: int = TRAIN
 
 
 class Block(NamedTuple):
@@ -57,6 +67,7 @@ def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> I
     """The task's conversations, some BLOCK_BYTES of input at a time; every record is entered into `account`, and
     the used ones' formats into `survey`."""
     block, held = Block([], []), 0
+    decided = np.load(task.decisions) if task.decisions else None
     for item in read_items(task.path, Layout(*task.layout), task.start, task.stop):
         account.lines += item.lines
         if item.record is BLANK:
@@ -73,6 +84,9 @@ def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> I
         if isinstance(found, Tree):
             add_counts(account.paths_discarded, found.discarded)
         account.conversations += len(conversations)
+        if decided is not None:
+            own, decided = decided[: len(conversations)], decided[len(conversations) :]
+            conversations = _chosen(conversations, own, task.part, account)
         block.conversations.extend(conversations)
         block.numbers.extend([item.number] * len(conversations))
         held += item.size
@@ -83,10 +97,30 @@ def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> I
         yield block
 
 
+def _chosen(
+    conversations: list[Conversation], decided: NDArray[np.uint8], part: int, account: Account
+) -> list[Conversation]:
+    """The conversations of this part; the others are entered as dropped."""
+    for conversation, its_part in zip(conversations, decided.tolist(), strict=True):
+        if its_part != part:
+            account.drop_conversations(ELSEWHERE[its_part], 1)
+            account.messages += len(conversation.messages)
+            account.drop_messages(ELSEWHERE[its_part], len(conversation.messages))
+    return [c for c, its_part in zip(conversations, decided.tolist(), strict=True) if its_part == part]
+
+
 def run_task(tokenizer: Tokenizer, task: Task) -> dict[str, Any]:
-    """Does one task. Returns {"account", "lines" (in the range)} with "rows" (per record batch), or with "survey"."""
+    """Does one task. Returns {"account", "lines" (in the range)}, with "rows" (per record batch) for pieces and
+    "survey" for a survey."""
     account = Account(overlong=task.overlong, window=task.window)
-    if not task.out:
+    if task.kind in ("signs", "near signs"):
+        near = task.kind == "near signs"
+        signs = join_signs(
+            [signs_of([], near), *(signs_of(block.conversations, near) for block in read_blocks(task, account))]
+        )
+        np.savez(task.out, **signs._asdict())
+        return {"account": asdict(account), "lines": account.lines}
+    if task.kind == "survey":
         survey = Survey()
         for block in read_blocks(task, account, survey):
             rendered = render_many(tokenizer, block.conversations)

@@ -1,0 +1,142 @@
+"""The training and the evaluation set of a configuration: given files, or held out; with or without duplicates."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import orjson
+
+from lumina.chat.tokenizer import Tokenizer
+from lumina.config.errors import UserError
+from lumina.data.curation import DEDUP, EVAL, TRAIN, Signs, decide, join_signs, near_available
+from lumina.data.dataset import PackedDataset
+from lumina.data.files import content_digests
+from lumina.data.pool import run_tasks, usable_cores
+from lumina.data.preparation import (
+    Progress,
+    Selection,
+    Settings,
+    check_inputs,
+    decisions_name,
+    make_root,
+    only_one,
+    plan_tasks,
+    prepare,
+)
+
+CURATION_VERSION = 1
+
+
+class PartSettings(Settings, Protocol):
+    """What the parts need of the configuration."""
+
+    @property
+    def train_data(self) -> Sequence[str]: ...
+    @property
+    def eval_data(self) -> Sequence[str]: ...
+    @property
+    def eval_fraction(self) -> float: ...
+    @property
+    def dedup(self) -> str: ...
+
+
+def prepare_parts(
+    config: PartSettings, tokenizer: Tokenizer, *, progress: Progress | None = None
+) -> tuple[PackedDataset, PackedDataset | None]:
+    """(training set, evaluation set or None).
+
+    With `eval_fraction`, that share of the groups of train_data is held out; with `dedup`, duplicates are removed from
+    both sets together. The accounts say how many conversations went where.
+
+    Raises:
+        UserError: as `prepare`; eval_data and eval_fraction together; near-duplicates without rensa.
+    """
+    assert config.dedup in DEDUP
+    if not config.eval_fraction and config.dedup == "none":
+        held_out = prepare(config.eval_data, config, tokenizer, progress=progress) if config.eval_data else None
+        return prepare(config.train_data, config, tokenizer, progress=progress), held_out
+    if config.eval_fraction and config.eval_data:
+        raise UserError(
+            "both eval_data and eval_fraction are given", "Keep one: eval_fraction holds out of train_data."
+        )
+    if config.dedup == "near" and not near_available():
+        raise UserError("near-duplicates need the package rensa", "pip install rensa, or use --dedup exact.")
+    train_files = check_inputs(config.train_data)
+    eval_files = check_inputs(config.eval_data) if config.eval_data else []
+    folder, fingerprint = _curate(train_files, eval_files, config, tokenizer, progress)
+    everything = (*train_files, *eval_files)
+    evaluation: PackedDataset | None = None
+    if eval_files or config.eval_fraction:
+        source = eval_files or train_files
+        selection = Selection(everything, folder, fingerprint, EVAL)
+        evaluation = prepare(source, config, tokenizer, progress=progress, selection=selection)
+    selection = Selection(everything, folder, fingerprint, TRAIN)
+    return prepare(train_files, config, tokenizer, progress=progress, selection=selection), evaluation
+
+
+def _curate(
+    train_files: Sequence[Path],
+    eval_files: Sequence[Path],
+    config: PartSettings,
+    tokenizer: Tokenizer,
+    progress: Progress | None,
+) -> tuple[Path, str]:
+    """The folder of decisions on all conversations, made if it is not there, and its fingerprint."""
+    files = [*train_files, *eval_files]
+    root = make_root(config, files)
+    digests = content_digests(files, root / "sources.json")
+    settings = [CURATION_VERSION, len(train_files), config.eval_fraction, config.dedup, digests]
+    fingerprint = hashlib.sha256(orjson.dumps(settings)).hexdigest()
+    final = root / f"curation-{fingerprint[:32]}"
+    with only_one(root / f"{final.name}.lock", final, 3600.0):
+        if not final.exists():
+            partial = root / f"{final.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            _write_decisions(files, len(train_files), config, tokenizer, partial, progress)
+            os.replace(partial, final)
+    return final, fingerprint
+
+
+def _write_decisions(
+    files: Sequence[Path],
+    train_count: int,
+    config: PartSettings,
+    tokenizer: Tokenizer,
+    folder: Path,
+    progress: Progress | None,
+) -> None:
+    """Gathers every conversation's signs in parallel, decides, and writes a file of decisions for each task."""
+    kind = "near signs" if config.dedup == "near" else "signs"
+    tasks = plan_tasks(files, kind, folder, config)
+    total, seen = sum(task.stop - task.start for task in tasks), 0
+
+    def done(number: int, report: object) -> None:
+        nonlocal seen
+        seen += tasks[number].stop - tasks[number].start
+        if progress is not None:
+            progress(seen, total)
+
+    run_tasks(list(enumerate(tasks)), config.num_workers or min(usable_cores(), 16), tokenizer, done)
+    parts = []
+    for task in tasks:
+        with np.load(task.out) as loaded:
+            parts.append(Signs(**{name: loaded[name] for name in Signs._fields}))
+        Path(task.out).unlink()
+    in_eval = set(map(str, files[train_count:]))
+    given_N = np.concatenate(
+        [
+            np.full(len(part.exact), EVAL if task.path in in_eval else TRAIN, dtype=np.uint8)
+            for task, part in zip(tasks, parts, strict=True)
+        ]
+    )
+    decided_N = decide(join_signs(parts), given_N, config.eval_fraction, config.dedup)
+    bounds = np.cumsum([len(part.exact) for part in parts])[:-1]
+    for number, decided in enumerate(np.split(decided_N, bounds)):
+        np.save(folder / decisions_name(number), decided)

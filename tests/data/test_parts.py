@@ -1,0 +1,193 @@
+"""Hold-out and duplicates: every conversation in exactly one place, groups whole, the same every time."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import TOKENIZER, Settings, chat, expected_targets, learned_targets, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lumina.chat import Conversation, Message
+from lumina.config.errors import UserError
+from lumina.data import PackedDataset
+from lumina.data.account import Account
+from lumina.data.curation import DUPLICATE, EVAL, TRAIN, decide, near_pairs, signs_of
+from lumina.data.parts import prepare_parts
+
+
+@dataclass(frozen=True)
+class Parts(Settings):
+    """Settings with the parts' own."""
+
+    train_data: list[str] = field(default_factory=list)
+    eval_data: list[str] = field(default_factory=list)
+    eval_fraction: float = 0.0
+    dedup: str = "none"
+
+
+def learned(*datasets: PackedDataset | None) -> Counter[int]:
+    return sum((learned_targets(dataset) for dataset in datasets if dataset), Counter())
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), min_size=12, max_size=40), st.booleans())
+def test_every_answer_is_learned_or_held_out_once(drawn: list[tuple[int, int]], packing: bool) -> None:
+    lines = [
+        {"id": f"id {group}", **chat(f"question {i}", f"answer {answer}")} for i, (group, answer) in enumerate(drawn)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(write_jsonl(Path(folder) / "in.jsonl", lines))
+        config = Parts(train_data=[path], eval_fraction=0.4, packing=packing)
+        sides = decided(
+            [talk(f"question {i}", f"answer {answer}", f"id {group}") for i, (group, answer) in enumerate(drawn)],
+            eval_fraction=0.4,
+        )
+        if len(set(sides)) < 2:  # all on one side, as few groups may be
+            with pytest.raises(UserError, match="no conversation is left"):
+                prepare_parts(config, TOKENIZER)
+            return
+        train, held_out = prepare_parts(config, TOKENIZER)
+        assert held_out is not None
+        assert learned(train, held_out) == expected_targets(lines)
+        for dataset in (train, held_out):
+            Account.from_dict(dataset.account).check()
+            assert dataset.account["messages"] == 2 * len(lines)
+        ids = [
+            {lines[piece.line - 1]["id"] for s in range(d.num_samples) for piece in d.pieces_of(s)}
+            for d in (train, held_out)
+        ]
+        assert not ids[0] & ids[1], "an id is on both sides"
+
+
+def decided(conversations: list[Conversation], given: list[int] | None = None, **how: Any) -> list[int]:
+    signs = signs_of(conversations, near=how.get("dedup") == "near")
+    part = np.array(given or [TRAIN] * len(conversations), dtype=np.uint8)
+    return decide(signs, part, how.get("eval_fraction", 0.0), how.get("dedup", "none")).tolist()
+
+
+def talk(prompt: str, answer: str, identity: str = "") -> Conversation:
+    return Conversation([Message("user", prompt), Message("assistant", answer)], identity)
+
+
+def test_one_prompt_stays_on_one_side_and_the_share_is_about_right() -> None:
+    rng = random.Random(0)
+    conversations = [
+        talk(f"please tell me something about topic {i // 4}", f"answer {rng.random()}") for i in range(4000)
+    ]
+    sides = np.array(decided(conversations, eval_fraction=0.1)).reshape(1000, 4)
+    assert (sides == sides[:, :1]).all()
+    # 1000 groups at 0.1: a standard deviation of 0.0095; five of them.
+    assert abs((sides[:, 0] == EVAL).mean() - 0.1) < 0.048
+    assert abs(np.mean(decided([talk("hi", str(i)) for i in range(1000)], eval_fraction=0.1)) - 0.1) < 0.048
+
+
+def test_a_side_does_not_depend_on_the_rest_of_the_data() -> None:
+    conversations = [talk(f"please tell me something about topic {i}", "yes") for i in range(200)]
+    assert decided(conversations[:120], eval_fraction=0.3) == decided(conversations, eval_fraction=0.3)[:120]
+
+
+LONG = "the quick brown fox jumps over the lazy dog and runs through the deep dark forest until the morning comes " * 3
+
+
+def test_near_duplicates_of_a_prompt_stay_on_one_side() -> None:
+    for i in range(40):
+        pair = [talk(f"{LONG} number {i}", "one answer"), talk(f"{LONG} number {i}!!  Thanks", "quite another")]
+        signs = signs_of(pair, near=True)
+        sides = decide(signs, np.zeros(2, dtype=np.uint8), 0.5, "near").tolist()
+        assert sides[0] == sides[1] or DUPLICATE in sides
+
+
+def test_duplicates_go_and_the_evaluation_keeps_its_own() -> None:
+    conversations = [talk("a", "b"), talk("c", "d"), talk("a", "b"), talk("c", "d"), talk("e", "f")]
+    given = [TRAIN, TRAIN, TRAIN, EVAL, EVAL]
+    assert decided(conversations, given, dedup="exact") == [TRAIN, DUPLICATE, DUPLICATE, EVAL, EVAL]
+    almost = talk("a", LONG + " one more word")
+    assert decided([talk("a", LONG), almost], dedup="exact") == [TRAIN, TRAIN]
+    assert decided([talk("a", LONG), almost], dedup="near") == [TRAIN, DUPLICATE]
+    assert decided([talk("a", LONG), talk("a", LONG[::-1])], dedup="near") == [TRAIN, TRAIN]
+
+
+def test_near_pairs_against_true_jaccard_similarity() -> None:
+    """Texts of known overlap: nearly all pairs above 0.9 are found, none below 0.5."""
+    rng = random.Random(1)
+    base = [f"w{i}" for i in range(200)]
+    texts = []
+    for _ in range(120):
+        words = base.copy()
+        for _ in range(rng.choice([0, 1, 2, 10, 40])):
+            words[rng.randrange(200)] = f"x{rng.random()}"
+        texts.append(words)
+    shingles = [{tuple(words[i : i + 5]) for i in range(196)} for words in texts]
+    true = lambda a, b: len(shingles[a] & shingles[b]) / len(shingles[a] | shingles[b])
+    signs = signs_of([talk("q", " ".join(words)) for words in texts], near=True)
+    found = near_pairs(signs.text_minhash)
+    assert all(true(a, b) > 0.5 for a, b in found)
+    joined = {b for _, b in found}
+    later_twins = {b for b in range(120) if any(true(a, b) > 0.9 for a in range(b))}
+    assert len(later_twins - joined) <= 0.05 * len(later_twins)
+
+
+def test_files_with_duplicates_across_train_and_eval(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "t.jsonl", [chat("a", "one"), chat("b", "two"), b"bad", chat("a", "one")])
+    evaluation = write_jsonl(tmp_path / "e.jsonl", [chat("b", "two"), chat("c", "three")])
+    config = Parts(train_data=[str(train)], eval_data=[str(evaluation)], dedup="exact")
+    datasets = prepare_parts(config, TOKENIZER)
+    assert datasets[1] is not None
+    assert learned_targets(datasets[0]) == expected_targets([chat("a", "one")])
+    assert learned_targets(datasets[1]) == expected_targets([chat("b", "two"), chat("c", "three")])
+    assert datasets[0].account["conversations_dropped"] == {"duplicate": 2}
+    assert datasets[0].account["messages_dropped"] == {"duplicate": 4}
+    again = prepare_parts(config, TOKENIZER)
+    assert again[0].fingerprint == datasets[0].fingerprint
+    plain = prepare_parts(Parts(train_data=[str(train)]), TOKENIZER)
+    assert plain[1] is None
+    assert plain[0].fingerprint != datasets[0].fingerprint
+
+
+def test_decisions_line_up_across_tasks_trees_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 700)
+    monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 700)
+    reply = lambda name: {"message_id": name, "role": "assistant", "text": f"reply {name}", "replies": []}
+    trees = [
+        {
+            "message_tree_id": f"tree {i}",
+            "tree_state": "ready_for_export",
+            "prompt": {"message_id": "p", "role": "prompter", "text": "q", "replies": [reply(f"{i}a"), reply(f"{i}b")]},
+        }
+        for i in range(30)
+    ]
+    lines = [line for i in range(30) for line in (trees[i], chat(f"question {i}", f"answer {i}"), b"bad", b"")]
+    path = str(write_jsonl(tmp_path / "in.jsonl", lines))
+    parts = {}
+    for workers in (1, 2):
+        config = Parts(
+            train_data=[path], eval_fraction=0.3, cache_dir=str(tmp_path / str(workers)), num_workers=workers
+        )
+        parts[workers] = prepare_parts(config, TOKENIZER)
+    train, held_out = parts[1]
+    assert [d.fingerprint for d in parts[1] if d] == [d.fingerprint for d in parts[2] if d]
+    answers = [chat("q", f"reply {i}{side}") for i in range(30) for side in "ab"]
+    answers += [chat("q", f"answer {i}") for i in range(30)]
+    assert learned(train, held_out) == learned(*parts[2]) == expected_targets(answers)
+    text = lambda d: " ".join(TOKENIZER.decode(p.ids) for s in range(d.num_samples) for p in d.pieces_of(s))
+    for i in range(30):
+        assert (f"reply {i}a<" in text(train)) == (f"reply {i}b<" in text(train)), "a tree is on both sides"
+
+
+def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(write_jsonl(tmp_path / "in.jsonl", [chat("a", "one")]))
+    with pytest.raises(UserError, match="both eval_data and eval_fraction"):
+        prepare_parts(Parts(train_data=[path], eval_data=[path], eval_fraction=0.1), TOKENIZER)
+    with pytest.raises(UserError, match="no conversation is left of the 1"):
+        prepare_parts(Parts(train_data=[path], eval_fraction=1e-9), TOKENIZER)
+    monkeypatch.setattr("lumina.data.parts.near_available", lambda: False)
+    with pytest.raises(UserError, match="rensa"):
+        prepare_parts(Parts(train_data=[path], dedup="near"), TOKENIZER)

@@ -111,6 +111,8 @@ def _data_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--overlong", choices=["split", "truncate", "drop"], help="longer than the window (split)")
     group.add_argument("--cache-dir", metavar="DIR", help="where prepared data is kept")
     group.add_argument("--num-workers", type=int, metavar="N", help="processes that prepare data (one per core)")
+    group.add_argument("--eval-fraction", type=float, metavar="F", help="hold this share out of the training data (0)")
+    group.add_argument("--dedup", choices=["none", "exact", "near"], help="remove duplicate conversations (none)")
 
 
 def _add_files(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
@@ -182,6 +184,28 @@ def _validate_data_options(parser: _Parser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="conversations, in any format that train reads")
     parser.add_argument("--create-report", action="store_true", help="also write FILE.report.html")
     parser.add_argument("--fix", metavar="OUT", help="write the sound records to OUT, the others beside it")
+    _json_option(parser)
+
+
+def inspect_data(arguments: Arguments) -> int:
+    """Show what the model will see of one sample: tokens, what is learned, where documents begin."""
+    from lumina.data.commands import inspect_command
+
+    return inspect_command(
+        arguments.files,
+        load_config(arguments),
+        sample=arguments.sample,
+        table=arguments.table,
+        json=arguments.json,
+    )
+
+
+def _inspect_data_options(parser: _Parser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="conversations, in any format that train reads")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="which packed sample, from 0 (0)")
+    parser.add_argument("--table", action="store_true", help="also a line for each token: position, id, weight, target")
+    _config_options(parser)
+    _data_options(parser.add_argument_group("data"))
     _json_option(parser)
 
 
@@ -341,6 +365,7 @@ COMMANDS: dict[str, Command] = {
     "prepare": Command(prepare, _prepare_options),
     "validate-data": Command(validate_data, _validate_data_options),
     "process-oasst": Command(process_oasst, _process_oasst_options),
+    "inspect": Command(inspect_data, _inspect_data_options),
     "generate": Command(generate, _generate_options),
     "export": Command(export, _export_options),
     "import": Command(import_, _import_options),

@@ -123,6 +123,8 @@ class DataConfig(_Strict):
     overlong: Literal["split", "truncate", "drop"] = "split"
     cache_dir: str | None = None
     num_workers: PositiveInt | None = None  # None: one per core this process may use
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # held out of train_data when eval_data is empty
+    dedup: Literal["none", "exact", "near"] = "none"  # removed within and across both sets
 
 
 class RunConfig(_Strict):

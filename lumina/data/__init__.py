@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lumina.data.dataset import Batch, PackedDataset
     from lumina.data.loader import Loader, StepData
     from lumina.data.order import GlobalOrder
+    from lumina.data.parts import prepare_parts
     from lumina.data.preparation import prepare
 
 _HOMES = {
@@ -22,10 +23,20 @@ _HOMES = {
     "PackedDataset": "dataset",
     "StepData": "loader",
     "prepare": "preparation",
+    "prepare_parts": "parts",
     "unigram_baseline": "baseline",
 }
 
-__all__ = ["Batch", "GlobalOrder", "Loader", "PackedDataset", "StepData", "prepare", "unigram_baseline"]
+__all__ = [
+    "Batch",
+    "GlobalOrder",
+    "Loader",
+    "PackedDataset",
+    "StepData",
+    "prepare",
+    "prepare_parts",
+    "unigram_baseline",
+]
 
 
 def __getattr__(name: str) -> Any:

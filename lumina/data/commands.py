@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from rich.console import Console
 
 from lumina.chat.tokenizer import Tokenizer
 from lumina.config.errors import UserError
+from lumina.data.dataset import PackedDataset
 from lumina.data.oasst import THREADS, Options
+from lumina.data.parts import PartSettings, prepare_parts
 from lumina.data.preparation import Progress, Settings, prepare
 
 
@@ -51,28 +54,60 @@ def _progress_bar(title: str) -> Iterator[Progress | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def prepare_command(files: Sequence[str], config: Settings, *, json: bool = False) -> int:
-    """Prepares the files as training would and prints the account. Exit code 0; UserError when nothing is usable."""
+@dataclass(frozen=True)
+class _Given:
+    """A configuration's data settings with the files of the command line in place of its own."""
+
+    train_data: Sequence[str]
+    seq_length: int
+    packing: bool
+    overlong: str
+    cache_dir: str | None
+    num_workers: int | None
+    eval_fraction: float
+    dedup: str
+    eval_data: Sequence[str] = ()
+
+
+def prepare_command(files: Sequence[str], config: PartSettings, *, json: bool = False) -> int:
+    """Prepares the files as training would and prints the account. Exit code 0; UserError when nothing is usable.
+
+    With an eval_fraction, the set held out is prepared too.
+    """
+    given = _Given(
+        files,
+        config.seq_length,
+        config.packing,
+        config.overlong,
+        config.cache_dir,
+        config.num_workers,
+        config.eval_fraction,
+        config.dedup,
+    )
     start = time.perf_counter()
     with _progress_bar("preparing") as progress:
-        dataset = prepare(files, config, Tokenizer.load(), progress=progress)
+        train, evaluation = prepare_parts(given, Tokenizer.load(), progress=progress)
     seconds = time.perf_counter() - start
     if json:
-        _print_json(
-            {
-                "cache": str(dataset.folder),
-                "fingerprint": dataset.fingerprint,
-                "samples": dataset.num_samples,
-                "tokens": dataset.num_tokens,
-                "supervised_tokens": dataset.num_supervised,
-                "seconds": round(seconds, 3),
-                "account": dataset.account,
-            }
-        )
-    else:
-        rate = dataset.account["tokens"] / seconds
-        _say([*dataset.account_lines(), f"cache          {dataset.folder} ({seconds:.2f} s, {rate:,.0f} tokens/s)"])
+        held_out = {} if evaluation is None else {"held_out": _figures(evaluation)}
+        _print_json({**_figures(train), **held_out, "seconds": round(seconds, 3)})
+        return 0
+    rate = train.account["tokens"] / seconds
+    _say([*train.account_lines(), f"cache          {train.folder} ({seconds:.2f} s, {rate:,.0f} tokens/s)"])
+    if evaluation is not None:
+        _say(["", "held out for evaluation", *evaluation.account_lines(), f"cache          {evaluation.folder}"])
     return 0
+
+
+def _figures(dataset: PackedDataset) -> dict[str, Any]:
+    return {
+        "cache": str(dataset.folder),
+        "fingerprint": dataset.fingerprint,
+        "samples": dataset.num_samples,
+        "tokens": dataset.num_tokens,
+        "supervised_tokens": dataset.num_supervised,
+        "account": dataset.account,
+    }
 
 
 def validate_command(

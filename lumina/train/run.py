@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lumina.chat.tokenizer import Tokenizer
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
-from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare
+from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare_parts
 from lumina.model import Transformer, keep_heap
 from lumina.monitor import Console, MetricsFile, StepRecord
 from lumina.train import checkpoint, engine
@@ -115,8 +115,7 @@ class Run:
         tokenizer = Tokenizer.load()
 
         def both() -> tuple[PackedDataset, PackedDataset | None]:
-            held_out = prepare(self.config.eval_data, self.config, tokenizer) if self.config.eval_data else None
-            return prepare(self.config.train_data, self.config, tokenizer), held_out
+            return prepare_parts(self.config, tokenizer)
 
         failure: list[Any] = [None] * self.ranks.world
         own: UserError | None = None

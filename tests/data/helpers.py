@@ -24,6 +24,10 @@ class Settings:
     overlong: str = "split"
     cache_dir: str | None = None
     num_workers: int | None = 1
+    train_data: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()
+    eval_fraction: float = 0.0
+    dedup: str = "none"
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:

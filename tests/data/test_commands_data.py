@@ -55,3 +55,12 @@ def test_a_piece_that_begins_inside_a_message_says_so(tmp_path: Path) -> None:
     dataset = prepare([path], Settings(packing=False), TOKENIZER)
     flags = [describe(dataset, s, TOKENIZER)["documents"][0]["begins_inside_a_message"] for s in range(3)]
     assert flags == [False, False, True]
+
+
+def test_prepare_with_an_eval_fraction_prints_both_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [chat(f"question {i}", "a") for i in range(40)])
+    assert prepare_command([str(path)], Settings(eval_fraction=0.5), json=True) == 0
+    figures = orjson.loads(capsys.readouterr().out)
+    assert figures["supervised_tokens"] + figures["held_out"]["supervised_tokens"] == 80
+    assert prepare_command([str(path)], Settings(eval_fraction=0.5)) == 0
+    assert "dropped conversations: left for training" in capsys.readouterr().out

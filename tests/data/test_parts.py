@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,6 @@ from lumina.data.curation import DUPLICATE, EVAL, TRAIN, decide, near_pairs, sig
 from lumina.data.parts import prepare_parts
 
 
-@dataclass(frozen=True)
-class Parts(Settings):
-    """Settings with the parts' own."""
-
-    train_data: list[str] = field(default_factory=list)
-    eval_data: list[str] = field(default_factory=list)
-    eval_fraction: float = 0.0
-    dedup: str = "none"
-
-
 def learned(*datasets: PackedDataset | None) -> Counter[int]:
     return sum((learned_targets(dataset) for dataset in datasets if dataset), Counter())
 
@@ -45,7 +34,7 @@ def test_every_answer_is_learned_or_held_out_once(drawn: list[tuple[int, int]], 
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = str(write_jsonl(Path(folder) / "in.jsonl", lines))
-        config = Parts(train_data=[path], eval_fraction=0.4, packing=packing)
+        config = Settings(train_data=(path,), eval_fraction=0.4, packing=packing)
         sides = decided(
             [talk(f"question {i}", f"answer {answer}", f"id {group}") for i, (group, answer) in enumerate(drawn)],
             eval_fraction=0.4,
@@ -138,7 +127,7 @@ def test_near_pairs_against_true_jaccard_similarity() -> None:
 def test_files_with_duplicates_across_train_and_eval(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "t.jsonl", [chat("a", "one"), chat("b", "two"), b"bad", chat("a", "one")])
     evaluation = write_jsonl(tmp_path / "e.jsonl", [chat("b", "two"), chat("c", "three")])
-    config = Parts(train_data=[str(train)], eval_data=[str(evaluation)], dedup="exact")
+    config = Settings(train_data=(str(train),), eval_data=(str(evaluation),), dedup="exact")
     datasets = prepare_parts(config, TOKENIZER)
     assert datasets[1] is not None
     assert learned_targets(datasets[0]) == expected_targets([chat("a", "one")])
@@ -147,7 +136,7 @@ def test_files_with_duplicates_across_train_and_eval(tmp_path: Path) -> None:
     assert datasets[0].account["messages_dropped"] == {"duplicate": 4}
     again = prepare_parts(config, TOKENIZER)
     assert again[0].fingerprint == datasets[0].fingerprint
-    plain = prepare_parts(Parts(train_data=[str(train)]), TOKENIZER)
+    plain = prepare_parts(Settings(train_data=(str(train),)), TOKENIZER)
     assert plain[1] is None
     assert plain[0].fingerprint != datasets[0].fingerprint
 
@@ -168,8 +157,8 @@ def test_decisions_line_up_across_tasks_trees_and_workers(tmp_path: Path, monkey
     path = str(write_jsonl(tmp_path / "in.jsonl", lines))
     parts = {}
     for workers in (1, 2):
-        config = Parts(
-            train_data=[path], eval_fraction=0.3, cache_dir=str(tmp_path / str(workers)), num_workers=workers
+        config = Settings(
+            train_data=(path,), eval_fraction=0.3, cache_dir=str(tmp_path / str(workers)), num_workers=workers
         )
         parts[workers] = prepare_parts(config, TOKENIZER)
     train, held_out = parts[1]
@@ -185,9 +174,9 @@ def test_decisions_line_up_across_tasks_trees_and_workers(tmp_path: Path, monkey
 def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(write_jsonl(tmp_path / "in.jsonl", [chat("a", "one")]))
     with pytest.raises(UserError, match="both eval_data and eval_fraction"):
-        prepare_parts(Parts(train_data=[path], eval_data=[path], eval_fraction=0.1), TOKENIZER)
+        prepare_parts(Settings(train_data=(path,), eval_data=(path,), eval_fraction=0.1), TOKENIZER)
     with pytest.raises(UserError, match="no conversation is left of the 1"):
-        prepare_parts(Parts(train_data=[path], eval_fraction=1e-9), TOKENIZER)
+        prepare_parts(Settings(train_data=(path,), eval_fraction=1e-9), TOKENIZER)
     monkeypatch.setattr("lumina.data.parts.near_available", lambda: False)
     with pytest.raises(UserError, match="rensa"):
-        prepare_parts(Parts(train_data=[path], dedup="near"), TOKENIZER)
+        prepare_parts(Settings(train_data=(path,), dedup="near"), TOKENIZER)

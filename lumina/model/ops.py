@@ -56,7 +56,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _cpu_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, x + residual, reciprocal root mean square of each row)."""
-    x = x.contiguous()
+    x, weight_D = x.contiguous(), weight_D.contiguous()
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
     total = x if residual is None else torch.empty_like(x)
     y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
@@ -70,7 +70,7 @@ def _cpu_norm_backward(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Ten
     dx, width = torch.empty_like(total), total.shape[-1]
     partial = torch.empty(torch.get_num_threads(), width, dtype=torch.float32)
     upstream = None if dtotal is None else dtotal.contiguous()
-    dy = dy.contiguous()
+    dy, weight_D = dy.contiguous(), weight_D.contiguous()
     cpu.call("lumina_rms_norm_backward", dy, upstream, total, weight_D, rstd, dx, partial, len(rstd), width)
     return dx, partial.sum(0).to(weight_D.dtype)
 
@@ -171,8 +171,8 @@ def rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor
     if _use_triton(q_BSHd):
         return _triton_rope(q_BSHd, k_BSKd, rotary)
     if _use_cpu(q_BSHd, k_BSKd):
-        tables = rotary.cos_BSh.contiguous(), rotary.sin_BSh.contiguous()
-        return _CpuRope.apply(q_BSHd, *tables), _CpuRope.apply(k_BSKd, *tables)  # type: ignore[no-untyped-call]
+        cos_BSh, sin_BSh = (t.expand(q_BSHd.shape[0], -1, -1).contiguous() for t in (rotary.cos_BSh, rotary.sin_BSh))
+        return tuple(_CpuRope.apply(x, cos_BSh, sin_BSh) for x in (q_BSHd, k_BSKd))  # type: ignore[no-untyped-call]
     return _rope_torch(q_BSHd, rotary), _rope_torch(k_BSKd, rotary)
 
 
@@ -225,7 +225,7 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> T
     if _use_triton(logits_NV):
         return _triton().cross_entropy_(logits_NV, targets_N, weights_N)  # type: ignore[no-any-return]
     rows, vocabulary = logits_NV.shape
-    if _use_cpu(logits_NV):
+    if _use_cpu(logits_NV) and logits_NV.is_contiguous():
         losses_N = torch.empty(rows, dtype=torch.float32)
         weights_N, targets_N = weights_N.float().contiguous(), targets_N.contiguous()
         cpu.call("lumina_cross_entropy", logits_NV, targets_N, weights_N, losses_N, rows, vocabulary)

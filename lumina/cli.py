@@ -279,6 +279,11 @@ def generate(arguments: Arguments) -> int:
 def _generate_options(parser: _Parser) -> None:
     parser.add_argument("--resume", required=True, metavar="RUN|CHECKPOINT", help="the trained model")
     parser.add_argument("--prompt", required=True, help="what the user says")
+    _sampling_options(parser)
+    _json_option(parser)
+
+
+def _sampling_options(parser: _Parser) -> None:
     parser.add_argument(
         "--temperature", type=_between(float, 0.1, 2.0, 0), default=0.8, help="0.1 to 2.0, or 0 for greedy (0.8)"
     )
@@ -286,7 +291,27 @@ def _generate_options(parser: _Parser) -> None:
     parser.add_argument("--top-p", type=_between(float, 0.1, 1.0), default=0.9, help="0.1 to 1.0 of the mass (0.9)")
     parser.add_argument("--max-length", type=_between(int, 1, 2048), default=256, help="new tokens, 1 to 2048 (256)")
     parser.add_argument("--seed", type=int, default=None, help="same seed, same answer")
-    _json_option(parser)
+
+
+def chat(arguments: Arguments) -> int:
+    """Talk to a trained model in the terminal."""
+    from lumina.infer import chat_command
+
+    return chat_command(
+        run=arguments.run,
+        system=arguments.system,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        max_length=arguments.max_length,
+        seed=arguments.seed,
+    )
+
+
+def _chat_options(parser: _Parser) -> None:
+    parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    _sampling_options(parser)
 
 
 def export(arguments: Arguments) -> int:
@@ -367,6 +392,7 @@ COMMANDS: dict[str, Command] = {
     "process-oasst": Command(process_oasst, _process_oasst_options),
     "inspect": Command(inspect_data, _inspect_data_options),
     "generate": Command(generate, _generate_options),
+    "chat": Command(chat, _chat_options),
     "export": Command(export, _export_options),
     "import": Command(import_, _import_options),
     "config": Command(config, _config_show_options),

@@ -9,9 +9,10 @@ import time
 
 from lumina.chat import Conversation, Message
 from lumina.infer.exporting import export
-from lumina.infer.generation import Answer, stream
+from lumina.infer.generation import Answer, printable, speak
 from lumina.infer.importing import import_hf
 from lumina.infer.loading import find_checkpoint, foreign_tokenizer, load, read_config
+from lumina.infer.repl import Chat, converse
 from lumina.infer.sampling import Sampling
 
 log = logging.getLogger("lumina")
@@ -33,23 +34,17 @@ def generate_command(
     loaded = load(run)
     log.info("%s, step %d", loaded.checkpoint, loaded.step)
     ids = loaded.voice.prompt(Conversation([Message("user", prompt)]))
-    answer, text, pieces = Answer(), loaded.voice.text_stream(), []
+    answer, pieces = Answer(), list[str]()
+    safe = printable if sys.stdout.isatty() else str
     started = time.perf_counter()
-    for ((_, token),) in stream(loaded.model, loaded.voice, [ids], sampling):
-        if token in loaded.voice.stop_ids:
-            answer.finish = "stop"
-            break
-        answer.ids.append(token)
-        pieces.append(text.push(token))
+    for piece in speak(loaded.model, loaded.voice, ids, sampling, answer):
+        pieces.append(piece)
         if not json:
-            sys.stdout.write(pieces[-1])
+            sys.stdout.write(safe(piece))
             sys.stdout.flush()
     seconds = time.perf_counter() - started
-    pieces.append(text.end())
-    if answer.finish is None:
-        answer.finish = "length" if len(answer.ids) == max_length else "window"
     if not json:
-        print(pieces[-1])
+        print()
         if answer.finish == "window":
             log.warning("the answer ends here because the model's window (%d tokens) is full", loaded.config.seq_length)
         return 0
@@ -97,3 +92,20 @@ def import_command(*, source: str, out: str, json: bool = False) -> int:
         whose = "Lumina's tokenizer" if own else "its own tokenizer and chat template"
         print(f"{source} -> {folder}: {config.num_parameters() / 1e6:.1f}M parameters, {whose}")
     return 0
+
+
+def chat_command(
+    *,
+    run: str,
+    system: str | None = None,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 0.9,
+    max_length: int = 256,
+    seed: int | None = None,
+) -> int:
+    """Talk to a model in the terminal until /quit or the end of input. Raises UserError."""
+    sampling = Sampling(temperature, top_k, top_p, max_length, seed)
+    loaded = load(run)
+    chat = Chat(loaded.model, loaded.voice, sampling, system)
+    return converse(chat, f"{loaded.checkpoint}, step {loaded.step}")

@@ -5,6 +5,7 @@ Shape suffixes: R sequences still going, V vocabulary.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -96,3 +97,24 @@ def generate(model: Transformer, voice: Voice, prompts: Sequence[Sequence[int]],
         if answer.finish is None:
             answer.finish = "length" if len(answer.ids) == sampling.max_length else "window"
     return answers
+
+
+def speak(model: Transformer, voice: Voice, prompt: list[int], sampling: Sampling, answer: Answer) -> Iterator[str]:
+    """Generate for one prompt, yielding text as it is there. `answer` is filled in on the way, so that a caller who
+    stops listening still knows what was said. Raises UserError when the prompt fills the window."""
+    text = voice.text_stream()
+    for ((_, token),) in stream(model, voice, [prompt], sampling):
+        if token in voice.stop_ids:
+            answer.finish = "stop"
+            break
+        answer.ids.append(token)
+        yield text.push(token)
+    if answer.finish is None:
+        answer.finish = "length" if len(answer.ids) == sampling.max_length else "window"
+    yield text.end()
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: control characters other than line feed and tab become U+FFFD."""
+    safe = (c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
+    return "".join(safe)

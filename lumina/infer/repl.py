@@ -1,0 +1,233 @@
+"""`lumina chat`: a conversation in the terminal.
+
+`Chat` is the conversation itself and knows no terminal; `converse` reads lines and prints. When prompt and answer no
+longer fit the model's window, the oldest turns are left out of the prompt, whole turns at a time, and the user is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+
+from lumina.chat import ROLE_ALIASES, Conversation, Message
+from lumina.config import UserError
+from lumina.infer.generation import Answer, check_prompt, printable, speak
+from lumina.infer.sampling import Sampling
+from lumina.infer.voice import Voice
+from lumina.model import Transformer
+
+HELP = """\
+/system TEXT   what the model is told before the conversation (no TEXT: nothing)
+/reset         forget the conversation
+/undo          take back your last message and its answer
+/retry         answer the last message again
+/save FILE     add the conversation to a JSONL file, in the form that `lumina train` reads
+/load FILE     go on from the last conversation of a JSONL file
+/params        show the settings; /params temperature=0.5 top_k=20 changes them
+/help          this text
+/quit          leave (so does the end of input, Ctrl-D)
+End a line with \\ to go on in the next one. Ctrl-C stops an answer."""
+
+
+@dataclass
+class Chat:
+    """A conversation with a model: messages without the system's, in order."""
+
+    model: Transformer
+    voice: Voice
+    sampling: Sampling
+    system: str | None = None
+    messages: list[Message] = field(default_factory=list)
+    attempt: int = 0  # of the current answer: a retry draws other numbers
+
+    def _conversation(self, skipped: int) -> Conversation:
+        opening = [Message("system", self.system)] if self.system else []
+        return Conversation([*opening, *self.messages[skipped:]])
+
+    def prompt(self) -> tuple[list[int], int]:
+        """The ids to answer, and how many of the oldest messages had to be left out to leave room for an answer.
+
+        Room is max_length tokens, or half the window when that is less. Raises UserError when not even the last message
+        fits.
+        """
+        window = self.model.config.seq_length
+        room = min(self.sampling.max_length, window // 2)
+        starts = [at for at, message in enumerate(self.messages) if message.role == "user"] or [0]
+        for skipped in [0, *(start for start in starts if start > 0)]:
+            ids = self.voice.prompt(self._conversation(skipped))
+            if len(ids) + room <= window:
+                return ids, skipped
+        check_prompt(len(ids), window)
+        return ids, skipped
+
+    def answer(self, answer: Answer) -> Iterator[str]:
+        """Answer the last message, as text arrives. The answer joins the conversation, also when the caller stops."""
+        ids, _ = self.prompt()
+        assert self.sampling.seed is not None
+        turn = replace(self.sampling, seed=(self.sampling.seed + len(self.messages) + 1000 * self.attempt) % 2**63)
+        try:
+            yield from speak(self.model, self.voice, ids, turn, answer)
+        finally:
+            self.messages.append(Message("assistant", self.voice.decode(answer.ids)))
+
+    def say(self, text: str) -> int:
+        """Add a user's message; returns how many old messages its answer will not see.
+
+        Raises UserError, and does not add it, when it does not fit."""
+        self.messages.append(Message("user", text))
+        self.attempt = 0
+        try:
+            return self.prompt()[1]
+        except UserError:
+            self.messages.pop()
+            raise
+
+    def take_back_answer(self) -> None:
+        """Forget the last answer. Raises UserError when there is none."""
+        if not self.messages or self.messages[-1].role != "assistant":
+            raise UserError("there is no answer to take back")
+        self.messages.pop()
+        self.attempt += 1
+
+    def undo(self) -> None:
+        """Forget the last user's message and what followed. Raises UserError when there is none."""
+        at = next((i for i in reversed(range(len(self.messages))) if self.messages[i].role == "user"), None)
+        if at is None:
+            raise UserError("there is nothing to take back")
+        del self.messages[at:]
+
+    def save(self, path: Path) -> None:
+        """Append the conversation as a line of JSON."""
+        messages = [{"role": m.role, "content": m.content} for m in self._conversation(0).messages]
+        try:
+            with path.open("ab") as file:
+                file.write(orjson.dumps({"messages": messages}) + b"\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+    def load(self, path: Path) -> None:
+        """Take the last conversation of a JSONL file. Raises UserError and changes nothing when it is not one."""
+        try:
+            lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+            record = orjson.loads(lines[-1])
+            messages = [Message(ROLE_ALIASES[m["role"]], str(m["content"])) for m in record["messages"]]
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise UserError(f'the last line of {path} is not {{"messages": [{{"role", "content"}}]}}') from None
+        if any(message.role == "system" for message in messages[1:]):
+            raise UserError(f"{path} has a system message inside the conversation")
+        opens = bool(messages) and messages[0].role == "system"
+        self.system, self.messages = (messages[0].content if opens else None), messages[int(opens) :]
+
+    def set_params(self, text: str) -> None:
+        """Change settings from `name=value` words. Raises UserError, and changes nothing, when one is wrong."""
+        kinds: dict[str, Callable[[str], Any]] = {"temperature": float, "top_k": int, "top_p": float}
+        kinds |= {"max_length": int, "seed": int}
+        changes = {}
+        for word in text.split():
+            name, _, value = word.partition("=")
+            if name not in kinds:
+                raise UserError(f"no setting is called {name}", f"Settings: {', '.join(kinds)}.")
+            try:
+                changes[name] = kinds[name](value)
+            except ValueError:
+                raise UserError(f"{name}={value}: {value!r} is not a number") from None
+        self.sampling = replace(self.sampling, **changes)
+
+
+def converse(chat: Chat, about: str, read: Callable[[str], str] = input, console: Console | None = None) -> int:
+    """Read lines and answer until the end of input. Returns the exit code."""
+    console = console or Console(highlight=False)
+    with contextlib.suppress(ImportError):
+        import_module("readline")  # gives input() its history and editing
+    console.print(f"{about}\n/help lists the commands, /quit leaves.", style="dim", markup=False)
+    while True:
+        try:
+            text = _read(read)
+        except EOFError:
+            console.print()
+            return 0
+        except KeyboardInterrupt:
+            console.print("\n/quit or Ctrl-D leaves.", style="dim")
+            continue
+        try:
+            if text.startswith("/"):
+                if not _command(chat, text, console):
+                    return 0
+            elif text.strip():
+                skipped = chat.say(text)
+                if skipped:
+                    kept = len(chat.messages) - skipped
+                    note = f"The window is full: the answer sees only the last {kept} of {len(chat.messages)} messages."
+                    console.print(note, style="yellow")
+                _answer(chat, console)
+        except UserError as error:
+            console.print(f"error: {error}", style="red", markup=False)
+
+
+def _read(read: Callable[[str], str]) -> str:
+    lines = [read("> ")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(read("… "))
+    return "\n".join(lines)
+
+
+def _answer(chat: Chat, console: Console) -> None:
+    answer = Answer()
+    pieces = chat.answer(answer)
+    try:
+        for piece in pieces:
+            console.file.write(printable(piece))
+            console.file.flush()
+    except KeyboardInterrupt:
+        pieces.close()  # type: ignore[attr-defined]
+        console.print("\n(stopped)", style="dim")
+        return
+    console.print()
+    if answer.finish != "stop":
+        why = f"max_length {chat.sampling.max_length}" if answer.finish == "length" else "the model's window is full"
+        console.print(f"(cut off: {why})", style="dim")
+
+
+def _command(chat: Chat, text: str, console: Console) -> bool:
+    """Do a /command; False when the conversation is over. Raises UserError."""
+    name, _, rest = text.partition(" ")
+    rest = rest.strip()
+    if name in ("/quit", "/exit"):
+        return False
+    if name == "/help":
+        console.print(HELP, markup=False)
+    elif name == "/system":
+        chat.system = rest or None
+        console.print("The model is told this first." if rest else "No system message.", style="dim")
+    elif name == "/reset":
+        chat.messages.clear()
+        console.print("A new conversation.", style="dim")
+    elif name == "/undo":
+        chat.undo()
+        console.print(f"Taken back; {len(chat.messages)} messages remain.", style="dim")
+    elif name == "/retry":
+        chat.take_back_answer()
+        _answer(chat, console)
+    elif name in ("/save", "/load"):
+        if not rest:
+            raise UserError(f"{name} needs a file")
+        (chat.save if name == "/save" else chat.load)(Path(rest).expanduser())
+        console.print(f"{len(chat.messages)} messages.", style="dim")
+    elif name == "/params":
+        chat.set_params(rest)
+        s = chat.sampling
+        settings = f"temperature={s.temperature:g} top_k={s.top_k} top_p={s.top_p:g}"
+        console.print(f"{settings} max_length={s.max_length} seed={s.seed}", markup=False)
+    else:
+        raise UserError(f"no such command: {name}", "/help lists them.")
+    return True

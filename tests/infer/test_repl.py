@@ -1,0 +1,158 @@
+"""The conversation in the terminal: what the model sees, what the commands do, what is printed."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small_models import make_model, write_run
+
+from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
+from lumina.cli import main
+from lumina.config import UserError
+from lumina.infer import LuminaVoice, Sampling
+from lumina.infer.generation import Answer, printable
+from lumina.infer.repl import Chat, converse
+
+TOKENIZER = Tokenizer.load()
+USER, BOT = "user", "assistant"
+
+
+@pytest.fixture
+def chat() -> Chat:
+    return Chat(make_model(num_layers=1), LuminaVoice(TOKENIZER), Sampling(1.0, max_length=6, seed=1))
+
+
+def spoken(chat: Chat, lines: list[str]) -> str:
+    """What the terminal shows when a user types these lines and then ends the input."""
+    typed = iter(lines)
+
+    def read(_: str) -> str:
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    out = io.StringIO()
+    assert converse(chat, "about", read, Console(file=out, width=200)) == 0
+    return out.getvalue()
+
+
+def test_each_answer_sees_the_whole_conversation(chat: Chat) -> None:
+    chat.system = "Be kind."
+    shown = spoken(chat, ["Hello", "line one\\", "line two"])
+    assert [message.role for message in chat.messages] == [USER, BOT, USER, BOT]
+    assert chat.messages[2].content == "line one\nline two"
+    assert all(
+        message.content and printable(message.content) in shown for message in chat.messages if message.role == BOT
+    )
+    whole = Conversation([Message("system", "Be kind."), *chat.messages])
+    assert chat.prompt() == (prompt_ids(TOKENIZER, whole), 0)
+    assert "(cut off: max_length 6)" in shown
+
+
+def test_a_full_window_leaves_out_whole_oldest_turns_and_says_so(chat: Chat) -> None:
+    chat.system = "S"
+    words = "word " * 20
+    shown = spoken(chat, [words] * 6)
+    assert "The window is full: the answer sees only the last" in shown
+    ids, skipped = chat.prompt()
+    assert skipped % 2 == 0
+    assert skipped > 0
+    kept = Conversation([Message("system", "S"), *chat.messages[skipped:]])
+    assert ids == prompt_ids(TOKENIZER, kept)
+    assert len(ids) + 6 <= 128
+    fuller = Conversation([Message("system", "S"), *chat.messages[skipped - 2 :]])
+    assert len(prompt_ids(TOKENIZER, fuller)) + 6 > 128  # no more was left out than needed
+    assert len(chat.messages) == 12  # nothing is forgotten
+
+
+def test_a_message_that_never_fits_is_refused_and_not_kept(chat: Chat) -> None:
+    shown = spoken(chat, ["word " * 200, "Hello"])
+    assert "error: the prompt has" in shown
+    assert [message.content for message in chat.messages if message.role == USER] == ["Hello"]
+
+
+def test_undo_retry_reset_and_system(chat: Chat) -> None:
+    spoken(chat, ["One", "Two"])
+    first = chat.messages[3].content
+    spoken(chat, ["/retry"])
+    assert len(chat.messages) == 4
+    assert chat.messages[3].content != first
+    spoken(chat, ["/undo"])
+    assert [message.content for message in chat.messages if message.role == USER] == ["One"]
+    assert "there is no answer to take back" in spoken(chat, ["/undo", "/retry"])
+    assert "there is nothing to take back" in spoken(chat, ["/undo"])
+    spoken(chat, ["x", "/system Be brief.", "/reset"])
+    assert (chat.messages, chat.system) == ([], "Be brief.")
+    spoken(chat, ["/system"])
+    assert chat.system is None
+
+
+def test_params_change_or_are_refused_whole(chat: Chat) -> None:
+    assert "temperature=0.5 top_k=20 top_p=0.9 max_length=6 seed=1" in spoken(
+        chat, ["/params temperature=0.5 top_k=20"]
+    )
+    shown = spoken(chat, ["/params top_k=3 temperature=9", "/params heat=1", "/params top_k=x", "/params"])
+    assert "temperature 9 is outside 0.1 to 2" in shown
+    assert "no setting is called heat" in shown
+    assert "top_k=x: 'x' is not a number" in shown
+    assert "temperature=0.5 top_k=20" in shown
+
+
+def test_save_and_load_in_the_form_that_training_reads(chat: Chat, tmp_path: Path) -> None:
+    from lumina.data.records import from_messages
+
+    file = tmp_path / "talk.jsonl"
+    chat.system = "S"
+    spoken(chat, ["Hello", f"/save {file}", "More", f"/save {file}"])
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [len(line["messages"]) for line in lines] == [3, 5]
+    assert isinstance(from_messages(lines[1]), Conversation)
+    other = Chat(chat.model, chat.voice, chat.sampling)
+    assert "4 messages." in spoken(other, [f"/load {file}"])
+    assert (other.system, other.messages) == ("S", chat.messages)
+    (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "critic", "content": "x"}]}\n')
+    for bad in ("bad.jsonl", "none.jsonl"):
+        with pytest.raises(UserError, match=bad):
+            other.load(tmp_path / bad)
+    assert other.messages == chat.messages
+    assert "/load needs a file" in spoken(other, ["/load"])
+
+
+def test_an_interrupted_answer_keeps_what_was_said(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> Iterator[str]:
+        answer = arguments[-1]
+        assert isinstance(answer, Answer)
+        answer.ids += TOKENIZER.encode("Some")
+        yield "Some"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lumina.infer.repl.speak", interrupted)
+    assert "(stopped)" in spoken(chat, ["Hello"])
+    assert chat.messages[-1] == Message(BOT, "Some")
+
+
+def test_unknown_commands_and_leaving(chat: Chat) -> None:
+    shown = spoken(chat, ["/hepl", "/help", "/quit", "never read"])
+    assert "no such command: /hepl" in shown
+    assert "/undo" in shown
+    assert chat.messages == []
+
+
+def test_output_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b[2J\x9b\r\x07b\n\tc🙂\u202e") == "a\ufffd[2J\ufffd\ufffd\ufffdb\n\tc🙂\u202e"
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", make_model(num_layers=1))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/params\n/quit\n"))
+    assert main(["chat", str(run), "--max-length", "4", "--seed", "5", "--top-k", "7"]) == 0
+    shown = capsys.readouterr().out
+    assert "step 5" in shown
+    assert "top_k=7 top_p=0.9 max_length=4 seed=5" in shown
+    assert main(["chat", str(tmp_path / "none")]) == 2

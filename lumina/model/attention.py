@@ -153,28 +153,27 @@ class _CpuAttention(torch.autograd.Function):
             cpu.call("lumina_causal_softmax", p_KRn, lse_KR, *p_KRn.shape, group, start, scale, 0)
             o_KRd[:, rows] = torch.bmm(p_KRn, v_Ksd[:, :end])
             blocks_lse.append(lse_KR)
-        ctx.save_for_backward(q_KRd, k_Ksd, v_Ksd, o_KRd, *blocks_lse)
+        ctx.save_for_backward(q_KRd, k_Ksd, v_Ksd, *blocks_lse)
         return _unfold(o_KRd, length)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_KRd, k_Ksd, v_Ksd, o_KRd, *blocks_lse = ctx.saved_tensors
+        q_KRd, k_Ksd, v_Ksd, *blocks_lse = ctx.saved_tensors
         kv_heads, length, width = k_Ksd.shape
         group, scale = q_KRd.shape[1] // length, width**-0.5
         do_KRd = _fold(grads[0], kv_heads)
-        delta_KR = torch.linalg.vecdot(do_KRd.float(), o_KRd.float())
         dq_KRd = torch.empty_like(q_KRd)
         dk_Ksd = torch.zeros(k_Ksd.shape, dtype=torch.float32)
         dv_Ksd = torch.zeros(v_Ksd.shape, dtype=torch.float32)
         for lse_KR, start in zip(blocks_lse, range(0, length, _QUERY_BLOCK), strict=True):
             end = min(start + _QUERY_BLOCK, length)
             rows = slice(start * group, end * group)
-            q, do, delta = q_KRd[:, rows], do_KRd[:, rows], delta_KR[:, rows].contiguous()
+            q, do = q_KRd[:, rows], do_KRd[:, rows]
             p_KRn = torch.bmm(q, k_Ksd[:, :end].mT)
             cpu.call("lumina_causal_softmax", p_KRn, lse_KR, *p_KRn.shape, group, start, scale, 1)
             dv_Ksd[:, :end] += torch.bmm(p_KRn.mT, do)
             ds_KRn = torch.bmm(do, v_Ksd[:, :end].mT)
-            cpu.call("lumina_softmax_backward", ds_KRn, p_KRn, delta, delta.numel(), end, scale)
+            cpu.call("lumina_softmax_backward", ds_KRn, p_KRn, lse_KR.numel(), end, scale)
             dq_KRd[:, rows] = torch.bmm(ds_KRn, k_Ksd[:, :end])
             dk_Ksd[:, :end] += torch.bmm(ds_KRn.mT, q)
         dtype = q_KRd.dtype

@@ -91,16 +91,23 @@ void lumina_causal_softmax(bf16 *scores, float *lse, int64_t heads, int64_t rows
     }
 }
 
-/* Gradient of the scores, in place over dP: dS = scale * P * (dP - delta), zero where P is masked. */
-void lumina_softmax_backward(bf16 *dp, const bf16 *p, const float *delta, int64_t rows, int64_t n, float scale,
-                             int threads) {
+/* Gradient of the scores, in place over dP: dS = scale * P * (dP - delta), zero where P is masked. delta is P's mean of
+ * the rounded dP itself, not dO . O as flash attention has it: dP loses bits when it is stored, and only with the same
+ * loss on both sides do they cancel (a document's first query must get a gradient of exactly zero). */
+void lumina_softmax_backward(bf16 *dp, const bf16 *p, int64_t rows, int64_t n, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         bf16 *d = dp + i * n;
         const bf16 *q = p + i * n;
-        float c = delta[i];
+        float mean = 0.0f, mass = 0.0f;
+#pragma omp simd reduction(+ : mean, mass)
+        for (int64_t j = 0; j < n; j++) {
+            mean += widen(q[j]) * widen(d[j]);
+            mass += widen(q[j]);
+        }
+        float delta = mean / mass;
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++) d[j] = narrow(scale * widen(q[j]) * (widen(d[j]) - c));
+        for (int64_t j = 0; j < n; j++) d[j] = narrow(scale * widen(q[j]) * (widen(d[j]) - delta));
     }
 }
 

@@ -170,6 +170,18 @@ class Transformer(nn.Module):
         B*S starting at 0, given only with B = 1; without it every row is one causal document. With a cache, ids and
         positions are those of its announced pass, and the logits are of each row's newest position only: (R, 1, V).
         """
+        normed_BSD = self.trunk(ids_BS, positions_BS, cu_seqlens_D, max_seqlen, cache)
+        return self.output(normed_BSD, targets_BS, weights_BS)  # type: ignore[no-any-return]
+
+    def trunk(
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        cu_seqlens_D: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the output layer reads: (B, S, D). Arguments as in `forward`."""
         docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen) if cache is None else None
         rotary = ops.Rotary.of(positions_BS, self.config.head_dim, self.config.rope_theta)
         delta_BSD = self.embedding(ids_BS)
@@ -180,9 +192,7 @@ class Transformer(nn.Module):
             else:
                 delta_BSD, residual_BSD = block(delta_BSD, residual_BSD, rotary, docs, cache)
         normed_BSD, _ = self.norm(delta_BSD, residual_BSD)
-        if cache is not None:
-            normed_BSD = cache.newest(normed_BSD)
-        return self.output(normed_BSD, targets_BS, weights_BS)  # type: ignore[no-any-return]
+        return normed_BSD if cache is None else cache.newest(normed_BSD)
 
 
 def _checkpointed(

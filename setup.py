@@ -21,6 +21,7 @@ INSTALL_REQUIRES = [
     "pydantic>=2.7",  # the configuration's schema
     "pyyaml>=6",  # configuration files
     "rich>=13",  # progress bars and tables on a terminal
+    "safetensors>=0.4",  # checkpoints: no pickle, read by ranges
     "psutil>=5.9",  # memory and process figures in the console line and the checks
     "ninja>=1.11",  # DeepSpeed compiles its CPU ops with it
     "packaging>=23",  # version comparison in check-environment
@@ -30,7 +31,7 @@ EXTRAS_REQUIRE = {
     "gpu": ["flash-attn>=2.6; platform_system == 'Linux'"],  # variable-length attention kernels
     "mpi": ["mpi4py>=4.0", "openmpi>=5.0"],  # start under mpirun; DeepSpeed finds its ranks through mpi4py
     "tracking": ["wandb>=0.17", "tensorboard>=2.16"],  # experiment trackers
-    "hf": ["transformers>=4.45", "safetensors>=0.4"],  # import and export of Hugging Face checkpoints
+    "hf": ["transformers>=4.45"],  # import and export of Hugging Face checkpoints
     "quickstart": ["chitchat-dataset>=0.9", "matplotlib>=3.8"],  # real conversations and the loss curve's PNG
     "dev": [
         "pytest>=8",

@@ -257,6 +257,20 @@ def _estimate_time_options(parser: _Parser) -> None:
     _json_option(parser)
 
 
+def plan(arguments: Arguments) -> int:
+    """Find the fastest way to train on a cluster that fits, and write the files to start it."""
+    from lumina.plan import plan_command
+
+    return plan_command(load_config(arguments), arguments)
+
+
+def _plan_options(parser: _Parser) -> None:
+    from lumina.plan.options import add_plan_options
+
+    _estimate_time_options(parser)
+    add_plan_options(parser)
+
+
 # ---------------------------------------------------------------------------------------------------------- use
 
 
@@ -348,6 +362,19 @@ def _import_options(parser: _Parser) -> None:
     _json_option(parser)
 
 
+def evaluate(arguments: Arguments) -> int:
+    """Measure a model on conversations it was not trained on: loss, perplexity, bits per byte, by role and turn."""
+    from lumina.infer import evaluate_command
+
+    return evaluate_command(run=arguments.run, data=arguments.data, json=arguments.json)
+
+
+def _evaluate_options(parser: _Parser) -> None:
+    parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="conversations, as train reads them")
+    _json_option(parser)
+
+
 def config(arguments: Arguments) -> int:
     """Show a preset or YAML file with every value filled in, and its true parameter counts."""
     from lumina.config import load
@@ -393,11 +420,13 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command(inspect_data, _inspect_data_options),
     "generate": Command(generate, _generate_options),
     "chat": Command(chat, _chat_options),
+    "evaluate": Command(evaluate, _evaluate_options),
     "export": Command(export, _export_options),
     "import": Command(import_, _import_options),
     "config": Command(config, _config_show_options),
     "check-environment": Command(check_environment, _json_option),
     "estimate-time": Command(estimate_time, _estimate_time_options),
+    "plan": Command(plan, _plan_options),
 }
 
 

@@ -1,6 +1,6 @@
 """Using a trained model: load it, generate, talk to it, take it elsewhere."""
 
-from lumina.infer.commands import chat_command, export_command, generate_command, import_command
+from lumina.infer.commands import chat_command, evaluate_command, export_command, generate_command, import_command
 from lumina.infer.exporting import export
 from lumina.infer.generation import Answer, generate, stream
 from lumina.infer.importing import import_hf
@@ -15,6 +15,7 @@ __all__ = [
     "Sampling",
     "Voice",
     "chat_command",
+    "evaluate_command",
     "export",
     "export_command",
     "find_checkpoint",

@@ -6,8 +6,11 @@ import json as json_module
 import logging
 import sys
 import time
+from collections import Counter
 
 from lumina.chat import Conversation, Message
+from lumina.config import UserError
+from lumina.infer.evaluating import evaluate, read_conversations, table
 from lumina.infer.exporting import export
 from lumina.infer.generation import Answer, printable, speak
 from lumina.infer.importing import import_hf
@@ -109,3 +112,24 @@ def chat_command(
     loaded = load(run)
     chat = Chat(loaded.model, loaded.voice, sampling, system)
     return converse(chat, f"{loaded.checkpoint}, step {loaded.step}")
+
+
+def evaluate_command(*, run: str, data: list[str], json: bool = False) -> int:
+    """Score a model on conversations. Raises UserError."""
+    skipped: Counter[str] = Counter()
+    loaded = load(run)
+    log.info("%s, step %d", loaded.checkpoint, loaded.step)
+    result = evaluate(loaded, read_conversations(data, skipped))
+    result.skipped = skipped
+    if not result.turns:
+        raise UserError("there is no assistant message to evaluate on", f"Skipped records: {dict(skipped) or 'none'}.")
+    if json:
+        facts = {"checkpoint": str(loaded.checkpoint), "step": loaded.step, **result.to_dict()}
+        print(json_module.dumps(facts, ensure_ascii=False))
+        return 0
+    print(table(result))
+    print(f"{result.conversations:,} conversations", end="")
+    print(f", cut at the window in {result.cut:,} places" if result.cut else "")
+    for reason, count in sorted(skipped.items()):
+        print(f"skipped, {reason}: {count:,}")
+    return 0

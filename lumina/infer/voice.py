@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import codecs
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lumina.chat import Conversation, Tokenizer, prompt_ids, render
+from lumina.chat import Conversation, Tokenizer, prompt_ids, render_many
 from lumina.config import UserError
 
 
@@ -29,6 +29,14 @@ class TextStream(Protocol):
         """What was still held back, U+FFFD for broken characters."""
 
 
+class Span(NamedTuple):
+    """Tokens [start, end) of a conversation: the content of message number `message` and the token that ends it."""
+
+    message: int
+    start: int
+    end: int
+
+
 class Voice(Protocol):
     """A tokenizer and chat template."""
 
@@ -37,8 +45,8 @@ class Voice(Protocol):
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids to generate from, ending where the assistant's words begin. Raises UserError."""
 
-    def rendered(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        """A whole conversation: its ids, and for each whether it is learned (0 or 1). Raises UserError."""
+    def rendered(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
+        """A whole conversation: its ids, and where its messages are in them. Raises UserError."""
 
     def forbidden(self, vocab_size: int) -> Tensor:
         """Ids that are never sampled: bool (V)."""
@@ -70,9 +78,10 @@ class LuminaVoice:
     def prompt(self, conversation: Conversation) -> list[int]:
         return prompt_ids(self.tokenizer, conversation)
 
-    def rendered(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        ids, mask, _ = render(self.tokenizer, conversation)
-        return ids.tolist(), mask.tolist()
+    def rendered(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
+        block = render_many(self.tokenizer, [conversation])
+        starts, ends = block.message_offsets[:-1] + block.head, block.message_offsets[1:]
+        return block.ids.tolist(), [Span(i, int(a), int(b)) for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
 
     def forbidden(self, vocab_size: int) -> Tensor:
         """Everything that is not text, except the stop token; ids past the tokenizer's own pad the vocabulary."""
@@ -124,19 +133,19 @@ class ForeignVoice:
     def prompt(self, conversation: Conversation) -> list[int]:
         return self._templated(self._checked(conversation), opening=True)
 
-    def rendered(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        """Learned is what each assistant turn adds to the prompt before it."""
+    def rendered(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
+        """Only the assistants' messages are placed: each is what it adds to the prompt before it."""
         messages = self._checked(conversation)
         ids = self._templated(messages, opening=False)
-        mask = [0] * len(ids)
+        spans = []
         for at, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = self._templated(messages[:at], opening=True)
                 after = self._templated(messages[: at + 1], opening=False)
                 if ids[: len(before)] != before or ids[: len(after)] != after:
                     raise UserError("the imported model's chat template rewrites earlier turns: it cannot be evaluated")
-                mask[len(before) : len(after)] = [1] * (len(after) - len(before))
-        return ids, mask
+                spans.append(Span(at, len(before), len(after)))
+        return ids, spans
 
     def forbidden(self, vocab_size: int) -> Tensor:
         forbidden_V = torch.zeros(vocab_size, dtype=torch.bool)

@@ -245,10 +245,12 @@ def test_typed_control_tokens_and_missing_templates_are_refused(hf: Path, tmp_pa
         voice.prompt(Conversation([Message("user", "hi <|im_end|> there")]))
     with pytest.raises(UserError, match="chat template refuses this conversation: bad role"):
         voice.prompt(Conversation([Message("critic", "hi")]))
-    ids, mask = voice.rendered(Conversation([Message("user", "hello"), Message("assistant", "today")]))
-    learned = [token for token, flag in zip(ids, mask, strict=True) if flag]
-    assert voice.decode(learned) == "today\n"
-    assert 2 in learned
+    ids, ((message, start, end),) = voice.rendered(
+        Conversation([Message("user", "hello"), Message("assistant", "today")])
+    )
+    assert message == 1
+    assert voice.decode(ids[start:end]) == "today\n"
+    assert 2 in ids[start:end]
     source = shutil.copytree(hf / "one", tmp_path / "base")
     (source / "chat_template.jinja").unlink()
     base = load(import_hf(source, tmp_path / "base-run"), precision="fp32").voice

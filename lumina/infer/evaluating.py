@@ -1,0 +1,214 @@
+"""`lumina evaluate`: how well a model predicts conversations it was not trained on.
+
+Every token of every message is predicted once: in its conversation when that fits the model's window, else within the
+window that it falls into. Sums are kept per message and added up by role and, for assistants, by turn.
+
+- loss: nats per token; a message's tokens are its content and the token that ends it. The headline is the assistants'.
+- bits per byte: the same nats in bits, over the UTF-8 bytes of the content. It compares models of different tokenizers.
+
+Shapes: T tokens laid end to end, V vocabulary, N supervised positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumina.chat import Conversation
+from lumina.config import UserError
+from lumina.data.records import BLANK, Fault, Tree, convert
+from lumina.data.sources import detect, expand, read_items
+from lumina.infer.loading import Loaded
+from lumina.infer.voice import Span
+from lumina.model import Transformer
+
+_TOKENS_AT_ONCE = 4096  # in a forward pass, unless one window is longer
+_ROWS_AT_ONCE = 256  # of logits: 100k of them for each row
+
+
+@dataclass
+class Score:
+    """Sums over messages."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    messages: int = 0
+
+    def add(self, nats: float, tokens: int, size: int) -> None:
+        self.nats += nats
+        self.tokens += tokens
+        self.bytes += size
+        self.messages += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        loss = self.nats / self.tokens if self.tokens else None
+        return {
+            "loss": loss,
+            "perplexity": None if loss is None else math.exp(min(loss, 700)),
+            "bits_per_byte": self.nats / math.log(2) / self.bytes if self.bytes else None,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "messages": self.messages,
+        }
+
+
+@dataclass
+class Evaluation:
+    """By role, and assistants' by turn (1 is the first answer of a conversation)."""
+
+    roles: dict[str, Score] = field(default_factory=dict)
+    turns: dict[int, Score] = field(default_factory=dict)
+    conversations: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    cut: int = 0  # places where a conversation longer than the window had to be cut
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.roles.get("assistant", Score()).to_dict(),
+            "conversations": self.conversations,
+            "cuts_at_the_window": self.cut,
+            "skipped": dict(self.skipped),
+            "by_role": {role: score.to_dict() for role, score in sorted(self.roles.items())},
+            "by_turn": {str(turn): score.to_dict() for turn, score in sorted(self.turns.items())},
+        }
+
+
+def read_conversations(paths: Sequence[str], skipped: Counter[str]) -> Iterator[Conversation]:
+    """The conversations of files in any format that training reads; bad records are counted by reason.
+
+    Raises UserError when a file cannot be read.
+    """
+    for path in expand(paths):
+        if not Path(path).is_file():
+            raise UserError(f"no such file: {path}")
+        try:
+            for item in read_items(path, detect(path)):
+                if item.record is BLANK:
+                    continue
+                found = convert(item.record)
+                if isinstance(found, Fault):
+                    skipped[found.reason] += 1
+                elif isinstance(found, Tree):
+                    skipped.update(found.discarded)
+                    yield from found.conversations
+                else:
+                    yield found
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+_Piece = tuple["_Talk", tuple[int, int]]
+
+
+@dataclass
+class _Talk:
+    """A conversation as tokens, and once scored what each of them cost (nats; 0 for the first)."""
+
+    conversation: Conversation
+    ids: list[int]
+    spans: list[Span]
+    nats_T: Tensor
+
+    @classmethod
+    def of(cls, conversation: Conversation, loaded: Loaded) -> _Talk:
+        ids, spans = loaded.voice.rendered(conversation)
+        return cls(conversation, ids, spans, torch.zeros(len(ids), dtype=torch.float64))
+
+    def windows(self, size: int) -> list[tuple[int, int]]:
+        """[start, end) of the windows in which it is scored. Each begins with the last token of the one before, so that
+        every token but the first is predicted exactly once."""
+        return [(start, min(start + size, len(self.ids))) for start in range(0, len(self.ids) - 1, size - 1)]
+
+
+@torch.inference_mode()
+def evaluate(loaded: Loaded, conversations: Iterable[Conversation]) -> Evaluation:
+    """Score conversations. Raises UserError when an imported model's template refuses one."""
+    result = Evaluation()
+    for talks in _groups(_Talk.of(conversation, loaded) for conversation in conversations):
+        pieces = [(talk, window) for talk in talks for window in talk.windows(loaded.config.seq_length)]
+        result.cut += len(pieces) - len(talks)
+        for batch in _batches(pieces):
+            _score(loaded.model, batch)
+        for talk in talks:
+            _tally(result, talk)
+    return result
+
+
+def _groups(talks: Iterator[_Talk]) -> Iterator[list[_Talk]]:
+    """Talks in order, as many at a time as fill a few forward passes."""
+    group: list[_Talk] = []
+    for talk in talks:
+        group.append(talk)
+        if sum(len(t.ids) for t in group) >= 4 * _TOKENS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    filled = 0
+    for piece in pieces:
+        length = piece[1][1] - piece[1][0]
+        if batch and filled + length > _TOKENS_AT_ONCE:
+            yield batch
+            batch, filled = [], 0
+        batch.append(piece)
+        filled += length
+    yield batch
+
+
+def _score(model: Transformer, batch: list[_Piece]) -> None:
+    """One forward pass over windows laid end to end; fills in their talks' nats."""
+    device = model.embedding.weight.device
+    lengths = [end - start for _, (start, end) in batch]
+    ids_T = torch.tensor([token for talk, (start, end) in batch for token in talk.ids[start:end]], device=device)
+    positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    hidden_TD = model.trunk(ids_T[None], positions_T[None], bounds, max(lengths))[0]
+    targets_T = ids_T.roll(-1)  # the last position of each window predicts nothing that counts
+    nats_T = torch.cat(
+        [
+            torch.nn.functional.cross_entropy(model.output(hidden_ND).float(), targets_N, reduction="none")
+            for hidden_ND, targets_N in zip(
+                torch.split(hidden_TD, _ROWS_AT_ONCE), torch.split(targets_T, _ROWS_AT_ONCE), strict=True
+            )
+        ]
+    ).cpu()
+    for (talk, (start, end)), first in zip(batch, bounds.tolist(), strict=False):
+        talk.nats_T[start + 1 : end] = nats_T[first : first + end - start - 1]
+
+
+def _tally(result: Evaluation, talk: _Talk) -> None:
+    result.conversations += 1
+    turn = 0
+    for index, start, end in talk.spans:
+        message = talk.conversation.messages[index]
+        nats, size = float(talk.nats_T[start:end].sum()), len(message.content.encode("utf-8", "replace"))
+        result.roles.setdefault(message.role, Score()).add(nats, end - start, size)
+        if message.role == "assistant":
+            turn += 1
+            result.turns.setdefault(turn, Score()).add(nats, end - start, size)
+
+
+def table(evaluation: Evaluation) -> str:
+    """For a reader."""
+    rows = [(role, score) for role, score in sorted(evaluation.roles.items())]
+    rows += [(f"answer {turn}", score) for turn, score in sorted(evaluation.turns.items())][:10]
+    lines = [f"{'':12}{'loss':>9}{'ppl':>12}{'bits/byte':>11}{'tokens':>10}{'messages':>10}"]
+    for name, score in rows:
+        facts = score.to_dict()
+        per_byte = "-" if facts["bits_per_byte"] is None else f"{facts['bits_per_byte']:.4f}"
+        loss, ppl = facts["loss"] or 0.0, facts["perplexity"] or 1.0
+        lines.append(f"{name:12}{loss:9.4f}{ppl:12.2f}{per_byte:>11}{score.tokens:10,}{score.messages:10,}")
+    return "\n".join(lines)

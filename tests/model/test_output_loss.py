@@ -1,0 +1,214 @@
+"""The fused output loss: exact gradients, the same in one chunk or many, and never a whole table of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import check_errors, make_model, pack, run
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lumina.model import loss as room
+from lumina.model.loss import output_loss
+
+
+def case(rows: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, width, generator=draw).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=draw).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (rows,), generator=draw)
+    return hidden, weight, targets, torch.rand(rows, generator=draw) + 0.1
+
+
+def naive(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    losses = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    return (losses * weights.to(losses.dtype)).sum()
+
+
+def rows_per_chunk(monkeypatch: pytest.MonkeyPatch, rows: int, vocabulary: int, element_size: int) -> None:
+    monkeypatch.setattr(room, "CHUNK_BYTES", rows * vocabulary * element_size)
+
+
+@pytest.mark.parametrize("chunk", [100, 3, 1])
+def test_gradients_are_exact(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_per_chunk(monkeypatch, chunk, 11, 8)
+    hidden, weight, targets, weights = case(7, 4, 11)
+    assert gradcheck(lambda h, w: output_loss(h, w, targets, weights), (hidden, weight), check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_the_whole_model_are_exact(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through every layer, packed, several chunks; tied weights get the embedding's and the output's part."""
+    shape = {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 11, "intermediate_size": 6}
+    model = make_model(dtype=torch.float64, num_layers=1, tie_word_embeddings=tied, init_std=0.5, **shape)
+    batch = pack([5, 3, 6], vocabulary=11, supervised=0.8)
+    assert int((batch.weights > 0).sum()) > 4
+    rows_per_chunk(monkeypatch, 4, 11, 8)
+    names = [name for name, _ in model.named_parameters()]
+
+    def whole(*parameters: Tensor) -> Tensor:
+        # The embedding's sparse gradient is densified: gradcheck wants one layout, the trainer adds the two.
+        return functional_call(model, dict(zip(names, parameters, strict=True)), tuple(batch))
+
+    model.embedding.sparse = False
+    parameters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    assert gradcheck(whole, parameters, check_undefined_grad=False, atol=1e-7, rtol=1e-6)
+
+
+def test_the_sparse_gradient_of_a_tied_embedding_adds_up() -> None:
+    """The embedding of a tied model gives a sparse gradient: the sum is the one that a dense embedding gives."""
+    gradients = []
+    for sparse in (True, False):
+        model, batch = make_model(dtype=torch.float64), pack([9, 20])
+        assert model.embedding.sparse
+        model.embedding.sparse = sparse
+        model(*batch).backward()
+        assert model.embedding.weight.grad is not None
+        assert not model.embedding.weight.grad.is_sparse
+        gradients.append(model.embedding.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(rows=st.integers(1, 40), chunk=st.integers(1, 45))
+def test_chunks_change_nothing(rows: int, chunk: int) -> None:
+    hidden, weight, targets, weights = case(rows, 6, 13)
+    expected = naive(hidden, weight, targets, weights)
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    with pytest.MonkeyPatch.context() as patch:
+        rows_per_chunk(patch, chunk, 13, 8)
+        found = output_loss(hidden, weight, targets, weights)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        for a, b in zip(torch.autograd.grad(found, (hidden, weight)), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        with torch.no_grad():
+            torch.testing.assert_close(output_loss(hidden, weight, targets, weights), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("path", "poison")
+@pytest.mark.parametrize("chunk", [64, 9])
+def test_bfloat16_against_float64(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_per_chunk(monkeypatch, chunk, 97, 2)
+    hidden, weight, targets, weights = case(50, 24, 97, torch.bfloat16)
+
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        return output_loss(h, w, targets, weights)
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        return naive(h, w, targets, weights).to(torch.promote_types(h.dtype, torch.float32))
+
+    check_errors(run(ours, (hidden, weight)), run(plain, (hidden, weight)), run(plain, (hidden, weight), wide=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_loss_is_wide(dtype: torch.dtype) -> None:
+    hidden, weight, targets, weights = case(5, 4, 11, dtype)
+    expected = torch.float64 if dtype is torch.float64 else torch.float32
+    assert output_loss(hidden, weight, targets, weights).dtype is expected
+    assert output_loss(hidden.detach(), weight.detach(), targets, weights).dtype is expected
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.37])
+def test_upstream_gradient_scales(scale: float) -> None:
+    hidden, weight, targets, weights = case(9, 4, 11)
+    found = torch.autograd.grad(output_loss(hidden, weight, targets, weights) * scale, (hidden, weight))
+    wanted = torch.autograd.grad(naive(hidden, weight, targets, weights) * scale, (hidden, weight))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_only_what_is_asked_for_gets_a_gradient(frozen: str) -> None:
+    hidden, weight, targets, weights = case(9, 4, 11)
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    output_loss(hidden, weight, targets, weights).backward()
+    assert (hidden.grad is None) == (frozen == "hidden")
+    assert (weight.grad is None) == (frozen == "weight")
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_supervised_position(dtype: torch.dtype) -> None:
+    """A micro-batch of padding: loss 0 and gradients of zero everywhere, none missing (ZeRO waits for each)."""
+    for tied in (True, False):
+        model, batch = make_model(dtype=dtype, tie_word_embeddings=tied), pack([1, 4], supervised=0.0)
+        loss = model(*batch)
+        assert loss.item() == 0.0
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert not parameter.grad.to_dense().any(), name
+        with torch.no_grad():
+            assert float(model(*batch)) == 0.0
+
+
+def test_unsupervised_positions_weigh_nothing() -> None:
+    """Whatever their targets are."""
+    model, batch = make_model(), pack([9, 20])
+    nonsense = torch.where(batch.weights > 0, batch.targets, 60 - batch.targets)
+    assert torch.equal(model(*batch), model(*batch[:4], nonsense, batch.weights))
+
+
+class LargestRows(TorchDispatchMode):
+    """Records the most rows of any tensor created whose last axis is the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.rows, self.seen = vocabulary, 0, 0
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.dim() and self.vocabulary in (tensor.shape[-1], tensor.shape[0]):
+                # (rows, V) is logits; so is its transpose, unless it is as wide as the weight and its gradient.
+                rows = tensor.numel() // self.vocabulary
+                if rows != WIDTH:
+                    self.rows, self.seen = max(self.rows, rows), self.seen + 1
+        return out
+
+
+WIDTH, VOCABULARY = 32, 509
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_never_whole(dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of more than a chunk's rows has the vocabulary's width, in the forward or the backward pass."""
+    model, batch = make_model(dtype=dtype, vocab_size=VOCABULARY), pack([90, 70], vocabulary=VOCABULARY)
+    supervised = int((batch.weights > 0).sum())
+    rows_per_chunk(monkeypatch, 10, VOCABULARY, torch.empty((), dtype=dtype).element_size())
+    assert supervised > 60
+    with LargestRows(VOCABULARY) as seen, torch.set_grad_enabled(training):
+        loss = model(*batch)
+        if training:
+            loss.backward()
+    assert seen.seen >= supervised // 10
+    assert 0 < seen.rows <= 10
+
+
+def test_the_watch_on_logits_sees_them() -> None:
+    """The test above can fail: the naive loss is caught by the same watch."""
+    hidden, weight, targets, weights = case(60, WIDTH, VOCABULARY)
+    with LargestRows(VOCABULARY) as seen:
+        naive(hidden, weight, targets, weights).backward()
+    assert seen.rows == 60
+
+
+def test_chunks_are_even() -> None:
+    """No small last chunk: the rows are dealt out evenly, and as many as fit."""
+    fits = room.CHUNK_BYTES // (100_352 * 2)
+    for rows in (1, fits, fits + 1, 2 * fits + 1, 10 * fits):
+        step = room._chunk_rows(100_352, 2, rows)
+        chunks = -(-rows // step)
+        assert step <= fits
+        assert chunks == -(-rows // fits)
+        assert rows - (chunks - 1) * step > step - chunks

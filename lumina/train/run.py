@@ -24,6 +24,7 @@ from lumina.train.health import Health
 from lumina.train.loop import fit
 from lumina.train.schedule import schedule
 from lumina.train.signals import StopRequest
+from lumina.train.throughput import Utilisation
 
 log = logging.getLogger("lumina")
 # What the console shows is kept in the run's log too, without being printed a second time.
@@ -91,6 +92,7 @@ class Run:
             self._resume(source, trainer)
         self.progress.model, self.progress.data_fingerprint = _shape(config), self.train_data.fingerprint
         self.start_step = self._last_saved = self.progress.step
+        self.utilisation = Utilisation(config, precision, device == "cuda")
         self._open_folder(report, precision)
 
     # --- Building ---
@@ -227,6 +229,7 @@ class Run:
             health=health,
             time=time.time(),
             applied=applied,
+            mfu=self.utilisation.of(data.micro_batches, seconds),
         )
         self.metrics.step(record)
         self.console.step(record)

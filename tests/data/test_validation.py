@@ -12,12 +12,14 @@ import numpy as np
 import orjson
 import pytest
 from helpers import TOKENIZER, chat, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lumina.chat import Conversation, Message, render
 from lumina.config.errors import UserError
 from lumina.data.commands import validate_command
 from lumina.data.report import render_report
-from lumina.data.survey import percentiles, windows
+from lumina.data.survey import PATTERNS, Survey, percentiles, windows
 from lumina.data.validation import fix, validate
 
 KEY = "sk-" + "a1B2c3D4e5F6g7H8i9J0"
@@ -86,6 +88,17 @@ def test_text_output_names_everything_and_prints_no_secret(path: Path, capsys: p
         assert phrase in out
     assert KEY not in out
     assert "someone@example.org" not in out
+
+
+@pytest.mark.parametrize("what", sorted(PATTERNS))
+@settings(max_examples=50)
+@given(data=st.data())
+def test_the_quick_pass_misses_nothing_that_a_pattern_matches(what: str, data: st.DataObject) -> None:
+    text = "see " + data.draw(st.from_regex(PATTERNS[what], fullmatch=True)) + " here"
+    survey = Survey()
+    conversations = [Conversation([Message("user", "nothing"), Message("assistant", text)])]
+    survey._search(conversations, [7])
+    assert survey.findings[what].first == ["7"]
 
 
 def test_percentiles_and_windows_against_numpy() -> None:

@@ -177,10 +177,11 @@ def rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor
 
 
 def _triton_rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    # The kernel looks each token up in a table by position: here the table has one row per token, in order.
+    # The kernel looks each token up in a table by position: here the table has one row per token, in order, or one
+    # sequence's rows that all sequences share.
     batch, length = q_BSHd.shape[:2]
     cos_Th, sin_Th = rotary.cos_BSh.flatten(0, 1), rotary.sin_BSh.flatten(0, 1)
-    rows_BS = torch.arange(batch * length, device=q_BSHd.device).view(batch, length)
+    rows_BS = torch.arange(len(cos_Th), device=q_BSHd.device).view(-1, length).expand(batch, length)
     return _triton().rope(q_BSHd, k_BSKd, cos_Th, sin_Th, rows_BS)  # type: ignore[no-any-return]
 
 

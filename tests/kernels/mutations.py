@@ -68,7 +68,7 @@ MUTATIONS = (
     Mutation("norm backward: residual's gradient lost", "rms_norm.py", "dx_RW += tl.load(", "dx_RW += 0.0 * tl.load(",
              NORM_NUMBERS),
     Mutation("norm backward: sums in the input's type", "rms_norm.py", "share_RW += dy32_RW * n_RW",
-             "share_RW = (share_RW + dy32_RW * n_RW).to(dx_ptr.dtype.element_ty).to(tl.float32)", NORM_ROWS),
+             "share_RW = (share_RW + dy32_RW * n_RW).to(dx_ptr.dtype.element_ty).to(tl.float32)", NORM_NUMBERS),
     Mutation("norm backward: last share lost", "rms_norm.py", "(share_R < shares)", "(share_R < shares - 1)",
              NORM_ROWS),
     Mutation("norm backward: shares added by atomics", "rms_norm.py",

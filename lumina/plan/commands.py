@@ -31,6 +31,13 @@ def check_environment_command(*, json: bool = False) -> int:
     return 1 if failed else 0
 
 
+def plan_command(config: Config, arguments: argparse.Namespace) -> int:
+    """Print the fastest way to train on the cluster that fits; 1 when none does."""
+    from lumina.plan.advice import plan
+
+    return plan(config, arguments)
+
+
 def estimate_time_command(config: Config, arguments: argparse.Namespace) -> int:
     """Print the estimate for the cluster that the arguments describe."""
     from lumina.plan.report import estimate

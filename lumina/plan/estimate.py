@@ -134,7 +134,12 @@ def estimate_shape(
 ) -> Estimate:
     """The same for a shape that was chosen, not read from a configuration."""
     speed = predict(config, shape, cluster)
-    per_epoch = math.ceil(data.tokens / (config.seq_length * data.fill) / global_batch)
-    steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
+    steps = total_steps(config, data, global_batch)
     memory = peak_memory(config, shape, buffers)
     return Estimate(cluster, shape, memory, speed, global_batch, steps, steps * speed.step)
+
+
+def total_steps(config: Config, data: Data, global_batch: int) -> int:
+    """Steps of the whole run, as training counts them: a short last batch is a step."""
+    all_epochs = math.ceil(data.tokens / (config.seq_length * data.fill) / global_batch) * config.epochs
+    return min(all_epochs, config.max_steps or all_epochs)

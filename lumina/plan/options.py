@@ -1,4 +1,4 @@
-"""The options of `lumina estimate-time` beside train's own. Apart, so that `lumina --help` loads nothing else."""
+"""The options of `lumina estimate-time` and `lumina plan`, apart so that `lumina --help` loads nothing else."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def add_estimate_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--tokens", type=float, metavar="N", help="tokens in the training data (20 per parameter)")
     data.add_argument("--document-tokens", type=_positive, metavar="N", help="tokens of a conversation (the window)")
     data.add_argument("--supervised", type=float, default=1.0, metavar="SHARE", help="share of tokens learnt from (1)")
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """What `lumina plan` takes beside estimate-time's options."""
+    parser.add_argument("--write", metavar="DIR", help="write config.yaml, ds_config.json, hostfile and train.sbatch")
 
 
 def _positive(text: str) -> int:

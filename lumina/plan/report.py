@@ -10,7 +10,7 @@ from typing import Any
 from lumina.config import Config, UserError
 from lumina.config.deepspeed import default_json
 from lumina.plan.devices import Cluster, find_device, local_device
-from lumina.plan.estimate import Data, Estimate, assumed_data, data_of_files, estimate_run
+from lumina.plan.estimate import Data, Estimate, assumed_data, data_of_files, estimate_run, total_steps
 from lumina.plan.memory import PARTS, Buffers, peak_memory
 from lumina.plan.speed import UNCERTAINTY
 from lumina.plan.workload import flops_per_token
@@ -21,6 +21,8 @@ REFERENCE = ("a100-80gb", "h100")  # shown where no GPU is named and none is her
 def estimate(config: Config, arguments: argparse.Namespace) -> int:
     """Print the estimate; 0 if the run fits on every cluster that was asked for, else 1."""
     data = gather_data(config, arguments)
+    if arguments.measure:
+        return measured_estimate(config, data, arguments)
     clusters, note = choose_clusters(arguments)
     document = stage_document(config, arguments.zero)
     estimates = [estimate_run(config, cluster, data, document) for cluster in clusters]
@@ -34,6 +36,29 @@ def estimate(config: Config, arguments: argparse.Namespace) -> int:
         for each in estimates:
             print("\n".join(["", *run_lines(config, each, arguments.price)]))
     return 0 if all(each.fits for each in estimates) else 1
+
+
+def measured_estimate(config: Config, data: Data, arguments: argparse.Namespace) -> int:
+    """The same question answered by timing real steps on this machine."""
+    from lumina.plan.measure import measure, usable_processes
+
+    if arguments.nodes > 1 or arguments.gpu:
+        raise UserError("--measure times this machine only", "Leave out --nodes and --gpu.")
+    found = measure(config, usable_processes(arguments.gpus_per_node), arguments.document_tokens, data.supervised)
+    steps = total_steps(config, data, found.global_batch)
+    seconds = steps * found.seconds
+    if arguments.json:
+        run = asdict(found) | {"tokens_per_second": found.tokens_per_second, "run_steps": steps, "run_seconds": seconds}
+        print(json.dumps({"model": model_dict(config, data), "data": asdict(data), "measured": run}))
+        return 0
+    print("\n".join(model_lines(config, data)))
+    print(
+        f"\nmeasured here: {found.processes} process(es), {found.steps} steps of {found.global_batch} samples\n"
+        f"  step      {_time(found.seconds)} (spread {found.spread:.0%}), {found.tokens_per_second:,.0f} tokens/s\n"
+        f"  memory    {_size(found.memory)} in the first process\n"
+        f"  run       {steps:,} steps: {_duration(seconds)}"
+    )
+    return 0
 
 
 def gather_data(config: Config, arguments: argparse.Namespace) -> Data:

@@ -1,0 +1,191 @@
+"""`lumina plan`: the fastest way that fits, why not another, what else stands out, and the files to start it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lumina.config import Config, UserError
+from lumina.config.deepspeed import AUTO, resolve
+from lumina.plan.devices import Cluster
+from lumina.plan.estimate import TOKENS_PER_PARAMETER, Data, estimate_shape
+from lumina.plan.report import choose_clusters, gather_data, model_lines, run_lines
+from lumina.plan.search import NOISE, Candidate, buffers_for, candidates, choose
+
+FEW, MANY = TOKENS_PER_PARAMETER / 4, TOKENS_PER_PARAMETER * 10
+
+
+def plan(config: Config, arguments: argparse.Namespace) -> int:
+    """Print the plan, write it if asked; 0 when something fits."""
+    if not arguments.gpu:
+        raise UserError("which GPU to plan for?", "Give --gpu, and --nodes and --gpus-per-node.")
+    if config.ds_config:
+        raise UserError("a plan chooses the DeepSpeed JSON itself", "Leave out --ds_config; see estimate-time for one.")
+    (cluster,), _ = choose_clusters(arguments)
+    data = gather_data(config, arguments)
+    resolved = resolve(config, cluster.world_size, "cuda", bf16_supported="bf16" in cluster.device.peak).config
+    batch = resolved.global_batch_size
+    assert batch is not None
+    stages = (0, 1, 2, 3) if arguments.zero is None else (arguments.zero,)
+    found = candidates(config, cluster, data, batch, resolved.precision, stages)
+    best = choose(found, cluster)
+    remarks = remarks_on(config, cluster, data, batch)
+    files = write(Path(arguments.write), config, cluster, best, batch) if arguments.write and best else []
+    if arguments.json:
+        print(json.dumps(as_dict(cluster, best, found, remarks, files)))
+    else:
+        print("\n".join(model_lines(config, data)))
+        print("\n" + "\n".join(chosen_lines(config, cluster, data, batch, best, arguments.price)))
+        print("\n" + "\n".join([*reasons(found, best), *remarks]))
+        for file in files:
+            print(f"wrote {file}")
+    return 0 if best else 1
+
+
+def chosen_lines(
+    config: Config, cluster: Cluster, data: Data, batch: int, best: Candidate | None, price: float | None
+) -> list[str]:
+    """The winner as estimate-time would show it."""
+    if best is None:
+        return [f"nothing fits on {cluster}: more or larger GPUs, a shorter window or a smaller model would"]
+    return run_lines(config, estimate_shape(config, best.shape, buffers_for(config), cluster, data, batch), price)
+
+
+def reasons(found: list[Candidate], best: Candidate | None) -> list[str]:
+    """For every stage and offload the best that fits and how far behind it is, or how much the leanest one lacks."""
+    lines = []
+    for family in dict.fromkeys(sorted(candidate.family for candidate in found)):
+        members = [candidate for candidate in found if candidate.family == family]
+        fitting = next((candidate for candidate in members if candidate.fits), None)
+        if fitting is None:
+            leanest = min(members, key=lambda candidate: candidate.memory.device)
+            lines.append(f"{family}: does not fit, {leanest.memory.device / 1e9:.1f} GB at the least")
+            continue
+        assert best is not None
+        if family == best.family:
+            lines.append(f"{family}: chosen ({describe(best)})")
+        else:
+            behind = 1 - fitting.rate / best.rate
+            how = f"{behind:.1%} slower" if behind > NOISE else f"within {NOISE:.0%}, but less simple"
+            lines.append(f"{family}: {how} ({describe(fitting)})")
+    return lines
+
+
+def describe(candidate: Candidate) -> str:
+    """Micro-batch, accumulation, recomputation and memory in a few words."""
+    shape = candidate.shape
+    every = {0: "nothing recomputed", 1: "every layer recomputed"}.get(
+        shape.checkpoint_every, f"every {shape.checkpoint_every}. layer recomputed"
+    )
+    return f"micro-batch {shape.micro_batch} x {shape.accumulation}, {every}, {candidate.memory.device / 1e9:.1f} GB"
+
+
+def remarks_on(config: Config, cluster: Cluster, data: Data, batch: int) -> list[str]:
+    """Where the model is the wrong size for the data, or the batch for the cluster."""
+    remarks = []
+    ratio = data.tokens * config.epochs / config.num_parameters()
+    if ratio < FEW:
+        remarks.append(
+            f"{ratio:.1f} tokens per parameter over all epochs: the model is large for this data; about "
+            f"{TOKENS_PER_PARAMETER} is where a smaller one would do as well (arXiv:2203.15556)"
+        )
+    elif ratio > MANY:
+        remarks.append(f"{ratio:,.0f} tokens per parameter: a larger model would learn more from this data")
+    if batch < cluster.world_size:
+        remarks.append(
+            f"{cluster.world_size} ranks for {batch} samples a step: {cluster.world_size - batch} only pad. "
+            "Fewer GPUs, or a larger --global-batch-size"
+        )
+    return remarks
+
+
+def ds_document(best: Candidate) -> dict[str, Any]:
+    """A plain DeepSpeed JSON for the chosen way; Lumina fills the rest as always."""
+    shape = best.shape
+    zero: dict[str, Any] = {"stage": shape.stage}
+    if shape.stage:
+        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": AUTO}
+    if shape.stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": AUTO, "stage3_param_persistence_threshold": AUTO}
+    if shape.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if shape.offload_params:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {
+        **{key: AUTO for key in batches},
+        "gradient_clipping": AUTO,
+        "bf16": {"enabled": AUTO},
+        "fp16": {"enabled": AUTO},
+        "zero_optimization": zero,
+    }
+
+
+def write(folder: Path, config: Config, cluster: Cluster, best: Candidate, batch: int) -> list[str]:
+    """config.yaml, ds_config.json, hostfile and train.sbatch; returns their paths."""
+    shape = best.shape
+    chosen = config.replace(
+        batch_size=shape.micro_batch,
+        gradient_accumulation_steps=shape.accumulation,
+        global_batch_size=batch,
+        precision=shape.precision,
+        gradient_checkpointing=shape.checkpoint_every if shape.checkpoint_every > 1 else bool(shape.checkpoint_every),
+    )
+    hosts = "".join(f"node{number} slots={cluster.gpus_per_node}\n" for number in range(1, cluster.nodes + 1))
+    contents = {
+        "config.yaml": chosen.to_yaml(),
+        "ds_config.json": json.dumps(ds_document(best), indent=2) + "\n",
+        "hostfile": hosts,
+        "train.sbatch": SBATCH.format(
+            name=config.experiment_name, nodes=cluster.nodes, each=cluster.gpus_per_node, folder=folder
+        ),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in contents.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [str(folder / name) for name in contents]
+
+
+SBATCH = """\
+#!/usr/bin/env bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={each}
+#SBATCH --output={folder}/%j.log
+# One launcher per node starts {each} rank(s). Further arguments go to `lumina train`: --train-data FILE --resume auto
+set -euo pipefail
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun python -m torch.distributed.run --nnodes={nodes} --nproc_per_node={each} \\
+    --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" \\
+    launchers/train.py --config {folder}/config.yaml --ds_config {folder}/ds_config.json "$@"
+"""
+
+
+def as_dict(
+    cluster: Cluster, best: Candidate | None, found: list[Candidate], remarks: list[str], files: list[str]
+) -> dict[str, Any]:
+    """The plan for --json."""
+
+    def one(candidate: Candidate) -> dict[str, Any]:
+        return {
+            "family": candidate.family,
+            "shape": asdict(candidate.shape),
+            "memory": candidate.memory.device,
+            "tokens_per_second": candidate.rate,
+            "fits": candidate.fits,
+        }
+
+    fitting = [candidate for candidate in found if candidate.fits]
+    return {
+        "cluster": {"device": cluster.device.name, "nodes": cluster.nodes, "gpus_per_node": cluster.gpus_per_node},
+        "best": one(best) if best else None,
+        "fitting": len(fitting),
+        "tried": len(found),
+        "ranking": [one(candidate) for candidate in fitting[:20]],
+        "remarks": remarks,
+        "files": files,
+    }

@@ -1,0 +1,120 @@
+"""Every way to train one configuration on a cluster: ZeRO stage, offload, micro-batch and recomputation.
+
+The global batch is kept: accumulation follows from the micro-batch, and where the batch does not divide, the padding of
+weight zero counts as time but not as progress. Differences below `NOISE` are less than the model can tell, so among the
+fastest that fit the one wins that shares, offloads and recomputes least, with the largest micro-batch that leaves some
+memory free (more work per kernel launch, which the model does not price).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lumina.config import Config
+from lumina.plan.devices import Cluster
+from lumina.plan.estimate import Data
+from lumina.plan.memory import Buffers, Memory, peak_memory
+from lumina.plan.speed import Speed, predict
+from lumina.plan.workload import Shape
+
+RECOMPUTE = (0, 4, 2, 1)  # every nth layer; 0: none
+NOISE = 0.02
+ROOMY = 0.9  # of the device's memory
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way, and what it would need and do. rate: useful tokens/s of the whole cluster."""
+
+    shape: Shape
+    memory: Memory
+    speed: Speed
+    rate: float
+    fits: bool
+
+    @property
+    def family(self) -> str:
+        """Stage and offload, the choice that the answer explains."""
+        if not self.shape.offload_optimizer:
+            return f"ZeRO {self.shape.stage}"
+        what = "optimizer and weights" if self.shape.offload_params else "optimizer"
+        return f"ZeRO {self.shape.stage}, {what} on the host"
+
+
+def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
+    """The one to use, or None when nothing fits."""
+    fitting = [candidate for candidate in found if candidate.fits]
+    if not fitting:
+        return None
+    fastest = max(candidate.rate for candidate in fitting)
+
+    def preference(candidate: Candidate) -> tuple[int, bool, bool, int, bool, int]:
+        shape, roomy = candidate.shape, candidate.memory.device <= ROOMY * cluster.device.memory
+        recomputed = 0 if not shape.checkpoint_every else 100 // shape.checkpoint_every
+        return shape.stage, shape.offload_optimizer, shape.offload_params, recomputed, not roomy, -shape.micro_batch
+
+    return min((candidate for candidate in fitting if candidate.rate >= (1 - NOISE) * fastest), key=preference)
+
+
+def buffers_for(config: Config) -> Buffers:
+    """The bucket sizes that "auto" resolves to (lumina.config.deepspeed)."""
+    table = config.vocab_size * config.hidden_size
+    layer = (config.num_parameters(False) - config.hidden_size) // config.num_layers
+    return Buffers(max(table, min(config.num_parameters(), 200_000_000)), 2 * layer, 2 * config.hidden_size)
+
+
+def candidates(
+    config: Config,
+    cluster: Cluster,
+    data: Data,
+    global_batch: int,
+    precision: str,
+    stages: tuple[int, ...] = (0, 1, 2, 3),
+) -> list[Candidate]:
+    """All of them, fastest first. With one rank nothing can be shared, so only stages 0 (and offload) are tried."""
+    buffers = buffers_for(config)
+    per_rank = -(-global_batch // cluster.world_size)
+    found = []
+    for stage, optimizer, weights in _sharing(cluster.world_size, stages):
+        for micro in _powers_of_two(per_rank):
+            steps = -(-per_rank // micro)
+            for every in RECOMPUTE:
+                shape = Shape(
+                    micro_batch=micro,
+                    accumulation=steps,
+                    world=cluster.world_size,
+                    precision=precision,
+                    stage=stage,
+                    offload_optimizer=optimizer,
+                    offload_params=weights,
+                    checkpoint_every=every,
+                    document_tokens=data.document_tokens,
+                    supervised=data.supervised,
+                    fill=data.fill,
+                )
+                memory, speed = peak_memory(config, shape, buffers), predict(config, shape, cluster)
+                useful = global_batch / (micro * steps * cluster.world_size)
+                fits = memory.device <= cluster.device.memory
+                found.append(Candidate(shape, memory, speed, speed.tokens_per_second * useful, fits))
+    return sorted(found, key=lambda candidate: -candidate.rate)
+
+
+def _sharing(world: int, stages: tuple[int, ...]) -> Iterator[tuple[int, bool, bool]]:
+    """(stage, optimizer on the host, weights on the host)."""
+    for stage in stages:
+        if world > 1 or stage == 0:
+            yield stage, False, False
+        if stage in (2, 3):
+            yield stage, True, False
+        if stage == 3:
+            yield stage, True, True
+
+
+def _powers_of_two(most: int) -> Iterator[int]:
+    """1, 2, 4 … up to `most`, and `most` itself."""
+    size = 1
+    while size < most:
+        yield size
+        size *= 2
+    yield most

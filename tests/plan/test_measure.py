@@ -1,0 +1,51 @@
+"""--measure: which steps count, and one real measured run of a very small model."""
+
+import json
+
+import pytest
+
+from lumina import cli
+from lumina.config import UserError
+from lumina.plan.measure import WARM_UP, summarise, usable_processes
+
+
+def record(tokens: int, seconds: float) -> dict[str, object]:
+    return {"kind": "step", "tokens": tokens, "tokens_per_s": tokens / seconds, "memory": 1e9}
+
+
+def test_warm_up_and_short_batches_do_not_count() -> None:
+    slow = [record(100, 50.0)] * WARM_UP
+    counted = [record(100, 1.0), record(100, 3.0), record(100, 2.0), record(100, 2.0)]
+    short = [record(10, 0.1), {"kind": "eval", "loss": 1.0}]
+    found = summarise([*slow, *counted, *short], processes=2, global_batch=8)
+    assert (found.steps, found.seconds, found.spread) == (4, 2.0, 1.0)
+    assert found.tokens_per_second == 50
+
+
+def test_too_little_data_is_said() -> None:
+    with pytest.raises(UserError, match="too small to measure"):
+        summarise([record(100, 1.0)] * WARM_UP, 1, 8)
+
+
+def test_more_processes_than_cores_are_refused() -> None:
+    with pytest.raises(UserError, match="4096 processes"):
+        usable_processes(4096)
+
+
+def test_this_machine_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate-time", "--config", "nano", "--measure", "--gpu", "h100"]) == 2
+    assert cli.main(["estimate-time", "--config", "nano", "--measure", "--nodes", "2"]) == 2
+
+
+def test_a_real_run(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["hidden_size=32", "num_layers=1", "num_heads=2", "num_kv_heads=1", "seq_length=64"]
+    sets = [word for pair in tiny for word in ("--set", pair)]
+    argv = ["estimate-time", "--config", "nano", *sets, "--batch-size", "2", "--grad-accum", "1", "--measure", "--json"]
+    assert cli.main([*argv, "--tokens", "6400", "--epochs", "1"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    measured = answer["measured"]
+    assert measured["global_batch"] == 2
+    assert measured["steps"] >= 4
+    assert 64 < measured["tokens_per_step"] <= 128
+    assert measured["run_steps"] == 50  # 6,400 tokens are 100 windows of 64, two a step
+    assert measured["run_seconds"] == pytest.approx(50 * measured["seconds"])

@@ -1,0 +1,133 @@
+"""The search, its advice, and the files it writes."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumina import cli
+from lumina.config import load
+from lumina.config.deepspeed import resolve
+from lumina.plan.devices import Cluster, find_device
+from lumina.plan.estimate import Data, assumed_data, estimate_shape, shape_of
+from lumina.plan.search import NOISE, buffers_for, candidates, choose
+
+DATA = Data(1e9, None, 1.0, 1.0, "given")
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpu", "nodes", "each", "batch"), [("large", "a100-40gb", 2, 8, 128), ("small", "h100", 1, 1, 7)]
+)
+def test_the_choice_fits_and_nothing_that_fits_is_faster(
+    preset: str, gpu: str, nodes: int, each: int, batch: int
+) -> None:
+    cluster = Cluster(find_device(gpu), nodes, each)
+    found = candidates(load(preset), cluster, DATA, batch, "bf16")
+    best = choose(found, cluster)
+    assert best is not None
+    assert best.memory.device <= cluster.device.memory
+    assert all(other.rate * (1 - NOISE) <= best.rate for other in found if other.fits)
+    for candidate in found:  # every candidate holds the batch, and not a micro-batch more than it must
+        shape = candidate.shape
+        assert shape.micro_batch * shape.accumulation * shape.world >= batch
+        assert shape.micro_batch * (shape.accumulation - 1) * shape.world < batch
+
+
+def test_less_memory_means_more_sharing() -> None:
+    config = load("large")
+    chosen = {}
+    for gpu in ("a100-40gb", "b200"):
+        cluster = Cluster(find_device(gpu), 1, 8)
+        best = choose(candidates(config, cluster, DATA, 64, "bf16"), cluster)
+        assert best is not None
+        chosen[gpu] = (best.shape.stage, best.shape.checkpoint_every > 0)
+    assert chosen["b200"] < chosen["a100-40gb"]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    code = cli.main(["plan", *argv])
+    return code, capsys.readouterr().out
+
+
+def test_the_files_are_ready(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the large preset on two nodes of eight A100 40 GB: DeepSpeed takes the JSON at that world size, the
+    configuration asks for what was planned, the scripts are valid shell."""
+    from deepspeed.runtime import config as deepspeed_config
+
+    capsys.readouterr()  # what DeepSpeed prints when it is imported
+    folder = tmp_path / "plan"
+    argv = [
+        "--config",
+        "large",
+        "--gpu",
+        "a100-40gb",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "8",
+        "--global-batch-size",
+        "100",
+    ]
+    code, raw = planned(capsys, *argv, "--write", str(folder), "--json")
+    assert code == 0
+    best: dict[str, Any] = json.loads(raw)["best"]
+    config = load(str(folder / "config.yaml"), {"ds_config": str(folder / "ds_config.json")})
+    resolved = resolve(config, 16, "cuda", bf16_supported=True)
+    shape, _ = shape_of(resolved.config, resolved.json, 16, assumed_data(config, None, None, 1.0))
+    wanted = best["shape"]
+    for name in ("micro_batch", "accumulation", "stage", "precision", "checkpoint_every", "offload_optimizer"):
+        assert getattr(shape, name) == wanted[name], name
+    assert resolved.config.global_batch_size == 100
+    monkeypatch.setattr(deepspeed_config.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(deepspeed_config.dist, "get_world_size", lambda: 16)
+    assert deepspeed_config.DeepSpeedConfig(resolved.json).zero_config.stage == wanted["stage"]
+    assert (folder / "hostfile").read_text(encoding="utf-8") == "node1 slots=8\nnode2 slots=8\n"
+    bash = shutil.which("bash")
+    assert bash is not None
+    subprocess.run([bash, "-n", str(folder / "train.sbatch")], check=True)
+    assert "--nodes=2" in (folder / "train.sbatch").read_text(encoding="utf-8")
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--config", "large", "--gpu", "a100-40gb", "--set", "hidden_size=16384", "--set", "num_layers=120"]
+    code, text = planned(capsys, *argv)
+    assert code == 1
+    assert "nothing fits on 1 a100-40gb" in text
+    assert "ZeRO 0: does not fit, " in text
+
+
+def test_remarks_on_the_wrong_size(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--config", "small", "--gpu", "h100", "--epochs", "1"]
+    assert "the model is large for this data" in planned(capsys, *common, "--tokens", "1e7")[1]
+    assert "a larger model would learn more" in planned(capsys, *common, "--tokens", "1e12")[1]
+    fitting = planned(capsys, *common, "--tokens", "3e9")[1]
+    assert "per parameter" not in fitting.split("data:")[1].split("\n", 1)[1]
+    few = planned(capsys, *common, "--gpus-per-node", "8", "--global-batch-size", "3")[1]
+    assert "8 ranks for 3 samples a step: 5 only pad" in few
+
+
+def test_a_plan_needs_a_gpu_and_no_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, "--config", "small")[0] == 2
+    assert planned(capsys, "--config", "small", "--gpu", "h100", "--ds_config", "x.json")[0] == 2
+
+
+def test_a_candidate_is_estimated_as_its_configuration_would_be() -> None:
+    """The search and estimate-time must not drift apart: same shape, same memory."""
+    config = load("medium", {"batch_size": 2, "gradient_accumulation_steps": 4})
+    cluster = Cluster(find_device("h100"), 1, 8)
+    resolved = resolve(config, 8, "cuda", bf16_supported=True)
+    shape, buffers = shape_of(resolved.config, resolved.json, 8, DATA)
+    real = estimate_shape(resolved.config, shape, buffers, cluster, DATA, 64)
+    same = next(
+        c
+        for c in candidates(config, cluster, DATA, 64, "bf16")
+        if (c.shape.stage, c.shape.micro_batch, c.shape.checkpoint_every, c.shape.offload_optimizer) == (2, 2, 0, False)
+    )
+    assert same.shape == real.shape
+    assert same.speed == real.speed
+    assert buffers.reduce_bucket == buffers_for(config).reduce_bucket

@@ -28,7 +28,7 @@ from lumina.data.records import BLANK, Fault, Tree, convert
 from lumina.data.sources import detect, expand, read_items
 from lumina.infer.loading import Loaded
 from lumina.infer.voice import Span
-from lumina.model import Transformer
+from lumina.model import Transformer, ops
 
 _TOKENS_AT_ONCE = 4096  # in a forward pass, unless one window is longer
 _ROWS_AT_ONCE = 256  # of logits: 100k of them for each row
@@ -177,14 +177,12 @@ def _score(model: Transformer, batch: list[_Piece]) -> None:
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     hidden_TD = model.trunk(ids_T[None], positions_T[None], bounds, max(lengths))[0]
     targets_T = ids_T.roll(-1)  # the last position of each window predicts nothing that counts
-    nats_T = torch.cat(
-        [
-            torch.nn.functional.cross_entropy(model.output(hidden_ND).float(), targets_N, reduction="none")
-            for hidden_ND, targets_N in zip(
-                torch.split(hidden_TD, _ROWS_AT_ONCE), torch.split(targets_T, _ROWS_AT_ONCE), strict=True
-            )
-        ]
-    ).cpu()
+    costs = []
+    for hidden_ND, targets_N in zip(
+        torch.split(hidden_TD, _ROWS_AT_ONCE), torch.split(targets_T, _ROWS_AT_ONCE), strict=True
+    ):
+        costs.append(ops.cross_entropy_(model.output(hidden_ND), targets_N, torch.zeros_like(targets_N).float()))
+    nats_T = torch.cat(costs).cpu()
     for (talk, (start, end)), first in zip(batch, bounds.tolist(), strict=False):
         talk.nats_T[start + 1 : end] = nats_T[first : first + end - start - 1]
 

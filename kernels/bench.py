@@ -113,7 +113,8 @@ def write_plot(path: Path, table: Table, *, static: bool) -> None:
     for panel, (op, series) in zip(panels[0], lines.items(), strict=True):
         for label, points in series.items():
             panel.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
-        panel.set(title=op, xlabel="width", xscale="log", ylim=(0, 1.1))
+        panel.set_xscale("log", base=2)
+        panel.set(title=op, xlabel="width", ylim=(0, 1.1))
         panel.legend(fontsize=6)
     panels[0][0].set_ylabel("bytes' bound (static, no GPU): limit / moved" if static else "fraction of copy bandwidth")
     figure.tight_layout()

@@ -117,7 +117,8 @@ class Embedding(nn.Module):
         self.sparse = config.tie_word_embeddings
 
     def forward(self, ids_BS: Tensor) -> Tensor:
-        sparse = self.sparse and self.weight.device.type == "cpu"
+        # torch.compile cannot take a sparse gradient through its graph.
+        sparse = self.sparse and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
         return torch.nn.functional.embedding(ids_BS, self.weight, sparse=sparse)
 
 
@@ -152,7 +153,6 @@ class Transformer(nn.Module):
             nn.init.normal_(weight, std=config.init_std)
             self.output = Output(weight)
         self.checkpoint_every = 0  # 0: keep all activations; n: recompute every nth layer in the backward pass
-        self.layer_forward = Block.__call__  # replaced by torch.compile when the run asks for it
 
     def forward(
         self,

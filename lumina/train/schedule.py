@@ -41,9 +41,9 @@ def schedule(config: OptimConfig, total_steps: int) -> Schedule:
 def _onecycle(step: int, total_steps: int, peak: float, rise: float) -> float:
     start = peak / _ONECYCLE_DIV
     end = start / _ONECYCLE_FINAL_DIV
-    top, last = rise * total_steps - 1, total_steps - 1
+    top, last = rise * total_steps - 1, total_steps - 1  # the peak's place, before the first step in a short rise
     if step <= top and top > 0:
         low, high, part = start, peak, step / top
     else:
-        low, high, part = peak, end, (step - max(top, 0)) / max(1e-9, last - max(top, 0))
+        low, high, part = peak, end, (step - top) / max(1e-9, last - top)
     return high + (low - high) / 2 * (1 + math.cos(math.pi * min(1.0, part)))

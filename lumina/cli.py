@@ -53,7 +53,7 @@ def _between(kind: type[int] | type[float], low: float, high: float, *also: floa
 def train(arguments: Arguments) -> int:
     """Train a chat model on conversations."""
     config = load_config(arguments)
-    if not config.train_data:
+    if not config.train_data and not config.data:
         from lumina.config import UserError
 
         raise UserError("no training data", "Give --train-data FILE [FILE …], or train_data in the YAML.")

@@ -114,10 +114,18 @@ class OptimConfig(_Strict):
         return int(self.gradient_checkpointing)
 
 
+class DataSource(_Strict):
+    """A training file (or pattern) and how often an epoch takes its conversations: 0.3 is three tenths of them."""
+
+    path: Annotated[str, Field(min_length=1)]
+    weight: Annotated[float, Field(ge=0.0, le=1000.0, allow_inf_nan=False)] = 1.0
+
+
 class DataConfig(_Strict):
     """Where the conversations come from and how they become samples."""
 
     train_data: list[str] = []
+    data: list[DataSource] = []  # training files too, with weights
     eval_data: list[str] = []
     packing: bool = True
     overlong: Literal["split", "truncate", "drop"] = "split"

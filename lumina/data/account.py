@@ -59,6 +59,7 @@ class Account:
     cut_messages: int = 0
     pieces: int = 0
     samples: int = 0
+    epoch_tokens: int = 0  # in the samples: with sources' weights, a conversation's tokens as often as it is taken
     notes: list[str] = field(default_factory=list)
 
     def fault(self, reason: str, line: int | str, messages: int = 0, example: str = "") -> None:
@@ -112,8 +113,7 @@ class Account:
     @property
     def fill(self) -> float:
         """The share of the rows' room that holds tokens; 0 without rows."""
-        held = self.tokens_trained + self.tokens_masked + self.tokens_repeated
-        return held / (self.samples * self.window) if self.samples else 0.0
+        return self.epoch_tokens / (self.samples * self.window) if self.samples else 0.0
 
     def check(self) -> None:
         """Asserts that lines, messages and tokens add up."""

@@ -18,10 +18,11 @@ from rich.console import Console
 
 from lumina.chat.tokenizer import Tokenizer
 from lumina.config.errors import UserError
+from lumina.data.building import Progress, Settings
 from lumina.data.dataset import PackedDataset
 from lumina.data.oasst import THREADS, Options
-from lumina.data.parts import PartSettings, prepare_parts
-from lumina.data.preparation import Progress, Settings, prepare
+from lumina.data.parts import PartSettings, Source, prepare_parts
+from lumina.data.preparation import prepare
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -66,6 +67,7 @@ class _Given:
     num_workers: int | None
     eval_fraction: float
     dedup: str
+    data: Sequence[Source] = ()
     eval_data: Sequence[str] = ()
 
 

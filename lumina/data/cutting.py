@@ -34,7 +34,8 @@ class Pieces(NamedTuple):
     """P pieces one after another.
 
     ids_T int32, mask_T uint8, offsets int64[P+1]; conversation_P int64 (index in the block); context_P bool, whether
-    the first token is repeated context.
+    the first token is repeated context; trained_P, masked_P int64, how many messages begin in it that are learned from,
+    or are context.
     """
 
     ids: NDArray[np.int32]
@@ -42,6 +43,8 @@ class Pieces(NamedTuple):
     offsets: Int64
     conversation: Int64
     context: NDArray[np.bool_]
+    trained: Int64
+    masked: Int64
 
 
 def ranges(starts: Int64, stops: Int64) -> Int64:
@@ -96,12 +99,26 @@ def cut(block: RenderedBlock, window: int, policy: str, account: Account) -> Pie
         more = np.empty((0, 3), dtype=np.int64)
     start, stop, context = (np.concatenate([a, b]) for a, b in zip((start, stop, context), more.T, strict=True))
     order = np.argsort(start)
-    pieces = _gather(block, bounds, start[order], stop[order], context[order])
-    _enter(block, bounds, long_N, policy, pieces, account)
+    start, stop, context = start[order], stop[order], context[order]
+    trained_M, masked_M = _enter(block, bounds, long_N, policy, account)
+    pieces = _gather(block, bounds, start, stop, context, trained_M, masked_M)
+    learned_tokens, repeated = int(pieces.mask.sum(dtype=np.int64)), int(context.sum())
+    account.tokens_trained += learned_tokens
+    account.tokens_masked += len(pieces.ids) - repeated - learned_tokens
+    account.tokens_repeated += repeated
+    account.pieces += len(context)
     return pieces
 
 
-def _gather(block: RenderedBlock, bounds: Int64, start: Int64, stop: Int64, context: Int64) -> Pieces:
+def _gather(
+    block: RenderedBlock,
+    bounds: Int64,
+    start: Int64,
+    stop: Int64,
+    context: Int64,
+    trained_M: NDArray[np.bool_],
+    masked_M: NDArray[np.bool_],
+) -> Pieces:
     """Copies the pieces' tokens out of the block; a repeated context token is never learned."""
     index_T = ranges(start - context, stop)
     offsets = np.zeros(len(start) + 1, dtype=np.int64)
@@ -109,17 +126,16 @@ def _gather(block: RenderedBlock, bounds: Int64, start: Int64, stop: Int64, cont
     mask_T = block.mask[index_T]
     mask_T[offsets[:-1][context == 1]] = 0
     conversation = np.searchsorted(bounds, start, side="right") - 1
-    return Pieces(block.ids[index_T], mask_T, offsets, conversation, context == 1)
+    low, high = (np.searchsorted(block.message_offsets[:-1], place) for place in (start, stop))
+    begun = [np.concatenate([[0], np.cumsum(of_M)]) for of_M in (trained_M, masked_M)]
+    trained, masked = (before[high] - before[low] for before in begun)
+    return Pieces(block.ids[index_T], mask_T, offsets, conversation, context == 1, trained, masked)
 
 
-def _enter(block: RenderedBlock, bounds: Int64, long_N: Int64, policy: str, pieces: Pieces, account: Account) -> None:
-    """Enters each message as trained, masked or dropped, and each token likewise."""
-    learned_tokens, repeated = int(pieces.mask.sum(dtype=np.int64)), int(pieces.context.sum())
-    account.tokens_trained += learned_tokens
-    account.tokens_masked += len(pieces.ids) - repeated - learned_tokens
-    account.tokens_repeated += repeated
-    account.pieces += len(pieces.context)
-
+def _enter(
+    block: RenderedBlock, bounds: Int64, long_N: Int64, policy: str, account: Account
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Enters each message as trained, masked or dropped, and the dropped tokens. Returns trained_M and masked_M."""
     sizes_M = np.diff(block.message_offsets)
     kept_M = sizes_M
     if policy != "split":
@@ -140,3 +156,4 @@ def _enter(block: RenderedBlock, bounds: Int64, long_N: Int64, policy: str, piec
         account.drop_conversations(DROPPED_OVERLONG, len(long_N))
     if policy == "truncate":
         account.cut_messages += int(((kept_M > 0) & (kept_M < sizes_M)).sum())
+    return trained_M, masked_M

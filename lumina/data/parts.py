@@ -14,14 +14,13 @@ import orjson
 
 from lumina.chat.tokenizer import Tokenizer
 from lumina.config.errors import UserError
+from lumina.data.building import Progress, Settings
 from lumina.data.curation import DEDUP, EVAL, TRAIN, Signs, decide, join_signs, near_available
 from lumina.data.dataset import PackedDataset
 from lumina.data.files import content_digests
 from lumina.data.pool import run_tasks, usable_cores
 from lumina.data.preparation import (
-    Progress,
     Selection,
-    Settings,
     check_inputs,
     decisions_name,
     make_root,
@@ -29,8 +28,18 @@ from lumina.data.preparation import (
     plan_tasks,
     prepare,
 )
+from lumina.data.sources import expand
 
 CURATION_VERSION = 1
+
+
+class Source(Protocol):
+    """A training file, or pattern, and how often an epoch takes its conversations."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
 
 
 class PartSettings(Settings, Protocol):
@@ -38,6 +47,8 @@ class PartSettings(Settings, Protocol):
 
     @property
     def train_data(self) -> Sequence[str]: ...
+    @property
+    def data(self) -> Sequence[Source]: ...
     @property
     def eval_data(self) -> Sequence[str]: ...
     @property
@@ -51,23 +62,25 @@ def prepare_parts(
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """(training set, evaluation set or None).
 
-    With `eval_fraction`, that share of the groups of train_data is held out; with `dedup`, duplicates are removed from
-    both sets together. The accounts say how many conversations went where.
+    Training files are train_data, each taken once an epoch, and the weighted sources of `data`. With `eval_fraction`,
+    that share of their groups is held out; with `dedup`, duplicates are removed from both sets together. The accounts
+    say how many conversations went where.
 
     Raises:
         UserError: as `prepare`; eval_data and eval_fraction together; near-duplicates without rensa.
     """
     assert config.dedup in DEDUP
+    train_paths, weights = _sources(config)
     if not config.eval_fraction and config.dedup == "none":
         held_out = prepare(config.eval_data, config, tokenizer, progress=progress) if config.eval_data else None
-        return prepare(config.train_data, config, tokenizer, progress=progress), held_out
+        return prepare(train_paths, config, tokenizer, progress=progress, weights=weights), held_out
     if config.eval_fraction and config.eval_data:
         raise UserError(
             "both eval_data and eval_fraction are given", "Keep one: eval_fraction holds out of train_data."
         )
     if config.dedup == "near" and not near_available():
         raise UserError("near-duplicates need the package rensa", "pip install rensa, or use --dedup exact.")
-    train_files = check_inputs(config.train_data)
+    train_files = check_inputs(train_paths)
     eval_files = check_inputs(config.eval_data) if config.eval_data else []
     folder, fingerprint = _curate(train_files, eval_files, config, tokenizer, progress)
     everything = (*train_files, *eval_files)
@@ -77,7 +90,24 @@ def prepare_parts(
         selection = Selection(everything, folder, fingerprint, EVAL)
         evaluation = prepare(source, config, tokenizer, progress=progress, selection=selection)
     selection = Selection(everything, folder, fingerprint, TRAIN)
-    return prepare(train_files, config, tokenizer, progress=progress, selection=selection), evaluation
+    train = prepare(train_files, config, tokenizer, progress=progress, selection=selection, weights=weights)
+    return train, evaluation
+
+
+def _sources(config: PartSettings) -> tuple[list[str], dict[str, float]]:
+    """The training paths, and the weights of those in `data`.
+
+    Raises:
+        UserError: a file is given twice, so that its weight is not clear.
+    """
+    paths, weights = expand(config.train_data), {}
+    for source in config.data:
+        for path in expand([source.path]):
+            if path in paths:
+                raise UserError(f"training file {path} is given twice", "Give it once, with its weight, under data.")
+            paths.append(path)
+            weights[str(Path(path))] = source.weight
+    return paths, weights
 
 
 def _curate(

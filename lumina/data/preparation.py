@@ -13,50 +13,29 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import orjson
 
 from lumina.chat.template import TEMPLATE_VERSION
 from lumina.chat.tokenizer import Tokenizer
 from lumina.config.errors import UserError
-from lumina.data.account import Account
+from lumina.data.building import Progress, Settings, build
 from lumina.data.cutting import MIN_WINDOW, POLICIES
 from lumina.data.dataset import PackedDataset
-from lumina.data.files import cache_root, content_digests, write_json
-from lumina.data.packing import pack, rows_to_pieces
-from lumina.data.pool import run_tasks, usable_cores
-from lumina.data.shards import open_batches, write_plan
+from lumina.data.files import cache_root, content_digests
+from lumina.data.pool import usable_cores
 from lumina.data.sources import detect, expand
 from lumina.data.worker import Task
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # A task is a 16th of the input within these bounds: small files still feed several workers, large ones make few files.
 MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 64 << 20
-
-Progress = Callable[[int, int], None]  # bytes of input done, bytes of input in all
-
-
-class Settings(Protocol):
-    """What prepare reads from the configuration."""
-
-    @property
-    def seq_length(self) -> int: ...
-    @property
-    def packing(self) -> bool: ...
-    @property
-    def overlong(self) -> Any: ...
-    @property
-    def cache_dir(self) -> str | None: ...
-    @property
-    def num_workers(self) -> int | None: ...
 
 
 def prepare(
@@ -68,6 +47,7 @@ def prepare(
     progress: Progress | None = None,
     wait_seconds: float = 3600.0,
     selection: Selection | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> PackedDataset:
     """The packed data set of these files, from the cache when nothing has changed.
 
@@ -76,6 +56,7 @@ def prepare(
         workers: processes; None takes config.num_workers, else the usable cores (at most 16).
         wait_seconds: how long to wait for another process that is preparing the same data.
         selection: the part of the conversations to take; None takes all.
+        weights: how often an epoch takes the conversations of a file; 1 for files not named. See lumina.data.mixing.
 
     Raises:
         UserError: a file is missing or empty, or no line of any file is a usable conversation.
@@ -85,7 +66,9 @@ def prepare(
     if config.seq_length < MIN_WINDOW:
         raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_WINDOW} tokens")
     root = make_root(config, files)
-    fingerprint = fingerprint_of(content_digests(files, root / "sources.json"), config, tokenizer, selection)
+    by_file = [(weights or {}).get(str(path), 1.0) for path in files]
+    digests = content_digests(files, root / "sources.json")
+    fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_file)
     final = root / fingerprint[:32]
     found = open_cached(final, fingerprint)
     if found is not None:
@@ -100,7 +83,7 @@ def prepare(
                 tasks = plan_tasks(files, "pieces", partial, config)
             else:
                 tasks = selection.tasks(files, partial, config)
-            _build(tasks, config, tokenizer, fingerprint, final, count, progress)
+            build(tasks, config, tokenizer, fingerprint, final, count, progress, weights)
             found = open_cached(final, fingerprint)
     assert found is not None
     return found
@@ -117,7 +100,11 @@ def make_root(config: Settings, files: Sequence[Path]) -> Path:
 
 
 def fingerprint_of(
-    digests: Sequence[str], config: Settings, tokenizer: Tokenizer, selection: Selection | None = None
+    digests: Sequence[str],
+    config: Settings,
+    tokenizer: Tokenizer,
+    selection: Selection | None = None,
+    weights: Sequence[float] = (),
 ) -> str:
     """SHA-256 over the inputs' contents, the tokenizer, the template and every setting that changes the result."""
     parts: dict[str, Any] = {
@@ -131,6 +118,8 @@ def fingerprint_of(
     }
     if selection is not None:
         parts["selection"] = [selection.fingerprint, selection.part]
+    if any(weight != 1 for weight in weights):
+        parts["weights"] = list(weights)
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -220,123 +209,3 @@ def only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
                     ) from None
                 time.sleep(0.1)
         yield
-
-
-def _build(
-    tasks: Sequence[Task],
-    config: Settings,
-    tokenizer: Tokenizer,
-    fingerprint: str,
-    final: Path,
-    workers: int,
-    progress: Progress | None,
-) -> None:
-    """Runs the tasks that are not done yet, packs, and gives the folder its name."""
-    partial = final.with_name(f"{final.name}.partial")
-    files = list(dict.fromkeys(task.path for task in tasks))
-    reports: list[dict[str, Any] | None] = [_finished(Path(task.out)) for task in tasks]
-    total = sum(task.stop - task.start for task in tasks)
-    bytes_done = sum(task.stop - task.start for task, report in zip(tasks, reports, strict=True) if report)
-
-    def done(number: int, report: dict[str, Any]) -> None:
-        nonlocal bytes_done
-        write_json(_report_path(Path(tasks[number].out)), report)
-        reports[number] = report
-        bytes_done += tasks[number].stop - tasks[number].start
-        if progress is not None:
-            progress(bytes_done, total)
-
-    waiting = [(i, task) for i, (task, report) in enumerate(zip(tasks, reports, strict=True)) if report is None]
-    run_tasks(waiting, workers, tokenizer, done)
-    complete = [report for report in reports if report is not None]
-    assert len(complete) == len(tasks)
-
-    account = merge_accounts(tasks, complete, config.overlong, config.seq_length)
-    if not account.conversations:
-        shutil.rmtree(partial)
-        raise UserError(
-            f"no usable conversation in {', '.join(files)}: all {account.bad_lines:,} lines are bad",
-            "\n  ".join(account.report()[5:]) or "Every line is blank.",
-        )
-    if not account.pieces and account.conversations_dropped:
-        where = ", ".join(f"{count:,} {reason}" for reason, count in account.conversations_dropped.items())
-        raise UserError(f"no conversation is left of the {account.conversations:,} in {', '.join(files)}: {where}")
-    if not account.tokens_trained:
-        raise UserError(
-            f"nothing is left to learn from: no answer lies within the first {config.seq_length:,} tokens",
-            "Raise seq_length, or use --overlong split.",
-        )
-    _pack(tasks, config, account, partial)
-    account.check()
-    for task in tasks:
-        _report_path(Path(task.out)).unlink()
-    for leftover in partial.glob("*.tmp"):
-        leftover.unlink()
-    names = [Path(task.out).name for task in tasks]
-    meta = {
-        "fingerprint": fingerprint,
-        "account": account.to_dict(),
-        "window": config.seq_length,
-        "packing": config.packing,
-        "tokenizer": tokenizer.fingerprint,
-        "sources": files,
-        "shards": [
-            {"file": name, "rows": report["rows"], "source": task.path, "line_base": base}
-            for name, report, task, base in zip(names, complete, tasks, line_bases(tasks, complete), strict=True)
-        ],
-        "sizes": {name: (partial / name).stat().st_size for name in [*names, "plan.arrow"]},
-    }
-    write_json(partial / "meta.json", meta)
-    if final.exists():
-        shutil.rmtree(final)  # damaged: open_cached refused it
-    os.replace(partial, final)
-
-
-def _report_path(pieces: Path) -> Path:
-    return pieces.with_suffix(".json")
-
-
-def _finished(pieces: Path) -> dict[str, Any] | None:
-    """The report of a task that an earlier, interrupted run has finished; None when it has to be done."""
-    try:
-        report = orjson.loads(_report_path(pieces).read_bytes())
-    except (OSError, orjson.JSONDecodeError):
-        return None
-    return report if isinstance(report, dict) and pieces.is_file() else None
-
-
-def line_bases(tasks: Sequence[Task], reports: Sequence[dict[str, Any]]) -> list[int]:
-    """How many lines of its file come before each task's range."""
-    bases, path, count = [], "", 0
-    for task, report in zip(tasks, reports, strict=True):
-        count = count if task.path == path else 0
-        path = task.path
-        bases.append(count)
-        count += report["lines"]
-    return bases
-
-
-def merge_accounts(tasks: Sequence[Task], reports: Sequence[dict[str, Any]], overlong: str, window: int) -> Account:
-    """The tasks' accounts as one, with file names and true line numbers."""
-    account = Account(overlong=overlong, window=window)
-    for task, report, base in zip(tasks, reports, line_bases(tasks, reports), strict=True):
-        account.merge(Account.from_dict(report["account"]), task.path, base)
-    return account
-
-
-def _column(tasks: Sequence[Task], name: str) -> np.ndarray[Any, Any]:
-    """One integer column over all pieces, in order."""
-    batches = [batch for task in tasks for batch in open_batches(Path(task.out))]
-    parts = [batch.column(name).to_numpy() for batch in batches]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-
-
-def _pack(tasks: Sequence[Task], config: Settings, account: Account, folder: Path) -> None:
-    """Packs the pieces into samples and writes the plan; only lengths are in memory, 24 bytes a piece."""
-    tokens_P, supervised_P = _column(tasks, "tokens"), _column(tasks, "supervised")
-    row_P = pack(tokens_P, config.seq_length) if config.packing else np.arange(len(tokens_P), dtype=np.int64)
-    pieces, offsets = rows_to_pieces(row_P)
-    tokens_S = np.add.reduceat(tokens_P[pieces], offsets[:-1], dtype=np.int32)
-    supervised_S = np.add.reduceat(supervised_P[pieces], offsets[:-1], dtype=np.int32)
-    account.samples = len(tokens_S)
-    write_plan(folder / "plan.arrow", tokens_S, supervised_S, pieces, offsets)

@@ -3,6 +3,7 @@
 Pieces, a record batch per block of input:
     ids list<int32>, mask list<uint8>           the tokens and which of them are learned as targets
     tokens, supervised int32                    how many of each
+    trained, masked int32                       messages that begin in it: learned from, context
     context bool                                the first token is one repeated from the piece before
     line int64                                  the record's line within its task, from 1
 Plan, one record batch:
@@ -30,6 +31,8 @@ PIECES = pa.schema(
         ("mask", pa.list_(pa.uint8())),
         ("tokens", pa.int32()),
         ("supervised", pa.int32()),
+        ("trained", pa.int32()),
+        ("masked", pa.int32()),
         ("context", pa.bool_()),
         ("line", pa.int64()),
     ]
@@ -60,6 +63,8 @@ class PieceWriter:
             pa.ListArray.from_arrays(offsets, pa.array(pieces.mask)),
             pa.array(np.diff(pieces.offsets).astype(np.int32)),
             pa.array(learned),
+            pa.array(pieces.trained.astype(np.int32)),
+            pa.array(pieces.masked.astype(np.int32)),
             pa.array(pieces.context),
             pa.array(lines),
         ]

@@ -16,9 +16,10 @@ from lumina.chat.template import TEXT_ROLE, Conversation
 from lumina.chat.tokenizer import Tokenizer
 from lumina.config.errors import UserError
 from lumina.data.account import Account
+from lumina.data.building import Progress, line_bases, merge_accounts
 from lumina.data.files import replace_durably
 from lumina.data.pool import run_tasks, usable_cores
-from lumina.data.preparation import Progress, check_inputs, line_bases, merge_accounts, plan_tasks
+from lumina.data.preparation import check_inputs, plan_tasks
 from lumina.data.records import BLANK, Fault, Tree, convert
 from lumina.data.sources import detect, read_items
 from lumina.data.survey import LENGTHS, Survey, percentiles, windows

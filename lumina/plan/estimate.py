@@ -72,9 +72,9 @@ def data_of_files(config: Config) -> Data:
     import numpy as np
 
     from lumina.chat import Tokenizer
-    from lumina.data import prepare
+    from lumina.data import prepare_parts
 
-    dataset = prepare(config.train_data, config, Tokenizer.load())
+    dataset, _ = prepare_parts(config, Tokenizer.load())
     # A thousand samples say how long documents are: dataset.batch reads them from the memory map.
     some = dataset.batch(range(0, dataset.num_samples, max(1, dataset.num_samples // 1000)))
     lengths = np.diff(some.cu_seqlens_D).astype(np.float64)

@@ -12,7 +12,7 @@ def summarise(folder: Path) -> int:
     """Print the unigram baseline and the best evaluation loss, and draw RUN/loss.png. Returns 0 when the run beats the
     baseline, 1 when it does not."""
     from lumina.chat.tokenizer import Tokenizer
-    from lumina.data import prepare, unigram_baseline
+    from lumina.data import prepare_parts, unigram_baseline
     from lumina.monitor.curve import plot_loss
     from lumina.monitor.metrics import read_metrics
 
@@ -20,7 +20,7 @@ def summarise(folder: Path) -> int:
     if not settings.exists():
         raise UserError(f"{folder} is not a run's folder: it has no config.yaml", "Give experiments/NAME.")
     config = load(str(settings), {}, [])
-    if not config.eval_data:
+    if not config.eval_data and not config.eval_fraction:
         raise UserError(f"{folder} was trained without --eval-data, so there is nothing to compare")
     losses = [
         r["loss"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "eval" and r["loss"] is not None
@@ -28,7 +28,8 @@ def summarise(folder: Path) -> int:
     if not losses:
         raise UserError(f"{folder} has no evaluation yet", "Train it to its first evaluation.")
     tokenizer = Tokenizer.load()
-    train_data, eval_data = (prepare(paths, config, tokenizer) for paths in (config.train_data, config.eval_data))
+    train_data, eval_data = prepare_parts(config, tokenizer)
+    assert eval_data is not None
     baseline, best = unigram_baseline(train_data, eval_data, config.vocab_size), min(losses)
     plot_loss(folder, folder / "loss.png", baseline)
     print(f"Unigram baseline {baseline:.4f} | Eval loss {best:.4f} (nats per supervised token)")

@@ -16,6 +16,14 @@ TOKENIZER = Tokenizer.load()
 
 
 @dataclass(frozen=True)
+class Source:
+    """A weighted training file."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Settings:
     """The part of the configuration that the data room reads."""
 
@@ -25,6 +33,7 @@ class Settings:
     cache_dir: str | None = None
     num_workers: int | None = 1
     train_data: tuple[str, ...] = ()
+    data: tuple[Source, ...] = ()
     eval_data: tuple[str, ...] = ()
     eval_fraction: float = 0.0
     dedup: str = "none"

@@ -40,7 +40,7 @@ def test_every_answer_is_learned_or_held_out_once(drawn: list[tuple[int, int]], 
             eval_fraction=0.4,
         )
         if len(set(sides)) < 2:  # all on one side, as few groups may be
-            with pytest.raises(UserError, match="no conversation is left"):
+            with pytest.raises(UserError, match="nothing is left to learn"):
                 prepare_parts(config, TOKENIZER)
             return
         train, held_out = prepare_parts(config, TOKENIZER)
@@ -175,7 +175,7 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path = str(write_jsonl(tmp_path / "in.jsonl", [chat("a", "one")]))
     with pytest.raises(UserError, match="both eval_data and eval_fraction"):
         prepare_parts(Settings(train_data=(path,), eval_data=(path,), eval_fraction=0.1), TOKENIZER)
-    with pytest.raises(UserError, match="no conversation is left of the 1"):
+    with pytest.raises(UserError, match="nothing is left to learn from of the 1 conv"):
         prepare_parts(Settings(train_data=(path,), eval_fraction=1e-9), TOKENIZER)
     monkeypatch.setattr("lumina.data.parts.near_available", lambda: False)
     with pytest.raises(UserError, match="rensa"):

@@ -1,0 +1,90 @@
+"""Weighted sources: exact counts of every conversation over an epoch, and an account that adds up."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TOKENIZER, Settings, Source, chat, learned_targets, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lumina.config.errors import UserError
+from lumina.data import GlobalOrder, Loader, PackedDataset
+from lumina.data.account import Account
+from lumina.data.mixing import repeats
+from lumina.data.parts import prepare_parts
+
+weights = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.3, 2.0, 3.0])
+
+
+def taken(dataset: PackedDataset) -> Counter[str]:
+    """How often an epoch takes each record's first piece, by place."""
+    pieces = [piece for sample in range(dataset.num_samples) for piece in dataset.pieces_of(sample)]
+    return Counter(f"{piece.source}:{piece.line}" for piece in pieces if not piece.context)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.integers(1, 12), weights), min_size=1, max_size=3), st.booleans())
+def test_each_conversation_is_taken_as_often_as_its_weight_says(files: list[tuple[int, float]], packing: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        sources = []
+        for number, (count, weight) in enumerate(files):
+            path = write_jsonl(Path(folder) / f"{number}.jsonl", [chat(f"q {i}", f"a {i}") for i in range(count)])
+            sources.append(Source(str(path), weight))
+        config = Settings(data=tuple(sources), packing=packing, seq_length=32)
+        expected = [int(w) * count + round((w - int(w)) * count) for count, w in files]
+        if sum(expected) == 0:
+            with pytest.raises(UserError, match="weight"):
+                prepare_parts(config, TOKENIZER)
+            return
+        dataset, _ = prepare_parts(config, TOKENIZER)
+        counts = taken(dataset)
+        for source, (count, weight), times in zip(sources, files, expected, strict=True):
+            own = [counts[f"{source.path}:{line}"] for line in range(1, count + 1)]
+            assert sum(own) == times
+            assert set(own) <= {int(weight), int(weight) + 1}
+        account = Account.from_dict(dataset.account)
+        account.check()
+        assert account.messages == 2 * sum(count for count, _ in files)
+        left_out = sum(1 for source, (count, _) in zip(sources, files, strict=True) for line in range(1, count + 1)
+                       if counts[f"{source.path}:{line}"] == 0)  # fmt: skip
+        assert sum(account.messages_dropped.values()) == 2 * left_out
+        assert account.epoch_tokens == dataset.num_tokens
+        assert account.fill <= 1
+        # An epoch of the order takes exactly these.
+        order = GlobalOrder(dataset.num_samples, 3, seed=1, fingerprint=dataset.fingerprint)
+        steps = order.steps_per_epoch
+        loader = Loader(dataset, order, rank=0, world=1, micro_batch_size=3, start_step=0, stop_step=steps)
+        learned = np.concatenate([b.targets_T[b.weights_T > 0] for data in loader for b in data.micro_batches])
+        assert Counter(learned.tolist()) == learned_targets(dataset)
+
+
+def test_the_realised_shares_are_reported(tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "one.jsonl", [chat("q", "a")] * 30)
+    two = write_jsonl(tmp_path / "two.jsonl", [chat("q", "a")] * 10)
+    config = Settings(train_data=(str(one),), data=(Source(str(two), 3.0),))
+    dataset, _ = prepare_parts(config, TOKENIZER)
+    assert dataset.account["notes"] == [
+        f"{one}: weight 1, 60 learned tokens an epoch, 50.00%",
+        f"{two}: weight 3, 60 learned tokens an epoch, 50.00%",
+    ]
+    assert dataset.num_supervised == 120
+    other, _ = prepare_parts(Settings(train_data=(str(one),), data=(Source(str(two), 2.0),)), TOKENIZER)
+    assert other.fingerprint != dataset.fingerprint
+
+
+def test_pieces_of_one_record_go_together() -> None:
+    line = np.repeat(np.arange(100), 3)
+    times = repeats(np.zeros(300, int), np.zeros(300, int), line, [0.5]).reshape(100, 3)
+    assert (times == times[:, :1]).all()
+    assert times[:, 0].sum() == 50
+
+
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "one.jsonl", [chat("q", "a")]))
+    with pytest.raises(UserError, match="given twice"):
+        prepare_parts(Settings(train_data=(path,), data=(Source(path, 2.0),)), TOKENIZER)

@@ -1,0 +1,305 @@
+"""Real training runs for tests: started as processes, killed, resumed and compared bit for bit.
+
+Two ways to start one. `Runs.train` forks every rank from a server that has imported torch and DeepSpeed already, which
+saves seconds of imports a start; each rank is an ordinary process that calls the command line. `launch` starts the
+real `deepspeed` launcher. Both end in `Runs.close`, which leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+
+from lumina.monitor import read_metrics
+from lumina.train import checkpoint
+
+ROOT = Path(__file__).parents[1]
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+PATIENCE = 400.0  # seconds; DeepSpeed's first use on a machine compiles its operators for minutes
+
+# The vocabulary is fixed, so the narrowest model: 3.2 million parameters, nearly all of them in the embedding.
+TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "seq_length": 64}
+
+Patch = Callable[[int], None]  # called with the rank in its process before the command
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+_SUBJECTS = "my sister|our dog|the weather|that film|the old library|your garden|a long train ride|the football team"
+_FEELINGS = "makes me happy|was a surprise|could be better|reminds me of home|is worth the wait|keeps me awake"
+_OPENERS = "Honestly,|You know,|Well,|To be fair,|I think|Yesterday I said that|Funny, but|As far as I can tell"
+
+
+def _sentence(rng: random.Random) -> str:
+    opener, subject, feeling = (rng.choice(words.split("|")) for words in (_OPENERS, _SUBJECTS, _FEELINGS))
+    return f"{opener} {subject} {feeling}{rng.choice('.!?')}"
+
+
+def write_conversations(path: Path, count: int, seed: int, turns: int = 3) -> Path:
+    """`count` conversations of at most `turns` questions and answers; each answer is one sentence or two."""
+    rng = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            messages = []
+            for _ in range(rng.randint(1, turns)):
+                answer = " ".join(_sentence(rng) for _ in range(rng.randint(1, 2)))
+                messages += [{"role": "user", "content": _sentence(rng)}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+# --- Command lines --------------------------------------------------------------------------------
+
+
+def arguments(run: Path, data: Path, *, stage: int | str | None = None, **settings: Any) -> list[str]:
+    """`lumina train`'s arguments for a tiny run in the folder `run`; `stage` names one of ds_configs/zero*.json."""
+    settings = {"num_workers": 1, "epochs": 100, "keep_last": 2, **TINY, **settings}
+    line = ["--config", "nano", "--train-data", str(data), "--output-dir", str(run.parent)]
+    line += ["--experiment-name", run.name]
+    if stage is not None:
+        line += ["--ds_config", str(ROOT / "ds_configs" / f"zero{stage}.json")]
+    return line + [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _clean_environment() -> dict[str, str]:
+    """This process's environment without what other tests, or a process group made in this process, left in it."""
+    leftovers = ("TRITON_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "CROSS_", "DEEPSPEED_", "LUMINA_", "CUDA_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(leftovers)}
+    return {**kept, "OMP_NUM_THREADS": "1", "PATH": f"{DEEPSPEED.parent}:{kept['PATH']}"}
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def _rank(argv: list[str], environment: dict[str, str], log: str, patch: Patch | None) -> None:
+    """One rank's process."""
+    for number, stream in ((1, "out"), (2, "err")):
+        descriptor = os.open(f"{log}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.update(environment)
+    if patch is not None:
+        patch(int(environment.get("RANK", 0)))
+    from lumina.cli import main
+
+    sys.exit(main(argv))
+
+
+@dataclass
+class Job:
+    """A started run: its ranks' processes and what they print."""
+
+    ranks: list[Any]
+    logs: list[Path]
+    metrics: Path
+    _earlier: int  # inode of the metrics that an earlier life of the run left
+
+    def step(self) -> int:
+        """The last step that this life of the run has recorded."""
+        with suppress(OSError):
+            if self.metrics.stat().st_ino != self._earlier:
+                return max((record["step"] for record in read_metrics(self.metrics)), default=0)
+        return 0
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while self.step() < step:
+            assert all(rank.is_alive() for rank in self.ranks), f"ended before step {step}:\n{self.stderr()}"
+            assert time.monotonic() < deadline, f"no step {step} after {PATIENCE} s"
+            time.sleep(0.005)
+
+    def wait(self) -> list[int]:
+        """The exit code of every rank; minus the signal's number where one ended it."""
+        deadline = time.monotonic() + PATIENCE
+        for rank in self.ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
+        hung = [number for number, rank in enumerate(self.ranks) if rank.is_alive()]
+        if hung:
+            self.kill()
+        assert not hung, f"ranks {hung} still ran after {PATIENCE} s:\n{self.stderr()}"
+        return [rank.exitcode for rank in self.ranks]
+
+    def kill(self) -> None:
+        """SIGKILL every rank."""
+        for rank in self.ranks:
+            rank.kill()
+        for rank in self.ranks:
+            rank.join()
+
+    def signal(self, number: signal.Signals, rank: int = 0) -> None:
+        os.kill(self.ranks[rank].pid, number)
+
+    def stdout(self) -> str:
+        return "".join(log.with_suffix(".out").read_text() for log in self.logs)
+
+    def stderr(self) -> str:
+        return "".join(log.with_suffix(".err").read_text() for log in self.logs)
+
+
+class Runs:
+    """Starts runs and cleans up after them. Logs go to `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._jobs: list[Job] = []
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["deepspeed", "torch._dynamo", "lumina.train.run"])
+        with mock.patch.dict(os.environ, _clean_environment(), clear=True):
+            forkserver.ensure_running()
+
+    def start(self, argv: Sequence[str], world: int = 1, patch: Patch | None = None) -> Job:
+        """Start `lumina train ARGV` on `world` ranks and come back at once."""
+        port = free_port()
+        names = ("--output-dir", "--experiment-name")
+        run = Path(*(argv[argv.index(name) + 1] for name in names)) if names[0] in argv else self._folder
+        metrics = run / "metrics.jsonl"
+        earlier = metrics.stat().st_ino if metrics.exists() else -1
+        logs = [self._folder / f"{len(self._jobs):03d}-{rank}" for rank in range(world)]
+        ranks = []
+        for rank, log in enumerate(logs):
+            placed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            environment = {name: str(value) for name, value in placed.items()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment = environment if world > 1 else {}  # one process needs no launcher
+            process = self._context.Process(target=_rank, args=(["train", *argv], environment, str(log), patch))
+            process.start()
+            ranks.append(process)
+        self._jobs.append(Job(ranks, logs, metrics, earlier))
+        return self._jobs[-1]
+
+    def train(self, argv: Sequence[str], world: int = 1) -> Job:
+        """Start a run and see it through."""
+        job = self.start(argv, world)
+        codes = job.wait()
+        assert codes == [0] * world, f"exit codes {codes}:\n{job.stdout()}\n{job.stderr()}"
+        return job
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for job in self._jobs:
+            job.kill()
+
+
+@dataclass
+class Launched:
+    """What the deepspeed launcher did."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Launch:
+    """The real launcher on two local slots, in a session of its own; a context that leaves no process of it."""
+
+    def __init__(self, argv: Sequence[str], *launcher: str) -> None:
+        command = [str(DEEPSPEED), *launcher, "--master_port", str(free_port()), "launchers/train.py", *argv]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=_clean_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def wait(self) -> Launched:
+        out, err = self.process.communicate(timeout=PATIENCE)
+        return Launched(self.process.returncode, out, err)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks' processes, in order of rank."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        found = {line[2]: child for child in below if len(line := child.cmdline()) > 2 and "local_rank" in line[2]}
+        return [found[name] for name in sorted(found)]
+
+    def left_over(self) -> list[int]:
+        """Processes of the launcher's session that still run."""
+        session = self.process.pid
+        return [pid for pid in psutil.pids() if _session(pid) == session]
+
+    def __exit__(self, *exception: object) -> None:
+        for pid in self.left_over():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid) if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else None
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return None
+
+
+# --- Results --------------------------------------------------------------------------------------
+
+State = dict[tuple[str, str], torch.Tensor]
+
+
+def newest(run: Path) -> Path:
+    """The newest named checkpoint of a run."""
+    return checkpoint.checkpoints(run / "checkpoints")[0]
+
+
+def state(saved: Path) -> State:
+    """Weights and moments of a checkpoint, whole, by (kind, parameter's name)."""
+    reader = checkpoint.Reader(saved)
+    values = {}
+    for name in reader.names():
+        for kind in (checkpoint.MASTER, *reader.keys):
+            values[kind, name] = torch.empty(reader.numel(name))
+            reader.read(kind, name, 0, values[kind, name])
+    assert {kind for kind, _ in values} == {"master", "exp_avg", "exp_avg_sq"}
+    return values
+
+
+def final(run: Path, steps: int) -> State:
+    """The state of a run that must have ended at `steps`."""
+    saved = newest(run)
+    assert saved.name == checkpoint.name_of(steps)
+    assert checkpoint.damage(saved) is None
+    return state(saved)
+
+
+def differing(one: State, other: State) -> list[tuple[str, str]]:
+    """What is not the same bit for bit."""
+    assert one.keys() == other.keys()
+    bits = lambda tensor: tensor.view(torch.int32)
+    return [key for key in one if not torch.equal(bits(one[key]), bits(other[key]))]
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    """The step records of a run's metrics."""
+    return [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "step"]
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in steps(run)]

@@ -33,10 +33,12 @@ EXTRAS_REQUIRE = {
     "tracking": ["wandb>=0.17", "tensorboard>=2.16"],  # experiment trackers
     "hf": ["transformers>=4.45"],  # import and export of Hugging Face checkpoints
     "quickstart": ["chitchat-dataset>=0.9", "matplotlib>=3.8"],  # real conversations and the loss curve's PNG
+    "dedup": ["rensa>=0.5"],  # MinHash for near-duplicate conversations
     "dev": [
         "pytest>=8",
         "pytest-timeout>=2.3",  # a hung collective fails instead of blocking
         "pytest-xdist>=3.5",
+        "rensa>=0.5",
         "hypothesis>=6.100",  # properties of packing, order, merging
         "ruff>=0.6",
         "mypy>=1.11",

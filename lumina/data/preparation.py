@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from lumina.data.files import cache_root, content_digests
 from lumina.data.pool import usable_cores
 from lumina.data.sources import detect, expand
 from lumina.data.worker import Task
+
+log = logging.getLogger("lumina.data")
 
 FORMAT_VERSION = 2
 # A task is a 16th of the input within these bounds: small files still feed several workers, large ones make few files.
@@ -196,7 +199,7 @@ def check_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 def only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
     """Holds the lock file, so that one process at a time makes a cache; the kernel frees it when its holder dies."""
     with open(lock, "w") as file:
-        deadline = time.monotonic() + wait_seconds
+        deadline, told = time.monotonic() + wait_seconds, False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -207,5 +210,8 @@ def only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
                         f"another process has been preparing {final} for over {wait_seconds:.0f} s",
                         "Wait for it to end, or end it, and start again: finished parts are kept.",
                     ) from None
+                if not told:
+                    log.warning("waiting for another process that prepares %s, at most %.0f s", final, wait_seconds)
+                    told = True
                 time.sleep(0.1)
         yield

@@ -254,7 +254,9 @@ def test_no_files_and_too_small_a_window(tmp_path: Path) -> None:
         prepared(tmp_path, [chat("q", "a")], seq_length=8)
 
 
-def test_another_process_preparing_is_waited_for_within_a_bound(tmp_path: Path) -> None:
+def test_another_process_preparing_is_waited_for_within_a_bound(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import fcntl
 
     dataset = prepared(tmp_path, [chat("q", "a")])
@@ -263,7 +265,8 @@ def test_another_process_preparing_is_waited_for_within_a_bound(tmp_path: Path) 
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process"):
-            prepare([tmp_path / "in.jsonl"], Settings(), TOKENIZER, wait_seconds=0.2)
+            prepare([tmp_path / "in.jsonl"], Settings(), TOKENIZER, wait_seconds=0.3)
+    assert caplog.text.count("waiting for another process that prepares") == 1
 
 
 def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from lumina.infer.sampling import Sampling, choose, generator
 from lumina.infer.voice import Voice
 from lumina.model import Transformer
 from lumina.model.cache import KVCache
+from lumina.model.decode import Decoder
 
 Finish = Literal["stop", "length", "window"]
 """Why a sequence ended: its stop token, max_length, or the model's window (seq_length) being full."""
@@ -64,10 +65,11 @@ def stream(
     cache = KVCache(model.config, len(prompts), capacity, weight)
     generators = [generator(sampling, sequence) for sequence in range(len(prompts))]
     going = list(range(len(prompts)))
+    decoder = Decoder(model, cache)
     new_ids = torch.tensor([token for prompt in prompts for token in prompt], device=weight.device)[None]
     positions = cache.extend(going, [len(prompt) for prompt in prompts])
+    logits_RV = model(new_ids, positions, cache=cache)[:, 0]
     while True:
-        logits_RV = model(new_ids, positions, cache=cache)[:, 0]
         logits_RV.masked_fill_(forbidden_V, -torch.inf)
         chosen = choose(logits_RV, sampling, [generators[sequence] for sequence in going]).tolist()
         yield list(zip(going, chosen, strict=True))
@@ -80,7 +82,7 @@ def stream(
             return
         going = [sequence for sequence, _ in kept]
         new_ids = torch.tensor([token for _, token in kept], device=weight.device)[:, None]
-        positions = cache.extend(going, [1] * len(going), decode=True)
+        logits_RV = decoder.step(new_ids, going)
 
 
 def generate(model: Transformer, voice: Voice, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:

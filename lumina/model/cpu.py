@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _VOID_P, _I64, _F32, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_SIGNATURES = {
+_SIGNATURES: dict[str, list[Any]] = {
     "lumina_cross_entropy": [_VOID_P] * 4 + [_I64] * 2 + [_INT],
     "lumina_causal_softmax": [_VOID_P] * 2 + [_I64] * 5 + [_F32, _INT, _INT],
     "lumina_softmax_backward": [_VOID_P] * 2 + [_I64] * 2 + [_F32, _INT],
@@ -47,8 +48,8 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _build() -> Path | None:
-    """Compile the kernels, or find them compiled. None when there is no compiler or it fails."""
+def _build(source: Path) -> Path | None:
+    """Compile a source file, or find it compiled. None when there is no compiler or it fails."""
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
         log.warning("no C compiler: the CPU runs plain torch operators, which is slower")
@@ -56,16 +57,16 @@ def _build() -> Path | None:
     flags = list(_FLAGS)
     if "avx512f" in _processor():
         flags.append("-mprefer-vector-width=512")
-    key = hashlib.sha256("\0".join([_SOURCE.read_text(), _processor(), *flags]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([source.read_text(), _processor(), *flags]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("LUMINA_CACHE", Path.home() / ".cache" / "lumina"))
-    library = cache / f"cpu_kernels-{key}.so"
+    library = cache / f"{source.stem}-{key}.so"
     if library.exists():
         return library
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             built = Path(scratch) / library.name
-            subprocess.run([compiler, *flags, str(_SOURCE), "-o", str(built), "-lm"], check=True, capture_output=True)
+            subprocess.run([compiler, *flags, str(source), "-o", str(built), "-lm"], check=True, capture_output=True)
             os.replace(built, library)  # whole or not at all: another rank may be building the same file
     except (OSError, subprocess.CalledProcessError) as error:
         log.warning("cannot build the CPU kernels, plain torch is used: %s", getattr(error, "stderr", None) or error)
@@ -75,14 +76,20 @@ def _build() -> Path | None:
 
 @functools.cache
 def lib() -> ctypes.CDLL | None:
-    """The compiled kernels, or None. torch is imported first, so that both share one OpenMP thread pool."""
+    """The compiled kernels of a training step, or None."""
+    return open_library(_SOURCE, _SIGNATURES)
+
+
+def open_library(source: Path, signatures: dict[str, list[Any]]) -> ctypes.CDLL | None:
+    """Compiled functions and the types of their arguments, or None. torch is imported first, so that both share one
+    OpenMP thread pool."""
     if os.environ.get("LUMINA_CPU_KERNELS", "1") == "0":
         return None
-    path = _build()
+    path = _build(source)
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
-    for name, arguments in _SIGNATURES.items():
+    for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library

@@ -9,8 +9,9 @@ from small_models import as_transformers, make_model
 from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
 from lumina.config import UserError
 from lumina.infer import LuminaVoice, Sampling, generate
-from lumina.model import Transformer
+from lumina.model import Transformer, cpu
 from lumina.model.cache import KVCache
+from lumina.model.decode import Decoder
 
 TOKENIZER = Tokenizer.load()
 VOICE = LuminaVoice(TOKENIZER)
@@ -136,17 +137,32 @@ def test_seeds_reproduce_and_do_not_depend_on_the_batch() -> None:
     assert len(drawn) == 8
 
 
-def test_bfloat16_follows_recomputation_in_bfloat16() -> None:
-    """Rounding differs between one token and many, so the logits are compared, not the choice between near-equals."""
-    exact, model = make_model(seed=4), make_model(seed=4, dtype=torch.bfloat16)
-    ids = PROMPTS[1]
-    reference = exact(torch.tensor([ids]), torch.arange(len(ids))[None])[0, -1]
-    rounded = model(torch.tensor([ids]), torch.arange(len(ids))[None])[0, -1].float()
-    cache = KVCache(model.config, 1, len(ids), model.embedding.weight)
-    model(torch.tensor([ids[:5]]), cache.extend([0], [5]), cache=cache)
-    for token in ids[5:]:
-        logits_V = model(torch.tensor([[token]]), cache.extend([0], [1], decode=True), cache=cache)[0, 0].float()
-    assert (logits_V - reference).norm() <= 2 * (rounded - reference).norm()
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_kv_heads": 1}, {"num_kv_heads": 4, "hidden_size": 40, "intermediate_size": 90}]
+)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_bfloat16_is_as_near_to_float32_as_a_whole_pass_in_bfloat16(
+    changes: dict[str, int], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding differs between one token and many, so logits are compared, not the choice between near-equals."""
+    if not compiled:
+        monkeypatch.setenv("LUMINA_CPU_KERNELS", "0")
+        monkeypatch.setattr(cpu, "lib", lambda: None)
+    elif cpu.lib() is None:
+        pytest.skip("no C compiler: there is no compiled decoding step to test")
+    exact, model = make_model(seed=4, **changes), make_model(seed=4, dtype=torch.bfloat16, **changes)
+    texts = [torch.randint(0, 1000, (length,)).tolist() for length in (12, 30, 21)]
+    whole = [[m(torch.tensor([t]), torch.arange(len(t))[None])[0].float() for t in texts] for m in (exact, model)]
+    cache, rows = KVCache(model.config, 4, 40, model.embedding.weight), [3, 0, 2]
+    decoder = Decoder(model, cache)
+    assert decoder.compiled == compiled
+    model(torch.tensor([[token for text in texts for token in text[:6]]]), cache.extend(rows, [6] * 3), cache=cache)
+    for at in range(6, 12):
+        logits_RV = decoder.step(torch.tensor([[t[at]] for t in texts]), rows).float()
+        for row, reference, rounded in zip(logits_RV, *whole, strict=True):
+            assert (row - reference[at]).norm() <= 2 * (rounded[at] - reference[at]).norm()
+    alone = decoder.step(torch.tensor([[texts[1][12]]]), rows[1:2]).float()[0]
+    assert (alone - whole[0][1][12]).norm() <= 2 * (whole[1][1][12] - whole[0][1][12]).norm()
 
 
 def test_text_streams_in_whole_characters() -> None:

@@ -1,0 +1,119 @@
+"""One optimizer step is the same under every ZeRO stage, and a bad one leaves no trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny_engines import EVERY, batch, make_config, make_engine, same_state, state_of, train_step
+from torch import Tensor
+
+from lumina.model import Transformer
+from lumina.train.engine import Engine
+from lumina.train.optimizer import parameter_groups
+
+
+@contextmanager
+def poisoned(made: Engine, bad: float) -> Iterator[None]:
+    """Every gradient that passes the last norm is `bad`; the loss stays finite."""
+
+    def spoil(module: object, arguments: object, output: tuple[Tensor, Tensor]) -> None:
+        output[0].register_hook(lambda gradient: torch.full_like(gradient, bad))
+
+    handle = made.model.norm.register_forward_hook(spoil)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("stage", "precision"), EVERY)
+def test_a_bad_gradient_skips_the_step(stage: int, precision: str, bad: float) -> None:
+    """Weights and moments are untouched, the caller is told, and the next steps are those of a run that never saw it:
+    not a trace is left in gradients, moments or step counts."""
+    made, clean = (make_engine(stage, precision) for _ in range(2))
+    for seed in (1, 2):
+        assert train_step(made, seed) == train_step(clean, seed)
+    before = state_of(made)
+    with poisoned(made, bad):
+        loss, norm, applied = train_step(made, 3)
+    assert math.isfinite(loss)
+    assert not math.isfinite(norm)
+    assert not applied
+    assert same_state(before, state_of(made))
+    assert all(torch.isfinite(value).all() for value in before.values())
+    for seed in (4, 5):
+        assert train_step(made, seed) == train_step(clean, seed)
+    assert same_state(state_of(made), state_of(clean))
+
+
+@pytest.mark.parametrize(("stage", "precision"), EVERY)
+def test_a_first_bad_step(stage: int, precision: str) -> None:
+    """Before the optimizer has any state."""
+    made, clean = (make_engine(stage, precision) for _ in range(2))
+    with poisoned(made, math.nan):
+        assert not train_step(made, 3)[2]
+    assert train_step(made, 4) == train_step(clean, 4)
+    assert same_state(state_of(made), state_of(clean))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stages_agree(precision: str) -> None:
+    """Losses, norms and weights after three steps, to rounding."""
+    engines = [make_engine(stage, precision) for stage in (0, 1, 2, 3)]
+    tolerance = 1e-5 if precision == "fp32" else 2e-3
+    for seed in range(3):
+        found = [train_step(made, seed) for made in engines]
+        for loss, norm, applied in found:
+            assert applied
+            assert loss == pytest.approx(found[0][0], abs=tolerance)
+            assert norm == pytest.approx(found[0][1], rel=10 * tolerance)
+    reference = state_of(engines[0])
+    for made in engines[1:]:
+        state = state_of(made)
+        assert state.keys() == reference.keys()
+        for key, value in state.items():
+            torch.testing.assert_close(value, reference[key], rtol=0, atol=1e-5 if precision == "fp32" else 5e-3)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05, 100.0])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_is_plain_adamw(stage: int, clip: float) -> None:
+    """The sum of two micro-batches' gradients, clipped, through torch's own AdamW on the same model: one division by
+    the token count, no other scale anywhere (law 2)."""
+    eps = 1e-4  # not 1e-8: an element with almost no gradient would magnify rounding
+    made = make_engine(stage, max_grad_norm=clip, adam_eps=eps)
+    torch.manual_seed(0)
+    config = make_config()
+    model = Transformer(config)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), eps=eps)
+    for seed in range(3):
+        loss = torch.zeros(())
+        for number in range(2):
+            ids, targets, weights, positions, edges, longest = batch(2 * seed + number)
+            part = model(ids[None], positions[None], edges, longest, targets[None], weights[None]) / 40
+            part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        ours = train_step(made, seed)
+        assert ours[0] == pytest.approx(float(loss), rel=1e-5)
+        assert ours[1] == pytest.approx(float(norm), rel=1e-4)
+    found = state_of(made)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[f"master/{name}"], parameter.detach().flatten(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_steps_of_different_lengths(stage: int) -> None:
+    """An epoch's last step may have fewer micro-batches than the one before: their gradients are not scaled by it."""
+    made, apart = make_engine(stage), make_engine(0)
+    for engine in (made, apart):
+        train_step(engine, 0)
+        engine.accumulate(batch(7), 1 / 20, last=True)
+        assert engine.step()[1]
+    for key, value in state_of(made).items():
+        torch.testing.assert_close(value, state_of(apart)[key], rtol=0, atol=2e-5)

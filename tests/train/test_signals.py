@@ -1,0 +1,39 @@
+"""A signal is noted, not obeyed at once; a second Ctrl-C is."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from lumina.train.signals import EXIT_STOPPED, StopRequest
+
+
+@pytest.fixture
+def request_() -> Iterator[StopRequest]:
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield StopRequest()
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted(request_: StopRequest, number: signal.Signals) -> None:
+    assert request_.signal is None
+    signal.raise_signal(number)
+    assert request_.signal == number.name
+
+
+def test_a_second_interrupt_does_not_wait(request_: StopRequest) -> None:
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)  # a launcher may repeat it: still saving
+    assert request_.signal == "SIGTERM"
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_exit_code_is_its_own() -> None:
+    """Neither success, nor a failure of Python (1) or of the user (2), nor a death by signal (128 and up)."""
+    assert EXIT_STOPPED not in (0, 1, 2)
+    assert EXIT_STOPPED < 128

@@ -1,0 +1,82 @@
+"""DeepSpeed engines of a few thousand parameters, world 1, several in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumina.config import Config
+from lumina.config import deepspeed as ds_json
+from lumina.data.dataset import Batch, TorchBatch
+from lumina.model import Transformer
+from lumina.train import engine
+from lumina.train.engine import Engine
+from lumina.train.state import MASTER, fragments, moments
+
+VOCABULARY = 61
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "seq_length": 64,
+    "vocab_size": VOCABULARY,
+}
+# What runs on a CPU: fp16 does not.
+EVERY = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+
+
+def make_config(precision: str = "fp32", **changes: Any) -> Config:
+    values = {"batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0.1, "init_std": 0.2}
+    return Config.create(SHAPE | values | {"precision": precision} | changes, frozenset())
+
+
+def make_engine(stage: int, precision: str = "fp32", seed: int = 0, **changes: Any) -> Engine:
+    """An engine with freshly drawn weights, at learning rate 1e-2."""
+    engine.join()
+    config = make_config(precision, **changes)
+    document = ds_json.default_json(1)
+    document["zero_optimization"]["stage"] = stage
+    resolved = ds_json.resolve(config, 1, "cpu", bf16_supported=True, document=document)
+    torch.manual_seed(seed)
+    made = Engine(Transformer(config), resolved.config, resolved.json)
+    made.set_lr(1e-2)
+    return made
+
+
+def batch(seed: int, length: int = 40, bad: bool = False) -> TorchBatch:
+    """Two random documents; `bad`: one weight is NaN, and so every gradient is."""
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(VOCABULARY, size=length)
+    weights = (draw.random(length) < 0.5).astype(np.float32)
+    first = length // 3
+    weights[[first - 1, length - 1]] = 0.0
+    weights[0] = np.nan if bad else 1.0
+    positions = np.concatenate([np.arange(first), np.arange(length - first)])
+    edges = np.array([0, first, length], dtype=np.int32)
+    return Batch(ids, np.roll(ids, -1), weights, positions, edges, length - first).torch()
+
+
+def train_step(made: Engine, seed: int, bad: bool = False) -> tuple[float, float, bool]:
+    """(loss per supervised token, gradient norm, applied) of one optimizer step of two micro-batches."""
+    loss = torch.zeros(())
+    for number in range(2):
+        loss += made.accumulate(batch(2 * seed + number, bad=bad and number == 0), 1 / 40, last=number == 1)
+    return float(loss), *made.step()
+
+
+def state_of(made: Engine) -> dict[str, Tensor]:
+    """Copies of every weight and moment by key and parameter, flat and whole (world 1: a rank holds everything)."""
+    found = {}
+    for piece in fragments(made):
+        for key, value in {MASTER: piece.view(piece.owner), **moments(made, piece)}.items():
+            found[f"{key}/{piece.name}"] = value.detach().float().clone()
+    return found
+
+
+def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,16 @@ def prepare(
         found = open_cached(final, fingerprint)  # another process may have made it while we waited
         if found is None:
             count = workers or config.num_workers or min(usable_cores(), 16)
-            partial = final.with_name(f"{final.name}.partial")
-            partial.mkdir(exist_ok=True)
-            if selection is None:
-                tasks = plan_tasks(files, "pieces", partial, config)
-            else:
-                tasks = selection.tasks(files, partial, config)
-            build(tasks, config, tokenizer, fingerprint, final, count, progress, weights)
+            try:
+                partial = final.with_name(f"{final.name}.partial")
+                partial.mkdir(exist_ok=True)
+                if selection is None:
+                    tasks = plan_tasks(files, "pieces", partial, config)
+                else:
+                    tasks = selection.tasks(files, partial, config)
+                build(tasks, config, tokenizer, fingerprint, final, count, progress, weights)
+            except OSError as error:
+                raise UserError(f"cannot make the cache {final}: {error.strerror or error}") from error
             found = open_cached(final, fingerprint)
     assert found is not None
     return found
@@ -197,8 +200,16 @@ def check_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 @contextmanager
 def only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
-    """Holds the lock file, so that one process at a time makes a cache; the kernel frees it when its holder dies."""
-    with open(lock, "w") as file:
+    """Holds the lock file, so that one process at a time makes a cache; the kernel frees it when its holder dies.
+
+    Raises:
+        UserError: the folder cannot be written, or another process holds the lock for longer than `wait_seconds`.
+    """
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(lock, "w"))
+        except OSError as error:
+            raise UserError(f"cannot write the cache: {error.strerror}: {lock}", "Set cache_dir.") from error
         deadline, told = time.monotonic() + wait_seconds, False
         while True:
             try:
@@ -214,4 +225,7 @@ def only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
                     log.warning("waiting for another process that prepares %s, at most %.0f s", final, wait_seconds)
                     told = True
                 time.sleep(0.1)
+            except OSError as error:  # a network file system without locks
+                log.warning("no lock on %s (%s): do not prepare it from two processes at once", final, error.strerror)
+                break
         yield

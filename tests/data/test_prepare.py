@@ -269,6 +269,20 @@ def test_another_process_preparing_is_waited_for_within_a_bound(
     assert caplog.text.count("waiting for another process that prepares") == 1
 
 
+def test_a_cache_that_cannot_be_written_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [chat("q", "a")])
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="cannot make the cache folder"):
+        prepare([path], Settings(cache_dir=str(tmp_path / "file" / "cache")), TOKENIZER)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lumina.data.building.write_plan", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        prepare([path], Settings(), TOKENIZER)
+
+
 def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
     import sys

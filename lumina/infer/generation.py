@@ -53,7 +53,7 @@ def stream(
     max_length tokens, or when prompt and answer fill the model's window.
 
     Raises:
-        UserError: a prompt that fills the window.
+        UserError: a prompt that fills the window; a model whose weights are not finite.
     """
     window = model.config.seq_length
     for prompt in prompts:
@@ -65,13 +65,14 @@ def stream(
     cache = KVCache(model.config, len(prompts), capacity, weight)
     generators = [generator(sampling, sequence) for sequence in range(len(prompts))]
     going = list(range(len(prompts)))
-    decoder = Decoder(model, cache)
+    decoder, k = Decoder(model, cache, forbidden_V), 1 if sampling.greedy else sampling.top_k
     new_ids = torch.tensor([token for prompt in prompts for token in prompt], device=weight.device)[None]
     positions = cache.extend(going, [len(prompt) for prompt in prompts])
-    logits_RV = model(new_ids, positions, cache=cache)[:, 0]
+    kept_Rk, ids_Rk = decoder.largest(model(new_ids, positions, cache=cache)[:, 0], k)
     while True:
-        logits_RV.masked_fill_(forbidden_V, -torch.inf)
-        chosen = choose(logits_RV, sampling, [generators[sequence] for sequence in going]).tolist()
+        if not kept_Rk[:, 0].isfinite().all():
+            raise UserError("the model's logits are not finite", "Its training diverged: use an earlier checkpoint.")
+        chosen = choose(kept_Rk, ids_Rk, sampling, [generators[sequence] for sequence in going]).tolist()
         yield list(zip(going, chosen, strict=True))
         for sequence in going:
             room[sequence] -= 1
@@ -82,7 +83,7 @@ def stream(
             return
         going = [sequence for sequence, _ in kept]
         new_ids = torch.tensor([token for _, token in kept], device=weight.device)[:, None]
-        logits_RV = decoder.step(new_ids, going)
+        kept_Rk, ids_Rk = decoder.step(new_ids, going, k)
 
 
 def generate(model: Transformer, voice: Voice, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:

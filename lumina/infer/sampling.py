@@ -63,26 +63,23 @@ def generator(sampling: Sampling, sequence: int) -> torch.Generator:
     return torch.Generator().manual_seed((sampling.seed + sequence) % 2**63)
 
 
-def candidates(logits_RV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that remain after the filters: (probabilities float64 (R, k), ids int64 (R, k)), likeliest first.
-    Those that top-p removed have probability 0."""
-    if sampling.top_k is not None:
-        kept_Rk, ids_Rk = logits_RV.topk(min(sampling.top_k, logits_RV.shape[-1]))
-    else:
-        kept_Rk, ids_Rk = logits_RV.sort(descending=True)
+def probabilities(kept_Rk: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities (float64) of candidates whose logits are given, largest first: temperature, then top-p, which
+    leaves some of them 0."""
     p_Rk = (kept_Rk.double() / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         before_Rk = p_Rk.cumsum(-1) - p_Rk
         p_Rk = p_Rk.masked_fill(before_Rk >= sampling.top_p, 0)  # the token that crosses top-p stays
         p_Rk /= p_Rk.sum(-1, keepdim=True)
-    return p_Rk, ids_Rk
+    return p_Rk
 
 
-def choose(logits_RV: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """The next token of each sequence: int64 (R,). Forbidden tokens have logits -inf."""
+def choose(kept_Rk: Tensor, ids_Rk: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """The next token of each sequence, int64 (R,), of its candidates: their logits, largest first, and their ids. The
+    candidates are the top_k tokens, or all when top_k is None."""
     if sampling.greedy:
-        return logits_RV.argmax(-1)
-    p_Rk, ids_Rk = candidates(logits_RV, sampling)
+        return ids_Rk[:, 0]
+    p_Rk = probabilities(kept_Rk, sampling)
     uniform = [torch.rand(1, generator=g, dtype=torch.float64) for g in generators]
     u_R1 = torch.stack(uniform).to(p_Rk.device)
     sums_Rk = p_Rk.cumsum(-1)

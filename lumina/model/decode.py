@@ -11,6 +11,7 @@ import ctypes
 import functools
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,8 +21,13 @@ from lumina.model.cache import KVCache
 from lumina.model.transformer import Transformer
 
 _I64, _PTR = ctypes.c_int64, ctypes.c_void_p
-_SIGNATURES: dict[str, list[Any]] = {"lumina_decode": [_PTR] * 10 + [_I64] * 10 + [ctypes.c_float, ctypes.c_int]}
+_SIGNATURES: dict[str, list[Any]] = {
+    "lumina_decode": [_PTR] * 10 + [_I64] * 10 + [ctypes.c_float, ctypes.c_int],
+    "lumina_quantise": [_PTR] * 4 + [_I64] * 2 + [ctypes.c_int],
+    "lumina_bounds": [_PTR] * 6 + [_I64] * 3 + [ctypes.c_int],
+}
 _MOST_ROWS = 8  # beyond that, matrix products that reuse the weights in registers are faster
+_MOST_SHORTLISTED = 2  # beyond that, reading the output matrix once for all rows costs less than the bounds of each
 
 
 @functools.cache
@@ -29,11 +35,54 @@ def _lib() -> ctypes.CDLL | None:
     return cpu.open_library(Path(__file__).with_name("decode_kernels.c"), _SIGNATURES)
 
 
-class Decoder:
-    """Decoding steps of one model over one cache. Neither may move to another device or type meanwhile."""
+class Shortlist:
+    """The exact k largest logits while reading half of the output matrix's bytes.
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
+    A copy of the matrix in 8 bits gives each logit to within a proven bound. Only rows whose upper bound reaches the
+    kth largest lower bound can be among the k largest, and only for these is the logit computed, from the true weights.
+    """
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self._weight_VD = weight_VD
+        vocabulary, width = weight_VD.shape
+        self._quantised_VD = torch.empty(vocabulary, width, dtype=torch.int8)
+        self._scale_V, self._error_V = torch.empty(vocabulary), torch.empty(vocabulary)
+        self._run("lumina_quantise", weight_VD, self._quantised_VD, self._scale_V, self._error_V, vocabulary, width)
+
+    @staticmethod
+    def _run(name: str, *arguments: Tensor | int) -> None:
+        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        getattr(_lib(), name)(*values, torch.get_num_threads())
+
+    def top(self, x_RD: Tensor, k: int, forbidden_V: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits float32 (R, k), ids int64 (R, k)), largest first, of rows that are not forbidden. x: float32."""
+        (count, width), vocabulary = x_RD.shape, len(self._weight_VD)
+        low_RV, high_RV = torch.empty(count, vocabulary), torch.empty(count, vocabulary)
+        tables = self._quantised_VD, self._scale_V, self._error_V
+        self._run("lumina_bounds", x_RD, *tables, low_RV, high_RV, count, vocabulary, width)
+        low_RV.masked_fill_(forbidden_V, -torch.inf)
+        high_RV.masked_fill_(forbidden_V, -torch.inf)
+        least_R1 = low_RV.topk(k).values[:, -1:] if k > 1 else low_RV.amax(-1, keepdim=True)
+        if not least_R1.isfinite().all():  # a diverged model: no bound says anything
+            return torch.full((count, k), torch.nan), torch.zeros(count, k, dtype=torch.int64)
+        kept, ids = [], []
+        for x_D, can_V in zip(x_RD, high_RV >= least_R1, strict=True):
+            ids_n = can_V.nonzero()[:, 0]
+            best = (self._weight_VD[ids_n].float() @ x_D).topk(k)
+            kept.append(best.values)
+            ids.append(ids_n[best.indices])
+        return torch.stack(kept), torch.stack(ids)
+
+
+_shortlists: WeakKeyDictionary[Transformer, Shortlist] = WeakKeyDictionary()
+
+
+class Decoder:
+    """Decoding steps of one model over one cache. Neither may move to another device or type meanwhile, and the model's
+    weights may not change while any decoder of it lives. `forbidden_V` (bool) marks tokens that are never chosen."""
+
+    def __init__(self, model: Transformer, cache: KVCache, forbidden_V: Tensor) -> None:
+        self._model, self._cache, self._forbidden_V = model, cache, forbidden_V
         self._weights = _in_order(model)
         plain = all(weight.is_contiguous() for weight in self._weights)
         self.compiled = plain and ops._use_cpu(*self._weights, cache.keys) and _lib() is not None
@@ -41,50 +90,49 @@ class Decoder:
             pointers = [weight.data_ptr() for weight in self._weights]
             self._pointers = (ctypes.c_void_p * len(pointers))(*pointers)
 
-    def step(self, ids_R1: Tensor, rows: list[int]) -> Tensor:
-        """Logits (R, V) of the tokens after `ids`, which join the cache's `rows`: float32, or the model's dtype."""
+    def largest(self, logits_RV: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+        """(logits, ids) of the k largest of tokens that are not forbidden, largest first; of all when k is None."""
+        logits_RV = logits_RV.masked_fill(self._forbidden_V, -torch.inf)
+        if k == 1:
+            kept_R1, ids_R1 = logits_RV.max(-1, keepdim=True)
+            return kept_R1, ids_R1
+        kept_Rk, ids_Rk = logits_RV.sort(descending=True) if k is None else logits_RV.topk(k)
+        return kept_Rk, ids_Rk
+
+    def step(self, ids_R1: Tensor, rows: list[int], k: int | None) -> tuple[Tensor, Tensor]:
+        """Feed one token to each of the cache's `rows`; `largest` of the logits that follow."""
         slots = [self._cache.lengths[row] for row in rows]
         positions_R1 = self._cache.extend(rows, [1] * len(rows), decode=True)
         if not self.compiled or len(rows) > _MOST_ROWS:
-            return self._model(ids_R1, positions_R1, cache=self._cache)[:, 0]  # type: ignore[no-any-return]
-        return self._call(ids_R1, positions_R1, rows, slots)
+            return self.largest(self._model(ids_R1, positions_R1, cache=self._cache)[:, 0], k)
+        if k is None or len(rows) > _MOST_SHORTLISTED:
+            logits_RV = torch.empty(len(rows), self._model.config.vocab_size)
+            self._call(ids_R1, positions_R1, rows, slots, logits_RV)
+            return self.largest(logits_RV, k)
+        x_RD = self._call(ids_R1, positions_R1, rows, slots, None)
+        if self._model not in _shortlists:
+            _shortlists[self._model] = Shortlist(self._model.output.weight)
+        return _shortlists[self._model].top(x_RD, k, self._forbidden_V)
 
-    def _call(self, ids_R1: Tensor, positions_R1: Tensor, rows: list[int], slots: list[int]) -> Tensor:
+    def _call(
+        self, ids_R1: Tensor, positions_R1: Tensor, rows: list[int], slots: list[int], logits_RV: Tensor | None
+    ) -> Tensor:
+        """Run the compiled step; fills in the logits when they are wanted. Returns the output layer's input (R, D)."""
         config, cache, threads = self._model.config, self._cache, torch.get_num_threads()
-        count, layers = len(rows), config.num_layers
+        count, hidden = len(rows), config.hidden_size
         x_RD = self._model.embedding.weight[ids_R1[:, 0]].float()
         rotary = ops.Rotary.of(positions_R1, config.head_dim, config.rope_theta)
-        logits_RV = torch.empty(count, config.vocab_size)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        scratch = torch.empty(count * (config.hidden_size + width + config.ffn_size) + threads * cache.capacity)
+        scratch = torch.empty(count * (hidden + width + config.ffn_size) + threads * cache.capacity)
         where = torch.tensor([rows, slots])
-        tensors = (
-            x_RD,
-            logits_RV,
-            cache.keys,
-            cache.values,
-            where[0],
-            where[1],
-            rotary.cos_BSh,
-            rotary.sin_BSh,
-            scratch,
-        )
+        tensors = x_RD, logits_RV, cache.keys, cache.values, where[0], where[1], rotary.cos_BSh, rotary.sin_BSh, scratch
         heads = config.num_heads, config.num_kv_heads, config.head_dim
-        sizes = (
-            layers,
-            count,
-            config.hidden_size,
-            *heads,
-            config.ffn_size,
-            config.vocab_size,
-            cache.rows,
-            cache.capacity,
-        )
+        sizes = config.num_layers, count, hidden, *heads, config.ffn_size, config.vocab_size, cache.rows, cache.capacity
         library = _lib()
         assert library is not None
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         library.lumina_decode(self._pointers, *addresses, *sizes, config.rms_norm_eps, threads)
-        return logits_RV
+        return scratch[: count * hidden].view(count, hidden)
 
 
 def _in_order(model: Transformer) -> list[Tensor]:

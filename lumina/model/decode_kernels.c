@@ -111,7 +111,8 @@ static void attend(float *q, const bf16 *keys, const bf16 *values, int64_t n, in
 }
 
 /* weights: for each layer attention norm, qkv, out, feed-forward norm, gate_up, down; then the last norm and the output
- * matrix. x: (R, D) embeddings, overwritten. logits: (R, V). rows, slots: which row of the cache each sequence has, and
+ * matrix. x: (R, D) embeddings, overwritten. logits: (R, V), or NULL: then the output layer is left out and its input is
+ * the first R * D floats of scratch. rows, slots: which row of the cache each sequence has, and
  * where in it its token goes. cos, sin: (R, d/2). scratch: R * (D + (H + 2K) d + F) + threads * C floats. */
 void lumina_decode(const bf16 *const *weights, float *x, float *logits, bf16 *keys, bf16 *values, const int64_t *rows,
                    const int64_t *slots, const float *cos, const float *sin, float *scratch, int64_t L, int64_t R,
@@ -158,6 +159,52 @@ void lumina_decode(const bf16 *const *weights, float *x, float *logits, bf16 *ke
             product(hidden, w[5], x, R, D, F, 1);
         }
         norm(x, weights[6 * L], normed, R, D, eps);
-        product(normed, weights[6 * L + 1], logits, R, V, D, 0);
+        if (logits) product(normed, weights[6 * L + 1], logits, R, V, D, 0);
+    }
+}
+
+/* The output matrix in 8 bits: w[i] ~ scale[i] * q[i], with error[i] >= |(x . w[i]) - scale[i] * (x . q[i])| / |x| for
+ * any x (Cauchy-Schwarz), the rounding of float32 sums included. */
+void lumina_quantise(const bf16 *w, int8_t *q, float *scale, float *error, int64_t V, int64_t D, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < V; i++) {
+        const bf16 *row = w + i * D;
+        float peak = 0.0f, square = 0.0f, lost = 0.0f;
+#pragma omp simd reduction(max : peak)
+        for (int64_t j = 0; j < D; j++) {
+            float a = fabsf(widen(row[j]));
+            peak = a > peak ? a : peak;
+        }
+        float unit = peak > 0.0f ? peak / 127.0f : 1.0f, inverse = 1.0f / unit;
+#pragma omp simd reduction(+ : square, lost)
+        for (int64_t j = 0; j < D; j++) {
+            float v = widen(row[j]), n = rintf(v * inverse), off = v - n * unit;
+            q[i * D + j] = (int8_t)n;
+            square += v * v;
+            lost += off * off;
+        }
+        scale[i] = unit;
+        error[i] = 1.0001f * sqrtf(lost) + 1e-5f * sqrtf(square);
+    }
+}
+
+/* For each row of x and of w, bounds between which x . w[i] lies: (R, V) each. */
+void lumina_bounds(const float *x, const int8_t *q, const float *scale, const float *error, float *low, float *high,
+                   int64_t R, int64_t V, int64_t D, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < V; i++) {
+        const int8_t *row = q + i * D;
+        for (int64_t r = 0; r < R; r++) {
+            const float *v = x + r * D;
+            float sum = 0.0f, square = 0.0f;
+#pragma omp simd reduction(+ : sum, square)
+            for (int64_t j = 0; j < D; j++) {
+                sum += v[j] * (float)row[j];
+                square += v[j] * v[j];
+            }
+            float middle = sum * scale[i], off = 1.0001f * sqrtf(square) * error[i];
+            low[r * V + i] = middle - off;
+            high[r * V + i] = middle + off;
+        }
     }
 }

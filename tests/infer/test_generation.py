@@ -8,10 +8,10 @@ from small_models import as_transformers, make_model
 
 from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
 from lumina.config import UserError
-from lumina.infer import LuminaVoice, Sampling, generate
+from lumina.infer import LuminaVoice, Sampling, generate, stream
 from lumina.model import Transformer, cpu
 from lumina.model.cache import KVCache
-from lumina.model.decode import Decoder
+from lumina.model.decode import Decoder, Shortlist
 
 TOKENIZER = Tokenizer.load()
 VOICE = LuminaVoice(TOKENIZER)
@@ -154,15 +154,61 @@ def test_bfloat16_is_as_near_to_float32_as_a_whole_pass_in_bfloat16(
     texts = [torch.randint(0, 1000, (length,)).tolist() for length in (12, 30, 21)]
     whole = [[m(torch.tensor([t]), torch.arange(len(t))[None])[0].float() for t in texts] for m in (exact, model)]
     cache, rows = KVCache(model.config, 4, 40, model.embedding.weight), [3, 0, 2]
-    decoder = Decoder(model, cache)
+    decoder = Decoder(model, cache, torch.zeros(model.config.vocab_size, dtype=torch.bool))
+
+    def step(pieces: list[int], where: list[int]) -> torch.Tensor:
+        kept_RV, ids_RV = decoder.step(torch.tensor(pieces)[:, None], where, None)
+        return torch.empty_like(kept_RV).scatter_(1, ids_RV, kept_RV).float()
+
     assert decoder.compiled == compiled
     model(torch.tensor([[token for text in texts for token in text[:6]]]), cache.extend(rows, [6] * 3), cache=cache)
     for at in range(6, 12):
-        logits_RV = decoder.step(torch.tensor([[t[at]] for t in texts]), rows).float()
+        logits_RV = step([t[at] for t in texts], rows)
         for row, reference, rounded in zip(logits_RV, *whole, strict=True):
             assert (row - reference[at]).norm() <= 2 * (rounded[at] - reference[at]).norm()
-    alone = decoder.step(torch.tensor([[texts[1][12]]]), rows[1:2]).float()[0]
+    alone = step([texts[1][12]], rows[1:2])[0]
     assert (alone - whole[0][1][12]).norm() <= 2 * (whole[1][1][12] - whole[0][1][12]).norm()
+
+
+@pytest.mark.parametrize("std", [0.02, 3.0])
+@pytest.mark.parametrize("k", [1, 2, 50, 100])
+def test_the_shortlist_is_exactly_the_largest_logits(k: int, std: float) -> None:
+    """Against the whole product in float64, with rows of very different sizes, duplicates and a row of zeros."""
+    if cpu.lib() is None:
+        pytest.skip("no C compiler: there is no shortlist to test")
+    torch.manual_seed(k)
+    weight_VD = std * torch.randn(3000, 48) * torch.rand(3000, 1) ** 3
+    weight_VD[10:20], weight_VD[5] = weight_VD[20:30], 0
+    weight_VD = weight_VD.bfloat16()
+    shortlist = Shortlist(weight_VD)
+    forbidden_V = torch.rand(3000) < 0.1
+    for scale in (1e-3, 1.0, 50.0):
+        x_RD = scale * torch.randn(2, 48)
+        exact_RV = (x_RD.double() @ weight_VD.double().T).masked_fill(forbidden_V, -torch.inf)
+        kept_Rk, ids_Rk = shortlist.top(x_RD, k, forbidden_V)
+        torch.testing.assert_close(kept_Rk.double(), exact_RV.topk(k).values, rtol=1e-4, atol=1e-6 * scale * std)
+        torch.testing.assert_close(exact_RV.gather(1, ids_Rk), kept_Rk.double(), rtol=1e-4, atol=1e-6 * scale * std)
+        assert all(len(set(row)) == k for row in ids_Rk.tolist())
+
+
+def test_the_shortlist_and_all_logits_generate_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(seed=9, dtype=torch.bfloat16)
+    samplings = [Sampling(temperature=0, max_length=12), Sampling(1.0, 20, max_length=12, seed=1)]
+    short = [generate(model, VOICE, PROMPTS[:2], sampling) for sampling in samplings]
+    monkeypatch.setattr("lumina.model.decode._MOST_SHORTLISTED", 0)
+    assert [generate(model, VOICE, PROMPTS[:2], sampling) for sampling in samplings] == short
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_diverged_model_is_said_to_be_one(dtype: torch.dtype, after: bool) -> None:
+    model = make_model(dtype=dtype)
+    tokens = stream(model, VOICE, PROMPTS[:1], GREEDY)
+    if after:
+        next(tokens)
+    model.norm.weight[3] = torch.nan
+    with pytest.raises(UserError, match="logits are not finite"):
+        next(tokens)
 
 
 def test_text_streams_in_whole_characters() -> None:

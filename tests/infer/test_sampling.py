@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lumina.config import UserError
 from lumina.infer import Sampling
-from lumina.infer.sampling import candidates, choose
+from lumina.infer.sampling import choose, probabilities
 
 VOCABULARY, DRAWS = 40, 20_000
 
@@ -56,7 +56,8 @@ def test_each_filter_draws_from_the_exact_distribution(temperature: float, top_k
     sampling = Sampling(temperature, top_k, top_p, seed=0)
     rows = torch.from_numpy(logits_V).repeat(100, 1)
     generators = [torch.Generator().manual_seed(row) for row in range(100)]
-    drawn = torch.cat([choose(rows, sampling, generators) for _ in range(DRAWS // 100)])
+    kept_Rk, ids_Rk = rows.topk(top_k or VOCABULARY)
+    drawn = torch.cat([choose(kept_Rk, ids_Rk, sampling, generators) for _ in range(DRAWS // 100)])
     counts = np.bincount(drawn.numpy(), minlength=VOCABULARY)
     assert counts[expected == 0].sum() == 0
     support = expected > 0
@@ -79,7 +80,8 @@ def test_each_filter_draws_from_the_exact_distribution(temperature: float, top_k
 )
 def test_candidates_are_the_definition(logits: list[float], temperature: float, top_k: int, top_p: float) -> None:
     logits_V = np.array(logits, dtype=np.float32)
-    p_Rk, ids_Rk = candidates(torch.from_numpy(logits_V)[None], Sampling(temperature, top_k, top_p))
+    kept_Rk, ids_Rk = torch.from_numpy(logits_V)[None].topk(min(top_k, len(logits)))
+    p_Rk = probabilities(kept_Rk, Sampling(temperature, top_k, top_p))
     spread = torch.zeros(1, len(logits), dtype=p_Rk.dtype).scatter_(1, ids_Rk, p_Rk)[0].numpy()
     # A token exactly at the edge of top_p may fall either way by the last bit of a sum.
     edges = [exact(logits_V, temperature, top_k, top_p * (1 + by)) for by in (0, -1e-12, 1e-12)]
@@ -87,8 +89,8 @@ def test_candidates_are_the_definition(logits: list[float], temperature: float, 
 
 
 def test_greedy_takes_the_largest_and_needs_no_random_numbers() -> None:
-    logits_RV = torch.tensor([[0.0, 3.0, 1.0], [5.0, -1.0, 4.9]])
-    assert choose(logits_RV, Sampling(temperature=0), []).tolist() == [1, 0]
+    kept_Rk, ids_Rk = torch.tensor([[0.0, 3.0, 1.0], [5.0, -1.0, 4.9]]).topk(2)
+    assert choose(kept_Rk, ids_Rk, Sampling(temperature=0), []).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

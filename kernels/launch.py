@@ -106,15 +106,18 @@ def multiprocessors(device: torch.device) -> int:
 # ---------------------------------------------------------------- the table
 
 
-def norm_tiles(width: int, rows: int, units: int, *, backward: bool) -> list[Tile]:
-    """Tiles for a row-wise norm, best guess first; the rest are candidates for tuning.
+def norm_tiles(width: int, rows: int, units: int, size: int, *, backward: bool) -> list[Tile]:
+    """Tiles for a row-wise norm of elements of `size` bytes, best guess first; the rest are candidates for tuning.
 
     A forward thread holds 32 elements of a row, a backward one 16 (it also holds the weight's gradient, the incoming
-    gradient and the next tile): past that the compiler spills. Narrow rows share a program, so that a launch has few
-    enough programs not to be bound by them, but never so many rows that multiprocessors stay idle.
+    gradient and the next tile), half as many of 4 bytes: past that the compiler spills. Narrow rows share a program, so
+    that a launch has few enough programs not to be bound by them, but never so many rows that multiprocessors stay
+    idle.
     """
     cols = power_of_two(width)
     elements, per_thread = (4096, 16) if backward else (4096, 32)
+    if size > 2:
+        per_thread //= 2
     height = max(1, elements // cols)
     while height > 1 and cdiv(rows, height) < units:
         height //= 2

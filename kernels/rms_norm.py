@@ -29,8 +29,9 @@ import triton.language as tl
 from . import launch
 from .launch import Launch, Tile, cdiv, power_of_two
 
-#: Widest row (padded to a power of two) held whole by one forward program, and by one backward program.
-FUSED_FORWARD = 32768
+#: Widest row (padded to a power of two) held whole by one forward program, in bytes, and by a backward one, in
+#: elements.
+FUSED_FORWARD = 65536
 FUSED_BACKWARD = 8192
 #: Columns per sweep step of the kernels for wider rows.
 SWEEP = 4096
@@ -220,7 +221,7 @@ def forward_launch(
     total = y_NW if sum_NW is None else sum_NW
 
     def build(tile: Tile) -> Launch:
-        wide = tile.cols > FUSED_FORWARD
+        wide = tile.cols * x_NW.itemsize > FUSED_FORWARD
         return Launch(
             _forward_wide if wide else _forward,
             (rows if wide else cdiv(rows, tile.rows),),
@@ -230,7 +231,7 @@ def forward_launch(
             8 if wide else tile.warps,
         )  # fmt: skip
 
-    tiles = launch.norm_tiles(width, rows, launch.multiprocessors(x_NW.device), backward=False)
+    tiles = launch.norm_tiles(width, rows, launch.multiprocessors(x_NW.device), x_NW.itemsize, backward=False)
     name = f"rms_norm forward add={residual_NW is not None} {x_NW.dtype} {width}"
     return build(launch.pick(name, tiles, build, device=x_NW.device))
 
@@ -259,7 +260,7 @@ def backward_launches(
     dsum = dy_NW if dsum_NW is None else dsum_NW
     strides = (dy_NW.stride(0), x_NW.stride(0), dsum.stride(0), dx_NW.stride(0))
     add = {"ADD": dsum_NW is not None}
-    tiles = launch.norm_tiles(width, rows, units, backward=True)
+    tiles = launch.norm_tiles(width, rows, units, x_NW.itemsize, backward=True)
     if tiles[0].cols > FUSED_BACKWARD:
         shares = max(1, min(cdiv(rows, ROWS_PER_PROGRAM), 64))
         rstd_N = torch.empty(rows, dtype=torch.float32, device=x_NW.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import subprocess
@@ -18,6 +19,10 @@ from lumina.chat.tokenizer import Tokenizer
 from lumina.config.errors import UserError
 from lumina.data.worker import Task, run_task
 
+# A worker takes about half a second of a core to start, in which a core prepares some 25 MB: with less than this for
+# each of them, fewer are faster. Measured on a 16 MB file: 0.75 s of processor time here, 1.7 s in two workers.
+BYTES_PER_WORKER = 24 << 20
+
 Report = dict[str, Any]
 Done = Callable[[int, Report], None]
 
@@ -30,22 +35,21 @@ def usable_cores() -> int:
 def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: Tokenizer, done: Done) -> None:
     """Runs numbered tasks and calls `done(number, report)` as each ends, never twice at once.
 
+    At most `workers` processes, and no more than the input is worth: see BYTES_PER_WORKER.
+
     Raises:
         UserError: an input could not be read, or a worker process died.
     """
-    if min(workers, len(tasks)) <= 1:
-        for number, task in tasks:
-            try:
-                report = run_task(tokenizer, task)
-            except OSError as error:
-                raise UserError(f"cannot prepare {task.path}: {error.strerror or error}") from error
-            done(number, report)
+    worth = sum(task.stop - task.start for _, task in tasks) // BYTES_PER_WORKER
+    count = min(workers, len(tasks), worth)
+    if count <= 1:
+        _run_here(tasks, tokenizer, done)
         return
     waiting: queue.SimpleQueue[tuple[int, Task]] = queue.SimpleQueue()
     for item in tasks:
         waiting.put(item)
     finished: queue.SimpleQueue[tuple[int, Task, Report]] = queue.SimpleQueue()
-    processes = [_start() for _ in range(min(workers, len(tasks)))]
+    processes = [_start() for _ in range(count)]
     threads = [threading.Thread(target=_feed, args=(p, waiting, finished), daemon=True) for p in processes]
     for thread in threads:
         thread.start()
@@ -70,6 +74,22 @@ def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: Tokeni
         for process in processes:
             if process.stdout:
                 process.stdout.close()
+
+
+def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: Tokenizer, done: Done) -> None:
+    """Runs the tasks one after another in this process, as a worker would: without the cycle collector."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for number, task in tasks:
+            try:
+                report = run_task(tokenizer, task)
+            except OSError as error:
+                raise UserError(f"cannot prepare {task.path}: {error.strerror or error}") from error
+            done(number, report)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _start() -> subprocess.Popen[bytes]:

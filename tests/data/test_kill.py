@@ -13,9 +13,11 @@ from helpers import chat, write_jsonl
 
 SCRIPT = """
 import sys
+import lumina.data.pool as pool
 import lumina.data.preparation as preparation
 sys.path.insert(0, {tests!r})
 from helpers import TOKENIZER, Settings
+pool.BYTES_PER_WORKER = 1
 preparation.MIN_TASK_BYTES = preparation.MAX_TASK_BYTES = 15_000
 settings = Settings(seq_length=256, cache_dir=sys.argv[2])
 preparation.prepare([sys.argv[1]], settings, TOKENIZER, workers=2, progress=lambda done, all: print(done, flush=True))

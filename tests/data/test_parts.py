@@ -144,6 +144,7 @@ def test_files_with_duplicates_across_train_and_eval(tmp_path: Path) -> None:
 def test_decisions_line_up_across_tasks_trees_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 700)
     monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 700)
+    monkeypatch.setattr("lumina.data.pool.BYTES_PER_WORKER", 1)
     reply = lambda name: {"message_id": name, "role": "assistant", "text": f"reply {name}", "replies": []}
     trees = [
         {

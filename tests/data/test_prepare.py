@@ -146,6 +146,7 @@ def test_bad_lines_are_skipped_and_counted_with_their_line_numbers(tmp_path: Pat
 def test_line_numbers_hold_across_tasks_workers_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 1000)
     monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 1000)
+    monkeypatch.setattr("lumina.data.pool.BYTES_PER_WORKER", 1)
     lines: list[Any] = [chat("question " * (i % 7), f"answer {i}") for i in range(1, 200)]
     lines[150] = lines[20] = b"broken"
     first = write_jsonl(tmp_path / "one.jsonl", lines)
@@ -296,6 +297,7 @@ def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(pool, "_start", stillborn)
     monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 100)
     monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 100)
+    monkeypatch.setattr(pool, "BYTES_PER_WORKER", 1)
     path = write_jsonl(tmp_path / "in.jsonl", [chat("question", f"answer {i}") for i in range(20)])
     with pytest.raises(UserError, match=r"worker process died \(exit code 9\)"):
         prepare([path], Settings(), TOKENIZER, workers=2)

@@ -140,7 +140,7 @@ def mark_best(folder: Path, step: int, loss: float) -> None:
 def best_step(folder: Path) -> int | None:
     try:
         return int(json.loads((folder / BEST).read_text())["step"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -150,7 +150,11 @@ def best_step(folder: Path) -> int | None:
 def checkpoints(folder: Path) -> list[Path]:
     """Named checkpoints, newest first."""
     found = [path for path in folder.glob("step-*") if _NAME.match(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -162,6 +166,9 @@ def damage(checkpoint: Path) -> str | None:
         return f"{MANIFEST} cannot be read ({error})"
     if manifest.get("format") != FORMAT:
         return f"{MANIFEST} has format {manifest.get('format')}, this version reads {FORMAT}"
+    names = [name for name, *_ in files]
+    if TRAINER not in names or not any(name.startswith("rank-") for name in names):
+        return f"{MANIFEST} does not name {TRAINER} and the files of the ranks"
     for name, size, sha256 in files:
         path = checkpoint / name
         if Path(name).name != name or not path.is_file():
@@ -191,7 +198,7 @@ def candidates(path: str | Path) -> list[Path]:
     """
     given = Path(path)
     if _NAME.match(given.name) and given.is_dir():
-        older = [c for c in checkpoints(given.parent) if c.name < given.name]
+        older = [c for c in checkpoints(given.parent) if _step_of(c) < _step_of(given)]
         return [given, *older]
     for folder in (given / "checkpoints", given):
         if folder.is_dir() and (found := checkpoints(folder)):

@@ -141,6 +141,8 @@ def prepare_moments(engine: Engine, keys: list[str], step: int) -> None:
     for group in engine.optimizer.param_groups:
         if "step" in group:  # DeepSpeed's fused Adam counts per group
             group["step"] = step
+    if not keys:  # saved before the first update was applied: the optimizer starts afresh
+        return
     for owner in _owners(engine):
         state = engine.optimizer.state[owner]
         for key in keys:

@@ -57,15 +57,16 @@ def build(
     """
     partial = final.with_name(f"{final.name}.partial")
     files = list(dict.fromkeys(task.path for task in tasks))
-    reports: list[dict[str, Any] | None] = [_finished(Path(task.out)) for task in tasks]
+    reports: list[dict[str, Any] | None] = [_finished(task) for task in tasks]
     total = sum(task.stop - task.start for task in tasks)
     bytes_done = sum(task.stop - task.start for task, report in zip(tasks, reports, strict=True) if report)
 
     def done(number: int, report: dict[str, Any]) -> None:
         nonlocal bytes_done
-        write_json(_report_path(Path(tasks[number].out)), report)
+        task = tasks[number]
+        write_json(_report_path(Path(task.out)), {**report, "range": [task.start, task.stop]})
         reports[number] = report
-        bytes_done += tasks[number].stop - tasks[number].start
+        bytes_done += task.stop - task.start
         if progress is not None:
             progress(bytes_done, total)
 
@@ -75,20 +76,7 @@ def build(
     assert len(complete) == len(tasks)
 
     account = merge_accounts(tasks, complete, config.overlong, config.seq_length)
-    if not account.conversations:
-        shutil.rmtree(partial)
-        raise UserError(
-            f"no usable conversation in {', '.join(files)}: all {account.bad_lines:,} lines are bad",
-            "\n  ".join(account.report()[5:]) or "Every line is blank.",
-        )
-    if not account.tokens_trained:
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in account.conversations_dropped.items())
-        why = dropped or f"no answer lies within the first {config.seq_length:,} tokens"
-        raise UserError(
-            f"nothing is left to learn from of the {account.conversations:,} conversations in {', '.join(files)}:"
-            f" {why}",
-            "Raise seq_length or use --overlong split." if not dropped or account.overlong_conversations else None,
-        )
+    _refuse_nothing(account, files, config, partial)
     _pack(tasks, config, account, partial, weights or {})
     account.check()
     for task in tasks:
@@ -115,17 +103,36 @@ def build(
     os.replace(partial, final)
 
 
+def _refuse_nothing(account: Account, files: Sequence[str], config: Settings, partial: Path) -> None:
+    """Raises a UserError that says why, when there is nothing to learn from."""
+    if not account.conversations:
+        shutil.rmtree(partial)
+        raise UserError(
+            f"no usable conversation in {', '.join(files)}: all {account.bad_lines:,} lines are bad",
+            "\n  ".join(account.report()[5:]) or "Every line is blank.",
+        )
+    if not account.tokens_trained:
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in account.conversations_dropped.items())
+        why = dropped or f"no answer lies within the first {config.seq_length:,} tokens"
+        raise UserError(
+            f"nothing is left to learn from of the {account.conversations:,} conversations in {', '.join(files)}:"
+            f" {why}",
+            "Raise seq_length or use --overlong split." if not dropped or account.overlong_conversations else None,
+        )
+
+
 def _report_path(pieces: Path) -> Path:
     return pieces.with_suffix(".json")
 
 
-def _finished(pieces: Path) -> dict[str, Any] | None:
+def _finished(task: Task) -> dict[str, Any] | None:
     """The report of a task that an earlier, interrupted run has finished; None when it has to be done."""
     try:
-        report = orjson.loads(_report_path(pieces).read_bytes())
+        report = orjson.loads(_report_path(Path(task.out)).read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return None
-    return report if isinstance(report, dict) and pieces.is_file() else None
+    same = isinstance(report, dict) and report.get("range") == [task.start, task.stop]
+    return report if same and Path(task.out).is_file() else None
 
 
 def line_bases(tasks: Sequence[Task], reports: Sequence[dict[str, Any]]) -> list[int]:

@@ -155,10 +155,14 @@ def from_instruction(record: dict[str, Any]) -> Conversation | Fault:
 def from_prompt(record: dict[str, Any]) -> Conversation | Fault:
     """`{"prompt", "response" | "completion"}`, each a string or a list of messages (TRL)."""
     prompt = record["prompt"]
-    answer = record["response"] if record.get("response") is not None else record.get("completion")
+    answer = _answer(record)
     if type(prompt) is list and type(answer) is list:
         return from_messages({**record, "messages": [*prompt, *answer]})
     return _pair(record, prompt, answer)
+
+
+def _answer(record: dict[str, Any]) -> Any:
+    return record["response"] if record.get("response") is not None else record.get("completion")
 
 
 def _pair(record: dict[str, Any], question: Any, answer: Any) -> Conversation | Fault:
@@ -222,7 +226,7 @@ def format_of(record: Any) -> str | None:
         return None
     if type(record.get("prompt")) is dict:
         return "OASST tree"
-    if record.get("prompt") is not None and (record.get("response") or record.get("completion")) is not None:
+    if record.get("prompt") is not None and _answer(record) is not None:
         return "prompt and response"
     return next((name for key, name, _ in FORMATS if record.get(key) is not None), None)
 
@@ -234,7 +238,7 @@ def convert(record: Any) -> Conversation | Fault | Tree:
             return from_messages(record)
         if type(record.get("prompt")) is dict:
             return from_tree(record)
-        if record.get("prompt") is not None and (record.get("response") or record.get("completion")) is not None:
+        if record.get("prompt") is not None and _answer(record) is not None:
             return from_prompt(record)
         for key, _, converter in FORMATS:
             if record.get(key) is not None:

@@ -97,6 +97,7 @@ def test_each_format_is_named_and_read(name: str, record: dict[str, Any], expect
         ({"instruction": "q"}, "wrong type"),
         ({"instruction": "q", "output": ""}, "empty"),
         ({"prompt": "q", "response": 3}, "wrong type"),
+        ({"prompt": "q", "response": ""}, "empty"),
         ({"text": " "}, "empty"),
         ({"text": 1}, "wrong type"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "no assistant turn"),

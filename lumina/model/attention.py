@@ -115,6 +115,7 @@ def _torch_varlen() -> Callable[[Tensor, Tensor, Tensor, Documents], Tensor] | N
 # cores); the same work as plain matrix products over blocks of queries takes 8: they run at the machine's full rate,
 # and folding the heads of a group into rows saves repeating the keys. Probabilities are rebuilt in the backward pass.
 
+_LENGTH_TILE = 32
 _QUERY_BLOCK = 256  # queries at a time; keys beyond a block's last query are never touched
 
 
@@ -181,4 +182,11 @@ class _CpuAttention(torch.autograd.Function):
 
 
 def _cpu_attention(q_SHd: Tensor, k_SKd: Tensor, v_SKd: Tensor) -> Tensor:
-    return _CpuAttention.apply(q_SHd, k_SKd, v_SKd)  # type: ignore[no-any-return, no-untyped-call]
+    # Lengths in whole tiles: oneDNN keeps code for every shape. What is padded comes after every real query, so
+    # causality hides it, and the padded queries' rows are cut off again.
+    length = q_SHd.shape[0]
+    extra = -length % _LENGTH_TILE
+    if extra:
+        q_SHd, k_SKd, v_SKd = (F.pad(x, (0, 0, 0, 0, 0, extra)) for x in (q_SHd, k_SKd, v_SKd))
+    out_SHd: Tensor = _CpuAttention.apply(q_SHd, k_SKd, v_SKd)  # type: ignore[no-untyped-call]
+    return out_SHd[:length]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lumina.config import ModelConfig
 from lumina.model import ops
 from lumina.model.attention import Documents, attention
-from lumina.model.loss import output_loss
+from lumina.model.loss import output_loss, round_up
 
 if TYPE_CHECKING:
     from lumina.model.cache import KVCache
@@ -133,8 +133,13 @@ class Output(nn.Module):
     def forward(self, x_BSD: Tensor, targets_BS: Tensor | None = None, weights_BS: Tensor | None = None) -> Tensor:
         if targets_BS is None or weights_BS is None:
             return torch.nn.functional.linear(x_BSD, self.weight)
-        supervised_BS = weights_BS > 0
-        return output_loss(x_BSD[supervised_BS], self.weight, targets_BS[supervised_BS], weights_BS[supervised_BS])
+        where_N = weights_BS.flatten().nonzero()[:, 0]
+        weights_N = weights_BS.flatten()[where_N]
+        extra = round_up(len(where_N)) - len(where_N)
+        where_N = torch.nn.functional.pad(where_N, (0, extra))  # position 0 again, with weight zero
+        weights_N = torch.nn.functional.pad(weights_N, (0, extra))
+        hidden_ND = x_BSD.flatten(0, 1).index_select(0, where_N)
+        return output_loss(hidden_ND, self.weight, targets_BS.flatten()[where_N], weights_N)
 
 
 class Transformer(nn.Module):

@@ -16,6 +16,7 @@ import torch
 
 from lumina.config import Config
 from lumina.model import Transformer
+from lumina.model.loss import round_up
 from lumina.train.optimizer import build_optimizer, parameter_groups
 
 if TYPE_CHECKING:
@@ -132,6 +133,19 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
+    def loss(self, batch: TorchBatch, scale: float = 1.0) -> torch.Tensor:
+        """scale * sum(weight * token loss) of a micro-batch, in nats. Its tokens are rounded up to whole tiles by one
+        more document of weight zero, since matrix libraries prepare code for every row count they meet."""
+        ids, targets, weights, positions, bounds = (t.to(self.device, non_blocking=True) for t in batch[:5])
+        extra = round_up(len(ids)) - len(ids)
+        if extra:
+            ids, targets, weights = (torch.nn.functional.pad(t, (0, extra)) for t in (ids, targets, weights))
+            positions = torch.cat((positions, torch.arange(extra, device=self.device)))
+            bounds = torch.nn.functional.pad(bounds, (0, 1), value=len(ids))
+        longest = max(batch.max_seqlen, extra)
+        out: torch.Tensor = self.ds(ids[None], positions[None], bounds, longest, targets[None], (weights * scale)[None])
+        return out
+
     def accumulate(self, batch: TorchBatch, scale: float, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its loss, scale * sum(weight * token loss), detached.
 
@@ -140,16 +154,15 @@ class Engine:
         accumulation steps, because `scale` already divides by the step's true token count.
         """
         self.ds.set_gradient_accumulation_boundary(is_boundary=last)
-        ids, targets, weights, positions, cu_seqlens = (t.to(self.device, non_blocking=True) for t in batch[:5])
         # float16 gradients would underflow divided by a token count that the loss scale has not met yet: there the
         # division comes after the loss.
         inner, outer = (1.0, scale) if self.fp16 else (scale, 1.0)
-        loss = self.ds(ids[None], positions[None], cu_seqlens, batch.max_seqlen, targets[None], (weights * inner)[None])
+        loss = self.loss(batch, inner)
         # Multiplied even by one: DeepSpeed 0.19.8 divides the gradient of a tensor that its forward returned by the
         # accumulation steps, scale_wrt_gas or not, unless backward() is called on a tensor derived from it (stage 0).
         loss = loss * outer
         self.ds.backward(loss, scale_wrt_gas=False)
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
 
     def step(self) -> tuple[float, bool]:
         """Update the weights. Returns the gradient norm before clipping and whether the step was applied: a norm that

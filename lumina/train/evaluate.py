@@ -19,9 +19,7 @@ def evaluate(engine: Engine, dataset: PackedDataset, micro_batch_size: int, rank
     indices = torch.arange(dataset.num_samples).numpy()
     for share in deal(indices, ranks.rank, ranks.world, micro_batch_size):
         batch = dataset.batch(share).torch()
-        ids, targets, weights, positions, cu_seqlens = (t.to(engine.device) for t in batch[:5])
-        loss = engine.ds(ids[None], positions[None], cu_seqlens, batch.max_seqlen, targets[None], weights[None])
-        totals += torch.tensor([float(loss), float(weights.sum())], dtype=torch.float64)
+        totals += torch.tensor([float(engine.loss(batch)), float(batch.weights_T.sum())], dtype=torch.float64)
     totals = totals.to(engine.device)
     dist.all_reduce(totals)
     engine.ds.train()

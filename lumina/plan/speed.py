@@ -25,10 +25,11 @@ from lumina.plan.workload import (
     traffic,
 )
 
+# Assumptions, not measurements; the comparison in docs/plan.md covers the first two, nothing covers the host's.
 STREAM = 0.85  # share of memory bandwidth that element-wise kernels reach
 COLLECTIVE = 0.80  # share of a link that NCCL's collectives reach for large messages
-HOST_LINK = 25e9  # bytes/s between GPU and host: PCIe 4.0 x16, as measured by most bandwidth tests
-HOST_ADAM = 1e9  # parameters/s that DeepSpeed's CPU Adam updates on a server (ZeRO-Offload, arXiv:2101.06840, table 4)
+HOST_LINK = 25e9  # bytes/s between GPU and host (PCIe 4.0 x16 is 32e9 each way)
+HOST_ADAM = 1e9  # parameters/s that DeepSpeed's CPU Adam updates on a server
 UNCERTAINTY = 0.25  # of the predicted rate, either way
 
 

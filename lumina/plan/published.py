@@ -1,9 +1,10 @@
 """The speed model against published runs: `python -m lumina.plan.published > docs/plan.md` writes the document.
 
 The matrix-product shares of devices.yaml come from llm-foundry's single-node rows; here stand multi-node rows of it,
-from 125M to 70B and with the two worst of all 67 among them (70B on 64 and 1B on 32 A100 40 GB), and other trainers. What differs from Lumina is said per trainer, not per run: how many times more bytes its element-wise code
-moves (eager code runs norm, activation and residual as separate passes: 2.8, a round number within what the same
-single-node fits gave; compiled code as fused as ours: 1), and what its attention kernel reaches (llm-foundry used
+from 125M to 70B and with the two worst of all 67 among them (70B on 64 and 1B on 32 A100 40 GB), and other trainers.
+What differs from Lumina is said per trainer, not per run: how many times more bytes its element-wise code moves
+(eager code runs norm, activation and residual as separate passes: 2.8, a round number within what the same single-
+node fits gave; compiled code as fused as ours: 1), and what its attention kernel reaches (llm-foundry used
 FlashAttention 1 in Triton: 0.31 of an A100's peak and 0.18 of an H100's, from the same fits).
 """
 

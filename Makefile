@@ -28,11 +28,11 @@ quickstart: $(STAMP)
 	launchers/quickstart.sh
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not cluster" $(PYTEST_ARGS)
 
 # pytest exits 5 when it collects nothing: say so rather than pass or fail in silence.
 test-cluster: $(STAMP) cluster-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster $(PYTEST_ARGS) \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster $(PYTEST_ARGS) \
 	  || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked cluster" || exit $$code; }
 
 cluster-packages:

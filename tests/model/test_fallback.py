@@ -87,17 +87,17 @@ def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if shutil.which("cc") is None:
         pytest.skip("no C compiler here")
     monkeypatch.setenv("LUMINA_CACHE", str(tmp_path / "cache"))
-    built = cpu._build()
+    built = cpu._build(cpu._SOURCE)
     assert built is not None
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [built.name]  # no scratch is left
     monkeypatch.setattr(subprocess, "run", None)  # a second build would fail
-    assert cpu._build() == built
+    assert cpu._build(cpu._SOURCE) == built
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LUMINA_CACHE", str(tmp_path / "file" / "cache"))
-    assert cpu._build() is None
+    assert cpu._build(cpu._SOURCE) is None
 
 
 def test_other_types_and_tracing_take_plain_torch() -> None:

@@ -204,11 +204,12 @@ def test_the_watch_on_logits_sees_them() -> None:
 
 
 def test_chunks_are_even() -> None:
-    """No small last chunk: the rows are dealt out evenly, and as many as fit."""
+    """No small last chunk: the rows are dealt out evenly in whole tiles, in as few chunks as fit."""
     fits = room.CHUNK_BYTES // (100_352 * 2)
     for rows in (1, fits, fits + 1, 2 * fits + 1, 10 * fits):
         step = room._chunk_rows(100_352, 2, rows)
         chunks = -(-rows // step)
         assert step <= fits
         assert chunks == -(-rows // fits)
-        assert rows - (chunks - 1) * step > step - chunks
+        assert step % room.ROW_TILE == 0 or step == fits
+        assert step - (rows - (chunks - 1) * step) < chunks * room.ROW_TILE

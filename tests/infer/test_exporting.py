@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from small_models import make_model, write_run
@@ -103,6 +103,8 @@ _SPACES = "\t\n\r \x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u200b\u2028\u202f\u3000\u
 @settings(max_examples=600, deadline=None)
 @given(st.one_of(st.text(max_size=60), st.text(alphabet=_SPACES + "aZé日'sSſtTKllrevd12٣0!.-_🙂", max_size=30)))
 def test_the_tokenizer_gives_the_very_ids(fast: FastTokenizer, text: str) -> None:
+    # A Hugging Face tokenizer takes a control token's name in plain text for the token; ours never does.
+    assume(not any(name in text for name in TOKENIZER.control_ids))
     assert fast.encode(text).ids == TOKENIZER.encode(text)
     assert fast.decode(fast.encode(text).ids) == text
 

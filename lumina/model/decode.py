@@ -24,7 +24,7 @@ _I64, _PTR = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[Any]] = {
     "lumina_decode": [_PTR] * 10 + [_I64] * 10 + [ctypes.c_float, ctypes.c_int],
     "lumina_quantise": [_PTR] * 4 + [_I64] * 2 + [ctypes.c_int],
-    "lumina_bounds": [_PTR] * 6 + [_I64] * 3 + [ctypes.c_int],
+    "lumina_bounds": [_PTR] * 7 + [_I64] * 3 + [ctypes.c_int],
 }
 _MOST_ROWS = 8  # beyond that, matrix products that reuse the weights in registers are faster
 _MOST_SHORTLISTED = 2  # beyond that, reading the output matrix once for all rows costs less than the bounds of each
@@ -59,7 +59,8 @@ class Shortlist:
         (count, width), vocabulary = x_RD.shape, len(self._weight_VD)
         low_RV, high_RV = torch.empty(count, vocabulary), torch.empty(count, vocabulary)
         tables = self._quantised_VD, self._scale_V, self._error_V
-        self._run("lumina_bounds", x_RD, *tables, low_RV, high_RV, count, vocabulary, width)
+        norms_R = torch.linalg.vector_norm(x_RD, dim=-1)
+        self._run("lumina_bounds", x_RD, norms_R, *tables, low_RV, high_RV, count, vocabulary, width)
         low_RV.masked_fill_(forbidden_V, -torch.inf)
         high_RV.masked_fill_(forbidden_V, -torch.inf)
         least_R1 = low_RV.topk(k).values[:, -1:] if k > 1 else low_RV.amax(-1, keepdim=True)

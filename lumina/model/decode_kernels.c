@@ -12,6 +12,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -188,21 +192,31 @@ void lumina_quantise(const bf16 *w, int8_t *q, float *scale, float *error, int64
     }
 }
 
-/* For each row of x and of w, bounds between which x . w[i] lies: (R, V) each. */
-void lumina_bounds(const float *x, const int8_t *q, const float *scale, const float *error, float *low, float *high,
-                   int64_t R, int64_t V, int64_t D, int threads) {
+/* x . q over n. gcc 12 turns the plain loop over bytes into a third of the memory's speed, hence the intrinsics. */
+static inline float dot_bytes(const float *x, const int8_t *q, int64_t n) {
+    float sum = 0.0f;
+    int64_t j = 0;
+#ifdef __AVX512F__
+    __m512 first = _mm512_setzero_ps(), second = _mm512_setzero_ps();
+    for (; j + 32 <= n; j += 32) {
+        __m512i q0 = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(q + j)));
+        __m512i q1 = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(q + j + 16)));
+        first = _mm512_fmadd_ps(_mm512_loadu_ps(x + j), _mm512_cvtepi32_ps(q0), first);
+        second = _mm512_fmadd_ps(_mm512_loadu_ps(x + j + 16), _mm512_cvtepi32_ps(q1), second);
+    }
+    sum = _mm512_reduce_add_ps(_mm512_add_ps(first, second));
+#endif
+    for (; j < n; j++) sum += x[j] * (float)q[j];
+    return sum;
+}
+
+/* For each row of x and of w, bounds between which x . w[i] lies: (R, V) each. norms: |x| for each row of x. */
+void lumina_bounds(const float *x, const float *norms, const int8_t *q, const float *scale, const float *error,
+                   float *low, float *high, int64_t R, int64_t V, int64_t D, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < V; i++) {
-        const int8_t *row = q + i * D;
         for (int64_t r = 0; r < R; r++) {
-            const float *v = x + r * D;
-            float sum = 0.0f, square = 0.0f;
-#pragma omp simd reduction(+ : sum, square)
-            for (int64_t j = 0; j < D; j++) {
-                sum += v[j] * (float)row[j];
-                square += v[j] * v[j];
-            }
-            float middle = sum * scale[i], off = 1.0001f * sqrtf(square) * error[i];
+            float middle = dot_bytes(x + r * D, q + i * D, D) * scale[i], off = 1.0001f * norms[r] * error[i];
             low[r * V + i] = middle - off;
             high[r * V + i] = middle + off;
         }

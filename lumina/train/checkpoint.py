@@ -277,6 +277,18 @@ def load(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -> None:
     dist.barrier()
 
 
+@torch.no_grad()
+def load_weights(checkpoint: Path, engine: Engine) -> None:
+    """Load the weights alone into a fresh engine; collective."""
+    reader = Reader(checkpoint)
+    for piece in to_load(engine):
+        host = torch.empty(piece.numel, dtype=torch.float32)
+        reader.read(MASTER, piece.name, piece.start, host)
+        piece.view(piece.owner).copy_(host)
+    publish(engine)
+    dist.barrier()
+
+
 def read_weights(checkpoint: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     """The float32 weights by name, whole, for generation and export: no engine, no process group, no pickle."""
     reader = Reader(checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,8 @@ class Run:
         self.progress.precision, self.progress.zero_stage = precision, self.engine.stage
         if source is not None:
             self._resume(source, trainer)
+        elif config.init_from is not None:
+            self._start_from(config.init_from)
         self.progress.model, self.progress.data_fingerprint = _shape(config), self.train_data.fingerprint
         self.start_step = self._last_saved = self.progress.step
         self.utilisation = Utilisation(config, precision, device == "cuda")
@@ -99,18 +101,23 @@ class Run:
 
     def _find_checkpoint(self, config: Config) -> tuple[Path | None, Progress, dict[str, Any]]:
         """The checkpoint to go on from, chosen by rank 0 for all."""
+        source = self._agree(lambda: _choose(config, self.folder))
+        progress, trainer = checkpoint.read_progress(source) if source is not None else (Progress(), {})
+        return source, progress, trainer
+
+    def _agree(self, choose: Callable[[], Path | None]) -> Path | None:
+        """Rank 0's choice, or the UserError it met, on every rank."""
         found: list[Any] = [None]
         if self.ranks.main:
             try:
-                found = [_choose(config, self.folder)]
+                found = [choose()]
             except UserError as error:
                 found = [error]
         dist.broadcast_object_list(found)
         if isinstance(found[0], UserError):
             raise found[0]
-        source = found[0]
-        progress, trainer = checkpoint.read_progress(source) if source is not None else (Progress(), {})
-        return source, progress, trainer
+        chosen: Path | None = found[0]
+        return chosen
 
     def _prepare_data(self) -> tuple[PackedDataset, PackedDataset | None]:
         """Rank 0 of each node prepares; the others find the cache it left."""
@@ -141,6 +148,13 @@ class Run:
                 "Resume with the same files and data settings, or start a run with another --experiment-name.",
             )
         checkpoint.load(source, self.engine, trainer)
+
+    def _start_from(self, given: str) -> None:
+        """Begin with another run's weights: step 0, no optimizer state."""
+        source = self._agree(lambda: _weights_of(given))
+        assert source is not None
+        _same_model(checkpoint.read_progress(source)[0].model, _shape(self.config), source)
+        checkpoint.load_weights(source, self.engine)
 
     def _open_folder(self, report: Iterable[str], precision: str) -> None:
         """The run's folder with its resolved configuration, log and metrics. Rank 0 writes."""
@@ -260,6 +274,19 @@ def _choose(config: Config, folder: Path) -> Path | None:
     sound = checkpoint.newest_sound(choices)
     if choices and sound is None:
         raise UserError(f"no checkpoint under {choices[0].parent} is whole", "See the warnings above for each one.")
+    return sound
+
+
+def _weights_of(given: str) -> Path:
+    """The newest sound checkpoint that --init-from means."""
+    sound = checkpoint.newest_sound(checkpoint.candidates(given))
+    if sound is None:
+        raise UserError(f"no checkpoint of {given} is whole", "See the warnings above for each one.")
+    if (sound.parent.parent / "tokenizer").is_dir():  # as lumina import leaves it
+        raise UserError(
+            f"{given} was imported with a tokenizer of its own, and training data is prepared only with cl100k_base",
+            "Start from a model that was trained, or exported, by Lumina.",
+        )
     return sound
 
 

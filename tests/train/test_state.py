@@ -50,6 +50,20 @@ def test_fragments_are_the_weights(stage: int, precision: str) -> None:
         assert torch.equal(own, drawn) or torch.equal(own, expected), name
 
 
+@pytest.mark.parametrize(("stage", "precision"), EVERY)
+def test_weights_alone_start_a_new_run(tmp_path: Path, stage: int, precision: str) -> None:
+    """Another run's weights to the bit, under whatever stage, and no trace of its optimizer."""
+    path, old = saved(tmp_path, 1)
+    fresh = make_engine(stage, precision)
+    checkpoint.load_weights(path, fresh)
+    given, taken = state_of(old), state_of(fresh)
+    masters = [key for key in given if key.startswith(f"{MASTER}/")]
+    assert masters
+    assert all(torch.equal(given[key], taken[key]) for key in masters)
+    assert step_count(fresh) == 0
+    assert all(not moments(fresh, piece) for piece in fragments(fresh))
+
+
 def saved(folder: Path, stage: int, precision: str = "fp32") -> tuple[Path, Engine]:
     """A checkpoint after two steps, and the engine that wrote it."""
     made = make_engine(stage, precision)

@@ -17,7 +17,7 @@ import torch
 from lumina.config import Config
 from lumina.model import Transformer
 from lumina.model.loss import round_up
-from lumina.train.optimizer import build_optimizer, parameter_groups
+from lumina.train.optimizer import build_optimizer
 
 if TYPE_CHECKING:
     from lumina.data.dataset import TorchBatch
@@ -109,13 +109,10 @@ class Engine:
             self._clip = float(ds_config.get("gradient_clipping", 0.0))
             ds_config = {**ds_config, "gradient_clipping": 0.0}
         optimizer = build_optimizer(model, config, ds_config)
-        groups = parameter_groups(model, config.weight_decay) if optimizer is None else None
         allowed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        self.ds, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, model_parameters=groups, config={**allowed, **ds_config}
-        )
+        self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**allowed, **ds_config})
         self.device: torch.device = self.ds.device
-        if self.stage == 0 and self.half and optimizer is not None:
+        if self.stage == 0 and self.half:
             # DeepSpeed allocates this optimizer's state by an update with zero gradients, which counts as Adam's first
             # step and makes the real first one too large. The rate was 0 then: forgetting the state undoes it.
             self.optimizer.state.clear()

@@ -21,11 +21,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, config: Config, ds_config: dict[str, Any]) -> torch.optim.Optimizer | None:
-    """torch's fused AdamW; DeepSpeed's CPU Adam when optimizer states are offloaded; None when the user's DeepSpeed
-    JSON names an optimizer, which DeepSpeed then builds itself."""
-    if "optimizer" in ds_config:
-        return None
+def build_optimizer(model: nn.Module, config: Config, ds_config: dict[str, Any]) -> torch.optim.Optimizer:
+    """torch's fused AdamW, or DeepSpeed's CPU Adam when optimizer states are offloaded. An optimizer block in the
+    user's DeepSpeed JSON has become part of `config` by now (lumina.config.deepspeed)."""
     groups = parameter_groups(model, config.weight_decay)
     settings: dict[str, Any] = {
         "lr": 0.0,  # the loop sets it before every step; some DeepSpeed wrappers make a dry first update on their own

@@ -85,23 +85,17 @@ def _replicated(engine: Engine, names: dict[int, str]) -> Iterator[Fragment]:
     wrapper = engine.ds.optimizer
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
-    def share(name: str, owner: Tensor, numel: int, offset: int) -> Fragment:
+    def share(name: str, owner: Tensor, numel: int) -> Fragment:
         start = numel * rank // world
-        return Fragment(name, start, numel * (rank + 1) // world - start, owner, offset + start)
+        return Fragment(name, start, numel * (rank + 1) // world - start, owner, start)
 
-    if hasattr(wrapper, "fp32_groups_flat"):  # half precision with a fused optimizer: one flat tensor per group
-        for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_groups_flat, strict=True):
-            offset = 0
-            for parameter in group:
-                yield share(names[id(parameter)], flat, parameter.numel(), offset)
-                offset += parameter.numel()
-    elif hasattr(wrapper, "fp32_groups"):  # half precision: one float32 copy per parameter
+    if hasattr(wrapper, "fp32_groups"):  # half precision: one float32 copy per parameter
         for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, master in zip(group, masters, strict=True):
-                yield share(names[id(parameter)], master, parameter.numel(), 0)
+                yield share(names[id(parameter)], master, parameter.numel())
     else:  # float32: the parameter itself
         for parameter in engine.model.parameters():
-            yield share(names[id(parameter)], parameter, parameter.numel(), 0)
+            yield share(names[id(parameter)], parameter, parameter.numel())
 
 
 def to_load(engine: Engine) -> list[Fragment]:
@@ -132,15 +126,12 @@ def step_count(engine: Engine) -> int:
     for state in engine.optimizer.state.values():
         if "step" in state:
             return int(state["step"])
-    return int(engine.optimizer.param_groups[0].get("step", 0))
+    return 0
 
 
 def prepare_moments(engine: Engine, keys: list[str], step: int) -> None:
     """Create the optimizer state that a checkpoint names, before its values are read into it."""
     torch_optimizer = type(engine.optimizer).__module__.startswith("torch.")
-    for group in engine.optimizer.param_groups:
-        if "step" in group:  # DeepSpeed's fused Adam counts per group
-            group["step"] = step
     if not keys:  # saved before the first update was applied: the optimizer starts afresh
         return
     for owner in _owners(engine):
@@ -173,9 +164,6 @@ def publish(engine: Engine) -> None:
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
     elif hasattr(wrapper, "update_lp_params"):
         wrapper.update_lp_params()
-    elif hasattr(wrapper, "fp32_groups_flat"):
-        for half, flat in zip(wrapper.fp16_groups_flat, wrapper.fp32_groups_flat, strict=True):
-            half.copy_(flat)
     elif hasattr(wrapper, "fp32_groups"):
         for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, master in zip(group, masters, strict=True):

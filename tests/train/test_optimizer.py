@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tiny_engines import make_config
@@ -50,13 +48,6 @@ def test_decay_moves_matrices_only() -> None:
 def test_settings_reach_adam() -> None:
     config = make_config(adam_beta1=0.8, adam_beta2=0.9, adam_eps=1e-6)
     optimizer = build_optimizer(Transformer(config), config, {})
-    assert optimizer is not None
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
         assert group["lr"] == 0.0  # the loop sets it before every step
-
-
-@pytest.mark.parametrize("block", [{"type": "AdamW"}, {"type": "Adam", "params": {}}])
-def test_a_users_own_optimizer_is_left_to_deepspeed(block: dict[str, Any]) -> None:
-    config = make_config()
-    assert build_optimizer(Transformer(config), config, {"optimizer": block}) is None

@@ -14,7 +14,7 @@ CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install quickstart test test-cluster cluster-packages check format clean
+.PHONY: install quickstart test test-cluster cluster-packages browser-packages check format clean
 
 install: $(STAMP)
 
@@ -35,10 +35,13 @@ test-cluster: $(STAMP) cluster-packages
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster $(PYTEST_ARGS) \
 	  || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked cluster" || exit $$code; }
 
-cluster-packages:
-	if dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1; then exit 0; \
-	elif [ "$$(id -u)" -ne 0 ]; then echo "not root: install $(CLUSTER_PACKAGES) yourself; their tests will say why they skip" >&2; \
-	else apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES) >/dev/null; fi
+# Debian packages that some tests need: installed for root, named for others, whose tests then say why they skip.
+cluster-packages: PACKAGES := $(CLUSTER_PACKAGES)
+browser-packages: PACKAGES := chromium
+cluster-packages browser-packages:
+	if dpkg -s $(PACKAGES) >/dev/null 2>&1; then exit 0; \
+	elif [ "$$(id -u)" -ne 0 ]; then echo "not root: install $(PACKAGES) yourself; their tests will say why they skip" >&2; \
+	else apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; fi
 
 check: $(STAMP)
 	$(BIN)/ruff check .

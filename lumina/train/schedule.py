@@ -45,5 +45,5 @@ def _onecycle(step: int, total_steps: int, peak: float, rise: float) -> float:
     if step <= top and top > 0:
         low, high, part = start, peak, step / top
     else:
-        low, high, part = peak, end, (step - top) / max(1e-9, last - top)
+        low, high, part = peak, end, (step - top) / (last - top) if last > top else 1.0
     return high + (low - high) / 2 * (1 + math.cos(math.pi * min(1.0, part)))

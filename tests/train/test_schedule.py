@@ -102,6 +102,7 @@ def test_constant(total: int, ratio: float, peak: float) -> None:
 @example(total=40, ratio=0.0, peak=1e-3)
 @example(total=40, ratio=1.0, peak=1e-3)
 @example(total=1, ratio=0.5, peak=1e-3)
+@example(total=1, ratio=1 - 1e-12, peak=1.0)  # a rise that ends just before the only step
 def test_onecycle(total: int, ratio: float, peak: float) -> None:
     def exact(optimizer: torch.optim.Optimizer) -> Any:
         return theirs.OneCycleLR(optimizer, max_lr=peak, total_steps=total, pct_start=ratio, cycle_momentum=False)

@@ -116,6 +116,9 @@ class Engine:
             # DeepSpeed allocates this optimizer's state by an update with zero gradients, which counts as Adam's first
             # step and makes the real first one too large. The rate was 0 then: forgetting the state undoes it.
             self.optimizer.state.clear()
+        if self.stage == 0 and torch.distributed.get_world_size() == 1:
+            # Alone there is nothing to reduce, but DeepSpeed would flatten all gradients and copy them back.
+            self.ds.enable_backward_allreduce = False
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

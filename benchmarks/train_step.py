@@ -60,6 +60,7 @@ def worker(arguments: argparse.Namespace) -> None:
         median = statistics.median(seconds)
         print(f"lumina step_median_s={median:.3f} peak_gib={peak:.2f} tokens_per_s={tokens * ranks.world / median:.0f}")
     engine.leave()
+    engine.end_process(0)
 
 
 def measure(command: list[str], environment: dict[str, str]) -> tuple[float, float]:

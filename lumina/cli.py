@@ -57,9 +57,10 @@ def train(arguments: Arguments) -> int:
         from lumina.config import UserError
 
         raise UserError("no training data", "Give --train-data FILE [FILE …], or train_data in the YAML.")
+    from lumina.train import end_process
     from lumina.train import train as run
 
-    return run(config)
+    return end_process(run(config))
 
 
 def _train_options(parser: _Parser) -> None:

@@ -10,4 +10,11 @@ def train(config: Config) -> int:
     return run(config)
 
 
-__all__ = ["train"]
+def end_process(code: int) -> int:
+    """End the process of a rank whose training returned `code`. See lumina.train.engine."""
+    from lumina.train.engine import end_process as end
+
+    return end(code)
+
+
+__all__ = ["end_process", "train"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,21 @@ def leave() -> None:
     """Leave the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def end_process(code: int) -> int:
+    """With several ranks, end the process here and now with `code`; alone, return it.
+
+    gloo's threads outlive destroy_process_group while DeepSpeed holds its groups. One that drops its last tensor while
+    the interpreter is being torn down is killed inside a destructor, and the process aborts: one in six of the shortest
+    two-rank runs reported -6 after finishing well (torch 2.13, Python 3.11).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 class Engine:

@@ -1,8 +1,8 @@
 """Real training runs for tests: started as processes, killed, resumed and compared bit for bit.
 
-Two ways to start one. `Runs.train` forks every rank from a server that has imported torch and DeepSpeed already, which
-saves seconds of imports a start; each rank is an ordinary process that calls the command line. `launch` starts the
-real `deepspeed` launcher. Both end in `Runs.close`, which leaves no process behind.
+`Runs.train` forks every rank from a server that has imported torch and DeepSpeed already, which saves seconds of
+imports a start; each rank is an ordinary process that calls the command line. `Runs.close` leaves no process behind.
+The real launcher is started in tests/cluster.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import psutil
 import torch
 
 from lumina.monitor import read_metrics
@@ -84,7 +82,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _clean_environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """This process's environment without what other tests, or a process group made in this process, left in it."""
     leftovers = ("TRITON_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "CROSS_", "DEEPSPEED_", "LUMINA_", "CUDA_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(leftovers)}
@@ -167,7 +165,7 @@ class Runs:
         self._jobs: list[Job] = []
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["deepspeed", "torch._dynamo", "lumina.train.run"])
-        with mock.patch.dict(os.environ, _clean_environment(), clear=True):
+        with mock.patch.dict(os.environ, clean_environment(), clear=True):
             forkserver.ensure_running()
 
     def start(self, argv: Sequence[str], world: int = 1, patch: Patch | None = None) -> Job:
@@ -201,62 +199,6 @@ class Runs:
         """Kill what still runs."""
         for job in self._jobs:
             job.kill()
-
-
-@dataclass
-class Launched:
-    """What the deepspeed launcher did."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-class Launch:
-    """The real launcher on two local slots, in a session of its own; a context that leaves no process of it."""
-
-    def __init__(self, argv: Sequence[str], *launcher: str) -> None:
-        command = [str(DEEPSPEED), *launcher, "--master_port", str(free_port()), "launchers/train.py", *argv]
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=_clean_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def __enter__(self) -> Launch:
-        return self
-
-    def wait(self) -> Launched:
-        out, err = self.process.communicate(timeout=PATIENCE)
-        return Launched(self.process.returncode, out, err)
-
-    def ranks(self) -> list[psutil.Process]:
-        """The ranks' processes, in order of rank."""
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        found = {line[2]: child for child in below if len(line := child.cmdline()) > 2 and "local_rank" in line[2]}
-        return [found[name] for name in sorted(found)]
-
-    def left_over(self) -> list[int]:
-        """Processes of the launcher's session that still run."""
-        session = self.process.pid
-        return [pid for pid in psutil.pids() if _session(pid) == session]
-
-    def __exit__(self, *exception: object) -> None:
-        for pid in self.left_over():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
-
-
-def _session(pid: int) -> int | None:
-    try:
-        return os.getsid(pid) if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else None
-    except (ProcessLookupError, psutil.NoSuchProcess):
-        return None
 
 
 # --- Results --------------------------------------------------------------------------------------

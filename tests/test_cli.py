@@ -56,6 +56,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     caught: list[Config] = []
     room = ModuleType("lumina.train")
     room.train = lambda config: caught.append(config) or 0  # type: ignore[attr-defined]
+    room.end_process = lambda code: code  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lumina.train", room)
     return caught
 

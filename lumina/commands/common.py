@@ -1,0 +1,110 @@
+"""What several commands share: the parser, options, and the configuration that the flags describe.
+
+Nothing heavier than argparse is imported here or beside it: `lumina --help` reads every command's options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from lumina.config import Config
+
+Arguments = argparse.Namespace
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations (`--max` would silently become `--max-steps`), and errors in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n  See: {self.prog} --help\n")
+
+
+class Command(NamedTuple):
+    """What runs it, whose docstring is its help, and what adds its options. `run` returns the exit code."""
+
+    run: Callable[[Arguments], int]
+    add_options: Callable[[Parser], None]
+
+
+def between(kind: type[int] | type[float], low: float, high: float, *also: float) -> Callable[[str], float]:
+    """An argparse type: a number within [low, high], or one of `also`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low <= value <= high or value in also):
+            others = "".join(f" or {other:g}" for other in also)
+            raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}{others}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def json_option(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, messages on stderr")
+
+
+def config_options(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="PRESET|YAML", help="preset's name or a YAML file (medium)")
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="any setting")
+
+
+def data_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--packing", action=argparse.BooleanOptionalAction, help="pack conversations into windows (on)")
+    group.add_argument("--overlong", choices=["split", "truncate", "drop"], help="longer than the window (split)")
+    group.add_argument("--cache-dir", metavar="DIR", help="where prepared data is kept")
+    group.add_argument("--num-workers", type=int, metavar="N", help="processes that prepare data (one per core)")
+    group.add_argument("--eval-fraction", type=float, metavar="F", help="hold this share out of the training data (0)")
+    group.add_argument("--dedup", choices=["none", "exact", "near"], help="remove duplicate conversations (none)")
+
+
+def add_files(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
+    group.add_argument(flag, nargs="+", action="extend", metavar="FILE", help=text)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def load_config(arguments: Arguments) -> Config:
+    """The configuration that the parsed flags describe. A run that is resumed without --config keeps its own."""
+    from lumina.config import Config, load
+    from lumina.config.load import DEFAULT_PRESET
+
+    given = vars(arguments)
+    flags = {name: value for name, value in given.items() if name in Config.model_fields}
+    base = arguments.config or _config_of_resumed_run(flags) or DEFAULT_PRESET
+    return load(base, flags, arguments.sets)
+
+
+def _config_of_resumed_run(flags: dict[str, Any]) -> str | None:
+    from lumina.config.schema import RunConfig
+
+    resume = flags.get("resume")
+    if resume is None:
+        return None
+    if resume == "auto":
+        output_dir, name = (
+            flags.get(field) or RunConfig.model_fields[field].default for field in ("output_dir", "experiment_name")
+        )
+        return _existing(Path(output_dir) / name / "config.yaml")
+    # A run's folder, or RUN/checkpoints/NAME, or a file in it.
+    start = Path(resume)
+    for folder in (start, *list(start.parents)[:3]):
+        found = _existing(folder / "config.yaml")
+        if found:
+            return found
+    return None
+
+
+def _existing(path: Path) -> str | None:
+    return str(path) if path.is_file() else None

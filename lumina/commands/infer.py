@@ -1,0 +1,115 @@
+"""Commands that use a trained model."""
+
+from __future__ import annotations
+
+from lumina.commands.common import Arguments, Command, Parser, between, json_option
+
+
+def generate(arguments: Arguments) -> int:
+    """Answer a prompt with a trained model."""
+    from lumina.infer import generate_command
+
+    return generate_command(
+        run=arguments.resume,
+        prompt=arguments.prompt,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        max_length=arguments.max_length,
+        seed=arguments.seed,
+        json=arguments.json,
+    )
+
+
+def _generate_options(parser: Parser) -> None:
+    parser.add_argument("--resume", required=True, metavar="RUN|CHECKPOINT", help="the trained model")
+    parser.add_argument("--prompt", required=True, help="what the user says")
+    _sampling_options(parser)
+    json_option(parser)
+
+
+def _sampling_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--temperature", type=between(float, 0.1, 2.0, 0), default=0.8, help="0.1 to 2.0, or 0 for greedy (0.8)"
+    )
+    parser.add_argument("--top-k", type=between(int, 1, 100), default=50, help="1 to 100 likeliest tokens (50)")
+    parser.add_argument("--top-p", type=between(float, 0.1, 1.0), default=0.9, help="0.1 to 1.0 of the mass (0.9)")
+    parser.add_argument("--max-length", type=between(int, 1, 2048), default=256, help="new tokens, 1 to 2048 (256)")
+    parser.add_argument("--seed", type=int, default=None, help="same seed, same answer")
+
+
+def chat(arguments: Arguments) -> int:
+    """Talk to a trained model in the terminal."""
+    from lumina.infer import chat_command
+
+    return chat_command(
+        run=arguments.run,
+        system=arguments.system,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        max_length=arguments.max_length,
+        seed=arguments.seed,
+    )
+
+
+def _chat_options(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    _sampling_options(parser)
+
+
+def export(arguments: Arguments) -> int:
+    """Write a trained model as a folder that transformers and vLLM load."""
+    from lumina.infer import export_command
+
+    return export_command(
+        run=arguments.run,
+        out=arguments.out,
+        dtype=arguments.dtype,
+        shard_size=arguments.shard_size,
+        json=arguments.json,
+    )
+
+
+def _export_options(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
+    parser.add_argument("out", metavar="OUT", help="folder to write; it must not hold anything yet")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(float32)")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
+    json_option(parser)
+
+
+def import_(arguments: Arguments) -> int:
+    """Take a Llama-shaped Hugging Face model from disk, as a run that other commands use."""
+    from lumina.infer import import_command
+
+    return import_command(source=arguments.source, out=arguments.out, json=arguments.json)
+
+
+def _import_options(parser: Parser) -> None:
+    parser.add_argument("source", metavar="HF_DIR", help="folder with config.json, safetensors and tokenizer.json")
+    parser.add_argument("out", metavar="OUT", help="run's folder to write, such as experiments/NAME")
+    json_option(parser)
+
+
+def evaluate(arguments: Arguments) -> int:
+    """Measure a model on conversations it was not trained on: loss, perplexity, bits per byte, by role and turn."""
+    from lumina.infer import evaluate_command
+
+    return evaluate_command(run=arguments.run, data=arguments.data, json=arguments.json)
+
+
+def _evaluate_options(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="conversations, as train reads them")
+    json_option(parser)
+
+
+COMMANDS: dict[str, Command] = {
+    "generate": Command(generate, _generate_options),
+    "chat": Command(chat, _chat_options),
+    "evaluate": Command(evaluate, _evaluate_options),
+    "export": Command(export, _export_options),
+    "import": Command(import_, _import_options),
+}

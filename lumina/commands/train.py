@@ -1,0 +1,64 @@
+"""Commands of the train room."""
+
+from __future__ import annotations
+
+import argparse
+
+from lumina.commands.common import Arguments, Command, Parser, add_files, config_options, data_options, load_config
+
+
+def train(arguments: Arguments) -> int:
+    """Train a chat model on conversations."""
+    config = load_config(arguments)
+    if not config.train_data and not config.data:
+        from lumina.config import UserError
+
+        raise UserError("no training data", "Give --train-data FILE [FILE …], or train_data in the YAML.")
+    from lumina.train import end_process
+    from lumina.train import train as run
+
+    return end_process(run(config))
+
+
+def train_options(parser: Parser) -> None:
+    config_options(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--experiment-name", metavar="NAME", help="the run's folder is OUTPUT_DIR/NAME (experiment)")
+    run.add_argument("--output-dir", metavar="DIR", help="where runs are kept (experiments)")
+    run.add_argument("--resume", nargs="?", const="auto", metavar="auto|RUN|CHECKPOINT", help="continue a run")
+    run.add_argument("--init-from", metavar="CHECKPOINT", help="start a new run from these weights")
+    run.add_argument("--ds_config", "--ds-config", dest="ds_config", metavar="JSON", help="DeepSpeed configuration")
+    run.add_argument("--keep-last", type=int, metavar="N", help="checkpoints kept beside the best one (3)")
+    run.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
+
+    data = parser.add_argument_group("data")
+    add_files(data, "--train-data", "conversations to train on (JSONL); required here or in the YAML")
+    add_files(data, "--eval-data", "conversations to evaluate on")
+    data_options(data)
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--epochs", type=int, metavar="N", help="passes over the training data (10)")
+    optim.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps, whatever the epochs say")
+    optim.add_argument("--lr", dest="learning_rate", type=float, metavar="LR", help="peak learning rate (1e-4)")
+    optim.add_argument("--lr-scheduler", choices=["cosine", "linear", "onecycle", "constant"], help="(cosine)")
+    optim.add_argument("--batch-size", type=int, metavar="N", help="samples per device and micro-batch (2)")
+    optim.add_argument(
+        "--grad-accum", dest="gradient_accumulation_steps", type=int, metavar="N", help="micro-batches per step (4)"
+    )
+    optim.add_argument("--global-batch-size", type=int, metavar="N", help="samples per step at any world size")
+    optim.add_argument("--precision", metavar="auto|fp32|bf16|fp16", help="(auto)")
+    optim.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (off)")
+    optim.add_argument(
+        "--gradient-checkpointing",
+        nargs="?",
+        const=True,
+        type=int,
+        metavar="N",
+        help="recompute every layer, or every Nth, in the backward pass",
+    )
+    optim.add_argument("--seed", type=int, help="of the weights and the order of samples (1234)")
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(train, train_options),
+}

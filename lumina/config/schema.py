@@ -147,13 +147,70 @@ class RunConfig(_Strict):
     eval_every_n_batches: PositiveInt = 500
     save_every_n_batches: PositiveInt = 1000
     health_check_interval: PositiveInt = 100
+    hang_timeout: NonNegativeFloat = 600.0  # seconds without progress before a rank dumps its stacks and ends; 0: never
+    stop_timeout: NonNegativeFloat = 60.0  # the same once a signal has asked the run to stop
+    straggler_interval: NonNegativeInt = 50  # steps between comparisons of the ranks' times; 0: never
+    straggler_factor: PositiveFloat = 1.5  # a rank that takes this many times the median is named
     keep_last: PositiveInt = 3
 
 
-GROUPS: tuple[type[_Strict], ...] = (ModelConfig, OptimConfig, DataConfig, RunConfig)
+class HealthConfig(_Strict):
+    """What the health monitor watches for and what is done about it (docs/health.md). A baseline is the median and the
+    median absolute deviation over the last `health_window` steps, never with the current value in it."""
+
+    health_window: Annotated[int, Field(ge=8)] = 128  # steps in a baseline
+    health_warmup: Annotated[int, Field(ge=4)] = 32  # values a baseline needs before anything is judged by it
+    health_off: list[str] = []  # rules that are not to be checked, by name
+    # A loss this many robust standard deviations (1.4826 MAD, at least a tenth of the median) above its baseline.
+    spike_deviations: PositiveFloat = 10.0
+    grad_explosion_factor: Annotated[float, Field(gt=1)] = 10.0  # gradient norm over its median
+    grad_vanishing_factor: Fraction = 0.001  # gradient norm over its median, 8 steps in a row
+    plateau_steps: PositiveInt = 4000  # the loss compared over the two halves of this many steps
+    plateau_gain: NonNegativeFloat = 0.001  # relative fall of the loss below which it is a plateau
+    divergence_evaluations: Annotated[int, Field(ge=2)] = 3  # evaluations that rise in a row while training loss falls
+    loss_scale_floor: NonNegativeFloat = 16.0  # fp16: a dynamic loss scale below this has collapsed
+    layer_stats_every: NonNegativeInt = 100  # steps between per-layer statistics; 0: none
+    layer_dead_ratio: NonNegativeFloat = 1e-9  # update norm over weight norm, in two measurements in a row
+    layer_explode_ratio: PositiveFloat = 0.5  # the same
+    throughput_fall: Fraction = 0.5  # of the median tokens/s, 16 steps in a row
+    data_wait_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # of the step's time, median over the baseline
+    memory_growth: PositiveFloat = 0.25  # over the median after warm-up
+    disk_free_checkpoints: NonNegativeFloat = 3.0  # free space below this many checkpoints
+    gpu_temperature: PositiveFloat = 87.0  # degrees Celsius
+    # Answers.
+    answer_spike: Literal["skip", "warn"] = "skip"  # a spiking step's update is skipped, or only reported
+    rollback_after: NonNegativeInt = 3  # skipped steps within health_check_interval that roll the run back; 0: never
+    max_rollbacks: NonNegativeInt = 3  # then the run ends with a clear failure
+    answer_out_of_memory: bool = True  # halve the micro-batch, same global batch
+    answer_corrupt_sample: bool = True  # a sample that cannot be read becomes one of weight zero
+    emergency_checkpoint: bool = True  # saved when an exception ends the run and the state is sound
+    emergency_seconds: PositiveFloat = 60.0  # how long ranks wait for one another to agree on it
 
 
-class Config(ModelConfig, OptimConfig, DataConfig, RunConfig):
+class SavingConfig(_Strict):
+    """How checkpoints and backups are written."""
+
+    save_async: bool = True  # written by a thread from a copy of the state, beside the training
+    save_timeout_minutes: PositiveFloat = 10.0  # a save that takes longer has failed
+    backup_dir: str | None = None  # another disk: backups go to BACKUP_DIR/EXPERIMENT_NAME
+    backup_every_n_batches: PositiveInt | None = None
+    backup_every_minutes: PositiveFloat | None = None
+    backup_keep_last: PositiveInt = 3
+    backup_keep_every: PositiveInt | None = None  # and those whose step is a multiple of this
+    backup_keep_best: bool = True
+
+    @model_validator(mode="after")
+    def _backups_have_a_place(self) -> SavingConfig:
+        rhythm = self.backup_every_n_batches is not None or self.backup_every_minutes is not None
+        if rhythm != (self.backup_dir is not None):
+            raise ValueError("backups need backup_dir and backup_every_n_batches or backup_every_minutes")
+        return self
+
+
+GROUPS: tuple[type[_Strict], ...] = (ModelConfig, OptimConfig, DataConfig, RunConfig, HealthConfig, SavingConfig)
+
+
+class Config(ModelConfig, OptimConfig, DataConfig, RunConfig, HealthConfig, SavingConfig):
     """All of it, flat. Build one with `lumina.config.load`, which knows presets, files, flags and where each value
     came from."""
 

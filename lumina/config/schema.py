@@ -170,8 +170,9 @@ class HealthConfig(_Strict):
     divergence_evaluations: Annotated[int, Field(ge=2)] = 3  # evaluations that rise in a row while training loss falls
     loss_scale_floor: NonNegativeFloat = 16.0  # fp16: a dynamic loss scale below this has collapsed
     layer_stats_every: NonNegativeInt = 100  # steps between per-layer statistics; 0: none
-    layer_dead_ratio: NonNegativeFloat = 1e-9  # update norm over weight norm, in two measurements in a row
-    layer_explode_ratio: PositiveFloat = 0.5  # the same
+    layer_dead_fraction: Fraction = 1e-6  # gradient norm over the layers' median, two measurements in a row
+    layer_update_ratio: PositiveFloat = 0.5  # norm of a layer's update over that of its weights: it explodes
+    layer_gradient_factor: Annotated[float, Field(gt=1)] = 30.0  # gradient norm over the layer's own median: the same
     throughput_fall: Fraction = 0.5  # of the median tokens/s, 16 steps in a row
     data_wait_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # of the step's time, median over the baseline
     memory_growth: PositiveFloat = 0.25  # over the median after warm-up
@@ -207,10 +208,28 @@ class SavingConfig(_Strict):
         return self
 
 
-GROUPS: tuple[type[_Strict], ...] = (ModelConfig, OptimConfig, DataConfig, RunConfig, HealthConfig, SavingConfig)
+class MonitorConfig(_Strict):
+    """What is shown and kept of a run (docs/monitoring.md)."""
+
+    trackers: list[Literal["wandb", "tensorboard", "mlflow"]] = []
+    system_metrics_seconds: NonNegativeFloat = 15.0  # between measurements of processor, memory, disk, network; 0: none
+    sample_prompts: list[str] = []  # answered at each evaluation, greedily
+    sample_tokens: PositiveInt = 32  # longest answer
+    profile: bool = False  # trace a few early steps with torch's profiler
 
 
-class Config(ModelConfig, OptimConfig, DataConfig, RunConfig, HealthConfig, SavingConfig):
+GROUPS: tuple[type[_Strict], ...] = (
+    ModelConfig,
+    OptimConfig,
+    DataConfig,
+    RunConfig,
+    HealthConfig,
+    SavingConfig,
+    MonitorConfig,
+)
+
+
+class Config(ModelConfig, OptimConfig, DataConfig, RunConfig, HealthConfig, SavingConfig, MonitorConfig):
     """All of it, flat. Build one with `lumina.config.load`, which knows presets, files, flags and where each value
     came from."""
 

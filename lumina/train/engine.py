@@ -6,6 +6,7 @@ What DeepSpeed does differently from stage to stage is evened out here, so that 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ from lumina.config import Config
 from lumina.model import Transformer
 from lumina.model.loss import round_up
 from lumina.train.optimizer import build_optimizer
+from lumina.train.veto import Veto
 
 if TYPE_CHECKING:
     from lumina.data.dataset import TorchBatch
@@ -128,6 +130,7 @@ class Engine:
         allowed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**allowed, **ds_config})
         self.device: torch.device = self.ds.device
+        self._veto = Veto(self.ds.optimizer)
         if self.stage == 0 and self.half:
             # DeepSpeed allocates this optimizer's state by an update with zero gradients, which counts as Adam's first
             # step and makes the real first one too large. The rate was 0 then: forgetting the state undoes it.
@@ -180,28 +183,33 @@ class Engine:
         self.ds.backward(loss, scale_wrt_gas=False)
         return loss.detach()
 
-    def step(self) -> tuple[float, bool]:
+    def step(self, limit: float = math.inf) -> tuple[float, bool]:
         """Update the weights. Returns the gradient norm before clipping and whether the step was applied: a norm that
-        is not finite leaves the weights as they are."""
+        is above `limit` or not finite leaves the weights as they are, on every rank alike."""
         if self.stage == 0 and not self.half:
             # In float64: torch's float32 norm of the embedding's 25 million gradients is off in the fifth digit.
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]
             norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads])
             norm = torch.linalg.vector_norm(norms)
-            if not torch.isfinite(norm):
+            if not torch.isfinite(norm) or norm > limit:
                 self.ds.zero_grad()
                 return float(norm), False
             if self._clip:
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip, norm)
             self.ds.step()
             return float(norm), True
-        self.ds.step()
-        norm = self.ds.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm), bool(self.ds.was_step_applied())
+        self._veto.step(self.ds.step, limit)
+        norm = self._veto.norm if self._veto.norm is not None else self.ds.get_global_grad_norm()
+        norm = float("nan") if norm is None else float(norm)
+        return norm, not norm > limit and bool(self.ds.was_step_applied())
 
     def loss_scale(self) -> dict[str, float]:
         """The state of fp16's dynamic loss scale, empty otherwise."""
         return {k: v for k, v in vars(self._scaler()).items() if isinstance(v, int | float)} if self.fp16 else {}
+
+    def gradient_scale(self) -> float:
+        """By what the gradients between backward and update are too large: fp16's loss scale, 1 elsewhere."""
+        return float(self._scaler().cur_scale) if self.fp16 else 1.0
 
     def set_loss_scale(self, state: dict[str, float]) -> None:
         if self.fp16:

@@ -1,27 +1,123 @@
-"""The health of a run, in one word for the console line."""
+"""The health of a run: rules are asked, and what they find becomes one episode each.
+
+An episode begins when a rule first gives a reason and ends when it has been silent for health_check_interval steps (or
+at once, for rules whose cause is plainly gone). Its beginning and end go to the event log, its beginning to the log;
+while it lasts, the console line says WARN(reason) or CRIT(reason), the gravest and latest one.
+"""
 
 from __future__ import annotations
 
-import math
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lumina.config import Config, UserError
+from lumina.monitor.events import EventLog, Level
+from lumina.train import health_rules as rules
+from lumina.train.health_rules import EvaluationSeen, LayersSeen, MachineSeen, Rule, StepSeen
+from lumina.train.statistics import Window
+
+log = logging.getLogger("lumina")
+
+_WORD = {"warn": "WARN", "crit": "CRIT"}
+
+
+@dataclass
+class _Episode:
+    level: Level
+    reason: str
+    began: int
+    last: int  # the step of the latest sign
+    firing: bool
+    hold: bool
 
 
 class Health:
-    """OK; WARN(reason) for `window` steps after an update was skipped; CRIT(reason) while the loss is not finite or
-    several updates in a row were skipped."""
+    """Asks the rules. Rank 0 has one that writes; the other ranks' event log has no file."""
 
-    def __init__(self, window: int) -> None:
-        self._window = window
-        self._skipped_at: int | None = None
-        self._in_a_row = 0
+    def __init__(self, config: Config, events: EventLog) -> None:
+        unknown = sorted(set(config.health_off) - set(rules.rule_names()))
+        if unknown:
+            raise UserError(f"health_off: no rule is called {unknown[0]}", f"Rules: {', '.join(rules.rule_names())}.")
+        self._events = events
+        self._interval = config.health_check_interval
+        self._off = set(config.health_off)
+        self._step_rules = self._make(config, rules.STEP_RULES)
+        self._evaluation_rules = self._make(config, rules.EVALUATION_RULES)
+        self._layer_rules = self._make(config, rules.LAYER_RULES)
+        self._machine_rules = self._make(config, rules.MACHINE_RULES)
+        self._open: dict[str, _Episode] = {}
+        self._step = 0
+        self._since_evaluation = Window(10_000)
 
-    def check(self, step: int, loss: float, applied: bool) -> str:
-        self._in_a_row = 0 if applied else self._in_a_row + 1
-        if not applied:
-            self._skipped_at = step
-        if not math.isfinite(loss):
-            return "CRIT(loss is not finite)"
-        if self._in_a_row >= 3:
-            return f"CRIT({self._in_a_row} updates skipped in a row)"
-        if self._skipped_at is not None and step - self._skipped_at < self._window:
-            return f"WARN(update of step {self._skipped_at} skipped: gradient not finite)"
-        return "OK"
+    def _make(self, config: Config, kinds: Sequence[type[Rule[Any]]]) -> list[Rule[Any]]:
+        return [kind(config) for kind in kinds if kind.name not in self._off]
+
+    # --- What is shown to the rules ---
+
+    def step(self, seen: StepSeen) -> str:
+        """Judge a step; returns the console's word."""
+        self._step = seen.step
+        self._since_evaluation.add(seen.loss)
+        self._ask(self._step_rules, seen)
+        for name, episode in list(self._open.items()):
+            silent = not episode.firing and (not episode.hold or seen.step - episode.last >= self._interval)
+            if silent:
+                self._end(name)
+        return self.word()
+
+    def evaluation(self, step: int, loss: float) -> None:
+        train = self._since_evaluation.median()
+        self._since_evaluation.clear()
+        self._ask(self._evaluation_rules, EvaluationSeen(step, loss, train))
+
+    def layers(self, seen: LayersSeen) -> None:
+        self._ask(self._layer_rules, seen)
+
+    def machine(self, seen: MachineSeen) -> None:
+        self._ask(self._machine_rules, seen)
+
+    def _ask(self, asked: list[Rule[Any]], seen: object) -> None:
+        for rule in asked:
+            reason = rule.check(seen)
+            if reason is not None:
+                self._note(rule.name, rule.level, reason, rule.hold)
+            elif rule.name in self._open:
+                self._open[rule.name].firing = False
+
+    # --- What others report ---
+
+    def report(self, name: str, level: Level, reason: str, *, lasting: bool = False, **values: Any) -> None:
+        """Something that no rule here watches. It lasts health_check_interval steps, or until `clear` if `lasting`."""
+        if name not in self._off:
+            self._note(name, level, reason, hold=True, **values)
+            self._open[name].firing = lasting
+
+    def clear(self, name: str) -> None:
+        """What was reported is over."""
+        if name in self._open:
+            self._end(name)
+
+    # --- Episodes ---
+
+    def _note(self, name: str, level: Level, reason: str, hold: bool, **values: Any) -> None:
+        episode = self._open.get(name)
+        if episode is None or (episode.level, level) == ("warn", "crit"):
+            self._open[name] = _Episode(level, reason, self._step, self._step, True, hold)
+            self._events.add(self._step, "health", level, name, reason, **values)
+            log.log(logging.ERROR if level == "crit" else logging.WARNING, "step %d: %s: %s", self._step, name, reason)
+        else:
+            episode.reason, episode.last, episode.firing = reason, self._step, True
+
+    def _end(self, name: str) -> None:
+        episode = self._open.pop(name)
+        lasted = episode.last - episode.began + 1
+        self._events.add(self._step, "health", "info", name, "over", steps=lasted, began=episode.began)
+
+    def word(self) -> str:
+        """OK, WARN(reason) or CRIT(reason)."""
+        if not self._open:
+            return "OK"
+        worst = max(self._open.values(), key=lambda e: (e.level == "crit", e.last, e.began))
+        return f"{_WORD[worst.level]}({worst.reason})"

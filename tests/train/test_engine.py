@@ -59,6 +59,19 @@ def test_a_first_bad_step(stage: int, precision: str) -> None:
     assert same_state(state_of(made), state_of(clean))
 
 
+@pytest.mark.parametrize(("stage", "precision"), EVERY)
+def test_a_norm_above_the_limit_skips_the_step(stage: int, precision: str) -> None:
+    """As a bad gradient does, but with its true norm told; a limit that is kept changes nothing."""
+    made, clean = (make_engine(stage, precision) for _ in range(2))
+    assert train_step(made, 1, limit=1e6) == train_step(clean, 1)
+    before = state_of(made)
+    loss, norm, applied = train_step(made, 2, limit=1e-6)
+    assert not applied
+    assert same_state(before, state_of(made))
+    assert (loss, norm, True) == train_step(made, 2, limit=norm) == train_step(clean, 2)
+    assert same_state(state_of(made), state_of(clean))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stages_agree(precision: str) -> None:
     """Losses, norms and weights after three steps, to rounding."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,12 @@ def batch(seed: int, length: int = 40, bad: bool = False) -> TorchBatch:
     return Batch(ids, np.roll(ids, -1), weights, positions, edges, length - first).torch()
 
 
-def train_step(made: Engine, seed: int, bad: bool = False) -> tuple[float, float, bool]:
+def train_step(made: Engine, seed: int, bad: bool = False, limit: float = math.inf) -> tuple[float, float, bool]:
     """(loss per supervised token, gradient norm, applied) of one optimizer step of two micro-batches."""
     loss = torch.zeros(())
     for number in range(2):
         loss += made.accumulate(batch(2 * seed + number, bad=bad and number == 0), 1 / 40, last=number == 1)
-    return float(loss), *made.step()
+    return float(loss), *made.step(limit)
 
 
 def state_of(made: Engine) -> dict[str, Tensor]:

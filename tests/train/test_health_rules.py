@@ -1,0 +1,221 @@
+"""Every rule: a planted signal that it must raise, and one like it that it must not; and none over a clean run."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_engines import make_config
+
+from lumina.config import Config
+from lumina.monitor.events import EventLog
+from lumina.train import health_rules as rules
+from lumina.train.guard import GRAD_EXPLOSION, LOSS_SPIKE, Guard
+from lumina.train.health import Health
+from lumina.train.health_rules import (
+    EvaluationSeen,
+    GpuFigures,
+    LayerFigures,
+    LayersSeen,
+    MachineSeen,
+    Rule,
+    StepSeen,
+)
+
+CONFIG = make_config()
+GIB = 2**30
+
+
+def noise(seed: int = 0) -> Callable[[float, float], float]:
+    return random.Random(seed).gauss
+
+
+def steps(count: int, **series: Callable[[int], Any]) -> list[StepSeen]:
+    """`count` steps of an ordinary run (loss 2 and norm 1 with noise, 1000 tokens/s) but for the given series."""
+    gauss = noise()
+    usual: dict[str, Callable[[int], Any]] = {
+        "loss": lambda n: 2.0 + gauss(0, 0.2),
+        "grad_norm": lambda n: math.exp(gauss(0, 0.3)),
+        "applied": lambda n: True,
+        "tokens_per_s": lambda n: 1000 + gauss(0, 100),
+        "wait": lambda n: 0.01,
+        "seconds": lambda n: 1.0,
+        "memory": lambda n: 4 * GIB + n,
+    }
+    made = usual | series
+    return [StepSeen(step=n, **{key: make(n) for key, make in made.items()}) for n in range(1, count + 1)]
+
+
+def layers(count: int, **changed: Callable[[int], LayerFigures]) -> list[LayersSeen]:
+    gauss = noise()
+    usual = lambda: LayerFigures(math.exp(gauss(0, 0.5)), 10.0, 0.01)
+    names = [f"layers.{n}" for n in range(4)]
+    return [
+        LayersSeen(
+            100 * n, {**{name: usual() for name in names}, **{k.replace("_", "."): f(n) for k, f in changed.items()}}
+        )
+        for n in range(count)
+    ]
+
+
+def gpus(count: int, **series: Callable[[int], Any]) -> list[MachineSeen]:
+    usual: dict[str, Callable[[int], Any]] = {"temperature": lambda n: 70.0 + n % 10}
+    return [MachineSeen(gpus=(GpuFigures(0, **{k: f(n) for k, f in (usual | series).items()}),)) for n in range(count)]
+
+
+def disk(*free: int) -> list[MachineSeen]:
+    return [MachineSeen(free={"checkpoints": value}, checkpoint_bytes=GIB) for value in free]
+
+
+def evaluations(losses: Iterable[float], train: Iterable[float]) -> list[EvaluationSeen]:
+    return [EvaluationSeen(100 * n, a, b) for n, (a, b) in enumerate(zip(losses, train, strict=True))]
+
+
+def fp16(scale: Callable[[int], float]) -> list[StepSeen]:
+    return [StepSeen(n, 2.0, 1.0, True, loss_scale=scale(n)) for n in range(40)]
+
+
+FALLING = lambda n: 3.0 - 0.0002 * n + 0.1 * ((n * 7919) % 13 - 6) / 6
+FLAT = lambda n: 3.0 + 0.1 * ((n * 7919) % 13 - 6) / 6
+NAN_AT_50 = lambda n: math.nan if n == 50 else 2.0
+DEAD = lambda n: LayerFigures(0.0, 10.0, 0.0)
+DEAD_ONCE = lambda n: LayerFigures(0.0 if n == 5 else 1.0, 10.0, 0.01)
+SMALL = lambda n: LayerFigures(1e-4, 10.0, 0.01)
+
+# rule, what must raise it, what must not
+PLANTED: list[tuple[type[Rule[Any]], list[Any], list[Any]]] = [
+    (rules.LossNotFinite, steps(60, loss=NAN_AT_50), steps(60)),
+    (rules.NotFinite, steps(60, applied=lambda n: n != 50), steps(60)),
+    (rules.SkippedInARow, steps(60, applied=lambda n: not 50 <= n < 53), steps(60, applied=lambda n: n % 3 != 0)),
+    (rules.GradVanishing, steps(90, grad_norm=lambda n: 1.0 if n < 60 else 1e-5), steps(90, grad_norm=lambda n: 0.9**n)),
+    (rules.Plateau, steps(9000, loss=FLAT), steps(9000, loss=FALLING)),
+    (rules.LossScaleCollapse, fp16(lambda n: 65536 / 2**n), fp16(lambda n: 65536 / 2 ** (n % 8))),
+    (rules.ThroughputFall, steps(90, tokens_per_s=lambda n: 1000.0 if n < 60 else 400.0),
+     steps(90, tokens_per_s=lambda n: 400.0 if n % 10 == 0 else 1000.0)),
+    (rules.DataStarvation, steps(90, wait=lambda n: 0.3), steps(90, wait=lambda n: 0.9 if n % 10 == 0 else 0.02)),
+    (rules.MemoryGrowth, steps(900, memory=lambda n: GIB + n * 2**20), steps(900, memory=lambda n: GIB * (1 + (n > 9)))),
+    (rules.Divergence, evaluations((3, 2.5, 2.6, 2.7, 2.8), (3, 2.4, 2.3, 2.2, 2.1)),
+     evaluations((3, 2.5, 2.6, 2.5, 2.6), (3, 2.4, 2.3, 2.2, 2.1))),
+    (rules.LayerDead, layers(10, layers_1=DEAD), layers(10, layers_1=DEAD_ONCE, layers_2=SMALL)),
+    (rules.LayerExploding, layers(10, layers_3=lambda n: LayerFigures(1.0 if n < 8 else 400.0, 10.0, 0.01)), layers(50)),
+    (rules.LayerExploding, layers(3, layers_3=lambda n: LayerFigures(1.0, 10.0, 6.0)), layers(3)),
+    (rules.DiskFull, disk(9 * GIB, 2 * GIB), disk(9 * GIB, 4 * GIB)),
+    (rules.GpuTemperature, gpus(9, temperature=lambda n: 85.0 + n), gpus(9)),
+    (rules.GpuThrottled, gpus(9, throttled=lambda n: "power brake" if n == 5 else ""), gpus(9)),
+    (rules.GpuEcc, gpus(9, ecc_errors=lambda n: 3 + (n > 5)), gpus(9, ecc_errors=lambda n: 3)),
+]  # fmt: skip
+
+
+def raised(kind: type[Rule[Any]], seen: list[Any]) -> list[str]:
+    rule = kind(CONFIG)
+    return [reason for one in seen if (reason := rule.check(one)) is not None]
+
+
+@pytest.mark.parametrize(("kind", "planted", "clean"), PLANTED, ids=[kind.name for kind, *_ in PLANTED])
+def test_raised_by_its_signal_and_by_nothing_like_it(
+    kind: type[Rule[Any]], planted: list[Any], clean: list[Any]
+) -> None:
+    assert raised(kind, planted)
+    assert raised(kind, clean) == []
+
+
+def test_every_rule_has_a_planted_signal() -> None:
+    by_guard = {rules.LossSpike, rules.GradExplosion}  # below
+    every = {*rules.STEP_RULES, *rules.EVALUATION_RULES, *rules.LAYER_RULES, *rules.MACHINE_RULES}
+    assert {kind for kind, *_ in PLANTED} == every - by_guard
+
+
+def judge(config: Config, seen: Iterable[StepSeen]) -> list[tuple[int, str]]:
+    """The steps that the guard refuses, as the loop asks it."""
+    guard, refused = Guard(config), []
+    for one in seen:
+        reason = guard.judge_loss(one.loss)
+        rule = LOSS_SPIKE if reason is not None else GRAD_EXPLOSION
+        if reason is None:
+            reason = guard.judge_norm(one.grad_norm)
+        if reason is None:
+            guard.accept(one.loss, one.grad_norm)
+        else:
+            refused.append((one.step, rule))
+            watching = rules.LossSpike if rule == LOSS_SPIKE else rules.GradExplosion
+            as_seen = StepSeen(one.step, one.loss, one.grad_norm, False, refused=(rule, reason))
+            assert watching(config).check(as_seen) == f"step {one.step}: {reason}"
+            assert rules.NotFinite(config).check(as_seen) is None
+    return refused
+
+
+def test_spikes_are_refused_and_stay_out_of_the_baseline() -> None:
+    spiky = steps(200, loss=lambda n: 40.0 if n >= 150 and n % 2 else 2.0 + 0.01 * (n % 7))
+    assert judge(CONFIG, spiky) == [(n, LOSS_SPIKE) for n in range(151, 200, 2)]
+    burst = steps(200, grad_norm=lambda n: 30.0 if n == 180 else 1.0 + 0.1 * (n % 5))
+    assert judge(CONFIG, burst) == [(180, GRAD_EXPLOSION)]
+
+
+def test_no_spike_before_the_baseline_is_known() -> None:
+    assert judge(CONFIG, steps(31, loss=lambda n: 10.0**n, grad_norm=lambda n: 10.0**n)) == []
+
+
+def test_noise_and_a_falling_loss_are_no_spikes() -> None:
+    assert judge(CONFIG, steps(3000)) == []
+    falling = steps(3000, loss=lambda n: 2 + 9 * math.exp(-n / 300), grad_norm=lambda n: 1 + 20 * math.exp(-n / 50))
+    assert judge(CONFIG, falling) == []
+
+
+def test_a_guard_goes_on_from_its_state() -> None:
+    seen = steps(300, loss=lambda n: 2.0 + 0.01 * (n * 37 % 11), grad_norm=lambda n: 1 + (n * 31 % 7) / 7)
+    guard = Guard(CONFIG)
+    for one in seen:
+        guard.accept(one.loss, one.grad_norm)
+    guard.refuse(290)
+    other = Guard(CONFIG, json.loads(json.dumps(guard.state())))
+    assert other.norm_limit() == guard.norm_limit()
+    assert other.judge_loss(9.0) == guard.judge_loss(9.0) is not None
+    assert other.refuse(300) == [290, 300]
+    assert other.refuse(395) == [300, 395]
+
+
+# A tiny run of 2,000 steps with evaluations, recorded by tests/train/record_clean_run.py.
+RECORDED = Path(__file__).with_name("clean_run.jsonl.gz")
+
+
+def recorded() -> list[dict[str, Any]]:
+    with gzip.open(RECORDED, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_silent_over_a_clean_recorded_run() -> None:
+    found = recorded()
+    of_steps = [record for record in found if record["kind"] == "step"]
+    assert len(of_steps) == 2000
+    config = make_config()
+    guard, health = Guard(config), Health(config, EventLog(None))
+    for record in found:
+        if record["kind"] == "step":
+            norm, loss = record["grad_norm"], record["loss"]
+            assert guard.judge_loss(loss) is None, record
+            assert guard.judge_norm(norm) is None, record
+            guard.accept(loss, norm)
+            seen = StepSeen(
+                record["step"],
+                loss,
+                norm,
+                True,
+                record["tokens_per_s"],
+                record["wait"],
+                record["seconds"],
+                record["memory"],
+            )
+            assert health.step(seen) == "OK", record
+        elif record["kind"] == "layers":
+            health.layers(LayersSeen(record["step"], {k: LayerFigures(*v) for k, v in record["layers"].items()}))
+        elif record["kind"] == "eval":
+            health.evaluation(record["step"], record["loss"])
+    assert health.word() == "OK"
+    kinds = {record["kind"] for record in found}
+    assert {"step", "layers", "eval"} <= kinds

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumina.data.dataset import Batch, PackedDataset
-from lumina.data.order import GlobalOrder, deal
+from lumina.data.order import PADDING, GlobalOrder, deal
 
 
 @dataclass
@@ -23,7 +23,7 @@ class StepData:
 
     step, epoch and batch_in_epoch count from 0; micro_batches are this rank's; tokens and samples int64[n] are those of
     the whole global batch, and so is supervised_tokens, the step's true weight sum (law 2). That one is at least 1: a
-    batch in which nothing is learned has gradient 0, not 0 / 0.
+    batch in which nothing is learned has gradient 0, not 0 / 0. own_samples int64[m] are those in `micro_batches`.
     """
 
     step: int
@@ -33,6 +33,7 @@ class StepData:
     supervised_tokens: float
     tokens: int
     samples: NDArray[np.int64]
+    own_samples: NDArray[np.int64]
 
 
 class _Failure:
@@ -84,6 +85,7 @@ class Loader:
             supervised_tokens=float(max(1, self.dataset.supervised_per_sample[samples].sum(dtype=np.int64))),
             tokens=int(self.dataset.tokens_per_sample[samples].sum(dtype=np.int64)),
             samples=samples,
+            own_samples=np.concatenate([share[share != PADDING] for share in shares]),
         )
 
     def __iter__(self) -> Iterator[StepData]:

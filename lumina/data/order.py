@@ -101,6 +101,19 @@ class GlobalOrder:
         return deal(self.indices(step), rank, world, micro_batch_size)
 
 
+def sample_sums(samples: NDArray[np.int64]) -> tuple[float, float, float]:
+    """Three sums over `samples` that tell which they are, whatever their order: how many, and the halves of
+    splitmix64(sample), each below 2^32, so that float64 adds up two million of them exactly. Summed over the ranks
+    they are the whole batch's."""
+    mixed = _mix(samples.astype(np.uint64), np.uint64(0x9E3779B97F4A7C15))
+    return float(len(samples)), float((mixed >> np.uint64(32)).sum()), float((mixed & np.uint64(0xFFFFFFFF)).sum())
+
+
+def samples_id(count: float, high: float, low: float) -> str:
+    """The record of which samples made up a step: `COUNT:HASH` of their sums over all ranks."""
+    return f"{int(count)}:{int(high) % 2**32:08x}{int(low) % 2**32:08x}"
+
+
 def deal(indices: NDArray[np.int64], rank: int, world: int, micro_batch_size: int) -> list[NDArray[np.int64]]:
     """Rank `rank`'s share of `indices` as equal micro-batches, padded with PADDING."""
     count = -(-len(indices) // (world * micro_batch_size))

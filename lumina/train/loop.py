@@ -10,18 +10,23 @@ import torch
 import torch.distributed as dist
 
 from lumina.data import StepData
+from lumina.data.order import sample_sums, samples_id
 from lumina.monitor.record import perplexity
 from lumina.train.evaluate import evaluate
-from lumina.train.signals import EXIT_STOPPED
+from lumina.train.signals import EXIT_RESIZE, EXIT_STOPPED
 
 if TYPE_CHECKING:
     from lumina.train.run import Run
+
+
+_EXIT_CODES = {"signal": EXIT_STOPPED, "resize": EXIT_RESIZE}
 
 
 def fit(run: Run) -> int:
     """Train to the end of the run. Returns the exit code: 0, or EXIT_STOPPED when a signal ended it early."""
     for data in run.loader():
         stop = _step(run, data)
+        run.compare_ranks()
         last = run.progress.step == run.total_steps
         if run.eval_data is not None and (last or run.due(run.config.eval_every_n_batches)):
             stop = _evaluate(run) or stop
@@ -29,7 +34,7 @@ def fit(run: Run) -> int:
             run.save()
         if stop:
             run.console.say(f"Stopped at step {run.progress.step}: {stop}. The checkpoint is saved.")
-            return EXIT_STOPPED if run.stop.signal or stop.startswith("signal") else 0
+            return _EXIT_CODES.get(stop.split(" ")[0], 0)
     return 0
 
 
@@ -41,21 +46,29 @@ def _step(run: Run, data: StepData) -> str | None:
     scale = run.ranks.world / data.supervised_tokens  # the engine averages over ranks: law 2 wants their sum
     loss = torch.zeros((), dtype=torch.float32, device=run.engine.device)
     for number, batch in enumerate(data.micro_batches, 1):
+        run.watchdog.beat(f"step {data.step + 1}, micro-batch {number}")
         loss += run.engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
+    computed = time.perf_counter()
+    run.watchdog.beat(f"step {data.step + 1}, update")
     grad_norm, applied = run.engine.step()
     run.progress.step = data.step + 1
-    shared = torch.stack((loss / run.ranks.world, loss.new_tensor(float(run.stop.signal is not None))))
+    own = loss.new_tensor((*run.stop.flags, *sample_sums(data.own_samples)), dtype=torch.float64)
+    shared = torch.cat((loss.double()[None] / run.ranks.world, own))
     dist.all_reduce(shared)
-    mean_loss, stopping = shared.tolist()
-    run.record(data, mean_loss, lr, grad_norm, applied, time.perf_counter() - began)
-    return f"signal {run.stop.signal or 'on another rank'}" if stopping else None
+    mean_loss, stopping, resizing, *sums = shared.tolist()
+    ended = time.perf_counter()
+    run.stragglers.add(computed - began, ended - computed)
+    run.record(data, mean_loss, lr, grad_norm, applied, ended - began, samples_id(*sums))
+    if stopping:
+        return f"signal {run.stop.signal or 'on another rank'}"
+    return "resize" if resizing else None
 
 
 def _evaluate(run: Run) -> str | None:
     """Evaluate, keep the best checkpoint, and say whether patience has run out."""
     assert run.eval_data is not None
     began = time.perf_counter()
-    loss = evaluate(run.engine, run.eval_data, run.config.batch_size, run.ranks)
+    loss = evaluate(run.engine, run.eval_data, run.config.batch_size, run.ranks, run.watchdog.beat)
     progress = run.progress
     run.record_evaluation(loss, perplexity(loss), time.perf_counter() - began)
     if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,14 +18,18 @@ from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
 from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare_parts
 from lumina.model import Transformer, keep_heap
-from lumina.monitor import Console, MetricsFile, StepRecord
-from lumina.train import checkpoint, engine
+from lumina.monitor import Console, MetricsFile, Recorder, StepRecord
+from lumina.monitor.events import EventLog
+from lumina.train import checkpoint, engine, lease
 from lumina.train.checkpoint import Progress
 from lumina.train.health import Health
+from lumina.train.health_rules import StepSeen
 from lumina.train.loop import fit
 from lumina.train.schedule import schedule
 from lumina.train.signals import StopRequest
+from lumina.train.stragglers import Stragglers
 from lumina.train.throughput import Utilisation
+from lumina.train.watchdog import Watchdog
 
 log = logging.getLogger("lumina")
 # What the console shows is kept in the run's log too, without being printed a second time.
@@ -48,11 +53,10 @@ def train(config: Config) -> int:
     complete, signals.EXIT_STOPPED when a signal stopped it after a save."""
     keep_heap()
     ranks = engine.join()
-    try:
-        with Run(config, ranks) as run:
-            return fit(run)
-    finally:
-        engine.leave()
+    with Run(config, ranks) as run:
+        code = fit(run)
+    engine.leave()
+    return code
 
 
 class Run:
@@ -61,11 +65,14 @@ class Run:
     def __init__(self, config: Config, ranks: engine.Ranks) -> None:
         self.ranks = ranks
         self.stop = StopRequest()
+        self.watchdog = Watchdog(config.hang_timeout, config.stop_timeout, self.stop, ranks.rank)
+        self.stragglers = Stragglers(ranks, config.straggler_interval, config.straggler_factor)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.folder = Path(config.output_dir) / config.experiment_name
+        config = self._same_launch(config)
         source, progress, trainer = self._find_checkpoint(config)
         if progress.step:
-            config = _same_batch(config, progress)
+            config = _same_batch(config, progress.global_batch_size)
         ds_config, report, config = ds_json.resolve(config, ranks.world, device)
         self.config = config
         precision = next((n for n in ("bf16", "fp16") if ds_config.get(n, {}).get("enabled")), "fp32")
@@ -98,6 +105,15 @@ class Run:
         self._open_folder(report, precision)
 
     # --- Building ---
+
+    def _same_launch(self, config: Config) -> Config:
+        """A start by the launch that made the run's last one (a restart, a requeued job) goes on from its newest
+        checkpoint, with the global batch of its first start, whatever the world size is now."""
+        found: list[Any] = [None]
+        if self.ranks.main:
+            found = [lease.global_batch(self.folder, os.environ.get("LUMINA_JOB"))]
+        dist.broadcast_object_list(found)
+        return config if found[0] is None else _same_batch(config.replace(resume="auto"), found[0])
 
     def _find_checkpoint(self, config: Config) -> tuple[Path | None, Progress, dict[str, Any]]:
         """The checkpoint to go on from, chosen by rank 0 for all."""
@@ -160,10 +176,12 @@ class Run:
         """The run's folder with its resolved configuration, log and metrics. Rank 0 writes."""
         self.checkpoints = self.folder / "checkpoints"
         self.console = Console(self.ranks.main, self.total_steps, self.start_step)
-        self.health = Health(self.config.health_check_interval)
+        self.events = EventLog(self.folder / "events.jsonl" if self.ranks.main else None)
+        self.health = Health(self.config, self.events)
         self.metrics: MetricsFile | None = None
         if not self.ranks.main:
             return
+        self.lease = lease.Lease(self.folder, os.environ.get("LUMINA_JOB"), self.global_batch)
         for name in ("checkpoints", "backups"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(self.config.to_yaml())
@@ -181,18 +199,45 @@ class Run:
         )
         for text in [*report, *data.account_lines()]:
             self._say(f"  {text}")
+        self.recorder = Recorder(
+            self.folder,
+            config,
+            self.metrics,
+            data.fingerprint,
+            step=self.start_step,
+            total_steps=self.total_steps,
+            world=self.ranks.world,
+            nodes=self.ranks.world // self.ranks.local_world,
+            global_batch=self.global_batch,
+            precision=precision,
+            zero_stage=self.engine.stage,
+        )
+        self.events.listeners.append(self.recorder.event)
 
     def __enter__(self) -> Run:
+        self.watchdog.__enter__()
         self.console.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self.watchdog.__exit__(*exception)
         self.console.__exit__(*exception)
         if self.metrics is not None:
+            self.recorder.close(*self._end(*exception[:2]))
             self.metrics.close()
             for logger in (log, record_log):
                 logger.removeHandler(self._handler)
             self._handler.close()
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None) -> tuple[str, int, str]:
+        """How the run ended: its state, step, and why."""
+        if kind is not None:
+            return "stopped" if kind is KeyboardInterrupt else "failed", self.progress.step, f"{kind.__name__}: {error}"
+        patience = self.config.early_stopping_patience
+        done = self.progress.step == self.total_steps
+        if done or (patience is not None and self.progress.evaluations_without_gain >= patience):
+            return "finished", self.progress.step, "" if done else f"no better evaluation in {patience}"
+        return "stopped", self.progress.step, f"signal {self.stop.signal}" if self.stop.signal else ""
 
     # --- Running ---
 
@@ -210,6 +255,14 @@ class Run:
     def due(self, every: int) -> bool:
         return self.progress.step % every == 0
 
+    def compare_ranks(self) -> None:
+        """Every so many steps: which rank is slower than the others, and where it runs; collective."""
+        found = self.stragglers.compare(self.progress.step)
+        if found is not None and self.metrics is not None:
+            self.metrics.write("ranks", self.progress.step, found.record())
+            for text in found.slow():
+                log.warning("step %d: %s", self.progress.step, text)
+
     def save(self, best: bool = False) -> None:
         """Save a checkpoint of this step unless that was done; collective."""
         if self._last_saved != self.progress.step or best:
@@ -221,11 +274,14 @@ class Run:
                 checkpoint.mark_best(self.checkpoints, self.progress.step, self.progress.best_loss)
             checkpoint.prune(self.checkpoints, self.config.keep_last)
 
-    def record(self, data: StepData, loss: float, lr: float, grad_norm: float, applied: bool, seconds: float) -> None:
-        health = self.health.check(data.step + 1, loss, applied)
+    def record(
+        self, data: StepData, loss: float, lr: float, grad_norm: float, applied: bool, seconds: float, samples: str
+    ) -> None:
         if self.metrics is None:
             return
         memory, total, kind = _memory(self.engine.device)
+        seen = StepSeen(data.step + 1, loss, grad_norm, applied, data.tokens / seconds, 0.0, seconds, memory)
+        health = self.health.step(seen)
         record = StepRecord(
             step=data.step + 1,
             epoch=data.epoch + 1,
@@ -243,6 +299,7 @@ class Run:
             health=health,
             time=time.time(),
             applied=applied,
+            samples=samples,
             mfu=self.utilisation.of(data.micro_batches, seconds),
         )
         self.metrics.step(record)
@@ -290,15 +347,15 @@ def _weights_of(given: str) -> Path:
     return sound
 
 
-def _same_batch(config: Config, progress: Progress) -> Config:
+def _same_batch(config: Config, size: int) -> Config:
     """The global batch of the run's first start holds for its whole life (law 1), whatever the world size is now."""
     wanted = config.global_batch_size
-    if wanted is not None and wanted != progress.global_batch_size:
+    if wanted is not None and wanted != size:
         raise UserError(
-            f"the run was started with global_batch_size {progress.global_batch_size}, not {wanted}",
+            f"the run was started with global_batch_size {size}, not {wanted}",
             "Drop global_batch_size to go on, or start another run: the order of samples depends on it.",
         )
-    return config.replace(global_batch_size=progress.global_batch_size)
+    return config.replace(global_batch_size=size)
 
 
 def _shape(config: Config) -> dict[str, Any]:

@@ -1,23 +1,60 @@
-"""Stopping on a signal: noted when it comes, acted upon by all ranks together at the next step boundary."""
+"""Stopping on a signal: noted when it comes, acted upon by all ranks together at the next step boundary.
+
+SIGTERM, SIGINT and SIGUSR1 (Slurm's warning before its time limit) mean: save and end. SIGUSR2 comes from Lumina's own
+agents and means: save and end, you will be started again at another world size.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
+import time
 from types import FrameType
 
 # sysexits.h EX_TEMPFAIL: the run was asked to stop, saved, and can be resumed. Not a failure of the run.
 EXIT_STOPPED = 75
+# The same, asked for by the agent in order to go on at another world size.
+EXIT_RESIZE = 76
+# A watchdog ended the process: no progress for too long, or no step boundary in time after a signal.
+EXIT_HUNG = 77
+
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT. A second SIGINT interrupts at once, for a user who will not wait."""
+    """Set by a signal. A second SIGINT interrupts at once, for a user who will not wait."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.resize = False
+        self.since: float | None = None  # time.monotonic() of the first signal
+        for number in (*_STOP, signal.SIGUSR2):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self.resize = number == signal.SIGUSR2 and (self.signal is None or self.resize)
         self.signal = signal.Signals(number).name
+        self.since = self.since or time.monotonic()
+
+    @property
+    def flags(self) -> tuple[float, float]:
+        """(asked to stop, asked to restart at another size), for the sum over all ranks."""
+        return float(self.signal is not None and not self.resize), float(self.signal is not None and self.resize)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process `number` when its launcher dies, so that no rank is orphaned (Linux, prctl(2)).
+    Only for processes that a launcher started: a shell that started a single one may well end before it."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), number)

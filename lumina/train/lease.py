@@ -1,0 +1,57 @@
+"""Who owns a run's folder: the newest start of it, and nobody else.
+
+A node that was cut off or stopped can wake up long after its job was restarted elsewhere. Its processes must not name a
+checkpoint, remove one, or write to the log of the run any more. Every start of a run leaves a token of its own in
+`.owner.json`; whoever finds another's there has lost the folder. The file also names the launch (`job`) that a start
+belongs to: a restart by the same launch goes on by itself, a new launch must be told to with --resume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from lumina.config import UserError
+
+NAME = ".owner.json"
+
+
+class Lease:
+    """Rank 0's claim on a run's folder, made when the run starts."""
+
+    def __init__(self, folder: Path, job: str | None, global_batch: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / NAME
+        self.token = secrets.token_hex(8)
+        scratch = folder / f"{NAME}.{self.token}"
+        scratch.write_text(json.dumps({"token": self.token, "job": job, "global_batch_size": global_batch}))
+        os.replace(scratch, self._path)
+
+    def held(self) -> bool:
+        """Whether no later start has claimed the folder."""
+        return _read(self._path).get("token") == self.token
+
+    def assert_held(self) -> None:
+        """Raises UserError when a later start of the run has claimed the folder."""
+        if not self.held():
+            raise UserError(
+                f"another start of this run owns {self._path.parent} now; this process ends without touching it",
+                "Two launches of one --experiment-name at a time? Give each its own.",
+            )
+
+
+def global_batch(folder: Path, job: str | None) -> int | None:
+    """The global batch of the run in `folder` if the launch `job` made its last start, else None."""
+    found = _read(folder / NAME)
+    return int(found["global_batch_size"]) if job is not None and found.get("job") == job else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

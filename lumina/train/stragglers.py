@@ -1,0 +1,104 @@
+"""Which rank is slower than the others, and on which host.
+
+Under synchronous training the slowest rank sets the pace of all, and the others wait for it inside collectives. So a
+step's wall time says nothing; what each rank spends before it meets the others does: its own computing (forward and
+backward), and a probe, a fixed piece of arithmetic without any communication. The probe also works under ZeRO-3, whose
+forward pass is itself full of collectives. Both are gathered every few steps: one gather of a few numbers a rank.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lumina.train.engine import Ranks
+
+_PROBE = 256  # rows and columns: 34 million operations, a millisecond on one core
+_REPEATS = 3
+
+
+@dataclass
+class Comparison:
+    """Seconds per step and rank: computing, waiting (update and collectives), and one probe; where each rank runs."""
+
+    hosts: list[str]
+    compute: list[float]
+    wait: list[float]
+    probe: list[float]
+    factor: float
+
+    def slow(self) -> list[str]:
+        """A line for every rank whose computing or probe takes more than `factor` times the median."""
+        lines = []
+        for name, values in (("compute", self.compute), ("probe", self.probe)):
+            median = sorted(values)[(len(values) - 1) // 2]  # the lower one: of two ranks, the faster
+            for rank, value in enumerate(values):
+                if value > self.factor * median > 0:
+                    lines.append(
+                        f"rank {rank} on {self.hosts[rank]} is a straggler: {name} takes {value * 1e3:.1f} ms, "
+                        f"{value / median:.1f} times the median"
+                    )
+        return lines
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "hosts": self.hosts,
+            "compute": [round(value, 6) for value in self.compute],
+            "wait": [round(value, 6) for value in self.wait],
+            "probe": [round(value, 6) for value in self.probe],
+            "slow": self.slow(),
+        }
+
+
+class Stragglers:
+    """Sums this rank's times and compares them with the others' every `interval` steps (0: never)."""
+
+    def __init__(self, ranks: Ranks, interval: int, factor: float) -> None:
+        self._interval = interval if ranks.world > 1 else 0
+        self._factor = factor
+        self._compute = self._wait = 0.0
+        self._steps = 0
+        self._hosts: list[str] = []
+        self._world = ranks.world
+
+    def add(self, compute: float, wait: float) -> None:
+        """One step's seconds."""
+        self._compute += compute
+        self._wait += wait
+        self._steps += 1
+
+    def compare(self, step: int) -> Comparison | None:
+        """The comparison, when it is due at `step`; collective."""
+        if not self._interval or step % self._interval or not self._steps:
+            return None
+        if not self._hosts:
+            hosts: list[Any] = [None] * self._world
+            dist.all_gather_object(hosts, socket.gethostname())
+            self._hosts = hosts
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        own = torch.tensor([self._compute / self._steps, self._wait / self._steps, probe(device)], device=device)
+        every = [torch.empty_like(own) for _ in range(self._world)]
+        dist.all_gather(every, own)
+        self._compute = self._wait = 0.0
+        self._steps = 0
+        compute, wait, times = torch.stack(every).T.tolist()
+        return Comparison(self._hosts, compute, wait, times, self._factor)
+
+
+def probe(device: str) -> float:
+    """Seconds of the best of a few small matrix products: how fast this rank computes at this moment."""
+    a = torch.full((_PROBE, _PROBE), 0.5, device=device)
+    best = float("inf")
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        product = a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+        del product
+    return best

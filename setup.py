@@ -28,9 +28,12 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "gpu": ["flash-attn>=2.6; platform_system == 'Linux'"],  # variable-length attention kernels
+    "gpu": [
+        "flash-attn>=2.6; platform_system == 'Linux'",  # variable-length attention kernels
+        "nvidia-ml-py>=12",  # temperature, throttling, memory and load of the GPUs
+    ],
     "mpi": ["mpi4py>=4.0", "openmpi>=5.0"],  # start under mpirun; DeepSpeed finds its ranks through mpi4py
-    "tracking": ["wandb>=0.17", "tensorboard>=2.16"],  # experiment trackers
+    "tracking": ["wandb>=0.24", "tensorboard>=2.16", "mlflow-skinny>=3"],  # experiment trackers
     "hf": ["transformers>=4.45"],  # import and export of Hugging Face checkpoints
     "quickstart": ["chitchat-dataset>=0.9", "matplotlib>=3.8"],  # real conversations and the loss curve's PNG
     "dedup": ["rensa>=0.5"],  # MinHash for near-duplicate conversations
@@ -39,6 +42,9 @@ EXTRAS_REQUIRE = {
         "pytest-timeout>=2.3",  # a hung collective fails instead of blocking
         "pytest-xdist>=3.5",
         "rensa>=0.5",
+        "wandb>=0.24",  # the trackers' files are read back with their own libraries
+        "tensorboard>=2.16",
+        "mlflow-skinny>=3",
         "hypothesis>=6.100",  # properties of packing, order, merging
         "ruff>=0.6",
         "mypy>=1.11",

@@ -29,6 +29,14 @@ def train_options(parser: Parser) -> None:
     run.add_argument("--init-from", metavar="CHECKPOINT", help="start a new run from these weights")
     run.add_argument("--ds_config", "--ds-config", dest="ds_config", metavar="JSON", help="DeepSpeed configuration")
     run.add_argument("--keep-last", type=int, metavar="N", help="checkpoints kept beside the best one (3)")
+    run.add_argument(
+        "--tracker",
+        dest="trackers",
+        action="append",
+        choices=["wandb", "tensorboard", "mlflow"],
+        help="also send the curves there; may be given several times",
+    )
+    run.add_argument("--profile", action="store_true", default=None, help="trace a few early steps (RUN/profile)")
     run.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
 
     data = parser.add_argument_group("data")

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,7 @@ class EventLog:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._refused = False
+        self.listeners: list[Callable[[Event], None]] = []  # told of every event
 
     def add(
         self,
@@ -73,6 +74,8 @@ class EventLog:
         event = Event(step, kind, level, rule, reason, action, listed, values)
         if self._path is not None:
             self._write(event.line())
+        for listener in self.listeners:
+            listener(event)
         return event
 
     def _write(self, line: str) -> None:

@@ -1,4 +1,5 @@
-"""metrics.jsonl: one JSON object per line, a line per step and per evaluation, never a step twice.
+"""metrics.jsonl: one JSON object per line, a line per step, per evaluation and per other measurement.
+No step is there twice.
 
 Values that are not finite are written as null, which every JSON reader takes.
 """
@@ -6,30 +7,40 @@ Values that are not finite are written as null, which every JSON reader takes.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lumina.monitor.record import StepRecord
 
+log = logging.getLogger("lumina")
+
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file; a last line cut short by a kill is left out."""
+def read_metrics(path: Path, until: int | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a file, or of its first `until` bytes; a line cut short by a kill or a full disk is left
+    out."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open("rb") as file:
         for line in file:
+            if until is not None and file.tell() > until:
+                return
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+            except ValueError:
+                continue
 
 
 class MetricsFile:
@@ -43,14 +54,32 @@ class MetricsFile:
             file.writelines(json.dumps(record) + "\n" for record in kept)
         os.replace(scratch, path)
         self._file = path.open("a", buffering=1)  # by line: what a killed run did is on disk
+        self._lock = threading.Lock()  # system figures come from a thread
+        self._refused = False
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # told of every record after it was written
 
     def step(self, record: StepRecord) -> None:
-        values = {key: _plain(value) for key, value in asdict(record).items()}
-        self._file.write(json.dumps({"kind": "step", **values}) + "\n")
+        values = asdict(record)
+        self.write("step", values.pop("step"), values)
 
     def evaluation(self, step: int, loss: float, ppl: float, seconds: float) -> None:
-        values = {"step": step, "loss": _plain(loss), "ppl": _plain(ppl), "seconds": round(seconds, 3)}
-        self._file.write(json.dumps({"kind": "eval", **values}) + "\n")
+        self.write("eval", step, {"loss": loss, "ppl": ppl, "seconds": round(seconds, 3)})
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One record. A disk that refuses it does not stop the run: the listeners still hear of it."""
+        record = {"kind": kind, "step": step, **_plain(values)}
+        with self._lock:
+            try:
+                if not self._file.closed:
+                    self._file.write(json.dumps(record) + "\n")
+                self._refused = False
+            except OSError as error:
+                if not self._refused:
+                    log.warning("metrics.jsonl could not be written: %s", error)
+                self._refused = True
+        for listener in self.listeners:
+            listener(record)
 
     def close(self) -> None:
-        self._file.close()
+        with self._lock, suppress(OSError):
+            self._file.close()

@@ -1,0 +1,67 @@
+"""MLflow, at MLFLOW_TRACKING_URI or else in RUN/mlflow."""
+
+from __future__ import annotations
+
+import os
+import time as clock
+from collections.abc import Mapping
+from typing import Any
+
+from lumina.monitor.trackers import GROUPS, Facts
+
+_MAX_PARAMETER = 500  # characters that MLflow takes
+
+
+class MLflow:
+    """The run's id is kept in RUN/mlflow-run, so that a run that goes on does so there too."""
+
+    def open(self, facts: Facts) -> Mapping[str, int]:
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        if not given:
+            # Since 3.7 MLflow asks that plain files be wanted; its databases need more than mlflow-skinny.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow.tracking import MlflowClient
+
+        self._client: Any = MlflowClient(tracking_uri=given or (facts.folder.resolve() / "mlflow").as_uri())
+        remembered = facts.folder / "mlflow-run"
+        if facts.step and remembered.exists():
+            self._run = remembered.read_text().strip()
+            self._client.update_run(self._run, status="RUNNING")
+            return {group: self._last(group) for group in GROUPS.values()}
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "lumina")
+        experiment = self._client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        self._run = self._client.create_run(number, run_name=facts.name).info.run_id
+        remembered.write_text(self._run)
+        for key, value in facts.config.items():
+            self._client.log_param(self._run, key, str(value)[:_MAX_PARAMETER])
+        return {}
+
+    def _last(self, group: str) -> int:
+        """The last step whose figures are all there: `group/complete` is logged after them."""
+        history = self._client.get_metric_history(self._run, f"{group}/complete")
+        return max((point.step for point in history), default=-1)
+
+    def scalars(self, group: str, step: int, values: Mapping[str, float], time: float | None) -> None:
+        from mlflow.entities import Metric
+
+        stamp = int(1000 * (time or clock.time()))
+        metrics = [Metric(f"{group}/{name}", value, stamp, step) for name, value in values.items()]
+        self._client.log_batch(self._run, [*metrics, Metric(f"{group}/complete", 1.0, stamp, step)])
+
+    def text(self, name: str, step: int, text: str) -> None:
+        self._client.log_text(self._run, text, f"{name}/{step:08d}.txt")
+
+    def rewind(self, step: int) -> bool:
+        return False  # MLflow only ever adds
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+def make() -> MLflow:
+    return MLflow()
+
+
+def abandon() -> None:
+    """Nothing outside this process is left running."""

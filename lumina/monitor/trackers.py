@@ -1,0 +1,173 @@
+"""Experiment trackers follow metrics.jsonl: wandb, TensorBoard and MLflow through their own libraries, on rank 0.
+
+metrics.jsonl is the truth. Each tracker has a thread of its own, fed with the same records; when a run goes on, the
+thread asks the tracker how far its curves reach and sends only what is missing, so no step is there twice and none is
+lost, whatever was killed in between. A tracker that fails or hangs never stops or slows the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from lumina.monitor.metrics import read_metrics
+
+log = logging.getLogger("lumina")
+
+# The group of curves that a kind of record is drawn in. Their x axis is the record's step.
+GROUPS = {"step": "train", "eval": "eval", "system": "system", "layers": "layers", "ranks": "ranks"}
+_ATTEMPTS = 5
+_PAUSE = 5.0  # seconds before the second attempt, doubling
+_CLOSING = 30.0  # seconds that a tracker gets to send the rest when the run ends
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a tracker is told of the run: its folder, name, settings, and the step it goes on from."""
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    step: int
+
+
+class Tracker(Protocol):
+    """One service. All calls come from one thread; any of them may raise."""
+
+    def open(self, facts: Facts) -> Mapping[str, int]:
+        """Start, or go on with the run that RUN's folder remembers. Returns the last step already there, by group."""
+
+    def scalars(self, group: str, step: int, values: Mapping[str, float], time: float | None) -> None: ...
+
+    def text(self, name: str, step: int, text: str) -> None: ...
+
+    def rewind(self, step: int) -> bool:
+        """Forget what is later than `step`, if the service can."""
+
+    def close(self) -> None: ...
+
+
+def _make(name: str) -> Tracker:
+    """Imports the tracker's module, and with it the library, in the tracker's own thread."""
+    tracker: Tracker = import_module(f"lumina.monitor.{name}_tracker").make()
+    return tracker
+
+
+def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The finite figures of a record, those of nested tables as `table/name`."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{prefix}{name}/")
+        elif not prefix and name in ("step", "time"):
+            continue
+        elif isinstance(value, int | float) and math.isfinite(value):
+            yield f"{prefix}{name}", float(value)
+
+
+class _Rewind:
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+
+class _Feed:
+    """A tracker and its thread."""
+
+    def __init__(self, name: str, facts: Facts, missed: Callable[[], Iterator[Mapping[str, Any]]]) -> None:
+        self.name = name
+        self._facts = facts
+        self._missed = missed
+        self._queue: queue.SimpleQueue[Mapping[str, Any] | _Rewind | None] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self._last: dict[str, int] = {}
+        self.failed: str | None = None
+        self.thread = threading.Thread(target=self._follow, name=f"lumina-{name}", daemon=True)
+
+    def put(self, item: Mapping[str, Any] | _Rewind | None) -> None:
+        if item is None:
+            self._ending.set()
+        if self.failed is None:
+            self._queue.put(item)
+
+    def _follow(self) -> None:
+        try:
+            tracker = _make(self.name)
+            self._last = dict(tracker.open(self._facts))
+            for record in self._missed():
+                self._send(tracker, record)
+            while (item := self._queue.get()) is not None:
+                if not isinstance(item, _Rewind):
+                    self._send(tracker, item)
+                elif tracker.rewind(item.step):
+                    self._last = {group: min(last, item.step) for group, last in self._last.items()}
+            tracker.close()
+        except ImportError as error:
+            self._give_up(f"{error}; install it with: pip install 'lumina[tracking]'")
+        except BaseException as error:  # a tracker's library may even call sys.exit
+            self._give_up(f"{type(error).__name__}: {error}")
+
+    def _give_up(self, why: str) -> None:
+        self.failed = why
+        log.warning("%s is no longer followed, the run goes on: %s", self.name, why)
+
+    def _send(self, tracker: Tracker, record: Mapping[str, Any]) -> None:
+        kind, step = record["kind"], int(record["step"])
+        if kind in ("event", "sample"):
+            self._patiently(lambda: tracker.text(str(record["name"]), step, str(record["text"])))
+            return
+        group = GROUPS.get(kind, kind)
+        if step <= self._last.get(group, -1):
+            return
+        values = dict(scalars(record))
+        if values:
+            self._patiently(lambda: tracker.scalars(group, step, values, record.get("time")))
+        self._last[group] = step
+
+    def _patiently(self, call: Callable[[], None]) -> None:
+        """Again after a pause, a few times: a service comes back, a wrong key does not."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return call()
+            except Exception as error:
+                if attempt == _ATTEMPTS - 1 or self._ending.is_set():
+                    raise
+                if attempt == 0:
+                    log.warning("%s did not take a record, trying again: %s", self.name, error)
+                self._ending.wait(_PAUSE * 2**attempt)
+
+
+class Trackers:
+    """The trackers of a run. `record` never blocks and never raises."""
+
+    def __init__(self, names: Sequence[str], facts: Facts) -> None:
+        metrics = facts.folder / "metrics.jsonl"
+        until = metrics.stat().st_size if metrics.exists() else 0  # later records come through `record`
+        self._feeds = [_Feed(name, facts, lambda: read_metrics(metrics, until)) for name in dict.fromkeys(names)]
+        for feed in self._feeds:
+            feed.thread.start()
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """A record as metrics.jsonl has it, or a text: {kind: event or sample, step, name, text}."""
+        for feed in self._feeds:
+            feed.put(record)
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step` and takes the later ones again."""
+        for feed in self._feeds:
+            feed.put(_Rewind(step))
+
+    def close(self) -> None:
+        """Let each send the rest; one that does not manage it in half a minute is left behind."""
+        for feed in self._feeds:
+            feed.put(None)
+        for feed in self._feeds:
+            feed.thread.join(_CLOSING)
+            if feed.thread.is_alive():
+                log.warning("%s had not sent everything %d s after the run's end", feed.name, _CLOSING)
+                import_module(f"lumina.monitor.{feed.name}_tracker").abandon()

@@ -1,0 +1,142 @@
+"""Weights & Biases. WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE and WANDB_BASE_URL are honoured by the library itself.
+
+Without a login, or when the service cannot be reached at the start, the run is recorded in RUN/wandb, to be sent later
+with `wandb sync`. The run's id is kept in RUN/wandb-run: a run that goes on does so there too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lumina.monitor.trackers import GROUPS, Facts
+
+log = logging.getLogger("lumina")
+
+_PATIENCE = float(os.environ.get("LUMINA_WANDB_PATIENCE", 60))  # seconds that it may take to reach its service
+_FILE_HEADER, _BLOCK, _RECORD_HEADER = 7, 32768, 7
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+class Wandb:
+    def open(self, facts: Facts) -> Mapping[str, int]:
+        import wandb
+
+        remembered = facts.folder / "wandb-run"
+        again = facts.step > 0 and remembered.exists()
+        identity = remembered.read_text().strip() if again else secrets.token_hex(4)
+        remembered.write_text(identity)
+        self._run = self._start(wandb, facts, identity)
+        for group in GROUPS.values():
+            self._run.define_metric(f"{group}/step", hidden=True)
+            self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
+        return self._reached(facts.folder, identity) if again else {}
+
+    def _start(self, wandb: Any, facts: Facts, identity: str) -> Any:
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            x_disable_stats=True,  # Lumina measures the system itself
+            init_timeout=_PATIENCE,
+        )
+        given: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", "lumina"),
+            "name": os.environ.get("WANDB_NAME", facts.name),
+            "id": identity,
+            "resume": "allow",
+            "dir": str(facts.folder),
+            "config": dict(facts.config),
+            "settings": settings,
+        }
+        if os.environ.get("WANDB_MODE", "online") != "online":
+            return wandb.init(**given)
+        try:
+            if not wandb.login(prompt=False):  # never ask at the keyboard
+                raise ConnectionError("not logged in")
+            return wandb.init(**given)
+        except Exception as error:
+            kept = facts.folder / "wandb"
+            log.warning("wandb: %s; recorded in %s, send it later with `wandb sync`", error or "no login", kept)
+            return wandb.init(mode="offline", **given)
+
+    def _reached(self, folder: Path, identity: str) -> dict[str, int]:
+        """The last step of each group that the service, or an earlier start's file, has."""
+        last: dict[str, int] = {}
+        for row in offline_rows(folder, identity):
+            _raise(last, row)
+        _raise(last, dict(self._run.summary))
+        return last
+
+    def scalars(self, group: str, step: int, values: Mapping[str, float], time: float | None) -> None:
+        self._run.log({f"{group}/step": step, **{f"{group}/{name}": value for name, value in values.items()}})
+
+    def text(self, name: str, step: int, text: str) -> None:
+        self._run.log({f"{name}/step": step, name: text})
+
+    def rewind(self, step: int) -> bool:
+        return False  # a history only ever grows
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _raise(last: dict[str, int], row: Mapping[str, Any]) -> None:
+    for group in GROUPS.values():
+        step = row.get(f"{group}/step")
+        if isinstance(step, int | float):
+            last[group] = max(last.get(group, -1), int(step))
+
+
+def offline_rows(folder: Path, identity: str) -> Iterator[dict[str, Any]]:
+    """The history rows in the files that wandb left in `folder`, oldest file first."""
+    from wandb.proto import wandb_internal_pb2
+
+    protocol: Any = wandb_internal_pb2  # generated: a type checker sees no names
+    for path in sorted((folder / "wandb").glob(f"*run-*-{identity}/run-{identity}.wandb")):
+        for payload in _records(path.read_bytes()):
+            record = protocol.Record()
+            record.ParseFromString(payload)
+            if record.WhichOneof("record_type") == "history":
+                yield {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+                }
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file, which is a LevelDB log (blocks of 32 KiB; records cut at their edges) after a
+    header of its own; a tail cut short by a kill is left out. wandb itself has no reader in Python any more (0.31)."""
+    at, parts = _FILE_HEADER, b""
+    while at + _RECORD_HEADER <= len(data):
+        room = _BLOCK - at % _BLOCK
+        if room < _RECORD_HEADER:  # too small for a header: zeros
+            at += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        at += _RECORD_HEADER
+        if kind not in (_FULL, _FIRST, _MIDDLE, _LAST) or at + length > len(data):
+            return
+        piece, at = data[at : at + length], at + length
+        parts = piece if kind in (_FULL, _FIRST) else parts + piece
+        if kind in (_FULL, _LAST):
+            yield parts
+
+
+def make() -> Wandb:
+    return Wandb()
+
+
+def abandon() -> None:
+    """End wandb's own process: Python would wait for it, and it for the network. Its file stays in RUN/wandb."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if child.name().startswith("wandb-core"):
+                child.kill()

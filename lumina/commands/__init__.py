@@ -5,14 +5,16 @@ Rooms are imported inside the functions, so that `lumina --help` and every comma
 answer without loading torch.
 """
 
-from lumina.commands import data, infer, plan, train
+from lumina.commands import cluster, data, infer, monitor, plan, train
 from lumina.commands.common import Arguments, Command, Parser
 
 COMMANDS: dict[str, Command] = {
     **train.COMMANDS,
     **data.COMMANDS,
     **infer.COMMANDS,
+    **monitor.COMMANDS,
     **plan.COMMANDS,
+    **cluster.COMMANDS,
 }
 
 __all__ = ["COMMANDS", "Arguments", "Command", "Parser"]

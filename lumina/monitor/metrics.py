@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from lumina.monitor.record import StepRecord
 
 log = logging.getLogger("lumina")
@@ -38,7 +40,7 @@ def read_metrics(path: Path, until: int | None = None) -> Iterator[dict[str, Any
             if until is not None and file.tell() > until:
                 return
             try:
-                yield json.loads(line)
+                yield orjson.loads(line)
             except ValueError:
                 continue
 

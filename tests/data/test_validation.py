@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
+from browser import browse, needs_browser
 from helpers import TOKENIZER, chat, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -152,10 +151,7 @@ def test_the_report_is_self_contained_and_escapes_what_people_typed(tmp_path: Pa
     assert html.count('<div class="turn masked">') == 1
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+@needs_browser
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
 def test_the_report_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
     """No console message, no request, and pixels of the bars' colour in the picture."""
@@ -176,24 +172,3 @@ def test_the_report_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None
     _, messages, requests = browse(tmp_path / "spoilt", spoilt, width, dark)
     assert len(messages) == 1
     assert requests == ["http://127.0.0.1:9/x.png"]
-
-
-def browse(folder: Path, html: str, width: int, dark: bool) -> tuple[Path, list[str], list[str]]:
-    """Opens a page; returns its picture, its console's messages, and what it asked the network for. The browser's own
-    requests (updates, dictionaries) have no origin; they resolve to nothing here."""
-    folder.mkdir()
-    page, picture, network = folder / "page.html", folder / "page.png", folder / "net.json"
-    page.write_text(html, encoding="utf-8")
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
-        "--disable-background-networking", "--disable-component-update", "--no-first-run", "--enable-logging=stderr",
-        f"--log-net-log={network}", f"--window-size={width},2400", f"--screenshot={picture}",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--host-resolver-rules=MAP * ~NOTFOUND",
-        page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert picture.exists(), done.stderr
-    events = orjson.loads(network.read_bytes())["events"]
-    asked = [event["params"] for event in events if {"url", "initiator"} <= set(event.get("params", {}))]
-    requests = [params["url"] for params in asked if params["initiator"] != "not an origin"]
-    return picture, [line for line in done.stderr.splitlines() if "CONSOLE" in line], requests

@@ -1,0 +1,159 @@
+"""Where the time of a step goes: waiting for data, forward, backward, communication, optimizer, saving, evaluation.
+
+Phases nest, and time counts for the innermost only: the collectives that DeepSpeed starts within a backward pass count
+as communication, not as backward. On a GPU the times are those of CUDA events, read when the step has ended anyway.
+Collectives on a stream of their own run beside the computation: they are `communication_overlapped`, which is not part
+of the sum.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+PHASES = ("data", "forward", "backward", "communication", "optimizer", "saving", "evaluation", "other")
+_COLLECTIVES = (
+    "all_reduce",
+    "inference_all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "all_to_all",
+    "all_to_all_single",
+    "broadcast",
+    "barrier",
+)
+T = TypeVar("T")
+
+
+class StepTimer:
+    """One rank's clock. A change of phase costs about a microsecond on a CPU and one recorded event on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._phases = ["other"]
+        self._marks: list[tuple[Any, str]] = []  # GPU: an event, and the phase that it ends
+        self._beside: list[tuple[Any, Any]] = []  # GPU: events around a collective on another stream
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._since: Any = self._now()
+        self._undo: list[Callable[[], None]] = []
+
+    def _now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _mark(self) -> None:
+        now = self._now()
+        if self._gpu:
+            self._marks.append((now, self._phases[-1]))
+        else:
+            self._seconds[self._phases[-1]] += now - self._since
+            self._since = now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._mark()
+        self._phases.append(name)
+        try:
+            yield
+        finally:
+            self._mark()
+            self._phases.pop()
+
+    def waits(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, with the wait for each counted as data."""
+        iterator = iter(items)
+        try:
+            while True:
+                try:
+                    with self.phase("data"):
+                        item = next(iterator)
+                except StopIteration:
+                    return
+                yield item
+        finally:
+            close = getattr(iterator, "close", None)
+            if close is not None:
+                close()
+
+    def split(self) -> dict[str, float]:
+        """Seconds by phase since the last call; they add up to the time between the two calls."""
+        self._mark()
+        if self._gpu:
+            self._read_events()
+        seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        return {name: value for name, value in seconds.items() if value or name in PHASES[:5]}
+
+    def _read_events(self) -> None:
+        self._marks[-1][0].synchronize()
+        for event, phase in self._marks:
+            self._seconds[phase] += self._since.elapsed_time(event) / 1000
+            self._since = event
+        done = [pair for pair in self._beside if pair[1].query()]
+        self._beside = [pair for pair in self._beside if not pair[1].query()]
+        if done:
+            self._seconds["communication_overlapped"] = sum(a.elapsed_time(b) for a, b in done) / 1000
+        self._marks = []
+
+    # --- Communication ---
+
+    def watch_collectives(self) -> None:
+        """Time the collectives that DeepSpeed starts, until `close`."""
+        from deepspeed.comm import comm
+
+        backend = comm.cdb
+        for name in _COLLECTIVES:
+            call = getattr(backend, name, None)
+            if call is not None and name not in vars(backend):
+                setattr(backend, name, self._timed(call))
+                self._undo.append(lambda name=name: vars(backend).pop(name, None))  # type: ignore[misc]
+
+    def close(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self._communicating():
+                handle = call(*args, **kwargs)
+            return _Handle(handle, self) if hasattr(handle, "wait") else handle
+
+        return timed
+
+    @contextmanager
+    def _communicating(self) -> Iterator[None]:
+        if self._gpu and torch.cuda.current_stream() != torch.cuda.default_stream():
+            began = self._now()
+            yield
+            self._beside.append((began, self._now()))
+        elif threading.current_thread() is threading.main_thread() or self._gpu:
+            with self.phase("communication"):
+                yield
+        else:  # a thread that works beside the step, such as one that saves
+            yield
+
+
+class _Handle:
+    """A started collective; waiting for it is communication too."""
+
+    def __init__(self, handle: Any, timer: StepTimer) -> None:
+        self._handle, self._timer = handle, timer
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        with self._timer._communicating():
+            return self._handle.wait(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)

@@ -65,7 +65,9 @@ setup(
     # shadow the PyPI package of that name, which transformers imports.
     packages=[*find_packages(include=["lumina", "lumina.*"]), "lumina.kernels"],
     package_dir={"lumina.kernels": "kernels"},
-    package_data={"lumina": ["py.typed", "**/*.html", "monitor/assets/*", "model/*.c", "config/presets/*.yaml", "plan/*.yaml"]},
+    package_data={
+        "lumina": ["py.typed", "**/*.html", "monitor/assets/*", "model/*.c", "config/presets/*.yaml", "plan/*.yaml"]
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["lumina = lumina.cli:main"]},

@@ -16,14 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lumina.cluster import topology
+from lumina.cluster.identity import identify, parent_signal
 from lumina.config import Config
 from lumina.model import Transformer
 from lumina.model.loss import round_up
+from lumina.train import extensions
 from lumina.train.optimizer import build_optimizer
+from lumina.train.signals import end_with_parent
+from lumina.train.timing import StepTimer
 from lumina.train.veto import Veto
 
 if TYPE_CHECKING:
     from lumina.data.dataset import TorchBatch
+
+
+log = logging.getLogger("lumina")
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -40,39 +49,27 @@ class Ranks:
         return self.rank == 0
 
 
-_MPI_VARIABLES = {  # Open MPI, then PMI (MPICH, Intel MPI, srun --mpi=pmi2)
-    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
-    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
-    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
-    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
-}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def join() -> Ranks:
     """Join the process group that the launcher described, or be a world of one. Sets the threads of this rank."""
-    for name, sources in _MPI_VARIABLES.items():
-        found = next((os.environ[source] for source in sources if source in os.environ), None)
-        if found is not None:
-            os.environ.setdefault(name, found)
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
+    launcher = identify()
+    rank, world, local, local_world = (int(os.environ[name]) for name in _NAMES)
+    if launcher is not None and world > 1:
+        end_with_parent(parent_signal())
+    if os.environ.get("LUMINA_BIND") == "1":
+        cpus, threads = topology.bind(local, local_world)
+    else:
+        cpus, threads = [], max(1, len(os.sched_getaffinity(0)) // local_world)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(threads)
+    if cpus:
+        log.info("rank %d on %s: CPUs %s, %d thread(s)", rank, socket.gethostname(), cpus, torch.get_num_threads())
     _hush()
     import deepspeed
 
     if not torch.distributed.is_initialized():
+        from deepspeed.accelerator import get_accelerator
+
+        extensions.build([get_accelerator().create_op_builder("ShareMemCommBuilder")])
         deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
@@ -130,6 +127,8 @@ class Engine:
         allowed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**allowed, **ds_config})
         self.device: torch.device = self.ds.device
+        self.timer = StepTimer(self.device)
+        self.timer.watch_collectives()
         self._veto = Veto(self.ds.optimizer)
         if self.stage == 0 and self.half:
             # DeepSpeed allocates this optimizer's state by an update with zero gradients, which counts as Adam's first
@@ -176,11 +175,13 @@ class Engine:
         # float16 gradients would underflow divided by a token count that the loss scale has not met yet: there the
         # division comes after the loss.
         inner, outer = (1.0, scale) if self.fp16 else (scale, 1.0)
-        loss = self.loss(batch, inner)
+        with self.timer.phase("forward"):
+            loss = self.loss(batch, inner)
         # Multiplied even by one: DeepSpeed 0.19.8 divides the gradient of a tensor that its forward returned by the
         # accumulation steps, scale_wrt_gas or not, unless backward() is called on a tensor derived from it (stage 0).
         loss = loss * outer
-        self.ds.backward(loss, scale_wrt_gas=False)
+        with self.timer.phase("backward"):
+            self.ds.backward(loss, scale_wrt_gas=False)
         return loss.detach()
 
     def step(self, limit: float = math.inf) -> tuple[float, bool]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lumina.config import Config
+from lumina.train import extensions
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -33,6 +34,8 @@ def build_optimizer(model: nn.Module, config: Config, ds_config: dict[str, Any])
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
+        from deepspeed.ops.op_builder import CPUAdamBuilder
 
+        extensions.build([CPUAdamBuilder()])
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)  # type: ignore[no-any-return]
     return torch.optim.AdamW(groups, fused=True, **settings)

@@ -1,0 +1,153 @@
+"""`lumina launch`: one training job over many machines, which goes on when some of them do not."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from lumina.cluster import slurm
+from lumina.cluster.environment import forwarded
+from lumina.cluster.hostfile import Host, read_hostfile
+from lumina.cluster.topology import choose_interface, rank_map
+from lumina.cluster.transport import Kind, Spec, choose, is_here, remote_command
+from lumina.config import UserError
+
+AGENT = "lumina.cluster.agent"
+
+
+@dataclass
+class Launch:
+    """What `lumina launch` was asked for. `words` is what follows `--`: `train …`, or a script with its arguments."""
+
+    words: list[str]
+    hostfile: str | None = None
+    slurm: bool = False
+    transport: Kind = "auto"
+    min_nodes: int | None = None
+    max_restarts: int = 10
+    exports: list[str] = field(default_factory=list)
+    job: str | None = None
+    port: int = 0
+    bind: bool = True
+    python: str = sys.executable
+    stop_timeout: float = 60.0
+    node_timeout: float = 12.0
+    dry_run: bool = False
+
+
+def launch(asked: Launch) -> int:
+    """Run the job to its end; returns the exit code (see lumina.cluster.supervisor)."""
+    hosts = _hosts(asked)
+    min_nodes = len(hosts) if asked.min_nodes is None else asked.min_nodes
+    if not 1 <= min_nodes <= len(hosts):
+        raise UserError(f"--min-nodes {min_nodes} with {len(hosts)} node(s)", f"Choose 1 to {len(hosts)}.")
+    ranks = rank_command(asked.words, asked.python)
+    environment = forwarded(asked.exports)
+    folder = os.getcwd()
+    commands = _commands(asked, hosts, folder)
+    if asked.dry_run:
+        _show(hosts, commands, ranks, environment, folder)
+        return 0
+    from lumina.cluster.board import LauncherBoard
+    from lumina.cluster.supervisor import Limits, Supervisor
+
+    job = asked.job or os.environ.get("LUMINA_JOB") or _job_of_slurm() or uuid.uuid4().hex
+    address = _own_address(hosts)
+    board = LauncherBoard(job, asked.port)
+    _say(f"job {job}: {len(hosts)} node(s), store at {address}:{board.port}")
+
+    def spec(host: Host, attempt: int) -> Spec:
+        store = f"{address}:{board.port}"
+        return Spec(store, job, host.name, host.slots, ranks, environment, folder, asked.stop_timeout, asked.bind)
+
+    limits = Limits(min_nodes, asked.max_restarts, asked.node_timeout, stop_timeout=asked.stop_timeout)
+    return Supervisor(list(zip(hosts, commands, strict=True)), spec, board, limits, _say).run()
+
+
+def rank_command(words: list[str], python: str = sys.executable) -> list[str]:
+    """The command of one rank: `train …` is `lumina train …`; a .py file is that script.
+
+    Raises UserError for anything else.
+    """
+    if words and words[0] == "train":
+        # By its module's name, but without the working directory on the path, where kernels/ would shadow a package.
+        start = "import sys; sys.path[:] = [p for p in sys.path if p]; from lumina.cli import main; sys.exit(main())"
+        return [python, "-c", start, *words]
+    if words and words[0].endswith(".py"):
+        return [python, *words]
+    raise UserError(
+        "lumina launch runs `train …` or a Python script",
+        "Write: lumina launch --hostfile hostfile -- train --config nano --train-data F",
+    )
+
+
+def _hosts(asked: Launch) -> list[Host]:
+    if asked.hostfile is not None:
+        return read_hostfile(asked.hostfile)
+    if asked.slurm or slurm.in_allocation():
+        return slurm.hosts()
+    raise UserError("no nodes", "Give --hostfile FILE, or start inside a Slurm allocation (launchers/train.sbatch).")
+
+
+def _commands(asked: Launch, hosts: list[Host], folder: str) -> list[list[str]]:
+    kind: Kind = "srun" if asked.transport == "auto" and asked.hostfile is None else asked.transport
+    cpus = slurm.cpus() if kind == "srun" else []
+    commands = []
+    for number, host in enumerate(hosts):
+        chosen = choose(kind, host)
+        if chosen != "local" and shutil.which(chosen) is None and not asked.dry_run:
+            raise UserError(f"{chosen} is not installed here", "Install it, or choose another --transport.")
+        own = cpus[number] if number < len(cpus) else None
+        commands.append(remote_command(chosen, host, AGENT, folder, asked.python, own))
+    return commands
+
+
+def _own_address(hosts: list[Host]) -> str:
+    """The address at which the nodes reach this machine: of the interface that leads to the first one that is not
+    this machine itself."""
+    from lumina.cluster import topology
+
+    other = next((host.name for host in hosts if not is_here(host)), None)
+    if other is None:
+        return "127.0.0.1"
+    interface = choose_interface(topology.read(), _resolved(other))
+    _say(f"nodes reach this machine ({socket.gethostname()}) over {interface.name} at {interface.address}")
+    return interface.address
+
+
+def _resolved(name: str) -> str:
+    """A name's address; an ssh alias that DNS does not know is looked up in ssh's configuration."""
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        import subprocess
+
+        shown = subprocess.run(["ssh", "-G", name], capture_output=True, text=True, check=False).stdout
+        real = next((line.split()[1] for line in shown.splitlines() if line.startswith("hostname ")), name)
+        return real
+
+
+def _job_of_slurm() -> str | None:
+    """A requeued Slurm job keeps its number, and so goes on where it was."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return f"slurm-{number}" if number else None
+
+
+def _show(hosts: list[Host], commands: list[list[str]], ranks: list[str], env: dict[str, Any], folder: str) -> None:
+    print("# ranks:")
+    for line in rank_map([(host.name, host.slots) for host in hosts]):
+        print(f"#   {line}")
+    print(f"# in {folder}, with these variables: {', '.join(sorted(env)) or 'none'}")
+    print(f"# each rank: {shlex.join(ranks)}")
+    for command in commands:
+        print(shlex.join(command))
+
+
+def _say(text: str) -> None:
+    print(f"[lumina launch] {text}", flush=True)

@@ -1,0 +1,88 @@
+"""Answers of the model in training to fixed prompts: what the curves do not tell.
+
+Every rank takes part: under ZeRO-3 each forward pass gathers weights from all of them. Rank 0's choice of a token is
+every rank's, so that all make the same passes even where their arithmetic differs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
+from lumina.model.cache import KVCache
+from lumina.train.engine import Engine
+
+log = logging.getLogger("lumina")
+
+
+@torch.no_grad()
+def answers(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    most: int,
+    beat: Callable[[str], None] = lambda what: None,
+) -> list[tuple[str, str]]:
+    """(prompt, answer) pairs: greedy, of at most `most` tokens; collective. A prompt that leaves no room in the model's
+    window is left out. `beat` is called before each pass."""
+    window = engine.model.config.seq_length
+    ids = {prompt: prompt_ids(tokenizer, Conversation((Message("user", prompt),))) for prompt in prompts}
+    asked = [prompt for prompt, tokens in ids.items() if len(tokens) < window]
+    for prompt in ids.keys() - set(asked):
+        log.warning("sample prompt of %d tokens fills the window of %d: left out", len(ids[prompt]), window)
+    if not asked:
+        return []
+    engine.ds.eval()
+    with _uncompiled(engine):
+        said = _greedy(engine, tokenizer, [ids[prompt] for prompt in asked], most, beat)
+    engine.ds.train()
+    return [(prompt, tokenizer.decode(tokens)) for prompt, tokens in zip(asked, said, strict=True)]
+
+
+def _uncompiled(engine: Engine) -> AbstractContextManager[Any]:
+    """No compilation for a few passes of ever new shapes."""
+    if engine.model._compiled_call_impl is None:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _greedy(
+    engine: Engine, tokenizer: Tokenizer, prompts: list[list[int]], most: int, beat: Callable[[str], None]
+) -> list[list[int]]:
+    """New tokens of each prompt, without the stop token."""
+    model, device = engine.model, engine.device
+    room = [min(most, model.config.seq_length - len(prompt)) for prompt in prompts]
+    capacity = max(len(prompt) + new for prompt, new in zip(prompts, room, strict=True))
+    like = torch.empty(0, dtype=model.embedding.weight.dtype, device=device)
+    cache = KVCache(model.config, len(prompts), capacity, like)
+    forbidden_V = torch.ones(model.config.vocab_size, dtype=torch.bool, device=device)
+    forbidden_V[: tokenizer.text_ids] = False
+    forbidden_V[tokenizer.stop_id] = False
+    said: list[list[int]] = [[] for _ in prompts]
+    going = list(range(len(prompts)))
+    new_ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)[None]
+    positions = cache.extend(going, [len(prompt) for prompt in prompts])
+    while True:
+        beat("sample answers")
+        logits_RV = engine.ds(new_ids, positions, cache=cache)[:, 0]
+        chosen_R = logits_RV.masked_fill(forbidden_V, -torch.inf).argmax(-1)
+        dist.broadcast(chosen_R, src=0)
+        kept = []
+        for row, token in zip(going, chosen_R.tolist(), strict=True):
+            if token == tokenizer.stop_id:
+                continue
+            said[row].append(token)
+            if len(said[row]) < room[row]:
+                kept.append((row, token))
+        if not kept:
+            return said
+        going = [row for row, _ in kept]
+        new_ids = torch.tensor([token for _, token in kept], device=device)[:, None]
+        positions = cache.extend(going, [1] * len(going), decode=True)

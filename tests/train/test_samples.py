@@ -1,0 +1,70 @@
+"""Sample answers and step times in real runs: the answers are those that `lumina generate` gives from the checkpoint of
+the same step, under ZeRO-3 on two ranks as alone; a step's time is accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Runs, arguments, newest, steps, write_conversations
+
+from lumina.chat import Conversation, Message
+from lumina.infer import Sampling, generate, load
+from lumina.train.timing import PHASES
+
+PROMPTS = ["How is the weather?", "Say something long about my sister, please."]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    started = Runs(tmp_path_factory.mktemp("logs"))
+    yield started
+    started.close()
+
+
+def kept(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(("stage", "world"), [(0, 1), (3, 2)])
+def test_answers_and_times_of_a_run(runs: Runs, tmp_path: Path, stage: int, world: int) -> None:
+    data = write_conversations(tmp_path / "train.jsonl", 30, seed=1)
+    run = tmp_path / "run"
+    prompts = json.dumps([*PROMPTS, "too long " * 200])
+    argv = arguments(
+        run, data, stage=stage, max_steps=4, eval_every_n_batches=2, save_every_n_batches=2, eval_fraction=0.2,
+        batch_size=2, global_batch_size=8, learning_rate=3e-3, precision="fp32", sample_tokens=6,
+        sample_prompts=prompts,
+    )  # fmt: skip
+    job = runs.train(argv, world)
+    assert "fills the window" in job.stderr()
+
+    records = kept(run)
+    assert [record["step"] for record in records] == [2, 4]
+    saved = newest(run)
+    assert saved.name.endswith("4")
+    loaded = load(str(saved))
+    asked = [loaded.voice.prompt(Conversation((Message("user", prompt),))) for prompt in PROMPTS]
+    wanted = generate(loaded.model, loaded.voice, asked, Sampling(temperature=0, max_length=6))
+    assert records[-1]["answers"] == [
+        {"prompt": prompt, "answer": loaded.voice.decode(answer.ids)}
+        for prompt, answer in zip(PROMPTS, wanted, strict=True)
+    ]
+    assert any(answer["answer"] for answer in records[-1]["answers"])
+
+    taken = steps(run)
+    for record, following in pairwise(taken):
+        split = following["seconds"]
+        assert set(split) <= set(PHASES)
+        assert all(split[name] > 0 for name in ("data", "forward", "backward", "communication", "optimizer"))
+        # The phases add up to the time between the two records, which are stamped a moment after the split.
+        assert sum(split.values()) == pytest.approx(following["time"] - record["time"], rel=0.2, abs=0.05)
+        assert following["supervised_tokens_per_s"] / following["tokens_per_s"] == pytest.approx(
+            following["supervised_tokens"] / following["tokens"]
+        )
+    assert "evaluation" in taken[2]["seconds"]
+    assert "saving" in taken[2]["seconds"]

@@ -1,0 +1,126 @@
+"""The step timer, by a clock that the test turns: time goes to the innermost phase and adds up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lumina.train import timing
+from lumina.train.timing import StepTimer
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    turned = Clock()
+    monkeypatch.setattr(timing, "time", turned)
+    return turned
+
+
+def positive(split: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in split.items() if value}
+
+
+def test_the_innermost_phase_has_the_time(clock: Clock) -> None:
+    timer = StepTimer(torch.device("cpu"))
+    clock.now = 1
+    with timer.phase("backward"):
+        clock.now = 3
+        with timer.phase("communication"):
+            clock.now = 7
+        clock.now = 8
+    clock.now = 10
+    assert positive(timer.split()) == {"other": 3, "backward": 3, "communication": 4}
+    clock.now = 11
+    assert positive(timer.split()) == {"other": 1}
+
+
+def test_an_exception_ends_its_phase(clock: Clock) -> None:
+    timer = StepTimer(torch.device("cpu"))
+
+    def failing() -> None:
+        with timer.phase("forward"):
+            clock.now = 2
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    clock.now = 3
+    assert positive(timer.split()) == {"forward": 2, "other": 1}
+
+
+def test_waiting_for_data(clock: Clock) -> None:
+    closed = []
+
+    def batches() -> Iterator[int]:
+        try:
+            for number in range(3):
+                clock.now += 5
+                yield number
+        finally:
+            closed.append(True)
+
+    timer = StepTimer(torch.device("cpu"))
+    for number in timer.waits(batches()):
+        clock.now += 1
+        if number == 1:
+            break
+    assert positive(timer.split()) == {"data": 10, "other": 2}
+    del number
+    assert [*timer.waits(batches())] == [0, 1, 2]
+    assert len(closed) == 2
+
+
+@pytest.fixture
+def backend() -> Iterator[object]:
+    import deepspeed
+    from deepspeed.comm import comm
+
+    from lumina.train import engine
+
+    engine.join()
+    yield comm.cdb
+    engine.leave()
+    del deepspeed
+
+
+def test_deepspeeds_collectives_are_communication(backend: object, clock: Clock) -> None:
+    from deepspeed.comm import comm
+
+    timer = StepTimer(torch.device("cpu"))
+    before = dict(vars(backend))
+    timer.watch_collectives()
+    seen = []
+    inner = timer.phase
+
+    def watched(name: str):  # type: ignore[no-untyped-def]
+        seen.append(name)
+        clock.now += 1
+        return inner(name)
+
+    timer.phase = watched  # type: ignore[method-assign]
+    value = torch.tensor([3.0])
+    comm.all_reduce(value)
+    handle = comm.all_reduce(value, async_op=True)
+    assert seen == ["communication"] * 2
+    handle.wait()
+    assert seen == ["communication"] * 3
+    assert value.item() == 3.0 * dist.get_world_size()
+    # A thread that saves beside the step does not change the step's phase.
+    thread = threading.Thread(target=lambda: comm.all_reduce(value))
+    thread.start()
+    thread.join()
+    assert seen == ["communication"] * 3
+    timer.close()
+    assert vars(backend).keys() == before.keys()

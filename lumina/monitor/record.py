@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 @dataclass
 class StepRecord:
     """step and epoch count from 1; loss in nats per supervised token; tokens over all ranks; memory in bytes of this
-    rank's device (CPU: resident set); mfu is None where the device's peak is unknown; time in seconds since 1970."""
+    rank's device (CPU: resident set); samples says which samples all ranks together trained on
+    (lumina.data.order.samples_id); mfu is None where the device's peak is unknown; time in seconds since 1970.
+    tokens_per_s and supervised_tokens_per_s count the step and its wait for data; seconds is what the time since the
+    step before went to (lumina.train.timing)."""
 
     step: int
     epoch: int
@@ -27,6 +30,9 @@ class StepRecord:
     health: str
     time: float
     applied: bool = True
+    samples: str = ""
+    supervised_tokens_per_s: float | None = None
+    seconds: dict[str, float] | None = None
     mfu: float | None = None
     ppl: float = field(init=False)
 

@@ -1,20 +1,11 @@
-"""Checkpoints that exist whole or not at all (law 5).
+"""A checkpoint's contents: taken from an engine, and loaded into one of any world size and ZeRO stage.
 
-A checkpoint is a folder `step-00000120` of one safetensors file per rank, `trainer.json` and `manifest.json`. Every
-rank writes its file into `.step-00000120.partial`, flushes it to disk and hashes it; rank 0 writes the manifest of all
-sizes and hashes, flushes that, and only then renames the folder. A kill at any moment leaves either the folder without
-its name, which is ignored, or the whole. Before loading, every hash is checked, and a damaged checkpoint is passed over
-with a warning in favour of the one before it.
+The folder's form is lumina.train.store's, its writing lumina.train.writing's.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import os
-import re
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,197 +13,94 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from lumina.config import UserError
 from lumina.train.engine import Engine
 from lumina.train.state import MASTER, fragments, moments, prepare_moments, publish, step_count, to_load
+from lumina.train.store import (
+    BEST,
+    FORMAT,
+    MANIFEST,
+    TRAINER,
+    Progress,
+    best_step,
+    candidates,
+    checkpoints,
+    damage,
+    digest,
+    mark_best,
+    name_of,
+    newest_sound,
+    prune,
+    read_progress,
+    write_json,
+)
 
-log = logging.getLogger("lumina")
+__all__ = [
+    "BEST",
+    "FORMAT",
+    "MANIFEST",
+    "MASTER",
+    "TRAINER",
+    "Progress",
+    "Reader",
+    "Snapshot",
+    "best_step",
+    "candidates",
+    "checkpoints",
+    "damage",
+    "digest",
+    "load",
+    "load_weights",
+    "mark_best",
+    "name_of",
+    "newest_sound",
+    "prune",
+    "read_progress",
+    "read_weights",
+    "take",
+    "write_json",
+]
 
-FORMAT = 1
-MANIFEST, TRAINER, BEST = "manifest.json", "trainer.json", "best.json"
-_NAME = re.compile(r"^step-(\d{8,})$")
+
+# --- Taking ---------------------------------------------------------------------------------------
 
 
 @dataclass
-class Progress:
-    """Where a run stands. `step` counts optimizer steps done, which is also the data position (law 1)."""
+class Snapshot:
+    """A copy in host memory of what this rank owns at one step, and what trainer.json will say."""
 
-    step: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    evaluations_without_gain: int = 0
-    global_batch_size: int = 0
-    data_fingerprint: str = ""
-    model: dict[str, Any] = field(default_factory=dict)
-    precision: str = ""
-    zero_stage: int = 0
-    world: int = 1
+    step: int
+    tensors: dict[str, torch.Tensor]
+    ranges: dict[str, list[int]]
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
-# --- Writing --------------------------------------------------------------------------------------
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def save(folder: Path, engine: Engine, progress: Progress) -> Path:
-    """Write a checkpoint of all ranks under `folder`; collective. Returns its path, which exists on return."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    final, partial = folder / name_of(progress.step), folder / f".{name_of(progress.step)}.partial"
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    dist.barrier()
-    own = partial / f"rank-{rank:05d}-of-{world:05d}.safetensors"
+def take(engine: Engine, progress: Progress, buffers: dict[str, torch.Tensor] | None = None) -> Snapshot:
+    """Copy this rank's state; not collective. `buffers` are the host tensors of an earlier snapshot that nobody needs
+    any more: memory touched before is copied to several times as fast as fresh memory (page faults), and pinned memory
+    faster still. They are added to."""
+    buffers = {} if buffers is None else buffers
     tensors: dict[str, torch.Tensor] = {"rng/cpu": torch.get_rng_state()}
     ranges: dict[str, list[int]] = {}
     for piece in fragments(engine):
         ranges[piece.name] = [piece.start, piece.numel]
         for key, value in {MASTER: piece.view(piece.owner), **moments(engine, piece)}.items():
-            tensors[f"{key}/{piece.name}"] = value.cpu().contiguous()
-    save_file(tensors, own, metadata={"ranges": json.dumps(ranges)})
-    _sync(own)
-    entries: list[Any] = [None] * world
-    dist.all_gather_object(entries, _entry(own))
-    if rank == 0:
-        trainer = {**asdict(progress), "optimizer_step": step_count(engine), "loss_scale": engine.loss_scale()}
-        write_json(partial / TRAINER, trainer)
-        entries.append(
-            {"name": TRAINER, "bytes": (partial / TRAINER).stat().st_size, "sha256": digest(partial / TRAINER)}
-        )
-        write_json(partial / MANIFEST, {"format": FORMAT, "files": entries})
-        _sync(partial)
-        if final.exists():  # left by an earlier life of the run: damaged, or passed over when resuming from before it
-            os.replace(final, final.with_name(f".{final.name}.doomed"))
-        os.replace(partial, final)
-        _sync(folder)
-    dist.barrier()
-    return final
-
-
-def prune(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the best one. Rank 0 only."""
-    best = best_step(folder)
-    for path in checkpoints(folder)[keep_last:]:
-        if best is None or path.name != name_of(best):
-            doomed = path.with_name(f".{path.name}.doomed")
-            os.replace(path, doomed)  # unnamed first: a kill while deleting leaves no half checkpoint behind
-            shutil.rmtree(doomed, ignore_errors=True)
-    for leftover in [*folder.glob(".*.doomed"), *folder.glob(".*.partial")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def mark_best(folder: Path, step: int, loss: float) -> None:
-    write_json(folder / BEST, {"step": step, "loss": loss})
-
-
-def best_step(folder: Path) -> int | None:
-    try:
-        return int(json.loads((folder / BEST).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-# --- Finding and checking -------------------------------------------------------------------------
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Named checkpoints, newest first."""
-    found = [path for path in folder.glob("step-*") if _NAME.match(path.name) and path.is_dir()]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None when every size and hash is right."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        files = [(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    if manifest.get("format") != FORMAT:
-        return f"{MANIFEST} has format {manifest.get('format')}, this version reads {FORMAT}"
-    names = [name for name, *_ in files]
-    if TRAINER not in names or not any(name.startswith("rank-") for name in names):
-        return f"{MANIFEST} does not name {TRAINER} and the files of the ranks"
-    for name, size, sha256 in files:
-        path = checkpoint / name
-        if Path(name).name != name or not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if digest(path) != sha256:
-            return f"{name} does not match its hash"
-    return None
-
-
-def newest_sound(candidates: list[Path]) -> Path | None:
-    """The first candidate without damage; the damaged ones before it are reported."""
-    for checkpoint in candidates:
-        wrong = damage(checkpoint)
-        if wrong is None:
-            return checkpoint
-        log.warning("checkpoint %s is damaged: %s; trying the one before it", checkpoint, wrong)
-    return None
-
-
-def candidates(path: str | Path) -> list[Path]:
-    """Checkpoints that a path given by a user means, best choice first: a run's folder, its checkpoints folder, or one
-    checkpoint (with the older ones of its run behind it, in case it is damaged).
-
-    Raises UserError when there is none.
-    """
-    given = Path(path)
-    if _NAME.match(given.name) and given.is_dir():
-        older = [c for c in checkpoints(given.parent) if _step_of(c) < _step_of(given)]
-        return [given, *older]
-    for folder in (given / "checkpoints", given):
-        if folder.is_dir() and (found := checkpoints(folder)):
-            return found
-    raise UserError(
-        f"no checkpoint at {given}", "Give a run's folder (experiments/NAME) or one of its checkpoints/step-… folders."
-    )
-
-
-def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
-    """The progress and the whole of trainer.json."""
-    trainer = json.loads((checkpoint / TRAINER).read_text())
-    known = {name: trainer[name] for name in Progress.__dataclass_fields__ if name in trainer}
-    return Progress(**known), trainer
+            name = f"{key}/{piece.name}"
+            host = buffers.get(name)
+            if host is None or host.shape != value.shape or host.dtype != value.dtype:
+                host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                buffers[name] = host
+            host.copy_(value, non_blocking=True)
+            tensors[name] = host
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    trainer = {**asdict(progress), "optimizer_step": step_count(engine), "loss_scale": engine.loss_scale()}
+    return Snapshot(progress.step, tensors, ranges, trainer)
 
 
 # --- Reading --------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Per-layer norms of gradient, weights and update, the same under every ZeRO stage.
 
 Each rank sums the squares of what it owns (lumina.train.state), and one reduction of three numbers a layer makes the
-norms. The gradient is read between the last backward pass and the update, in whatever place DeepSpeed keeps it then. The
-update is not the difference of two copies, which would cost another float32 copy of the weights, but what AdamW
+norms. The gradient is read between the last backward pass and the update, in whatever place DeepSpeed keeps it then.
+The update is not the difference of two copies, which would cost another float32 copy of the weights, but what AdamW
 computes from the moments that it has just written (arXiv:1711.05101, without the decay of the weights).
 """
 
@@ -44,7 +44,7 @@ def _gradient(engine: Engine, parameters: dict[str, Any], piece: Fragment) -> Te
 
 def _squares(values: Tensor) -> Tensor:
     """The sum of squares, float64; without a float64 copy of the values."""
-    norms = [torch.linalg.vector_norm(chunk, dtype=torch.float32).double() for chunk in values.split(_CHUNK)]
+    norms = [torch.linalg.vector_norm(chunk, dtype=torch.float32).double() for chunk in torch.split(values, _CHUNK)]
     return torch.stack(norms).square().sum()
 
 
@@ -55,7 +55,8 @@ def _updates(engine: Engine, piece: Fragment) -> Iterator[Tensor]:
     state = moments(engine, piece)
     if not state:
         return
-    for first, second in zip(state["exp_avg"].split(_CHUNK), state["exp_avg_sq"].split(_CHUNK), strict=True):
+    firsts, seconds = (torch.split(state[key], _CHUNK) for key in ("exp_avg", "exp_avg_sq"))
+    for first, second in zip(firsts, seconds, strict=True):
         deviation = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
         yield (first / deviation).mul_(group["lr"] / (1 - beta1**step))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import TYPE_CHECKING
@@ -19,22 +20,37 @@ if TYPE_CHECKING:
     from lumina.train.run import Run
 
 
+log = logging.getLogger("lumina")
+
 _EXIT_CODES = {"signal": EXIT_STOPPED, "resize": EXIT_RESIZE}
 
 
 def fit(run: Run) -> int:
     """Train to the end of the run. Returns the exit code: 0, or EXIT_STOPPED when a signal ended it early."""
-    for data in run.loader():
+    timer = run.engine.timer
+    timer.split()  # what came before is no step's
+    for data in timer.waits(run.loader()):
         stop = _step(run, data)
+        run.profile_step()
         run.compare_ranks()
         last = run.progress.step == run.total_steps
         if run.eval_data is not None and (last or run.due(run.config.eval_every_n_batches)):
             stop = _evaluate(run) or stop
-        if last or stop or run.due(run.config.save_every_n_batches):
-            run.save()
-        if stop:
-            run.console.say(f"Stopped at step {run.progress.step}: {stop}. The checkpoint is saved.")
-            return _EXIT_CODES.get(stop.split(" ")[0], 0)
+        if last or stop:
+            return _end(run, stop)
+        with timer.phase("saving"):
+            run.saves.at_step()
+    return 0
+
+
+def _end(run: Run, stop: str | None) -> int:
+    """Save what there is, and the exit code: a run whose last checkpoint could not be written has failed."""
+    if not run.saves.finish():
+        log.error("the checkpoint of step %d could not be written; the newest one is older", run.progress.step)
+        return 1
+    if stop:
+        run.console.say(f"Stopped at step {run.progress.step}: {stop}. The checkpoint is saved.")
+        return _EXIT_CODES.get(stop.split(" ")[0], 0)
     return 0
 
 
@@ -50,12 +66,16 @@ def _step(run: Run, data: StepData) -> str | None:
         loss += run.engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
     computed = time.perf_counter()
     run.watchdog.beat(f"step {data.step + 1}, update")
-    grad_norm, applied = run.engine.step()
+    with run.engine.timer.phase("optimizer"):
+        grad_norm, applied = run.engine.step()
     run.progress.step = data.step + 1
-    own = loss.new_tensor((*run.stop.flags, *sample_sums(data.own_samples)), dtype=torch.float64)
+    flags = (*run.stop.flags, *run.saves.flags, *sample_sums(data.own_samples))
+    own = loss.new_tensor(flags, dtype=torch.float64)
     shared = torch.cat((loss.double()[None] / run.ranks.world, own))
-    dist.all_reduce(shared)
-    mean_loss, stopping, resizing, *sums = shared.tolist()
+    with run.engine.timer.phase("communication"):
+        dist.all_reduce(shared)
+        mean_loss, stopping, resizing, busy, asked, backup, *sums = shared.tolist()
+    run.saves.agree(busy, asked, backup)
     ended = time.perf_counter()
     run.stragglers.add(computed - began, ended - computed)
     run.record(data, mean_loss, lr, grad_norm, applied, ended - began, samples_id(*sums))
@@ -68,12 +88,15 @@ def _evaluate(run: Run) -> str | None:
     """Evaluate, keep the best checkpoint, and say whether patience has run out."""
     assert run.eval_data is not None
     began = time.perf_counter()
-    loss = evaluate(run.engine, run.eval_data, run.config.batch_size, run.ranks, run.watchdog.beat)
+    with run.engine.timer.phase("evaluation"):
+        loss = evaluate(run.engine, run.eval_data, run.config.batch_size, run.ranks, run.watchdog.beat)
     progress = run.progress
     run.record_evaluation(loss, perplexity(loss), time.perf_counter() - began)
+    with run.engine.timer.phase("evaluation"):
+        run.answer_samples()
     if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
-        run.save(best=True)
+        run.saves.best()
         return None
     progress.evaluations_without_gain += 1
     patience = run.config.early_stopping_patience

@@ -22,9 +22,13 @@ from lumina.monitor import Console, MetricsFile, Recorder, StepRecord
 from lumina.monitor.events import EventLog
 from lumina.train import checkpoint, engine, lease
 from lumina.train.checkpoint import Progress
+from lumina.train.guard import Guard
 from lumina.train.health import Health
 from lumina.train.health_rules import StepSeen
 from lumina.train.loop import fit
+from lumina.train.profiling import Profile
+from lumina.train.samples import answers
+from lumina.train.saves import Saves
 from lumina.train.schedule import schedule
 from lumina.train.signals import StopRequest
 from lumina.train.stragglers import Stragglers
@@ -100,9 +104,11 @@ class Run:
         elif config.init_from is not None:
             self._start_from(config.init_from)
         self.progress.model, self.progress.data_fingerprint = _shape(config), self.train_data.fingerprint
-        self.start_step = self._last_saved = self.progress.step
+        self.start_step = self.progress.step
+        self.guard = Guard(config, self.progress.guard)
         self.utilisation = Utilisation(config, precision, device == "cuda")
         self._open_folder(report, precision)
+        self.saves = Saves(self)
 
     # --- Building ---
 
@@ -179,6 +185,7 @@ class Run:
         self.events = EventLog(self.folder / "events.jsonl" if self.ranks.main else None)
         self.health = Health(self.config, self.events)
         self.metrics: MetricsFile | None = None
+        self.profile: Profile | None = None
         if not self.ranks.main:
             return
         self.lease = lease.Lease(self.folder, os.environ.get("LUMINA_JOB"), self.global_batch)
@@ -199,6 +206,7 @@ class Run:
         )
         for text in [*report, *data.account_lines()]:
             self._say(f"  {text}")
+        self.profile = Profile(self.folder, self.start_step) if config.profile else None
         self.recorder = Recorder(
             self.folder,
             config,
@@ -223,6 +231,8 @@ class Run:
         self.watchdog.__exit__(*exception)
         self.console.__exit__(*exception)
         if self.metrics is not None:
+            if self.profile is not None:
+                self.profile.close()
             self.recorder.close(*self._end(*exception[:2]))
             self.metrics.close()
             for logger in (log, record_log):
@@ -255,6 +265,10 @@ class Run:
     def due(self, every: int) -> bool:
         return self.progress.step % every == 0
 
+    def profile_step(self) -> None:
+        if self.profile is not None:
+            self.profile.step()
+
     def compare_ranks(self) -> None:
         """Every so many steps: which rank is slower than the others, and where it runs; collective."""
         found = self.stragglers.compare(self.progress.step)
@@ -263,24 +277,15 @@ class Run:
             for text in found.slow():
                 log.warning("step %d: %s", self.progress.step, text)
 
-    def save(self, best: bool = False) -> None:
-        """Save a checkpoint of this step unless that was done; collective."""
-        if self._last_saved != self.progress.step or best:
-            checkpoint.save(self.checkpoints, self.engine, self.progress)
-            self._last_saved = self.progress.step
-        if self.ranks.main:
-            if best:
-                assert self.progress.best_loss is not None
-                checkpoint.mark_best(self.checkpoints, self.progress.step, self.progress.best_loss)
-            checkpoint.prune(self.checkpoints, self.config.keep_last)
-
     def record(
         self, data: StepData, loss: float, lr: float, grad_norm: float, applied: bool, seconds: float, samples: str
     ) -> None:
+        split = self.engine.timer.split()
+        seconds += split["data"]  # a step that waited for its batches took longer
         if self.metrics is None:
             return
         memory, total, kind = _memory(self.engine.device)
-        seen = StepSeen(data.step + 1, loss, grad_norm, applied, data.tokens / seconds, 0.0, seconds, memory)
+        seen = StepSeen(data.step + 1, loss, grad_norm, applied, data.tokens / seconds, split["data"], seconds, memory)
         health = self.health.step(seen)
         record = StepRecord(
             step=data.step + 1,
@@ -300,6 +305,8 @@ class Run:
             time=time.time(),
             applied=applied,
             samples=samples,
+            supervised_tokens_per_s=data.supervised_tokens / seconds,
+            seconds={name: round(value, 6) for name, value in split.items()},
             mfu=self.utilisation.of(data.micro_batches, seconds),
         )
         self.metrics.step(record)
@@ -311,6 +318,15 @@ class Run:
         if self.metrics is not None:
             self.metrics.evaluation(self.progress.step, loss, ppl, seconds)
             self._say(f"Eval at step {self.progress.step} | Loss: {loss:.6f} | PPL: {ppl:.2f} | {seconds:.1f}s")
+
+    def answer_samples(self) -> None:
+        """Keep the model's answers to the configured prompts; collective."""
+        if not self.config.sample_prompts:
+            return
+        beat, config = self.watchdog.beat, self.config
+        said = answers(self.engine, Tokenizer.load(), config.sample_prompts, config.sample_tokens, beat)
+        if self.metrics is not None:
+            self.recorder.samples(self.progress.step, said)
 
     def _say(self, text: str) -> None:
         self.console.say(text)

@@ -1,5 +1,5 @@
-"""Robust statistics over a sliding window: the median and the median absolute deviation, which stay where they are while
-under half of the values are outliers (Hampel, 1974)."""
+"""Robust statistics over a sliding window: the median and the median absolute deviation, which stay where they are as
+long as under half of the values are outliers (Hampel, 1974)."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Veto:
             return
         before = dict(vars(self._scaler)) if self._scaler is not None else {}
         step()
-        if self._scaler is not None and self.norm is not None and limit < self.norm < math.inf:
+        if self._scaler is not None and limit < (self.norm or 0.0) < math.inf:
             vars(self._scaler).update(before)
 
     def _refuses_flat(self) -> bool:
@@ -81,7 +81,8 @@ class Veto:
 def _norm(grads: list[Tensor]) -> Tensor:
     if not grads:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
+    return torch.linalg.vector_norm(norms)  # type: ignore[no-any-return]
 
 
 def _combined(groups: list[Any]) -> float:

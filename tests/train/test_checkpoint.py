@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_engines import make_engine, train_step
+from tiny_engines import make_engine, save, train_step
 
 from lumina.config import UserError
 from lumina.train import checkpoint as room
-from lumina.train.checkpoint import MANIFEST, TRAINER, Progress, damage, newest_sound, save
+from lumina.train import store
+from lumina.train.checkpoint import MANIFEST, TRAINER, Progress, damage, newest_sound
 from lumina.train.engine import Engine
 
 
@@ -132,7 +133,7 @@ def test_every_byte_of_the_manifest(folder: Path) -> None:
     whole = path.read_bytes()
     meaning = json.loads(whole)
     sizes = {p.name: room.digest(p) for p in newest(folder).iterdir()}
-    room_digest, room.digest = room.digest, lambda p: sizes[p.name]  # hashing is not what is tested here
+    whole_digest, store.digest = store.digest, lambda p: sizes[p.name]  # hashing is not what is tested here
     try:
         for place in range(len(whole)):
             spoiled = bytearray(whole)
@@ -144,7 +145,7 @@ def test_every_byte_of_the_manifest(folder: Path) -> None:
                 harmless = False
             assert (damage(newest(folder)) is None) == harmless, (place, bytes(spoiled[place - 20 : place + 20]))
     finally:
-        room.digest = room_digest
+        store.digest = whole_digest
 
 
 def remove(path: Path) -> None:
@@ -280,12 +281,25 @@ def test_the_last_and_the_best_are_kept(best: int | None, kept: list[int], tmp_p
 
 
 def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
+    """By the next start; a prune leaves unfinished saves alone, which may be another start's."""
     fill(tmp_path, range(1, 3))
-    for name in (".step-00000003.partial", ".step-00000001.doomed"):
+    for name in (".step-00000003.0a-1.partial", ".step-00000001.doomed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank").write_text("x")
+    (tmp_path / ".best.json.partial").write_text("{")
     room.prune(tmp_path, 5)
+    assert (tmp_path / ".step-00000003.0a-1.partial" / "rank").exists()
+    store.clear_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "best", "kept"),
+    [(2, None, None, {8, 9}), (1, 4, None, {4, 8, 9}), (1, None, 3, {3, 9}), (1, 5, 3, {3, 5, 9})],
+)
+def test_what_a_retention_keeps(last: int, every: int | None, best: int | None, kept: set[int]) -> None:
+    assert store.Retention(last, every).kept(list(range(1, 10)), best) == kept
+    assert store.Retention(last, every, best=False).kept(list(range(1, 10)), best) == kept - ({3} & {best})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"loss": 1}', '{"step": "x"}', '{"step": null}'])

@@ -56,12 +56,11 @@ def layers(count: int, **changed: Callable[[int], LayerFigures]) -> list[LayersS
     gauss = noise()
     usual = lambda: LayerFigures(math.exp(gauss(0, 0.5)), 10.0, 0.01)
     names = [f"layers.{n}" for n in range(4)]
-    return [
-        LayersSeen(
-            100 * n, {**{name: usual() for name in names}, **{k.replace("_", "."): f(n) for k, f in changed.items()}}
-        )
-        for n in range(count)
-    ]
+    found = []
+    for n in range(count):
+        special = {name.replace("_", "."): figures(n) for name, figures in changed.items()}
+        found.append(LayersSeen(100 * n, {name: usual() for name in names} | special))
+    return found
 
 
 def gpus(count: int, **series: Callable[[int], Any]) -> list[MachineSeen]:
@@ -93,17 +92,20 @@ PLANTED: list[tuple[type[Rule[Any]], list[Any], list[Any]]] = [
     (rules.LossNotFinite, steps(60, loss=NAN_AT_50), steps(60)),
     (rules.NotFinite, steps(60, applied=lambda n: n != 50), steps(60)),
     (rules.SkippedInARow, steps(60, applied=lambda n: not 50 <= n < 53), steps(60, applied=lambda n: n % 3 != 0)),
-    (rules.GradVanishing, steps(90, grad_norm=lambda n: 1.0 if n < 60 else 1e-5), steps(90, grad_norm=lambda n: 0.9**n)),
+    (rules.GradVanishing, steps(90, grad_norm=lambda n: 1.0 if n < 60 else 1e-5),
+     steps(90, grad_norm=lambda n: 0.9**n)),
     (rules.Plateau, steps(9000, loss=FLAT), steps(9000, loss=FALLING)),
     (rules.LossScaleCollapse, fp16(lambda n: 65536 / 2**n), fp16(lambda n: 65536 / 2 ** (n % 8))),
     (rules.ThroughputFall, steps(90, tokens_per_s=lambda n: 1000.0 if n < 60 else 400.0),
      steps(90, tokens_per_s=lambda n: 400.0 if n % 10 == 0 else 1000.0)),
     (rules.DataStarvation, steps(90, wait=lambda n: 0.3), steps(90, wait=lambda n: 0.9 if n % 10 == 0 else 0.02)),
-    (rules.MemoryGrowth, steps(900, memory=lambda n: GIB + n * 2**20), steps(900, memory=lambda n: GIB * (1 + (n > 9)))),
+    (rules.MemoryGrowth, steps(900, memory=lambda n: GIB + n * 2**20),
+     steps(900, memory=lambda n: GIB * (1 + (n > 9)))),
     (rules.Divergence, evaluations((3, 2.5, 2.6, 2.7, 2.8), (3, 2.4, 2.3, 2.2, 2.1)),
      evaluations((3, 2.5, 2.6, 2.5, 2.6), (3, 2.4, 2.3, 2.2, 2.1))),
     (rules.LayerDead, layers(10, layers_1=DEAD), layers(10, layers_1=DEAD_ONCE, layers_2=SMALL)),
-    (rules.LayerExploding, layers(10, layers_3=lambda n: LayerFigures(1.0 if n < 8 else 400.0, 10.0, 0.01)), layers(50)),
+    (rules.LayerExploding, layers(10, layers_3=lambda n: LayerFigures(1.0 if n < 8 else 400.0, 10.0, 0.01)),
+     layers(50)),
     (rules.LayerExploding, layers(3, layers_3=lambda n: LayerFigures(1.0, 10.0, 6.0)), layers(3)),
     (rules.DiskFull, disk(9 * GIB, 2 * GIB), disk(9 * GIB, 4 * GIB)),
     (rules.GpuTemperature, gpus(9, temperature=lambda n: 85.0 + n), gpus(9)),
@@ -118,9 +120,7 @@ def raised(kind: type[Rule[Any]], seen: list[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(("kind", "planted", "clean"), PLANTED, ids=[kind.name for kind, *_ in PLANTED])
-def test_raised_by_its_signal_and_by_nothing_like_it(
-    kind: type[Rule[Any]], planted: list[Any], clean: list[Any]
-) -> None:
+def test_raised_by_its_signal_only(kind: type[Rule[Any]], planted: list[Any], clean: list[Any]) -> None:
     assert raised(kind, planted)
     assert raised(kind, clean) == []
 
@@ -201,16 +201,8 @@ def test_silent_over_a_clean_recorded_run() -> None:
             assert guard.judge_loss(loss) is None, record
             assert guard.judge_norm(norm) is None, record
             guard.accept(loss, norm)
-            seen = StepSeen(
-                record["step"],
-                loss,
-                norm,
-                True,
-                record["tokens_per_s"],
-                record["wait"],
-                record["seconds"],
-                record["memory"],
-            )
+            speed = {key: record[key] for key in ("tokens_per_s", "wait", "seconds", "memory")}
+            seen = StepSeen(record["step"], loss, norm, True, **speed)
             assert health.step(seen) == "OK", record
         elif record["kind"] == "layers":
             health.layers(LayersSeen(record["step"], {k: LayerFigures(*v) for k, v in record["layers"].items()}))

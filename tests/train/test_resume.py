@@ -16,7 +16,7 @@ import pytest
 import runs as real
 from runs import Runs, State, arguments, differing, final, losses, newest
 
-from lumina.train import checkpoint
+from lumina.train import checkpoint, writing
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
@@ -95,22 +95,22 @@ def test_killed_and_resumed(
 
 def _die(rank: int, *, whom: int, where: str, step: int) -> None:
     """Makes rank `whom` kill itself when the save of `step` reaches the function `where`."""
-    original = getattr(checkpoint, where)
+    original = getattr(writing, where)
 
     def dies(path: Path, *rest: Any) -> Any:
         if rank == whom and checkpoint.name_of(step) in str(path):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(path, *rest)
 
-    setattr(checkpoint, where, dies)
+    setattr(writing, where, dies)
 
 
 @pytest.mark.parametrize(
     ("whom", "where"),
     [
-        (1, "_sync"),  # its file written, not yet flushed
-        (1, "_entry"),  # flushed, not yet hashed: rank 0 waits for the hash
-        (0, "write_json"),  # every file whole, no manifest
+        (1, "sync"),  # its file written, not yet flushed
+        (1, "write_json"),  # flushed, no entry yet: rank 0 waits for it
+        (0, "entry"),  # every file whole, no manifest
     ],
 )
 def test_killed_in_the_middle_of_a_save(
@@ -140,7 +140,7 @@ def test_a_flipped_byte_in_the_newest_checkpoint(
 ) -> None:
     run = place / "flipped"
     argv = arguments(run, conversations, stage=2, precision="bf16", **SETTINGS)
-    job = runs.start(argv, 2)
+    job = runs.start([*argv, "--set", "save_async=false"], 2)
     job.wait_for_step(2 * EVERY + 1)
     job.kill()
     damaged = newest(run)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_engines import EVERY, batch, make_engine, same_state, state_of, train_step
+from tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 from lumina.train import checkpoint
 from lumina.train.checkpoint import Progress
@@ -69,7 +69,7 @@ def saved(folder: Path, stage: int, precision: str = "fp32") -> tuple[Path, Engi
     made = make_engine(stage, precision)
     for seed in (0, 1):
         train_step(made, seed)
-    return checkpoint.save(folder, made, Progress(step=2)), made
+    return save(folder, made, Progress(step=2)), made
 
 
 def loaded(source: Path, stage: int, precision: str = "fp32") -> Engine:
@@ -114,7 +114,7 @@ def test_from_stage_to_stage(precision: str, tmp_path: Path) -> None:
         made = loaded(source, stage, precision)
         assert same_state(expected, state_of(made)), stage
         assert step_count(made) == 2
-        source = checkpoint.save(tmp_path / f"to-{stage}", made, Progress(step=2))
+        source = save(tmp_path / f"to-{stage}", made, Progress(step=2))
         engines.append(made)
     wanted = train_step(first, 5)
     for made in engines:
@@ -137,7 +137,7 @@ def test_weights_for_generation(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_moments(tmp_path: Path) -> None:
     """Saved before the first step: there are none, and loading it is a fresh start."""
-    source = checkpoint.save(tmp_path, make_engine(0), Progress(step=0))
+    source = save(tmp_path, make_engine(0), Progress(step=0))
     second = loaded(source, 0)
     assert same_state(state_of(make_engine(0)), state_of(second))
     clean = make_engine(0)

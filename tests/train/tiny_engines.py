@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,12 @@ from lumina.config import deepspeed as ds_json
 from lumina.data.dataset import Batch, TorchBatch
 from lumina.model import Transformer
 from lumina.train import engine
+from lumina.train.checkpoint import Progress, take
 from lumina.train.engine import Engine
+from lumina.train.saver import Job, Saver, Target
 from lumina.train.state import MASTER, fragments, moments
+from lumina.train.store import Retention
+from lumina.train.writing import SaveError
 
 VOCABULARY = 61
 SHAPE: dict[str, Any] = {
@@ -81,3 +86,14 @@ def state_of(made: Engine) -> dict[str, Tensor]:
 def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def save(folder: Path, made: Engine, progress: Progress) -> Path:
+    """Write a checkpoint of a world of one and wait for it; raises what made it fail."""
+    saver = Saver(0, 1, "test", timeout=60)
+    saver.begin(Job(take(made, progress), [Target("checkpoint", folder, Retention(100))]))
+    assert saver.wait()
+    (outcome,) = saver.outcomes()
+    if outcome.path is None:
+        raise SaveError(outcome.error, outcome.retry)
+    return outcome.path

@@ -1,0 +1,287 @@
+"""When a run saves, and what becomes of it: checkpoints by steps, for the best evaluation, on request and at the end,
+backups by steps or minutes, retries with back-off, and the health line when a save fails.
+
+Every rank must begin the same saves at the same steps. What only one rank knows (rank 0: a request, a retry, a backup
+that is due by the clock; any rank: its writer is still busy) travels in the sum that every step makes anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from lumina.train import store
+from lumina.train.checkpoint import take
+from lumina.train.saver import Job, Outcome, Place, Saver, Target
+from lumina.train.store import Retention
+
+if TYPE_CHECKING:
+    from lumina.train.run import Run
+
+log = logging.getLogger("lumina")
+
+REQUESTS = "requests"  # folder in the run's: `lumina checkpoints save` leaves save-ID.json there
+_BACK_OFF = 5.0  # seconds to the first retry; doubled each time
+_RETRIES = 5
+
+
+class Saves:
+    """One per rank, for one start of the run."""
+
+    def __init__(self, run: Run) -> None:
+        config, self._run = run.config, run
+        start = [secrets.token_hex(4)]
+        dist.broadcast_object_list(start)
+        self._saver = Saver(run.ranks.rank, run.ranks.world, start[0], 60 * config.save_timeout_minutes)
+        self._checkpoints = Target("checkpoint", run.folder / "checkpoints", Retention(config.keep_last))
+        self._backups: Target | None = None
+        if config.backup_dir is not None:
+            keep = Retention(config.backup_keep_last, config.backup_keep_every, config.backup_keep_best)
+            folder = Path(config.backup_dir) / config.experiment_name
+            self._backups = Target("backup", folder, keep, verify=True)
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._begun = run.progress.step  # the step of the last checkpoint begun
+        self._wanted: set[Place] = set()
+        self._busy_anywhere = False
+        self._retry = _Retry()
+        self._last_backup = time.monotonic()
+        self._looked = 0.0
+        self._requests: list[str] = []
+        self.stall = 0.0  # seconds that this step's saving took from the training
+        self.bytes = 0  # of this rank's last snapshot
+        if run.ranks.main:
+            self._saver.owns = run.lease.held
+            for target in filter(None, (self._checkpoints, self._backups)):
+                with suppress(OSError):
+                    store.clear_leftovers(target.folder)
+
+    # --- Agreement ---
+
+    @property
+    def flags(self) -> tuple[float, float, float]:
+        """(this rank's writer is busy, a checkpoint is asked for, a backup is asked for), for the sum over ranks."""
+        if not self._run.ranks.main:
+            return float(self._saver.busy), 0.0, 0.0
+        self._look_for_requests()
+        minutes, backup = self._run.config.backup_every_minutes, False
+        if minutes is not None and time.monotonic() - self._last_backup >= 60 * minutes:
+            backup = True
+        asked = self._retry.due("checkpoint") or bool(self._requests)
+        return float(self._saver.busy), float(asked), float(backup or self._retry.due("backup"))
+
+    def agree(self, busy: float, checkpoint: float, backup: float) -> None:
+        """Take in the sums of `flags` over all ranks."""
+        self._busy_anywhere = busy > 0
+        if checkpoint:
+            self._wanted.add("checkpoint")
+        if backup:
+            self._wanted.add("backup")
+
+    # --- At a step boundary; all of these are called on every rank alike ---
+
+    def at_step(self) -> None:
+        """Begin what is due, unless a writer is still busy: then at a later step."""
+        self.collect()
+        config, step = self._run.config, self._run.progress.step
+        if step % config.save_every_n_batches == 0:
+            self._wanted.add("checkpoint")
+        if config.backup_every_n_batches is not None and step % config.backup_every_n_batches == 0:
+            self._wanted.add("backup")
+        if self._begun == step:  # saved for the best evaluation, or resumed from just now
+            self._wanted.discard("checkpoint")
+        if self._wanted and not self._busy_anywhere:
+            self._begin(self._wanted)
+
+    def best(self) -> None:
+        """Save this step as the best so far. Waits for a save under way, since a later step would not be it."""
+        if self._settled():
+            self._begin({"checkpoint", *self._wanted}, best_loss=self._run.progress.best_loss)
+        else:
+            self._failed("save-failed", "the checkpoint of the best evaluation: the save before it still runs")
+
+    def finish(self) -> bool:
+        """Have a checkpoint of this step named and nothing under way; returns whether that is so. Tries again a few
+        times where that can help."""
+        tried = False
+        for wait in (0.0, 1.0, 4.0, None):
+            settled = self._settled()
+            self.collect()
+            state = [self._named(), self._retry.hopeful]
+            dist.broadcast_object_list(state)
+            named, hopeful = state
+            if named or not settled or wait is None or (tried and not hopeful):
+                break
+            if tried:
+                time.sleep(wait)
+            self._begin({"checkpoint", *self._wanted})
+            tried = True
+        for request in self._requests:
+            path = self._checkpoints.folder / store.name_of(self._run.progress.step)
+            error = "" if named else "the run ended and could not save"
+            _answer(self._run.folder, request, {"step": self._run.progress.step, "path": str(path), "error": error})
+        return bool(named)
+
+    def _named(self) -> bool:
+        """Whether the checkpoint of this step was written by this start and is there."""
+        step = self._run.progress.step
+        there = (self._checkpoints.folder / store.name_of(step)).is_dir()
+        return there and self._begun == step and not self._retry.pending("checkpoint")
+
+    def _settled(self) -> bool:
+        """Wait until no rank writes, as long as a save may take; whether none does, agreed."""
+        self._wait()
+        return not self._busy_anywhere
+
+    def _wait(self) -> float:
+        """Wait as `_settled`; the seconds it took."""
+        began = time.perf_counter()
+        free = torch.tensor(float(self._saver.wait()), device=self._run.engine.device)
+        dist.all_reduce(free, op=dist.ReduceOp.MIN)
+        self._busy_anywhere = not bool(free.item())
+        took = time.perf_counter() - began
+        self.stall += took
+        return took
+
+    def _begin(self, places: set[Place], best_loss: float | None = None) -> None:
+        began = time.perf_counter()
+        wanted, self._wanted = set(places), set()
+        targets = [t for t in (self._checkpoints, self._backups) if t is not None and t.place in wanted]
+        if not targets:
+            return
+        run = self._run
+        run.progress.guard = run.guard.state()
+        snapshot = take(run.engine, run.progress, self._buffers)
+        self.bytes = snapshot.bytes
+        requests, self._requests = self._requests, []
+        job = Job(snapshot, targets, best_loss, requests)
+        self._saver.begin(job)
+        if "checkpoint" in wanted:
+            self._begun = run.progress.step
+        if "backup" in wanted:
+            self._last_backup = time.monotonic()
+        for target in targets:
+            self._retry.begun(target.place)
+        self._busy_anywhere = True
+        job.stall = time.perf_counter() - began
+        self.stall += job.stall
+        if not run.config.save_async:
+            job.stall += self._wait()
+            self.collect()
+
+    # --- What came of it; rank 0 has the word ---
+
+    def collect(self) -> None:
+        """Tell what was finished since the last time."""
+        for outcome in self._saver.outcomes():
+            if self._run.ranks.main:
+                self._tell(outcome)
+
+    def _tell(self, outcome: Outcome) -> None:
+        run, step = self._run, outcome.job.snapshot.step
+        rule = "save-failed" if outcome.place == "checkpoint" else "backup-failed"
+        if outcome.path is not None:
+            self._retry.succeeded(outcome.place)
+            run.health.clear(rule)
+            run.events.add(
+                step,
+                "save",
+                "info",
+                outcome.place,
+                f"step {step} written",
+                str(outcome.path),
+                seconds=round(outcome.seconds, 3),
+                bytes=outcome.job.snapshot.bytes,
+                stall=round(outcome.job.stall, 4),
+            )
+        else:
+            wait = self._retry.failed(outcome.place, outcome.retry)
+            then = f"tried again in {wait:.0f} s" if wait is not None else "not tried again before the next is due"
+            self._failed(rule, f"{outcome.place} of step {step}: {outcome.error}", then)
+        if outcome.place == "checkpoint":
+            for request in outcome.job.requests:
+                answer = {"step": step, "path": str(outcome.path or ""), "error": outcome.error}
+                _answer(self._run.folder, request, answer)
+
+    def _failed(self, rule: str, reason: str, action: str = "") -> None:
+        self._run.events.add(self._run.progress.step, "save", "warn", rule, reason, action)
+        self._run.health.report(rule, "warn", f"{rule}: {reason}", lasting=True)
+
+    # --- Requests ---
+
+    def _look_for_requests(self) -> None:
+        """Once a second: has somebody asked for a checkpoint?"""
+        now = time.monotonic()
+        if now - self._looked < 1.0:
+            return
+        self._looked = now
+        with suppress(OSError):
+            for path in sorted((self._run.folder / REQUESTS).glob("save-*.json")):
+                self._requests.append(path.stem)
+                path.unlink()
+
+    # --- Going back ---
+
+    def drain(self) -> bool:
+        """Nothing is being written any more, on any rank, and what came of it was told."""
+        settled = self._settled()
+        self.collect()
+        return settled
+
+    def rewound(self) -> None:
+        """The run went back to an earlier checkpoint: nothing of the steps after it is wanted any more."""
+        self._begun = self._run.progress.step
+        self._wanted.clear()
+
+    def stop_waiting(self, seconds: float) -> bool:
+        """At the very end, or after an exception: give the writer `seconds` more. Not collective."""
+        return self._saver.wait(seconds)
+
+
+def _answer(folder: Path, request: str, answer: dict[str, Any]) -> None:
+    with suppress(OSError):
+        store.write_json(folder / REQUESTS / f"{request}.answer.json", answer)
+
+
+class _Retry:
+    """Which places wait for another try, and when it is due: back-off doubled, bounded, none where it cannot help."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, float | None] = {}
+        self._count: dict[str, int] = {}
+        self.hopeful = True
+
+    def failed(self, place: str, retry: bool) -> float | None:
+        """Seconds until the next try; None for no further try before the next save is due anyway."""
+        self._count[place] = self._count.get(place, 0) + 1
+        self.hopeful = retry
+        wait = _BACK_OFF * 2 ** (self._count[place] - 1)
+        hopeless = not retry or self._count[place] > _RETRIES
+        self._at[place] = None if hopeless else time.monotonic() + wait
+        return None if hopeless else wait
+
+    def succeeded(self, place: str) -> None:
+        self._at.pop(place, None)
+        self._count.pop(place, None)
+        self.hopeful = True
+
+    def begun(self, place: str) -> None:
+        if place in self._at:
+            self._at[place] = None  # under way: its outcome decides
+
+    def due(self, place: str) -> bool:
+        at = self._at.get(place)
+        return at is not None and time.monotonic() >= at
+
+    def pending(self, place: str) -> bool:
+        """Whether the last try failed."""
+        return place in self._at
+
+
+__all__ = ["REQUESTS", "Saves"]

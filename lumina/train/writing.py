@@ -1,0 +1,177 @@
+"""Writing one checkpoint from every rank's snapshot, without a collective, so that it may happen on a thread beside the
+training (law 5).
+
+Each rank writes its tensors into a folder that only this save of this start of the run uses, flushes them to disk and
+leaves an entry with their hash there. Rank 0 waits for every entry, writes the manifest of them all, flushes that, and
+only then renames the folder to its name. Whatever fails leaves the folder unnamed and every older checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lumina.train.checkpoint import Snapshot
+from lumina.train.store import FORMAT, MANIFEST, TRAINER, digest, entry, name_of, sync, write_json
+
+_CHUNK = 16 * 2**20
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
+# What will be as it is however often it is tried: a read-only file system, no permission, a file where a folder goes.
+_HOPELESS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+class SaveError(Exception):
+    """A checkpoint was not written; `retry`: whether trying again can help."""
+
+    def __init__(self, reason: str, retry: bool) -> None:
+        super().__init__(reason)
+        self.retry = retry
+
+
+def partial_name(step: int, start: str, attempt: int) -> str:
+    """The unnamed folder of one save: no other start of the run, and no other attempt, uses it."""
+    return f".{name_of(step)}.{start}-{attempt}.partial"
+
+
+# --- Every rank -----------------------------------------------------------------------------------
+
+
+def write_part(partial: Path, snapshot: Snapshot, rank: int, world: int) -> None:
+    """Write this rank's file and its entry. Raises SaveError."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        own = partial / f"rank-{rank:05d}-of-{world:05d}.safetensors"
+        sha256 = _write_tensors(own, snapshot)
+        sync(own)
+        write_json(_entry_path(partial, rank), {"name": own.name, "bytes": own.stat().st_size, "sha256": sha256})
+    except Exception as error:
+        with suppress(OSError):  # an empty file needs no room on a full disk
+            _failed_path(partial, rank).touch()
+        raise _as_save_error(error) from error
+
+
+def _entry_path(partial: Path, rank: int) -> Path:
+    return partial / f"entry-{rank:05d}.json"
+
+
+def _failed_path(partial: Path, rank: int) -> Path:
+    return partial / f"failed-{rank:05d}"
+
+
+def _as_save_error(error: Exception) -> SaveError:
+    if isinstance(error, SaveError):
+        return error
+    if isinstance(error, OSError):
+        return SaveError(
+            f"{error.strerror or error}: {error.filename}" if error.filename else str(error),
+            retry=error.errno not in _HOPELESS,
+        )
+    return SaveError(f"{type(error).__name__}: {error}", retry=True)
+
+
+def _write_tensors(path: Path, snapshot: Snapshot) -> str:
+    """A safetensors file, streamed from the snapshot; returns its SHA-256.
+
+    The library's own writer copies every tensor into a bytes object first, holding the interpreter's lock while it
+    does: beside a training loop that stalls it, and it doubles the memory. The format is a length, a JSON header and
+    the tensors' bytes (https://github.com/huggingface/safetensors#format); it is read back by the library.
+    """
+    header: dict[str, Any] = {"__metadata__": {"ranges": json.dumps(snapshot.ranges)}}
+    place = 0
+    for name, tensor in snapshot.tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        offsets = [place, place + size]
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        place += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    hashed = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            _write_all(file, memoryview(part))
+            hashed.update(part)
+        for tensor in snapshot.tensors.values():
+            values = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            for start in range(0, len(values), _CHUNK):
+                chunk = values[start : start + _CHUNK]
+                _write_all(file, chunk)
+                hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    while len(data):
+        data = data[file.write(data) :]
+
+
+# --- Rank 0 ---------------------------------------------------------------------------------------
+
+
+def assemble(
+    partial: Path, snapshot: Snapshot, world: int, deadline: float, verify: bool, may_name: Callable[[], bool]
+) -> Path:
+    """Wait for every rank's entry until `deadline` (time.monotonic()), write the manifest and name the checkpoint;
+    returns its path. `verify`: read every file back from the disk first. `may_name`: asked right before; False means
+    that another start owns the run now. Raises SaveError, and then the partial folder is gone."""
+    final = partial.parent / name_of(snapshot.step)
+    try:
+        entries = [_wait_for(partial, rank, deadline) for rank in range(world)]
+        for rank in range(world):
+            _entry_path(partial, rank).unlink()
+        write_json(partial / TRAINER, snapshot.trainer)
+        entries.append(entry(partial / TRAINER))
+        write_json(partial / MANIFEST, {"format": FORMAT, "files": entries})
+        sync(partial)
+        if verify:
+            _verify(partial, entries)
+        if not may_name():
+            raise SaveError("another start of this run owns its folder now", retry=False)
+        if final.exists():  # left by an earlier life of the run: damaged, or passed over when resuming from before it
+            doomed = final.with_name(f".{final.name}.doomed")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(final, doomed)
+        os.replace(partial, final)
+        sync(partial.parent)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _as_save_error(error) from error
+    return final
+
+
+def _wait_for(partial: Path, rank: int, deadline: float) -> dict[str, Any]:
+    """A rank's entry. Polled, because the ranks' writers share nothing but the folder."""
+    pause = 0.002
+    while True:
+        try:
+            found: dict[str, Any] = json.loads(_entry_path(partial, rank).read_text())
+            return found
+        except FileNotFoundError:
+            pass
+        if _failed_path(partial, rank).exists():
+            raise SaveError(f"rank {rank} could not write its part", retry=True)
+        if time.monotonic() > deadline:
+            raise SaveError(f"rank {rank} has not written its part in time", retry=True)
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.5)
+
+
+def _verify(partial: Path, entries: list[dict[str, Any]]) -> None:
+    """Read back what was written, from the disk where the kernel will forget its copy."""
+    for found in entries:
+        path = partial / found["name"]
+        if hasattr(os, "posix_fadvise"):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+        if digest(path) != found["sha256"]:
+            raise SaveError(f"{path.name} reads back otherwise than it was written", retry=True)

@@ -215,6 +215,7 @@ class MonitorConfig(_Strict):
     system_metrics_seconds: NonNegativeFloat = 15.0  # between measurements of processor, memory, disk, network; 0: none
     sample_prompts: list[str] = []  # answered at each evaluation, greedily
     sample_tokens: PositiveInt = 32  # longest answer
+    live_view: bool = True  # in a terminal; the log's lines elsewhere
     profile: bool = False  # trace a few early steps with torch's profiler
 
 

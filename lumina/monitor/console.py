@@ -1,14 +1,17 @@
-"""The console: the seed's line word for word in form, beside a progress bar where there is a terminal."""
+"""The console: the seed's line word for word in form, or the live view where there is a terminal."""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lumina.monitor.events import Event
+from lumina.monitor.live import LiveView
+from lumina.monitor.metrics import read_metrics
 from lumina.monitor.record import StepRecord
 
 _GIB = 2**30
@@ -27,41 +30,56 @@ def line(record: StepRecord) -> str:
 
 
 class Console:
-    """Prints a run's progress on one rank; the others get a silent one (`enabled=False`)."""
+    """Shows a run's progress on one rank; the others get a silent one (`enabled=False`). In a terminal that is the
+    live view, with what is said above it; elsewhere it is the seed's lines."""
 
-    def __init__(self, enabled: bool, total_steps: int, start_step: int) -> None:
+    def __init__(
+        self, enabled: bool, total_steps: int, start_step: int, title: str = "lumina", live: bool = True
+    ) -> None:
         self._rich = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
         self._enabled = enabled
         self._last_line = 0.0
         self._total = total_steps
-        self._bar: Progress | None = None
-        if enabled and self._rich.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self._rich, transient=True)
-            self._task = self._bar.add_task("training", total=total_steps, completed=start_step)
+        self._live: LiveView | None = None
+        if enabled and live and self._rich.is_terminal and not self._rich.is_dumb_terminal:
+            self._live = LiveView(self._rich, title, total_steps, start_step)
 
     def __enter__(self) -> Console:
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def say(self, text: str) -> None:
         if self._enabled:
             self._rich.print(text, markup=False)
 
+    def replay(self, metrics: Path) -> None:
+        """Take the curves of the run's earlier starts into the live view."""
+        if self._live is not None:
+            self._live.replay(read_metrics(metrics))
+
     def step(self, record: StepRecord) -> None:
         if not self._enabled:
             return
-        if self._bar is not None:
-            self._bar.update(self._task, completed=record.step)
+        if self._live is not None:
+            self._live.step(record)
+            return
         now = time.monotonic()
         notable = record.step in (1, self._total) or record.health != "OK"
         if notable or now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             self.say(line(record))
+
+    def evaluation(self, step: int, loss: float) -> None:
+        if self._live is not None:
+            self._live.evaluation(step, loss)
+
+    def event(self, event: Event) -> None:
+        if self._live is not None:
+            self._live.event(event)

@@ -181,7 +181,8 @@ class Run:
     def _open_folder(self, report: Iterable[str], precision: str) -> None:
         """The run's folder with its resolved configuration, log and metrics. Rank 0 writes."""
         self.checkpoints = self.folder / "checkpoints"
-        self.console = Console(self.ranks.main, self.total_steps, self.start_step)
+        title = f"{self.config.experiment_name} · {self.ranks.world} process(es), ZeRO-{self.engine.stage}, {precision}"
+        self.console = Console(self.ranks.main, self.total_steps, self.start_step, title, self.config.live_view)
         self.events = EventLog(self.folder / "events.jsonl" if self.ranks.main else None)
         self.health = Health(self.config, self.events)
         self.metrics: MetricsFile | None = None
@@ -220,7 +221,8 @@ class Run:
             precision=precision,
             zero_stage=self.engine.stage,
         )
-        self.events.listeners.append(self.recorder.event)
+        self.events.listeners += [self.recorder.event, self.console.event]
+        self.console.replay(self.folder / "metrics.jsonl")
 
     def __enter__(self) -> Run:
         self.watchdog.__enter__()
@@ -317,6 +319,7 @@ class Run:
     def record_evaluation(self, loss: float, ppl: float, seconds: float) -> None:
         if self.metrics is not None:
             self.metrics.evaluation(self.progress.step, loss, ppl, seconds)
+            self.console.evaluation(self.progress.step, loss)
             self._say(f"Eval at step {self.progress.step} | Loss: {loss:.6f} | PPL: {ppl:.2f} | {seconds:.1f}s")
 
     def answer_samples(self) -> None:

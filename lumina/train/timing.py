@@ -50,7 +50,7 @@ class StepTimer:
     def _now(self) -> Any:
         if not self._gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 

@@ -1,0 +1,167 @@
+"""The live view of a run in a terminal: progress, curves, speed, memory, health and the latest events."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lumina.monitor.braille import plot
+from lumina.monitor.events import Event
+from lumina.monitor.record import StepRecord
+
+_GIB = 2**30
+_POINTS = 600  # of a curve; more than a wide terminal has dots
+_RECENT = 100  # steps that the time to go is reckoned from
+_LEVELS = {"info": "dim", "warn": "yellow", "crit": "bold red"}
+
+
+class Curve:
+    """A curve in bounded memory: when it grows too long, neighbours become one point at their mean."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, float]] = []
+        self._every = 1
+        self._open: list[tuple[float, float]] = []
+
+    def add(self, x: float, y: float) -> None:
+        if not math.isfinite(y):
+            return
+        self._open.append((x, y))
+        if len(self._open) == self._every:
+            self.points.append(_mean(self._open))
+            self._open = []
+        if len(self.points) >= 2 * _POINTS:
+            self.points = [_mean(self.points[i : i + 2]) for i in range(0, len(self.points), 2)]
+            self._every *= 2
+
+
+def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
+    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+
+
+class LiveView:
+    """Fed with the run's records; draws itself once a second."""
+
+    def __init__(self, console: Console, title: str, total_steps: int, start_step: int) -> None:
+        self._title, self._total, self._start = title, total_steps, start_step
+        self._began = time.time()
+        self._record: StepRecord | None = None
+        self._loss, self._eval = Curve(), Curve()
+        self._best: tuple[float, int] | None = None
+        self._last_eval: float | None = None
+        self._times: deque[tuple[int, float]] = deque([(start_step, self._began)], maxlen=_RECENT)
+        self._events: deque[Text] = deque(maxlen=4)
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=1, transient=False)
+        self._handlers: list[logging.StreamHandler[Any]] = []
+
+    def start(self) -> None:
+        stream = sys.stderr
+        self._live.start()
+        # The log's lines go above the view, as print's do; its handlers hold the stream itself.
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                handler.setStream(sys.stderr)
+                self._handlers.append(handler)
+
+    def stop(self) -> None:
+        self._live.stop()
+        for handler in self._handlers:
+            handler.setStream(sys.stderr)
+
+    def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """What an earlier start of the run recorded."""
+        for record in records:
+            if record["kind"] == "step" and record["loss"] is not None:
+                self._loss.add(record["step"], record["loss"])
+            elif record["kind"] == "eval" and record["loss"] is not None:
+                self.evaluation(record["step"], record["loss"])
+
+    def step(self, record: StepRecord) -> None:
+        self._record = record
+        self._loss.add(record.step, record.loss)
+        self._times.append((record.step, record.time))
+
+    def evaluation(self, step: int, loss: float) -> None:
+        self._eval.add(step, loss)
+        self._last_eval = loss
+        if math.isfinite(loss) and (self._best is None or loss < self._best[0]):
+            self._best = loss, step
+
+    def event(self, event: Event) -> None:
+        told = f"step {event.step}: {event.rule}: {event.reason}" + (f" → {event.action}" if event.action else "")
+        self._events.append(Text(told, style=_LEVELS[event.level], no_wrap=True, overflow="ellipsis"))
+
+    # --- Drawing ---
+
+    def render(self) -> RenderableType:
+        record = self._record
+        if record is None:
+            return Panel(Text("waiting for the first step …", style="dim"), title=self._title, title_align="left")
+        width = max(20, self._live.console.width - 4)
+        rows: list[RenderableType] = [self._progress(record), self._figures(record)]
+        curves = plot(((self._loss.points, "blue"), (self._eval.points, "bold dark_orange")), width, 8)
+        if curves:
+            rows += [Text.assemble(("⠤ training loss  ", "blue"), ("⠤ evaluation loss", "dark_orange")), *curves]
+        rows += self._events
+        border = "red" if record.health.startswith("CRIT") else "yellow" if record.health != "OK" else "green"
+        return Panel(Group(*rows), title=self._title, title_align="left", border_style=border)
+
+    def _progress(self, record: StepRecord) -> Table:
+        epochs = max(1, math.ceil(self._total / record.batches))
+        bars = Table.grid(padding=(0, 1), expand=True)
+        bars.add_column(no_wrap=True)
+        bars.add_column(ratio=1)
+        bars.add_column(no_wrap=True, justify="right")
+        gone, to_go = timedelta(seconds=int(time.time() - self._began)), self._to_go(record.step)
+        ends = f"{gone} gone, " + (f"{timedelta(seconds=int(to_go))} to go" if to_go is not None else "ETA unknown")
+        bars.add_row(f"step  {record.step:,}/{self._total:,}", _bar(record.step, self._total), ends)
+        share = f"{record.batch / record.batches:.0%} of the epoch"
+        bars.add_row(f"epoch {record.epoch}/{epochs}", _bar(record.batch, record.batches), share)
+        return bars
+
+    def _to_go(self, step: int) -> float | None:
+        """Seconds, at the pace of the last steps with whatever came between them."""
+        (first, began), (last, ended) = self._times[0], self._times[-1]
+        return (self._total - step) * (ended - began) / (last - first) if last > first else None
+
+    def _figures(self, record: StepRecord) -> Table:
+        grid = Table.grid(padding=(0, 2), expand=False)
+        evaluated = "none yet" if self._last_eval is None else f"{self._last_eval:.4f}"
+        best = "" if self._best is None else f" (best {self._best[0]:.4f} at {self._best[1]:,})"
+        supervised = record.supervised_tokens_per_s
+        mfu = "" if record.mfu is None else f", MFU {record.mfu:.1%}"
+        learned = "" if supervised is None else f" ({supervised:,.0f} supervised)"
+        health = "green" if record.health == "OK" else "bold red" if record.health.startswith("CRIT") else "yellow"
+        grid.add_row("Loss", f"{record.loss:.4f}", "PPL", f"{record.ppl:.2f}", "Eval", f"{evaluated}{best}")
+        grid.add_row("LR", f"{record.lr:.2e}", "GradNorm", f"{record.grad_norm:.3f}", "Tokens/s",
+                     f"{record.tokens_per_s:,.0f}{learned}{mfu}")  # fmt: skip
+        memory = f"{record.memory / _GIB:.1f}/{record.memory_total / _GIB:.1f} GB"
+        grid.add_row(record.memory_kind, memory, "Step", self._split(record), "Health", Text(record.health, health))
+        return grid
+
+    @staticmethod
+    def _split(record: StepRecord) -> str:
+        """The two phases that take most of a step's time."""
+        split = record.seconds or {}
+        whole = sum(split.values())
+        if not whole:
+            return ""
+        most = sorted(split.items(), key=lambda item: -item[1])[:2]
+        return ", ".join(f"{value / whole:.0%} {name}" for name, value in most)
+
+
+def _bar(done: int, total: int) -> ProgressBar:
+    return ProgressBar(total=total, completed=done, complete_style="blue", finished_style="green")

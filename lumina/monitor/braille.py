@@ -40,15 +40,26 @@ def plot(curves: Sequence[tuple[Points, str]], width: int, height: int) -> list[
 def _dots(
     points: Points, x_span: tuple[float, float], y_span: tuple[float, float], columns: int, rows: int
 ) -> list[tuple[int, int]]:
-    """(column, row) of the dots of a curve; in each column all rows between its lowest and highest value."""
+    """(column, row) of the dots of a curve: its points joined by lines, and in each column every row between its
+    lowest and its highest value."""
     spans: dict[int, tuple[int, int]] = {}
-    for x, y in points:
-        if not math.isfinite(y):
-            continue
-        column = _scaled(x, x_span, columns)
-        row = rows - 1 - _scaled(y, y_span, rows)
+
+    def cover(column: int, row: int) -> None:
         above, below = spans.get(column, (row, row))
         spans[column] = min(above, row), max(below, row)
+
+    before: tuple[int, int] | None = None
+    for x, y in points:
+        if not math.isfinite(y):
+            before = None  # a gap
+            continue
+        column, row = _scaled(x, x_span, columns), rows - 1 - _scaled(y, y_span, rows)
+        if before is not None:
+            first, from_row = before
+            for between in range(first + 1, column):
+                cover(between, round(from_row + (row - from_row) * (between - first) / (column - first)))
+        cover(column, row)
+        before = column, row
     return [(column, row) for column, (above, below) in spans.items() for row in range(above, below + 1)]
 
 

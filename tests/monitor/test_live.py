@@ -1,0 +1,145 @@
+"""The live view: curves dot by dot, bounded memory, and a real run in a real terminal (tmux)."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console as RichConsole
+from runs import arguments, clean_environment, write_conversations
+from test_console import record
+
+from lumina.monitor.braille import plot
+from lumina.monitor.events import Event
+from lumina.monitor.live import Curve, LiveView
+
+DOTS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3))  # of bits 0 to 7, as Unicode names them
+
+
+def dots(lines: list[str], margin: int) -> set[tuple[int, int]]:
+    """(column, row) of every dot in drawn lines, by Unicode's own numbering of braille dots."""
+    found = set()
+    for y, text in enumerate(lines):
+        for x, character in enumerate(text[margin:]):
+            bits = ord(character) - 0x2800 if character != " " else 0
+            found |= {(2 * x + dx, 4 * y + dy) for bit, (dx, dy) in enumerate(DOTS) if bits >> bit & 1}
+    return found
+
+
+def test_a_curve_is_where_it_should_be() -> None:
+    lines = [text.plain for text in plot([([(0, 0.0), (19, 7.0)], "blue")], 12, 2)]
+    assert [text[:2] for text in lines] == ["7 ", "0 "]
+    # Ten characters are twenty columns, two lines eight rows: a straight line from below left to above right.
+    assert dots(lines, 2) == {(column, 7 - round(column * 7 / 19)) for column in range(20)}
+
+
+def test_every_extreme_of_a_column_is_drawn() -> None:
+    points = [(float(i), 9.0 if i == 501 else 0.0) for i in range(1000)]
+    lines = [text.plain for text in plot([(points, "blue")], 22, 3)]
+    assert {row for column, row in dots(lines, 2) if column == round(501 / 999 * 39)} == set(range(12))
+
+
+def test_no_curve_without_finite_points() -> None:
+    assert plot([([(1, math.nan)], "blue"), ([], "red")], 30, 4) == []
+    assert len(plot([([(1, 2.0)], "blue")], 30, 4)) == 4
+
+
+def test_a_curve_in_bounded_memory() -> None:
+    curve = Curve()
+    for step in range(1, 100_001):
+        curve.add(step, float(step))
+    curve.add(100_001, math.nan)
+    assert 600 <= len(curve.points) < 1200
+    assert all(x == y for x, y in curve.points)
+    assert sum(x for x, _ in curve.points) / len(curve.points) == pytest.approx(50_000, rel=0.01)
+
+
+def drawn(view: LiveView, console: RichConsole) -> str:
+    with console.capture() as caught:
+        console.print(view.render())
+    return caught.get()
+
+
+def test_what_is_drawn() -> None:
+    console = RichConsole(width=100, force_terminal=True, color_system=None)
+    view = LiveView(console, "name", 3000, 0)
+    assert "waiting for the first step" in drawn(view, console)
+    now = time.time()
+    for step in range(1, 101):
+        view.step(record(step=step, batch=step, time=now + 2 * step, supervised_tokens_per_s=400.0,
+                         seconds={"forward": 3.0, "backward": 6.0, "data": 1.0}))  # fmt: skip
+    view.evaluation(50, 3.5)
+    view.evaluation(100, math.nan)
+    view.event(Event(7, "health", "warn", "loss_spike", "[bold]loss 50[/bold]", "skipped"))
+    text = drawn(view, console)
+    assert "100/3,000" in text
+    assert "epoch 1/2" in text
+    assert "5% of the epoch" in text
+    assert "1:36:40 to go" in text  # 2,900 steps of 2 s
+    assert "nan (best 3.5000 at 50)" in text
+    assert "1,250 (400 supervised)" in text
+    assert "60% backward, 30% forward" in text
+    assert "step 7: loss_spike: [bold]loss 50[/bold] → skipped" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_the_log_goes_above_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, out = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    handler = logging.StreamHandler()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    view = LiveView(RichConsole(file=out, width=80, force_terminal=True), "name", 10, 0)
+    view.start()
+    logging.getLogger().warning("something happened")
+    view.stop()
+    assert "something happened" in out.getvalue()
+    assert stream.getvalue() == ""
+    assert handler.stream is stream
+
+
+TMUX = shutil.which("tmux")
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[list[str]]:
+    tmux = [str(TMUX), "-S", str(tmp_path / "tmux")]
+    yield tmux
+    subprocess.run([*tmux, "kill-server"], check=False, capture_output=True)
+
+
+@pytest.mark.skipif(TMUX is None, reason="no tmux on this machine (Debian: apt-get install tmux)")
+def test_a_run_in_a_terminal(tmp_path: Path, terminal: list[str]) -> None:
+    data = write_conversations(tmp_path / "train.jsonl", 40, seed=1)
+    argv = arguments(
+        tmp_path / "run", data, max_steps=6, eval_every_n_batches=3, save_every_n_batches=3, eval_fraction=0.2
+    )
+    ended = tmp_path / "ended"
+    (tmp_path / "start").write_text(
+        f"{sys.executable} -m lumina train {' '.join(argv)}; echo $? > {ended}; sleep 600\n"
+    )
+    environment = {**clean_environment(), "TERM": "xterm-256color"}
+    command = [*terminal, "new-session", "-d", "-x", "110", "-y", "45", f"sh {tmp_path / 'start'}"]
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 300
+    while not ended.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(0.5)
+    screen = subprocess.run([*terminal, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
+    assert ended.read_text().strip() == "0", screen
+    assert "6/6" in screen
+    assert len(re.findall("[\u2801-\u28ff]", screen)) > 50, "no curve"
+    assert "Eval at step 6 | Loss:" in screen
+    assert screen.count("╭─ run · 1 process(es)") == 1, "the view was left more than once"
+    assert not re.search(r"^Epoch 1 \|", screen, re.MULTILINE), "the plain lines are for where there is no terminal"
+    assert os.path.exists(tmp_path / "run" / "metrics.jsonl")

@@ -64,7 +64,7 @@ def join() -> Ranks:
     if cpus:
         log.info("rank %d on %s: CPUs %s, %d thread(s)", rank, socket.gethostname(), cpus, torch.get_num_threads())
     _hush()
-    import deepspeed
+    deepspeed = _import_deepspeed()
 
     if not torch.distributed.is_initialized():
         from deepspeed.accelerator import get_accelerator
@@ -76,14 +76,25 @@ def join() -> Ranks:
     return Ranks(rank, world, local, local_world)
 
 
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without the mlflow that its autotuner imports wherever it is installed: three seconds of every start."""
+    hide = "mlflow" not in sys.modules
+    if hide:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # so Python marks what cannot be imported
+    try:
+        import deepspeed
+    finally:
+        if hide:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
 def _hush() -> None:
     """DeepSpeed logs dozens of lines on start; Lumina says what matters itself. LUMINA_DEBUG=1 keeps them."""
     if os.environ.get("LUMINA_DEBUG") == "1":
         return
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    import deepspeed.utils
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    _import_deepspeed().utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     warnings.filterwarnings("ignore", message=".*barrier.*device.*")
 
@@ -129,6 +140,7 @@ class Engine:
         self.device: torch.device = self.ds.device
         self.timer = StepTimer(self.device)
         self.timer.watch_collectives()
+        self.collectives = False  # whether a collective may have been begun since the loop last set this
         self._veto = Veto(self.ds.optimizer)
         if self.stage == 0 and self.half:
             # DeepSpeed allocates this optimizer's state by an update with zero gradients, which counts as Adam's first
@@ -146,6 +158,11 @@ class Engine:
     @property
     def model(self) -> Transformer:
         return self.ds.module  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Give up what it holds, before another engine of the same process takes its place."""
+        self.timer.close()
+        self.ds.destroy()
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -175,11 +192,13 @@ class Engine:
         # float16 gradients would underflow divided by a token count that the loss scale has not met yet: there the
         # division comes after the loss.
         inner, outer = (1.0, scale) if self.fp16 else (scale, 1.0)
+        self.collectives = self.collectives or self.stage == 3
         with self.timer.phase("forward"):
             loss = self.loss(batch, inner)
         # Multiplied even by one: DeepSpeed 0.19.8 divides the gradient of a tensor that its forward returned by the
         # accumulation steps, scale_wrt_gas or not, unless backward() is called on a tensor derived from it (stage 0).
         loss = loss * outer
+        self.collectives = self.collectives or self.stage == 2 or last
         with self.timer.phase("backward"):
             self.ds.backward(loss, scale_wrt_gas=False)
         return loss.detach()

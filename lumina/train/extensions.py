@@ -22,6 +22,11 @@ import torch
 
 def build(builders: Iterable[Any]) -> None:
     """Build and load these DeepSpeed operators (op_builder instances); DeepSpeed then finds them loaded."""
+    # This environment's own ninja, whatever else is on PATH: another version does not read the log that it left, and
+    # builds everything anew (a minute, and again when the first one comes back).
+    own = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
+        os.environ["PATH"] = os.pathsep.join((own, os.environ.get("PATH", os.defpath)))
     with _alone() as folder:
         for builder in builders:
             _remove_stale_locks(folder)

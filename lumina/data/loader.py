@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,9 @@ class StepData:
 
     step, epoch and batch_in_epoch count from 0; micro_batches are this rank's; tokens and samples int64[n] are those of
     the whole global batch, and so is supervised_tokens, the step's true weight sum (law 2). That one is at least 1: a
-    batch in which nothing is learned has gradient 0, not 0 / 0. own_samples int64[m] are those in `micro_batches`.
+    batch in which nothing is learned has gradient 0, not 0 / 0. own_samples int64[m] are those in `micro_batches`;
+    corrupt: this rank's samples that could not be read and are of weight zero here, though supervised_tokens counts
+    them.
     """
 
     step: int
@@ -34,6 +36,7 @@ class StepData:
     tokens: int
     samples: NDArray[np.int64]
     own_samples: NDArray[np.int64]
+    corrupt: list[int] = field(default_factory=list)
 
 
 class _Failure:
@@ -57,7 +60,11 @@ class Loader:
         start_step: int,
         stop_step: int,
         prefetch: int = 2,
+        replace_corrupt: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
+        """`replace_corrupt`: a sample that cannot be read, or that holds tokens outside `vocab_size`, becomes padding
+        and is named in StepData.corrupt; else reading it raises."""
         assert order.num_samples == dataset.num_samples
         assert 0 <= rank < world
         assert prefetch >= 1
@@ -69,6 +76,8 @@ class Loader:
         self.start_step = start_step
         self.stop_step = stop_step
         self.prefetch = prefetch
+        self.replace_corrupt = replace_corrupt
+        self.vocab_size = vocab_size
 
     def __len__(self) -> int:
         return max(0, self.stop_step - self.start_step)
@@ -77,16 +86,45 @@ class Loader:
         """Global step `step`, made now."""
         samples = self.order.indices(step)
         shares = deal(samples, self.rank, self.world, self.micro_batch_size)
+        corrupt: list[int] = []
+        micro_batches = [self._read(share, corrupt) for share in shares]
         return StepData(
             step=step,
             epoch=self.order.epoch_of(step),
             batch_in_epoch=self.order.batch_in_epoch(step),
-            micro_batches=[self.dataset.batch(share) for share in shares],
+            micro_batches=micro_batches,
             supervised_tokens=float(max(1, self.dataset.supervised_per_sample[samples].sum(dtype=np.int64))),
             tokens=int(self.dataset.tokens_per_sample[samples].sum(dtype=np.int64)),
             samples=samples,
             own_samples=np.concatenate([share[share != PADDING] for share in shares]),
+            corrupt=corrupt,
         )
+
+    def _read(self, share: NDArray[np.int64], corrupt: list[int]) -> Batch:
+        """A micro-batch; what is corrupt in it is replaced and added to `corrupt`."""
+        if not self.replace_corrupt:
+            return self.dataset.batch(share)
+        try:
+            whole = self.dataset.batch(share)
+        except Exception:  # found out sample by sample
+            whole = None
+        if whole is not None and self._sound(whole):
+            return whole
+        bad = [int(sample) for sample in share if sample != PADDING and not self._readable(int(sample))]
+        corrupt += bad
+        return self.dataset.batch(np.where(np.isin(share, bad), PADDING, share))
+
+    def _readable(self, sample: int) -> bool:
+        try:
+            return self._sound(self.dataset.batch([sample]))
+        except Exception:
+            return False
+
+    def _sound(self, batch: Batch) -> bool:
+        """Whether every token exists and every weight is 0 or 1: what a damaged cache file breaks."""
+        ids, weights = batch.ids_T, batch.weights_T
+        inside = ids.min() >= 0 and (self.vocab_size is None or ids.max() < self.vocab_size)
+        return bool(inside and ((weights == 0) | (weights == 1)).all())
 
     def __iter__(self) -> Iterator[StepData]:
         ready: queue.Queue[StepData | _Failure | None] = queue.Queue(maxsize=self.prefetch)

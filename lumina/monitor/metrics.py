@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import orjson
 
@@ -50,15 +50,25 @@ class MetricsFile:
     again."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [record for record in read_metrics(path) if record["step"] <= resumed_step] if resumed_step else []
-        scratch = path.with_name(f".{path.name}.partial")
-        with scratch.open("w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-        os.replace(scratch, path)
-        self._file = path.open("a", buffering=1)  # by line: what a killed run did is on disk
+        self._path = path
+        self._file = self._open(resumed_step)
         self._lock = threading.Lock()  # system figures come from a thread
         self._refused = False
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # told of every record after it was written
+
+    def _open(self, resumed_step: int) -> TextIO:
+        kept = [record for record in read_metrics(self._path) if record["step"] <= resumed_step] if resumed_step else []
+        scratch = self._path.with_name(f".{self._path.name}.partial")
+        with scratch.open("w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+        os.replace(scratch, self._path)
+        return self._path.open("a", buffering=1)  # by line: what a killed run did is on disk
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step`: later records are dropped, since those steps will be made again."""
+        with self._lock, suppress(OSError):
+            self._file.close()
+            self._file = self._open(step)
 
     def step(self, record: StepRecord) -> None:
         values = asdict(record)

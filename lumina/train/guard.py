@@ -67,3 +67,7 @@ class Guard:
         """Note a refused step; returns those refused within the last `health_check_interval` steps, this one too."""
         self._refused = [early for early in self._refused if step - early < self._period] + [step]
         return list(self._refused)
+
+    def forgive(self) -> None:
+        """Forget the refused steps: there was nothing to go back to."""
+        self._refused = []

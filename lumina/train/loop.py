@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from lumina.config import UserError
 from lumina.data import StepData
 from lumina.data.order import sample_sums, samples_id
 from lumina.monitor.record import perplexity
+from lumina.train.answers import Rewind
 from lumina.train.evaluate import evaluate
 from lumina.train.signals import EXIT_RESIZE, EXIT_STOPPED
 
@@ -27,6 +29,20 @@ _EXIT_CODES = {"signal": EXIT_STOPPED, "resize": EXIT_RESIZE}
 
 def fit(run: Run) -> int:
     """Train to the end of the run. Returns the exit code: 0, or EXIT_STOPPED when a signal ended it early."""
+    while True:
+        try:
+            return _train(run)
+        except Rewind:  # an answer set the state back: go on from there
+            continue
+        except UserError:
+            raise
+        except Exception as error:
+            run.saves.emergency(f"{type(error).__name__}: {error}", run.sound)
+            raise
+
+
+def _train(run: Run) -> int:
+    """From the run's progress to its end, or to an answer that sets it back."""
     timer = run.engine.timer
     timer.split()  # what came before is no step's
     for data in timer.waits(run.loader()):
@@ -56,32 +72,70 @@ def _end(run: Run, stop: str | None) -> int:
 
 def _step(run: Run, data: StepData) -> str | None:
     """One optimizer step on one global batch. Returns why the run must stop, if it must, agreed between all ranks."""
-    began = time.perf_counter()
+    step, began, timer = data.step + 1, time.perf_counter(), run.engine.timer
+    if run.answers.passes(step):
+        run.answers.pass_by(data)
+        return None
     lr = run.schedule(data.step)
     run.engine.set_lr(lr)
-    scale = run.ranks.world / data.supervised_tokens  # the engine averages over ranks: law 2 wants their sum
-    loss = torch.zeros((), dtype=torch.float32, device=run.engine.device)
-    for number, batch in enumerate(data.micro_batches, 1):
-        run.watchdog.beat(f"step {data.step + 1}, micro-batch {number}")
-        loss += run.engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
+    loss, failure = _accumulate(run, data)
     computed = time.perf_counter()
-    run.watchdog.beat(f"step {data.step + 1}, update")
-    with run.engine.timer.phase("optimizer"):
-        grad_norm, applied = run.engine.step()
-    run.progress.step = data.step + 1
-    flags = (*run.stop.flags, *run.saves.flags, *sample_sums(data.own_samples))
-    own = loss.new_tensor(flags, dtype=torch.float64)
+    run.watchdog.beat(f"step {step}, update")
+    flags = (*run.stop.flags, *run.saves.flags, float(failure is not None), len(data.corrupt))
+    own = loss.new_tensor((*flags, *sample_sums(data.own_samples)), dtype=torch.float64)
     shared = torch.cat((loss.double()[None] / run.ranks.world, own))
-    with run.engine.timer.phase("communication"):
+    with timer.phase("communication"):
         dist.all_reduce(shared)
-        mean_loss, stopping, resizing, busy, asked, backup, *sums = shared.tolist()
+        mean_loss, stopping, resizing, busy, asked, backup, failed, corrupt, *sums = shared.tolist()
+    if failed:
+        run.answers.shrink(step, data.samples, failure)
     run.saves.agree(busy, asked, backup)
+    if corrupt:
+        run.answers.note_corrupt(data)
+    with timer.phase("optimizer"):
+        grad_norm, applied = _update(run, step, run.answers.limit(mean_loss))
     ended = time.perf_counter()
     run.stragglers.add(computed - began, ended - computed)
-    run.record(data, mean_loss, lr, grad_norm, applied, ended - began, samples_id(*sums))
+    verdict = run.answers.judge(mean_loss, grad_norm)
+    run.record(data, mean_loss, lr, grad_norm, applied, verdict, ended - began, samples_id(*sums))
+    run.answers.after_update(data, mean_loss, grad_norm, applied, verdict)
     if stopping:
         return f"signal {run.stop.signal or 'on another rank'}"
     return "resize" if resizing else None
+
+
+def _accumulate(run: Run, data: StepData) -> tuple[torch.Tensor, str | None]:
+    """Forward and backward of this rank's micro-batches: its loss, and what failed when memory ran out in a way that
+    all ranks can answer together."""
+    step, scale = data.step + 1, run.ranks.world / data.supervised_tokens  # the engine averages over ranks: law 2
+    loss = torch.zeros((), dtype=torch.float32, device=run.engine.device)
+    failure, run.engine.collectives = None, False
+    try:
+        for number, batch in enumerate(data.micro_batches, 1):
+            run.watchdog.beat(f"step {step}, micro-batch {number}")
+            loss += run.engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
+    except torch.OutOfMemoryError as error:
+        if not run.config.answer_out_of_memory:
+            raise
+        failure = str(error).splitlines()[0]
+    if failure is None:
+        run.answers.tell(step, "done")
+    elif not run.answers.all_ran_out(step, clean=not run.engine.collectives):
+        run.answers.give_up_memory(step)
+    return loss, failure
+
+
+def _update(run: Run, step: int, limit: float) -> tuple[float, bool]:
+    """The optimizer's step, and the layers' statistics around it where they are due."""
+    stats = run.layer_stats(step)
+    if stats is not None:
+        stats.before()
+    run.sound = False
+    grad_norm, applied = run.engine.step(limit)
+    run.progress.step, run.sound = step, True
+    if stats is not None and applied:
+        run.record_layers(step, stats.after())
+    return grad_norm, applied
 
 
 def _evaluate(run: Run) -> str | None:

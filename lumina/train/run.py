@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,21 @@ from lumina.model import Transformer, keep_heap
 from lumina.monitor import Console, MetricsFile, Recorder, StepRecord
 from lumina.monitor.events import EventLog
 from lumina.train import checkpoint, engine, lease
+from lumina.train.answers import FILE as ANSWERS
+from lumina.train.answers import Answers, Memory, Verdict
 from lumina.train.checkpoint import Progress
 from lumina.train.guard import Guard
 from lumina.train.health import Health
-from lumina.train.health_rules import StepSeen
+from lumina.train.health_rules import LayerFigures, LayersSeen, StepSeen
+from lumina.train.layers import LayerStats
 from lumina.train.loop import fit
+from lumina.train.machine import MachineWatch
 from lumina.train.profiling import Profile
 from lumina.train.samples import answers
 from lumina.train.saves import Saves
 from lumina.train.schedule import schedule
 from lumina.train.signals import StopRequest
+from lumina.train.state import hold, restore
 from lumina.train.stragglers import Stragglers
 from lumina.train.throughput import Utilisation
 from lumina.train.watchdog import Watchdog
@@ -77,8 +84,13 @@ class Run:
         source, progress, trainer = self._find_checkpoint(config)
         if progress.step:
             config = _same_batch(config, progress.global_batch_size)
-        ds_config, report, config = ds_json.resolve(config, ranks.world, device)
-        self.config = config
+        memory = self._memory_of_answers(config)
+        if memory.global_batch_size is not None:
+            config = _same_batch(config, memory.global_batch_size)
+        self.ds_config, report, self.config = ds_json.resolve(config, ranks.world, device)
+        if memory.batch_size is not None and memory.batch_size < self.config.batch_size:
+            self._take_micro_batches_of(memory.batch_size)
+        ds_config, config = self.ds_config, self.config
         precision = next((n for n in ("bf16", "fp16") if ds_config.get(n, {}).get("enabled")), "fp32")
         self.global_batch = config.global_batch_size or (
             config.batch_size * config.gradient_accumulation_steps * ranks.world
@@ -91,11 +103,7 @@ class Run:
         self.total_steps = min(steps, config.max_steps or steps)
         self.schedule = schedule(config, self.total_steps)
         torch.manual_seed(config.seed)
-        model = Transformer(config)
-        model.checkpoint_every = config.checkpoint_every
-        if config.compile:
-            model.compile(dynamic=True)
-        self.engine = engine.Engine(model, config, ds_config)
+        self.engine = self._build_engine()
         self.progress = progress
         self.progress.global_batch_size, self.progress.world = self.global_batch, ranks.world
         self.progress.precision, self.progress.zero_stage = precision, self.engine.stage
@@ -109,8 +117,65 @@ class Run:
         self.utilisation = Utilisation(config, precision, device == "cuda")
         self._open_folder(report, precision)
         self.saves = Saves(self)
+        self.answers = Answers(self, memory)
+        self.layers: LayerStats | None = None
+        self.machine = MachineWatch(self._disks()) if ranks.main else None
+        self.sound = True  # False while an update is being made
 
     # --- Building ---
+
+    def _build_engine(self) -> engine.Engine:
+        model = Transformer(self.config)
+        model.checkpoint_every = self.config.checkpoint_every
+        if self.config.compile:
+            model.compile(dynamic=True)
+        return engine.Engine(model, self.config, self.ds_config)
+
+    def _memory_of_answers(self, config: Config) -> Memory:
+        """What earlier starts of this run learned (answers.json); a run that begins anew has learned nothing."""
+        found = [Memory()]
+        if self.ranks.main and config.resume is not None:
+            found = [Memory.read(self.folder)]
+        elif self.ranks.main:
+            (self.folder / ANSWERS).unlink(missing_ok=True)
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def _take_micro_batches_of(self, size: int) -> None:
+        """Set another micro-batch; the global batch, which laws 1 and 2 hang on, stays."""
+        world = self.ranks.world
+        wanted = self.config.global_batch_size or (
+            self.config.batch_size * self.config.gradient_accumulation_steps * world
+        )
+        accumulation = -(-wanted // (size * world))
+        self.config = self.config.replace(
+            batch_size=size, gradient_accumulation_steps=accumulation, global_batch_size=wanted
+        )
+        self.ds_config = {
+            **self.ds_config,
+            "train_micro_batch_size_per_gpu": size,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": size * accumulation * world,
+        }
+
+    def rebuild(self, batch_size: int) -> None:
+        """A fresh engine for another micro-batch with the weights and optimizer state of this one; collective. What the
+        old one had half done, and the memory that it held, is gone."""
+        held, rng = hold(self.engine), torch.get_rng_state()
+        self.engine.close()
+        del self.engine
+        self.layers = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._take_micro_batches_of(batch_size)
+        self.engine = self._build_engine()
+        restore(self.engine, held)
+        torch.set_rng_state(rng)
+
+    def _disks(self) -> list[Path]:
+        backups = self.config.backup_dir
+        return [self.checkpoints] + ([Path(backups)] if backups is not None else [])
 
     def _same_launch(self, config: Config) -> Config:
         """A start by the launch that made the run's last one (a restart, a requeued job) goes on from its newest
@@ -232,6 +297,9 @@ class Run:
     def __exit__(self, *exception: Any) -> None:
         self.watchdog.__exit__(*exception)
         self.console.__exit__(*exception)
+        self.saves.stop_waiting(5.0)
+        if self.machine is not None:
+            self.machine.close()
         if self.metrics is not None:
             if self.profile is not None:
                 self.profile.close()
@@ -260,12 +328,34 @@ class Run:
             rank=self.ranks.rank,
             world=self.ranks.world,
             micro_batch_size=self.config.batch_size,
-            start_step=self.start_step,
+            start_step=self.progress.step,
             stop_step=self.total_steps,
+            replace_corrupt=self.config.answer_corrupt_sample,
+            vocab_size=self.config.vocab_size,
         )
 
     def due(self, every: int) -> bool:
         return self.progress.step % every == 0
+
+    def layer_stats(self, step: int) -> LayerStats | None:
+        """The layers' statistics, at the steps that are due for them."""
+        every = self.config.layer_stats_every
+        if not every or step % every:
+            return None
+        if self.layers is None:
+            self.layers = LayerStats(self.engine)
+        return self.layers
+
+    def record_layers(self, step: int, figures: dict[str, LayerFigures]) -> None:
+        if self.metrics is not None:
+            self.metrics.write("layers", step, {"layers": {name: asdict(value) for name, value in figures.items()}})
+            self.health.layers(LayersSeen(step, figures))
+
+    def rewind_records(self) -> None:
+        """The run went back: later steps will be recorded again."""
+        if self.metrics is not None:
+            self.metrics.rewind(self.progress.step)
+            self.recorder.rewind(self.progress.step)
 
     def profile_step(self) -> None:
         if self.profile is not None:
@@ -280,15 +370,38 @@ class Run:
                 log.warning("step %d: %s", self.progress.step, text)
 
     def record(
-        self, data: StepData, loss: float, lr: float, grad_norm: float, applied: bool, seconds: float, samples: str
+        self,
+        data: StepData,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        applied: bool,
+        verdict: Verdict | None,
+        seconds: float,
+        samples: str,
     ) -> None:
         split = self.engine.timer.split()
         seconds += split["data"]  # a step that waited for its batches took longer
         if self.metrics is None:
             return
         memory, total, kind = _memory(self.engine.device)
-        seen = StepSeen(data.step + 1, loss, grad_norm, applied, data.tokens / seconds, split["data"], seconds, memory)
-        health = self.health.step(seen)
+        if self.machine is not None and (seen_machine := self.machine.latest(self.saves.bytes)) is not None:
+            self.health.machine(seen_machine)
+        speed, scale = data.tokens / seconds, self.engine.loss_scale().get("cur_scale")
+        health = self.health.step(
+            StepSeen(
+                data.step + 1,
+                loss,
+                grad_norm,
+                applied,
+                speed,
+                split["data"],
+                seconds,
+                memory,
+                verdict,
+                loss_scale=scale,
+            )
+        )
         record = StepRecord(
             step=data.step + 1,
             epoch=data.epoch + 1,
@@ -313,13 +426,12 @@ class Run:
         )
         self.metrics.step(record)
         self.console.step(record)
-        if not applied:
-            log.warning("step %d: gradient norm %s, update skipped; samples %s", record.step, grad_norm, data.samples)
 
     def record_evaluation(self, loss: float, ppl: float, seconds: float) -> None:
         if self.metrics is not None:
             self.metrics.evaluation(self.progress.step, loss, ppl, seconds)
             self.console.evaluation(self.progress.step, loss)
+            self.health.evaluation(self.progress.step, loss)
             self._say(f"Eval at step {self.progress.step} | Loss: {loss:.6f} | PPL: {ppl:.2f} | {seconds:.1f}s")
 
     def answer_samples(self) -> None:

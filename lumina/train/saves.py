@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from lumina.train import store
+from lumina.train.answers import agreed
 from lumina.train.checkpoint import take
 from lumina.train.saver import Job, Outcome, Place, Saver, Target
 from lumina.train.store import Retention
@@ -142,9 +143,12 @@ class Saves:
     def _wait(self) -> float:
         """Wait as `_settled`; the seconds it took."""
         began = time.perf_counter()
-        free = torch.tensor(float(self._saver.wait()), device=self._run.engine.device)
-        dist.all_reduce(free, op=dist.ReduceOp.MIN)
-        self._busy_anywhere = not bool(free.item())
+        deadline = time.monotonic() + 66 * self._run.config.save_timeout_minutes
+        while not (free := self._saver.wait(1.0)) and time.monotonic() < deadline:
+            self._run.watchdog.beat("waiting for a save")
+        agreement = torch.tensor(float(free), device=self._run.engine.device)
+        dist.all_reduce(agreement, op=dist.ReduceOp.MIN)
+        self._busy_anywhere = not bool(agreement.item())
         took = time.perf_counter() - began
         self.stall += took
         return took
@@ -238,6 +242,57 @@ class Saves:
         """The run went back to an earlier checkpoint: nothing of the steps after it is wanted any more."""
         self._begun = self._run.progress.step
         self._wanted.clear()
+
+    # --- After an exception ---
+
+    def emergency(self, why: str, sound: bool) -> None:
+        """Save this step before an exception ends the run, if every rank says in time that it stands at the same step
+        with a sound state, and the step is not saved already. Never collective: a rank may be gone."""
+        run, seconds = self._run, self._run.config.emergency_seconds
+        step = run.progress.step
+        if not run.config.emergency_checkpoint:
+            return
+        try:
+            refusal = self._emergency(why, sound, seconds)
+        except Exception as error:  # what ended the run is what the user must hear of
+            refusal = f"{type(error).__name__}: {error}"
+        action = "" if refusal else f"emergency checkpoint of step {step}"
+        run.events.add(step, "answer", "crit", "exception", why, action or f"no emergency checkpoint: {refusal}")
+        if run.ranks.main:
+            log.error("step %d: %s; %s", step, why, action or f"no emergency checkpoint: {refusal}")
+
+    def _emergency(self, why: str, sound: bool, seconds: float) -> str:
+        """Why there is none; empty when it was saved."""
+        run, ranks = self._run, self._run.ranks
+        free = self._saver.wait(seconds)
+        self.collect()
+        refusal = "" if sound else "an update was half made"
+        if not refusal and not free:
+            refusal = "a save before it is still being written"
+        snapshot = None
+        if not refusal:
+            run.progress.guard = run.guard.state()
+            snapshot = take(run.engine, run.progress, self._buffers)
+            snapshot.trainer["emergency"] = why
+            if not all(bool(torch.isfinite(v).all()) for v in snapshot.tensors.values() if v.is_floating_point()):
+                refusal = "the weights are not finite"
+        saved = (self._checkpoints.folder / store.name_of(run.progress.step)).is_dir() or run.progress.step == 0
+        own = {"step": run.progress.step, "refusal": refusal, "saved": ranks.main and saved}
+        told = agreed("lumina/emergency", own, ranks.rank, ranks.world, seconds)
+        if told is None or any(one["step"] != run.progress.step for one in told):
+            return "the ranks do not stand at the same step"
+        refusals = [one["refusal"] for one in told if one["refusal"]] + (
+            ["the step is saved already"] if told[0]["saved"] else []
+        )
+        if refusals or snapshot is None:
+            return str(refusals[0])
+        self._saver.begin(Job(snapshot, [self._checkpoints]))
+        if not self._saver.wait(seconds):
+            return "the disk is too slow"
+        error = next((outcome.error for outcome in self._saver.outcomes()), "")
+        # Rank 0 needs the others' processes no more once it has named the checkpoint; until then they stay.
+        agreed("lumina/emergency-written", {}, ranks.rank, ranks.world, seconds)
+        return error
 
     def stop_waiting(self, seconds: float) -> bool:
         """At the very end, or after an exception: give the writer `seconds` more. Not collective."""

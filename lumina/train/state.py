@@ -168,3 +168,39 @@ def publish(engine: Engine) -> None:
         for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, master in zip(group, masters, strict=True):
                 parameter.copy_(master)
+
+
+@dataclass
+class Held:
+    """Weights and optimizer state of an engine in host memory, for another one of the same world and stage."""
+
+    values: dict[tuple[str, str], Tensor]  # by kind and parameter
+    kinds: list[str]
+    step: int
+    loss_scale: dict[str, float]
+
+
+@torch.no_grad()
+def hold(engine: Engine) -> Held:
+    """Copy what `to_load` covers; not collective. Whatever a failed step left half done elsewhere is not looked at."""
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    values, kinds = {}, set()
+    for piece in to_load(engine):
+        found = {MASTER: piece.view(piece.owner), **moments(engine, piece)}
+        kinds |= found.keys() - {MASTER}
+        for kind, value in found.items():
+            values[kind, piece.name] = value.detach().to("cpu", copy=True)
+    return Held(values, sorted(kinds), step_count(engine), engine.loss_scale())
+
+
+@torch.no_grad()
+def restore(engine: Engine, held: Held) -> None:
+    """Put a held state into a fresh engine; collective."""
+    prepare_moments(engine, held.kinds, held.step)
+    for piece in to_load(engine):
+        piece.view(piece.owner).copy_(held.values[MASTER, piece.name])
+        for kind in held.kinds:
+            piece.view(engine.optimizer.state[piece.owner][kind]).copy_(held.values[kind, piece.name])
+    engine.set_loss_scale(held.loss_scale)
+    publish(engine)

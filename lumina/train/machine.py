@@ -1,0 +1,78 @@
+"""The state of the machine for the health rules: free disk, GPU temperature, throttling and memory errors.
+
+A thread measures, because asking a network file system for its free space can take as long as it likes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lumina.train.health_rules import GpuFigures, MachineSeen
+
+_SECONDS = 20.0
+# NVML's clock-event reasons that mean trouble; those that are ordinary (idle, the user's own clocks) are left out.
+_REASONS = {0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake"}
+
+
+class MachineWatch:
+    """Measures now and then until closed."""
+
+    def __init__(self, folders: Sequence[Path], seconds: float = _SECONDS) -> None:
+        self._folders, self._seconds = folders, seconds
+        self._gpus = _handles()
+        self._found: tuple[dict[str, int], tuple[GpuFigures, ...]] | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lumina-machine", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while True:
+            free = {}
+            for folder in self._folders:
+                with suppress(OSError):
+                    free[str(folder)] = shutil.disk_usage(folder).free
+            gpus = []
+            for index, handle in enumerate(self._gpus):
+                with suppress(Exception):  # a GPU that fell off the bus must not end the thread
+                    gpus.append(_gpu(index, handle))
+            self._found = free, tuple(gpus)
+            if self._closed.wait(self._seconds):
+                return
+
+    def latest(self, checkpoint_bytes: int) -> MachineSeen | None:
+        """What was measured since the last call, None for nothing new. `checkpoint_bytes`: a checkpoint's size."""
+        found, self._found = self._found, None
+        return None if found is None else MachineSeen(found[0], checkpoint_bytes, found[1])
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+def _handles() -> list[Any]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except Exception:  # no library, no driver, no GPU
+        return []
+
+
+def _gpu(index: int, handle: Any) -> GpuFigures:
+    import pynvml
+
+    temperature = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
+    reasons, errors = 0, 0
+    with suppress(pynvml.NVMLError):
+        reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    with suppress(pynvml.NVMLError):  # cards without ECC
+        errors = pynvml.nvmlDeviceGetTotalEccErrors(
+            handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+        )
+    slowed = ", ".join(text for bit, text in _REASONS.items() if reasons & bit)
+    return GpuFigures(index, temperature, slowed, errors)

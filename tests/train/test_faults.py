@@ -1,0 +1,306 @@
+"""Faults planted in real runs: each ends well, with finite weights, every answer in the event log, twice the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs as real
+import torch
+from runs import Runs, State, arguments, differing, final
+
+from lumina.data import StepData
+from lumina.monitor.events import read_events
+from lumina.train import checkpoint, loop, store
+
+pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
+
+EVERY = 3
+SETTINGS: dict[str, Any] = {
+    "precision": "fp32",
+    "save_every_n_batches": EVERY,
+    "batch_size": 2,
+    "global_batch_size": 4,
+    "learning_rate": 1e-3,
+    "health_warmup": 4,
+    "health_window": 16,
+    "health_check_interval": 4,
+    "keep_last": 9,
+}
+
+
+def events(run: Path, **wanted: Any) -> list[dict[str, Any]]:
+    """The run's events with these values."""
+    return [e for e in read_events(run / "events.jsonl") if all(e.get(key) == value for key, value in wanted.items())]
+
+
+def finite(state: State) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in state.values())
+
+
+# --- Bad steps ------------------------------------------------------------------------------------
+
+
+def _hook(module: torch.nn.Module, hook: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Have `hook` called with the gradient of the module's output."""
+
+    def attach(module: object, given: object, output: Any) -> None:
+        (output if isinstance(output, torch.Tensor) else output[0]).register_hook(hook)
+
+    return module.register_forward_hook(attach)
+
+
+def _spoil(rank: int, *, nan: tuple[int, ...] = (), spikes: tuple[int, ...] = ()) -> None:
+    """NaN in rank 0's gradients at the steps `nan`; loss and gradient 20 times as large at `spikes`, on rank 0."""
+    original = loop._accumulate
+
+    def spoiled(run: Any, data: StepData) -> Any:
+        if rank != 0:
+            return original(run, data)
+        step = data.step + 1
+        if step in spikes:
+            whole = data.supervised_tokens
+            data.supervised_tokens = whole / 20
+            found = original(run, data)
+            data.supervised_tokens = whole
+            return found
+        if step in nan:
+            handle = _hook(run.engine.model.norm, lambda gradient: torch.full_like(gradient, math.nan))
+            found = original(run, data)
+            handle.remove()
+            return found
+        return original(run, data)
+
+    loop._accumulate = spoiled
+
+
+BAD = {"nan": (6,), "spikes": (8, 12, 13, 14)}
+BAD_STEPS = [6, 8, 12, 13, 14]
+STEPS = 17
+
+
+def samples_of(run: Path, step: int) -> str:
+    return next(record["samples"] for record in real.steps(run) if record["step"] == step)
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 3), (2, 1), (2, 2), (2, 3)])
+def test_bad_steps_are_skipped_and_repeated_ones_roll_back(
+    world: int, stage: int, runs: Runs, conversations: Path, place: Path
+) -> None:
+    """A NaN and a spike are skipped. Three spikes in a row bring the run back to the checkpoint before them, and it
+    goes past their samples. The end is that of a run which never trained on the five bad steps."""
+    bad, clean = place / "bad", place / "clean"
+    settings = {**SETTINGS, "max_steps": STEPS}
+    job = runs.start(arguments(bad, conversations, stage=stage, **settings), world, partial(_spoil, **BAD))
+    assert job.wait() == [0] * world, job.stderr()
+
+    assert [e["step"] for e in events(bad, kind="answer", rule="not-finite")] == [6]
+    spikes = events(bad, kind="answer", rule="loss-spike")
+    assert [e["step"] for e in spikes] == [8, 12, 13, 14]
+    assert all(len(e["samples"]) == 4 and "skipped" in e["action"] for e in spikes)
+    (back,) = [e for e in events(bad, rule="rollback") if e["level"] == "crit"]
+    assert back["values"] == {"to": 9, "past": [12, 13, 14], "rollbacks": 1}
+    assert "WARN(step 8: loss" in job.stdout()
+
+    clean.mkdir()
+    (clean / "answers.json").write_text(json.dumps({"past": BAD_STEPS}))
+    runs.train([*arguments(clean, conversations, stage=stage, **settings), "--resume", "auto"], world)
+    end = final(bad, STEPS)
+    assert finite(end)
+    assert differing(end, final(clean, STEPS)) == []
+    taken = [record["step"] for record in real.steps(bad) if record["applied"]]
+    assert taken == [step for step in range(1, STEPS + 1) if step not in BAD_STEPS]
+
+
+def test_killed_amid_a_rollback(runs: Runs, conversations: Path, place: Path) -> None:
+    """Resumed, it goes past the same samples and comes to the same end."""
+    killed, whole = place / "killed", place / "whole"
+    settings = {**SETTINGS, "max_steps": STEPS}
+    argv = arguments(killed, conversations, stage=2, **settings)
+    job = runs.start(argv, patch=_die_in_rollback)
+    assert job.wait() == [-signal.SIGKILL]
+    assert json.loads((killed / "answers.json").read_text())["past"] == [12, 13, 14]
+    job = runs.start([*argv, "--resume", "auto"], patch=partial(_spoil, **BAD))
+    assert job.wait() == [0], job.stderr()
+    job = runs.start(arguments(whole, conversations, stage=2, **settings), patch=partial(_spoil, **BAD))
+    assert job.wait() == [0]
+    assert differing(final(killed, STEPS), final(whole, STEPS)) == []
+
+
+def _die_in_rollback(rank: int) -> None:
+    import os
+
+    _spoil(rank, **BAD)
+    checkpoint.load = lambda *given: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+
+def test_spikes_without_end(runs: Runs, conversations: Path, place: Path) -> None:
+    """The rollbacks are bounded; then the run fails and says so, and its last good checkpoint is there."""
+    run = place / "run"
+    spikes = tuple(range(10, 60))
+    argv = arguments(run, conversations, stage=1, max_steps=60, max_rollbacks=2, **SETTINGS)
+    job = runs.start(argv, patch=partial(_spoil, spikes=spikes))
+    assert job.wait() == [2]
+    assert "after 2 rollbacks" in job.stderr()
+    assert "Traceback" not in job.stderr()
+    assert store.damage(real.newest(run)) is None
+    assert finite(real.state(real.newest(run)))
+
+
+# --- Out of memory --------------------------------------------------------------------------------
+
+
+def _run_out(rank: int, *, steps: dict[int, str]) -> None:
+    """torch's out-of-memory error at the first try of these steps: before the first micro-batch, or in the middle of a
+    backward pass."""
+    original, tried = loop._accumulate, set()
+
+    def full(gradient: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
+
+    def failing(run: Any, data: StepData) -> Any:
+        step = data.step + 1
+        if step not in steps or step in tried:
+            return original(run, data)
+        tried.add(step)
+        if steps[step] == "start":
+            handle = run.engine.model.register_forward_pre_hook(lambda module, given: full(None))
+        else:
+            handle = _hook(run.engine.model.blocks[0], full)
+        try:
+            return original(run, data)
+        finally:
+            handle.remove()
+
+    loop._accumulate = failing
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "where"),
+    [(1, 0, "middle"), (1, 1, "middle"), (1, 2, "middle"), (1, 3, "middle"), (2, 2, "start"), (2, 0, "start")],
+)
+def test_out_of_memory_halves_the_micro_batch(
+    world: int, stage: int, where: str, runs: Runs, conversations: Path, place: Path
+) -> None:
+    """Adam's first moment after the first step is a tenth of its gradient: that is compared, to 1e-6."""
+    full, small = place / "full", place / "small"
+    settings = {**SETTINGS, "batch_size": 4, "global_batch_size": 8, "max_steps": 4, "save_every_n_batches": 1}
+    settings |= {"save_async": False, "max_grad_norm": 0.0}
+    runs.train(arguments(full, conversations, stage=stage, **settings), world)
+    patch = partial(_run_out, steps={1: where, 3: where})
+    job = runs.start(arguments(small, conversations, stage=stage, **settings), world, patch)
+    assert job.wait() == [0] * world, job.stderr()
+    told = events(small, rule="out-of-memory")
+    assert [(e["step"], e["action"][:16]) for e in told] == [
+        (1, "micro-batch 4 -> "[:16]),
+        (3, "micro-batch 2 -> "[:16]),
+    ]
+    for step, tolerance in ((1, 1e-6), (4, 1e-4)):
+        one, other = (real.state(run / "checkpoints" / store.name_of(step)) for run in (full, small))
+        for (kind, name), value in one.items():
+            if kind == "exp_avg" or step == 4:
+                error = float((value - other[kind, name]).double().norm())
+                assert error <= tolerance * float(value.double().norm()) + 1e-12, (step, kind, name)
+    assert [r["samples"] for r in real.steps(full)] == [r["samples"] for r in real.steps(small)]
+    assert [r["step"] for r in real.steps(small)] == [1, 2, 3, 4]
+
+
+def test_out_of_memory_with_one_sample_is_a_clear_failure(runs: Runs, conversations: Path, place: Path) -> None:
+    settings = {**SETTINGS, "batch_size": 1, "max_steps": 4}
+    job = runs.start(arguments(place / "run", conversations, **settings), patch=partial(_run_out, steps={2: "middle"}))
+    assert job.wait() == [2]
+    assert "micro-batch of one sample" in job.stderr()
+
+
+# --- A sample that cannot be read -----------------------------------------------------------------
+
+
+def _poison(rank: int, *, sample: int) -> None:
+    from lumina.data import PackedDataset
+
+    original = PackedDataset.batch
+
+    def batch(self: PackedDataset, indices: Any) -> Any:
+        found = original(self, indices)
+        if sample in [int(index) for index in indices]:
+            found.ids_T[0] = 2**30  # what a flipped bit in the cache file makes of a token
+        return found
+
+    PackedDataset.batch = batch  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (2, 3)])
+def test_a_poisoned_sample(world: int, stage: int, runs: Runs, conversations: Path, place: Path) -> None:
+    run = place / "run"
+    argv = arguments(run, conversations, stage=stage, **{**SETTINGS, "max_steps": 12})
+    job = runs.start(argv, world, partial(_poison, sample=5))
+    assert job.wait() == [0] * world, job.stderr()
+    told = events(run, rule="corrupt-sample", kind="answer")
+    assert told
+    assert all(e["samples"] == [5] for e in told)
+    assert finite(final(run, 12))
+    assert all(record["applied"] for record in real.steps(run))
+
+
+# --- Exceptions and signals -----------------------------------------------------------------------
+
+
+def _raise_in_evaluation(rank: int, *, step: int, only: int | None) -> None:
+    original = loop.evaluate
+
+    def evaluate(engine: Any, *given: Any) -> float:
+        if step == int(engine.ds.global_steps) and only in (None, rank):
+            raise RuntimeError("planted in evaluation")
+        return original(engine, *given)
+
+    loop.evaluate = evaluate
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return real.write_conversations(tmp_path_factory.mktemp("eval") / "eval.jsonl", 10, seed=5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_exception_in_evaluation_leaves_an_emergency_checkpoint(
+    world: int, runs: Runs, conversations: Path, held_out: Path, place: Path
+) -> None:
+    broken, whole = place / "broken", place / "whole"
+    settings = {**SETTINGS, "max_steps": 7, "eval_every_n_batches": 5, "save_every_n_batches": 100}
+    more = ["--eval-data", str(held_out)]
+    argv = [*arguments(broken, conversations, stage=2, **settings), *more]
+    job = runs.start(argv, world, partial(_raise_in_evaluation, step=5, only=None))
+    codes = job.wait()
+    assert all(code not in (0, 75) for code in codes), codes
+    assert "planted in evaluation" in job.stderr()
+    saved = real.newest(broken)
+    assert saved.name == store.name_of(5)
+    assert store.damage(saved) is None
+    assert store.read_progress(saved)[1]["emergency"] == "RuntimeError: planted in evaluation"
+    (told,) = events(broken, rule="exception")
+    assert told["action"] == "emergency checkpoint of step 5"
+
+    runs.train([*argv, "--resume", "auto"], world)
+    runs.train([*arguments(whole, conversations, stage=2, **settings), *more], world)
+    assert differing(final(broken, 7), final(whole, 7)) == []
+
+
+def test_an_emergency_of_one_rank_alone_saves_nothing(
+    runs: Runs, conversations: Path, held_out: Path, place: Path
+) -> None:
+    """The other sits in a collective and cannot say where it stands: no checkpoint, within the time given, and the
+    earlier one is as it was."""
+    run = place / "run"
+    settings = {**SETTINGS, "max_steps": 7, "eval_every_n_batches": 5, "emergency_seconds": 2}
+    argv = [*arguments(run, conversations, stage=2, **settings), "--eval-data", str(held_out)]
+    job = runs.start(argv, 2, partial(_raise_in_evaluation, step=5, only=0))
+    assert all(code not in (0, 75) for code in job.wait())
+    assert [path.name for path in store.checkpoints(run / "checkpoints")] == [store.name_of(EVERY)]
+    assert store.damage(real.newest(run)) is None
+    assert events(run, rule="exception")

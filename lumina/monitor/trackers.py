@@ -169,5 +169,5 @@ class Trackers:
         for feed in self._feeds:
             feed.thread.join(_CLOSING)
             if feed.thread.is_alive():
-                log.warning("%s had not sent everything %d s after the run's end", feed.name, _CLOSING)
+                log.warning("%s had not sent everything %.0f s after the run's end", feed.name, _CLOSING)
                 import_module(f"lumina.monitor.{feed.name}_tracker").abandon()

@@ -7,13 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lumina.monitor import MetricsFile, read_metrics
+from lumina.monitor import trackers as following
 from lumina.monitor.trackers import Facts, Trackers, scalars
 
 pytest.importorskip("wandb")
@@ -25,6 +29,7 @@ START = """
 import math, os, signal, sys, time
 from pathlib import Path
 from lumina.monitor import MetricsFile
+from lumina.monitor import trackers as following
 from lumina.monitor.trackers import Facts, Trackers
 
 folder, begin, end, killed, names = Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5].split(",")
@@ -180,3 +185,63 @@ def test_tensorboard_takes_back_what_a_rollback_takes_back(tmp_path: Path) -> No
 def test_figures_of_a_record() -> None:
     record = {"kind": "step", "step": 3, "time": 1.0, "loss": None, "lr": 0.5, "health": "OK", "seconds": {"data": 2}}
     assert dict(scalars(record)) == {"lr": 0.5, "seconds/data": 2.0}
+
+
+class Flaky:
+    """A service that fails and hangs when it is told to."""
+
+    def __init__(self, failures: int = 0, hang: threading.Event | None = None) -> None:
+        self.failures, self.hang = failures, hang
+        self.taken: list[int] = []
+
+    def open(self, facts: Facts) -> dict[str, int]:
+        return {}
+
+    def scalars(self, group: str, step: int, values: Mapping[str, float], time: float | None) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("away")
+        self.taken.append(step)
+
+    def text(self, name: str, step: int, text: str) -> None: ...
+
+    def rewind(self, step: int) -> bool:
+        return False
+
+    def close(self) -> None:
+        if self.hang is not None:
+            self.hang.wait()
+
+
+def follow(monkeypatch: pytest.MonkeyPatch, folder: Path, service: Flaky) -> None:
+    monkeypatch.setattr(following, "_make", lambda name: service)
+    monkeypatch.setattr(following, "_PAUSE", 0.01)
+    monkeypatch.setattr(following, "_CLOSING", 0.5)
+    trackers = Trackers(["tensorboard"], Facts(folder, "name", {}, 0))
+    for step in (1, 2, 3):
+        trackers.record({"kind": "step", "step": step, "loss": 1.0})
+    while service.failures and trackers._feeds[0].failed is None:
+        time.sleep(0.01)
+    trackers.close()
+
+
+def test_a_service_that_comes_back_misses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Flaky(failures=3)
+    follow(monkeypatch, tmp_path, service)
+    assert service.taken == [1, 2, 3]
+
+
+def test_a_service_that_stays_away_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    follow(monkeypatch, tmp_path, Flaky(failures=100))
+    assert "no longer followed, the run goes on: ConnectionError: away" in caplog.text
+
+
+def test_a_service_that_hangs_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hang = threading.Event()
+    follow(monkeypatch, tmp_path, Flaky(hang=hang))  # returns
+    assert "had not sent everything" in caplog.text
+    hang.set()

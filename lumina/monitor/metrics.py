@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -71,7 +70,7 @@ class MetricsFile:
             self._file = self._open(step)
 
     def step(self, record: StepRecord) -> None:
-        values = asdict(record)
+        values = dict(vars(record))
         self.write("step", values.pop("step"), values)
 
     def evaluation(self, step: int, loss: float, ppl: float, seconds: float) -> None:

@@ -91,6 +91,9 @@ def read(folder: Path) -> RunData:
         group = groups.setdefault(kind, Group())
         if kind == "system" and group.x and group.x[-1] == step:
             continue  # taken by the clock: the first of a step stands for it
+        for figures in record.get("layers", {}).values():
+            if figures.get("weight"):
+                figures["update_ratio"] = figures["update"] / figures["weight"]
         group.add(step, record)
     for group in groups.values():
         group.finish()

@@ -124,7 +124,7 @@ class _Feed:
         group = GROUPS.get(kind, kind)
         if step <= self._last.get(group, -1):
             return
-        values = dict(scalars(record))
+        values = {name.removeprefix(f"{group}/"): value for name, value in scalars(record)}
         if values:
             self._patiently(lambda: tracker.scalars(group, step, values, record.get("time")))
         self._last[group] = step

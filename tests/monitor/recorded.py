@@ -48,7 +48,7 @@ def record_run(
             if step % every == 0:
                 put("eval", step, loss=3.2 + 8 * math.exp(-5 * progress), ppl=30.0, seconds=1.0)
                 layer_figures = {
-                    f"blocks.{i}": {"gradient": rng.random(), "weight": 5 + i, "update_ratio": 1e-3 * rng.random()}
+                    f"blocks.{i}": {"gradient": rng.random(), "weight": 5 + i, "update": 1e-3 * rng.random()}
                     for i in range(layers)
                 }
                 put("layers", step, layers=layer_figures)

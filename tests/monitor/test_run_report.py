@@ -65,6 +65,9 @@ def test_what_is_there(tmp_path: Path) -> None:
     marks = [(mark["step"], mark["level"]) for mark in data["runs"][0]["marks"]]
     assert sorted(marks) == [(50, "info"), (50, "warn"), (66, "start"), (100, "crit"), (133, "start")]
     assert any("lost a node" in mark["text"] for mark in data["runs"][0]["marks"])
+    layers = data["runs"][0]["groups"]["layers"]["columns"]
+    ratio, update = layers["layers/blocks.1/update_ratio"], layers["layers/blocks.1/update"]
+    assert ratio == pytest.approx([value / 6 for value in update], rel=1e-3)
     world = data["runs"][0]["groups"]["world"]
     assert (world["x"], world["columns"]["processes"]) == ([0, 66, 133, 200], [8, 4, 2, 2])
     # What differs between the runs, and nothing else.

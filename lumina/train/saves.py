@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from lumina.train import store
+from lumina.train import commands, store
 from lumina.train.answers import agreed
 from lumina.train.checkpoint import take
 from lumina.train.saver import Job, Outcome, Place, Saver, Target
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lumina")
 
-REQUESTS = "requests"  # folder in the run's: `lumina checkpoints save` leaves save-ID.json there
+REQUESTS = commands.REQUESTS
 _BACK_OFF = 5.0  # seconds to the first retry; doubled each time
 _RETRIES = 5
 

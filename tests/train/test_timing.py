@@ -124,3 +124,41 @@ def test_deepspeeds_collectives_are_communication(backend: object, clock: Clock)
     assert seen == ["communication"] * 3
     timer.close()
     assert vars(backend).keys() == before.keys()
+
+
+class Moment:
+    """Stands for a CUDA event: the arithmetic over events is the same without a GPU."""
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+
+    def elapsed_time(self, later: Moment) -> float:
+        return 1000 * (later.at - self.at)  # milliseconds, as CUDA has it
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def test_times_from_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(StepTimer, "_now", lambda self: Moment(now[0]))
+    timer = StepTimer(torch.device("cuda"))
+    for _ in range(2):
+        began = now[0]
+        with timer.phase("backward"):
+            now[0] += 3
+            with timer.phase("communication"):
+                now[0] += 2
+        now[0] += 1
+        timer._beside.append((Moment(began), Moment(began + 1.5)))
+        assert timer.split() == {
+            "data": 0.0,
+            "forward": 0.0,
+            "backward": 3.0,
+            "communication": 2.0,
+            "optimizer": 0.0,
+            "other": 1.0,
+            "communication_overlapped": 1.5,
+        }

@@ -1,0 +1,302 @@
+"""Trouble with the disk delays or fails a save, never the run: the older checkpoints stay whole and health says so."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs as real
+from runs import Job, Runs, arguments
+from tiny_engines import make_engine, save, train_step
+
+from lumina.monitor import read_metrics
+from lumina.monitor.events import read_events
+from lumina.train import loop, saves, store, writing
+from lumina.train.checkpoint import Progress, take
+from lumina.train.saver import Job as SaveJob
+from lumina.train.saver import Saver, Target
+from lumina.train.store import Retention
+from lumina.train.writing import SaveError
+
+pytestmark = pytest.mark.timeout(900)
+
+SETTINGS: dict[str, Any] = {"precision": "fp32", "save_every_n_batches": 3, "batch_size": 2, "global_batch_size": 4}
+
+
+def rules(run: Path) -> list[str]:
+    return [event["rule"] for event in read_events(run / "events.jsonl")]
+
+
+def names(run: Path) -> list[int]:
+    return [store.step_of(path) for path in store.checkpoints(run / "checkpoints")]
+
+
+# --- The saver alone ------------------------------------------------------------------------------
+
+
+def make_saver(start: str = "a", rank: int = 0, world: int = 1, timeout: float = 20) -> Saver:
+    return Saver(rank, world, start, timeout)
+
+
+def begin(saver: Saver, folder: Path, step: int = 1) -> None:
+    made = make_engine(0)
+    train_step(made, 0)
+    saver.begin(SaveJob(take(made, Progress(step=step)), [Target("checkpoint", folder, Retention(3))]))
+
+
+def outcome(saver: Saver) -> tuple[bool, str, bool]:
+    assert saver.wait()
+    (found,) = saver.outcomes()
+    return found.path is not None, found.error, found.retry
+
+
+def test_a_rank_that_never_writes_its_part_fails_the_save_in_time(tmp_path: Path) -> None:
+    saver = make_saver(world=2, timeout=0.5)
+    begin(saver, tmp_path)
+    assert outcome(saver) == (False, "rank 1 has not written its part in time", True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_failed_fails_the_save_at_once(tmp_path: Path) -> None:
+    saver, began = make_saver(world=2, timeout=300), time.monotonic()
+    partial_folder = tmp_path / writing.partial_name(1, "a", 1)
+    partial_folder.mkdir()
+    (partial_folder / "failed-00001").touch()
+    begin(saver, tmp_path)
+    assert outcome(saver) == (False, "rank 1 could not write its part", True)
+    assert time.monotonic() - began < 200
+
+
+def test_two_ranks_write_one_checkpoint(tmp_path: Path) -> None:
+    one, other = make_saver(world=2), make_saver(rank=1, world=2)
+    begin(other, tmp_path)
+    begin(one, tmp_path)
+    assert outcome(one)[0]
+    assert outcome(other)[0]
+    (saved,) = store.checkpoints(tmp_path)
+    assert store.damage(saved) is None
+    assert len(list(saved.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "retry"), [(errno.ENOSPC, True), (errno.EIO, True), (errno.EROFS, False), (errno.EACCES, False)]
+)
+def test_what_is_tried_again(number: int, retry: bool) -> None:
+    assert writing._as_save_error(OSError(number, os.strerror(number), "file")).retry is retry
+
+
+def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SaveError) as failure:
+        save(tmp_path / "file", make_engine(0), Progress(step=1))
+    assert not failure.value.retry
+
+
+def test_a_start_that_lost_the_run_names_and_removes_nothing(tmp_path: Path) -> None:
+    """It wakes up with its files written, while another start's save is under way."""
+    stale = make_saver("stale")
+    stale.owns = lambda: False
+    for step in range(1, 6):
+        (tmp_path / store.name_of(step)).mkdir()
+    theirs = tmp_path / writing.partial_name(9, "new", 1)
+    theirs.mkdir()
+    before = sorted(tmp_path.iterdir())
+    begin(stale, tmp_path, step=9)
+    assert outcome(stale) == (False, "another start of this run owns its folder now", False)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_snapshot_is_of_the_step_it_was_taken_at(tmp_path: Path) -> None:
+    """Training goes on while it is written."""
+    made = make_engine(2)
+    train_step(made, 0)
+    buffers: dict[str, Any] = {}
+    snapshot = take(made, Progress(step=1), buffers)
+    copies = {name: tensor.clone() for name, tensor in snapshot.tensors.items()}
+    train_step(made, 1)
+    assert all((copies[name] == tensor).all() for name, tensor in snapshot.tensors.items())
+    again = take(made, Progress(step=2), buffers)
+    assert all(again.tensors[name] is snapshot.tensors[name] for name in buffers), "the memory is used again"
+
+
+# --- In real runs ---------------------------------------------------------------------------------
+
+
+def _slow(rank: int, *, metrics: Path) -> None:
+    """The save of step 3 hangs until step 8 has been trained."""
+    original = writing.sync
+
+    def sync(path: Path) -> None:
+        while store.name_of(3) in str(path) and not any(r["step"] >= 8 for r in read_metrics(metrics)):
+            time.sleep(0.02)
+        original(path)
+
+    writing.sync = sync
+
+
+def test_a_slow_disk_puts_saves_off(runs: Runs, conversations: Path, place: Path) -> None:
+    """Steps go on while one save is written; the one due at step 6 begins when the writer is free."""
+    run = place / "run"
+    settings = {**SETTINGS, "max_steps": 13, "keep_last": 9}
+    slow = partial(_slow, metrics=run / "metrics.jsonl")
+    job = runs.start(arguments(run, conversations, stage=2, **settings), 2, slow)
+    assert job.wait() == [0, 0], job.stderr()
+    assert 6 not in names(run)
+    assert {3, 13} < set(names(run))
+    assert all(store.damage(path) is None for path in store.checkpoints(run / "checkpoints"))
+
+
+def _writer_dies(rank: int) -> None:
+    """The first save's thread ends by an exception that no code foresaw."""
+    original, tried = writing._write_tensors, []
+
+    def write(path: Path, snapshot: Any) -> str:
+        if not tried and rank == 1:
+            tried.append(path)
+            raise MemoryError("planted in the writer")
+        return original(path, snapshot)
+
+    writing._write_tensors = write
+
+
+def test_a_writer_that_dies(runs: Runs, conversations: Path, place: Path) -> None:
+    run = place / "run"
+    argv = arguments(run, conversations, stage=2, max_steps=9, **SETTINGS)
+    job = runs.start([*argv, "--set", "save_async=false"], 2, _writer_dies)
+    assert job.wait() == [0, 0], job.stderr()
+    assert 3 not in names(run)
+    assert names(run)[0] == 9
+    assert "WARN(save-failed: checkpoint of step 3: rank 1 could not write its part)" in job.stdout()
+    assert rules(run).count("save-failed") == 3  # the failure; the episode's beginning and end
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+# --- Signals --------------------------------------------------------------------------------------
+
+
+def _stop_in(rank: int, *, phase: str) -> None:
+    """SIGTERM to this very process when it first reaches a phase of step 4."""
+
+    def before(module: Any, name: str, when: Any) -> None:
+        original, sent = getattr(module, name), []
+
+        def stopping(*given: Any, **named: Any) -> Any:
+            if not sent and when(*given):
+                sent.append(1)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*given, **named)
+
+        setattr(module, name, stopping)
+
+    if rank != 0:
+        return
+    at_step = lambda run, *rest: run.progress.step == 3
+    if phase == "compute":
+        before(loop, "_accumulate", at_step)
+    elif phase == "update":
+        before(loop, "_update", at_step)
+    elif phase == "evaluation":
+        before(loop, "evaluate", lambda *given: True)
+    elif phase == "saving":
+        before(saves.Saves, "_begin", lambda *given: True)
+    else:
+        before(writing, "sync", lambda *given: True)
+
+
+@pytest.mark.parametrize(
+    ("phase", "world"), [("compute", 1), ("update", 2), ("evaluation", 1), ("saving", 2), ("writing", 1)]
+)
+def test_sigterm_in_each_phase(phase: str, world: int, runs: Runs, conversations: Path, place: Path) -> None:
+    run = place / "run"
+    settings = {**SETTINGS, "max_steps": 9, "eval_every_n_batches": 4, "eval_fraction": 0.2}
+    argv = arguments(run, conversations, stage=2, **settings)
+    job = runs.start(argv, world, partial(_stop_in, phase=phase))
+    assert job.wait() == [75] * world, job.stderr()
+    stopped = real.steps(run)[-1]["step"]
+    assert stopped < 9
+    assert names(run)[0] == stopped
+    assert store.damage(real.newest(run)) is None
+    runs.train([*argv, "--resume", "auto"], world)
+    assert names(run)[0] == 9
+
+
+# --- Real file systems ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tmpfs(place: Path) -> Iterator[Path]:
+    """A file system of 128 MB of its own: three checkpoints of the tiny model (38 MB each) fit, a fourth does not."""
+    folder = place / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting needs root: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def link_checkpoints(run: Path, disk: Path) -> None:
+    """Only the checkpoints are on the small disk."""
+    run.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+
+
+def until(done: Any, job: Job) -> None:
+    deadline = time.monotonic() + 120
+    while not done():
+        assert all(rank.is_alive() for rank in job.ranks), job.stderr()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.cluster
+def test_a_full_disk(runs: Runs, conversations: Path, place: Path, tmpfs: Path) -> None:
+    """The run goes on with the checkpoints it has; when there is room again, it saves again."""
+    run = place / "run"
+    link_checkpoints(run, tmpfs)
+    ballast = tmpfs / "ballast"
+    ballast.write_bytes(bytes(60 * 2**20))
+    argv = arguments(run, conversations, stage=2, max_steps=100_000, learning_rate=1e-5, **SETTINGS)
+    job = runs.start(argv, 2)
+    until(lambda: "save-failed" in rules(run), job)
+    (failure, *_) = [e for e in read_events(run / "events.jsonl") if e["rule"] == "save-failed"]
+    assert "could not write its part" in failure["reason"] or "No space left" in failure["reason"]
+    kept = names(run)
+    assert kept
+    assert store.damage(real.newest(run)) is None
+    ballast.unlink()
+    until(lambda: names(run)[0] > kept[0], job)
+    job.signal(signal.SIGTERM)
+    assert job.wait() == [75, 75], job.stderr()
+    assert "WARN(save-failed" in job.stdout()
+    assert store.damage(real.newest(run)) is None
+
+
+@pytest.mark.cluster
+def test_a_read_only_disk(runs: Runs, conversations: Path, place: Path, tmpfs: Path) -> None:
+    """Not tried again and again; the last save of the run fails, and so does the run, plainly."""
+    run = place / "run"
+    link_checkpoints(run, tmpfs)
+    argv = arguments(run, conversations, stage=1, max_steps=12, **SETTINGS)
+    job = runs.start([*argv, "--set", "save_async=false"])
+    until(lambda: names(run), job)
+    subprocess.run(["mount", "-o", "remount,ro", tmpfs], check=True)
+    kept = names(run)
+    assert job.wait() == [1]
+    assert "Traceback" not in job.stderr()
+    assert "could not be written; the newest one is older" in job.stderr()
+    assert names(run) == kept
+    assert store.damage(real.newest(run)) is None
+    failures = [e for e in read_events(run / "events.jsonl") if e["rule"] == "save-failed" and e["kind"] == "save"]
+    assert all("not tried again" in e["action"] for e in failures)
+    assert real.steps(run)[-1]["step"] == 12

@@ -54,6 +54,7 @@ def launch(asked: Launch) -> int:
     if asked.dry_run:
         _show(hosts, commands, ranks, environment, folder)
         return 0
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in the agents (lumina.cluster.transport)
     from lumina.cluster.board import LauncherBoard
     from lumina.cluster.supervisor import Limits, Supervisor
 

@@ -23,6 +23,8 @@ Kind = Literal["auto", "ssh", "pdsh", "srun", "local"]
 
 # A cable that is cut sends nothing: ssh itself asks every five seconds and gives up after three silences.
 _SSH = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5")
+# Else torch warns of every connection whose other side has no name in DNS.
+_QUIET = "TORCH_CPP_LOG_LEVEL=ERROR"
 _SSH_OPTIONS = (*_SSH, "-o", "ServerAliveCountMax=3")
 
 
@@ -66,7 +68,7 @@ def remote_command(
 ) -> list[str]:
     """The command that runs `python -m MODULE SPEC` on a host, SPEC being `-` for standard input. pdsh's own ends in
     {spec}, to be replaced by `with_spec`."""
-    there = f"cd {shlex.quote(folder)} && exec {shlex.quote(python)} -m {module} "
+    there = f"cd {shlex.quote(folder)} && {_QUIET} exec {shlex.quote(python)} -m {module} "
     if kind == "local":
         return [python, "-m", module, "-"]
     if kind == "ssh":
@@ -76,7 +78,7 @@ def remote_command(
         return ["pdsh", "-S", "-N", "-R", "ssh", "-w", host.name, there.replace("%", "%%") + "{spec}"]
     if kind == "srun":
         size = ["--cpus-per-task", str(cpus)] if cpus else []
-        step = ["--nodes=1", "--ntasks=1", "--nodelist", host.name, "--overlap", "--cpu-bind=none", "--chdir", folder]
+        step = ["--nodes=1", "--ntasks=1", "--nodelist", host.name, "--overlap", "--chdir", folder]
         return ["srun", "--job-name=lumina", "--kill-on-bad-exit=0", *step, *size, python, "-m", module, "-"]
     raise AssertionError(kind)
 
@@ -90,4 +92,5 @@ def with_spec(command: list[str], spec: Spec) -> tuple[list[str], str]:
 
 def launcher_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of the ssh, pdsh or srun process itself."""
-    return {**environment, "PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": " ".join(_SSH_OPTIONS)}
+    quiet = dict([_QUIET.split("=")])
+    return {**quiet, **environment, "PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": " ".join(_SSH_OPTIONS)}

@@ -5,12 +5,14 @@ What DeepSpeed does differently from stage to stage is evened out here, so that 
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
 import socket
 import sys
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,14 +72,15 @@ def join() -> Ranks:
         from deepspeed.accelerator import get_accelerator
 
         extensions.build([get_accelerator().create_op_builder("ShareMemCommBuilder")])
-        deepspeed.init_distributed(verbose=False)
+        with redirect_stdout(io.StringIO() if _quiet() else sys.stdout):  # it prints what it has built
+            deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
     return Ranks(rank, world, local, local_world)
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, without the mlflow that its autotuner imports wherever it is installed: three seconds of every start."""
+    """DeepSpeed, without the mlflow that its autotuner imports wherever there is one: three seconds of every start."""
     hide = "mlflow" not in sys.modules
     if hide:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # so Python marks what cannot be imported
@@ -89,10 +92,16 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
+def _quiet() -> bool:
+    return os.environ.get("LUMINA_DEBUG") != "1"
+
+
 def _hush() -> None:
     """DeepSpeed logs dozens of lines on start; Lumina says what matters itself. LUMINA_DEBUG=1 keeps them."""
-    if os.environ.get("LUMINA_DEBUG") == "1":
+    if not _quiet():
         return
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed warns that it looked for a GPU
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     _import_deepspeed().utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")

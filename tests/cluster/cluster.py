@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +152,7 @@ class Cluster:
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
-        until(lambda: up.exists() or node.holder.poll() is not None, 20, f"{name} did not start")  # type: ignore[union-attr]
+        until(lambda: up.exists() or node.holder.poll() is not None, 20, f"{name} did not start")
         children = Path(f"/proc/{node.holder.pid}/task/{node.holder.pid}/children").read_text().split()
         node.init = int(children[0])
         self._plug_in(node)
@@ -339,10 +339,11 @@ def _run(command: Sequence[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
 
 
-def until(holds: object, patience: float, otherwise: str) -> None:
+def until(holds: Callable[[], bool], patience: float, otherwise: str | Callable[[], str]) -> None:
+    """Wait until something holds; an AssertionError after `patience` seconds."""
     deadline = time.monotonic() + patience
-    while not holds():  # type: ignore[operator]
-        assert time.monotonic() < deadline, otherwise
+    while not holds():
+        assert time.monotonic() < deadline, otherwise if isinstance(otherwise, str) else otherwise()
         time.sleep(0.05)
 
 

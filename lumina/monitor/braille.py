@@ -30,7 +30,7 @@ def plot(curves: Sequence[tuple[Points, str]], width: int, height: int) -> list[
             styles[row // 4][column // 2] = style
     lines = []
     for label, row_cells, row_styles in zip(labels, cells, styles, strict=True):
-        text = Text(f"{label:>{margin - 1}} ", style="dim")
+        text = Text.assemble((f"{label:>{margin - 1}} ", "dim"))
         for cell, style in zip(row_cells, row_styles, strict=True):
             text.append(chr(0x2800 + cell) if cell else " ", style=style or None)
         lines.append(text)

@@ -1,0 +1,28 @@
+"""An engine of the debug preset and a batch for it, for the benchmarks that need a real training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def debug_trainer(tokens: int) -> tuple[Any, Any]:
+    """(engine, one batch of `tokens` random tokens, all supervised)."""
+    from lumina.model import keep_heap
+
+    keep_heap()
+    import torch
+
+    from lumina.config import deepspeed as ds_json
+    from lumina.config import load
+    from lumina.data.dataset import TorchBatch
+    from lumina.model import Transformer
+    from lumina.train import engine
+
+    ranks = engine.join()
+    config = load("debug", {"batch_size": 1, "gradient_accumulation_steps": 1})
+    settings, _, config = ds_json.resolve(config, ranks.world, "cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    trainer = engine.Engine(Transformer(config), config, settings)
+    ids = torch.randint(0, config.vocab_size, (tokens,))
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)
+    return trainer, TorchBatch(ids, ids.roll(-1), torch.ones(tokens), torch.arange(tokens), bounds, tokens)

@@ -194,11 +194,11 @@ class SavingConfig(_Strict):
     save_async: bool = True  # written by a thread from a copy of the state, beside the training
     save_timeout_minutes: PositiveFloat = 10.0  # a save that takes longer has failed
     backup_dir: str | None = None  # another disk: backups go to BACKUP_DIR/EXPERIMENT_NAME
-    backup_every_n_batches: PositiveInt | None = None
-    backup_every_minutes: PositiveFloat | None = None
-    backup_keep_last: PositiveInt = 3
+    backup_every_n_batches: PositiveInt | None = None  # steps between backups
+    backup_every_minutes: PositiveFloat | None = None  # or minutes
+    backup_keep_last: PositiveInt = 3  # newest backups to keep
     backup_keep_every: PositiveInt | None = None  # and those whose step is a multiple of this
-    backup_keep_best: bool = True
+    backup_keep_best: bool = True  # and the best one
 
     @model_validator(mode="after")
     def _backups_have_a_place(self) -> SavingConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import traceback
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from lumina.monitor.record import perplexity
 from lumina.train.answers import Rewind
 from lumina.train.evaluate import evaluate
 from lumina.train.signals import EXIT_RESIZE, EXIT_STOPPED
+from lumina.train.watchdog import report_failure
 
 if TYPE_CHECKING:
     from lumina.train.run import Run
@@ -37,8 +39,16 @@ def fit(run: Run) -> int:
         except UserError:
             raise
         except Exception as error:
-            run.saves.emergency(f"{type(error).__name__}: {error}", run.sound)
+            report_failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+            run.watchdog.beat("emergency checkpoint")
+            run.saves.emergency(f"{type(error).__name__}: {error}", run.sound, alone=_lost_a_rank(error))
             raise
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    """Whether an exception says that another rank's process is gone: then no checkpoint of all ranks can be made."""
+    gone = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "ncclRemoteError")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in gone)
 
 
 def _train(run: Run) -> int:

@@ -20,10 +20,10 @@ _REASONS = {0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware 
 
 
 class MachineWatch:
-    """Measures now and then until closed."""
+    """Measures now and then until closed. `checkpoint_bytes`: what a checkpoint takes on those disks."""
 
-    def __init__(self, folders: Sequence[Path], seconds: float = _SECONDS) -> None:
-        self._folders, self._seconds = folders, seconds
+    def __init__(self, folders: Sequence[Path], checkpoint_bytes: int, seconds: float = _SECONDS) -> None:
+        self._folders, self._checkpoint_bytes, self._seconds = folders, checkpoint_bytes, seconds
         self._gpus = _handles()
         self._found: tuple[dict[str, int], tuple[GpuFigures, ...]] | None = None
         self._closed = threading.Event()
@@ -44,10 +44,10 @@ class MachineWatch:
             if self._closed.wait(self._seconds):
                 return
 
-    def latest(self, checkpoint_bytes: int) -> MachineSeen | None:
-        """What was measured since the last call, None for nothing new. `checkpoint_bytes`: a checkpoint's size."""
+    def latest(self) -> MachineSeen | None:
+        """What was measured since the last call, None for nothing new."""
         found, self._found = self._found, None
-        return None if found is None else MachineSeen(found[0], checkpoint_bytes, found[1])
+        return None if found is None else MachineSeen(found[0], self._checkpoint_bytes, found[1])
 
     def close(self) -> None:
         self._closed.set()

@@ -119,7 +119,7 @@ class Run:
         self.saves = Saves(self)
         self.answers = Answers(self, memory)
         self.layers: LayerStats | None = None
-        self.machine = MachineWatch(self._disks()) if ranks.main else None
+        self.machine = MachineWatch(self._disks(), 12 * config.num_parameters()) if ranks.main else None
         self.sound = True  # False while an update is being made
 
     # --- Building ---
@@ -367,7 +367,7 @@ class Run:
         if found is not None and self.metrics is not None:
             self.metrics.write("ranks", self.progress.step, found.record())
             for text in found.slow():
-                log.warning("step %d: %s", self.progress.step, text)
+                self.health.report("straggler", "warn", text)
 
     def record(
         self,
@@ -385,8 +385,8 @@ class Run:
         if self.metrics is None:
             return
         memory, total, kind = _memory(self.engine.device)
-        if self.machine is not None and (seen_machine := self.machine.latest(self.saves.bytes)) is not None:
-            self.health.machine(seen_machine)
+        if self.machine is not None and (machine := self.machine.latest()) is not None:
+            self.health.machine(machine)
         speed, scale = data.tokens / seconds, self.engine.loss_scale().get("cur_scale")
         health = self.health.step(
             StepSeen(

@@ -56,7 +56,6 @@ class Saves:
         self._looked = 0.0
         self._requests: list[str] = []
         self.stall = 0.0  # seconds that this step's saving took from the training
-        self.bytes = 0  # of this rank's last snapshot
         if run.ranks.main:
             self._saver.owns = run.lease.held
             for target in filter(None, (self._checkpoints, self._backups)):
@@ -162,7 +161,6 @@ class Saves:
         run = self._run
         run.progress.guard = run.guard.state()
         snapshot = take(run.engine, run.progress, self._buffers)
-        self.bytes = snapshot.bytes
         requests, self._requests = self._requests, []
         job = Job(snapshot, targets, best_loss, requests)
         self._saver.begin(job)
@@ -245,15 +243,16 @@ class Saves:
 
     # --- After an exception ---
 
-    def emergency(self, why: str, sound: bool) -> None:
+    def emergency(self, why: str, sound: bool, alone: bool = False) -> None:
         """Save this step before an exception ends the run, if every rank says in time that it stands at the same step
-        with a sound state, and the step is not saved already. Never collective: a rank may be gone."""
+        with a sound state, and the step is not saved already. Never collective: a rank may be gone. `alone`: one is
+        gone, so there is nobody to agree with."""
         run, seconds = self._run, self._run.config.emergency_seconds
         step = run.progress.step
         if not run.config.emergency_checkpoint:
             return
         try:
-            refusal = self._emergency(why, sound, seconds)
+            refusal = "another rank is gone" if alone else self._emergency(why, sound, seconds)
         except Exception as error:  # what ended the run is what the user must hear of
             refusal = f"{type(error).__name__}: {error}"
         action = "" if refusal else f"emergency checkpoint of step {step}"

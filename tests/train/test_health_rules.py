@@ -15,6 +15,7 @@ from tiny_engines import make_config
 
 from lumina.config import Config
 from lumina.monitor.events import EventLog
+from lumina.train import health_docs
 from lumina.train import health_rules as rules
 from lumina.train.guard import GRAD_EXPLOSION, LOSS_SPIKE, Guard
 from lumina.train.health import Health
@@ -211,3 +212,11 @@ def test_silent_over_a_clean_recorded_run() -> None:
     assert health.word() == "OK"
     kinds = {record["kind"] for record in found}
     assert {"step", "layers", "eval"} <= kinds
+
+
+def test_the_page_of_rules_is_written_from_them() -> None:
+    assert set(health_docs.RULES) == set(rules.rule_names())
+    named = {setting for _, settings in health_docs.RULES.values() for setting in settings}
+    assert named <= set(Config.model_fields)
+    page = Path(__file__).parents[2] / "docs" / "health.md"
+    assert page.read_text() == health_docs.page(), "python -m lumina.train.health_docs > docs/health.md"

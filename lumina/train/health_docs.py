@@ -1,0 +1,147 @@
+"""docs/health.md's tables, from the rules and the configuration's schema: `python -m lumina.train.health_docs` prints
+the page, and a test holds the file to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lumina.config.schema import HealthConfig, SavingConfig
+from lumina.train import health_rules as rules
+
+# rule: what it means, the settings that it is decided by
+RULES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "loss-not-finite": ("the loss is NaN or infinite", ()),
+    "skipped-in-a-row": ("three or more updates skipped in a row", ()),
+    "not-finite": ("an update was skipped because the gradient was not finite", ("health_check_interval",)),
+    "loss-spike": ("the loss is far above its baseline", ("spike_deviations", "health_window", "health_warmup")),
+    "grad-explosion": (
+        "the gradient norm is far above its median and its spread",
+        ("grad_explosion_factor", "spike_deviations"),
+    ),
+    "grad-vanishing": ("the gradient norm is next to nothing for 8 steps", ("grad_vanishing_factor",)),
+    "plateau": ("the median loss does not fall any more", ("plateau_steps", "plateau_gain")),
+    "loss-scale-collapse": ("fp16's loss scale has collapsed", ("loss_scale_floor",)),
+    "throughput-fall": ("tokens/s are far below their median for 16 steps", ("throughput_fall",)),
+    "data-starvation": ("a good part of the time is spent waiting for data", ("data_wait_fraction",)),
+    "memory-growth": ("memory grows beyond the level after warm-up, and by 256 MiB", ("memory_growth",)),
+    "divergence": ("evaluation loss rises while training loss falls", ("divergence_evaluations",)),
+    "layer-dead": (
+        "a layer gets no gradient in two measurements in a row",
+        ("layer_dead_fraction", "layer_stats_every"),
+    ),
+    "layer-exploding": (
+        "a layer's update is large beside its weights, or its gradient beside its own median",
+        ("layer_update_ratio", "layer_gradient_factor", "layer_stats_every"),
+    ),
+    "disk-full": ("little room is left for checkpoints or backups", ("disk_free_checkpoints",)),
+    "gpu-temperature": ("a GPU is hot (NVML)", ("gpu_temperature",)),
+    "gpu-throttled": ("a GPU's clocks are held down by heat or power (NVML)", ()),
+    "gpu-ecc": ("new uncorrected memory errors on a GPU since the start (NVML)", ()),
+    "save-failed": ("a checkpoint could not be written; the older ones stay", ("save_timeout_minutes",)),
+    "backup-failed": ("a backup could not be written", ("save_timeout_minutes",)),
+    "corrupt-sample": ("samples could not be read", ("answer_corrupt_sample",)),
+    "straggler": ("a rank is slower than the others", ()),
+}
+
+_HEAD = """\
+# Health of a run
+
+<!-- Written by `python -m lumina.train.health_docs`; a test compares. -->
+
+The console line ends in `Health: OK`, `WARN(reason)` or `CRIT(reason)`. Behind it, rules watch the steps, evaluations,
+layers and the machine. A baseline is the median and the median absolute deviation over the last `health_window` steps;
+the current value is never part of its own baseline, and a refused step never enters one. What a rule finds is one
+episode: told once in `train.log`, with its beginning and its end in `events.jsonl`, and shown in the console line until
+`health_check_interval` steps have passed without a sign of it (or at once, where its cause is plainly gone).
+
+`events.jsonl` in the run's folder has one JSON object per line: `step`, `time`, `kind` (`health`, `answer`, `save`,
+`run`), `level`, `rule`, `reason`, `action`, and where they apply `samples` and `values`.
+
+## Rules
+
+Switch one off with `health_off: [NAME]`.
+
+| rule | raised when | settings |
+|---|---|---|
+"""
+
+_ANSWERS = """
+## Answers
+
+- **A step that is not finite or spikes** is skipped on all ranks together: the loss is judged before the update, the
+  gradient norm inside it, both against the same baseline on every rank. The samples of the whole global batch go to
+  `events.jsonl`. `answer_spike: warn` only reports spikes.
+- **Repeated ones** (`rollback_after` within `health_check_interval` steps) bring the run back to the newest sound
+  checkpoint from before the first of them; the run then goes past their samples. `max_rollbacks` bounds it, and then
+  the run ends with a clear failure. What was gone past is kept in `answers.json`, so that a killed run comes to the
+  same end. Checkpoints made amid the trouble lose their names.
+- **Out of memory** (`answer_out_of_memory`): memory is freed, the engine rebuilt with half the micro-batch and twice
+  the accumulation, and the step taken again: same global batch, same gradient. With several ranks that works when
+  every rank runs out, or comes through, before a collective of that step has begun; otherwise the run ends, and the
+  next start with `--resume auto` takes the smaller micro-batch. A micro-batch of one sample that does not fit is a
+  failure.
+- **A sample that cannot be read** (`answer_corrupt_sample`) becomes one of weight zero and is counted; the step still
+  divides by the token count that the index gives it.
+- **An exception** (`emergency_checkpoint`) saves the step before it ends the run, if no update was half made, the
+  weights are finite, the step is not saved already, and every rank says within `emergency_seconds` that it stands there
+  too. A user's mistake is not an exception.
+- **A save that fails** is tried again after 5 seconds, doubled up to five times; not where that cannot help (a
+  read-only disk, no permission). Training goes on. At the end of the run a last checkpoint that cannot be written is
+  exit code 1.
+
+## Saving and backups
+
+With `save_async` a save copies the state and a thread of lower priority writes it: streamed, hashed, flushed, named
+last. While it writes, the next save waits its turn; the best evaluation's, a signal's and the last one wait for it. The
+stall is in `events.jsonl` (`values.stall`, seconds). The snapshot takes 12 bytes of host memory per parameter over all
+ranks, kept for the whole run.
+
+`lumina checkpoints list|verify|prune|restore|save RUN` works on a run's checkpoints and backups; `save` asks the job
+that trains it, on whatever node, through a file in `RUN/requests`, honoured at the next step.
+
+## Settings
+
+| setting | default | |
+|---|---|---|
+"""
+
+
+def _comments() -> dict[str, str]:
+    """What the schema says behind each setting."""
+    import inspect
+
+    from lumina.config import schema
+
+    found, pending = {}, ""
+    for line in inspect.getsource(schema).splitlines():
+        text = line.strip()
+        if text.startswith("# "):
+            pending = f"{pending} {text[2:]}".strip()
+            continue
+        code, _, comment = text.partition("  # ")
+        name, colon, _ = code.partition(":")
+        if colon and name.isidentifier():
+            found[name] = comment or pending
+        pending = ""
+    return found
+
+
+def page() -> str:
+    """The whole of docs/health.md."""
+    every: list[type[rules.Rule[Any]]] = [*rules.STEP_RULES, *rules.EVALUATION_RULES]
+    every += [*rules.LAYER_RULES, *rules.MACHINE_RULES]
+    levels = {str(rule.name): rule.level for rule in every}
+    lines = []
+    for name, (when, settings) in RULES.items():
+        critical = " (CRIT)" if levels.get(name) == "crit" else ""
+        lines.append(f"| `{name}` | {when}{critical} | {', '.join(f'`{s}`' for s in settings)} |")
+    comments = _comments()
+    rows = []
+    for group in (HealthConfig, SavingConfig):
+        for name, field in group.model_fields.items():
+            rows.append(f"| `{name}` | `{field.default!r}` | {comments[name]} |")
+    return _HEAD + "\n".join(lines) + "\n" + _ANSWERS + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -49,8 +49,8 @@ class Failure:
             except ValueError:
                 name = f"signal {-self.exitcode}"
             return f"ended by {name}" + (f": {self.message}" if self.message else "")
-        if self.exitcode == EXIT_HUNG:
-            return f"hung: {self.message}" if self.message else "hung: its watchdog ended it"
+        if self.exitcode == EXIT_HUNG and not self.message:
+            return "hung: its watchdog ended it"
         return self.message or f"exit code {self.exitcode}"
 
     def line(self) -> str:

@@ -90,7 +90,7 @@ class Watchdog:
             if ident != threading.get_ident():
                 dump += [f"  Thread {names.get(ident, ident)}:\n", *traceback.format_stack(frame)]
         print("".join(dump), file=sys.stderr, flush=True)
-        report_failure(text)
+        report_failure(f"hung: {text}")
         self.end(EXIT_HUNG)
 
 

@@ -102,6 +102,7 @@ class Cluster:
         assert not missing(), f"install {missing()}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._jobs: list[Job] = []
+        self._groups: list[Path] = []
         self.places = {HEAD: Node(HEAD, "10.77.0.1")}
         self.places |= {f"n{i}": Node(f"n{i}", f"10.77.0.{10 + i}") for i in range(self.nodes)}
         self._write_files()
@@ -124,6 +125,9 @@ class Cluster:
             job.kill()
         for node in reversed(self.places.values()):
             self._end(node)
+        for group in self._groups:
+            until(lambda g=group: not (g / "cgroup.procs").read_text().strip(), 10, f"{group} is in use")
+            group.rmdir()
 
     def _write_files(self) -> None:
         ssh = self.folder / "ssh"
@@ -240,6 +244,16 @@ class Cluster:
         for pid in self.processes(name):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def memory_group(self, limit: int) -> Path:
+        """A memory control group of `limit` bytes (cgroup v1 or v2); a process joins it by writing 0 to cgroup.procs."""
+        root = Path("/sys/fs/cgroup")
+        first = (root / "memory").is_dir()
+        group = (root / "memory" if first else root) / f"lumina-{os.getpid()}"
+        group.mkdir(exist_ok=True)
+        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(limit))
+        self._groups.append(group)
+        return group
 
     # --- Commands ---
 

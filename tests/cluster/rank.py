@@ -1,15 +1,13 @@
 """`lumina train` for tests: with a pause before every step, and with a fault planted in one of them.
 
-PAUSE is the pause in seconds: a run then lasts as long as a test needs, at no cost. FAULT is KIND:RANK:STEP: before that
-step that rank raises, is killed for want of memory, reads from address 0, hangs, or is sent SIGTERM; on the first start
-of the job only, unless ALWAYS is set.
+PAUSE is the pause in seconds: a run then lasts as long as a test needs, at no cost. FAULT is KIND:RANK:STEP: before
+that step (counted from this start) that rank raises, is killed for want of memory, reads from address 0, or hangs.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ def fault(kind: str) -> None:
         raise RuntimeError("a planted exception")
     if kind == "oom":
         group = Path(os.environ["OOM_GROUP"])
-        (group / "cgroup.procs").write_text(str(os.getpid()))
+        (group / "cgroup.procs").write_text("0")  # this process
         hoard = []
         while True:
             hoard.append(bytearray(os.urandom(16 << 20)))
@@ -29,8 +27,6 @@ def fault(kind: str) -> None:
         ctypes.string_at(0)
     if kind == "hang":
         time.sleep(10_000)
-    if kind == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> int:
@@ -45,10 +41,7 @@ def main() -> int:
     def paced(self: engine.Engine, lr: float) -> None:
         time.sleep(pause)
         done["steps"] += 1
-        first = not any(Path(os.environ.get("ONCE", "/nonexistent")).glob("planted"))
-        if kind != "none" and os.environ["RANK"] == rank and done["steps"] == int(step) and first:
-            if "ONCE" in os.environ:
-                (Path(os.environ["ONCE"]) / "planted").touch()
+        if kind != "none" and os.environ["RANK"] == rank and done["steps"] == int(step):
             fault(kind)
         set_lr(self, lr)
 

@@ -32,8 +32,8 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from lumina.cluster import topology
 from lumina.cluster.board import AgentBoard, Order, connect
 from lumina.cluster.failures import USER_ERROR, Failure, oom_kills
+from lumina.cluster.signals import EXIT_RESIZE, EXIT_STOPPED
 from lumina.cluster.transport import Spec
-from lumina.train.signals import EXIT_RESIZE, EXIT_STOPPED
 
 _POLL = 0.2  # seconds between looks at the ranks and the orders
 _BEAT = 1.0  # seconds between heartbeats

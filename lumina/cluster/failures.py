@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lumina.train.signals import EXIT_HUNG
+from lumina.cluster.signals import EXIT_HUNG
 
 # What the other ranks of a collective report when one of them is gone: an effect, never the cause.
 _EFFECT = re.compile(

@@ -23,9 +23,9 @@ from typing import Any
 from lumina.cluster.board import LauncherBoard, Order
 from lumina.cluster.failures import USER_ERROR, Failure, first_cause
 from lumina.cluster.hostfile import Host
+from lumina.cluster.signals import EXIT_HUNG, EXIT_STOPPED
 from lumina.cluster.topology import rank_map
 from lumina.cluster.transport import Spec, launcher_environment, with_spec
-from lumina.train.signals import EXIT_HUNG, EXIT_STOPPED
 
 _POLL = 0.1
 _GRACE = 1.5  # seconds in which the other ranks' reports of one failure come in

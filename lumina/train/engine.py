@@ -20,12 +20,12 @@ import torch
 
 from lumina.cluster import topology
 from lumina.cluster.identity import identify, parent_signal
+from lumina.cluster.signals import end_with_parent
 from lumina.config import Config
 from lumina.model import Transformer
 from lumina.model.loss import round_up
 from lumina.train import extensions
 from lumina.train.optimizer import build_optimizer
-from lumina.train.signals import end_with_parent
 from lumina.train.timing import StepTimer
 from lumina.train.veto import Veto
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from lumina.cluster.signals import EXIT_RESIZE, EXIT_STOPPED
 from lumina.config import UserError
 from lumina.data import StepData
 from lumina.data.order import sample_sums, samples_id
 from lumina.monitor.record import perplexity
 from lumina.train.answers import Rewind
 from lumina.train.evaluate import evaluate
-from lumina.train.signals import EXIT_RESIZE, EXIT_STOPPED
 from lumina.train.watchdog import report_failure
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lumina.chat.tokenizer import Tokenizer
+from lumina.cluster.signals import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
 from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare_parts
@@ -36,7 +37,6 @@ from lumina.train.profiling import Profile
 from lumina.train.samples import answers
 from lumina.train.saves import Saves
 from lumina.train.schedule import schedule
-from lumina.train.signals import StopRequest
 from lumina.train.state import hold, restore
 from lumina.train.stragglers import Stragglers
 from lumina.train.throughput import Utilisation

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lumina.train.signals import EXIT_STOPPED, StopRequest
+from lumina.cluster.signals import EXIT_STOPPED, StopRequest
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ class Cluster:
                 os.kill(pid, number)
 
     def memory_group(self, limit: int) -> Path:
-        """A memory control group of `limit` bytes (cgroup v1 or v2); a process joins it by writing 0 to cgroup.procs."""
+        """A memory control group of `limit` bytes (cgroup v1 or v2), joined by writing 0 to its cgroup.procs."""
         root = Path("/sys/fs/cgroup")
         first = (root / "memory").is_dir()
         group = (root / "memory" if first else root) / f"lumina-{os.getpid()}"

@@ -1,40 +1,34 @@
-"""The plain command line of the README, through DeepSpeed's launcher and a hostfile, under every ZeRO stage."""
+"""The plain command lines of the README: DeepSpeed's launcher with a hostfile under every ZeRO stage, and MPI."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import ssh_host
-from runs import DEEPSPEED, ROOT, arguments, losses, steps
-from ssh_host import needs_root
+from cluster import Cluster
+from elastic import SETTINGS as COMMON
+from elastic import launch
+from runs import DEEPSPEED, ROOT, Runs, arguments, losses, steps
 
 STEPS = 8
-SETTINGS = {"max_steps": STEPS, "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
-
-pytestmark = [pytest.mark.cluster, needs_root]
+SETTINGS = {**COMMON, "max_steps": STEPS, "save_every_n_batches": 1000}
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ssh_host.prepare(tmp_path_factory.mktemp("host"))
-
-
-def launcher(*words: str) -> list[str]:
-    return [str(DEEPSPEED), "--hostfile", str(ROOT / "hostfile.example"), "launchers/train.py", *words]
+def deepspeed(hostfile: str | Path, *words: str) -> list[str]:
+    return [str(DEEPSPEED), "--hostfile", str(hostfile), "launchers/train.py", *words]
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-3), ("fp32", 1e-5)])
 def test_every_stage_ends_in_the_same_losses(
-    precision: str, tolerance: float, host: Path, conversations: Path, place: Path
+    precision: str, tolerance: float, cluster: Cluster, conversations: Path, place: Path
 ) -> None:
-    curves = {}
+    """hostfile.example: two ranks on localhost."""
+    settings, curves = {**SETTINGS, "precision": precision}, {}
     for stage in ("2", "0", "1", "3", "3_offload"):
         folder = place / f"zero{stage}"
-        done = ssh_host.run(
-            host, launcher(*arguments(folder, conversations, stage=stage, precision=precision, **SETTINGS))
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        words = arguments(folder, conversations, stage=stage, **settings)
+        done = cluster.run("n0", deepspeed(ROOT / "hostfile.example", *words))
+        assert done.returncode == 0, done.stdout[-3000:]
         assert [record["step"] for record in steps(folder)] == list(range(1, STEPS + 1))
         assert f"ZeRO-{stage[0]}, 2 process(es)" in done.stdout
         curves[stage] = losses(folder)
@@ -43,8 +37,31 @@ def test_every_stage_ends_in_the_same_losses(
         assert curve == pytest.approx(curves["2"], abs=tolerance, rel=0), stage
 
 
-def test_a_failing_rank_fails_the_launch(host: Path, place: Path) -> None:
-    done = ssh_host.run(host, launcher(*arguments(place / "run", place / "missing.jsonl", stage=2, **SETTINGS)))
+def test_every_launcher_gives_the_curve_of_a_single_process(
+    cluster: Cluster, runs: Runs, conversations: Path, place: Path
+) -> None:
+    """Two nodes over pdsh and ssh through DeepSpeed's launcher and through ours, and mpirun with and without mpi4py."""
+    words = lambda name: arguments(place / name, conversations, stage=2, **SETTINGS)
+    runs.train(words("alone"))
+    alone = losses(place / "alone")
+    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    done = {
+        "deepspeed": cluster.run("n0", deepspeed(cluster.hostfile(), *words("deepspeed"))),
+        "mpirun": cluster.run("n0", [*mpirun, "python", "launchers/train.py", *words("mpirun")]),
+    }
+    for transport in ("ssh", "pdsh"):
+        job = launch(cluster, words(transport), "--transport", transport)
+        assert job.wait(120) == 0, job.output()[-3000:]
+    for name, ended in done.items():
+        assert ended.returncode == 0, f"{name}:\n{ended.stdout[-3000:]}"
+    for name in ("deepspeed", "mpirun", "ssh", "pdsh"):
+        assert "2 process(es)" in (place / name / "train.log").read_text(), name
+        assert losses(place / name) == pytest.approx(alone, abs=1e-5, rel=0), name
+
+
+def test_a_failing_rank_fails_the_launch(cluster: Cluster, place: Path) -> None:
+    words = arguments(place / "run", place / "missing.jsonl", stage=2, **SETTINGS)
+    done = cluster.run("n0", deepspeed(cluster.hostfile(), *words))
     assert done.returncode != 0
-    assert "missing.jsonl" in done.stderr
-    assert "lumina/train" not in done.stderr, "a traceback for a user's mistake"
+    assert "missing.jsonl" in done.stdout
+    assert "lumina/train" not in done.stdout, "a traceback for a user's mistake"

@@ -49,7 +49,7 @@ class AgentBoard:
         self.tell("hello", **about)
 
     def tell(self, kind: Answer, **values: Any) -> None:
-        """Append to the events. The list's length is raised last, so that whatever it counts is there."""
+        """Append to the events: a place is claimed, so that no two agents write to one, and then filled."""
         place = self.store.add("events/claimed", 1) - 1
         self.store.set(f"events/{place}", json.dumps({"agent": self.index, "kind": kind, **values}))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lumina.config import UserError
 
-_LINE = re.compile(r"^(?P<name>\S+)(?:\s+slots\s*=\s*(?P<slots>\d+))?$")
+_LINE = re.compile(r"^(?P<name>[^\s-]\S*)(?:\s+slots\s*=\s*(?P<slots>\d+))?$", re.ASCII)  # ssh takes -x for an option
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def identify(environment: MutableMapping[str, str] = os.environ) -> str | None:
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
         environment.setdefault("MASTER_PORT", "29500")
         return "torch"
-    launcher = next((name for name, sources in _SOURCES.items() if _started_by(sources, environment)), None)
+    launcher = next((name for name in _SOURCES if _started_by(name, environment)), None)
     if launcher is None:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -69,9 +69,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _started_by(sources: tuple[str, ...], environment: Mapping[str, str]) -> bool:
-    """A rank and a world size are there. A batch script also has SLURM_PROCID, but is no step of several tasks."""
-    return all(source in environment for source in sources[:2])
+def _started_by(launcher: str, environment: Mapping[str, str]) -> bool:
+    """A rank and a world size are there. A batch script also has SLURM_PROCID, but is no step of several tasks; and
+    srun with its PMI plugin sets PMI_RANK too, but none of MPICH's local ranks."""
+    rank, world, local, _ = _SOURCES[launcher]
+    by_srun = launcher == "MPI" and local not in environment and _SOURCES["Slurm"][1] in environment
+    return rank in environment and world in environment and not by_srun
 
 
 def _first_number(text: str) -> str:

@@ -47,5 +47,6 @@ def expand(nodelist: str) -> list[str]:
             ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"scontrol cannot expand {nodelist}: {error}", "Is Slurm's bin folder on PATH?") from None
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise UserError(f"scontrol cannot expand {nodelist}: {said}", "Is Slurm's bin folder on PATH?") from None
     return done.stdout.split()

@@ -190,13 +190,14 @@ def _gpu(nvml: Any, index: int) -> Gpu:
 
 def choose_interface(node: Node, peer: str) -> Interface:
     """The interface over which this machine reaches `peer`, by the routing table; GLOO_SOCKET_IFNAME or
-    NCCL_SOCKET_IFNAME in the environment say otherwise.
+    NCCL_SOCKET_IFNAME in the environment say otherwise (NCCL's `=` for an exact name is understood; its `^` names what
+    not to use, and leaves the choice to the routing table).
 
     Raises UserError when that one does not exist or `peer` has no address.
     """
     wanted = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME")
-    if wanted:
-        named = next((i for i in node.interfaces if i.name == wanted.split(",")[0].lstrip("=^")), None)
+    if wanted and not wanted.startswith("^"):
+        named = next((i for i in node.interfaces if i.name == wanted.split(",")[0].lstrip("=")), None)
         if named is None:
             known = ", ".join(i.name for i in node.interfaces)
             raise UserError(f"there is no interface {wanted} on {node.name}", f"Choose one of: {known}.")

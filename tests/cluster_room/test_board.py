@@ -1,0 +1,95 @@
+"""Launcher and agents talk through a real TCP store on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lumina.cluster.board import AgentBoard, LauncherBoard, Order, connect
+
+
+@pytest.fixture
+def launcher() -> Iterator[LauncherBoard]:
+    board = LauncherBoard("job", host="127.0.0.1")
+    yield board
+    del board
+
+
+def agent(launcher: LauncherBoard, node: str, job: str = "job") -> AgentBoard:
+    return AgentBoard(connect(f"127.0.0.1:{launcher.port}", job), {"node": node})
+
+
+def test_events_come_in_order_and_once(launcher: LauncherBoard) -> None:
+    assert launcher.events() == []
+    n0, n1 = agent(launcher, "n0"), agent(launcher, "n1")
+    assert (n0.index, n1.index) == (0, 1)
+    n1.tell("ready", after=0)
+    n0.tell("failed", round=1, failures=[{"message": "a\nb, 'c' ü"}])
+    assert launcher.events() == [
+        {"agent": 0, "kind": "hello", "node": "n0"},
+        {"agent": 1, "kind": "hello", "node": "n1"},
+        {"agent": 1, "kind": "ready", "after": 0},
+        {"agent": 0, "kind": "failed", "round": 1, "failures": [{"message": "a\nb, 'c' ü"}]},
+    ]
+    assert launcher.events() == []
+    n0.tell("succeeded", round=1)
+    assert [event["kind"] for event in launcher.events()] == ["succeeded"]
+
+
+def test_orders_reach_every_agent_once(launcher: LauncherBoard) -> None:
+    early = agent(launcher, "n0")
+    orders = [Order("round", 1, (0, 1)), Order("regroup", 1, reason="n1 is lost"), Order("close", code=75)]
+    for order in orders[:2]:
+        launcher.order(order)
+    assert early.orders() == orders[:2]
+    assert early.orders() == []
+    launcher.order(orders[2])
+    assert early.orders() == orders[2:]
+    assert agent(launcher, "n1").orders() == orders, "one that comes late hears of all"
+
+
+def test_beats_are_counted(launcher: LauncherBoard) -> None:
+    n0 = agent(launcher, "n0")
+    assert launcher.beats(n0.index) == 0
+    for _ in range(3):
+        n0.store.add(f"beat/{n0.index}", 1)
+    assert launcher.beats(n0.index) == 3
+    assert launcher.beats(n0.index) == 3, "looking is no beat"
+
+
+def test_a_fence_is_for_one_agent(launcher: LauncherBoard) -> None:
+    n0, n1 = agent(launcher, "n0"), agent(launcher, "n1")
+    launcher.fence(n0.index)
+    assert n0.store.check(["fenced/0"])
+    assert not n1.store.check(["fenced/1"])
+
+
+def test_an_agent_that_dies_in_the_middle_of_telling_holds_nobody_up(launcher: LauncherBoard) -> None:
+    n0, n1 = agent(launcher, "n0"), agent(launcher, "n1")
+    launcher.events()
+    n0.store.add("events/claimed", 1)  # and it is gone
+    n1.tell("ready", after=0)
+    calls = 1
+    while not (found := launcher.events()):
+        calls += 1
+        assert calls < 1000, "later events are held up for ever"
+    assert calls > 1, "it is given the time to write"
+    assert found == [{"agent": 1, "kind": "ready", "after": 0}]
+    n1.tell("stopped", round=1)
+    assert [event["kind"] for event in launcher.events()] == ["stopped"], "the gap costs once"
+
+
+def test_a_slow_writer_is_waited_for(launcher: LauncherBoard) -> None:
+    n0, n1 = agent(launcher, "n0"), agent(launcher, "n1")
+    launcher.events()
+    place = n0.store.add("events/claimed", 1) - 1
+    n1.tell("ready", after=0)
+    assert launcher.events() == []
+    n0.store.set(f"events/{place}", '{"agent": 0, "kind": "failed"}')
+    assert [event["kind"] for event in launcher.events()] == ["failed", "ready"]
+
+
+def test_two_jobs_do_not_hear_each_other(launcher: LauncherBoard) -> None:
+    agent(launcher, "n0", job="another")
+    assert launcher.events() == []

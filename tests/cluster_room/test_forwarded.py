@@ -1,0 +1,66 @@
+"""The variables that travel, and that any value arrives as it was."""
+
+from __future__ import annotations
+
+import base64
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumina.cluster.environment import forwarded
+from lumina.cluster.hostfile import Host
+from lumina.cluster.transport import Spec, remote_command, with_spec
+from lumina.config import UserError
+
+# Whatever an environment can hold: any bytes but NUL, as Python shows them.
+values = st.binary(max_size=60).map(lambda raw: os.fsdecode(raw.replace(b"\0", b"")))
+awkward = st.sampled_from(["", "\n", "a\n\nb\n", "x,y", "it's", '"', "'\"$(rm -rf ~)`", "%h %n", "{spec}", "ü", " -x"])
+names = st.from_regex(r"[A-Z][A-Z0-9_]{0,10}", fullmatch=True)
+
+
+def spec(environment: dict[str, str]) -> Spec:
+    return Spec("10.0.0.1:29400", "a job", "n1", 4, ["python", "-c", "print('%s,')"], environment, "/home/a b")
+
+
+@given(st.dictionaries(names, values | awkward, max_size=6))
+def test_any_value_arrives_unchanged(environment: dict[str, str]) -> None:
+    sent = spec(forwarded([f"{name}={value}" for name, value in environment.items()], {}))
+    assert sent.environment == environment
+    line = sent.dump()
+    assert "\n" not in line, "the agent reads one line"
+    assert Spec.load(line + "\n") == sent
+    assert Spec.load(base64.b64encode(line.encode()).decode()) == sent
+
+
+@given(st.dictionaries(names, values | awkward, max_size=6))
+def test_no_value_meets_a_shell(environment: dict[str, str]) -> None:
+    """On standard input, or in pdsh's command as base64, which has no character that a shell or pdsh knows."""
+    sent = spec(environment)
+    for kind in ("ssh", "srun", "local"):
+        command = remote_command(kind, Host("n1", 4), "m", "/tmp")  # type: ignore[arg-type]
+        assert with_spec(command, sent) == (command, sent.dump() + "\n")
+    command, text = with_spec(remote_command("pdsh", Host("n1", 4), "m", "/tmp"), sent)
+    given_ = command[-1].rpartition(" ")[2]
+    assert text == ""
+    assert Spec.load(given_) == sent
+    assert set(given_) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
+
+
+def test_what_travels() -> None:
+    here = {
+        "NCCL_DEBUG": "INFO", "WANDB_API_KEY": "secret", "OMP_NUM_THREADS": "4", "PATH": "/bin", "HOME": "/home/a",
+        "SSH_AUTH_SOCK": "/tmp/s", "MY_TOKEN": "t", "RANK": "0",
+    }  # fmt: skip
+    assert set(forwarded([], here)) == {"NCCL_DEBUG", "WANDB_API_KEY", "OMP_NUM_THREADS", "PATH"}
+    sent = forwarded(["MY_TOKEN", "MODE=a=b", "NCCL_DEBUG=WARN", "EMPTY="], here)
+    assert sent["MY_TOKEN"] == "t"
+    assert sent["MODE"] == "a=b"
+    assert sent["NCCL_DEBUG"] == "WARN", "what is asked for wins"
+    assert sent["EMPTY"] == ""
+
+
+def test_an_export_that_is_not_set_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="MISSING: there is no such variable"):
+        forwarded(["MISSING"], {})

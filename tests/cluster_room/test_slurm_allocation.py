@@ -1,0 +1,77 @@
+"""What Slurm's environment says, expanded by a real scontrol where there is one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lumina.cluster import slurm
+from lumina.cluster.hostfile import Host
+from lumina.config import UserError
+
+needs_scontrol = pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs Slurm's scontrol")
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("72(x2),36", [72, 72, 36]), ("8", [8]), ("4(x3)", [4, 4, 4]), ("1,2(x2),3", [1, 2, 2, 3]), ("", [])],
+)
+def test_cpus_of_each_node(text: str, wanted: list[int]) -> None:
+    assert slurm.cpus({"SLURM_JOB_CPUS_PER_NODE": text}) == wanted
+
+
+def test_no_cpus_outside_an_allocation() -> None:
+    assert slurm.cpus({}) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "slots"),
+    [
+        ({}, 1),
+        ({"SLURM_GPUS_ON_NODE": "8"}, 8),
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "8"}, 4),
+        ({"SLURM_NTASKS_PER_NODE": "4(x2)"}, 4),
+        ({"SLURM_GPUS_ON_NODE": "0"}, 1),
+    ],
+)
+def test_ranks_of_a_node(more: dict[str, str], slots: int) -> None:
+    assert slurm.hosts({**ALLOCATION, **more}) == [Host("a", slots), Host("b", slots)]
+
+
+@pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"])
+def test_outside_an_allocation_is_the_users_mistake(missing: str) -> None:
+    environment = {name: value for name, value in ALLOCATION.items() if name != missing}
+    assert not slurm.in_allocation(environment)
+    with pytest.raises(UserError, match="not inside a Slurm allocation"):
+        slurm.hosts(environment)
+
+
+def test_a_plain_list_needs_no_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert slurm.expand("login,n7") == ["login", "n7"]
+    with pytest.raises(UserError, match="scontrol cannot expand"):
+        slurm.expand("n[1-2]")
+
+
+@pytest.fixture
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scontrol reads a configuration before it expands a list."""
+    (tmp_path / "slurm.conf").write_text("ClusterName=x\nSlurmctldHost=localhost\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+
+
+@needs_scontrol
+@pytest.mark.usefixtures("conf")
+@pytest.mark.parametrize(
+    ("nodelist", "wanted"),
+    [
+        ("n[01-03,7],login", ["n01", "n02", "n03", "n7", "login"]),
+        ("gpu[8-11]", ["gpu8", "gpu9", "gpu10", "gpu11"]),
+        ("r[1-2]c[1-2]", ["r1c1", "r1c2", "r2c1", "r2c2"]),
+    ],
+)
+def test_scontrol_expands(nodelist: str, wanted: list[str]) -> None:
+    assert slurm.expand(nodelist) == wanted

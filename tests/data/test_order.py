@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lumina.data import GlobalOrder
-from lumina.data.order import PADDING, Permutation
+from lumina.data.order import PADDING, Permutation, deal, sample_sums, samples_id
 
 sizes = st.integers(1, 300)
 
@@ -68,3 +70,48 @@ def test_the_order_is_fixed_for_good() -> None:
 
 FIRST = [744, 181, 50, 958]
 LATER = [934270388, 228833206, 617227863, 94124249]
+
+
+# --- The record of a step's samples ---------------------------------------------------------------
+
+samples = st.lists(st.integers(0, 2**40), max_size=40)
+
+
+def id_of(*shares: list[int]) -> str:
+    """The record of samples that lie on several ranks."""
+    sums = np.array([sample_sums(np.array(share, dtype=np.int64)) for share in shares])
+    return samples_id(*sums.sum(axis=0))  # as an all-reduce in float64 adds them up
+
+
+@given(samples, st.randoms(use_true_random=False), st.integers(1, 5), st.integers(1, 4))
+def test_the_record_does_not_depend_on_order_or_ranks(taken: list[int], draw: Random, world: int, micro: int) -> None:
+    mixed = list(taken)
+    draw.shuffle(mixed)
+    shares = [np.concatenate([*deal(np.array(mixed, np.int64), rank, world, micro), []]) for rank in range(world)]
+    dealt = [[int(sample) for sample in share if sample != PADDING] for share in shares]
+    assert id_of(*dealt) == id_of(taken)
+
+
+@given(samples, samples)
+def test_other_samples_have_another_record(one: list[int], other: list[int]) -> None:
+    """Repeated ones count as often as they are there."""
+    assert (id_of(one) == id_of(other)) == (sorted(one) == sorted(other))
+
+
+def test_one_too_few_too_many_or_exchanged() -> None:
+    whole = list(range(1000))
+    others = [whole[:-1], [*whole, 1000], [*whole[:-1], 1000], [*whole[:-1], 0]]
+    assert len({id_of(whole), *map(id_of, others)}) == 5
+
+
+def test_the_record_is_splitmix64s_sum() -> None:
+    """The first outputs of splitmix64 seeded with 0 and 1234567, as published with the algorithm's test vectors."""
+    assert id_of([0]) == "1:e220a8397b1dcdaf"
+    assert id_of([1234567]) == f"1:{6457827717110365317:016x}"
+
+
+def test_two_million_samples_are_added_exactly() -> None:
+    whole = np.arange(2_000_000)
+    parts = np.array([sample_sums(part) for part in np.array_split(whole, 7)]).sum(axis=0)
+    assert tuple(parts) == sample_sums(whole)
+    assert samples_id(*parts) == samples_id(*sample_sums(whole[::-1]))

@@ -1,0 +1,155 @@
+"""A process without progress is ended and says where it stood; one that beats is left alone. In real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lumina.cluster.signals import EXIT_HUNG
+
+PATIENCE = 120
+_START = """
+import ctypes, os, signal, sys, time
+from lumina.cluster.signals import StopRequest
+from lumina.train import watchdog
+from lumina.train.watchdog import Watchdog
+def stuck(wait):
+    wait(600)
+"""
+SCRIPTS = {
+    "stall": """
+with Watchdog(1.0, 0, StopRequest(), rank=3) as dog:
+    dog.beat("step 7, update")
+    stuck(time.sleep)
+""",
+    # PyDLL keeps the interpreter's lock while it calls C: no Python thread runs any more.
+    "lock": """
+watchdog._C_GRACE = 0.5
+with Watchdog(1.0, 0, StopRequest(), rank=3) as dog:
+    dog.beat("step 7, update")
+    time.sleep(0.8)
+    dog.beat("step 8, update")
+    stuck(ctypes.PyDLL(None).sleep)
+""",
+    "signal": """
+with Watchdog(0, 1.0, StopRequest(), rank=3) as dog:
+    dog.beat("step 7, update")
+    os.kill(os.getpid(), signal.SIGUSR1)
+    stuck(time.sleep)
+""",
+    # The first beat may take longer than the others.
+    "beats": """
+with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
+    time.sleep(3.0)
+    for number in range(60):
+        dog.beat(f"step {number}")
+        time.sleep(0.05)
+time.sleep(3.0)
+print("done")
+""",
+    "late start": """
+with Watchdog(0.5, 0, StopRequest(), rank=3, start_timeout=1.0) as dog:
+    stuck(time.sleep)
+""",
+    # Rank 0 waits in a collective for rank 1, which sleeps and has no watchdog of its own.
+    "rank 0": """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=2)
+with Watchdog(1.0, 0, StopRequest(), rank=0) as dog:
+    dog.beat("step 7, update")
+    stuck(lambda _: dist.all_reduce(torch.ones(1)))
+""",
+    "rank 1": """
+import torch.distributed as dist
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=1, world_size=2)
+stuck(time.sleep)
+""",
+}
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+    reported: str  # what torch's elastic agent would read
+
+
+class Started:
+    """Every script at once: they mostly wait."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._processes = {name: self._start(name, script) for name, script in SCRIPTS.items()}
+
+    def _start(self, name: str, script: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(self._folder / name), "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-c", _START + script, str(self._folder / "meeting")]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environment, text=True, **streams)  # type: ignore[call-overload,no-any-return]
+
+    def end(self, name: str) -> Ended:
+        process = self._processes[name]
+        out, err = process.communicate(timeout=PATIENCE)
+        file = self._folder / name
+        reported = json.loads(file.read_text())["message"]["message"] if file.exists() else ""
+        return Ended(process.returncode, out, err, reported)
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    processes = Started(tmp_path_factory.mktemp("watchdog"))
+    yield processes
+    processes.close()
+
+
+def test_a_stall_ends_with_stacks(started: Started) -> None:
+    ended = started.end("stall")
+    assert ended.code == EXIT_HUNG, ended.err
+    assert "WATCHDOG rank 3: no progress for" in ended.err
+    assert "in: step 7, update" in ended.err
+    assert "in stuck" in ended.err, "the main thread's stack"
+    assert ended.reported.startswith("hung: rank 3: no progress")
+
+
+def test_a_held_lock_is_no_hiding_place(started: Started) -> None:
+    ended = started.end("lock")
+    assert ended.code == 1, ended.err  # faulthandler's own, which knows no other
+    assert "Timeout" in ended.err
+    assert "in stuck" in ended.err
+
+
+def test_no_boundary_after_a_signal(started: Started) -> None:
+    ended = started.end("signal")
+    assert ended.code == EXIT_HUNG, ended.err
+    assert "within 1 s of SIGUSR1" in ended.reported
+
+
+def test_beats_keep_it_quiet(started: Started) -> None:
+    ended = started.end("beats")
+    assert (ended.code, ended.out, ended.err, ended.reported) == (0, "done\n", "", "")
+
+
+def test_a_start_has_a_limit_too(started: Started) -> None:
+    ended = started.end("late start")
+    assert ended.code == EXIT_HUNG, ended.err
+    assert "in: starting" in ended.err
+
+
+def test_the_collective_is_named(started: Started) -> None:
+    ended = started.end("rank 0")
+    assert ended.code == EXIT_HUNG, ended.err
+    assert "in the collective all_reduce" in ended.reported
+    assert "all_reduce" in ended.err.partition("Thread MainThread")[2], "and its stack is there"

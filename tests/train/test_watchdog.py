@@ -47,11 +47,10 @@ with Watchdog(0, 1.0, StopRequest(), rank=3) as dog:
     # The first beat may take longer than the others.
     "beats": """
 with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
-    time.sleep(3.0)
+    time.sleep(2.6)
     for number in range(60):
         dog.beat(f"step {number}")
         time.sleep(0.05)
-time.sleep(3.0)
 print("done")
 """,
     "late start": """
@@ -59,17 +58,18 @@ with Watchdog(0.5, 0, StopRequest(), rank=3, start_timeout=1.0) as dog:
     stuck(time.sleep)
 """,
     # Rank 0 waits in a collective for rank 1, which sleeps and has no watchdog of its own.
-    "rank 0": """
+    "collective": """
 import torch, torch.distributed as dist
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=2)
+from lumina.cluster.signals import end_with_parent
+rank = 0 if os.fork() else 1
+if rank == 1:
+    end_with_parent(signal.SIGKILL)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)
+if rank == 1:
+    stuck(time.sleep)
 with Watchdog(1.0, 0, StopRequest(), rank=0) as dog:
     dog.beat("step 7, update")
     stuck(lambda _: dist.all_reduce(torch.ones(1)))
-""",
-    "rank 1": """
-import torch.distributed as dist
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=1, world_size=2)
-stuck(time.sleep)
 """,
 }
 
@@ -149,7 +149,7 @@ def test_a_start_has_a_limit_too(started: Started) -> None:
 
 
 def test_the_collective_is_named(started: Started) -> None:
-    ended = started.end("rank 0")
+    ended = started.end("collective")
     assert ended.code == EXIT_HUNG, ended.err
     assert "in the collective all_reduce" in ended.reported
     assert "all_reduce" in ended.err.partition("Thread MainThread")[2], "and its stack is there"

@@ -1,11 +1,11 @@
-"""An engine of the debug preset and a batch for it, for the benchmarks that need a real training step."""
+"""An engine of a preset and a batch for it, for the benchmarks that need a real training step."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def debug_trainer(tokens: int) -> tuple[Any, Any]:
+def debug_trainer(tokens: int, preset: str = "debug") -> tuple[Any, Any]:
     """(engine, one batch of `tokens` random tokens, all supervised)."""
     from lumina.model import keep_heap
 
@@ -19,7 +19,7 @@ def debug_trainer(tokens: int) -> tuple[Any, Any]:
     from lumina.train import engine
 
     ranks = engine.join()
-    config = load("debug", {"batch_size": 1, "gradient_accumulation_steps": 1})
+    config = load(preset, {"batch_size": 1, "gradient_accumulation_steps": 1})
     settings, _, config = ds_json.resolve(config, ranks.world, "cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     trainer = engine.Engine(Transformer(config), config, settings)

@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lumina.monitor.events import EventLog
 from lumina.train import checkpoint, engine, lease
 from lumina.train.answers import FILE as ANSWERS
 from lumina.train.answers import Answers, Memory, Verdict
+from lumina.train.beginning import agree, choose, same_batch, same_model, shape, weights_of
 from lumina.train.checkpoint import Progress
 from lumina.train.guard import Guard
 from lumina.train.health import Health
@@ -47,16 +48,6 @@ log = logging.getLogger("lumina")
 record_log = logging.getLogger("lumina.record")
 record_log.propagate = False
 record_log.setLevel(logging.INFO)
-
-_MODEL_KEYS = (
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "vocab_size",
-    "ffn_size",
-    "tie_word_embeddings",
-)
 
 
 def train(config: Config) -> int:
@@ -83,10 +74,10 @@ class Run:
         config = self._same_launch(config)
         source, progress, trainer = self._find_checkpoint(config)
         if progress.step:
-            config = _same_batch(config, progress.global_batch_size)
+            config = same_batch(config, progress.global_batch_size)
         memory = self._memory_of_answers(config)
         if memory.global_batch_size is not None:
-            config = _same_batch(config, memory.global_batch_size)
+            config = same_batch(config, memory.global_batch_size)
         self.ds_config, report, self.config = ds_json.resolve(config, ranks.world, device)
         if memory.batch_size is not None and memory.batch_size < self.config.batch_size:
             self._take_micro_batches_of(memory.batch_size)
@@ -111,7 +102,7 @@ class Run:
             self._resume(source, trainer)
         elif config.init_from is not None:
             self._start_from(config.init_from)
-        self.progress.model, self.progress.data_fingerprint = _shape(config), self.train_data.fingerprint
+        self.progress.model, self.progress.data_fingerprint = shape(config), self.train_data.fingerprint
         self.start_step = self.progress.step
         self.guard = Guard(config, self.progress.guard)
         self.utilisation = Utilisation(config, precision, device == "cuda")
@@ -184,27 +175,13 @@ class Run:
         if self.ranks.main:
             found = [lease.global_batch(self.folder, os.environ.get("LUMINA_JOB"))]
         dist.broadcast_object_list(found)
-        return config if found[0] is None else _same_batch(config.replace(resume="auto"), found[0])
+        return config if found[0] is None else same_batch(config.replace(resume="auto"), found[0])
 
     def _find_checkpoint(self, config: Config) -> tuple[Path | None, Progress, dict[str, Any]]:
         """The checkpoint to go on from, chosen by rank 0 for all."""
-        source = self._agree(lambda: _choose(config, self.folder))
+        source = agree(self.ranks, lambda: choose(config, self.folder))
         progress, trainer = checkpoint.read_progress(source) if source is not None else (Progress(), {})
         return source, progress, trainer
-
-    def _agree(self, choose: Callable[[], Path | None]) -> Path | None:
-        """Rank 0's choice, or the UserError it met, on every rank."""
-        found: list[Any] = [None]
-        if self.ranks.main:
-            try:
-                found = [choose()]
-            except UserError as error:
-                found = [error]
-        dist.broadcast_object_list(found)
-        if isinstance(found[0], UserError):
-            raise found[0]
-        chosen: Path | None = found[0]
-        return chosen
 
     def _prepare_data(self) -> tuple[PackedDataset, PackedDataset | None]:
         """Rank 0 of each node prepares; the others find the cache it left."""
@@ -228,7 +205,7 @@ class Run:
         return data if data is not None else both()
 
     def _resume(self, source: Path, trainer: dict[str, Any]) -> None:
-        _same_model(self.progress.model, _shape(self.config), source)
+        same_model(self.progress.model, shape(self.config), source)
         if self.progress.data_fingerprint != self.train_data.fingerprint:
             raise UserError(
                 f"the training data is not what {source} was trained on, so its position in the data means nothing",
@@ -238,9 +215,9 @@ class Run:
 
     def _start_from(self, given: str) -> None:
         """Begin with another run's weights: step 0, no optimizer state."""
-        source = self._agree(lambda: _weights_of(given))
+        source = agree(self.ranks, lambda: weights_of(given))
         assert source is not None
-        _same_model(checkpoint.read_progress(source)[0].model, _shape(self.config), source)
+        same_model(checkpoint.read_progress(source)[0].model, shape(self.config), source)
         checkpoint.load_weights(source, self.engine)
 
     def _open_folder(self, report: Iterable[str], precision: str) -> None:
@@ -446,60 +423,6 @@ class Run:
     def _say(self, text: str) -> None:
         self.console.say(text)
         record_log.info(text)
-
-
-def _choose(config: Config, folder: Path) -> Path | None:
-    """The newest sound checkpoint that --resume means; None to start anew."""
-    saved = checkpoint.checkpoints(folder / "checkpoints")
-    if config.resume is None:
-        if saved:
-            raise UserError(
-                f"{folder} already holds checkpoints (newest {saved[0].name})",
-                "Add --resume auto to go on, or choose another --experiment-name.",
-            )
-        return None
-    choices = saved if config.resume == "auto" else checkpoint.candidates(config.resume)
-    sound = checkpoint.newest_sound(choices)
-    if choices and sound is None:
-        raise UserError(f"no checkpoint under {choices[0].parent} is whole", "See the warnings above for each one.")
-    return sound
-
-
-def _weights_of(given: str) -> Path:
-    """The newest sound checkpoint that --init-from means."""
-    sound = checkpoint.newest_sound(checkpoint.candidates(given))
-    if sound is None:
-        raise UserError(f"no checkpoint of {given} is whole", "See the warnings above for each one.")
-    if (sound.parent.parent / "tokenizer").is_dir():  # as lumina import leaves it
-        raise UserError(
-            f"{given} was imported with a tokenizer of its own, and training data is prepared only with cl100k_base",
-            "Start from a model that was trained, or exported, by Lumina.",
-        )
-    return sound
-
-
-def _same_batch(config: Config, size: int) -> Config:
-    """The global batch of the run's first start holds for its whole life (law 1), whatever the world size is now."""
-    wanted = config.global_batch_size
-    if wanted is not None and wanted != size:
-        raise UserError(
-            f"the run was started with global_batch_size {size}, not {wanted}",
-            "Drop global_batch_size to go on, or start another run: the order of samples depends on it.",
-        )
-    return config.replace(global_batch_size=size)
-
-
-def _shape(config: Config) -> dict[str, Any]:
-    return {key: getattr(config, key) for key in _MODEL_KEYS}
-
-
-def _same_model(saved: dict[str, Any], own: dict[str, Any], source: Path) -> None:
-    differing = [f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]]
-    if differing:
-        raise UserError(
-            f"{source} is a checkpoint of another shape: {'; '.join(differing)}",
-            "Resume with the run's own configuration (its folder has config.yaml).",
-        )
 
 
 def _memory(device: torch.device) -> tuple[int, int, str]:

@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2
+CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 faketime
 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -15,7 +15,7 @@ from lumina.cluster import slurm
 from lumina.cluster.environment import forwarded
 from lumina.cluster.hostfile import Host, read_hostfile
 from lumina.cluster.topology import choose_interface, rank_map
-from lumina.cluster.transport import Kind, Spec, choose, is_here, remote_command
+from lumina.cluster.transport import Kind, Spec, choose, is_here, remote_command, resolved
 from lumina.config import UserError
 
 AGENT = "lumina.cluster.agent"
@@ -117,21 +117,9 @@ def _own_address(hosts: list[Host]) -> str:
     other = next((host.name for host in hosts if not is_here(host)), None)
     if other is None:
         return "127.0.0.1"
-    interface = choose_interface(topology.read(), _resolved(other))
+    interface = choose_interface(topology.read(), resolved(other))
     _say(f"nodes reach this machine ({socket.gethostname()}) over {interface.name} at {interface.address}")
     return interface.address
-
-
-def _resolved(name: str) -> str:
-    """A name's address; an ssh alias that DNS does not know is looked up in ssh's configuration."""
-    try:
-        return socket.gethostbyname(name)
-    except OSError:
-        import subprocess
-
-        shown = subprocess.run(["ssh", "-G", name], capture_output=True, text=True, check=False).stdout
-        real = next((line.split()[1] for line in shown.splitlines() if line.startswith("hostname ")), name)
-        return real
 
 
 def _job_of_slurm() -> str | None:

@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -56,6 +57,16 @@ class Spec:
 def is_here(host: Host) -> bool:
     """Whether a host's name means this machine."""
     return host.name in ("localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn())
+
+
+def resolved(name: str) -> str:
+    """A host's address; an ssh alias that DNS does not know is looked up in ssh's configuration, and comes back as the
+    name that stands there (or as it is)."""
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        shown = subprocess.run(["ssh", "-G", name], capture_output=True, text=True, check=False).stdout
+        return next((line.split()[1] for line in shown.splitlines() if line.startswith("hostname ")), name)
 
 
 def choose(kind: Kind, host: Host) -> Kind:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lumina.commands.common import Arguments, Command, Parser, json_option, load_config, print_json
+from lumina.commands.common import Arguments, Command, Parser, between, json_option, load_config, print_json
 from lumina.commands.train import train_options
 
 
@@ -32,10 +32,34 @@ def _config_show_options(parser: Parser) -> None:
 
 
 def check_environment(arguments: Arguments) -> int:
-    """Check this machine for training: each line OK, WARN or FAIL, with what to do about it."""
+    """Check this machine, or all of a hostfile, for training: OK, WARN or FAIL, with what to do about it."""
+    if arguments.hostfile is not None:
+        from lumina.cluster.preflight import preflight_command
+
+        return preflight_command(
+            arguments.hostfile,
+            arguments.output_dir,
+            arguments.port or 0,
+            arguments.timeout or 120.0,
+            json_output=arguments.json,
+        )
+    for name in ("output_dir", "port", "timeout"):
+        if getattr(arguments, name) is not None:
+            from lumina.config import UserError
+
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is about the nodes of a hostfile", "Give --hostfile FILE, or leave it out.")
     from lumina.plan import check_environment_command
 
     return check_environment_command(json=arguments.json)
+
+
+def _check_environment_options(parser: Parser) -> None:
+    parser.add_argument("--hostfile", metavar="FILE", help="ask these machines, and try what is between them")
+    parser.add_argument("--output-dir", metavar="DIR", help="that they must share (experiments)")
+    parser.add_argument("--port", type=between(int, 0, 65535), metavar="N", help="to try between nodes (any free one)")
+    parser.add_argument("--timeout", type=between(float, 1, 86400), metavar="S", help="for all of it (120)")
+    json_option(parser)
 
 
 def estimate_time(arguments: Arguments) -> int:
@@ -69,7 +93,7 @@ def _plan_options(parser: Parser) -> None:
 
 COMMANDS: dict[str, Command] = {
     "config": Command(config, _config_show_options),
-    "check-environment": Command(check_environment, json_option),
+    "check-environment": Command(check_environment, _check_environment_options),
     "estimate-time": Command(estimate_time, _estimate_time_options),
     "plan": Command(plan, _plan_options),
 }

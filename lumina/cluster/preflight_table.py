@@ -1,0 +1,57 @@
+"""The preflight's findings for a reader: a table, what is wrong and what to do; and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lumina.cluster.judge import AREAS, HEAD
+from lumina.cluster.preflight import Report
+from lumina.plan.environment import Finding
+
+_ORDER = ("OK", "WARN", "FAIL")
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """ok, nodes {name: facts}, findings [{node, level, name, detail, remedy}], all_reduce {name: measurements}."""
+    findings = [{"node": item.node, **item.finding._asdict()} for item in report.findings]
+    return {"ok": report.ok, "nodes": report.facts, "findings": findings, "all_reduce": report.reduced}
+
+
+def show(report: Report) -> None:
+    for line in table(report):
+        print(line)
+    print()
+    for finding, nodes in problems(report):
+        print(f"{finding.level:4}  {', '.join(nodes)}: {finding.name}: {finding.detail}\n      -> {finding.remedy}")
+    for line in dict.fromkeys(
+        f"{item.finding.name}: {item.finding.detail}"
+        for item in report.findings
+        if item.finding.level == "OK" and item.finding.name in ("versions", "all-reduce")
+    ):
+        print(line)
+    levels = [item.finding.level for item in report.findings]
+    failed, warned = levels.count("FAIL"), levels.count("WARN")
+    print(f"\n{len(report.hosts)} node(s), {len(levels)} checks: {failed} failed, {warned} warnings")
+
+
+def table(report: Report) -> list[str]:
+    """A row for each node: the worst of each area, - where it was not asked."""
+    worst: dict[tuple[str, str], str] = {}
+    for node, finding in report.findings:
+        before = worst.get((node, finding.name), "OK")
+        worst[node, finding.name] = max(before, finding.level, key=_ORDER.index)
+    names = [host.name for host in report.hosts]
+    if any(item.node == HEAD for item in report.findings):
+        names.insert(0, HEAD)
+    rows = [["node", *AREAS], *([name, *(worst.get((name, area), "-") for area in AREAS)] for name in names)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def problems(report: Report) -> list[tuple[Finding, list[str]]]:
+    """What is not OK, the worst first; the same on several nodes is said once."""
+    nodes: dict[Finding, list[str]] = {}
+    for node, finding in report.findings:
+        if finding.level != "OK":
+            nodes.setdefault(finding, []).append(node)
+    return sorted(nodes.items(), key=lambda item: -_ORDER.index(item[0].level))

@@ -6,10 +6,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Two at a time, each file's tests together: most of them wait for processes of one thread.
+PYTEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 faketime
+CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime slurm-wlm munge
 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -28,16 +30,16 @@ quickstart: $(STAMP)
 	launchers/quickstart.sh
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not cluster" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not cluster" $(PYTEST_ARGS)
 
 # pytest exits 5 when it collects nothing: say so rather than pass or fail in silence.
 test-cluster: $(STAMP) cluster-packages
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster $(PYTEST_ARGS) \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile -m cluster $(PYTEST_ARGS) \
 	  || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked cluster" || exit $$code; }
 
 # Debian packages that some tests need: installed for root, named for others, whose tests then say why they skip.
 cluster-packages: PACKAGES := $(CLUSTER_PACKAGES)
-browser-packages: PACKAGES := chromium
+browser-packages: PACKAGES := chromium tmux
 cluster-packages browser-packages:
 	if dpkg -s $(PACKAGES) >/dev/null 2>&1; then exit 0; \
 	elif [ "$$(id -u)" -ne 0 ]; then echo "not root: install $(PACKAGES) yourself; their tests will say why they skip" >&2; \

@@ -164,7 +164,7 @@ class Runs:
         self._folder = folder
         self._jobs: list[Job] = []
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["deepspeed", "torch._dynamo", "lumina.train.run"])
+        self._context.set_forkserver_preload(["preload"])
         with mock.patch.dict(os.environ, clean_environment(), clear=True):
             forkserver.ensure_running()
 

@@ -66,7 +66,7 @@ def join() -> Ranks:
     if cpus:
         log.info("rank %d on %s: CPUs %s, %d thread(s)", rank, socket.gethostname(), cpus, torch.get_num_threads())
     _hush()
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
 
     if not torch.distributed.is_initialized():
         from deepspeed.accelerator import get_accelerator
@@ -79,14 +79,18 @@ def join() -> Ranks:
     return Ranks(rank, world, local, local_world)
 
 
-def _import_deepspeed() -> Any:
-    """DeepSpeed, without the mlflow that its autotuner imports wherever there is one: three seconds of every start."""
-    hide = "mlflow" not in sys.modules
+def import_deepspeed() -> Any:
+    """DeepSpeed, without two things that it loads at every start for nobody: mlflow, which its autotuner imports
+    wherever there is one (three seconds), and torch's compiler, for functions of the Muon optimizer (four a rank)."""
+    hide, compile_ = "mlflow" not in sys.modules, torch.compile
     if hide:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # so Python marks what cannot be imported
+    torch.compile = lambda model=None, **_: model  # type: ignore[assignment]
     try:
         import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer
     finally:
+        torch.compile = compile_
         if hide:
             del sys.modules["mlflow"]
     return deepspeed
@@ -103,7 +107,7 @@ def _hush() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed warns that it looked for a GPU
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    _import_deepspeed().utils.logger.setLevel(logging.WARNING)
+    import_deepspeed().utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     warnings.filterwarnings("ignore", message=".*barrier.*device.*")
 

@@ -1,0 +1,9 @@
+"""What the fork server of tests/runs.py imports once for all the ranks that it will start."""
+
+import torch._dynamo  # imported by torch's optimizers when the first is made
+
+import lumina.train.run
+from lumina.train.engine import import_deepspeed
+
+import_deepspeed()
+assert torch._dynamo and lumina.train.run

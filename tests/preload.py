@@ -6,4 +6,5 @@ import lumina.train.run
 from lumina.train.engine import import_deepspeed
 
 import_deepspeed()
-assert torch._dynamo and lumina.train.run
+assert torch._dynamo
+assert lumina.train.run

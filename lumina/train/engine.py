@@ -85,7 +85,7 @@ def import_deepspeed() -> Any:
     hide, compile_ = "mlflow" not in sys.modules, torch.compile
     if hide:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # so Python marks what cannot be imported
-    torch.compile = lambda model=None, **_: model  # type: ignore[assignment]
+    torch.compile = lambda model=None, **_: model
     try:
         import deepspeed
         import deepspeed.runtime.zero.muon.muon_optimizer

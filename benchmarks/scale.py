@@ -3,9 +3,9 @@
     python benchmarks/scale.py [--folder DIR] [--gpus 1000 10000] [--parameters 7e9 70e9] [--no-measure]
 
 First the parts are measured here: writing a rank's checkpoint (hashed and flushed, by the code that training uses),
-hashing it for verification, reading it into tensors, copying it aside, reading a rank's entry, importing, and the
-ranks' meeting. Then failures, checkpoint intervals and lost time are computed from them; what could not be measured
-here is an option, and is printed as an assumption.
+hashing it for verification, reading it into tensors, copying it aside, reading a rank's entry, opening a rank's file,
+importing, and the ranks' meeting. Then failures, checkpoint intervals and lost time are computed from them; what could
+not be measured here is an option, and is printed as an assumption.
 
 Failures: 419 unexpected interruptions in 54 days on 16,384 GPUs (Llama 3, arXiv:2407.21783, section 3.3.4).
 Interval: Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", 2006, whose first term
@@ -35,21 +35,22 @@ ENTRY = {"name": "rank-00000-of-10000.safetensors", "bytes": 123456789, "sha256"
 class Parts:
     """Rates in bytes/s for one rank, times in seconds. The defaults were measured on two busy cores (docs/scale.md)."""
 
-    write: float = 2.72e8
-    verify: float = 1.16e9
-    read: float = 4.14e9
-    copy: float = 3.65e9
-    entry: float = 3.91e-5
-    imports: float = 10.6
-    meeting: float = 0.875
+    write: float = 2.86e8
+    verify: float = 1.12e9
+    read: float = 4.2e9
+    copy: float = 3.38e9
+    entry: float = 3.81e-5
+    open: float = 1.93e-4
+    imports: float = 7.23
+    meeting: float = 0.966
 
 
 # --- Measuring ------------------------------------------------------------------------------------
 
 _MEET = """
 import time
+import deepspeed
 from lumina.train import engine
-engine._import_deepspeed()
 began = time.perf_counter()
 engine.join()
 print(f"met {time.perf_counter() - began:.3f}", flush=True)
@@ -91,9 +92,15 @@ def measure(folder: Path, megabytes: int) -> Parts:
     for path in entries:
         json.loads(path.read_text())
     entry = (time.perf_counter() - began) / len(entries)
+    small = Snapshot(1, {"master/w": torch.zeros(1)}, {"w": [0, 1]})
+    for rank in range(len(entries)):
+        write_part(folder / "many", small, rank, len(entries))
+    began = time.perf_counter()
+    Reader(folder / "many")
+    opened = (time.perf_counter() - began) / len(entries)
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import lumina.train.run, deepspeed"], check=True, capture_output=True)
-    return Parts(write, verify, read, copy, entry, time.perf_counter() - began, _meeting())
+    return Parts(write, verify, read, copy, entry, opened, time.perf_counter() - began, _meeting())
 
 
 def _meeting() -> float:
@@ -127,13 +134,13 @@ def daly(cost: float, between: float) -> float:
 
 def rows(gpus: int, parameters: float, parts: Parts, given: argparse.Namespace) -> list[str]:
     """One row for saves beside the training, one for saves that it waits for."""
-    between = 86400 / (gpus * FAILURES_PER_GPU_DAY)
+    between = 86400 / (gpus * given.failures)
     whole, share = BYTES * parameters, BYTES * parameters / gpus
     node = GPUS_PER_NODE * share / given.node_storage
     write = max(share / parts.write, whole / given.storage, node) + gpus * parts.entry
     stall = share / parts.copy
     verify = max(whole / (parts.verify * given.hash_threads), whole / given.node_storage)
-    read = max(share / parts.read, whole / given.storage, node)
+    read = max(share / parts.read, whole / given.storage, node) + gpus * parts.open
     restart = given.detect + parts.imports + parts.meeting + given.init + verify + read + given.warm_up
     found = []
     for way, cost in (("beside", stall), ("waits", write)):
@@ -167,6 +174,9 @@ def main() -> None:
     assumed.add_argument("--detect", type=float, default=15.0, help="node_timeout and the last call (15)")
     assumed.add_argument("--init", type=float, default=30.0, help="NCCL and DeepSpeed building their groups (30)")
     assumed.add_argument("--warm-up", type=float, default=10.0, help="the first step's compiling and allocating (10)")
+    assumed.add_argument(
+        "--failures", type=float, default=FAILURES_PER_GPU_DAY, metavar="N", help="a day and GPU (Llama 3: 4.74e-4)"
+    )
     given = parser.parse_args()
     parts = Parts()
     if not given.no_measure:
@@ -176,7 +186,7 @@ def main() -> None:
     print(", ".join(f"{f.name} {getattr(parts, f.name):.3g}" for f in fields(parts)))
     names = ("storage", "node_storage", "hash_threads", "detect", "init", "warm_up")
     print("assumed: " + ", ".join(f"{name} {getattr(given, name):.3g}" for name in names))
-    print(f"failures: 419 / 54 days / 16,384 GPUs: one in {1 / FAILURES_PER_GPU_DAY * 24:,.0f} GPU-hours\n")
+    print(f"failures: {given.failures:.3g} a day and GPU, one in {24 / given.failures:,.0f} GPU-hours\n")
     print("| " + " | ".join(HEAD) + " |")
     print("|" + "---|" * len(HEAD))
     for gpus in given.gpus:

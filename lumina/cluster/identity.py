@@ -49,7 +49,9 @@ def identify(environment: MutableMapping[str, str] = os.environ) -> str | None:
         environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         return None
     for name, source in zip(_NAMES, _SOURCES[launcher], strict=True):
-        environment[name] = _first_number(environment[source]) if source in environment else _default(name, environment)
+        environment[name] = (
+            _own_count(environment[source], environment) if source in environment else _default(name, environment)
+        )
     if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
         address, port = _meeting_place(launcher, environment)
         environment.setdefault("MASTER_ADDR", address)
@@ -77,8 +79,10 @@ def _started_by(launcher: str, environment: Mapping[str, str]) -> bool:
     return rank in environment and world in environment and not by_srun
 
 
-def _first_number(text: str) -> str:
-    return text.partition("(")[0].partition(",")[0]  # 2(x3),1: the task counts of the nodes of a Slurm step
+def _own_count(text: str, environment: Mapping[str, str]) -> str:
+    """A number; or this node's, where the counts of a Slurm step's nodes are written like 2(x3),1."""
+    counts, node = slurm.counts(text), int(environment.get("SLURM_NODEID", "0"))
+    return str(counts[node] if node < len(counts) else counts[0])
 
 
 def _default(name: str, environment: Mapping[str, str]) -> str:

@@ -31,7 +31,11 @@ def hosts(environment: Mapping[str, str] = os.environ) -> list[Host]:
 
 def cpus(environment: Mapping[str, str] = os.environ) -> list[int]:
     """CPUs of the allocation on each node, in its order: `SLURM_JOB_CPUS_PER_NODE`, written like 72(x2),36."""
-    text = environment.get("SLURM_JOB_CPUS_PER_NODE", "")
+    return counts(environment.get("SLURM_JOB_CPUS_PER_NODE", ""))
+
+
+def counts(text: str) -> list[int]:
+    """Slurm's way of writing a number for each node: 72(x2),36."""
     return [int(count) for count, times in _COUNT.findall(text) for _ in range(int(times or 1))]
 
 

@@ -28,6 +28,7 @@ from lumina.cluster.topology import rank_map
 from lumina.cluster.transport import Spec, launcher_environment, with_spec
 
 _POLL = 0.1
+_LISTEN = 1.0  # seconds between looks at the heartbeats: one store operation for each node
 _GRACE = 1.5  # seconds in which the other ranks' reports of one failure come in
 _HUNG_GRACE = 6.0  # the ranks of a hang notice it one after the other
 
@@ -91,6 +92,7 @@ class Supervisor:
         self.failures: list[Failure] = []  # of the whole job
         self._trouble: _Trouble | None = None
         self._gathering = self._short = time.monotonic()
+        self._listened = 0.0
         self._stop: str | None = None
         self._over: int | None = None
 
@@ -180,19 +182,21 @@ class Supervisor:
 
     def _check_places(self) -> None:
         now = time.monotonic()
+        listen = now - self._listened >= _LISTEN
+        self._listened = now if listen else self._listened
         for place in self.places:
             if place.channel is None:
                 continue
             code = place.channel.poll()
             if code is not None:
                 self._ended(place, code)
-            elif place.agent is not None:
+            elif place.agent is not None and listen:
                 beats = self.board.beats(place.agent)
                 if beats != place.beats:
                     place.beats, place.beaten = beats, now
                 elif now - place.beaten > self.limits.node_timeout:
                     self._lose(place, f"no heartbeat for {now - place.beaten:.0f} s")
-            elif now - place.beaten > self.limits.start_timeout:
+            elif place.agent is None and now - place.beaten > self.limits.start_timeout:
                 self._lose(place, f"its agent did not start within {self.limits.start_timeout:.0f} s")
 
     def _ended(self, place: Place, code: int) -> None:

@@ -131,3 +131,10 @@ def test_only_an_agents_ranks_die_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert parent_signal().name == "SIGTERM"
     monkeypatch.setenv("LUMINA_AGENT", "n0")
     assert parent_signal().name == "SIGKILL"
+
+
+@pytest.mark.parametrize(("node", "tasks", "local_world"), [("0", "2,1", 2), ("1", "2,1", 1), ("2", "4(x3),2", 4)])
+def test_an_uneven_slurm_step(node: str, tasks: str, local_world: int) -> None:
+    environment = {**srun(1, 14, 0, tasks), "SLURM_NODEID": node, "MASTER_ADDR": "alpha", "MASTER_PORT": "29500"}
+    assert identify(environment) == "Slurm"
+    assert environment["LOCAL_WORLD_SIZE"] == str(local_world)

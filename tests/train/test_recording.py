@@ -1,13 +1,18 @@
-"""What a killed and resumed run leaves: one curve in metrics.jsonl and in TensorBoard, and every start in run.json."""
+"""What a run leaves, killed and resumed, with a tracker out of reach, or profiled: one curve in metrics.jsonl and in
+TensorBoard, every start in run.json, a trace and a table of the most expensive operations."""
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from runs import Runs, arguments, steps, write_conversations
 
+from lumina.monitor import read_metrics
 from lumina.monitor.run_data import read
 from lumina.monitor.run_file import read_run
 from lumina.monitor.run_report import render
@@ -56,3 +61,66 @@ def test_killed_and_resumed_on_two_ranks(runs: Runs, tmp_path: Path) -> None:
     assert (listed["state"], listed["step"], listed["total_steps"], listed["world"]) == ("finished", 9, 9, 2)
     html = render([read(run)])
     assert "started again on 2 process(es)" in html
+
+
+def _out_of_reach(rank: int) -> None:
+    """wandb is to be online, and nobody listens where its service should be."""
+    os.environ |= {
+        "WANDB_MODE": "online",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_API_KEY": "0" * 40,
+        "LUMINA_WANDB_PATIENCE": "1",
+    }
+
+
+def test_wandb_out_of_reach(runs: Runs, tmp_path: Path) -> None:
+    """The run ends well with its metrics whole, and what wandb was to have is in its folder, to be sent later."""
+    pytest.importorskip("wandb")
+    from lumina.monitor.wandb_tracker import offline_rows
+
+    data = write_conversations(tmp_path / "train.jsonl", 40, seed=1)
+    run = tmp_path / "experiments" / "run"
+    settings = {"max_steps": 6, "eval_every_n_batches": 3, "eval_fraction": 0.2, "save_every_n_batches": 100}
+    job = runs.start([*arguments(run, data, **settings), "--tracker", "wandb"], patch=_out_of_reach)
+    assert job.wait() == [0], job.stderr()
+    assert "send it later with `wandb sync`" in job.stderr()
+    assert read_run(run)["starts"][0]["end"]["state"] == "finished"
+
+    assert [record["step"] for record in steps(run)] == list(range(1, 7))
+    evaluations = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"]
+    assert [record["step"] for record in evaluations] == [3, 6]
+    rows = list(offline_rows(run, (run / "wandb-run").read_text()))
+    sent = [(row["train/step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert sent == [(record["step"], record["loss"]) for record in steps(run)]
+    assert [row["eval/loss"] for row in rows if "eval/loss" in row] == [record["loss"] for record in evaluations]
+
+
+def test_profile(runs: Runs, tmp_path: Path) -> None:
+    """The trace is what Perfetto reads, and of three steps; the table's operations are in it, the longest first."""
+    data = write_conversations(tmp_path / "train.jsonl", 40, seed=1)
+    run = tmp_path / "experiments" / "run"
+    runs.train([*arguments(run, data, max_steps=7, save_every_n_batches=100), "--profile"])
+
+    (trace,) = (run / "profile").glob("*.trace.json.gz")
+    assert trace.name == "step-00000006.trace.json.gz"
+    with gzip.open(trace, "rt", encoding="utf-8") as file:
+        events = json.load(file)["traceEvents"]
+    durations: dict[str, float] = {}
+    calls: dict[str, int] = {}
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") in ("cpu_op", "user_annotation"):
+            durations[event["name"]] = durations.get(event["name"], 0.0) + event["dur"] / 1000  # µs to ms
+            calls[event["name"]] = calls.get(event["name"], 0) + 1
+    assert sum(name.startswith("ProfilerStep#") for name in calls) == 3
+
+    head, *rows = (run / "profile" / "step-00000006.txt").read_text().splitlines()
+    assert head.split() == ["operation", "calls", "ms", "share"]
+    table = [(row[:56].strip(), *row[56:].split()) for row in rows]
+    assert len({name for name, *_ in table}) == 10
+    spent = [float(ms) for _, _, ms, _ in table]
+    assert spent == sorted(spent, reverse=True)
+    assert spent[-1] > 0
+    for name, count, ms, _ in table:
+        found = [known for known in calls if known[:56].strip() == name]
+        assert 0 < int(count) <= sum(calls[known] for known in found), name  # the table counts nested repeats once
+        assert float(ms) <= sum(durations[known] for known in found) + 0.01, name  # in itself: never above the whole

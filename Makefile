@@ -6,8 +6,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 PYTEST_ARGS ?=
-# Two at a time, each file's tests together: most of them wait for processes of one thread.
+# Several files at a time, in their order: most tests wait for processes of one thread, or for a failure to be noticed.
 PYTEST_WORKERS ?= 2
+CLUSTER_WORKERS ?= 3
+FILES_AT_A_TIME := --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -30,11 +32,11 @@ quickstart: $(STAMP)
 	launchers/quickstart.sh
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not cluster" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) $(FILES_AT_A_TIME) -m "not cluster" $(PYTEST_ARGS)
 
 # pytest exits 5 when it collects nothing: say so rather than pass or fail in silence.
 test-cluster: $(STAMP) cluster-packages
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile -m cluster $(PYTEST_ARGS) \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CLUSTER_WORKERS) $(FILES_AT_A_TIME) -m cluster $(PYTEST_ARGS) \
 	  || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked cluster" || exit $$code; }
 
 # Debian packages that some tests need: installed for root, named for others, whose tests then say why they skip.

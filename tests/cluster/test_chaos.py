@@ -26,11 +26,11 @@ def strike(kind: str, cluster: Cluster, rng: random.Random) -> None:
         cluster.revive(node)
     elif kind == "cut":
         cluster.cut(node)
-        time.sleep(rng.uniform(14, 18))
+        time.sleep(rng.uniform(13, 15))
         cluster.join(node)
     elif kind == "stop":
         cluster.stop(node)
-        time.sleep(rng.uniform(2, 16))
+        time.sleep(rng.uniform(2, 14))
         cluster.resume(node)
     else:  # one rank alone
         for pid in cluster.processes(node, "rank.py train")[:1]:

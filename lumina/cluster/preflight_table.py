@@ -6,6 +6,8 @@ from typing import Any
 
 from lumina.cluster.judge import AREAS, HEAD
 from lumina.cluster.preflight import Report
+from lumina.cluster.topology import rank_map, recommended
+from lumina.config.load import PRESETS, load
 from lumina.plan.environment import Finding
 
 _ORDER = ("OK", "WARN", "FAIL")
@@ -14,7 +16,26 @@ _ORDER = ("OK", "WARN", "FAIL")
 def as_dict(report: Report) -> dict[str, Any]:
     """ok, nodes {name: facts}, findings [{node, level, name, detail, remedy}], all_reduce {name: measurements}."""
     findings = [{"node": item.node, **item.finding._asdict()} for item in report.findings]
-    return {"ok": report.ok, "nodes": report.facts, "findings": findings, "all_reduce": report.reduced}
+    zero = {preset: settings for presets, settings in advice(report) for preset in presets}
+    return {"ok": report.ok, "nodes": report.facts, "findings": findings, "all_reduce": report.reduced, "zero": zero}
+
+
+def advice(report: Report) -> list[tuple[list[str], dict[str, Any]]]:
+    """ZeRO settings that suit the presets on the nodes that answered (lumina.cluster.topology.recommended); presets
+    with the same ones together. One that fits in no way is left out."""
+    hosts = [host for host in report.hosts if report.facts.get(host.name)]
+    if not hosts:
+        return []
+    slots = min(host.slots for host in hosts)
+    found = [report.facts[host.name] for host in hosts]
+    memory = min(min((gpu["memory"] for gpu in facts["gpus"]), default=facts["memory"] // slots) for facts in found)
+    grouped: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for preset in PRESETS:
+        settings = recommended(len(hosts), slots, 2.0 * load(preset).num_parameters(), memory)
+        if "offload_optimizer" in settings and not any(facts["gpus"] for facts in found):
+            continue  # there is nothing to offload from: it does not fit
+        grouped.setdefault(str(settings), ([], settings))[0].append(preset)
+    return list(grouped.values())
 
 
 def show(report: Report) -> None:
@@ -29,6 +50,9 @@ def show(report: Report) -> None:
         if item.finding.level == "OK" and item.finding.name in ("versions", "all-reduce")
     ):
         print(line)
+    print("\n" + "\n".join(rank_map([(host.name, host.slots) for host in report.hosts])))
+    for presets, settings in advice(report):
+        print(f"ZeRO for {', '.join(presets)} on this cluster: {settings}")
     levels = [item.finding.level for item in report.findings]
     failed, warned = levels.count("FAIL"), levels.count("WARN")
     print(f"\n{len(report.hosts)} node(s), {len(levels)} checks: {failed} failed, {warned} warnings")

@@ -28,6 +28,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lumina import __version__
 from lumina.cluster import topology
 from lumina.config import UserError
@@ -132,6 +134,7 @@ class Probe:
             "cores": len(node.cores),
             "cpus": sum(len(core.cpus) for core in node.cores),
             "gpus": gpus,
+            "memory": psutil.virtual_memory().total,
             "infiniband": node.infiniband,
             "interface": None,
             "network_error": None,

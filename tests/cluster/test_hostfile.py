@@ -40,7 +40,7 @@ def test_every_stage_ends_in_the_same_losses(
 def test_every_launcher_gives_the_curve_of_a_single_process(
     cluster: Cluster, runs: Runs, conversations: Path, place: Path
 ) -> None:
-    """Two nodes over pdsh and ssh through DeepSpeed's launcher and through ours, and mpirun with and without mpi4py."""
+    """Two nodes through DeepSpeed's launcher (pdsh) and through ours (ssh, pdsh), and two ranks of mpirun."""
     words = lambda name: arguments(place / name, conversations, stage=2, **SETTINGS)
     runs.train(words("alone"))
     alone = losses(place / "alone")

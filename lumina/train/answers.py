@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -218,14 +219,20 @@ class Answers:
     def tell(self, step: int, state: str) -> None:
         """Let the other ranks know, without a collective, how this rank came through the micro-batches of a step."""
         if self._run.ranks.world > 1 and self._run.config.answer_out_of_memory:
-            default_store().set(f"lumina/step/{self._run.ranks.rank}", f"{step}:{state}")
+            with suppress(RuntimeError):  # the store is gone with rank 0: the next collective says so
+                default_store().set(f"lumina/step/{self._run.ranks.rank}", f"{step}:{state}")
 
     def _told(self, rank: int, step: int) -> str:
-        """What `rank` told of `step`; "silent" when it says nothing in time, because it sits in a collective."""
+        """What `rank` told of `step`; "silent" when it says nothing in time, because it sits in a collective; "gone"
+        when rank 0, which holds the store, has given up before this rank could ask."""
         key, deadline = f"lumina/step/{rank}", time.monotonic() + self._run.config.emergency_seconds
         while time.monotonic() < deadline:
-            if default_store().check([key]):
-                at, state = default_store().get(key).decode().split(":")
+            try:
+                told = default_store().get(key).decode() if default_store().check([key]) else None
+            except RuntimeError:
+                return "gone"
+            if told is not None:
+                at, state = told.split(":")
                 if int(at) == step:
                     return str(state)
             time.sleep(0.02)

@@ -17,6 +17,7 @@ from runs import Runs, State, arguments, differing, final
 
 from lumina.data import StepData
 from lumina.monitor.events import read_events
+from lumina.monitor.run_file import read_run
 from lumina.train import checkpoint, loop, store
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
@@ -216,6 +217,69 @@ def test_out_of_memory_with_one_sample_is_a_clear_failure(runs: Runs, conversati
     job = runs.start(arguments(place / "run", conversations, **settings), patch=partial(_run_out, steps={2: "middle"}))
     assert job.wait() == [2]
     assert "micro-batch of one sample" in job.stderr()
+
+
+def _run_out_late(rank: int, *, step: int, only: int | None) -> None:
+    """Out of memory in the backward pass of a step's second micro-batch: the first one's gradients have been reduced
+    over the ranks by then."""
+    original = loop._accumulate
+
+    def failing(run: Any, data: StepData) -> Any:
+        if data.step + 1 != step or only not in (None, rank):
+            return original(run, data)
+        passes = []
+
+        def full(gradient: torch.Tensor) -> torch.Tensor:
+            passes.append(run.engine.collectives)
+            if len(passes) == 2:
+                assert passes == [True, True], "no collective was begun"
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return gradient
+
+        handle = _hook(run.engine.model.blocks[0], full)
+        try:
+            return original(run, data)
+        finally:
+            handle.remove()
+
+    loop._accumulate = failing
+
+
+SHARED: dict[str, Any] = {"batch_size": 2, "global_batch_size": 8, "max_steps": 6, "emergency_seconds": 3}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Runs, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The step records of a run on two ranks that nothing happens to."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    runs.train(arguments(run, conversations, stage=2, **{**SETTINGS, **SHARED, "save_every_n_batches": 100}), 2)
+    return real.steps(run)
+
+
+@pytest.mark.parametrize(("stage", "only"), [(2, 1), (3, None)])
+def test_out_of_memory_amid_a_collective_ends_the_start(
+    stage: int, only: int | None, runs: Runs, conversations: Path, place: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    """One rank alone, while the other sits in the collective, or both. The next start takes half the micro-batch, and
+    the run's losses are those of one that was never disturbed."""
+    run = place / "run"
+    argv = arguments(run, conversations, stage=stage, **{**SETTINGS, **SHARED})
+    job = runs.start(argv, 2, partial(_run_out_late, step=5, only=only))
+    codes = job.wait()
+    assert codes[1] == 2, job.stderr()  # the user's turn: UserError
+    assert codes[0] == 2 if only is None else codes[0] not in (0, 75), codes
+    assert "Start the run again with --resume auto: it then takes micro-batches of 1" in job.stderr()
+    assert store.damage(real.newest(run)) is None
+    assert real.newest(run).name == store.name_of(EVERY)
+
+    runs.train([*argv, "--resume", "auto"], 2)
+    _first, second = read_run(run)["starts"]
+    assert (second["changed"]["batch_size"], second["changed"]["gradient_accumulation_steps"]) == (1, 4)
+    assert "global_batch_size" not in second["changed"]
+    taken = real.steps(run)
+    for what in ("step", "samples", "supervised_tokens"):
+        assert [record[what] for record in taken] == [record[what] for record in undisturbed], what
+    assert [r["loss"] for r in taken] == pytest.approx([r["loss"] for r in undisturbed], rel=1e-5)
 
 
 # --- A sample that cannot be read -----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A rank that raises, is out of memory, crashes or hangs: the launch fails, says who, where and why, and leaves nothing."""
+"""A rank that raises, is out of memory, crashes or hangs: the launch says who, where and why, and leaves nothing."""
 
 from __future__ import annotations
 

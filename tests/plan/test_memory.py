@@ -24,6 +24,7 @@ import json, sys
 import deepspeed, torch
 from lumina.config import ModelConfig
 from lumina.model import Transformer
+from lumina.train import engine
 from lumina.train.optimizer import parameter_groups
 
 def held(tensors):
@@ -39,14 +40,14 @@ def measure(stage, precision, tied):
         zero |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 1000}
     config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": precision == "bf16"}, "zero_optimization": zero,
               "zero_allow_untested_optimizer": True}
-    engine, wrapper, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    made, wrapper, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for _ in range(2):
         ids = torch.arange(16)[None]
-        engine.backward(engine(ids, ids, targets_BS=ids, weights_BS=torch.ones(1, 16)))
-        engine.step()
-    parameters = list(engine.module.parameters())
+        made.backward(made(ids, ids, targets_BS=ids, weights_BS=torch.ones(1, 16)))
+        made.step()
+    parameters = list(made.module.parameters())
     weights = [p.data for p in parameters] + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
-    basic = engine.basic_optimizer
+    basic = made.basic_optimizer
     moments = [t for state in basic.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
     own = {p.untyped_storage().data_ptr() for p in parameters if p.numel()}
     stepped = [p for group in basic.param_groups for p in group["params"]]
@@ -55,7 +56,7 @@ def measure(stage, precision, tied):
         masters = wrapper.fp32_partitioned_groups_flat
     return {"weights": held(weights), "master": held(masters), "moments": held(moments)}
 
-deepspeed.init_distributed("gloo")
+engine.join()
 found = [measure(*case) for case in json.loads(sys.argv[1])]
 with open(f"{sys.argv[2]}.{torch.distributed.get_rank()}", "w") as file:
     json.dump(found, file)

@@ -1,5 +1,6 @@
 # make quickstart     train a small chat model on real conversations and talk to it (ten minutes on two cores)
 # make test           the tests that need no root
+# make test-long      more cases of the same by real runs: other worlds, stages and phases (a quarter of an hour)
 # make test-cluster   the tests that start sshd, pdsh and several processes (root: installs their Debian packages)
 # make check          ruff, formatting, mypy
 SHELL := /bin/bash
@@ -18,7 +19,7 @@ CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install quickstart test test-cluster cluster-packages browser-packages check format clean
+.PHONY: install quickstart test test-long test-cluster cluster-packages browser-packages check format clean
 
 install: $(STAMP)
 
@@ -32,7 +33,10 @@ quickstart: $(STAMP)
 	launchers/quickstart.sh
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) $(FILES_AT_A_TIME) -m "not cluster" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) $(FILES_AT_A_TIME) -m "not cluster and not long" $(PYTEST_ARGS)
+
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) $(FILES_AT_A_TIME) -m "long and not cluster" $(PYTEST_ARGS)
 
 # pytest exits 5 when it collects nothing: say so rather than pass or fail in silence.
 test-cluster: $(STAMP) cluster-packages

@@ -24,7 +24,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
 losses = []
 with launch.planned_for(1):
     for step in range(20):
-        length = 8 + step % 3
+        length = 5 + step % 3
         ids, targets = torch.randint(0, config.vocab_size, (2, 1, length))
         positions = torch.cat((torch.arange(3), torch.arange(length - 3))).view(1, -1)
         boundaries = torch.tensor([0, 3, length], dtype=torch.int32)

@@ -90,7 +90,9 @@ def samples_of(run: Path, step: int) -> str:
     return next(record["samples"] for record in real.steps(run) if record["step"] == step)
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("world", "stage"), [(1, 0), (2, 2), *(pytest.param(2, stage, marks=pytest.mark.long) for stage in (1, 3))]
+)
 def test_bad_steps_are_skipped_and_repeated_ones_roll_back(
     world: int, stage: int, runs: Runs, conversations: Path, place: Path
 ) -> None:
@@ -184,7 +186,11 @@ def _run_out(rank: int, *, steps: dict[int, str]) -> None:
 
 @pytest.mark.parametrize(
     ("world", "stage", "where"),
-    [(1, 0, "middle"), (1, 2, "middle"), (1, 3, "middle"), (2, 2, "start")],
+    [
+        (1, 0, "middle"),
+        (2, 2, "start"),
+        *(pytest.param(1, stage, "middle", marks=pytest.mark.long) for stage in (2, 3)),
+    ],
 )
 def test_out_of_memory_halves_the_micro_batch(
     world: int, stage: int, where: str, runs: Runs, conversations: Path, place: Path
@@ -256,7 +262,7 @@ def undisturbed(runs: Runs, conversations: Path, tmp_path_factory: pytest.TempPa
     return real.steps(run)
 
 
-@pytest.mark.parametrize(("stage", "only"), [(2, 1), (3, None)])
+@pytest.mark.parametrize(("stage", "only"), [(2, 1), pytest.param(3, None, marks=pytest.mark.long)])
 def test_out_of_memory_amid_a_collective_ends_the_start(
     stage: int, only: int | None, runs: Runs, conversations: Path, place: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -331,7 +337,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return real.write_conversations(tmp_path_factory.mktemp("eval") / "eval.jsonl", 10, seed=5)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_an_exception_in_evaluation_leaves_an_emergency_checkpoint(
     world: int, runs: Runs, conversations: Path, held_out: Path, place: Path
 ) -> None:

@@ -62,7 +62,16 @@ def relative(one: State, other: State, kind: str) -> dict[str, float]:
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(
     ("world", "stage", "micro"),
-    [(1, 0, 1), (1, 0, 2), (1, 0, 4), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 3, 2), (3, 0, 2)],
+    [
+        (1, 0, 1),
+        (1, 0, 2),
+        (1, 0, 4),
+        (2, 2, 1),
+        (2, 2, 2),
+        (2, 2, 4),
+        pytest.param(2, 3, 2, marks=pytest.mark.long),
+        pytest.param(3, 0, 2, marks=pytest.mark.long),
+    ],
 )
 def test_one_step_does_not_depend_on_how_it_is_cut(
     world: int,

@@ -63,9 +63,9 @@ def each_step_once(run: Path) -> bool:
     ("world", "stage", "precision", "kills"),
     [
         (1, 1, "bf16", 1),
-        (1, 2, "fp32", 1),
-        (1, 3, "bf16", 1),
-        (2, 1, "fp32", 1),
+        pytest.param(1, 2, "fp32", 1, marks=pytest.mark.long),
+        pytest.param(1, 3, "bf16", 1, marks=pytest.mark.long),
+        pytest.param(2, 1, "fp32", 1, marks=pytest.mark.long),
         (2, 2, "bf16", 5),
         (2, 3, "fp32", 1),
     ],
@@ -133,7 +133,13 @@ def test_killed_in_the_middle_of_a_save(
 
 
 @pytest.mark.parametrize(
-    "name", ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors", "trainer.json", "manifest.json"]
+    "name",
+    [
+        "rank-00001-of-00002.safetensors",
+        "manifest.json",
+        pytest.param("rank-00000-of-00002.safetensors", marks=pytest.mark.long),
+        pytest.param("trainer.json", marks=pytest.mark.long),
+    ],
 )
 def test_a_flipped_byte_in_the_newest_checkpoint(
     name: str, runs: Runs, conversations: Path, undisturbed: Undisturbed, place: Path

@@ -212,7 +212,13 @@ def _stop_in(rank: int, *, phase: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "world"), [("compute", 1), ("update", 2), ("evaluation", 1), ("saving", 2), ("writing", 1)]
+    ("phase", "world"),
+    [
+        ("update", 2),
+        ("evaluation", 1),
+        ("saving", 2),
+        *(pytest.param(phase, 1, marks=pytest.mark.long) for phase in ("compute", "writing")),
+    ],
 )
 def test_sigterm_in_each_phase(phase: str, world: int, runs: Runs, conversations: Path, place: Path) -> None:
     run = place / "run"

@@ -26,7 +26,8 @@ REPORT = re.compile(r"First failure: rank (\d+) on (\w+) \(local rank 0, pid \d+
 def test_the_launch_names_the_first_failure_and_leaves_nothing(
     kind: str, rank: int, cause: str, cluster: Cluster, conversations: Path, place: Path
 ) -> None:
-    words = arguments(place / "run", conversations, stage=2, max_steps=1000, hang_timeout=5, **SETTINGS)
+    patience = 5 if kind == "hang" else 120
+    words = arguments(place / "run", conversations, stage=2, max_steps=1000, hang_timeout=patience, **SETTINGS)
     group = cluster.memory_group(1 << 30) if kind == "oom" else place
     job = launch(cluster, words, "--max-restarts", "0", FAULT=f"{kind}:{rank}:3", OOM_GROUP=str(group), PAUSE="0.05")
     assert job.wait(120) == 1, job.output()

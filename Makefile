@@ -9,7 +9,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 # Several files at a time, in their order: most tests wait for processes of one thread, or for a failure to be noticed.
 PYTEST_WORKERS ?= 2
-CLUSTER_WORKERS ?= 3
+CLUSTER_WORKERS ?= 2
 FILES_AT_A_TIME := --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin

@@ -17,6 +17,7 @@ RANK = Path(__file__).with_name("rank.py")
 SAVE_EVERY = 5
 # The rate does not depend on how long the run will be, which some tests decide as they go.
 SETTINGS = {
+    "seq_length": 32,
     "precision": "fp32",
     "batch_size": 2,
     "global_batch_size": 8,

@@ -32,7 +32,7 @@ def test_lost_nodes_are_done_without_and_taken_in_again(
         began_at = at(run)
         until(
             alive_and(job, lambda n=began_at: at(run) >= n + SAVE_EVERY + 2 and worlds(run)[-1:] == [2]),
-            90,
+            180,
             "slow start",
         )
         lose("n1")
@@ -43,7 +43,9 @@ def test_lost_nodes_are_done_without_and_taken_in_again(
         resumed = [line for line in (run / "train.log").read_text().splitlines() if "resumed at step" in line][-1]
         assert int(resumed.rpartition(" ")[2]) > lost_at - SAVE_EVERY - 1
         bring_back("n1")
-        until(alive_and(job, lambda n=starts: len(worlds(run)) > n + 1 and worlds(run)[-1] == 2), 90, "no world of two")
+        until(
+            alive_and(job, lambda n=starts: len(worlds(run)) > n + 1 and worlds(run)[-1] == 2), 180, "no world of two"
+        )
     last = at(run)
     until(alive_and(job, lambda: at(run) > last + 2), 60, "no step after the last return")
     cluster.run("head", ["pkill", "-TERM", "-f", "lumina launch"])

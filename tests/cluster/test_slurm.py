@@ -83,12 +83,12 @@ def test_every_way_of_stopping_saves_requeues_and_finishes(
             start_at_once(slurm, job)
             return len(worlds(run)) == number and at(run) > before + 1
 
-        until(trains, 90, lambda: log.read_text()[-4000:])
+        until(trains, 180, lambda: log.read_text()[-4000:])
         asked = time.monotonic()
         slurm.run("head", way)
         until(lambda n=number: log.read_text().count("The checkpoint is saved") == n, 30, "nothing was saved in 30 s")
         assert time.monotonic() - asked < 30
-    until(lambda: start_at_once(slurm, job) or at(run) == STEPS, 90, lambda: log.read_text()[-4000:])
+    until(lambda: start_at_once(slurm, job) or at(run) == STEPS, 180, lambda: log.read_text()[-4000:])
     wait_for(slurm, job, "COMPLETED", log)
     assert worlds(run) == [2, 2, 2, 2]
     resumed = [line for line in (run / "train.log").read_text().splitlines() if "process(es)" in line]

@@ -15,6 +15,7 @@ from runs import Runs, arguments, losses, steps
 from lumina.cluster.signals import EXIT_STOPPED
 
 SETTINGS: dict[str, Any] = {
+    "seq_length": 32,
     "precision": "fp32",
     "batch_size": 1,
     "global_batch_size": 6,

@@ -29,7 +29,7 @@ def main() -> None:
     trainer, batch = debug_trainer(arguments.tokens)
 
     from lumina.train.checkpoint import Progress, take
-    from lumina.train.saver import Job, Saver, Target
+    from lumina.train.save_thread import Job, Saver, Target
     from lumina.train.store import Retention
 
     def train() -> float:

@@ -275,9 +275,11 @@ def _until_over(agent: Agent, board: AgentBoard, spec: Spec) -> int:
         code = over.code
     except SignalException as caught:
         agent._shutdown(caught.sigval, timeout=int(spec.stop_timeout) + 10)
-        saved = {EXIT_STOPPED} >= {code for code in agent.codes() if code is not None}
-        code = EXIT_STOPPED if saved else 1
-        _try_to_tell(board, "stopped" if saved else "failed")
+        # A rank that the signal itself ended had not begun to train: there was nothing to save.
+        ended = {EXIT_STOPPED, *(-number for number in _SIGNALS)}
+        stopped = ended >= {code for code in agent.codes() if code is not None}
+        code = EXIT_STOPPED if stopped else 1
+        _try_to_tell(board, "stopped" if stopped else "failed")
     finally:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -45,7 +45,6 @@ class AgentBoard:
         self.store = store
         self.index = store.add("agents", 1) - 1
         self._read = 0
-        self._beats = 0
         self.tell("hello", **about)
 
     def tell(self, kind: Answer, **values: Any) -> None:

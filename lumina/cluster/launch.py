@@ -63,7 +63,7 @@ def launch(asked: Launch) -> int:
     board = LauncherBoard(job, asked.port)
     _say(f"job {job}: {len(hosts)} node(s), store at {address}:{board.port}")
 
-    def spec(host: Host, attempt: int) -> Spec:
+    def spec(host: Host) -> Spec:
         store = f"{address}:{board.port}"
         return Spec(store, job, host.name, host.slots, ranks, environment, folder, asked.stop_timeout, asked.bind)
 

@@ -37,7 +37,8 @@ _HUNG_GRACE = 6.0  # the ranks of a hang notice it one after the other
 class Limits:
     """min_nodes: fewest nodes to train on. max_restarts: failures of ranks to recover from (lost nodes do not count).
     Times in seconds: node_timeout without a heartbeat, start_timeout for the first group to be complete, last_call for
-    a later one, retry between attempts to start a lost node, node_wait with too few nodes, stop_timeout for a save."""
+    a later one, retry between attempts to start a lost node, node_wait with too few nodes once the job has trained,
+    stop_timeout for a save."""
 
     min_nodes: int
     max_restarts: int = 10
@@ -77,7 +78,7 @@ class Supervisor:
     def __init__(
         self,
         hosts: list[tuple[Host, list[str]]],
-        make_spec: Callable[[Host, int], Spec],
+        make_spec: Callable[[Host], Spec],
         board: LauncherBoard,
         limits: Limits,
         say: Callable[[str], None],
@@ -89,7 +90,6 @@ class Supervisor:
         self.running = False
         self.restarts = 0
         self.succeeded: set[int] = set()
-        self.failures: list[Failure] = []  # of the whole job
         self._trouble: _Trouble | None = None
         self._gathering = self._short = time.monotonic()
         self._listened = 0.0
@@ -131,7 +131,7 @@ class Supervisor:
         now = time.monotonic()
         for place in self.places:
             if place.channel is None and now >= place.again:
-                command, text = with_spec(place.command, self._make_spec(place.host, place.attempts))
+                command, text = with_spec(place.command, self._make_spec(place.host))
                 place.channel = subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,
@@ -172,13 +172,10 @@ class Supervisor:
             self._end(EXIT_STOPPED)
         elif kind == "failed" and self._stop is not None and _only_signalled(event["failures"]):
             self._end(EXIT_STOPPED)  # it had not begun to train, so there was nothing to save
-        elif kind == "failed":
-            found = [Failure(**values) for values in event["failures"]]
-            self.failures += found
-            if event["round"] == self.round and self.running:
-                self._trouble = self._trouble or _Trouble(time.monotonic())
-                self._trouble.failures += found
-                self._trouble.agents.add(event["agent"])
+        elif kind == "failed" and event["round"] == self.round and self.running:
+            self._trouble = self._trouble or _Trouble(time.monotonic())
+            self._trouble.failures += [Failure(**values) for values in event["failures"]]
+            self._trouble.agents.add(event["agent"])
 
     def _check_places(self) -> None:
         now = time.monotonic()
@@ -284,9 +281,11 @@ class Supervisor:
             self._open(ready)
         elif enough:
             self._short = now
-        elif now - self._short > self.limits.node_wait:
+        elif now - self._short > (self.limits.start_timeout if self.round == 0 else self.limits.node_wait):
+            absent = ", ".join(place.host.name for place in self.places if place not in ready)
             self.say(
-                f"FAILED: {len(ready)} node(s) for {self.limits.node_wait:.0f} s; --min-nodes {self.limits.min_nodes}"
+                f"FAILED: for {now - self._short:.0f} s no agent on {absent}; --min-nodes {self.limits.min_nodes}. "
+                "See: lumina check-environment --hostfile FILE"
             )
             self._end(1)
 

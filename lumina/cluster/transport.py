@@ -15,8 +15,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from lumina.cluster.hostfile import Host
 
@@ -42,7 +42,6 @@ class Spec:
     folder: str
     stop_timeout: float = 60.0
     bind: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def dump(self) -> str:
         return json.dumps(asdict(self))

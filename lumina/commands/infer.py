@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lumina.commands.common import Arguments, Command, Parser, between, json_option
 
 
@@ -12,12 +14,8 @@ def generate(arguments: Arguments) -> int:
     return generate_command(
         run=arguments.resume,
         prompt=arguments.prompt,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        max_length=arguments.max_length,
-        seed=arguments.seed,
         json=arguments.json,
+        **_sampling(arguments),
     )
 
 
@@ -38,6 +36,10 @@ def _sampling_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=None, help="same seed, same answer")
 
 
+def _sampling(arguments: Arguments) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "max_length", "seed")}
+
+
 def chat(arguments: Arguments) -> int:
     """Talk to a trained model in the terminal."""
     from lumina.infer import chat_command
@@ -45,11 +47,7 @@ def chat(arguments: Arguments) -> int:
     return chat_command(
         run=arguments.run,
         system=arguments.system,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        max_length=arguments.max_length,
-        seed=arguments.seed,
+        **_sampling(arguments),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -32,11 +33,16 @@ log = logging.getLogger("lumina")
 
 FILE = "answers.json"
 Verdict = tuple[str, str]  # the guard's rule and its reason
+_MANY = 64  # ranks
 _NEVER = -1.0  # a limit that no gradient norm keeps
 
 
 class Rewind(Exception):  # noqa: N818 (a change of course, no error)
     """The state was set back or rebuilt on every rank: iterate anew from the run's progress."""
+
+
+class StartAgainError(RuntimeError):
+    """This start cannot go on, and the next one will do better. Not saved first: the ranks do not stand together."""
 
 
 @dataclass
@@ -212,13 +218,23 @@ class Answers:
         group = self._run.ranks
         if group.world == 1:
             return True
+        if not self._talks:
+            return False
         self.tell(step, "clean" if clean else "dirty")
         states = [self._told(rank, step) for rank in range(group.world)]
         return all(state in ("done", "clean") for state in states)
 
+    @property
+    def _talks(self) -> bool:
+        """Whether ranks tell each other of every step. Not under ZeRO-3, whose forward pass is full of collectives, nor
+        among many, for whom that is a store operation of every rank at every step: there memory that runs out ends the
+        start, and the next one takes half."""
+        run = self._run
+        return run.config.answer_out_of_memory and 1 < run.ranks.world <= _MANY and run.engine.stage < 3
+
     def tell(self, step: int, state: str) -> None:
         """Let the other ranks know, without a collective, how this rank came through the micro-batches of a step."""
-        if self._run.ranks.world > 1 and self._run.config.answer_out_of_memory:
+        if self._talks:
             with suppress(RuntimeError):  # the store is gone with rank 0: the next collective says so
                 default_store().set(f"lumina/step/{self._run.ranks.rank}", f"{step}:{state}")
 
@@ -242,9 +258,11 @@ class Answers:
         """The ranks cannot agree within the step: the next start takes half the micro-batch."""
         half = self._half()
         self._remember(half)
+        what = f"step {step}: rank {self._run.ranks.rank} ran out of memory in the middle of a collective"
+        if "LUMINA_AGENT" in os.environ:  # which starts the ranks again by itself; a UserError would end the job
+            raise StartAgainError(f"{what}; the next start takes micro-batches of {half}")
         raise UserError(
-            f"step {step}: rank {self._run.ranks.rank} ran out of memory in the middle of a collective",
-            f"Start the run again with --resume auto: it then takes micro-batches of {half}, same global batch.",
+            what, f"Start the run again with --resume auto: it then takes micro-batches of {half}, same global batch."
         )
 
     def _remember(self, batch_size: int) -> None:

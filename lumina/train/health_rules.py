@@ -8,6 +8,7 @@ reason (once per episode, the console's word, the event log) is lumina.train.hea
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
@@ -93,7 +94,7 @@ class MachineSeen:
 # --- Rules ----------------------------------------------------------------------------------------
 
 
-class Rule(Generic[Seen]):
+class Rule(ABC, Generic[Seen]):
     """`name` as in docs/health.md and `health_off`; `hold`: whether an episode lasts health_check_interval steps beyond
     the last sign of it (else it ends with it)."""
 
@@ -104,8 +105,9 @@ class Rule(Generic[Seen]):
     def __init__(self, config: Config) -> None:
         self.config = config
 
+    @abstractmethod
     def check(self, seen: Seen) -> str | None:
-        raise NotImplementedError
+        """What is wrong with what was seen, in words; None when nothing is."""
 
 
 class LossNotFinite(Rule[StepSeen]):

@@ -16,7 +16,7 @@ from lumina.config import UserError
 from lumina.data import StepData
 from lumina.data.order import sample_sums, samples_id
 from lumina.monitor.record import perplexity
-from lumina.train.answers import Rewind
+from lumina.train.answers import Rewind, StartAgainError
 from lumina.train.evaluate import evaluate
 from lumina.train.watchdog import report_failure
 
@@ -37,6 +37,9 @@ def fit(run: Run) -> int:
         except Rewind:  # an answer set the state back: go on from there
             continue
         except UserError:
+            raise
+        except StartAgainError as error:
+            report_failure(str(error))
             raise
         except Exception as error:
             report_failure(f"{type(error).__name__}: {error}", traceback.format_exc())

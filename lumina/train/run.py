@@ -5,13 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -21,7 +19,7 @@ from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
 from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare_parts
 from lumina.model import Transformer, keep_heap
-from lumina.monitor import Console, MetricsFile, Recorder, StepRecord
+from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.train import checkpoint, engine, lease
 from lumina.train.answers import FILE as ANSWERS
@@ -30,13 +28,14 @@ from lumina.train.beginning import agree, choose, same_batch, same_model, shape,
 from lumina.train.checkpoint import Progress
 from lumina.train.guard import Guard
 from lumina.train.health import Health
-from lumina.train.health_rules import LayerFigures, LayersSeen, StepSeen
+from lumina.train.health_rules import LayerFigures, LayersSeen
 from lumina.train.layers import LayerStats
 from lumina.train.loop import fit
 from lumina.train.machine import MachineWatch
 from lumina.train.profiling import Profile
+from lumina.train.recording import step_record, step_seen, used_memory
 from lumina.train.samples import answers
-from lumina.train.saves import Saves
+from lumina.train.save_policy import Saves
 from lumina.train.schedule import schedule
 from lumina.train.state import hold, restore
 from lumina.train.stragglers import Stragglers
@@ -361,46 +360,12 @@ class Run:
         seconds += split["data"]  # a step that waited for its batches took longer
         if self.metrics is None:
             return
-        memory, total, kind = _memory(self.engine.device)
         if self.machine is not None and (machine := self.machine.latest()) is not None:
             self.health.machine(machine)
-        speed, scale = data.tokens / seconds, self.engine.loss_scale().get("cur_scale")
-        health = self.health.step(
-            StepSeen(
-                data.step + 1,
-                loss,
-                grad_norm,
-                applied,
-                speed,
-                split["data"],
-                seconds,
-                memory,
-                verdict,
-                loss_scale=scale,
-            )
-        )
-        record = StepRecord(
-            step=data.step + 1,
-            epoch=data.epoch + 1,
-            batch=data.batch_in_epoch + 1,
-            batches=self.order.steps_per_epoch,
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens=data.tokens,
-            supervised_tokens=int(data.supervised_tokens),
-            tokens_per_s=data.tokens / seconds,
-            memory=memory,
-            memory_total=total,
-            memory_kind=kind,
-            health=health,
-            time=time.time(),
-            applied=applied,
-            samples=samples,
-            supervised_tokens_per_s=data.supervised_tokens / seconds,
-            seconds={name: round(value, 6) for name, value in split.items()},
-            mfu=self.utilisation.of(data.micro_batches, seconds),
-        )
+        memory = used_memory(self.engine.device)
+        seen = step_seen(self, data, loss, grad_norm, applied, verdict, split["data"], seconds, memory[0])
+        health = self.health.step(seen)
+        record = step_record(self, data, loss, lr, grad_norm, applied, health, seconds, split, memory, samples)
         self.metrics.step(record)
         self.console.step(record)
 
@@ -423,10 +388,3 @@ class Run:
     def _say(self, text: str) -> None:
         self.console.say(text)
         record_log.info(text)
-
-
-def _memory(device: torch.device) -> tuple[int, int, str]:
-    """(bytes used, bytes there are, label for the console)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(device).total_memory, "GPU"
-    return psutil.Process().memory_info().rss, psutil.virtual_memory().total, "Mem"

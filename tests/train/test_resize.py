@@ -87,4 +87,5 @@ def test_a_resized_run_goes_on(
     assert all("resumed at step" in line for line in starts[1:])
     assert [record["step"] for record in steps(run)] == list(range(1, TOTAL + 1))
     assert losses(run) == pytest.approx(losses(calm), abs=1e-4, rel=0)
+    assert [record["samples"] for record in steps(run)] == [record["samples"] for record in steps(calm)]
     assert [record["lr"] for record in steps(run)] == [record["lr"] for record in steps(calm)]

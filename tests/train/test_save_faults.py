@@ -21,8 +21,8 @@ from lumina.monitor import read_metrics
 from lumina.monitor.events import read_events
 from lumina.train import loop, saves, store, writing
 from lumina.train.checkpoint import Progress, take
-from lumina.train.saver import Job as SaveJob
-from lumina.train.saver import Saver, Target
+from lumina.train.save_thread import Job as SaveJob
+from lumina.train.save_thread import Saver, Target
 from lumina.train.store import Retention
 from lumina.train.writing import SaveError
 

@@ -17,7 +17,7 @@ from lumina.model import Transformer
 from lumina.train import engine
 from lumina.train.checkpoint import Progress, take
 from lumina.train.engine import Engine
-from lumina.train.saver import Job, Saver, Target
+from lumina.train.save_thread import Job, Saver, Target
 from lumina.train.state import MASTER, fragments, moments
 from lumina.train.store import Retention
 from lumina.train.writing import SaveError

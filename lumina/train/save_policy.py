@@ -20,7 +20,7 @@ import torch.distributed as dist
 from lumina.train import commands, store
 from lumina.train.answers import agreed
 from lumina.train.checkpoint import take
-from lumina.train.saver import Job, Outcome, Place, Saver, Target
+from lumina.train.save_thread import Job, Outcome, Place, Saver, Target
 from lumina.train.store import Retention
 
 if TYPE_CHECKING:

@@ -185,7 +185,7 @@ class HealthConfig(_Strict):
     answer_out_of_memory: bool = True  # halve the micro-batch, same global batch
     answer_corrupt_sample: bool = True  # a sample that cannot be read becomes one of weight zero
     emergency_checkpoint: bool = True  # saved when an exception ends the run and the state is sound
-    emergency_seconds: PositiveFloat = 60.0  # how long ranks wait for one another to agree on it
+    emergency_seconds: PositiveFloat = 60.0  # how long it may take; the ranks have ten seconds of it to agree
 
 
 class SavingConfig(_Strict):

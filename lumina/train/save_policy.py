@@ -31,6 +31,9 @@ log = logging.getLogger("lumina")
 REQUESTS = commands.REQUESTS
 _BACK_OFF = 5.0  # seconds to the first retry; doubled each time
 _RETRIES = 5
+# Seconds for which a rank with an exception waits for the others'. What all ranks meet with, they meet with within a
+# step; one that raises alone waits for ranks that sit in a collective, and holds up the restart.
+_MEETING = 10.0
 
 
 class Saves:
@@ -277,7 +280,7 @@ class Saves:
                 refusal = "the weights are not finite"
         saved = (self._checkpoints.folder / store.name_of(run.progress.step)).is_dir() or run.progress.step == 0
         own = {"step": run.progress.step, "refusal": refusal, "saved": ranks.main and saved}
-        told = agreed("lumina/emergency", own, ranks.rank, ranks.world, seconds)
+        told = agreed("lumina/emergency", own, ranks.rank, ranks.world, min(seconds, _MEETING))
         if told is None or any(one["step"] != run.progress.step for one in told):
             return "the ranks do not stand at the same step"
         refusals = [one["refusal"] for one in told if one["refusal"]] + (

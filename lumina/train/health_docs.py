@@ -83,7 +83,7 @@ _ANSWERS = """
 - **A sample that cannot be read** (`answer_corrupt_sample`) becomes one of weight zero and is counted; the step still
   divides by the token count that the index gives it.
 - **An exception** (`emergency_checkpoint`) saves the step before it ends the run, if no update was half made, the
-  weights are finite, the step is not saved already, and every rank says within `emergency_seconds` that it stands there
+  weights are finite, the step is not saved already, and every rank says within ten seconds that it stands there
   too. A user's mistake is not an exception.
 - **A save that fails** is tried again after 5 seconds, doubled up to five times; not where that cannot help (a
   read-only disk, no permission). Training goes on. At the end of the run a last checkpoint that cannot be written is

@@ -77,9 +77,9 @@ _ANSWERS = """
   same end. Checkpoints made amid the trouble lose their names.
 - **Out of memory** (`answer_out_of_memory`): memory is freed, the engine rebuilt with half the micro-batch and twice
   the accumulation, and the step taken again: same global batch, same gradient. With several ranks that works when
-  every rank runs out, or comes through, before a collective of that step has begun; otherwise the run ends, and the
-  next start with `--resume auto` takes the smaller micro-batch. A micro-batch of one sample that does not fit is a
-  failure.
+  every rank runs out, or comes through, before a collective of that step has begun (never so under ZeRO-3, and not
+  asked among more than 64 ranks); otherwise the run ends, and the next start takes the smaller micro-batch: by itself
+  under `lumina launch`, else with `--resume auto`. A micro-batch of one sample that does not fit is a failure.
 - **A sample that cannot be read** (`answer_corrupt_sample`) becomes one of weight zero and is counted; the step still
   divides by the token count that the index gives it.
 - **An exception** (`emergency_checkpoint`) saves the step before it ends the run, if no update was half made, the

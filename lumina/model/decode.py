@@ -102,18 +102,26 @@ class Decoder:
 
     def step(self, ids_R1: Tensor, rows: list[int], k: int | None) -> tuple[Tensor, Tensor]:
         """Feed one token to each of the cache's `rows`; `largest` of the logits that follow."""
-        slots = [self._cache.lengths[row] for row in rows]
-        positions_R1 = self._cache.extend(rows, [1] * len(rows), decode=True)
-        if not self.compiled or len(rows) > _MOST_ROWS:
-            return self.largest(self._model(ids_R1, positions_R1, cache=self._cache)[:, 0], k)
-        if k is None or len(rows) > _MOST_SHORTLISTED:
-            logits_RV = torch.empty(len(rows), self._model.config.vocab_size)
-            self._call(ids_R1, positions_R1, rows, slots, logits_RV)
-            return self.largest(logits_RV, k)
+        if not self.compiled or k is None or len(rows) > _MOST_SHORTLISTED:
+            return self.largest(self.logits(ids_R1, rows), k)
+        slots, positions_R1 = self._extend(rows)
         x_RD = self._call(ids_R1, positions_R1, rows, slots, None)
         if self._model not in _shortlists:
             _shortlists[self._model] = Shortlist(self._model.output.weight)
         return _shortlists[self._model].top(x_RD, k, self._forbidden_V)
+
+    def logits(self, ids_R1: Tensor, rows: list[int]) -> Tensor:
+        """Feed one token to each of the cache's `rows`; all logits that follow, (R, V), those of forbidden tokens too."""
+        slots, positions_R1 = self._extend(rows)
+        if not self.compiled or len(rows) > _MOST_ROWS:
+            return self._model(ids_R1, positions_R1, cache=self._cache)[:, 0]  # type: ignore[no-any-return]
+        logits_RV = torch.empty(len(rows), self._model.config.vocab_size)
+        self._call(ids_R1, positions_R1, rows, slots, logits_RV)
+        return logits_RV
+
+    def _extend(self, rows: list[int]) -> tuple[list[int], Tensor]:
+        slots = [self._cache.lengths[row] for row in rows]
+        return slots, self._cache.extend(rows, [1] * len(rows), decode=True)
 
     def _call(
         self, ids_R1: Tensor, positions_R1: Tensor, rows: list[int], slots: list[int], logits_RV: Tensor | None

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -110,15 +111,17 @@ class StepTimer:
     # --- Communication ---
 
     def watch_collectives(self) -> None:
-        """Time the collectives that DeepSpeed starts, until `close`."""
+        """Time the collectives that DeepSpeed starts, until `close` or until another timer watches them: the backend is
+        one for all engines of a process."""
         from deepspeed.comm import comm
 
         backend = comm.cdb
         for name in _COLLECTIVES:
-            call = getattr(backend, name, None)
-            if call is not None and name not in vars(backend):
-                setattr(backend, name, self._timed(call))
-                self._undo.append(lambda name=name: vars(backend).pop(name, None))  # type: ignore[misc]
+            call = getattr(type(backend), name, None)
+            if call is not None:
+                timed = self._timed(partial(call, backend))
+                setattr(backend, name, timed)
+                self._undo.append(partial(_unset, backend, name, timed))
 
     def close(self) -> None:
         while self._undo:
@@ -143,6 +146,11 @@ class StepTimer:
                 yield
         else:  # a thread that works beside the step, such as one that saves
             yield
+
+
+def _unset(owner: object, name: str, value: object) -> None:
+    if vars(owner).get(name) is value:
+        delattr(owner, name)
 
 
 class _Handle:

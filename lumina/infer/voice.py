@@ -45,6 +45,9 @@ class Voice(Protocol):
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids to generate from, ending where the assistant's words begin. Raises UserError."""
 
+    def plain(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued, not answered. Raises UserError."""
+
     def rendered(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
         """A whole conversation: its ids, and where its messages are in them. Raises UserError."""
 
@@ -77,6 +80,9 @@ class LuminaVoice:
 
     def prompt(self, conversation: Conversation) -> list[int]:
         return prompt_ids(self.tokenizer, conversation)
+
+    def plain(self, text: str) -> list[int]:
+        return [self.tokenizer.end_of_text_id, *self.tokenizer.encode(text)]
 
     def rendered(self, conversation: Conversation) -> tuple[list[int], list[Span]]:
         block = render_many(self.tokenizer, [conversation])
@@ -116,12 +122,19 @@ class ForeignVoice:
     def _checked(self, conversation: Conversation) -> list[dict[str, str]]:
         if self._tokenizer.chat_template is None:
             raise UserError("this imported model has no chat template: it is a base model that was not taught to chat")
-        controls = [str(token) for token in self._tokenizer.added_tokens_encoder]
         for message in conversation.messages:
-            typed = next((control for control in controls if control in message.content), None)
-            if typed is not None:
-                raise UserError(f"the message contains {typed}, which is a control token of this imported model")
+            self._check_text(message.content)
         return [{"role": message.role, "content": message.content} for message in conversation.messages]
+
+    def _check_text(self, text: str) -> None:
+        controls = (str(token) for token in self._tokenizer.added_tokens_encoder)
+        typed = next((control for control in controls if control in text), None)
+        if typed is not None:
+            raise UserError(f"the message contains {typed}, which is a control token of this imported model")
+
+    def plain(self, text: str) -> list[int]:
+        self._check_text(text)
+        return [int(token) for token in self._tokenizer.encode(text)]
 
     def _templated(self, messages: list[dict[str, str]], opening: bool) -> list[int]:
         try:

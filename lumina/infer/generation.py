@@ -1,33 +1,27 @@
-"""Generation: prefill the prompts in one pass, then one token per sequence and pass until each has stopped.
-
-Shape suffixes: R sequences still going, V vocabulary.
-"""
+"""Generation: prefill the prompts in one pass, then one token per sequence and pass until each has stopped."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
 
 from lumina.config import UserError
-from lumina.infer.sampling import Sampling, choose, generator
+from lumina.infer import batch as batches
+from lumina.infer.batch import Batch, Finish, Token
+from lumina.infer.sampling import Sampling
+from lumina.infer.stops import Teller
 from lumina.infer.voice import Voice
 from lumina.model import Transformer
-from lumina.model.cache import KVCache
-from lumina.model.decode import Decoder
-
-Finish = Literal["stop", "length", "window"]
-"""Why a sequence ended: its stop token, max_length, or the model's window (seq_length) being full."""
 
 
 @dataclass
 class Answer:
-    """The new tokens of one sequence, without the stop token."""
+    """What one sequence said: its tokens without the stop token, and its text up to the first stop text, whose tokens
+    are among the ids."""
 
     ids: list[int] = field(default_factory=list)
+    text: str = ""
     finish: Finish | None = None
 
 
@@ -40,7 +34,21 @@ def check_prompt(length: int, window: int) -> None:
         )
 
 
-@torch.inference_mode()
+def _begin(
+    model: Transformer, voice: Voice, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> tuple[Batch, list[Token]]:
+    """A batch of just these prompts, and their first tokens."""
+    window = model.config.seq_length
+    for prompt in prompts:
+        check_prompt(len(prompt), window)
+    capacity = max(min(len(prompt) + sampling.max_length, window) for prompt in prompts)
+    batch = Batch(model, voice, len(prompts), capacity)
+    sequences = [batches.Sequence(list(prompt), sampling, number) for number, prompt in enumerate(prompts)]
+    for sequence in sequences:
+        batch.join(sequence)
+    return batch, batch.prefill(sequences)
+
+
 def stream(
     model: Transformer,
     voice: Voice,
@@ -50,71 +58,61 @@ def stream(
     """Generate for a batch of prompts of any lengths.
 
     Yields after every pass the new tokens as (sequence, id) pairs, the stop token included: a sequence ends with it, at
-    max_length tokens, or when prompt and answer fill the model's window.
+    max_length tokens, or when prompt and answer fill the model's window. Stop texts are the caller's: see `tell`.
 
     Raises:
         UserError: a prompt that fills the window; a model whose weights are not finite.
     """
-    window = model.config.seq_length
-    for prompt in prompts:
-        check_prompt(len(prompt), window)
-    weight = model.embedding.weight
-    forbidden_V = voice.forbidden(model.config.vocab_size).to(weight.device)
-    room = [min(sampling.max_length, window - len(prompt)) for prompt in prompts]
-    capacity = max(len(prompt) + new for prompt, new in zip(prompts, room, strict=True))
-    cache = KVCache(model.config, len(prompts), capacity, weight)
-    generators = [generator(sampling, sequence) for sequence in range(len(prompts))]
-    going = list(range(len(prompts)))
-    decoder, k = Decoder(model, cache, forbidden_V), 1 if sampling.greedy else sampling.top_k
-    new_ids = torch.tensor([token for prompt in prompts for token in prompt], device=weight.device)[None]
-    positions = cache.extend(going, [len(prompt) for prompt in prompts])
-    kept_Rk, ids_Rk = decoder.largest(model(new_ids, positions, cache=cache)[:, 0], k)
-    while True:
-        if not kept_Rk[:, 0].isfinite().all():
-            raise UserError("the model's logits are not finite", "Its training diverged: use an earlier checkpoint.")
-        chosen = choose(kept_Rk, ids_Rk, sampling, [generators[sequence] for sequence in going]).tolist()
-        yield list(zip(going, chosen, strict=True))
-        for sequence in going:
-            room[sequence] -= 1
-        kept = [
-            (s, token) for s, token in zip(going, chosen, strict=True) if token not in voice.stop_ids and room[s] > 0
-        ]
-        if not kept:
-            return
-        going = [sequence for sequence, _ in kept]
-        new_ids = torch.tensor([token for _, token in kept], device=weight.device)[:, None]
-        kept_Rk, ids_Rk = decoder.step(new_ids, going, k)
+    batch, tokens = _begin(model, voice, prompts, sampling)
+    while tokens:
+        yield [(token.sequence.number, token.id) for token in tokens]
+        tokens = batch.step()
+
+
+def tell(
+    model: Transformer,
+    voice: Voice,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    answers: Sequence[Answer],
+) -> Iterator[list[tuple[int, str]]]:
+    """As `stream`, but yields (sequence, text), and sequences end at stop texts too. Fills `answers` in on the way, so
+    that a caller who stops listening still knows what was said."""
+    tellers = [Teller(voice.text_stream(), sampling.stop) for _ in prompts]
+    batch, tokens = _begin(model, voice, prompts, sampling)
+    while tokens:
+        told = []
+        for token in tokens:
+            number = token.sequence.number
+            answer, teller = answers[number], tellers[number]
+            piece, answer.finish = "", token.finish
+            if token.finish != "stop":
+                answer.ids.append(token.id)
+                piece = teller.push(token.id)
+            if teller.stopped:
+                answer.finish = "stop"
+                batch.leave(token.sequence)
+            elif token.finish is not None:
+                piece += teller.end()
+            answer.text += piece
+            told.append((number, piece))
+        yield told
+        tokens = batch.step()
 
 
 def generate(model: Transformer, voice: Voice, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-    """Answers to a batch of prompts. See `stream`."""
+    """Answers to a batch of prompts. See `tell`."""
     answers = [Answer() for _ in prompts]
-    for new in stream(model, voice, prompts, sampling):
-        for sequence, token in new:
-            answer = answers[sequence]
-            if token in voice.stop_ids:
-                answer.finish = "stop"
-            else:
-                answer.ids.append(token)
-    for answer in answers:
-        if answer.finish is None:
-            answer.finish = "length" if len(answer.ids) == sampling.max_length else "window"
+    for _ in tell(model, voice, prompts, sampling, answers):
+        pass
     return answers
 
 
 def speak(model: Transformer, voice: Voice, prompt: list[int], sampling: Sampling, answer: Answer) -> Iterator[str]:
-    """Generate for one prompt, yielding text as it is there. `answer` is filled in on the way, so that a caller who
-    stops listening still knows what was said. Raises UserError when the prompt fills the window."""
-    text = voice.text_stream()
-    for ((_, token),) in stream(model, voice, [prompt], sampling):
-        if token in voice.stop_ids:
-            answer.finish = "stop"
-            break
-        answer.ids.append(token)
-        yield text.push(token)
-    if answer.finish is None:
-        answer.finish = "length" if len(answer.ids) == sampling.max_length else "window"
-    yield text.end()
+    """Generate for one prompt, yielding text as it is there, and filling in `answer`. Raises UserError when the prompt
+    fills the window."""
+    for told in tell(model, voice, [prompt], sampling, [answer]):
+        yield from (piece for _, piece in told)
 
 
 def printable(text: str) -> str:

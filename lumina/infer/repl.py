@@ -31,6 +31,7 @@ HELP = """\
 /save FILE     add the conversation to a JSONL file, in the form that `lumina train` reads
 /load FILE     go on from the last conversation of a JSONL file
 /params        show the settings; /params temperature=0.5 top_k=20 changes them
+/stop TEXT     end answers before TEXT; without TEXT nothing but the model ends them
 /help          this text
 /quit          leave (so does the end of input, Ctrl-D)
 End a line with \\ to go on in the next one. Ctrl-C stops an answer."""
@@ -75,7 +76,7 @@ class Chat:
         try:
             yield from speak(self.model, self.voice, ids, turn, answer)
         finally:
-            self.messages.append(Message("assistant", self.voice.decode(answer.ids)))
+            self.messages.append(Message("assistant", answer.text))
 
     def say(self, text: str) -> int:
         """Add a user's message; returns how many old messages its answer will not see.
@@ -129,8 +130,8 @@ class Chat:
 
     def set_params(self, text: str) -> None:
         """Change settings from `name=value` words. Raises UserError, and changes nothing, when one is wrong."""
-        kinds: dict[str, Callable[[str], Any]] = {"temperature": float, "top_k": int, "top_p": float}
-        kinds |= {"max_length": int, "seed": int}
+        kinds: dict[str, Callable[[str], Any]] = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
+        kinds |= {"repetition_penalty": float, "max_length": int, "seed": int}
         changes = {}
         for word in text.split():
             name, _, value = word.partition("=")
@@ -226,8 +227,12 @@ def _command(chat: Chat, text: str, console: Console) -> bool:
     elif name == "/params":
         chat.set_params(rest)
         s = chat.sampling
-        settings = f"temperature={s.temperature:g} top_k={s.top_k} top_p={s.top_p:g}"
-        console.print(f"{settings} max_length={s.max_length} seed={s.seed}", markup=False)
+        settings = f"temperature={s.temperature:g} top_k={s.top_k} top_p={s.top_p:g} max_length={s.max_length}"
+        more = f"min_p={s.min_p:g} repetition_penalty={s.repetition_penalty:g}"
+        console.print(f"{settings} seed={s.seed} {more}", markup=False)
+    elif name == "/stop":
+        chat.sampling = replace(chat.sampling, stop=(rest,) if rest else ())
+        console.print(f"Answers end before {rest!r}." if rest else "No text ends an answer.", style="dim", markup=False)
     else:
         raise UserError(f"no such command: {name}", "/help lists them.")
     return True

@@ -1,10 +1,10 @@
 """From logits to the next token.
 
-Filters apply in the order that transformers uses: temperature, top-k, top-p on what top-k left. One uniform number per
-token and sequence picks from the remaining probabilities, likeliest first, so a sequence's tokens depend on its own
-seed and not on its neighbours in a batch.
+Filters apply in the order that transformers uses: repetition penalty on the logits, then temperature, top-k, top-p on
+what top-k left, min-p. One uniform number per token and sequence picks from the remaining probabilities, likeliest
+first, so a sequence's tokens depend on its own seed and not on its neighbours in a batch.
 
-Shape suffixes: R sequences, V vocabulary, k candidates.
+Shape suffixes: R sequences, V vocabulary, k candidates, n ids.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from torch import Tensor
 from lumina.config import UserError
 
 TEMPERATURES, TOP_KS, TOP_PS, LENGTHS = (0.1, 2.0), (1, 100), (0.1, 1.0), (1, 2048)
+MIN_PS, PENALTIES, STOPS, STOP_LENGTH = (0.0, 1.0), (0.5, 2.0), 16, 256
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose. temperature 0 is greedy; top_k None and top_p 1 filter nothing; seed None draws one.
+    """How to choose, and when to end.
+
+    temperature 0 is greedy; top_k None, top_p 1 and min_p 0 filter nothing. min_p keeps tokens that are at least that
+    share as likely as the likeliest (arXiv:2407.01082). repetition_penalty divides the positive logits of tokens that
+    prompt or answer hold, and multiplies the negative ones (arXiv:1909.05858, section 4.1); 1 is none. An answer ends
+    before the first of the `stop` texts that it would hold. seed None draws one.
 
     Raises UserError when a value is outside its range.
     """
@@ -33,6 +39,9 @@ class Sampling:
     top_p: float = 0.9
     max_length: int = 256
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature != 0:
@@ -41,6 +50,10 @@ class Sampling:
             _within("top_k", self.top_k, TOP_KS)
         _within("top_p", self.top_p, TOP_PS)
         _within("max_length", self.max_length, LENGTHS)
+        _within("min_p", self.min_p, MIN_PS)
+        _within("repetition_penalty", self.repetition_penalty, PENALTIES)
+        if len(self.stop) > STOPS or not all(1 <= len(text) <= STOP_LENGTH for text in self.stop):
+            raise UserError(f"stop takes up to {STOPS} texts of 1 to {STOP_LENGTH} characters")
         if self.seed is None:
             object.__setattr__(self, "seed", int.from_bytes(os.urandom(4), "little"))
         elif not 0 <= self.seed < 2**63:
@@ -64,14 +77,24 @@ def generator(sampling: Sampling, sequence: int) -> torch.Generator:
 
 
 def probabilities(kept_Rk: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (float64) of candidates whose logits are given, largest first: temperature, then top-p, which
-    leaves some of them 0."""
+    """Probabilities (float64) of candidates whose logits are given, largest first: temperature, then top-p and min-p,
+    which leave some of them 0."""
     p_Rk = (kept_Rk.double() / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         before_Rk = p_Rk.cumsum(-1) - p_Rk
         p_Rk = p_Rk.masked_fill(before_Rk >= sampling.top_p, 0)  # the token that crosses top-p stays
         p_Rk /= p_Rk.sum(-1, keepdim=True)
+    if sampling.min_p > 0:
+        p_Rk = p_Rk.masked_fill(p_Rk < sampling.min_p * p_Rk[:, :1], 0)
+        p_Rk /= p_Rk.sum(-1, keepdim=True)
     return p_Rk
+
+
+def penalised(logits_V: Tensor, ids_n: Tensor, penalty: float) -> Tensor:
+    """The logits of one sequence with those of the tokens it holds (int64 ids, repeats allowed) made less likely, or
+    more when the penalty is below 1. Not in place."""
+    held_n = logits_V[ids_n]
+    return logits_V.index_copy(0, ids_n, torch.where(held_n > 0, held_n / penalty, held_n * penalty))
 
 
 def choose(kept_Rk: Tensor, ids_Rk: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:

@@ -111,7 +111,7 @@ class Decoder:
         return _shortlists[self._model].top(x_RD, k, self._forbidden_V)
 
     def logits(self, ids_R1: Tensor, rows: list[int]) -> Tensor:
-        """Feed one token to each of the cache's `rows`; all logits that follow, (R, V), those of forbidden tokens too."""
+        """Feed one token to each of the cache's `rows`; the logits that follow, (R, V), of forbidden tokens too."""
         slots, positions_R1 = self._extend(rows)
         if not self.compiled or len(rows) > _MOST_ROWS:
             return self._model(ids_R1, positions_R1, cache=self._cache)[:, 0]  # type: ignore[no-any-return]

@@ -128,13 +128,23 @@ def test_an_interrupted_answer_keeps_what_was_said(chat: Chat, monkeypatch: pyte
     def interrupted(*arguments: object) -> Iterator[str]:
         answer = arguments[-1]
         assert isinstance(answer, Answer)
-        answer.ids += TOKENIZER.encode("Some")
+        answer.text += "Some"
         yield "Some"
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lumina.infer.repl.speak", interrupted)
     assert "(stopped)" in spoken(chat, ["Hello"])
     assert chat.messages[-1] == Message(BOT, "Some")
+
+
+def test_a_stop_text_ends_answers_and_is_not_kept(chat: Chat) -> None:
+    spoken(chat, ["Hello"])
+    whole = chat.messages[-1].content
+    stop = whole[len(whole) // 2 :][:3].strip()
+    spoken(chat, ["/reset", f"/stop {stop}", "Hello"])
+    assert chat.messages[-1].content == whole[: whole.index(stop)]
+    assert "No text ends an answer." in spoken(chat, ["/stop"])
+    assert chat.sampling.stop == ()
 
 
 def test_unknown_commands_and_leaving(chat: Chat) -> None:

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from lumina.config import UserError
 from lumina.infer import Sampling
-from lumina.infer.sampling import choose, probabilities
+from lumina.infer.sampling import choose, penalised, probabilities
 
 VOCABULARY, DRAWS = 40, 20_000
 
 
-def exact(logits_V: np.ndarray, temperature: float, top_k: int | None, top_p: float) -> np.ndarray:
-    """Keep the top_k likeliest; of these the fewest whose mass reaches top_p; renormalise."""
+def exact(logits_V: np.ndarray, temperature: float, top_k: int | None, top_p: float, min_p: float = 0.0) -> np.ndarray:
+    """Keep the top_k likeliest; of these the fewest whose mass reaches top_p, and that are at least min_p times as
+    likely as the likeliest; renormalise."""
     p = np.exp(logits_V.astype(np.float64) / temperature)
     order = np.argsort(-logits_V)[: top_k or len(logits_V)]
     kept = np.zeros_like(p)
@@ -28,6 +29,7 @@ def exact(logits_V: np.ndarray, temperature: float, top_k: int | None, top_p: fl
         if mass >= top_p:
             break
     final = np.zeros_like(p)
+    chosen = [token for token in chosen if kept[token] >= min_p * kept.max()]
     final[chosen] = kept[chosen] / kept[chosen].sum()
     return final
 
@@ -38,23 +40,34 @@ def chi_square_bound(freedom: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
+    ("temperature", "top_k", "top_p", "min_p", "penalty"),
     [
-        (1.0, None, 1.0),
-        (0.5, None, 1.0),
-        (2.0, None, 1.0),
-        (1.0, 5, 1.0),
-        (1.0, None, 0.7),
-        (0.8, 12, 0.9),
-        (1.3, 1, 0.1),
+        (1.0, None, 1.0, 0.0, 1.0),
+        (0.5, None, 1.0, 0.0, 1.0),
+        (2.0, None, 1.0, 0.0, 1.0),
+        (1.0, 5, 1.0, 0.0, 1.0),
+        (1.0, None, 0.7, 0.0, 1.0),
+        (1.0, None, 1.0, 0.1, 1.0),
+        (1.5, None, 1.0, 0.3, 1.0),
+        (1.0, None, 1.0, 0.0, 1.4),
+        (1.0, None, 1.0, 0.0, 0.7),
+        (0.8, 12, 0.9, 0.0, 1.0),
+        (0.8, 12, 0.95, 0.2, 1.2),
+        (1.3, 1, 0.1, 0.0, 1.0),
     ],
 )
-def test_each_filter_draws_from_the_exact_distribution(temperature: float, top_k: int | None, top_p: float) -> None:
+def test_each_filter_draws_from_the_exact_distribution(
+    temperature: float, top_k: int | None, top_p: float, min_p: float, penalty: float
+) -> None:
     logits_V = np.random.default_rng(0).normal(scale=1.5, size=VOCABULARY).astype(np.float32)
     logits_V[7] = -np.inf  # a forbidden token
-    expected = exact(logits_V, temperature, top_k, top_p) * DRAWS
-    sampling = Sampling(temperature, top_k, top_p, seed=0)
-    rows = torch.from_numpy(logits_V).repeat(100, 1)
+    held = [3, 11, 11, 20, 33]
+    repeated = logits_V.copy()
+    repeated[held] = np.where(logits_V > 0, logits_V / penalty, logits_V * penalty)[held]
+    assert {bool(above) for above in logits_V[held] > 0} == {True, False}
+    expected = exact(repeated, temperature, top_k, top_p, min_p) * DRAWS
+    sampling = Sampling(temperature, top_k, top_p, seed=0, min_p=min_p, repetition_penalty=penalty)
+    rows = penalised(torch.from_numpy(logits_V), torch.tensor(held), penalty).repeat(100, 1)
     generators = [torch.Generator().manual_seed(row) for row in range(100)]
     kept_Rk, ids_Rk = rows.topk(top_k or VOCABULARY)
     drawn = torch.cat([choose(kept_Rk, ids_Rk, sampling, generators) for _ in range(DRAWS // 100)])
@@ -77,14 +90,18 @@ def test_each_filter_draws_from_the_exact_distribution(temperature: float, top_k
     st.sampled_from([0.1, 0.7, 1.0, 2.0]),
     st.integers(1, 100),
     st.sampled_from([0.1, 0.35, 0.8, 1.0]),
+    st.sampled_from([0.0, 0.03, 0.4, 1.0]),
 )
-def test_candidates_are_the_definition(logits: list[float], temperature: float, top_k: int, top_p: float) -> None:
+def test_candidates_are_the_definition(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     logits_V = np.array(logits, dtype=np.float32)
     kept_Rk, ids_Rk = torch.from_numpy(logits_V)[None].topk(min(top_k, len(logits)))
-    p_Rk = probabilities(kept_Rk, Sampling(temperature, top_k, top_p))
+    p_Rk = probabilities(kept_Rk, Sampling(temperature, top_k, top_p, min_p=min_p))
     spread = torch.zeros(1, len(logits), dtype=p_Rk.dtype).scatter_(1, ids_Rk, p_Rk)[0].numpy()
-    # A token exactly at the edge of top_p may fall either way by the last bit of a sum.
-    edges = [exact(logits_V, temperature, top_k, top_p * (1 + by)) for by in (0, -1e-12, 1e-12)]
+    # A token exactly at the edge of top_p or min_p may fall either way by the last bit of a sum.
+    around = [(by, also) for by in (0, -1e-12, 1e-12) for also in (0, -1e-12, 1e-12)]
+    edges = [exact(logits_V, temperature, top_k, top_p * (1 + by), min(1.0, min_p * (1 + also))) for by, also in around]
     assert any(np.allclose(spread, expected, rtol=1e-9, atol=1e-12) for expected in edges)
 
 
@@ -107,8 +124,14 @@ def test_greedy_takes_the_largest_and_needs_no_random_numbers() -> None:
         ({"max_length": 0}, "max_length 0 is outside 1 to 2048"),
         ({"max_length": 2049}, "max_length"),
         ({"seed": -1}, "seed"),
+        ({"min_p": -0.1}, "min_p -0.1 is outside 0 to 1"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.4}, "repetition_penalty 0.4 is outside 0.5 to 2"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"stop": ("",)}, "stop takes up to 16 texts of 1 to 256 characters"),
+        ({"stop": ("a",) * 17}, "stop"),
     ],
 )
-def test_values_outside_their_range_are_refused_by_name(values: dict[str, float], named: str) -> None:
+def test_values_outside_their_range_are_refused_by_name(values: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
         Sampling(**values)  # type: ignore[arg-type]

@@ -1,0 +1,213 @@
+"""Sequences that are generated together: each may join or leave between any two passes, the others go on.
+
+What a sequence says must not depend on its neighbours. Three things see to that:
+
+- Random numbers are each sequence's own (sampling.py).
+- A prompt's logits come from a pass whose layout depends on that prompt alone, when callers prefill one at a time.
+- A decoding step's sums may be taken in another order when it has other rows, which moves a logit in its last bits, and
+  with it the choice between two nearly equal ones. So in float32 a greedy choice that is nearer than TIE, far more than
+  rounding can move, is taken from a pass over the sequence alone, without the cache. Any other choice is the same in
+  every order of summation; this one is the same because it is the same computation. It happens about once in a
+  thousand tokens. Lower precisions have no such guarantee: rounding there is as large as real differences.
+
+Shape suffixes as in sampling.py.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lumina.config import UserError
+from lumina.infer.sampling import Sampling, choose, generator, penalised
+from lumina.infer.voice import Voice
+from lumina.model import Transformer
+from lumina.model.cache import KVCache
+from lumina.model.decode import Decoder
+
+TIE = 1e-4  # of 1 + |logit|. Orders of summation moved logits by 1e-6 of that (hidden 64 to 1024, 2 to 24 layers)
+
+Finish = Literal["stop", "length", "window"]
+"""Why a sequence ended: its stop token or a stop text, max_length, or the window being full."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and what the model says to it, the stop token included."""
+
+    prompt: list[int]
+    sampling: Sampling
+    number: int = 0  # of several answers to one request: each draws other numbers
+    logprobs: int | None = None  # report the probability of each token, and of so many of the likeliest
+    said: list[int] = field(default_factory=list)
+    slot: int = -1
+    fed: int = 0  # tokens of the prompt that the cache holds
+    room: int = 0  # tokens that it may still say
+
+    def __post_init__(self) -> None:
+        self.random = generator(self.sampling, self.number)
+
+    @property
+    def special(self) -> bool:
+        """Whether its next token needs all logits, not only the largest."""
+        return self.logprobs is not None or self.sampling.repetition_penalty != 1
+
+
+class Token(NamedTuple):
+    """A new token; `finish` when it is its sequence's last. logprob and top (ids and theirs) are natural logarithms of
+    the model's own probabilities, before any filter."""
+
+    sequence: Sequence
+    id: int
+    finish: Finish | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Batch:
+    """Sequences in the rows of one preallocated cache."""
+
+    def __init__(self, model: Transformer, voice: Voice, rows: int, capacity: int) -> None:
+        """`rows` sequences at most, of `capacity` tokens each, prompt included."""
+        weight = model.embedding.weight
+        self._model, self._stop_ids, self.capacity = model, voice.stop_ids, capacity
+        self._cache = KVCache(model.config, rows, capacity, weight)
+        self._forbidden_V = voice.forbidden(model.config.vocab_size).to(weight.device)
+        self._decoder = Decoder(model, self._cache, self._forbidden_V)
+        self._exact = weight.dtype in (torch.float32, torch.float64)
+        self._free = list(range(rows))
+        self.going: list[Sequence] = []
+        """Those that a step adds a token to."""
+
+    @property
+    def free(self) -> int:
+        """How many sequences can join."""
+        return len(self._free)
+
+    def join(self, sequence: Sequence) -> None:
+        """Give it the lowest free row: steps over the first rows in order need no copies."""
+        assert 1 <= len(sequence.prompt) < self.capacity
+        sequence.slot = heapq.heappop(self._free)
+        sequence.room = min(sequence.sampling.max_length, self.capacity - len(sequence.prompt))
+
+    def leave(self, sequence: Sequence) -> None:
+        """Free its row, whether it has ended or not. Leaving twice does nothing."""
+        if sequence.slot < 0:
+            return
+        if sequence in self.going:
+            self.going.remove(sequence)
+        self._cache.free(sequence.slot)
+        heapq.heappush(self._free, sequence.slot)
+        sequence.slot = -1
+
+    @torch.inference_mode()
+    def prefill(self, sequences: Many[Sequence], most: int | None = None) -> list[Token]:
+        """Feed each the next of its prompt, `most` tokens or all that is left, in one pass.
+
+        Returns the first token of each whose prompt is now complete. Raises UserError: logits that are not finite.
+        """
+        pieces = [s.prompt[s.fed :][:most] for s in sequences]
+        positions = self._cache.extend([s.slot for s in sequences], [len(piece) for piece in pieces])
+        ids = torch.tensor([token for piece in pieces for token in piece], device=positions.device)[None]
+        x_R1D = self._model.trunk(ids, positions, cache=self._cache)
+        for sequence, piece in zip(sequences, pieces, strict=True):
+            sequence.fed += len(piece)
+        ready = [row for row, s in enumerate(sequences) if s.fed == len(s.prompt)]
+        if not ready:
+            return []
+        begun = [sequences[row] for row in ready]
+        self.going = sorted([*self.going, *begun], key=lambda s: s.slot)
+        return self._choose(begun, *self._largest(begun, self._model.output(x_R1D[ready])[:, 0]))
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """One more token for each sequence that is going. Raises UserError: logits that are not finite."""
+        going = list(self.going)
+        if not going:
+            return []
+        ids_R1 = torch.tensor([s.said[-1] for s in going], device=self._forbidden_V.device)[:, None]
+        rows = [s.slot for s in going]
+        if any(s.special for s in going):
+            return self._choose(going, *self._largest(going, self._decoder.logits(ids_R1, rows)))
+        return self._choose(going, *self._decoder.step(ids_R1, rows, self._most(going)), None)
+
+    def _candidates(self, sampling: Sampling) -> int | None:
+        """How many of the largest logits decide; None for all."""
+        most = (2 if self._exact else 1) if sampling.greedy else sampling.top_k
+        return None if most is None else min(most, len(self._forbidden_V))
+
+    def _most(self, sequences: Many[Sequence]) -> int | None:
+        each = [self._candidates(s.sampling) for s in sequences]
+        return None if None in each else max(k for k in each if k is not None)
+
+    def _largest(self, sequences: Many[Sequence], logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(logits, ids) of the candidates, largest first, and log-probabilities (R, V) when some sequence wants any."""
+        logprobs_RV = None
+        if any(s.logprobs is not None for s in sequences):
+            logprobs_RV = logits_RV.float().masked_fill(self._forbidden_V, -torch.inf).log_softmax(-1)
+        if any(s.sampling.repetition_penalty != 1 for s in sequences):
+            logits_RV = torch.stack([self._adjusted(s, row_V) for s, row_V in zip(sequences, logits_RV, strict=True)])
+        return *self._decoder.largest(logits_RV, self._most(sequences)), logprobs_RV
+
+    def _adjusted(self, sequence: Sequence, logits_V: Tensor) -> Tensor:
+        if sequence.sampling.repetition_penalty == 1:
+            return logits_V
+        held_n = torch.tensor([*sequence.prompt, *sequence.said], device=logits_V.device)
+        return penalised(logits_V, held_n, sequence.sampling.repetition_penalty)
+
+    def _choose(
+        self, sequences: list[Sequence], kept_Rk: Tensor, ids_Rk: Tensor, logprobs_RV: Tensor | None
+    ) -> list[Token]:
+        if not kept_Rk[:, 0].isfinite().all():
+            raise UserError("the model's logits are not finite", "Its training diverged: use an earlier checkpoint.")
+        chosen = [0] * len(sequences)
+        alike: dict[Sampling, list[int]] = {}  # those whose filters are the same are drawn together
+        for row, sequence in enumerate(sequences):
+            alike.setdefault(replace(sequence.sampling, seed=0, stop=(), max_length=1), []).append(row)
+        for sampling, rows in alike.items():
+            k = self._candidates(sampling)
+            where = slice(None) if len(rows) == len(sequences) else rows
+            generators = [sequences[row].random for row in rows]
+            picked = choose(kept_Rk[where, :k], ids_Rk[where, :k], sampling, generators).tolist()
+            for row, token in zip(rows, picked, strict=True):
+                chosen[row] = token
+        if self._exact:
+            for row in self._ties(sequences, kept_Rk):
+                chosen[row] = self._alone(sequences[row])
+        return [self._said(s, row, chosen[row], logprobs_RV) for row, s in enumerate(sequences)]
+
+    @staticmethod
+    def _ties(sequences: list[Sequence], kept_Rk: Tensor) -> list[int]:
+        """Rows whose greedy choice rounding could turn."""
+        if kept_Rk.shape[1] < 2 or not any(s.sampling.greedy for s in sequences):
+            return []
+        near_R = kept_Rk[:, 0] - kept_Rk[:, 1] <= TIE * (1 + kept_Rk[:, 0].abs())
+        return [row for row in near_R.nonzero()[:, 0].tolist() if sequences[row].sampling.greedy]
+
+    def _alone(self, sequence: Sequence) -> int:
+        """The greedy choice of a pass over this sequence only."""
+        ids = torch.tensor([*sequence.prompt, *sequence.said], device=self._forbidden_V.device)[None]
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        logits_V = self._model.output(self._model.trunk(ids, positions)[:, -1])[0]
+        return int(self._adjusted(sequence, logits_V).masked_fill(self._forbidden_V, -torch.inf).argmax())
+
+    def _said(self, sequence: Sequence, row: int, token: int, logprobs_RV: Tensor | None) -> Token:
+        sequence.said.append(token)
+        sequence.room -= 1
+        finish: Finish | None = None
+        if token in self._stop_ids:
+            finish = "stop"
+        elif sequence.room == 0:
+            finish = "length" if len(sequence.said) == sequence.sampling.max_length else "window"
+        if finish is not None:
+            self.leave(sequence)
+        if sequence.logprobs is None or logprobs_RV is None:
+            return Token(sequence, token, finish)
+        best = logprobs_RV[row].topk(max(1, sequence.logprobs))
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))[: sequence.logprobs]
+        return Token(sequence, token, finish, float(logprobs_RV[row, token]), top)

@@ -35,6 +35,11 @@ EXTRAS_REQUIRE = {
     "mpi": ["mpi4py>=4.0", "openmpi>=5.0"],  # start under mpirun; DeepSpeed finds its ranks through mpi4py
     "tracking": ["wandb>=0.24", "tensorboard>=2.16", "mlflow-skinny>=3"],  # experiment trackers
     "hf": ["transformers>=4.45"],  # import and export of Hugging Face checkpoints
+    "serve": [
+        "fastapi>=0.115",  # paths, and requests checked by pydantic
+        "uvicorn>=0.30",  # the HTTP server under it
+        "prometheus-client>=0.20",  # the text format of /metrics
+    ],
     "quickstart": ["chitchat-dataset>=0.9", "matplotlib>=3.8"],  # real conversations and the loss curve's PNG
     "dedup": ["rensa>=0.5"],  # MinHash for near-duplicate conversations
     "dev": [
@@ -46,6 +51,11 @@ EXTRAS_REQUIRE = {
         "tensorboard>=2.16",
         "mlflow-skinny>=3",
         "hypothesis>=6.100",  # properties of packing, order, merging
+        "fastapi>=0.115",  # the server that the tests start
+        "uvicorn>=0.30",
+        "prometheus-client>=0.20",
+        "openai>=1.40",  # the client that the server is proven with
+        "httpx>=0.27",  # requests that no well-behaved client makes
         "ruff>=0.6",
         "mypy>=1.11",
         "types-PyYAML",
@@ -66,7 +76,15 @@ setup(
     packages=[*find_packages(include=["lumina", "lumina.*"]), "lumina.kernels"],
     package_dir={"lumina.kernels": "kernels"},
     package_data={
-        "lumina": ["py.typed", "**/*.html", "monitor/assets/*", "model/*.c", "config/presets/*.yaml", "plan/*.yaml"]
+        "lumina": [
+            "py.typed",
+            "**/*.html",
+            "monitor/assets/*",
+            "infer/assets/*",
+            "model/*.c",
+            "config/presets/*.yaml",
+            "plan/*.yaml",
+        ]
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

@@ -34,10 +34,18 @@ def _sampling_options(parser: Parser) -> None:
     parser.add_argument("--top-p", type=between(float, 0.1, 1.0), default=0.9, help="0.1 to 1.0 of the mass (0.9)")
     parser.add_argument("--max-length", type=between(int, 1, 2048), default=256, help="new tokens, 1 to 2048 (256)")
     parser.add_argument("--seed", type=int, default=None, help="same seed, same answer")
+    parser.add_argument(
+        "--min-p", type=between(float, 0, 1), default=0.0, help="at least this share of the likeliest, 0 to 1 (0)"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=between(float, 0.5, 2.0), default=1.0, help="0.5 to 2.0; above 1 repeats less (1)"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
 
 
 def _sampling(arguments: Arguments) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "max_length", "seed")}
+    names = ("temperature", "top_k", "top_p", "max_length", "seed", "min_p", "repetition_penalty")
+    return {name: getattr(arguments, name) for name in names} | {"stop": tuple(arguments.stop)}
 
 
 def chat(arguments: Arguments) -> int:
@@ -104,9 +112,33 @@ def _evaluate_options(parser: Parser) -> None:
     json_option(parser)
 
 
+def serve(arguments: Arguments) -> int:
+    """Answer over HTTP: OpenAI's API, and a chat page for the browser."""
+    from lumina.infer import serve_command
+
+    names = ("run", "host", "port", "api_key", "precision", "slots", "queue", "max_tokens", "timeout", "max_body")
+    return serve_command(**{name: getattr(arguments, name) for name in names})
+
+
+def _serve_options(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=between(int, 0, 65535), default=8000, help="0 takes a free one (8000)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="what clients must show; better LUMINA_API_KEY, which ps hides"
+    )
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="(auto)")
+    parser.add_argument("--slots", type=between(int, 1, 256), default=8, help="answers made at a time (8)")
+    parser.add_argument("--queue", type=between(int, 0, 100_000), default=64, help="answers that may wait (64)")
+    parser.add_argument("--max-tokens", type=between(int, 1, 2048), default=2048, help="longest answer (2048)")
+    parser.add_argument("--timeout", type=between(float, 1, 86_400), default=300.0, help="seconds for a request (300)")
+    parser.add_argument("--max-body", type=between(int, 1024, 1 << 30), default=1 << 20, help="bytes (1 MiB)")
+
+
 COMMANDS: dict[str, Command] = {
     "generate": Command(generate, _generate_options),
     "chat": Command(chat, _chat_options),
+    "serve": Command(serve, _serve_options),
     "evaluate": Command(evaluate, _evaluate_options),
     "export": Command(export, _export_options),
     "import": Command(import_, _import_options),

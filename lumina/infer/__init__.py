@@ -1,6 +1,13 @@
 """Using a trained model: load it, generate, talk to it, take it elsewhere."""
 
-from lumina.infer.commands import chat_command, evaluate_command, export_command, generate_command, import_command
+from lumina.infer.commands import (
+    chat_command,
+    evaluate_command,
+    export_command,
+    generate_command,
+    import_command,
+    serve_command,
+)
 from lumina.infer.exporting import export
 from lumina.infer.generation import Answer, generate, stream
 from lumina.infer.importing import import_hf
@@ -24,5 +31,6 @@ __all__ = [
     "import_command",
     "import_hf",
     "load",
+    "serve_command",
     "stream",
 ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json as json_module
 import logging
+import os
 import sys
 import time
 from collections import Counter
+from typing import Any
 
 from lumina.chat import Conversation, Message
 from lumina.config import UserError
@@ -25,23 +27,18 @@ def generate_command(
     *,
     run: str,
     prompt: str,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 0.9,
-    max_length: int = 256,
-    seed: int | None = None,
     json: bool = False,
+    **settings: Any,
 ) -> int:
-    """Answer one prompt, printing as the answer arrives. Raises UserError."""
-    sampling = Sampling(temperature, top_k, top_p, max_length, seed)
+    """Answer one prompt, printing as the answer arrives. `settings` are Sampling's. Raises UserError."""
+    sampling = Sampling(**settings)
     loaded = load(run)
     log.info("%s, step %d", loaded.checkpoint, loaded.step)
     ids = loaded.voice.prompt(Conversation([Message("user", prompt)]))
-    answer, pieces = Answer(), list[str]()
+    answer = Answer()
     safe = printable if sys.stdout.isatty() else str
     started = time.perf_counter()
     for piece in speak(loaded.model, loaded.voice, ids, sampling, answer):
-        pieces.append(piece)
         if not json:
             sys.stdout.write(safe(piece))
             sys.stdout.flush()
@@ -52,7 +49,7 @@ def generate_command(
             log.warning("the answer ends here because the model's window (%d tokens) is full", loaded.config.seq_length)
         return 0
     result = {
-        "text": "".join(pieces),
+        "text": answer.text,
         "finish_reason": answer.finish,
         "prompt_tokens": len(ids),
         "tokens": len(answer.ids),
@@ -101,14 +98,10 @@ def chat_command(
     *,
     run: str,
     system: str | None = None,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 0.9,
-    max_length: int = 256,
-    seed: int | None = None,
+    **settings: Any,
 ) -> int:
-    """Talk to a model in the terminal until /quit or the end of input. Raises UserError."""
-    sampling = Sampling(temperature, top_k, top_p, max_length, seed)
+    """Talk to a model in the terminal until /quit or the end of input. `settings` are Sampling's. Raises UserError."""
+    sampling = Sampling(**settings)
     loaded = load(run)
     chat = Chat(loaded.model, loaded.voice, sampling, system)
     return converse(chat, f"{loaded.checkpoint}, step {loaded.step}")
@@ -133,3 +126,14 @@ def evaluate_command(*, run: str, data: list[str], json: bool = False) -> int:
     for reason, count in sorted(skipped.items()):
         print(f"skipped, {reason}: {count:,}")
     return 0
+
+
+def serve_command(*, run: str, api_key: str | None, **options: Any) -> int:
+    """Serve a model over HTTP until SIGTERM or SIGINT. Raises UserError."""
+    try:
+        from lumina.infer.serve.running import serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"serving needs {error.name}, which is not installed", "Install it with `pip install 'lumina[serve]'`."
+        ) from None
+    return serve(run, os.environ.get("LUMINA_API_KEY") if api_key is None else api_key, **options)

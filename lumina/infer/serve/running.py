@@ -1,0 +1,108 @@
+"""From a run to a server that answers, and down again."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from lumina.config import UserError
+from lumina.infer.loading import Loaded, load, read_voice
+from lumina.infer.serve.app import Service, make_app
+from lumina.infer.serve.engine import Engine
+from lumina.infer.serve.guard import LOOPBACK, Guard, Rules
+from lumina.infer.serve.metrics import Metrics
+
+log = logging.getLogger("lumina")
+
+BODY_SECONDS = 30.0  # for a request's body to arrive
+STALL_SECONDS = 30.0  # without the client reading what was sent
+GRACE_SECONDS = 10  # for answers that are being made when the server is told to stop
+_CONNECTIONS = 1024
+
+
+def serve(
+    run: str,
+    key: str | None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    precision: str = "auto",
+    slots: int = 8,
+    queue: int = 64,
+    max_tokens: int = 2048,
+    timeout: float = 300.0,
+    max_body: int = 1 << 20,
+) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code. Raises UserError: no such run, address taken, a bad key."""
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+        raise UserError("the API key must be printable ASCII without spaces at its ends", "`openssl rand -hex 32`")
+    listener = _listen(host, port)
+    try:
+        service = make_service(load(run, precision), slots, queue, max_tokens, timeout)
+        address = _address(listener)
+        open_to = _loopback(listener.getsockname()[0])
+        if key is None and not open_to:
+            log.warning("%s can be reached from other machines and asks for no key: set LUMINA_API_KEY", address)
+        rules = Rules(key, LOOPBACK if open_to else None, max_body, BODY_SECONDS)
+        server = make_server(Guard(make_app(service), rules, service.metrics))
+        # uvicorn stops at these by itself and then raises them again for whoever handled them before.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stopping)
+        service.engine.start()
+        try:
+            print(f"{service.loaded.checkpoint}, step {service.loaded.step}: {address}", flush=True)
+            server.run([listener])
+        finally:
+            service.engine.close()
+    finally:
+        listener.close()
+    log.info("stopped")
+    return 0
+
+
+def make_service(loaded: Loaded, slots: int, queue: int, max_tokens: int, timeout: float) -> Service:
+    """The model's engine, not yet started, and what the paths need."""
+    metrics = Metrics(slots)
+    engine = Engine(loaded, slots, queue, metrics)
+    voice = read_voice(loaded.checkpoint)  # a second one: see Service
+    return Service(loaded, voice, engine, metrics, max_tokens, timeout, STALL_SECONDS)
+
+
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    return uvicorn.Server(config)
+
+
+def _stopping(number: int, frame: FrameType | None) -> None:
+    """The signal was heard: uvicorn is done by then."""
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before the model is loaded: a taken port is found at once. Raises UserError."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(where[:2], family=family)
+    except OSError as error:
+        raise UserError(f"cannot listen at {host}, port {port}: {error.strerror}", "Choose another --port.") from None
+
+
+def _loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"

@@ -1,0 +1,74 @@
+"""A server in this process, on a free port of the loopback address, and its clients."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from openai import OpenAI
+
+from lumina.infer import Loaded
+from lumina.infer.serve.app import Service, make_app
+from lumina.infer.serve.guard import LOOPBACK, Guard, Rules
+from lumina.infer.serve.running import make_server, make_service
+
+
+@dataclass
+class Running:
+    service: Service
+    address: str
+    port: int
+
+    def client(self, key: str = "none") -> OpenAI:
+        return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+        return httpx.post(self.address + path, timeout=60, **options)
+
+    def metric(self, line: str) -> float:
+        """The value of one line of /metrics, 0 when it is not there."""
+        lines = self.service.metrics.text().decode().splitlines()
+        return next((float(text.rsplit(" ", 1)[1]) for text in lines if text.rsplit(" ", 1)[0] == line), 0.0)
+
+    def idle(self) -> bool:
+        return self.metric("lumina_sequences_running") == self.metric("lumina_sequences_waiting") == 0
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+
+
+@contextmanager
+def running(
+    loaded: Loaded,
+    key: str | None = None,
+    slots: int = 4,
+    queue: int = 32,
+    timeout: float = 60.0,
+    max_body: int = 1 << 16,
+    body_seconds: float = 10.0,
+) -> Iterator[Running]:
+    service = make_service(loaded, slots, queue, 400, timeout)
+    server = make_server(Guard(make_app(service), Rules(key, LOOPBACK, max_body, body_seconds), service.metrics))
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([listener],))
+    service.engine.start()
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield Running(service, f"http://127.0.0.1:{port}", port)
+    finally:
+        server.should_exit = True
+        thread.join()
+        service.engine.close()
+        listener.close()

@@ -1,5 +1,7 @@
 """What the fork server of tests/runs.py imports once for all the ranks that it will start."""
 
+import os
+
 import torch._dynamo  # imported by torch's optimizers when the first is made
 
 import lumina.train.run
@@ -8,3 +10,5 @@ from lumina.train.engine import import_deepspeed
 import_deepspeed()
 assert torch._dynamo
 assert lumina.train.run
+
+os.environ.pop("PYTHONPATH", None)  # it was for finding this file; the ranks run as a user's do

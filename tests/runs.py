@@ -165,7 +165,8 @@ class Runs:
         self._jobs: list[Job] = []
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["preload"])
-        with mock.patch.dict(os.environ, clean_environment(), clear=True):
+        # By PYTHONPATH: Python before 3.12.3 ignores an import that fails in the server, and does not pass sys.path on.
+        with mock.patch.dict(os.environ, {**clean_environment(), "PYTHONPATH": str(ROOT / "tests")}, clear=True):
             forkserver.ensure_running()
 
     def start(self, argv: Sequence[str], world: int = 1, patch: Patch | None = None) -> Job:

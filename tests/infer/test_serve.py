@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -79,7 +78,7 @@ def test_streamed(server: Running, loaded: Loaded) -> None:
 
 
 def test_concurrent_requests_say_what_they_say_alone(server: Running, loaded: Loaded) -> None:
-    """Sixteen at once over four slots, of different prompts and lengths: they join and leave in the middle of others."""
+    """Sixteen over four slots, of different prompts and lengths: they join and leave in the middle of others."""
     asked = [([{"role": "user", "content": "word " * (1 + 7 * i % 40) + str(i)}], 5 + 3 * i % 31) for i in range(16)]
     client = server.client()
 

@@ -141,13 +141,13 @@ async def _answer(
     if body.model is not None and body.model != service.name:
         raise ApiError(404, f"There is no model {body.model!r}: this is {service.name!r}.", "model_not_found", "model")
     if (body.limit() or 0) > service.most_tokens:
-        raise ApiError(
-            400, f"max_tokens {body.limit()} is more than this server's {service.most_tokens}", param="max_tokens"
-        )
+        text = f"max_tokens {body.limit()} is more than this server's {service.most_tokens}"
+        raise ApiError(400, text, param="max_tokens")
     try:
         sampling = body.sampling(service.most_tokens)
     except UserError as error:
-        raise ApiError(400, str(error), param=str(error).split()[0]) from None
+        text = str(error).replace("max_length", "max_tokens")
+        raise ApiError(400, text, param=text.split()[0]) from None
     each = [(ids, p * body.n + i) for p, ids in enumerate(prompts) for i in range(body.n)]
     sequences = [Sequence(ids, sampling, number, logprobs) for ids, number in each]
     step = f"step-{service.loaded.step}"

@@ -1,16 +1,20 @@
-"""The tokenizer and the one chat template: turns in, token ids and loss mask out."""
+"""The tokenizer and the one chat template, ours or an imported model's: turns in, token ids and loss mask out."""
 
 from lumina.chat.template import (
     ROLE_ALIASES,
     TEMPLATE_VERSION,
     TEXT_ROLE,
+    AnyTokenizer,
     Conversation,
     Message,
     Rendered,
     RenderedBlock,
+    open_tokenizer,
     prompt_ids,
     render,
     render_many,
+    render_sound,
+    template_version,
 )
 from lumina.chat.tokenizer import CONTROL_TOKENS, Tokenizer
 
@@ -19,12 +23,16 @@ __all__ = [
     "ROLE_ALIASES",
     "TEMPLATE_VERSION",
     "TEXT_ROLE",
+    "AnyTokenizer",
     "Conversation",
     "Message",
     "Rendered",
     "RenderedBlock",
     "Tokenizer",
+    "open_tokenizer",
     "prompt_ids",
     "render",
     "render_many",
+    "render_sound",
+    "template_version",
 ]

@@ -4,7 +4,8 @@
     <|endoftext|>TEXT<|endoftext|>               a plain text for continued pretraining (role "text")
 
 Learned ("supervised") are an assistant's CONTENT and its <|im_end|>, and a plain text with its closing <|endoftext|>.
-Training, inference and export all go through here, so what the model is asked is what it was taught.
+Training, inference and export all go through here, so what the model is asked is what it was taught. An imported model
+brings a tokenizer and a template of its own (foreign.py): `open_tokenizer` opens either, and rooms ask both alike.
 
 Shapes: T tokens, M messages, N conversations.
 """
@@ -13,12 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lumina.chat.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lumina.chat.foreign import ForeignTokenizer
+
+AnyTokenizer: TypeAlias = "Tokenizer | ForeignTokenizer"
 
 TEMPLATE_VERSION = "im-roles-1"  # part of every data fingerprint: change it with the layout
 
@@ -120,17 +127,52 @@ def render_many(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> 
     return RenderedBlock(ids_T, mask_T, offsets, conversation_offsets, learned_M, head_M)
 
 
+def open_tokenizer(folder: str | Path | None) -> AnyTokenizer:
+    """Lumina's tokenizer, or with a folder an imported model's own and its chat template.
+
+    Raises:
+        UserError: a file is missing or damaged, or the libraries that read it are not installed.
+    """
+    if folder is None:
+        return Tokenizer.load()
+    from lumina.chat.foreign import ForeignTokenizer  # not at the top: prepare's workers must start fast
+
+    return ForeignTokenizer(Path(folder))
+
+
+def template_version(tokenizer: AnyTokenizer) -> str:
+    """What stands for the template in a fingerprint of data."""
+    return TEMPLATE_VERSION if isinstance(tokenizer, Tokenizer) else tokenizer.template_version
+
+
+def is_learned(message: Message) -> bool:
+    return message.learn and message.role in _LEARNED_ROLES
+
+
+def render_sound(
+    tokenizer: AnyTokenizer, conversations: Sequence[Conversation]
+) -> tuple[RenderedBlock, dict[int, str]]:
+    """`render_many` of the conversations that the template takes, and why it does not take the others, by number.
+    Lumina's own takes all."""
+    if isinstance(tokenizer, Tokenizer):
+        return render_many(tokenizer, conversations), {}
+    return tokenizer.render_sound(conversations)
+
+
 def render(tokenizer: Tokenizer, conversation: Conversation) -> Rendered:
     """One conversation's ids, mask and message offsets."""
     block = render_many(tokenizer, [conversation])
     return Rendered(block.ids, block.mask, block.message_offsets)
 
 
-def prompt_ids(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+def prompt_ids(tokenizer: AnyTokenizer, conversation: Conversation) -> list[int]:
     """The ids to generate from: the conversation so far and the opening of the assistant's turn.
 
-    A prefix of `render` of the same conversation with the answer appended.
+    A prefix of `render` of the same conversation with the answer appended. Raises UserError when the template of an
+    imported model does not take the conversation.
     """
+    if not isinstance(tokenizer, Tokenizer):
+        return tokenizer.prompt_ids(conversation)
     control = tokenizer.control_ids
     opening = [control["<|im_start|>"], control["<|assistant|>"]]
     return [*render(tokenizer, conversation).ids.tolist(), *opening]

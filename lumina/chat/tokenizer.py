@@ -143,6 +143,8 @@ class Tokenizer:
         self.pad_id: int = self.control_ids["<|pad|>"]
         self.stop_id: int = self.control_ids["<|im_end|>"]
         self.end_of_text_id: int = self.control_ids["<|endoftext|>"]
+        self.stop_ids: frozenset[int] = frozenset([self.stop_id])
+        self.folder: Path | None = None  # an imported model's tokenizer has one (foreign.py)
         layout = f"cl100k_base:{RANKS_SHA256}:{_PATTERN}:{CONTROL_TOKENS}:{self.vocab_size}"
         self.fingerprint: str = hashlib.sha256(layout.encode()).hexdigest()
 
@@ -193,6 +195,16 @@ class Tokenizer:
         lengths_M = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         ids_T = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths_M.sum()))
         return ids_T, lengths_M
+
+    def is_control(self, token: int) -> bool:
+        return token >= self.text_ids
+
+    def sayable(self, vocab_size: int) -> NDArray[np.bool_]:
+        """bool (V): text and the stop token, which alone the model may say; ids past the tokenizer's own only pad the
+        vocabulary."""
+        sayable_V = np.arange(vocab_size) < self.text_ids
+        sayable_V[self.stop_id] = True
+        return sayable_V
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one id; control tokens by their name, an id that no token has as U+FFFD."""

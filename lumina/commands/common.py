@@ -97,13 +97,10 @@ def _config_of_resumed_run(flags: dict[str, Any]) -> str | None:
             flags.get(field) or RunConfig.model_fields[field].default for field in ("output_dir", "experiment_name")
         )
         return _existing(Path(output_dir) / name / "config.yaml")
-    # A run's folder, or RUN/checkpoints/NAME, or a file in it.
-    start = Path(resume)
-    for folder in (start, *list(start.parents)[:3]):
-        found = _existing(folder / "config.yaml")
-        if found:
-            return found
-    return None
+    from lumina.config.load import run_config
+
+    found = run_config(resume)
+    return None if found is None else str(found)
 
 
 def _existing(path: Path) -> str | None:

@@ -5,7 +5,7 @@ Nothing here imports torch, so that commands which only read or print a configur
 
 from lumina.config.errors import UserError, did_you_mean
 from lumina.config.load import load, preset_names
-from lumina.config.schema import MIN_VOCAB, Config, DataConfig, ModelConfig, OptimConfig, RunConfig
+from lumina.config.schema import MIN_VOCAB, Config, DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig
 
 __all__ = [
     "MIN_VOCAB",
@@ -13,6 +13,7 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "OptimConfig",
+    "RopeScaling",
     "RunConfig",
     "UserError",
     "did_you_mean",

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from lumina.config.errors import UserError, did_you_mean
-from lumina.config.schema import MIN_VOCAB, Config
+from lumina.config.schema import MIN_VOCAB, Config, ModelConfig
 
 DEFAULT_PRESET = "medium"
 PRESETS = ("nano", "debug", "small", "medium", "large")
@@ -33,6 +33,8 @@ SYNONYMS = {
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_size",
+    "model_type": "family",
     "max_seq_len": "seq_length",
     "dtype": "precision",
     "scheduler": "lr_scheduler",
@@ -83,6 +85,8 @@ def load(
         name, value = _parse_set(pair)
         explicit[name] = value
         origin[name] = f"--set {pair}"
+    if explicit.get("resume") is None and isinstance(explicit.get("init_from"), str):
+        values |= inherited(explicit["init_from"], values["seq_length"])
     merged = values | explicit
     try:
         config = Config.create(merged, frozenset(explicit))
@@ -115,7 +119,44 @@ def _base(preset_or_yaml: str) -> tuple[dict[str, Any], dict[str, Any], dict[str
         raise UserError(f"{path}, line {lines['preset']}: no preset is called `{preset}`.{hint}")
     for name in values:
         _check_key(name, f"{path}, line {lines[name]}")
+    _find_tokenizer(values, path.parent)
     return _read_preset(preset), values, lines, str(path)
+
+
+def _find_tokenizer(values: dict[str, Any], folder: Path) -> None:
+    """A tokenizer's folder is looked for beside the file that names it, so that a run's folder can be moved."""
+    given = values.get("tokenizer")
+    if isinstance(given, str) and (folder / given).is_dir():
+        values["tokenizer"] = str(folder / given)
+
+
+def run_config(given: str) -> Path | None:
+    """config.yaml of the run that a path means (its folder, a checkpoint, or a file in one), if it is there."""
+    start = Path(given)
+    folders = (start, *list(start.parents)[:3])
+    return next((f / "config.yaml" for f in folders if (f / "config.yaml").is_file()), None)
+
+
+def inherited(given: str, window: int) -> dict[str, Any]:
+    """What a run that begins with another's weights takes over: the model's shape and tokenizer, and its window where
+    that is not longer than `window`, since a long one costs memory that fine-tuning seldom needs. Nothing when there is
+    no such run: whoever reads its weights says so.
+
+    Raises:
+        UserError: its config.yaml is not valid YAML.
+    """
+    path = run_config(given)
+    if path is None:
+        return {}
+    try:
+        values, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    _find_tokenizer(values, path.parent)
+    taken = {name: values[name] for name in (*ModelConfig.model_fields, "tokenizer") if name in values}
+    if isinstance(taken.get("seq_length"), int) and taken["seq_length"] > window:
+        taken["seq_length"] = window
+    return taken
 
 
 def _read_preset(name: str) -> dict[str, Any]:
@@ -190,7 +231,7 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
 
 
 def _with_room_for_the_tokenizer(config: Config) -> Config:
-    if config.vocab_size >= MIN_VOCAB:
+    if config.tokenizer is not None or config.vocab_size >= MIN_VOCAB:
         return config
     log.warning(
         "vocab_size %d is smaller than the tokenizer's %d ids (cl100k_base and the control tokens): raised to %d",

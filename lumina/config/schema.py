@@ -31,6 +31,26 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
 
+class RopeScaling(_Strict):
+    """Slower rotary angles, for windows longer than a model was first trained on. `linear` divides every frequency by
+    `factor` (arXiv:2306.15595); `llama3` only those that turn fewer than `low_freq_factor` times within
+    `original_window` tokens, none that turn more than `high_freq_factor` times, and those between in part (Llama 3.1).
+    """
+
+    type: Literal["linear", "llama3"]
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None
+    original_window: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> RopeScaling:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.type == "llama3" and (low is None or high is None or self.original_window is None or low >= high):
+            raise ValueError("llama3 needs original_window and low_freq_factor below high_freq_factor")
+        return self
+
+
 class ModelConfig(_Strict):
     """Shape of the decoder (Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU)."""
 
@@ -41,24 +61,38 @@ class ModelConfig(_Strict):
     seq_length: Annotated[int, Field(ge=2)]
     vocab_size: PositiveInt = MIN_VOCAB
     intermediate_size: PositiveInt | None = None
+    # What transformers calls a model of this shape. Mistral is Llama; qwen2 adds biases to queries, keys and values,
+    # qwen3 a norm over each head's queries and keys.
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    head_size: PositiveInt | None = None  # None: hidden_size / num_heads
     rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: PositiveFloat = 1e-5
     tie_word_embeddings: bool = True
     init_std: PositiveFloat = 0.02
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
+        if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"hidden_size / num_heads is {self.head_dim}: rotary positions need an even head size")
+            of = "hidden_size / num_heads" if self.head_size is None else "head_size"
+            raise ValueError(f"{of} is {self.head_dim}: rotary positions need an even head size")
         return self
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.hidden_size // self.num_heads if self.head_size is None else self.head_size
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family == "qwen3"
 
     @property
     def ffn_size(self) -> int:
@@ -71,6 +105,7 @@ class ModelConfig(_Strict):
         """Exact count of parameters; without embeddings leaves out the token table and the output matrix."""
         h, d = self.hidden_size, self.head_dim
         attention = h * d * self.num_heads * 2 + h * d * self.num_kv_heads * 2
+        attention += d * (self.num_heads + 2 * self.num_kv_heads) * self.qkv_bias + 2 * d * self.qk_norm
         layer = attention + 3 * h * self.ffn_size + 2 * h
         body = self.num_layers * layer + h
         tables = 1 if self.tie_word_embeddings else 2
@@ -133,6 +168,9 @@ class DataConfig(_Strict):
     num_workers: PositiveInt | None = None  # None: one per core this process may use
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # held out of train_data when eval_data is empty
     dedup: Literal["none", "exact", "near"] = "none"  # removed within and across both sets
+    # An imported model's folder of tokenizer.json and chat template, looked for beside the YAML file first; None:
+    # Lumina's own. --init-from fills it in.
+    tokenizer: str | None = None
 
 
 class RunConfig(_Strict):

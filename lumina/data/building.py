@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat.template import AnyTokenizer
 from lumina.config.errors import UserError
 from lumina.data.account import Account
 from lumina.data.files import write_json
@@ -43,7 +43,7 @@ class Settings(Protocol):
 def build(
     tasks: Sequence[Task],
     config: Settings,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     fingerprint: str,
     final: Path,
     workers: int,
@@ -90,6 +90,7 @@ def build(
         "window": config.seq_length,
         "packing": config.packing,
         "tokenizer": tokenizer.fingerprint,
+        "pad_id": tokenizer.pad_id,
         "sources": files,
         "shards": [
             {"file": name, "rows": report["rows"], "source": task.path, "line_base": base}

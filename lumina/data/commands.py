@@ -11,14 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from rich.console import Console
 
+from lumina.chat.template import open_tokenizer
 from lumina.chat.tokenizer import Tokenizer
 from lumina.config.errors import UserError
-from lumina.data.building import Progress, Settings
+from lumina.data.building import Progress
 from lumina.data.dataset import PackedDataset
 from lumina.data.oasst import THREADS, Options
 from lumina.data.parts import PartSettings, Source, prepare_parts
@@ -55,6 +56,13 @@ def _progress_bar(title: str) -> Iterator[Progress | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+class CommandSettings(PartSettings, Protocol):
+    """What the commands need of the configuration."""
+
+    @property
+    def tokenizer(self) -> str | None: ...
+
+
 @dataclass(frozen=True)
 class _Given:
     """A configuration's data settings with the files of the command line in place of its own."""
@@ -71,7 +79,7 @@ class _Given:
     eval_data: Sequence[str] = ()
 
 
-def prepare_command(files: Sequence[str], config: PartSettings, *, json: bool = False) -> int:
+def prepare_command(files: Sequence[str], config: CommandSettings, *, json: bool = False) -> int:
     """Prepares the files as training would and prints the account. Exit code 0; UserError when nothing is usable.
 
     With an eval_fraction, the set held out is prepared too.
@@ -88,7 +96,7 @@ def prepare_command(files: Sequence[str], config: PartSettings, *, json: bool = 
     )
     start = time.perf_counter()
     with _progress_bar("preparing") as progress:
-        train, evaluation = prepare_parts(given, Tokenizer.load(), progress=progress)
+        train, evaluation = prepare_parts(given, open_tokenizer(config.tokenizer), progress=progress)
     seconds = time.perf_counter() - start
     if json:
         held_out = {} if evaluation is None else {"held_out": _figures(evaluation)}
@@ -219,7 +227,7 @@ def process_oasst_command(
 
 
 def inspect_command(
-    files: Sequence[str], config: Settings, *, sample: int = 0, table: bool = False, json: bool = False
+    files: Sequence[str], config: CommandSettings, *, sample: int = 0, table: bool = False, json: bool = False
 ) -> int:
     """Shows what the model will see of one sample: text coloured by what is learned, with `table` every token.
 
@@ -228,7 +236,7 @@ def inspect_command(
     """
     from lumina.data.inspection import describe, render_sample
 
-    tokenizer = Tokenizer.load()
+    tokenizer = open_tokenizer(config.tokenizer)
     with _progress_bar("preparing") as progress:
         dataset = prepare(files, config, tokenizer, progress=progress)
     if not 0 <= sample < dataset.num_samples:

@@ -99,7 +99,7 @@ class PackedDataset:
         self.supervised_per_sample: NDArray[np.int32] = plan.column("supervised").to_numpy()
         self._sample_pieces: NDArray[np.int64] = plan.column("pieces").values.to_numpy()
         self._sample_offsets: NDArray[np.int64] = plan.column("pieces").offsets.to_numpy()
-        self._pad_id = Tokenizer.load().pad_id
+        self._pad_id = int(meta.get("pad_id", Tokenizer.load().pad_id))  # caches from before imports were trained
         rows = [
             (shard, batch, count) for shard, s in enumerate(meta["shards"]) for batch, count in enumerate(s["rows"])
         ]

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat.template import AnyTokenizer
 from lumina.data.dataset import PackedDataset
 
 LEARNED, CONTEXT, CONTROL = "green", "default", "magenta"
-_FIRST_CONTROL = 100_257
 
 
-def describe(dataset: PackedDataset, sample: int, tokenizer: Tokenizer) -> dict[str, Any]:
+def describe(dataset: PackedDataset, sample: int, tokenizer: AnyTokenizer) -> dict[str, Any]:
     """A sample's documents with every token's id, text, position, target and weight, from the batch that training
     gets. `round_trip` says whether every text between control tokens, decoded and encoded again, gives the same ids
     (one that the window has cut may not)."""
@@ -30,7 +29,9 @@ def describe(dataset: PackedDataset, sample: int, tokenizer: Tokenizer) -> dict[
                 "source": f"{piece.source}:{piece.line}",
                 "begins_inside_a_message": piece.context,
                 "text": tokenizer.decode(ids),
-                "round_trip": all(tokenizer.encode(tokenizer.decode(run)) == run for run in _plain_runs(ids)),
+                "round_trip": all(
+                    tokenizer.encode(tokenizer.decode(run)) == run for run in _plain_runs(ids, tokenizer)
+                ),
                 "tokens": [
                     {
                         "position": int(batch.positions_T[i]),
@@ -52,13 +53,17 @@ def describe(dataset: PackedDataset, sample: int, tokenizer: Tokenizer) -> dict[
     }
 
 
-def _plain_runs(ids: list[int]) -> list[list[int]]:
+def _round_trips(ids: list[int], tokenizer: AnyTokenizer) -> bool:
+    return all(tokenizer.encode(tokenizer.decode(run)) == run for run in _plain_runs(ids, tokenizer))
+
+
+def _plain_runs(ids: list[int], tokenizer: AnyTokenizer) -> list[list[int]]:
     """The stretches of ordinary tokens between control tokens."""
-    groups = groupby(ids, key=lambda token: token >= _FIRST_CONTROL)
+    groups = groupby(ids, key=tokenizer.is_control)
     return [list(run) for control, run in groups if not control]
 
 
-def render_sample(description: dict[str, Any], tokenizer: Tokenizer, table: bool) -> list[Text]:
+def render_sample(description: dict[str, Any], tokenizer: AnyTokenizer, table: bool) -> list[Text]:
     """The description as coloured lines: running text, and with `table` a line for each token too.
 
     Green is learned, magenta a control token, plain is context; without colours, learned tokens stand in «».
@@ -78,7 +83,7 @@ def render_sample(description: dict[str, Any], tokenizer: Tokenizer, table: bool
         # Runs of one style are decoded together: a character may be spread over several tokens.
         for learned, part in groupby(document["tokens"], key=lambda token: token["learned"]):
             line.append("«" if learned else "", style="dim")
-            for style, run in groupby(part, key=_style):
+            for style, run in groupby(part, key=lambda token: _style(token, tokenizer)):
                 line.append(tokenizer.decode(token["id"] for token in run), style=style)
             line.append("»" if learned else "", style="dim")
         out.append(line)
@@ -86,10 +91,10 @@ def render_sample(description: dict[str, Any], tokenizer: Tokenizer, table: bool
             for token in document["tokens"]:
                 target = f"-> {token['target']}" if token["weight"] else ""
                 row = f"{token['position']:>6} {token['id']:>7} {token['weight']:.0f} {target:<10} {token['text']!r}"
-                out.append(Text(row, style=_style(token)))
+                out.append(Text(row, style=_style(token, tokenizer)))
     return out
 
 
-def _style(token: dict[str, Any]) -> str:
+def _style(token: dict[str, Any], tokenizer: AnyTokenizer) -> str:
     colour = LEARNED if token["learned"] else CONTEXT
-    return f"bold {CONTROL}" if token["id"] >= _FIRST_CONTROL and not token["learned"] else colour
+    return f"bold {CONTROL}" if tokenizer.is_control(token["id"]) and not token["learned"] else colour

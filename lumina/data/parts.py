@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import orjson
 
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat.template import AnyTokenizer
 from lumina.config.errors import UserError
 from lumina.data.building import Progress, Settings
 from lumina.data.curation import DEDUP, EVAL, TRAIN, Signs, decide, join_signs, near_available
@@ -58,7 +58,7 @@ class PartSettings(Settings, Protocol):
 
 
 def prepare_parts(
-    config: PartSettings, tokenizer: Tokenizer, *, progress: Progress | None = None
+    config: PartSettings, tokenizer: AnyTokenizer, *, progress: Progress | None = None
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """(training set, evaluation set or None).
 
@@ -114,7 +114,7 @@ def _curate(
     train_files: Sequence[Path],
     eval_files: Sequence[Path],
     config: PartSettings,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     progress: Progress | None,
 ) -> tuple[Path, str]:
     """The folder of decisions on all conversations, made if it is not there, and its fingerprint."""
@@ -138,7 +138,7 @@ def _write_decisions(
     files: Sequence[Path],
     train_count: int,
     config: PartSettings,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     folder: Path,
     progress: Progress | None,
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat.template import AnyTokenizer
 from lumina.config.errors import UserError
 from lumina.data.worker import Task, run_task
 
@@ -32,7 +32,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: Tokenizer, done: Done) -> None:
+def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: AnyTokenizer, done: Done) -> None:
     """Runs numbered tasks and calls `done(number, report)` as each ends, never twice at once.
 
     At most `workers` processes, and no more than the input is worth: see BYTES_PER_WORKER.
@@ -49,7 +49,7 @@ def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: Tokeni
     for item in tasks:
         waiting.put(item)
     finished: queue.SimpleQueue[tuple[int, Task, Report]] = queue.SimpleQueue()
-    processes = [_start() for _ in range(count)]
+    processes = [_start(tokenizer) for _ in range(count)]
     threads = [threading.Thread(target=_feed, args=(p, waiting, finished), daemon=True) for p in processes]
     for thread in threads:
         thread.start()
@@ -76,7 +76,7 @@ def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: Tokeni
                 process.stdout.close()
 
 
-def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: Tokenizer, done: Done) -> None:
+def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: AnyTokenizer, done: Done) -> None:
     """Runs the tasks one after another in this process, as a worker would: without the cycle collector."""
     collecting = gc.isenabled()
     gc.disable()
@@ -92,12 +92,13 @@ def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: Tokenizer, done: Don
             gc.enable()
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start(tokenizer: AnyTokenizer) -> subprocess.Popen[bytes]:
     # The package may be importable only through this process's sys.path (a source tree, a test).
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lumina.data.worker"]
+    own = [] if tokenizer.folder is None else [str(tokenizer.folder)]
+    command = [sys.executable, "-m", "lumina.data.worker", *own]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 

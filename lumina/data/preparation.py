@@ -23,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from lumina.chat.template import TEMPLATE_VERSION
+from lumina.chat.template import AnyTokenizer, template_version
 from lumina.chat.tokenizer import Tokenizer
 from lumina.config.errors import UserError
 from lumina.data.building import Progress, Settings, build
@@ -44,7 +44,7 @@ MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 64 << 20
 def prepare(
     paths: Sequence[str | os.PathLike[str]],
     config: Settings,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     *,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -62,9 +62,12 @@ def prepare(
         weights: how often an epoch takes the conversations of a file; 1 for files not named. See lumina.data.mixing.
 
     Raises:
-        UserError: a file is missing or empty, or no line of any file is a usable conversation.
+        UserError: a file is missing or empty, no line of any file is a usable conversation, or the chat template of an
+            imported model cannot be trained with.
     """
     files = check_inputs(paths)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer.check_trainable()
     assert config.overlong in POLICIES
     if config.seq_length < MIN_WINDOW:
         raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_WINDOW} tokens")
@@ -108,7 +111,7 @@ def make_root(config: Settings, files: Sequence[Path]) -> Path:
 def fingerprint_of(
     digests: Sequence[str],
     config: Settings,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     selection: Selection | None = None,
     weights: Sequence[float] = (),
 ) -> str:
@@ -117,7 +120,7 @@ def fingerprint_of(
         "format": FORMAT_VERSION,
         "inputs": list(digests),
         "tokenizer": tokenizer.fingerprint,
-        "template": TEMPLATE_VERSION,
+        "template": template_version(tokenizer),
         "window": config.seq_length,
         "packing": config.packing,
         "overlong": config.overlong,

@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from lumina.chat.template import Conversation, render_many
+from lumina.chat.template import AnyTokenizer, Conversation, RenderedBlock, open_tokenizer, render_many, render_sound
 from lumina.chat.tokenizer import Tokenizer
 from lumina.data.account import Account, add_counts
 from lumina.data.curation import DUPLICATE, EVAL, TRAIN, join_signs, signs_of
@@ -109,7 +109,19 @@ def _chosen(
     return [c for c, its_part in zip(conversations, decided.tolist(), strict=True) if its_part == part]
 
 
-def run_task(tokenizer: Tokenizer, task: Task) -> dict[str, Any]:
+def _rendered(tokenizer: AnyTokenizer, block: Block, account: Account) -> tuple[RenderedBlock, list[int]]:
+    """A block's conversations and their record numbers; those that an imported model's template does not take are
+    entered as dropped."""
+    rendered, refused = render_sound(tokenizer, block.conversations)
+    for number, reason in refused.items():
+        count = len(block.conversations[number].messages)
+        account.drop_conversations(reason, 1)
+        account.messages += count
+        account.drop_messages(reason, count)
+    return rendered, [number for i, number in enumerate(block.numbers) if i not in refused]
+
+
+def run_task(tokenizer: AnyTokenizer, task: Task) -> dict[str, Any]:
     """Does one task. Returns {"account", "lines" (in the range)}, with "rows" (per record batch) for pieces and
     "survey" for a survey."""
     account = Account(overlong=task.overlong, window=task.window)
@@ -121,6 +133,7 @@ def run_task(tokenizer: Tokenizer, task: Task) -> dict[str, Any]:
         np.savez(task.out, **signs._asdict())
         return {"account": asdict(account), "lines": account.lines}
     if task.kind == "survey":
+        assert isinstance(tokenizer, Tokenizer), "a survey counts Lumina's tokens"
         survey = Survey()
         for block in read_blocks(task, account, survey):
             rendered = render_many(tokenizer, block.conversations)
@@ -129,8 +142,9 @@ def run_task(tokenizer: Tokenizer, task: Task) -> dict[str, Any]:
         return {"account": asdict(account), "survey": survey.to_dict(), "lines": account.lines}
     with PieceWriter(Path(task.out)) as writer:
         for block in read_blocks(task, account):
-            pieces = cut(render_many(tokenizer, block.conversations), task.window, task.overlong, account)
-            writer.write(pieces, np.array(block.numbers, dtype=np.int64)[pieces.conversation])
+            rendered, numbers = _rendered(tokenizer, block, account)
+            pieces = cut(rendered, task.window, task.overlong, account)
+            writer.write(pieces, np.array(numbers, dtype=np.int64)[pieces.conversation])
     return {"account": asdict(account), "rows": writer.rows, "lines": account.lines}
 
 
@@ -148,8 +162,9 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not break the protocol
     gc.disable()  # nothing here makes cycles, and collections over a block's messages took a sixth of the time
-    tokenizer = Tokenizer.load()
-    tokenizer.encode_many([" "])  # read the vocabulary while the parent is still planning
+    tokenizer = open_tokenizer(sys.argv[1] if len(sys.argv) > 1 else None)
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.encode_many([" "])  # read the vocabulary while the parent is still planning
     for line in sys.stdin.buffer:
         try:
             report = run_task(tokenizer, Task(**orjson.loads(line)))

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lumina.chat import Tokenizer
+from lumina.chat import Tokenizer, hf_files
 from lumina.config import ModelConfig, UserError
 from lumina.infer import hf_tokenizer, llama_names
-from lumina.infer.loading import STOPS, find_checkpoint, foreign_tokenizer, read_config, read_stops, weights
+from lumina.infer.loading import find_checkpoint, foreign_tokenizer, read_config, weights
 from lumina.infer.voice import LuminaVoice
 from lumina.train.checkpoint import read_progress
 
@@ -77,7 +77,7 @@ def export(run: str | Path, out: str | Path, dtype: str = "float32", shard_size:
         for name, value in files.items():
             _write(scratch / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         for path in sorted(foreign.iterdir()) if foreign is not None else []:
-            if path.name != STOPS:
+            if path.name != hf_files.STOPS:
                 shutil.copyfile(path, scratch / path.name)
         _write(scratch / "README.md", _card(checkpoint, config, dtype))
         if out.exists():
@@ -97,7 +97,7 @@ def _write(path: Path, text: str) -> None:
 
 def _foreign_description(config: ModelConfig, dtype: str, folder: Path) -> dict[str, Any]:
     """An imported model's config.json; its tokenizer's own files are copied beside it."""
-    stops = sorted(read_stops(folder))
+    stops = sorted(hf_files.read_stops(folder))
     return {"config.json": llama_names.to_llama_config(config, dtype, stops if len(stops) > 1 else stops[0], None)}
 
 

@@ -22,23 +22,15 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lumina.chat import Tokenizer
+from lumina.chat import Tokenizer, hf_files, open_tokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.infer import llama_names
-from lumina.infer.loading import STOPS
 from lumina.model import Transformer
 from lumina.train.checkpoint import FORMAT, MANIFEST, TRAINER, Progress, digest, name_of, write_json
 from lumina.train.state import MASTER
 
 _WIDEST = 2**24  # no width is beyond this but in a damaged file
 _SHARD = 2 * 10**9  # bytes of float32 weights in memory and in a file at a time
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _IGNORED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they follow from rope_theta
 
 
@@ -66,8 +58,9 @@ def import_hf(source: str | Path, out: str | Path) -> Path:
         checkpoint.mkdir(parents=True)
         try:
             _write_checkpoint(checkpoint, tensors, shapes, config)
-            (scratch / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-            _copy_tokenizer(source, scratch / "tokenizer", values)
+            own = _copy_tokenizer(source, scratch / "tokenizer", values)
+            settings = config.model_dump() | ({"tokenizer": "tokenizer"} if own else {})
+            (scratch / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
             if out.exists():
                 out.rmdir()
             os.replace(scratch, out)
@@ -253,18 +246,15 @@ def _write_checkpoint(checkpoint: Path, tensors: _Tensors, shapes: dict[str, tor
 # --- Tokenizer ------------------------------------------------------------------------------------
 
 
-def _copy_tokenizer(source: Path, target: Path, config: dict[str, Any]) -> None:
-    """Keep the model's own tokenizer, unless it is Lumina's, which every installation has."""
+def _copy_tokenizer(source: Path, target: Path, config: dict[str, Any]) -> bool:
+    """Keep the model's own tokenizer, unless it is Lumina's, which every installation has. Returns whether it was."""
     if (source / "tokenizer_config.json").exists():
         fingerprint = _read_json(source / "tokenizer_config.json").get("lumina_fingerprint")
         if fingerprint == Tokenizer.load().fingerprint:
-            return
+            return False
     if not (source / "tokenizer.json").exists():
         raise UserError(f"{source} has no tokenizer.json", "Save its tokenizer as a fast one with transformers first.")
-    target.mkdir()
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    hf_files.copy_files(source, target)
     generation = source / "generation_config.json"
     stops = config.get("eos_token_id")
     if generation.is_file():
@@ -272,8 +262,7 @@ def _copy_tokenizer(source: Path, target: Path, config: dict[str, Any]) -> None:
     listed = [t for t in (stops if isinstance(stops, list) else [stops]) if type(t) is int]
     if not listed or not all(0 <= token < int(config["vocab_size"]) for token in listed):
         raise UserError(f"{source} names no eos_token_id of its vocabulary, so an answer would never end")
-    write_json(target / STOPS, {"stop_ids": listed})
+    write_json(target / hf_files.STOPS, {"stop_ids": listed})
     # Found out now rather than at the first question; the checkpoint is not there yet to be half of a run.
-    from lumina.infer.voice import ForeignVoice
-
-    ForeignVoice(target, frozenset(listed))
+    open_tokenizer(target)
+    return True

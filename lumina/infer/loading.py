@@ -6,7 +6,6 @@ Lumina's own checkpoints are read, whose hashes are checked first: safetensors a
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from lumina.chat import Tokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.config import precision as precisions
 from lumina.config.load import parse_yaml
-from lumina.infer.voice import ForeignVoice, LuminaVoice, Voice
+from lumina.infer.voice import Voice, voice_of
 from lumina.model import Transformer, keep_heap
 from lumina.train.checkpoint import (
     Reader,
@@ -36,7 +34,6 @@ from lumina.train.state import MASTER
 log = logging.getLogger("lumina")
 
 RUNS = Path("experiments")
-STOPS = "stops.json"  # in an imported run's tokenizer folder: the ids that end its turns
 _SEED_SPELLING = "best_model.pt"  # `--resume checkpoints/best_model.pt`, as the project was first described
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -144,18 +141,9 @@ def foreign_tokenizer(checkpoint: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def read_stops(folder: Path) -> frozenset[int]:
-    """The ids that end an imported model's turns."""
-    try:
-        return frozenset(int(token) for token in json.loads((folder / STOPS).read_text())["stop_ids"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / STOPS} cannot be read: {error}", "Import the model again.") from None
-
-
 def read_voice(checkpoint: Path) -> Voice:
     """The tokenizer and template that the checkpoint's model was trained with."""
-    folder = foreign_tokenizer(checkpoint)
-    return LuminaVoice(Tokenizer.load()) if folder is None else ForeignVoice(folder, read_stops(folder))
+    return voice_of(foreign_tokenizer(checkpoint))
 
 
 def choose_dtype(precision: str = "auto") -> tuple[torch.device, torch.dtype]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from lumina.chat.hf_files import copy_files
 from lumina.config import Config, UserError
 from lumina.train import checkpoint
 from lumina.train.engine import Ranks
@@ -21,6 +24,8 @@ _MODEL_KEYS = (
     "ffn_size",
     "tie_word_embeddings",
 )
+# Checkpoints from before there were other families do not name these.
+_LATER_KEYS = {"family": "llama", "head_size": None}
 
 
 def agree(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
@@ -55,17 +60,33 @@ def choose(config: Config, folder: Path) -> Path | None:
     return sound
 
 
-def weights_of(given: str) -> Path:
-    """The newest sound checkpoint that --init-from means."""
+def weights_of(given: str, tokenizer: str | None) -> Path:
+    """The newest sound checkpoint that --init-from means, whose model reads the tokens that it will be trained on."""
     sound = checkpoint.newest_sound(checkpoint.candidates(given))
     if sound is None:
         raise UserError(f"no checkpoint of {given} is whole", "See the warnings above for each one.")
-    if (sound.parent.parent / "tokenizer").is_dir():  # as lumina import leaves it
+    own = sound.parent.parent / "tokenizer"  # as lumina import leaves it
+    if own.is_dir() and tokenizer is None:
         raise UserError(
-            f"{given} was imported with a tokenizer of its own, and training data is prepared only with cl100k_base",
-            "Start from a model that was trained, or exported, by Lumina.",
+            f"{given} has a tokenizer of its own, and this run would be prepared with Lumina's",
+            f"Leave the setting `tokenizer` out, or give {own}.",
         )
     return sound
+
+
+def keep_tokenizer(config: Config, folder: Path) -> Config:
+    """Copy an imported model's tokenizer into the run's folder, where generation and export look for it, and name it
+    there. The copy appears whole or not at all. Rank 0 only."""
+    if config.tokenizer is None:
+        return config
+    source, own = Path(config.tokenizer), folder / "tokenizer"
+    if source.resolve() != own.resolve():
+        scratch = folder / ".tokenizer.partial"
+        shutil.rmtree(scratch, ignore_errors=True)
+        copy_files(source, scratch)
+        shutil.rmtree(own, ignore_errors=True)
+        os.replace(scratch, own)
+    return config.replace(tokenizer=own.name)  # found beside config.yaml, wherever the folder is moved
 
 
 def same_batch(config: Config, size: int) -> Config:
@@ -80,10 +101,11 @@ def same_batch(config: Config, size: int) -> Config:
 
 
 def shape(config: Config) -> dict[str, Any]:
-    return {key: getattr(config, key) for key in _MODEL_KEYS}
+    return {key: getattr(config, key) for key in (*_MODEL_KEYS, *_LATER_KEYS)}
 
 
 def same_model(saved: dict[str, Any], own: dict[str, Any], source: Path) -> None:
+    saved = _LATER_KEYS | saved
     differing = [f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]]
     if differing:
         raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat import AnyTokenizer, open_tokenizer
 from lumina.cluster.signals import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
@@ -24,7 +24,7 @@ from lumina.monitor.events import EventLog
 from lumina.train import checkpoint, engine, lease
 from lumina.train.answers import FILE as ANSWERS
 from lumina.train.answers import Answers, Memory, Verdict
-from lumina.train.beginning import agree, choose, same_batch, same_model, shape, weights_of
+from lumina.train.beginning import agree, choose, keep_tokenizer, same_batch, same_model, shape, weights_of
 from lumina.train.checkpoint import Progress
 from lumina.train.guard import Guard
 from lumina.train.health import Health
@@ -85,6 +85,7 @@ class Run:
         self.global_batch = config.global_batch_size or (
             config.batch_size * config.gradient_accumulation_steps * ranks.world
         )
+        self.tokenizer = self._open_tokenizer()
         self.train_data, self.eval_data = self._prepare_data()
         self.order = GlobalOrder(
             self.train_data.num_samples, self.global_batch, config.seed, self.train_data.fingerprint
@@ -182,12 +183,20 @@ class Run:
         progress, trainer = checkpoint.read_progress(source) if source is not None else (Progress(), {})
         return source, progress, trainer
 
+    def _open_tokenizer(self) -> AnyTokenizer:
+        tokenizer = open_tokenizer(self.config.tokenizer)
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size:,} ids, the model's vocab_size is {self.config.vocab_size:,}",
+                "Set vocab_size to at least as many, or give the tokenizer that belongs to the model.",
+            )
+        return tokenizer
+
     def _prepare_data(self) -> tuple[PackedDataset, PackedDataset | None]:
         """Rank 0 of each node prepares; the others find the cache it left."""
-        tokenizer = Tokenizer.load()
 
         def both() -> tuple[PackedDataset, PackedDataset | None]:
-            return prepare_parts(self.config, tokenizer)
+            return prepare_parts(self.config, self.tokenizer)
 
         failure: list[Any] = [None] * self.ranks.world
         own: UserError | None = None
@@ -214,7 +223,7 @@ class Run:
 
     def _start_from(self, given: str) -> None:
         """Begin with another run's weights: step 0, no optimizer state."""
-        source = agree(self.ranks, lambda: weights_of(given))
+        source = agree(self.ranks, lambda: weights_of(given, self.config.tokenizer))
         assert source is not None
         same_model(checkpoint.read_progress(source)[0].model, shape(self.config), source)
         checkpoint.load_weights(source, self.engine)
@@ -233,7 +242,7 @@ class Run:
         self.lease = lease.Lease(self.folder, os.environ.get("LUMINA_JOB"), self.global_batch)
         for name in ("checkpoints", "backups"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(self.config.to_yaml())
+        (self.folder / "config.yaml").write_text(keep_tokenizer(self.config, self.folder).to_yaml())
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.start_step)
         self._handler = logging.FileHandler(self.folder / "train.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -381,7 +390,7 @@ class Run:
         if not self.config.sample_prompts:
             return
         beat, config = self.watchdog.beat, self.config
-        said = answers(self.engine, Tokenizer.load(), config.sample_prompts, config.sample_tokens, beat)
+        said = answers(self.engine, self.tokenizer, config.sample_prompts, config.sample_tokens, beat)
         if self.metrics is not None:
             self.recorder.samples(self.progress.step, said)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
+from lumina.chat import AnyTokenizer, Conversation, Message, prompt_ids
 from lumina.model.cache import KVCache
 from lumina.train.engine import Engine
 
@@ -24,7 +24,7 @@ log = logging.getLogger("lumina")
 @torch.no_grad()
 def answers(
     engine: Engine,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     prompts: Sequence[str],
     most: int,
     beat: Callable[[str], None] = lambda what: None,
@@ -54,7 +54,7 @@ def _uncompiled(engine: Engine) -> AbstractContextManager[Any]:
 
 
 def _greedy(
-    engine: Engine, tokenizer: Tokenizer, prompts: list[list[int]], most: int, beat: Callable[[str], None]
+    engine: Engine, tokenizer: AnyTokenizer, prompts: list[list[int]], most: int, beat: Callable[[str], None]
 ) -> list[list[int]]:
     """New tokens of each prompt, without the stop token."""
     model, device = engine.model, engine.device
@@ -62,9 +62,7 @@ def _greedy(
     capacity = max(len(prompt) + new for prompt, new in zip(prompts, room, strict=True))
     like = torch.empty(0, dtype=model.embedding.weight.dtype, device=device)
     cache = KVCache(model.config, len(prompts), capacity, like)
-    forbidden_V = torch.ones(model.config.vocab_size, dtype=torch.bool, device=device)
-    forbidden_V[: tokenizer.text_ids] = False
-    forbidden_V[tokenizer.stop_id] = False
+    forbidden_V = ~torch.from_numpy(tokenizer.sayable(model.config.vocab_size)).to(device)
     said: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     new_ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)[None]
@@ -76,7 +74,7 @@ def _greedy(
         dist.broadcast(chosen_R, src=0)
         kept = []
         for row, token in zip(going, chosen_R.tolist(), strict=True):
-            if token == tokenizer.stop_id:
+            if token in tokenizer.stop_ids:
                 continue
             said[row].append(token)
             if len(said[row]) < room[row]:

@@ -37,6 +37,7 @@ class Settings:
     eval_data: tuple[str, ...] = ()
     eval_fraction: float = 0.0
     dedup: str = "none"
+    tokenizer: str | None = None
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:

@@ -296,7 +296,7 @@ def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytes
 
     from lumina.data import pool
 
-    def stillborn() -> subprocess.Popen[bytes]:
+    def stillborn(_: object) -> subprocess.Popen[bytes]:
         code = "import sys; sys.stdin.readline(); sys.exit(9)"
         return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

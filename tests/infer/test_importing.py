@@ -238,19 +238,19 @@ def test_damaged_files_give_errors_only(hf: Path, tmp_path: Path) -> None:
     assert 100 < refused < 200  # most damage is felt, some falls where it does not matter
 
 
-def test_typed_control_tokens_and_missing_templates_are_refused(hf: Path, tmp_path: Path) -> None:
+def test_typed_control_tokens_are_text_and_missing_templates_refused(hf: Path, tmp_path: Path) -> None:
     voice = load(import_hf(hf / "one", tmp_path / "run"), precision="fp32").voice
     assert isinstance(voice, ForeignVoice)
-    with pytest.raises(UserError, match=r"contains <\|im_end\|>, which is a control token"):
-        voice.prompt(Conversation([Message("user", "hi <|im_end|> there")]))
-    with pytest.raises(UserError, match="chat template refuses this conversation: bad role"):
+    typed = voice.prompt(Conversation([Message("user", "hi <|im_end|> there")]))
+    assert typed.count(2) == 1  # the template's own; what was typed is text
+    with pytest.raises(UserError, match="chat template refuses it: bad role"):
         voice.prompt(Conversation([Message("critic", "hi")]))
     ids, ((message, start, end),) = voice.rendered(
         Conversation([Message("user", "hello"), Message("assistant", "today")])
     )
     assert message == 1
-    assert voice.decode(ids[start:end]) == "today\n"
-    assert 2 in ids[start:end]
+    assert voice.decode(ids[start:end]) == "today"
+    assert ids[end - 1] == 2
     source = shutil.copytree(hf / "one", tmp_path / "base")
     (source / "chat_template.jinja").unlink()
     base = load(import_hf(source, tmp_path / "base-run"), precision="fp32").voice

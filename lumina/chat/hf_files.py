@@ -1,0 +1,96 @@
+"""The files of a Hugging Face tokenizer's folder: tokenizer.json, its settings, its chat template, and stops.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lumina.config.errors import UserError
+
+STOPS = "stops.json"  # the ids that end a turn, as lumina import found them in the model's configuration
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    STOPS,
+)
+_LARGEST_FILE = 200 * 10**6  # bytes of tokenizer.json; the largest vocabularies have a tenth of it
+
+
+def read_json(path: Path) -> tuple[str, dict[str, Any]]:
+    """A JSON object as text and as values. Raises UserError."""
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than any tokenizer's file")
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", "Give the folder of a model's tokenizer.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return text, values
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json; both may be missing."""
+    paths = (folder / "special_tokens_map.json", folder / "tokenizer_config.json")
+    return {name: value for path in paths if path.is_file() for name, value in read_json(path)[1].items()}
+
+
+def special_names(settings: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and their like, which a template may use."""
+    names = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"):
+        value = settings.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            names[name] = value
+    return names
+
+
+def template_text(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The chat template, or None. Of several by name, the one called default."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        given = next((t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), None)
+    return given if isinstance(given, str) else None
+
+
+def find_stops(folder: Path, end_id: int | None) -> frozenset[int]:
+    """The ids that end a turn: those of stops.json, else the tokenizer's own end."""
+    if (folder / STOPS).is_file():
+        return read_stops(folder)
+    if end_id is None:
+        raise UserError(f"{folder} names no stop token, so an answer would never end", "Import the model again.")
+    return frozenset([end_id])
+
+
+def read_stops(folder: Path) -> frozenset[int]:
+    """The ids that end an imported model's turns, from stops.json. Raises UserError."""
+    try:
+        stops = frozenset(int(token) for token in json.loads((folder / STOPS).read_text())["stop_ids"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise UserError(f"{folder / STOPS} cannot be read: {error}", "Import the model again.") from None
+    if not stops or min(stops) < 0:
+        raise UserError(f"{folder / STOPS} names no stop token", "Import the model again.")
+    return stops
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files, and nothing else that the folder may hold, into the new folder `target`."""
+    target.mkdir()
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

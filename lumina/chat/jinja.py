@@ -1,0 +1,77 @@
+"""A Hugging Face chat template: turns -> text, by Jinja in its sandbox.
+
+What a template may use is what transformers offers it: `messages`, `add_generation_prompt`, the tokenizer's special
+tokens by name, `raise_exception`, `tojson`, loop controls and {% generation %} blocks. `strftime_now` is not offered:
+what a conversation is trained on must not depend on the day, and templates that write the date check for it and have a
+date of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lumina.config.errors import UserError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+INSTALL = "Install it with `pip install 'lumina[hf]'`."
+_REASON_LENGTH = 100  # of a template's complaint: reasons are counted, and a table has room for that much
+
+
+class RefusalError(Exception):
+    """A conversation that the template does not take, or that cannot be masked; the text says why."""
+
+
+def _environment() -> Environment:
+    try:
+        from jinja2 import TemplateError
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError("an imported model's chat template needs jinja2", INSTALL) from None
+
+    class Generation(Extension):
+        """{% generation %} marks an answer for other trainers: what is inside is written as it is."""
+
+        tags = {"generation"}  # noqa: RUF012 - as its base class declares it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    return environment
+
+
+class JinjaTemplate:
+    """A compiled template and the names that it may use."""
+
+    def __init__(self, text: str, names: Mapping[str, str], where: str) -> None:
+        """`names`: bos_token, eos_token and their like; `where` is named in errors. Raises UserError."""
+        self._names = {"tools": None, "documents": None, **names}
+        environment = _environment()
+        try:
+            self._template = environment.from_string(text)
+        except Exception as error:  # a template can fail to compile in many ways, recursion among them
+            raise UserError(f"{where}: the chat template cannot be read: {error}") from None
+
+    def render(self, messages: Sequence[Mapping[str, str]], opening: bool) -> str:
+        """The text of these turns; with `opening`, also that which begins an assistant's turn. Raises RefusalError."""
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=opening, **self._names)
+        except Exception as error:  # raise_exception() for an order of roles, or whatever its expressions ran into
+            why = " ".join(str(error).split())[:_REASON_LENGTH] or type(error).__name__
+            raise RefusalError(f"the chat template refuses it: {why}") from None

@@ -1,0 +1,284 @@
+"""Imported tokenizers and templates: transformers' very ids, exact masks, and nothing typed becomes a control token."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_tokenizer import CHATML, write_tokenizer
+
+from lumina.chat import Conversation, Message, open_tokenizer, prompt_ids, render_sound, template_version
+from lumina.chat.foreign import ENDLESS, FOLDED, REWRITES, ForeignTokenizer
+from lumina.chat.jinja import RefusalError
+from lumina.config import UserError
+
+# The forms of template that the families use; each written here anew.
+LLAMA_3 = (
+    "{{- bos_token }}{% for m in messages %}{{- '<|im_start|>' + m['role'] + '<|im_end|>\n\n' + m['content'] | trim "
+    "+ '<|endoftext|>' }}{% endfor %}{% if add_generation_prompt %}{{- '<|im_start|>assistant<|im_end|>\n\n' }}"
+    "{% endif %}"
+)
+LLAMA_2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set loop_messages = messages[1:] %}{% else %}{% set system = '' %}{% set loop_messages = messages %}{% endif %}"
+    "{% for m in loop_messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system if loop.index0 == 0 else '') + m['content'] | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}\n{% endif %}"
+)
+# Puts an empty <think> block before the last answer and takes it away from earlier ones.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think>\n\n"
+    "</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT = [
+    Message("system", "be brief"),
+    Message("user", "hello there"),
+    Message("assistant", "how are you today?"),
+    Message("user", "Well, 日本語 🙂"),
+    Message("assistant", "to be fair: the weather"),
+]
+
+
+def write_spaced_tokenizer(folder: Path, template: str) -> Path:
+    """Of Llama 2's kind: a mark in place of spaces and before every text, bytes for what has no token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    words = ["▁hello", "▁there", "▁how", "▁are", "▁you", "▁today", "INST", "▁[", "▁", "?", ".", "]", "[", "/", "<", ">"]
+    letters = sorted({letter for word in words for letter in word} | set("abcdefghijklmnopqrstuvwxyzSYS|\n"))
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in pieces:
+                merges.append((word[: end - 1], word[end - 1]))
+                pieces.append(word[:end])
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    fast = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder.mkdir(parents=True)
+    fast.save(str(folder / "tokenizer.json"))
+    end = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": False, "rstrip": False}
+    names = {"bos_token": "<s>", "eos_token": end, "unk_token": "<unk>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names})
+    )
+    return folder
+
+
+def written(folder: Path, kind: str) -> Path:
+    if kind in ("llama2", "zephyr"):
+        return write_spaced_tokenizer(folder, {"llama2": LLAMA_2, "zephyr": ZEPHYR}[kind])
+    write_tokenizer(folder, {"chatml": CHATML, "llama3": LLAMA_3, "thinking": THINKING}[kind])
+    if kind == "llama3":
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {kind: written(root / kind, kind) for kind in ("chatml", "llama3", "llama2", "zephyr", "thinking")}
+
+
+@pytest.fixture(scope="module")
+def chatml(folders: dict[str, Path]) -> ForeignTokenizer:
+    return ForeignTokenizer(folders["chatml"])
+
+
+def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+@pytest.mark.parametrize("kind", ["chatml", "llama3", "llama2", "zephyr"])
+def test_ids_are_transformers_own_and_only_answers_are_learned(folders: dict[str, Path], kind: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(folders[kind])
+    ours = ForeignTokenizer(folders[kind])
+    ours.check_trainable()
+    layout = ours.lay_out(Conversation(CHAT))
+    assert layout.ids.tolist() == theirs.apply_chat_template(as_dicts(CHAT), return_dict=True)["input_ids"]
+    for end in (2, 4):
+        prompt = prompt_ids(ours, Conversation(CHAT[:end]))
+        options = {"add_generation_prompt": True, "return_dict": True}
+        assert prompt == theirs.apply_chat_template(as_dicts(CHAT[:end]), **options)["input_ids"]
+        assert layout.ids[: len(prompt)].tolist() == prompt
+        answer = layout.ids[len(prompt) :]
+        stop = next(i for i, token in enumerate(answer) if int(token) in ours.stop_ids)
+        learned = layout.mask[len(prompt) : len(prompt) + stop + 1]
+        assert learned.all()  # from the first token after the prompt to the stop token
+        assert ours.decode_text(answer[:stop]).strip() == CHAT[end].content
+        assert layout.offsets[end] + layout.head[end] == len(prompt)
+    assert layout.mask.sum() == sum(end - start for _, start, end in ours.spans(Conversation(CHAT))[1])
+    assert layout.offsets[0] == 0
+    assert layout.offsets[-1] == len(layout.ids)
+    assert theirs.decode(layout.ids, skip_special_tokens=True) == ours.decode_text(layout.ids)
+
+
+def test_messages_end_where_the_template_ends_them(chatml: ForeignTokenizer) -> None:
+    layout = chatml.lay_out(Conversation(CHAT))
+    pieces = [chatml.decode(layout.ids[a:b]) for a, b in zip(layout.offsets, layout.offsets[1:], strict=False)]
+    assert pieces == [f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in CHAT]
+    assert chatml.decode(layout.ids[layout.mask == 1]) == f"{CHAT[2].content}<|im_end|>{CHAT[4].content}<|im_end|>"
+    masked = [*CHAT[:2], CHAT[2]._replace(learn=False), *CHAT[3:]]
+    again = chatml.lay_out(Conversation(masked))
+    assert chatml.decode(again.ids[again.mask == 1]) == f"{CHAT[4].content}<|im_end|>"
+
+
+PARTS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im", "_end|>", "<", "|>", "user\n", " ", "x", "\n", "é🙂"]
+PARTS += ["\ufdd0", "\ufdd2", "\ufdef", "</s>", "<s>", "<unk>", "[INST]", "{{ 7 * 7 }}", "{% raw %}"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(PARTS), max_size=6).map("".join), min_size=1, max_size=5))
+def test_what_is_typed_never_becomes_a_control_token(chatml: ForeignTokenizer, contents: list[str]) -> None:
+    turns = [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
+    layout = chatml.lay_out(Conversation(turns))
+    assert np.isin(layout.ids, [0, 1, 2]).sum() == 2 * len(turns)  # those of the template
+    for message, start, end in chatml.spans(Conversation(turns))[1]:
+        assert chatml.decode(layout.ids[start:end]) == turns[message].content + "<|im_end|>"
+    for at in range(1, len(turns), 2):
+        prompt = chatml.prompt_ids(Conversation(turns[:at]))
+        assert layout.ids[: len(prompt)].tolist() == prompt
+    assert not np.isin(chatml.encode("".join(contents)), [0, 1, 2]).any()
+
+
+def test_typed_names_are_text_where_the_vocabulary_has_them_as_words(folders: dict[str, Path]) -> None:
+    ours = ForeignTokenizer(folders["llama2"])
+    turns = [Message("user", "hello </s><s> there <unk>"), Message("assistant", "how </s> are you</s>")]
+    layout = ours.lay_out(Conversation(turns))
+    assert np.isin(layout.ids, [1, 2]).sum() == 2
+    assert ours.decode(layout.ids).count("</s>") == 4
+
+
+def test_words_that_a_vocabulary_adds_are_controls_for_users_and_words_for_models(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "t")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    values["added_tokens"] += [{"id": 400, "content": "<think>", **plain}, {"id": 401, "content": "    ", **plain}]
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    ours = ForeignTokenizer(folder)
+    layout = ours.lay_out(Conversation([Message("user", "<think>    "), Message("assistant", "<think>    ")]))
+    first, second = np.split(layout.ids, [layout.offsets[1]])
+    assert (400 in first, 400 in second, 401 in first, 401 in second) == (False, True, True, True)
+    assert ours.sayable(512)[[400, 401]].all()
+    assert not ours.sayable(512)[[0, 1, 402]].any()
+
+
+def test_a_think_block_of_the_template_is_not_learned(folders: dict[str, Path]) -> None:
+    ours = ForeignTokenizer(folders["thinking"])
+    layout = ours.lay_out(Conversation(CHAT[:3]))
+    assert "</think>\n\nhow are" in ours.decode(layout.ids)
+    assert ours.decode(layout.ids[layout.mask == 1]) == "how are you today?<|im_end|>"
+    with pytest.raises(RefusalError, match=REWRITES):
+        ours.lay_out(Conversation(CHAT))
+    with pytest.raises(UserError, match=f"cannot be trained with: {REWRITES}"):
+        ours.check_trainable()
+    assert prompt_ids(ours, Conversation(CHAT[:4]))  # it can be talked to all the same
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (CHATML.replace("<|im_end|>", ""), ENDLESS),
+        (CHATML.replace("{{ m['content'] }}", "{{ messages | length }}{{ m['content'] }}"), REWRITES),
+        ("{{ raise_exception('never') }}", "the chat template refuses it: never"),
+        ("{% for m in messages %}{{ m.nothing.here }}{% endfor %}", "the chat template refuses it: .*has no attribute"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the chat template refuses it: access to attribute"),
+        ("{{ strftime_now('%Y') }}", "the chat template refuses it: 'strftime_now' is undefined"),
+    ],
+)
+def test_templates_that_cannot_be_trained_with_are_refused_by_name(tmp_path: Path, template: str, reason: str) -> None:
+    ours = ForeignTokenizer(write_tokenizer(tmp_path / "t", template))
+    with pytest.raises(UserError, match=reason):
+        ours.check_trainable()
+
+
+def test_conversations_that_do_not_fit_are_named_and_the_others_rendered(folders: dict[str, Path]) -> None:
+    ours = ForeignTokenizer(folders["llama2"])
+    user, answer, text = Message("user", "hello"), Message("assistant", "you"), Message("text", "today </s>")
+    good, twice = Conversation([user, answer]), Conversation([user, user])
+    texts, mixed = Conversation([text, text]), Conversation([text, user])
+    block, refused = render_sound(ours, [good, twice, texts, mixed])
+    assert refused[1] == "the chat template refuses it: roles must alternate"
+    assert "mixes plain text" in refused[3]
+    assert block.conversation_offsets.tolist() == [0, 2, 4]
+    assert len(block.message_offsets) == 5
+    assert block.learned.tolist() == [False, True, True, True]
+    own = block.ids[block.message_offsets[2] : block.message_offsets[3]]
+    assert [own[0], own[-1], int((own <= 2).sum())] == [2, 2, 2]  # a text lies between ends of documents
+    silent = CHATML.replace("<|im_start|>{{", "{% if m['role'] == 'system' %}{% continue %}{% endif %}<|im_start|>{{")
+    (folders["zephyr"].parent / "silent").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folders["zephyr"].parent / "silent" / name).write_bytes((folders["chatml"] / name).read_bytes())
+    (folders["zephyr"].parent / "silent/chat_template.jinja").write_text(silent)
+    with pytest.raises(RefusalError, match=FOLDED):
+        ForeignTokenizer(folders["zephyr"].parent / "silent").lay_out(Conversation(CHAT))
+
+
+def test_the_fingerprint_is_that_of_vocabulary_template_and_stops(tmp_path: Path) -> None:
+    first, same = (ForeignTokenizer(write_tokenizer(tmp_path / name)) for name in "ab")
+    assert first.fingerprint == same.fingerprint
+    other = ForeignTokenizer(write_tokenizer(tmp_path / "c", CHATML + " "))
+    assert template_version(other) != template_version(first)
+    (tmp_path / "b/stops.json").write_text('{"stop_ids": [2, 0]}')
+    (tmp_path / "a/tokenizer.json").write_text((tmp_path / "a/tokenizer.json").read_text() + " ")
+    changed = [open_tokenizer(tmp_path / name).fingerprint for name in "ab"]
+    assert len({first.fingerprint, other.fingerprint, *changed}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("tokenizer.json", "{", "not valid JSON"),
+        ("tokenizer.json", "[]", "is not a JSON object"),
+        ("tokenizer.json", "{}", "cannot be read"),
+        ("chat_template.jinja", "{% if %}", "the chat template cannot be read"),
+        ("stops.json", "{}", "cannot be read"),
+        ("stops.json", '{"stop_ids": []}', "names no stop token"),
+        ("stops.json", '{"stop_ids": [4000]}', "stop id 4000 is not in the vocabulary of 400"),
+        ("tokenizer_config.json", '{"eos_token": "gone"}', "names no stop token"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, reason: str) -> None:
+    folder = write_tokenizer(tmp_path / "t")
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=reason):
+        open_tokenizer(folder)
+
+
+@pytest.mark.parametrize("library", ["tokenizers", "jinja2"])
+def test_a_missing_library_is_named_with_the_remedy(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any, **named: Any) -> Any:
+        if name.split(".")[0] == library:
+            raise ImportError(name)
+        return real(name, *arguments, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for loaded in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, loaded)
+    with pytest.raises(UserError, match=f"needs {library}") as refused:
+        open_tokenizer(folders["chatml"])
+    assert "lumina[hf]" in str(refused.value)

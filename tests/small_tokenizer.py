@@ -1,0 +1,65 @@
+"""A small tokenizer of the kind that imported models bring: byte-level BPE of a few hundred tokens, ChatML template.
+
+A model of Lumina's own vocabulary has 100,352 rows in its embedding; with this one a tiny model is tiny, and a real run
+of it takes a fraction of the time:
+
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    runs.train(arguments(run, data, **small_vocabulary(folder), max_steps=20))
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 512  # ids; the tokenizer itself has fewer
+END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
+
+# The words of runs.write_conversations, so that what is learned there is a few tokens a sentence.
+_TEXTS = [
+    "Honestly, my sister makes me happy. You know, our dog was a surprise! Well, the weather could be better?",
+    "To be fair, that film reminds me of home. I think the old library is worth the wait. Funny, but your garden",
+    "Yesterday I said that a long train ride keeps me awake. As far as I can tell the football team makes me happy.",
+    "system user assistant",
+    "hello there, how are you today? hello there, how are you today? ",
+] * 3
+
+CHATML = (
+    "{% for m in messages %}{% if m['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('bad role') }}"
+    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
+    """Write tokenizer.json and its settings into a new folder; returns the folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[END_OF_TEXT, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(_TEXTS, trainer)
+    folder.mkdir(parents=True)
+    fast.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def small_vocabulary(folder: Path) -> dict[str, Any]:
+    """The settings of runs.arguments for a run whose vocabulary is that of `folder`."""
+    return {"tokenizer": folder, "vocab_size": VOCABULARY}

@@ -178,6 +178,7 @@ def main(words: list[str]) -> int:
     sys.dont_write_bytecode = True
     # What every child needs and no mutant changes is imported once, before the forks.
     import hypothesis  # noqa: F401
+    import torch._inductor  # noqa: F401
     import triton.language  # noqa: F401
 
     gc.freeze()  # a child's collections then leave all of that alone

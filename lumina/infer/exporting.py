@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from lumina.chat import Tokenizer, hf_files
 from lumina.config import ModelConfig, UserError
-from lumina.infer import hf_tokenizer, llama_names
+from lumina.infer import hf_names, hf_tokenizer
 from lumina.infer.loading import find_checkpoint, foreign_tokenizer, read_config, weights
 from lumina.infer.voice import LuminaVoice
 from lumina.train.checkpoint import read_progress
@@ -98,7 +98,7 @@ def _write(path: Path, text: str) -> None:
 def _foreign_description(config: ModelConfig, dtype: str, folder: Path) -> dict[str, Any]:
     """An imported model's config.json; its tokenizer's own files are copied beside it."""
     stops = sorted(hf_files.read_stops(folder))
-    return {"config.json": llama_names.to_llama_config(config, dtype, stops if len(stops) > 1 else stops[0], None)}
+    return {"config.json": hf_names.to_hf_config(config, dtype, stops if len(stops) > 1 else stops[0], None)}
 
 
 def _description(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _description(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "max_length": config.seq_length,
     }
     return {
-        "config.json": llama_names.to_llama_config(config, dtype, tokenizer.stop_id, tokenizer.pad_id),
+        "config.json": hf_names.to_hf_config(config, dtype, tokenizer.stop_id, tokenizer.pad_id),
         "generation_config.json": generation,
         "tokenizer.json": hf_tokenizer.tokenizer_json(tokenizer),
         "tokenizer_config.json": hf_tokenizer.tokenizer_config(tokenizer, config.seq_length),
@@ -165,7 +165,7 @@ def _renamed(
     for expected in members:
         ours, weight = next(stream)
         assert ours == expected, "the plan and the checkpoint go through the model in the same order"
-        for theirs, tensor in llama_names.split(ours, weight, config):
+        for theirs, tensor in hf_names.split(ours, weight, config):
             yield theirs, tensor.to(dtype).contiguous()
 
 

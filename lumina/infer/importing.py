@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lumina.chat import Tokenizer, hf_files, open_tokenizer
 from lumina.config import ModelConfig, UserError
-from lumina.infer import llama_names
+from lumina.infer import hf_names
+from lumina.infer.hf_config import to_model_config
 from lumina.model import Transformer
+from lumina.train import beginning
 from lumina.train.checkpoint import FORMAT, MANIFEST, TRAINER, Progress, digest, name_of, write_json
 from lumina.train.state import MASTER
 
-_WIDEST = 2**24  # no width is beyond this but in a damaged file
 _SHARD = 2 * 10**9  # bytes of float32 weights in memory and in a file at a time
 _IGNORED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they follow from rope_theta
 
@@ -79,68 +79,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object")
     return values
-
-
-# --- Configuration --------------------------------------------------------------------------------
-
-
-def to_model_config(values: dict[str, Any]) -> ModelConfig:
-    """Our configuration of a config.json. Raises UserError, naming what this model cannot represent."""
-    _refuse_unsupported(values)
-    theta, _ = llama_names.config_facts(values)
-    heads = values.get("num_attention_heads")
-    kv_heads = values.get("num_key_value_heads")
-    ours = {
-        "hidden_size": values.get("hidden_size"),
-        "num_layers": values.get("num_hidden_layers"),
-        "num_heads": heads,
-        "num_kv_heads": heads if kv_heads is None else kv_heads,
-        "seq_length": values.get("max_position_embeddings", 2048),
-        "vocab_size": values.get("vocab_size"),
-        "intermediate_size": values.get("intermediate_size"),
-        "rope_theta": theta,
-        "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
-        "tie_word_embeddings": values.get("tie_word_embeddings", False),
-        "init_std": values.get("initializer_range", 0.02),
-    }
-    try:
-        config = ModelConfig.model_validate(ours)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "config"
-        raise UserError(f"config.json does not describe a Llama: {where}: {first['msg']}") from None
-    for name in ("hidden_size", "ffn_size", "vocab_size"):
-        if getattr(config, name) > _WIDEST:
-            raise UserError(f"config.json does not describe a Llama: {name} is {getattr(config, name)}")
-    return config
-
-
-def _refuse_unsupported(values: dict[str, Any]) -> None:
-    kind = values.get("model_type")
-    if kind not in ("llama", "mistral"):
-        raise UserError(
-            f"model_type {kind} is not supported",
-            "Supported: llama without rope scaling (Llama 2, Llama 3, TinyLlama, SmolLM2), mistral without a window.",
-        )
-    _, scaling = llama_names.config_facts(values)
-    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
-    refused = {
-        "rope scaling": scaling,
-        "attention_bias": values.get("attention_bias"),
-        "mlp_bias": values.get("mlp_bias"),
-        "a quantised checkpoint (quantization_config)": values.get("quantization_config"),
-        "sliding_window": values.get("sliding_window", 4096 if kind == "mistral" else None),
-    }
-    for what, value in refused.items():
-        if value:
-            raise UserError(f"{what} is not supported ({json.dumps(value)})")
-    if values.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act {values['hidden_act']} is not supported, only silu")
-    if values.get("pretraining_tp", 1) != 1:
-        raise UserError(f"pretraining_tp {values['pretraining_tp']} is not supported, only 1")
-    head_dim = values.get("head_dim")
-    if head_dim is not None and not (isinstance(heads, int) and head_dim * heads == hidden):
-        raise UserError(f"head_dim {head_dim} is not supported: {heads} heads of it are not hidden_size {hidden}")
 
 
 # --- Weights --------------------------------------------------------------------------------------
@@ -193,7 +131,7 @@ class _Tensors:
         """Raise UserError unless the files hold exactly the model's tensors in their shapes."""
         expected: dict[str, tuple[int, ...]] = {}
         for ours, shape in shapes.items():
-            expected |= {part.name: (part.rows, *shape[1:]) for part in llama_names.parts(ours, config)}
+            expected |= {part.name: (part.rows, *shape[1:]) for part in hf_names.parts(ours, config)}
         for name, wanted in expected.items():
             if name not in self._homes:
                 raise UserError(f"{self._source} has no tensor {name}")
@@ -211,7 +149,7 @@ class _Tensors:
 
     def read(self, ours: str, config: ModelConfig) -> torch.Tensor:
         """One of our parameters, float32."""
-        pieces = [self._homes[p.name].get_tensor(p.name).float() for p in llama_names.parts(ours, config)]
+        pieces = [self._homes[p.name].get_tensor(p.name).float() for p in hf_names.parts(ours, config)]
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
@@ -236,8 +174,7 @@ def _write_checkpoint(checkpoint: Path, tensors: _Tensors, shapes: dict[str, tor
         ranges = {name: [0, shapes[name].numel()] for name in names}
         path = checkpoint / f"rank-{rank:05d}-of-{len(groups):05d}.safetensors"
         save_file({"rng/cpu": torch.get_rng_state(), **held}, path, metadata={"ranges": json.dumps(ranges)})
-    keys = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "ffn_size", "tie_word_embeddings")
-    progress = Progress(model={key: getattr(config, key) for key in keys}, world=len(groups))
+    progress = Progress(model=beginning.shape(config), world=len(groups))
     write_json(checkpoint / TRAINER, {**asdict(progress), "optimizer_step": 0, "loss_scale": {}})
     entries = [{"name": p.name, "bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(checkpoint.iterdir())]
     write_json(checkpoint / MANIFEST, {"format": FORMAT, "files": entries})

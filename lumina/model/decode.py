@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lumina.config import ModelConfig
 from lumina.model import cpu, ops
 from lumina.model.cache import KVCache
 from lumina.model.transformer import Transformer
@@ -85,7 +86,7 @@ class Decoder:
     def __init__(self, model: Transformer, cache: KVCache, forbidden_V: Tensor) -> None:
         self._model, self._cache, self._forbidden_V = model, cache, forbidden_V
         self._weights = _in_order(model)
-        plain = all(weight.is_contiguous() for weight in self._weights)
+        plain = _is_plain(model.config) and all(weight.is_contiguous() for weight in self._weights)
         self.compiled = plain and ops._use_cpu(*self._weights, cache.keys) and _lib() is not None
         if self.compiled:
             pointers = [weight.data_ptr() for weight in self._weights]
@@ -130,7 +131,7 @@ class Decoder:
         config, cache, threads = self._model.config, self._cache, torch.get_num_threads()
         count, hidden = len(rows), config.hidden_size
         x_RD = self._model.embedding.weight[ids_R1[:, 0]].float()
-        rotary = ops.Rotary.of(positions_R1, config.head_dim, config.rope_theta)
+        rotary = ops.Rotary.of(positions_R1, config.head_dim, config.rope_theta, config.rope_scaling)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         scratch = torch.empty(count * (hidden + width + config.ffn_size) + threads * cache.capacity)
         where = torch.tensor([rows, slots])
@@ -142,6 +143,11 @@ class Decoder:
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         library.lumina_decode(self._pointers, *addresses, *sizes, config.rms_norm_eps, threads)
         return scratch[: count * hidden].view(count, hidden)
+
+
+def _is_plain(config: ModelConfig) -> bool:
+    """Whether the compiled step computes this shape: heads that fill the hidden width, no biases, no norms of heads."""
+    return not config.qkv_bias and not config.qk_norm and config.num_heads * config.head_dim == config.hidden_size
 
 
 def _in_order(model: Transformer) -> list[Tensor]:

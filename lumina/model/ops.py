@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumina.config import UserError
+from lumina.config import RopeScaling, UserError
 from lumina.model import cpu
 
 
@@ -131,11 +132,31 @@ class Rotary:
     sin_BSh: Tensor
 
     @classmethod
-    def of(cls, positions_BS: Tensor, head_dim: int, theta: float) -> Rotary:
+    def of(cls, positions_BS: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rotary:
         """Angles positions * theta^(-2i/d), in float32 as Llama computes them (arXiv:2104.09864, section 3.2.2)."""
         exponent_h = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
-        angles_BSh = positions_BS[..., None].float() * (1.0 / theta**exponent_h)
+        frequency_h = 1.0 / theta**exponent_h
+        if scaling is not None:
+            frequency_h = _slowed(frequency_h, scaling)
+        angles_BSh = positions_BS[..., None].float() * frequency_h
         return cls(angles_BSh.cos(), angles_BSh.sin())
+
+
+def _slowed(frequency_h: Tensor, scaling: RopeScaling) -> Tensor:
+    """Frequencies for a longer window (see RopeScaling); operations in the order of Llama 3.1's own code, so that the
+    float32 results are its very bits."""
+    slow_h = frequency_h / scaling.factor
+    if scaling.type == "linear":
+        return slow_h
+    low, high, window = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_window
+    assert low is not None
+    assert high is not None
+    assert window is not None
+    length_h = 2 * math.pi / frequency_h  # tokens for a whole turn
+    kept_h = (window / length_h - low) / (high - low)
+    between_h = (1 - kept_h) * slow_h + kept_h * frequency_h
+    frequency_h = torch.where(length_h > window / high, between_h, frequency_h)
+    return torch.where(length_h > window / low, slow_h, frequency_h)
 
 
 def _rope_torch(x_BSnd: Tensor, rotary: Rotary) -> Tensor:

@@ -4,7 +4,9 @@ Shape suffixes: B sequences, S positions, D hidden width, H query heads, K key/v
 width, V vocabulary, N supervised positions, P positions in the rotary table.
 
 References: Llama 2 (arXiv:2307.09288) for the arrangement, GQA (arXiv:2305.13245), RoPE (arXiv:2104.09864, the
-rotate-half form), SwiGLU (arXiv:2002.05202), RMSNorm (arXiv:1910.07467).
+rotate-half form), SwiGLU (arXiv:2002.05202), RMSNorm (arXiv:1910.07467). Where the configuration's family says so:
+biases of queries, keys and values (Qwen2, arXiv:2407.10671), a norm of each head's queries and keys (Qwen3,
+arXiv:2505.09388).
 
 A training batch is one row (B = 1) of documents laid end to end without padding; `cu_seqlens` says where they meet.
 """
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
     from lumina.model.cache import KVCache
 
 
-def _linear(fan_in: int, fan_out: int, std: float) -> nn.Linear:
-    """A bias-free linear layer drawn from N(0, std^2)."""
-    layer = nn.Linear(fan_in, fan_out, bias=False)
+def _linear(fan_in: int, fan_out: int, std: float, bias: bool = False) -> nn.Linear:
+    """A linear layer drawn from N(0, std^2); a bias begins at 0."""
+    layer = nn.Linear(fan_in, fan_out, bias=bias)
     nn.init.normal_(layer.weight, std=std)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -56,12 +60,17 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
-        self.qkv = _linear(config.hidden_size, sum(self.heads) * self.head_dim, config.init_std)
-        self.out = _linear(config.hidden_size, config.hidden_size, config.init_std / math.sqrt(2 * config.num_layers))
+        self.qkv = _linear(config.hidden_size, sum(self.heads) * self.head_dim, config.init_std, config.qkv_bias)
+        width, std = config.num_heads * self.head_dim, config.init_std / math.sqrt(2 * config.num_layers)
+        self.out = _linear(width, config.hidden_size, std)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_BSD: Tensor, rotary: ops.Rotary, docs: Documents | None, cache: KVCache | None) -> Tensor:
         heads_BSnd = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BSHd, k_BSKd, v_BSKd = heads_BSnd.split(self.heads, dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            (q_BSHd, _), (k_BSKd, _) = self.q_norm(q_BSHd), self.k_norm(k_BSKd)
         q_BSHd, k_BSKd = ops.rope(q_BSHd, k_BSKd, rotary)
         if cache is not None:
             o_BSHd = cache.attend(self.layer, q_BSHd, k_BSKd, v_BSKd)
@@ -188,7 +197,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the output layer reads: (B, S, D). Arguments as in `forward`."""
         docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen) if cache is None else None
-        rotary = ops.Rotary.of(positions_BS, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        rotary = ops.Rotary.of(positions_BS, config.head_dim, config.rope_theta, config.rope_scaling)
         delta_BSD = self.embedding(ids_BS)
         residual_BSD: Tensor | None = None
         for layer, block in enumerate(self.blocks):

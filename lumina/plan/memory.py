@@ -64,7 +64,9 @@ def parameter_groups(model: ModelConfig) -> tuple[list[int], list[int]]:
     h, d = model.hidden_size, model.head_dim
     layer = [h * d * (model.num_heads + 2 * model.num_kv_heads), h * d * model.num_heads, 2 * h * model.ffn_size]
     decayed = [*layer, h * model.ffn_size] * model.num_layers
-    free = [model.vocab_size * h, *[h] * (2 * model.num_layers + 1)]
+    biases = [d * (model.num_heads + 2 * model.num_kv_heads)] if model.qkv_bias else []
+    head_norms = [d, d] if model.qk_norm else []
+    free = [model.vocab_size * h, *[h] * (2 * model.num_layers + 1), *(biases + head_norms) * model.num_layers]
     if not model.tie_word_embeddings:
         decayed.append(model.vocab_size * h)
     return decayed, free

@@ -87,8 +87,9 @@ def memory_bytes_per_token(model: ModelConfig, shape: Shape) -> float:
     scale = shape.element / 2
     h, f = model.hidden_size, model.ffn_size
     rotated = (model.num_heads + model.num_kv_heads) * model.head_dim
-    forward = 2 * 8 * h + 4 * rotated + 6 * f
-    backward = 2 * 8 * h + 4 * rotated + 10 * f
+    normed = rotated if model.qk_norm else 0  # read and written; in the backward pass two are read
+    forward = 2 * 8 * h + 4 * rotated + 4 * normed + 6 * f
+    backward = 2 * 8 * h + 4 * rotated + 6 * normed + 10 * f
     layers = model.num_layers * (forward * (1 + recomputed_share(model, shape)) + backward)
     return scale * (layers + 5 * 2 * model.vocab_size * shape.supervised)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lumina.chat.hf_files import copy_files
-from lumina.config import Config, UserError
+from lumina.config import Config, ModelConfig, UserError
 from lumina.train import checkpoint
 from lumina.train.engine import Ranks
 
@@ -100,7 +100,8 @@ def same_batch(config: Config, size: int) -> Config:
     return config.replace(global_batch_size=size)
 
 
-def shape(config: Config) -> dict[str, Any]:
+def shape(config: ModelConfig) -> dict[str, Any]:
+    """What a checkpoint's parameters depend on."""
     return {key: getattr(config, key) for key in (*_MODEL_KEYS, *_LATER_KEYS)}
 
 

@@ -25,13 +25,38 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama2": {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "dtype": torch.float16},
+    "llama2-long": {"num_key_value_heads": 4, "rope": LINEAR, "dtype": torch.float16},
     "llama3": {"num_key_value_heads": 2, "rope_theta": 500000.0, "dtype": torch.bfloat16},
+    "llama3.2": {
+        "num_key_value_heads": 2,
+        "rope": LLAMA_3_SCALING,
+        "rope_theta": 5000.0,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "dtype": torch.bfloat16,
+    },
     "tinyllama": {"num_key_value_heads": 1, "dtype": torch.float32},
     "smollm2": {"num_key_value_heads": 2, "rope_theta": 100000.0, "tie_word_embeddings": True, "dtype": torch.bfloat16},
     "mistral": {"num_key_value_heads": 2, "dtype": torch.bfloat16},
+    "qwen2": {"num_key_value_heads": 2, "rope_theta": 1e6, "dtype": torch.bfloat16},
+    "qwen2-tied": {"num_key_value_heads": 2, "rope_theta": 1e6, "tie_word_embeddings": True, "dtype": torch.bfloat16},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 20, "rope_theta": 1e6, "dtype": torch.bfloat16},
+    "qwen3-tied": {"num_key_value_heads": 1, "head_dim": 12, "tie_word_embeddings": True, "dtype": torch.float32},
 }
+
+
+def model_type(family: str) -> str:
+    return next((kind for kind in ("mistral", "qwen2", "qwen3") if family.startswith(kind)), "llama")
 
 
 def make_tokenizer() -> Any:
@@ -60,16 +85,23 @@ def make_tokenizer() -> Any:
 
 
 def make_hf(folder: Path, family: str) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    import transformers
 
     options = dict(FAMILIES[family])
     dtype, theta = options.pop("dtype"), options.pop("rope_theta", 10000.0)
-    options |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "eos_token_id": 2, "bos_token_id": 0}
+    rope = {"rope_type": "default", **options.pop("rope", {}), "rope_theta": theta}
+    options |= {"rope_parameters": rope, "eos_token_id": 2, "bos_token_id": 0, **SIZES}
     if family == "mistral":
         options["sliding_window"] = None
-    kind, model_kind = (MistralConfig, MistralForCausalLM) if family == "mistral" else (LlamaConfig, LlamaForCausalLM)
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type(family)]
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=320, max_position_embeddings=96, initializer_range=0.3, **options
+    )
     torch.manual_seed(0)
-    model = model_kind(kind(vocab_size=320, max_position_embeddings=96, initializer_range=0.3, **SIZES, **options))
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms are made of ones and biases of zeros, which would hide a mistake
+            torch.nn.init.uniform_(parameter, 0.3, 1.7)
     model.to(dtype).save_pretrained(folder, max_shard_size="20KB" if family == "llama3" else "5GB")
     make_tokenizer().save_pretrained(folder)
 
@@ -105,6 +137,7 @@ def test_in_answer_and_out_again(tmp_path: Path, family: str) -> None:
     stream = loaded.voice.text_stream()
     assert "".join(map(stream.push, answer.ids)) + stream.end() == tokenizer.decode(said, skip_special_tokens=True)
 
+    assert sum(p.numel() for p in reference.parameters()) == loaded.config.num_parameters()
     dtype = str(FAMILIES[family]["dtype"]).removeprefix("torch.")
     export(run, tmp_path / "out", dtype=dtype)
     before = {k: v for path in (tmp_path / "hf").glob("*.safetensors") for k, v in load_file(path).items()}
@@ -113,6 +146,7 @@ def test_in_answer_and_out_again(tmp_path: Path, family: str) -> None:
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
         assert torch.equal(tensor, after[name]), name
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == model_type(family)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, reference(ids).logits, rtol=1e-5, atol=1e-5)
@@ -143,19 +177,29 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "qwen2"}, "model_type qwen2 is not supported"),
+        ({"model_type": "qwen2"}, "no tensor model.layers.0.self_attn.q_proj.bias"),
+        ({"model_type": "qwen3"}, "no tensor model.layers.0.self_attn.q_norm.weight"),
         ({"model_type": "mixtral"}, "model_type mixtral"),
         ({"model_type": None}, "model_type None"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs original_window"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor: Input should be greater"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r'rope scaling {"type": "dynamic"'),
+        ({"rope_scaling": [2.0]}, r"rope_scaling \[2.0\] is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope scaling"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope scaling"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope scaling"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
-        ({"head_dim": 32}, "head_dim 32"),
-        ({"head_dim": "12"}, "head_dim 12"),
+        ({"head_dim": 32}, r"q_proj.weight has shape \[48, 48\], config.json says \[128, 48\]"),
+        ({"head_dim": "twelve"}, "head_size: Input should be a valid integer"),
+        ({"head_dim": 2**40}, "num_attention_heads . head_dim is"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "sliding_window"),
         ({"pretraining_tp": 2}, "pretraining_tp"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.2"),
         ({"num_hidden_layers": 10**9}, "too few for 1000000000 layers"),

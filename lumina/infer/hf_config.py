@@ -1,0 +1,117 @@
+"""A config.json of transformers as our configuration; what this model cannot represent exactly is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from lumina.config import ModelConfig, UserError
+
+_WIDEST = 2**24  # no width is beyond this but in a damaged file
+_SUPPORTED = (
+    "Supported: llama (Llama 2 and 3 with linear or llama3 rope scaling, TinyLlama, SmolLM2), mistral without a "
+    "window, qwen2 (and 2.5) and qwen3."
+)
+# What transformers takes for a key that the file leaves out; a null is another thing.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+
+
+def to_model_config(given: dict[str, Any]) -> ModelConfig:
+    """Our configuration of a config.json. Raises UserError, naming what this model cannot represent."""
+    family = given.get("model_type")
+    if not isinstance(family, str) or family not in _DEFAULTS:
+        raise UserError(f"model_type {family} is not supported", _SUPPORTED)
+    values = _DEFAULTS[family] | given
+    _refuse_unsupported(values)
+    theta, scaling = _rope(values)
+    hidden, heads, head = (values.get(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
+    kv_heads = values.get("num_key_value_heads")
+    usual = isinstance(heads, int) and isinstance(head, int) and head * heads == hidden
+    ours = {
+        "hidden_size": hidden,
+        "num_layers": values.get("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "seq_length": values["max_position_embeddings"],
+        "vocab_size": values.get("vocab_size"),
+        "intermediate_size": values.get("intermediate_size"),
+        "family": family,
+        "head_size": None if usual else head,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": values.get("tie_word_embeddings", False),
+        "init_std": values.get("initializer_range", 0.02),
+    }
+    try:
+        config = ModelConfig.model_validate(ours)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "config"
+        raise UserError(f"config.json does not describe a {family} model: {where}: {first['msg']}") from None
+    widths = {name: getattr(config, name) for name in ("hidden_size", "ffn_size", "vocab_size")}
+    for name, width in (widths | {"num_attention_heads * head_dim": config.num_heads * config.head_dim}).items():
+        if width > _WIDEST:
+            raise UserError(f"config.json does not describe a {family} model: {name} is {width}")
+    return config
+
+
+def _refuse_unsupported(values: dict[str, Any]) -> None:
+    layers = values.get("layer_types")
+    windows = layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers))
+    # Qwen's files name a window that is not used unless they say so.
+    window = (
+        values.get("sliding_window") if values.get("use_sliding_window", values["model_type"] == "mistral") else None
+    )
+    refused = {
+        "attention_bias": values.get("attention_bias"),
+        "mlp_bias": values.get("mlp_bias"),
+        "a quantised checkpoint (quantization_config)": values.get("quantization_config"),
+        "sliding_window": window,
+        "a layer_types with other than full_attention": windows,
+    }
+    for what, value in refused.items():
+        if value:
+            raise UserError(f"{what} is not supported ({json.dumps(value)})")
+    if values.get("hidden_act", "silu") != "silu":
+        raise UserError(f"hidden_act {values['hidden_act']} is not supported, only silu")
+    if values.get("pretraining_tp", 1) != 1:
+        raise UserError(f"pretraining_tp {values['pretraining_tp']} is not supported, only 1")
+
+
+def _rope(values: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
+    """Rope theta and scaling of the old form (rope_theta, rope_scaling) or the new (rope_parameters)."""
+    new, old = values.get("rope_parameters"), values.get("rope_scaling")
+    for name, given in (("rope_parameters", new), ("rope_scaling", old)):
+        if given is not None and not isinstance(given, dict):
+            raise UserError(f"{name} {json.dumps(given)} is not supported")
+    new = new or {}
+    theta = new.get("rope_theta", values.get("rope_theta", 10000.0))
+    scaling = old or new
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    partial = scaling.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    nested = any(isinstance(value, dict) for value in scaling.values())
+    if kind not in ("default", "linear", "llama3") or partial != 1.0 or nested:
+        raise UserError(
+            f"rope scaling {json.dumps(scaling)} is not supported", "Supported: linear, llama3, and none at all."
+        )
+    if kind == "default":
+        return theta, None
+    ours = {"type": kind, "factor": scaling.get("factor")}
+    if kind == "llama3":
+        ours |= {
+            "low_freq_factor": scaling.get("low_freq_factor"),
+            "high_freq_factor": scaling.get("high_freq_factor"),
+            "original_window": scaling.get(
+                "original_max_position_embeddings",
+                values.get("original_max_position_embeddings", values["max_position_embeddings"]),
+            ),
+        }
+    return theta, ours

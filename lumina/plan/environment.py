@@ -121,7 +121,7 @@ def check_kernels() -> Iterator[Finding]:
 
 
 def check_compilers() -> Iterator[Finding]:
-    """DeepSpeed compiles its CPU ops (shared memory, CPUAdam) when they are first used."""
+    """DeepSpeed compiles its CPU ops (CPUAdam, for offload) when they are first used; Lumina its fused CPU loops."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler:
         yield Finding("OK", "compiler", compiler)

@@ -5,14 +5,12 @@ What DeepSpeed does differently from stage to stage is evened out here, so that 
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
 import socket
 import sys
 import warnings
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +22,6 @@ from lumina.cluster.signals import end_with_parent
 from lumina.config import Config
 from lumina.model import Transformer
 from lumina.model.loss import round_up
-from lumina.train import extensions
 from lumina.train.optimizer import build_optimizer
 from lumina.train.timing import StepTimer
 from lumina.train.veto import Veto
@@ -69,11 +66,13 @@ def join() -> Ranks:
     deepspeed = import_deepspeed()
 
     if not torch.distributed.is_initialized():
-        from deepspeed.accelerator import get_accelerator
+        from deepspeed.comm import torch as backend
 
-        extensions.build([get_accelerator().create_op_builder("ShareMemCommBuilder")])
-        with redirect_stdout(io.StringIO() if _quiet() else sys.stdout):  # it prints what it has built
-            deepspeed.init_distributed(verbose=False)
+        # Its all-reduce through shared memory is for tensor-parallel inference alone. Made at every start, it would
+        # cost a compilation on a new machine and 66 MB a rank, in a segment that a killed rank leaves to the next run
+        # on the same port.
+        backend.build_shm_op = lambda: None
+        deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
     return Ranks(rank, world, local, local_world)

@@ -30,8 +30,8 @@ from lumina.infer.serve.schemas import CHOICES, ChatRequest, CompletionRequest
 from lumina.infer.voice import Voice
 
 ASSETS = Path(__file__).parents[1] / "assets"
-_FILES = {"/": "chat.html", "/chat.js": "chat.js", "/markdown.js": "markdown.js", "/chat.css": "chat.css"}
-_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+_FILES = {"/": "chat.html"} | {f"/{name}": name for name in ("chat.js", "markdown.js", "chat.css", "icon.svg")}
+_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
 @dataclass

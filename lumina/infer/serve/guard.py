@@ -17,7 +17,14 @@ from lumina.infer.serve.errors import ApiError
 from lumina.infer.serve.metrics import Metrics
 
 LOOPBACK = frozenset(["localhost", "127.0.0.1", "[::1]"])
-_OPEN = ("/", "/health", "/chat.js", "/markdown.js", "/chat.css")  # no key: they tell nothing and run nothing
+_OPEN = (
+    "/",
+    "/health",
+    "/chat.js",
+    "/markdown.js",
+    "/chat.css",
+    "/icon.svg",
+)  # no key: they tell nothing and run nothing
 _KNOWN = (*_OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),

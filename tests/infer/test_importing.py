@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import make_model, write_run
+from small_tokenizer import VOCABULARY, write_tokenizer
 
 from lumina.chat import Conversation, Message
 from lumina.cli import main
@@ -19,11 +20,6 @@ from lumina.config import UserError
 from lumina.infer import Sampling, export, generate, import_hf, load
 from lumina.infer.voice import ForeignVoice
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('bad role') }}"
-    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_3_SCALING = {
     "rope_type": "llama3",
@@ -59,31 +55,6 @@ def model_type(family: str) -> str:
     return next((kind for kind in ("mistral", "qwen2", "qwen3") if family.startswith(kind)), "llama")
 
 
-def make_tokenizer() -> Any:
-    """A byte-level BPE of a few hundred tokens with ChatML control tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    fast = Tokenizer(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    fast.train_from_iterator(["hello there, how are you today? " * 3, "system user assistant"], trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=fast,
-        eos_token="<|im_end|>",
-        bos_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>"],
-    )
-    wrapped.chat_template = TEMPLATE
-    return wrapped
-
-
 def make_hf(folder: Path, family: str) -> None:
     import transformers
 
@@ -95,7 +66,7 @@ def make_hf(folder: Path, family: str) -> None:
         options["sliding_window"] = None
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type(family)]
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=320, max_position_embeddings=96, initializer_range=0.3, **options
+        vocab_size=VOCABULARY, max_position_embeddings=96, initializer_range=0.3, **options
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
@@ -103,7 +74,9 @@ def make_hf(folder: Path, family: str) -> None:
         if parameter.ndim == 1:  # norms are made of ones and biases of zeros, which would hide a mistake
             torch.nn.init.uniform_(parameter, 0.3, 1.7)
     model.to(dtype).save_pretrained(folder, max_shard_size="20KB" if family == "llama3" else "5GB")
-    make_tokenizer().save_pretrained(folder)
+    for file in write_tokenizer(folder / "tokenizer").iterdir():
+        file.replace(folder / file.name)
+    (folder / "tokenizer").rmdir()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +101,7 @@ def test_in_answer_and_out_again(tmp_path: Path, family: str) -> None:
     prompt = loaded.voice.prompt(conversation)
     assert prompt == inputs["input_ids"][0].tolist()
     answer = generate(loaded.model, loaded.voice, [prompt], Sampling(temperature=0, max_length=20))[0]
-    suppressed = [0, 1, *range(len(tokenizer), 320)]
+    suppressed = [0, 1, *range(len(tokenizer), VOCABULARY)]
     theirs = reference.generate(
         **inputs, max_new_tokens=20, do_sample=False, suppress_tokens=suppressed, eos_token_id=2, pad_token_id=0
     )

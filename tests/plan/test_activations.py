@@ -41,12 +41,18 @@ def gpu_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ops._choice.cache_clear()
 
 
-@pytest.mark.parametrize("preset", ["nano", "debug", "small", "medium", "large"])
+CASES = [(name, {}) for name in ("nano", "debug", "small", "medium", "large")]
+CASES += [("small", {"family": "qwen2"}), ("small", {"family": "qwen3", "head_size": 96})]
+
+
+@pytest.mark.parametrize(("preset", "changes"), CASES)
 @pytest.mark.parametrize("checkpoint_every", [0, 1, 3])
-def test_activations(gpu_path: None, monkeypatch: pytest.MonkeyPatch, preset: str, checkpoint_every: int) -> None:
+def test_activations(
+    gpu_path: None, monkeypatch: pytest.MonkeyPatch, preset: str, changes: dict[str, Any], checkpoint_every: int
+) -> None:
     from deepspeed.runtime.activation_checkpointing import checkpointing
 
-    config = load(preset)
+    config = load(preset, changes)
     tokens = config.seq_length
     kept: dict[int, tuple[int, torch.Tensor]] = {}  # storage -> bytes, and a reference that keeps the storage alive
 

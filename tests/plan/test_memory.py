@@ -87,7 +87,8 @@ def test_tensors_are_the_models() -> None:
     from lumina.model import Transformer
     from lumina.train.optimizer import parameter_groups as real_groups
 
-    for sets in ([], ["tie_word_embeddings=false"]):
+    families = (["family=qwen2"], ["family=qwen3", "head_size=96"])
+    for sets in ([], ["tie_word_embeddings=false"], *families):
         config = load("nano", sets=sets)
         with torch.device("meta"):
             model = Transformer(config)

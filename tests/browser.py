@@ -67,12 +67,9 @@ class Browser:
     `complaints` holds what the console said, `requests` what the page asked the network for.
     """
 
-    def __init__(
-        self, folder: Path, width: int = 1000, height: int = 800, dark: bool = False, phone: bool = False
-    ) -> None:
+    def __init__(self, folder: Path) -> None:
         self.complaints: list[str] = []
         self.requests: list[str] = []
-        self._size, self._dark, self._phone = (width, height), dark, phone
         self._last, self._answers, self._read = 0, dict[int, Any](), b""
         self._session: str | None = None
         to_child, self._to = os.pipe()
@@ -95,16 +92,6 @@ class Browser:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        width, height = self._size
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=self._phone,
-        )
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if self._dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,9 +144,17 @@ class Browser:
         elif method == "Runtime.consoleAPICalled":
             self.complaints.append(str([argument.get("value") for argument in params["args"]]))
 
-    def open(self, url: str) -> None:
+    def open(self, url: str, width: int = 1000, height: int = 800, dark: bool = False, phone: bool = False) -> None:
+        """A page, for a screen of this size, with nothing left of earlier ones."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url="about:blank")
+        self.call("Storage.clearDataForOrigin", origin=url, storageTypes="all")
+        self.complaints.clear()
+        self.requests.clear()
         self.call("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete'")
+        self.wait(f"location.href.startsWith({url!r}) && document.readyState === 'complete'")
 
     def ask(self, script: str) -> Any:
         """The value of a JavaScript expression; promises are waited for."""

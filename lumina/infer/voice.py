@@ -56,6 +56,9 @@ class Voice(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which may be part of a character."""
+
     def text_stream(self) -> TextStream: ...
 
 
@@ -96,6 +99,9 @@ class LuminaVoice:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
+    def token_bytes(self, token: int) -> bytes:
+        return self.tokenizer.token_bytes(token)
+
     def text_stream(self) -> TextStream:
         return _Utf8Stream(self.tokenizer)
 
@@ -124,6 +130,9 @@ class ForeignVoice:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode_text(ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.tokenizer.token_bytes(token)
 
     def text_stream(self) -> TextStream:
         return _DecodedStream(self)

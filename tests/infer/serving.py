@@ -56,8 +56,9 @@ def running(
     timeout: float = 60.0,
     max_body: int = 1 << 16,
     body_seconds: float = 10.0,
+    max_tokens: int = 2000,
 ) -> Iterator[Running]:
-    service = make_service(loaded, slots, queue, 400, timeout)
+    service = make_service(loaded, slots, queue, max_tokens, timeout)
     server = make_server(Guard(make_app(service), Rules(key, LOOPBACK, max_body, body_seconds), service.metrics))
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]

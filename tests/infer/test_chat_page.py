@@ -31,7 +31,7 @@ MARKED = """\
 ## A *list* & <b>more</b>
 
 1. **bold**, `a < b` and ~~struck~~
-2. [Lumina](https://example.org/a?b=1) but not [this](javascript:alert(1)), [it](data:text/html,x) nor [that](/v1/models)
+2. [Lumina](https://example.org/a?b=1), not [this](javascript:alert(1)), [it](data:text/html,x) nor [that](/v1/models)
    - inside
 
 > quoted <script>document.title = 'owned'</script>
@@ -81,8 +81,14 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return say
 
 
-def page(server: Running, browser: Browser) -> None:
-    browser.open(server.address)
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("browser")) as started:
+        yield started
+
+
+def page(server: Running, browser: Browser, width: int = 1000, dark: bool = False) -> None:
+    browser.open(server.address, width, 844, dark, phone=width < 500)
     browser.wait("document.getElementById('model').textContent === 'small'")
     assert browser.ask("document.activeElement.id") == "input"
 
@@ -93,125 +99,120 @@ def send(browser: Browser, text: str) -> None:
 
 
 @needs_browser
-def test_a_conversation(server: Running, said: Callable[[str], None], tmp_path: Path) -> None:
+def test_a_conversation(server: Running, said: Callable[[str], None], browser: Browser) -> None:
     """Send, stream, stop, regenerate, edit, parameters, errors: with the keyboard where there is a key for it."""
-    with Browser(tmp_path) as browser:
-        page(server, browser)
-        said("Hello yourself.")
-        browser.type("Hello")
-        browser.press("Enter", shift=True)
-        send(browser, "there")
-        browser.wait(f"{LAST}?.textContent === 'Hello yourself.' && {DONE}")
-        assert browser.ask("document.querySelector('article.user .body').textContent") == "Hello\nthere"
-        assert browser.ask("document.getElementById('status').textContent").strip() == "Hello yourself."
+    page(server, browser)
+    said("Hello yourself.")
+    browser.type("Hello")
+    browser.press("Enter", shift=True)
+    send(browser, "there")
+    browser.wait(f"{LAST}?.textContent === 'Hello yourself.' && {DONE}")
+    assert browser.ask("document.querySelector('article.user .body').textContent") == "Hello\nthere"
+    assert browser.ask("document.getElementById('status').textContent").strip() == "Hello yourself."
 
-        said("")  # no end: the words come one by one until they are stopped
-        send(browser, "Go on")
-        lengths = []
-        for _ in range(3):
-            before = lengths[-1] if lengths else 0
-            browser.wait(f"{LAST}.textContent.length > {before} && {BUSY}")
-            lengths.append(browser.ask(f"{LAST}.textContent.length"))
-        assert browser.ask("document.querySelectorAll('.actions button:not(:disabled)').length") == 0
-        browser.press("Escape")
-        browser.wait(DONE)
-        assert browser.ask("[...document.querySelectorAll('.ending')].at(-1).textContent") == "Stopped."
-        assert browser.ask(f"{LAST}.textContent.trim()").startswith("on and on")
-        wait_for(server.idle)
+    said("")  # no end: the words come one by one until they are stopped
+    send(browser, "Go on")
+    lengths = []
+    for _ in range(3):
+        before = lengths[-1] if lengths else 0
+        browser.wait(f"{LAST}.textContent.length > {before} && {BUSY}")
+        lengths.append(browser.ask(f"{LAST}.textContent.length"))
+    assert browser.ask("document.querySelectorAll('.actions button:not(:disabled)').length") == 0
+    browser.press("Escape")
+    browser.wait(DONE)
+    assert browser.ask("[...document.querySelectorAll('.ending')].at(-1).textContent") == "Stopped."
+    assert browser.ask(f"{LAST}.textContent.trim()").startswith("on and on")
+    wait_for(server.idle)
 
-        said("Once more.")
-        browser.click("button[aria-label='Make this answer again']")
-        browser.wait(f"{LAST}.textContent === 'Once more.' && {DONE}")
-        assert browser.ask("document.querySelectorAll('article').length") == 4
+    said("Once more.")
+    browser.click("button[aria-label='Make this answer again']")
+    browser.wait(f"{LAST}.textContent === 'Once more.' && {DONE}")
+    assert browser.ask("document.querySelectorAll('article').length") == 4
 
-        browser.click("article:nth-of-type(1) button[aria-label='Edit this message']")
-        browser.wait("document.activeElement.getAttribute('aria-label') === 'Your message'")
-        browser.ask("document.activeElement.select()")
-        send(browser, "Another beginning")
-        browser.wait(f"{DONE} && document.querySelectorAll('article').length === 2")
-        assert browser.ask("document.activeElement.id") == "input"
-        assert browser.ask("document.querySelector('article.user .body').textContent") == "Another beginning"
+    browser.click("article:nth-of-type(1) button[aria-label='Edit this message']")
+    browser.wait("document.activeElement.getAttribute('aria-label') === 'Your message'")
+    browser.ask("document.activeElement.select()")
+    send(browser, "Another beginning")
+    browser.wait(f"{DONE} && document.querySelectorAll('article').length === 2")
+    assert browser.ask("document.activeElement.id") == "input"
+    assert browser.ask("document.querySelector('article.user .body').textContent") == "Another beginning"
 
-        browser.click("#open-settings")
-        browser.ask(
-            "document.getElementById('max_tokens').value = 2; document.getElementById('temperature').value = 0.05"
-        )
-        browser.press("Escape")
-        assert browser.ask("document.activeElement.id") == "open-settings"
-        browser.click("#input")
-        send(browser, "With settings")
-        browser.wait("!document.getElementById('alert').hidden")
-        assert "temperature 0.05 is outside" in browser.ask("document.getElementById('alert').textContent")
-        browser.ask("document.getElementById('temperature').value = 1")
-        browser.click("button[aria-label='Ask for an answer again']")
-        browser.wait(f"{LAST}.textContent === 'Once more' && {DONE}")
-        assert "Cut off" in browser.ask("[...document.querySelectorAll('.ending')].at(-1).textContent")
+    browser.click("#open-settings")
+    browser.ask("document.getElementById('max_tokens').value = 2; document.getElementById('temperature').value = 0.05")
+    browser.press("Escape")
+    assert browser.ask("document.activeElement.id") == "open-settings"
+    browser.click("#input")
+    send(browser, "With settings")
+    browser.wait("!document.getElementById('alert').hidden")
+    assert "temperature 0.05 is outside" in browser.ask("document.getElementById('alert').textContent")
+    browser.ask("document.getElementById('temperature').value = 1")
+    browser.click("button[aria-label='Ask for an answer again']")
+    browser.wait(f"{LAST}.textContent === 'Once more' && {DONE}")
+    assert "Cut off" in browser.ask("[...document.querySelectorAll('.ending')].at(-1).textContent")
 
-        browser.click("#new")
-        assert browser.ask("document.querySelectorAll('article').length") == 0
-        assert all(url.startswith(server.address) for url in browser.requests)
-        assert [text for text in browser.complaints if "400" not in text] == []
+    browser.click("#new")
+    assert browser.ask("document.querySelectorAll('article').length") == 0
+    assert all(url.startswith(server.address) for url in browser.requests)
+    assert [text for text in browser.complaints if "400" not in text] == []
 
 
 @needs_browser
 @pytest.mark.parametrize(("width", "dark", "name"), [(1000, False, "light"), (390, True, "phone-dark")])
 def test_an_answer_full_of_markup(
-    server: Running, said: Callable[[str], None], tmp_path: Path, width: int, dark: bool, name: str
+    server: Running, said: Callable[[str], None], browser: Browser, tmp_path: Path, width: int, dark: bool, name: str
 ) -> None:
-    with Browser(tmp_path, width, 844, dark, phone=width < 500) as browser:
-        page(server, browser)
-        said(MARKED)
-        send(browser, "Show me <script>document.title = 'owned'</script>")
-        browser.wait(f"{DONE} && {LAST}?.querySelector('table') !== null")
-        assert browser.ask(HARMLESS) == [0, 0, "small – Lumina"]
-        told = browser.ask(f"{LAST}.textContent")
-        for text in (
-            "A list & <b>more</b>",
-            "<script>document.title = 'owned'</script><iframe",
-            "snake_case_name stays",
-            "2 * 3 * 4 too",
-            'print("<script>alert(1)</script>")',
-            "<img src=x onerror",
-            "[this](javascript:alert(1)), it (data:text/html,x) nor that (/v1/models)",
-        ):
-            assert text in told
-        kinds = "h4 em|ol > li strong|ol code|ol del|ol ul li|blockquote p|pre code|thead th|tbody td"
-        assert browser.ask(f"{kinds.split('|')}.filter((kind) => !{LAST}.querySelector(kind))") == []
-        links = browser.ask(f"[...{LAST}.querySelectorAll('a')].map((a) => [a.getAttribute('href'), a.rel])")
-        assert links == [
-            ["https://example.org/a?b=1", "noopener noreferrer nofollow"],
-            ["https://example.org/i.png", "noopener noreferrer nofollow"],
-        ]
-        assert browser.ask("document.documentElement.scrollWidth <= innerWidth")
-        unnamed = "[...document.querySelectorAll('button, input, textarea')].filter((node) => !node.labels?.length && "
-        assert browser.ask(unnamed + "!node.getAttribute('aria-label') && !node.textContent.trim()).length") == 0
-        shade = browser.ask("getComputedStyle(document.body).backgroundColor")
-        assert (shade == "rgb(20, 23, 27)") == dark
-        picture = Path(PICTURES or tmp_path) / f"chat-page-{name}.png"
-        browser.picture(picture)
-        assert picture.stat().st_size > 10_000
-        assert all(url.startswith(server.address) for url in browser.requests)
-        assert browser.complaints == []
+    page(server, browser, width, dark)
+    said(MARKED)
+    send(browser, "Show me <script>document.title = 'owned'</script>")
+    browser.wait(f"{DONE} && {LAST}?.querySelector('table') !== null")
+    assert browser.ask(HARMLESS) == [0, 0, "small – Lumina"]
+    told = browser.ask(f"{LAST}.textContent")
+    for text in (
+        "A list & <b>more</b>",
+        "<script>document.title = 'owned'</script><iframe",
+        "snake_case_name stays",
+        "2 * 3 * 4 too",
+        'print("<script>alert(1)</script>")',
+        "<img src=x onerror",
+        "[this](javascript:alert(1)), it (data:text/html,x) nor that (/v1/models)",
+    ):
+        assert text in told
+    kinds = "h4 em|ol > li strong|ol code|ol del|ol ul li|blockquote p|pre code|thead th|tbody td"
+    assert browser.ask(f"{kinds.split('|')}.filter((kind) => !{LAST}.querySelector(kind))") == []
+    links = browser.ask(f"[...{LAST}.querySelectorAll('a')].map((a) => [a.getAttribute('href'), a.rel])")
+    assert links == [
+        ["https://example.org/a?b=1", "noopener noreferrer nofollow"],
+        ["https://example.org/i.png", "noopener noreferrer nofollow"],
+    ]
+    assert browser.ask("document.documentElement.scrollWidth <= innerWidth")
+    unnamed = "[...document.querySelectorAll('button, input, textarea')].filter((node) => !node.labels?.length && "
+    assert browser.ask(unnamed + "!node.getAttribute('aria-label') && !node.textContent.trim()).length") == 0
+    shade = browser.ask("getComputedStyle(document.body).backgroundColor")
+    assert (shade == "rgb(20, 23, 27)") == dark
+    picture = Path(PICTURES or tmp_path) / f"chat-page-{name}.png"
+    browser.picture(picture)
+    assert picture.stat().st_size > 10_000
+    assert all(url.startswith(server.address) for url in browser.requests)
+    assert browser.complaints == []
 
 
 @needs_browser
 def test_the_policy_stops_what_the_page_would_not_do(
-    server: Running, said: Callable[[str], None], tmp_path: Path
+    server: Running, said: Callable[[str], None], browser: Browser
 ) -> None:
     """Even a page that trusted the model could not run its markup: innerHTML and inline scripts are refused."""
-    with Browser(tmp_path) as browser:
-        page(server, browser)
-        attempt = "try { document.body.innerHTML = '<b>x</b>'; 'done' } catch (error) { error.name }"
-        assert browser.ask(attempt) == "TypeError"
-        browser.ask("(() => { const s = document.createElement('img'); s.src = 'https://example.org/i.png'; "
-                    "document.body.append(s); })()")  # fmt: skip
-        browser.wait("true")
-        assert any("Content Security Policy" in text for text in browser.complaints)
+    page(server, browser)
+    attempt = "try { document.body.innerHTML = '<b>x</b>'; 'done' } catch (error) { error.name }"
+    assert browser.ask(attempt) == "TypeError"
+    browser.ask("(() => { const s = document.createElement('img'); s.src = 'https://example.org/i.png'; "
+                "document.body.append(s); })()")  # fmt: skip
+    browser.wait("true")
+    assert any("Content Security Policy" in text for text in browser.complaints)
 
 
 @needs_browser
-def test_a_key_is_asked_for(server: Running, said: Callable[[str], None], tmp_path: Path) -> None:
-    with running(server.service.loaded, key="secret") as locked, Browser(tmp_path) as browser:
+def test_a_key_is_asked_for(server: Running, said: Callable[[str], None], browser: Browser) -> None:
+    with running(server.service.loaded, key="secret") as locked:
         browser.open(locked.address)
         browser.wait("document.getElementById('alert').textContent.includes('API key')")
         browser.ask("document.getElementById('open-settings').click(); document.getElementById('key').value = 'secret'")
@@ -226,14 +227,13 @@ def test_a_key_is_asked_for(server: Running, said: Callable[[str], None], tmp_pa
 
 @needs_browser
 def test_a_full_window_leaves_out_old_turns_and_says_so(
-    server: Running, said: Callable[[str], None], tmp_path: Path
+    server: Running, said: Callable[[str], None], browser: Browser
 ) -> None:
-    with Browser(tmp_path) as browser:
-        page(server, browser)
-        said("Yes.")
-        for number in range(5):
-            send(browser, "word " * 120)
-            browser.wait(f"document.querySelectorAll('article').length === {2 * number + 2} && {DONE}")
-        note = browser.ask("document.querySelector('.note').textContent")
-        assert note.startswith("The window is full: the answer sees only the last")
-        assert browser.ask("document.getElementById('alert').hidden")
+    page(server, browser)
+    said("Yes.")
+    for number in range(5):
+        send(browser, "word " * 120)
+        browser.wait(f"document.querySelectorAll('article').length === {2 * number + 2} && {DONE}")
+    note = browser.ask("document.querySelector('.note').textContent")
+    assert note.startswith("The window is full: the answer sees only the last")
+    assert browser.ask("document.getElementById('alert').hidden")

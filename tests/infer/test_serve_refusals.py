@@ -20,7 +20,7 @@ import httpx
 import openai
 import pytest
 from serving import Running, running, wait_for
-from small_models import make_model, write_run
+from small_models import write_small_run
 from starlette.types import Message
 
 from lumina.cli import main
@@ -29,14 +29,12 @@ from lumina.infer.serve.listening import EventStream
 
 KEY = "open sesame 123"
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
-LONG: dict[str, Any] = {"messages": HELLO, "max_tokens": 400, "temperature": 0}  # a second or more
+LONG: dict[str, Any] = {"messages": HELLO, "max_tokens": 2000, "temperature": 0}  # a second or more
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = make_model(num_layers=1, seq_length=512)
-    model.embedding.weight[100_278] = 0  # <|im_end|> is never said: answers are as long as they are asked to be
-    return write_run(tmp_path_factory.mktemp("runs") / "small", model)
+    return write_small_run(tmp_path_factory.mktemp("runs") / "small", num_layers=1, seq_length=4096)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +80,8 @@ def test_the_client_reads_the_refusal_of_a_key(server: Running) -> None:
 @pytest.mark.parametrize(
     ("settings", "says", "param"),
     [
-        ({"messages": [{"role": "user", "content": "word " * 600}]}, "606 tokens, and the model's window", "messages"),
-        ({"max_tokens": 401}, "max_tokens 401 is more than this server's 400", "max_tokens"),
+        ({"messages": [{"role": "user", "content": "my dog " * 2100}]}, "and the model's window is 4096", "messages"),
+        ({"max_tokens": 2001}, "max_tokens 2001 is more than this server's 2000", "max_tokens"),
         ({"max_tokens": 0}, "max_tokens 0 is outside 1 to 2048", "max_tokens"),
         ({"temperature": 0.05}, "temperature 0.05 is outside 0.1 to 2", "temperature"),
         ({"temperature": 2.1}, "temperature 2.1 is outside", "temperature"),
@@ -112,13 +110,13 @@ def test_requests_that_cannot_be_met(server: Running, settings: dict[str, Any], 
 
 def test_an_overlong_prompt_has_the_code_that_clients_know(server: Running) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        server.client(KEY).completions.create(model="small", prompt="word " * 600)
+        server.client(KEY).completions.create(model="small", prompt="my dog " * 2100)
     assert refused.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError) as unknown:
         server.client(KEY).chat.completions.create(model="gpt-4", messages=HELLO)
     assert unknown.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="100278 is not the id of a token of text"):
-        server.client(KEY).completions.create(model="small", prompt=[5, 100_278])
+    with pytest.raises(openai.BadRequestError, match="2 is not the id of a token of text"):
+        server.client(KEY).completions.create(model="small", prompt=[5, 2])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +181,7 @@ def test_a_client_that_leaves_frees_its_slot_and_its_place_in_the_queue(server: 
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(server: Running) -> None:
-    asked = {"model": "small", "stream": True, "logprobs": True, "top_logprobs": 20, **LONG}
+    asked = {"model": "small", "stream": True, "logprobs": True, "top_logprobs": 5, **LONG}
     body = json.dumps(asked).encode()
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lumina.infer.batch import Token
 from lumina.infer.serve.engine import Piece
-from lumina.infer.voice import LuminaVoice, Voice
+from lumina.infer.voice import Voice
 
 _LEAST = -9999.0  # JSON has no minus infinity
 
@@ -117,13 +117,9 @@ class ChatShape(Shape):
         return self._one(token.id, token.logprob) | {"top_logprobs": top}
 
     def _one(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._text(token)
-        raw: bytes | None = text.encode()
-        if isinstance(self._voice, LuminaVoice):  # a token may hold part of a character
-            raw = self._voice.tokenizer.token_bytes(token)
-        elif "\ufffd" in text:
-            raw = None
-        return {"token": text, "logprob": _finite(logprob), "bytes": None if raw is None else list(raw)}
+        text, raw = self._text(token), self._voice.token_bytes(token)
+        unknown = "\ufffd" in text and raw == text.encode()  # a part of a character, whose bytes nobody told
+        return {"token": text, "logprob": _finite(logprob), "bytes": None if unknown else list(raw)}
 
 
 class TextShape(Shape):
@@ -147,7 +143,8 @@ class TextShape(Shape):
             offsets.append(at)
             at += len(text)
         self._offsets[index] = at
-        top = [{self._text(other): _finite(logprob) for other, logprob in token.top} for token in tokens]
+        # Two tokens may look alike as text: the likelier one is told.
+        top = [{self._text(other): _finite(logprob) for other, logprob in reversed(token.top)} for token in tokens]
         values = [_finite(token.logprob) for token in tokens]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 

@@ -151,6 +151,7 @@ class Engine:
                 self._filling.append(voiced)
                 self._metrics.queued.observe(time.monotonic() - voiced.job.arrived)
             self._metrics.waiting.set(len(self._waiting))
+            self._metrics.running.set(len(self._active))
 
     def _sweep(self) -> None:
         """Give up what is cancelled or late, in the batch and in the queue."""

@@ -35,6 +35,7 @@ from lumina.config.errors import UserError
 REWRITES = "the chat template rewrites earlier turns"
 ENDLESS = "the chat template does not end an answer with a stop token"
 FOLDED = "the chat template leaves a message out"
+_PLACE = "\ufdd0"  # stands for a content where only what is around it is wanted
 
 
 class Layout(NamedTuple):
@@ -67,13 +68,13 @@ class ForeignTokenizer:
             raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
         names = hf_files.special_names(settings)
         self._end_id = self._id_of(names.get("eos_token"))
-        self.stop_ids = hf_files.find_stops(folder, self._end_id)
+        text = hf_files.template_text(folder, settings)
+        self._template = None if text is None else JinjaTemplate(text, names, str(folder))
+        self.stop_ids = hf_files.find_stops(folder, self._end_id) | self._turn_end()
         if max(self.stop_ids) >= self.vocab_size:
             raise UserError(f"{folder}: stop id {max(self.stop_ids)} is not in the vocabulary of {self.vocab_size}")
         pad = self._id_of(names.get("pad_token"))
         self.pad_id: int = min(self.stop_ids) if pad is None else pad
-        text = hf_files.template_text(folder, settings)
-        self._template = None if text is None else JinjaTemplate(text, names, str(folder))
         vocabulary = hashlib.sha256(raw.encode()).hexdigest()
         self.template_version = "jinja:" + _digest([text, names])
         self.fingerprint: str = _digest([vocabulary, self.template_version, sorted(self.stop_ids)])
@@ -81,6 +82,16 @@ class ForeignTokenizer:
     def _id_of(self, name: str | None) -> int | None:
         found: int | None = None if name is None else self._tokenizer.token_to_id(name)
         return found
+
+    def _turn_end(self) -> frozenset[int]:
+        """The control token that the template writes after an answer. Base models' files often name another one, since
+        they end documents and not turns."""
+        try:
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PLACE}]
+            after = self._render(turns, opening=False).partition(_PLACE)[2]
+        except RefusalError:
+            return frozenset()
+        return frozenset(self._sealed.controls_in(after)[:1])
 
     # --- Text ---
 
@@ -252,8 +263,8 @@ class ForeignTokenizer:
         own = after[len(before) :]
         if own.lstrip().startswith(content.strip()):
             return 0
-        probe = self._render([*turns, {"role": "assistant", "content": "\ufdd0"}], opening=False)
-        lead, found, _ = probe[len(before) :].partition("\ufdd0")
+        probe = self._render([*turns, {"role": "assistant", "content": _PLACE}], opening=False)
+        lead, found, _ = probe[len(before) :].partition(_PLACE)
         return len(lead) if found and probe.startswith(before) and own.startswith(lead) else 0
 
     def _texts(self, messages: Sequence[Message]) -> Layout:

@@ -98,6 +98,10 @@ class SealedEncoder:
             broken, more = pattern.subn(lambda match: match[0][0] + mark + match[0][1:], broken)
         return broken
 
+    def controls_in(self, text: str) -> list[int]:
+        """The control tokens named in a text, in order."""
+        return [self.controls[match[0]] for match in self._pattern.finditer(text)]
+
     def seal(self, text: str, mark: str = "") -> str:
         """Rendered text under secret names, without marks."""
         sealed = self._pattern.sub(lambda match: self._secret[match[0]], text)

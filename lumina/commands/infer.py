@@ -66,7 +66,7 @@ def _chat_options(parser: Parser) -> None:
 
 
 def export(arguments: Arguments) -> int:
-    """Write a trained model as a folder that transformers and vLLM load."""
+    """Write a trained model as a folder that transformers and vLLM load, or as plain safetensors."""
     from lumina.infer import export_command
 
     return export_command(
@@ -74,6 +74,7 @@ def export(arguments: Arguments) -> int:
         out=arguments.out,
         dtype=arguments.dtype,
         shard_size=arguments.shard_size,
+        form=arguments.format,
         json=arguments.json,
     )
 
@@ -81,6 +82,8 @@ def export(arguments: Arguments) -> int:
 def _export_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
     parser.add_argument("out", metavar="OUT", help="folder to write; it must not hold anything yet")
+    formats = "hf: for transformers and vLLM, with tokenizer and chat template; safetensors: weights as Lumina has them"
+    parser.add_argument("--format", choices=["hf", "safetensors"], default="hf", help=f"{formats} (hf)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(float32)")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
     json_option(parser)

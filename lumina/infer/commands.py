@@ -62,13 +62,14 @@ def generate_command(
     return 0
 
 
-def export_command(*, run: str, out: str, dtype: str, shard_size: str, json: bool = False) -> int:
-    """Write a Hugging Face folder. Raises UserError."""
-    exported = export(run, out, dtype, shard_size)
+def export_command(*, run: str, out: str, dtype: str, shard_size: str, form: str = "hf", json: bool = False) -> int:
+    """Write a Hugging Face folder, or plain safetensors. Raises UserError."""
+    exported = export(run, out, dtype, shard_size, form)
     facts = {
         "folder": str(exported.folder),
         "files": exported.shards,
         "bytes": exported.bytes,
+        "format": form,
         "dtype": dtype,
         "checkpoint": str(exported.checkpoint),
     }

@@ -1,4 +1,4 @@
-"""`lumina export`: a run as a folder that transformers and vLLM load.
+"""`lumina export`: a run as a folder that transformers and vLLM load, or as plain safetensors.
 
 The folder appears whole or not at all. Weights go through one shard at a time, so a model larger than memory exports.
 """
@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,24 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lumina.chat import Tokenizer, hf_files
+from lumina.chat import Tokenizer, hf_files, open_tokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.infer import hf_names, hf_tokenizer
 from lumina.infer.loading import find_checkpoint, foreign_tokenizer, read_config, weights
 from lumina.infer.voice import LuminaVoice
 from lumina.train.checkpoint import read_progress
+from lumina.train.store import sync
 
 log = logging.getLogger("lumina")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+FORMS = ("hf", "safetensors")
+
+# One of our parameters as (name, tensor) pairs of the files'.
+Rename = Callable[[str, torch.Tensor, ModelConfig], Iterable[tuple[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,14 @@ def parse_size(text: str) -> int:
     return size
 
 
-def export(run: str | Path, out: str | Path, dtype: str = "float32", shard_size: str = "5GB") -> Exported:
-    """Write the model that `run` means (see find_checkpoint) as a Hugging Face folder.
+def export(
+    run: str | Path, out: str | Path, dtype: str = "float32", shard_size: str = "5GB", form: str = "hf"
+) -> Exported:
+    """Write the model that `run` means (see find_checkpoint) as a folder of safetensors and what describes them.
 
     Args:
+        form: hf, as transformers and vLLM read it, with tokenizer and chat template; or safetensors, the weights under
+            Lumina's own names and in its own shapes, with the model's settings in lumina.json.
         dtype: float32 (the stored master weights, exactly), bfloat16 or float16.
         shard_size: largest bytes of weights in a file; a single larger tensor gets a file of its own.
 
@@ -63,6 +74,8 @@ def export(run: str | Path, out: str | Path, dtype: str = "float32", shard_size:
     out, limit = Path(out), parse_size(shard_size)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
+    if form not in FORMS:
+        raise UserError(f"format {form} is not one of {', '.join(FORMS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
     checkpoint = find_checkpoint(run)
@@ -71,15 +84,16 @@ def export(run: str | Path, out: str | Path, dtype: str = "float32", shard_size:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        shards, total = _write_weights(scratch, checkpoint, config, DTYPES[dtype], limit)
+        rename = hf_names.split if form == "hf" else _own_names
+        shards, total = _write_weights(scratch, checkpoint, config, DTYPES[dtype], limit, rename)
         foreign = foreign_tokenizer(checkpoint)
-        files = _description(config, dtype) if foreign is None else _foreign_description(config, dtype, foreign)
-        for name, value in files.items():
-            _write(scratch / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        for path in sorted(foreign.iterdir()) if foreign is not None else []:
-            if path.name != hf_files.STOPS:
-                shutil.copyfile(path, scratch / path.name)
-        _write(scratch / "README.md", _card(checkpoint, config, dtype))
+        if form == "hf":
+            _describe_hf(scratch, config, dtype, foreign)
+        else:
+            _write_json(scratch / "lumina.json", config.model_dump())
+        _write(scratch / "README.md", _card(checkpoint, config, dtype, form, foreign))
+        for path in scratch.iterdir():
+            sync(path)
         if out.exists():
             out.rmdir()
         os.replace(scratch, out)
@@ -89,16 +103,26 @@ def export(run: str | Path, out: str | Path, dtype: str = "float32", shard_size:
 
 
 def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8")
 
 
-def _foreign_description(config: ModelConfig, dtype: str, folder: Path) -> dict[str, Any]:
-    """An imported model's config.json; its tokenizer's own files are copied beside it."""
-    stops = sorted(hf_files.read_stops(folder))
-    return {"config.json": hf_names.to_hf_config(config, dtype, stops if len(stops) > 1 else stops[0], None)}
+def _write_json(path: Path, value: Any) -> None:
+    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _describe_hf(folder: Path, config: ModelConfig, dtype: str, foreign: Path | None) -> None:
+    """config.json, and the tokenizer and chat template: Lumina's own, or an imported model's as they came."""
+    if foreign is None:
+        for name, value in _description(config, dtype).items():
+            _write_json(folder / name, value)
+        return
+    stops = sorted(open_tokenizer(foreign).stop_ids)
+    _write_json(
+        folder / "config.json", hf_names.to_hf_config(config, dtype, stops if len(stops) > 1 else stops[0], None)
+    )
+    for name in hf_files.FILES:
+        if name != hf_files.STOPS and (foreign / name).is_file():
+            shutil.copyfile(foreign / name, folder / name)
 
 
 def _description(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -137,7 +161,7 @@ def _plan(config: ModelConfig, itemsize: int, limit: int) -> list[list[str]]:
 
 
 def _write_weights(
-    folder: Path, checkpoint: Path, config: ModelConfig, dtype: torch.dtype, limit: int
+    folder: Path, checkpoint: Path, config: ModelConfig, dtype: torch.dtype, limit: int, rename: Rename
 ) -> tuple[list[str], int]:
     """Returns the names of the files and the bytes of weights in them."""
     plan = _plan(config, dtype.itemsize, limit)
@@ -148,7 +172,7 @@ def _write_weights(
     stream, total = weights(checkpoint, config), 0
     homes: dict[str, str] = {}
     for file, members in zip(names, plan, strict=True):
-        tensors = dict(_renamed(stream, members, config, dtype))
+        tensors = dict(_renamed(stream, members, config, dtype, rename))
         save_file(tensors, folder / file, metadata={"format": "pt"})
         homes |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -159,23 +183,33 @@ def _write_weights(
     return names, total
 
 
+def _own_names(ours: str, weight: torch.Tensor, config: ModelConfig) -> Iterable[tuple[str, torch.Tensor]]:
+    return [(ours, weight)]
+
+
 def _renamed(
-    stream: Iterator[tuple[str, torch.Tensor]], members: list[str], config: ModelConfig, dtype: torch.dtype
+    stream: Iterator[tuple[str, torch.Tensor]],
+    members: list[str],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    rename: Rename,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for expected in members:
         ours, weight = next(stream)
         assert ours == expected, "the plan and the checkpoint go through the model in the same order"
-        for theirs, tensor in hf_names.split(ours, weight, config):
+        for theirs, tensor in rename(ours, weight, config):
             yield theirs, tensor.to(dtype).contiguous()
 
 
-def _card(checkpoint: Path, config: ModelConfig, dtype: str) -> str:
+def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, foreign: Path | None) -> str:
     """The model card: what is known about the run, and nothing else."""
     progress, _ = read_progress(checkpoint)
+    name = checkpoint.parent.parent.name
     facts = {
-        "Run": checkpoint.parent.parent.name,
+        "Run": name,
         "Checkpoint": checkpoint.name,
         "Optimizer steps": progress.step,
+        "Architecture": config.family,
         "Parameters": f"{config.num_parameters():,}",
         "Without embeddings": f"{config.num_parameters(with_embeddings=False):,}",
         "Window": f"{config.seq_length} tokens",
@@ -190,29 +224,40 @@ def _card(checkpoint: Path, config: ModelConfig, dtype: str) -> str:
     if progress.data_fingerprint:
         facts["Training data"] = f"fingerprint {progress.data_fingerprint}"
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    name = checkpoint.parent.parent.name
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
+    whose = "cl100k_base vocabulary with control tokens above it" if foreign is None else "its own vocabulary"
+    usage = _HF_USAGE if form == "hf" else _OWN_USAGE
+    return (
+        f"---\nlibrary_name: {'transformers' if form == 'hf' else 'lumina'}\npipeline_tag: text-generation\n---\n\n"
+        f"# {name}\n\nA chat model trained with Lumina, {whose}.\n\n| | |\n|---|---|\n{table}\n\n{usage}"
+    )
 
-# {name}
 
-A chat model trained with Lumina. Llama architecture, cl100k_base vocabulary with control tokens above it.
-
-| | |
-|---|---|
-{table}
-
-```python
+_HF_USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
-chat = [{{"role": "user", "content": "Hello!"}}]
+chat = [{"role": "user", "content": "Hello!"}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```
 
 Lumina's own commands never read control tokens out of text that a user typed. transformers does: remove
 `<|im_start|>` and its like from untrusted messages before `apply_chat_template`.
+"""
+_OWN_USAGE = """The weights have Lumina's own names and shapes: `blocks.N.attention.qkv` is queries, keys and values one
+on top of the other, `feed_forward.gate_up` gate and up; a tied output layer is not there a second time. `lumina.json`
+holds the model's settings.
+
+```python
+import json
+
+import torch
+from lumina.config import ModelConfig
+from lumina.model import Transformer
+from safetensors.torch import load_file
+
+model = Transformer(ModelConfig(**json.load(open("lumina.json"))))
+model.load_state_dict(load_file("model.safetensors"), strict=False)  # strict=False: a tied output layer
+logits = model(torch.tensor([[1, 2, 3]]), torch.arange(3)[None])
+```
 """

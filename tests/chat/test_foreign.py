@@ -234,6 +234,14 @@ def test_conversations_that_do_not_fit_are_named_and_the_others_rendered(folders
         ForeignTokenizer(folders["zephyr"].parent / "silent").lay_out(Conversation(CHAT))
 
 
+def test_a_base_models_turns_end_as_its_template_ends_them(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "t")
+    (folder / "stops.json").write_text('{"stop_ids": [0]}')  # <|endoftext|>, as base models with a ChatML template say
+    ours = ForeignTokenizer(folder)
+    assert ours.stop_ids == {0, 2}
+    ours.check_trainable()
+
+
 def test_the_fingerprint_is_that_of_vocabulary_template_and_stops(tmp_path: Path) -> None:
     first, same = (ForeignTokenizer(write_tokenizer(tmp_path / name)) for name in "ab")
     assert first.fingerprint == same.fingerprint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from lumina.chat import Conversation, Message, Tokenizer, prompt_ids, render
 from lumina.cli import main
-from lumina.config import UserError
+from lumina.config import ModelConfig, UserError
+from lumina.config import load as load_config
 from lumina.infer import LuminaVoice, Sampling, export, generate
 from lumina.infer.exporting import parse_size
 from lumina.infer.hf_tokenizer import tokenizer_json
@@ -74,6 +76,51 @@ def test_greedy_text_is_equal(exported: Path, theirs: Any) -> None:
     prompt = prompt_ids(TOKENIZER, Conversation([Message("user", "Hello, who are you?")]))
     own = generate(model, LuminaVoice(TOKENIZER), [prompt], Sampling(temperature=0, max_length=16))[0]
     assert theirs.decode(said, skip_special_tokens=True) == TOKENIZER.decode(own.ids)
+
+
+@pytest.mark.parametrize(
+    ("preset", "tied"), [("nano", True), ("nano", False), ("debug", True)], ids=["nano", "nano-untied", "debug"]
+)
+def test_the_presets_logits_ids_and_greedy_text_are_equal(tmp_path: Path, theirs: Any, preset: str, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = load_config(preset, {"tie_word_embeddings": tied})
+    shape = {name: getattr(settings, name) for name in ModelConfig.model_fields}
+    model = make_model(seed=7, **shape)
+    export(write_run(tmp_path / "run", model, world=1), tmp_path / "hf")
+    shutil.rmtree(tmp_path / "run")
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    chat = [{"role": "user", "content": "Hello, who are you?"}]
+    inputs = theirs.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = inputs["input_ids"]
+    prompt = prompt_ids(TOKENIZER, Conversation([Message("user", "Hello, who are you?")]))
+    assert ids[0].tolist() == prompt
+    with torch.no_grad():
+        expected = model(ids, torch.arange(len(prompt))[None])
+        torch.testing.assert_close(llama(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    said = llama.generate(**inputs, max_new_tokens=8, do_sample=False)[0, len(prompt) :]
+    own = generate(model, LuminaVoice(TOKENIZER), [prompt], Sampling(temperature=0, max_length=8))[0]
+    assert theirs.decode(said, skip_special_tokens=True) == TOKENIZER.decode(own.ids)
+    shutil.rmtree(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_safetensors_load_as_the_card_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    model = make_model(seed=3, vocab_size=600, tie_word_embeddings=tied, family="qwen3", head_size=20)
+    run = write_run(tmp_path / "run", model)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("vocab_size: 100352", "vocab_size: 600"))
+    done = export(run, tmp_path / "out", form="safetensors")
+    assert sorted(path.name for path in done.folder.iterdir()) == ["README.md", "lumina.json", "model.safetensors"]
+    monkeypatch.chdir(done.folder)
+    code = (done.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    found: dict[str, Any] = {}
+    exec(code, found)  # as a reader would run it
+    assert torch.equal(found["logits"], model(torch.tensor([[1, 2, 3]]), torch.arange(3)[None]))
+    sharded = export(run, tmp_path / "sharded", dtype="bfloat16", shard_size="20KB", form="safetensors")
+    index = json.loads((sharded.folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {name for name, _ in model.named_parameters()}
+    with pytest.raises(UserError, match="format gguf is not one of hf, safetensors"):
+        export(run, tmp_path / "other", form="gguf")
 
 
 @pytest.mark.parametrize("chat", CHATS)

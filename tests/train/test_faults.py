@@ -310,13 +310,13 @@ def _poison(rank: int, *, sample: int) -> None:
 @pytest.mark.parametrize(("world", "stage"), [(2, 3)])
 def test_a_poisoned_sample(world: int, stage: int, runs: Runs, conversations: Path, place: Path) -> None:
     run = place / "run"
-    argv = arguments(run, conversations, stage=stage, **{**SETTINGS, "max_steps": 12})
+    argv = arguments(run, conversations, stage=stage, **{**SETTINGS, "max_steps": 40})
     job = runs.start(argv, world, partial(_poison, sample=5))
     assert job.wait() == [0] * world, job.stderr()
     told = events(run, rule="corrupt-sample", kind="answer")
     assert told
     assert all(e["samples"] == [5] for e in told)
-    assert finite(final(run, 12))
+    assert finite(final(run, 40))
     assert all(record["applied"] for record in real.steps(run))
 
 

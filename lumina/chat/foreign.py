@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from lumina.chat import hf_files
 from lumina.chat.jinja import INSTALL, JinjaTemplate, RefusalError
-from lumina.chat.sealed import Encoded, SealedEncoder, boundaries
+from lumina.chat.sealed import Encoded, SealedEncoder, boundaries, clean, is_failure
 from lumina.chat.template import TEXT_ROLE, Conversation, Message, RenderedBlock, is_learned
 from lumina.config.errors import UserError
 
@@ -64,7 +64,9 @@ class ForeignTokenizer:
             self._sealed = SealedEncoder(spec)
             self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
             self._special = {int(t["id"]) for t in spec.get("added_tokens") or [] if t.get("special")}
-        except Exception as error:  # tokenizers raises Exception itself for a file that it does not like
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
         names = hf_files.special_names(settings)
         self._end_id = self._id_of(names.get("eos_token"))
@@ -97,15 +99,23 @@ class ForeignTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text as text: no control token comes out of it. Raises RefusalError where the vocabulary makes one anyway."""
-        return [int(token) for token in self._sealed.encode(text).ids]
+        return [int(token) for token in self._sealed.encode(clean(text)).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text, control tokens by name."""
-        return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False))
+        """Ids to text, control tokens by name. Raises UserError when the tokenizer fails, as a damaged one may."""
+        return self._decode(ids, without_controls=False)
 
     def decode_text(self, ids: Iterable[int]) -> str:
         """Ids to text without the control tokens."""
-        return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+        return self._decode(ids, without_controls=True)
+
+    def _decode(self, ids: Iterable[int], without_controls: bool) -> str:
+        try:
+            return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=without_controls))
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise UserError(f"{self.folder}: the tokenizer fails on its own ids: {error}") from None
 
     def token_bytes(self, token: int) -> bytes:
         """The text of one id in UTF-8; a part of a character is U+FFFD."""
@@ -218,10 +228,11 @@ class ForeignTokenizer:
 
     def _guarded(self, messages: Sequence[Message]) -> tuple[str, list[dict[str, str]]]:
         """The mark, and the turns with the names of control tokens in their contents broken by it."""
-        mark = self._sealed.choose_mark([message.content for message in messages])
-        guard = self._sealed.break_names
+        contents = [clean(message.content) for message in messages]
+        mark = self._sealed.choose_mark(contents)
         turns = [
-            {"role": m.role, "content": guard(m.content, mark, special_only=m.role == "assistant")} for m in messages
+            {"role": role, "content": self._sealed.break_names(content, mark, special_only=role == "assistant")}
+            for (role, _, _), content in zip(messages, contents, strict=True)
         ]
         return mark, turns
 

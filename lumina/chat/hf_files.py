@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lumina.chat.sealed import clean
 from lumina.config.errors import UserError
 
 STOPS = "stops.json"  # the ids that end a turn, as lumina import found them in the model's configuration
@@ -50,7 +51,7 @@ def special_names(settings: dict[str, Any]) -> dict[str, str]:
         value = settings.get(name)
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
-            names[name] = value
+            names[name] = clean(value)
     return names
 
 
@@ -65,7 +66,7 @@ def template_text(folder: Path, settings: dict[str, Any]) -> str | None:
     given = settings.get("chat_template")
     if isinstance(given, list):
         given = next((t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), None)
-    return given if isinstance(given, str) else None
+    return clean(given) if isinstance(given, str) else None
 
 
 def find_stops(folder: Path, end_id: int | None) -> frozenset[int]:

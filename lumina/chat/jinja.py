@@ -8,6 +8,7 @@ date of their own.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,6 +26,7 @@ class RefusalError(Exception):
     """A conversation that the template does not take, or that cannot be masked; the text says why."""
 
 
+@functools.cache
 def _environment() -> Environment:
     try:
         from jinja2 import TemplateError

@@ -26,6 +26,18 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKS = tuple(map(chr, range(0xFDD2, 0xFDF0)))
 
 
+def clean(text: str) -> str:
+    """Text that UTF-8 can hold: lone surrogates become U+FFFD, as in Lumina's own tokenizer."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether `tokenizers` failed: it raises Exception itself, or panics in Rust, which Python sees as another kind."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 class Encoded(NamedTuple):
     """ids_T int32; starts_T, ends_T int64: the characters of the sealed text that each token stands for."""
 
@@ -108,8 +120,14 @@ class SealedEncoder:
         return sealed.replace(mark, "") if mark else sealed
 
     def encode(self, sealed: str) -> Encoded:
-        """Sealed text to ids. Raises RefusalError when the vocabulary made a control token of plain text after all."""
-        encoding = self._tokenizer.encode(sealed, add_special_tokens=False)
+        """Sealed text to ids. Raises RefusalError when the tokenizer fails on it, or when its vocabulary made a control
+        token of plain text after all."""
+        try:
+            encoding = self._tokenizer.encode(sealed, add_special_tokens=False)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise RefusalError(f"the tokenizer fails on it: {error}") from None
         ids = np.array(encoding.ids, dtype=np.int32)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         if int(np.isin(ids, self._control_ids).sum()) != sealed.count(_CLOSE):

@@ -167,8 +167,9 @@ def _read_preset(name: str) -> dict[str, Any]:
 def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     """A flat YAML mapping and the 1-based line of each key. Raises UserError on bad YAML, nesting of the document in
     anything but a mapping, and a key given twice (YAML would silently keep the last)."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return {}, {}
@@ -188,8 +189,11 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark is not None else ""
         raise UserError(f"{where}{at}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: it is nested too deeply") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _check_key(name: str, where: str) -> None:

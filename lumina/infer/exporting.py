@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 from lumina.chat import Tokenizer, hf_files, open_tokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.infer import hf_names, hf_tokenizer
-from lumina.infer.loading import find_checkpoint, foreign_tokenizer, read_config, weights
+from lumina.infer.loading import find_checkpoint, fitting_voice, foreign_tokenizer, progress_of, read_config, weights
 from lumina.infer.voice import LuminaVoice
-from lumina.train.checkpoint import read_progress
 from lumina.train.store import sync
 
 log = logging.getLogger("lumina")
@@ -80,6 +79,7 @@ def export(
         raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
     checkpoint = find_checkpoint(run)
     config = read_config(checkpoint)
+    fitting_voice(checkpoint, config)  # a tokenizer that does not fit is found before anything is written
     scratch = out.parent / f".{out.name}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -103,7 +103,7 @@ def export(
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="replace")  # a damaged file can hold what UTF-8 cannot
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -203,7 +203,7 @@ def _renamed(
 
 def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, foreign: Path | None) -> str:
     """The model card: what is known about the run, and nothing else."""
-    progress, _ = read_progress(checkpoint)
+    progress = progress_of(checkpoint)
     name = checkpoint.parent.parent.name
     facts = {
         "Run": name,

@@ -188,6 +188,8 @@ def _copy_tokenizer(source: Path, target: Path, config: dict[str, Any]) -> bool:
     if (source / "tokenizer_config.json").exists():
         fingerprint = _read_json(source / "tokenizer_config.json").get("lumina_fingerprint")
         if fingerprint == Tokenizer.load().fingerprint:
+            if int(config["vocab_size"]) < Tokenizer.load().vocab_size:
+                raise UserError(f"{source} says that it has Lumina's tokenizer, but has {config['vocab_size']} ids")
             return False
     if not (source / "tokenizer.json").exists():
         raise UserError(f"{source} has no tokenizer.json", "Save its tokenizer as a fast one with transformers first.")

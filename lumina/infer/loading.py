@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from lumina.config import ModelConfig, UserError
@@ -21,6 +21,8 @@ from lumina.config.load import parse_yaml
 from lumina.infer.voice import Voice, voice_of
 from lumina.model import Transformer, keep_heap
 from lumina.train.checkpoint import (
+    TRAINER,
+    Progress,
     Reader,
     best_step,
     candidates,
@@ -135,6 +137,15 @@ def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.
         raise UserError(f"{checkpoint} cannot be read: {error}") from None
 
 
+def progress_of(checkpoint: Path) -> Progress:
+    """Where the run stood, from trainer.json. Raises UserError when it is not what training writes."""
+    try:
+        progress, _ = read_progress(checkpoint)
+        return TypeAdapter(Progress).validate_python(asdict(progress))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{checkpoint / TRAINER} cannot be read: {error}") from None
+
+
 def foreign_tokenizer(checkpoint: Path) -> Path | None:
     """The folder of an imported model's own tokenizer; None when the model speaks Lumina's."""
     folder = checkpoint.parent.parent / "tokenizer"
@@ -144,6 +155,17 @@ def foreign_tokenizer(checkpoint: Path) -> Path | None:
 def read_voice(checkpoint: Path) -> Voice:
     """The tokenizer and template that the checkpoint's model was trained with."""
     return voice_of(foreign_tokenizer(checkpoint))
+
+
+def fitting_voice(checkpoint: Path, config: ModelConfig) -> Voice:
+    """The same, seen to fit the model. Raises UserError when it does not."""
+    voice = read_voice(checkpoint)
+    if max(voice.stop_ids) >= config.vocab_size:
+        raise UserError(
+            f"{checkpoint}: the model's {config.vocab_size:,} ids leave out its tokenizer's stop token",
+            "The run's config.yaml or its tokenizer folder is not the one that it was trained with.",
+        )
+    return voice
 
 
 def choose_dtype(precision: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -169,4 +191,4 @@ def load(path: str | Path, precision: str = "auto") -> Loaded:
     for name, weight in weights(checkpoint, config):
         parameters[name].copy_(weight)
     model.requires_grad_(False).eval()
-    return Loaded(model, read_voice(checkpoint), checkpoint, read_progress(checkpoint)[0].step)
+    return Loaded(model, fitting_voice(checkpoint, config), checkpoint, progress_of(checkpoint).step)

@@ -28,10 +28,17 @@ if TYPE_CHECKING:
     from lumina.model.cache import KVCache
 
 
+def _draw(weight: Tensor, std: float) -> None:
+    """Fill with draws from N(0, std^2). A tensor without memory (device meta) is left alone: drawing for it would import
+    torch's compiler, four seconds, and every command that uses a trained model makes one."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
+
 def _linear(fan_in: int, fan_out: int, std: float, bias: bool = False) -> nn.Linear:
     """A linear layer drawn from N(0, std^2); a bias begins at 0."""
     layer = nn.Linear(fan_in, fan_out, bias=bias)
-    nn.init.normal_(layer.weight, std=std)
+    _draw(layer.weight, std)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
@@ -122,7 +129,7 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        nn.init.normal_(self.weight, std=config.init_std)
+        _draw(self.weight, config.init_std)
         self.sparse = config.tie_word_embeddings
 
     def forward(self, ids_BS: Tensor) -> Tensor:
@@ -164,7 +171,7 @@ class Transformer(nn.Module):
             self.output = Output(self.embedding.weight)
         else:
             weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-            nn.init.normal_(weight, std=config.init_std)
+            _draw(weight, config.init_std)
             self.output = Output(weight)
         self.checkpoint_every = 0  # 0: keep all activations; n: recompute every nth layer in the backward pass
 

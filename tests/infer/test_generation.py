@@ -220,3 +220,29 @@ def test_text_streams_in_whole_characters() -> None:
     cut = VOICE.text_stream()
     assert cut.push(TOKENIZER.encode("🙂")[0]) == ""
     assert cut.end() == "\ufffd"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_steps_give_a_sequence_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    """One row, two (a shortlist in bfloat16), five and eight: logits equal to the last bit."""
+    if cpu.lib() is None:
+        pytest.skip("no C compiler: there is no compiled decoding step to test")
+    model = make_model(seed=5, dtype=dtype, vocab_size=515)
+    forbidden_V = torch.zeros(515, dtype=torch.bool)
+    prompts = [torch.randint(0, 515, (3 + 2 * row,)).tolist() for row in range(8)]
+    said = torch.randint(0, 515, (8, 4))
+
+    def logits(rows: list[int]) -> torch.Tensor:
+        """Of the last of four steps: (R, 20), the largest in order."""
+        cache = KVCache(model.config, 8, 40, model.embedding.weight)
+        decoder = Decoder(model, cache, forbidden_V)
+        assert decoder.compiled
+        for row in rows:  # each on its own, as the server does it
+            model(torch.tensor([prompts[row]]), cache.extend([row], [len(prompts[row])]), cache=cache)
+        for step in range(4):
+            kept_Rk, ids_Rk = decoder.step(said[rows, step : step + 1], rows, 20)
+        return torch.cat([kept_Rk.float(), ids_Rk], 1)
+
+    together = logits(list(range(8)))
+    for rows in ([3], [6, 1], [7, 2, 4, 0, 5]):
+        assert torch.equal(logits(rows), together[rows])

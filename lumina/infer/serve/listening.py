@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from lumina.infer.batch import Sequence
 from lumina.infer.serve.engine import Engine, Job, Piece
@@ -71,16 +71,45 @@ class EventStream(StreamingResponse):
         self._events, self._stall = events, stall
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def out(data: bytes, more: bool) -> None:
-            message = {"type": "http.response.body", "body": data, "more_body": more}
-            await asyncio.wait_for(send(message), self._stall)
-
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        watched = _Watched(send, self._stall)
         try:
             async for data in self._events:
-                await out(data, True)
-            await out(b"", False)
-        except (ClientGoneError, asyncio.TimeoutError):
+                await watched.send({"type": "http.response.body", "body": data, "more_body": True})
+            await watched.send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGoneError:
             return
+        except asyncio.CancelledError:
+            if not watched.stalled:
+                raise
         finally:
+            watched.stop()
             await self._events.aclose()  # type: ignore[attr-defined]
+
+
+class _Watched:
+    """Cancels the task when a send takes longer than `stall` seconds. One timer for a whole stream: a time limit around
+    each send would cost as much as the send."""
+
+    def __init__(self, send: Send, stall: float) -> None:
+        self._send, self._stall = send, stall
+        self._task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
+        self._since: float | None = None
+        self.stalled = False
+        self._timer = self._loop.call_later(stall, self._look)
+
+    async def send(self, message: Message) -> None:
+        self._since = self._loop.time()
+        await self._send(message)
+        self._since = None
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._since is not None and now - self._since >= self._stall and self._task is not None:
+            self.stalled = True
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_at((now if self._since is None else self._since) + self._stall, self._look)

@@ -7,10 +7,10 @@ What a sequence says must not depend on its neighbours. Three things see to that
 - The compiled step (a CPU, up to 8 sequences in bfloat16 and 16 in float32) takes every sum in the same order whatever
   else is in the batch. Elsewhere a step's sums may be taken in another order when it has other rows, which moves a
   logit in its last bits, and with it the choice between two nearly equal ones. So in float32 a greedy choice that is
-  nearer than TIE, far more than rounding can move, is taken from a pass over the sequence alone, without the cache. Any other
-  choice is the same in every order of summation; this one is the same because it is the same computation. With that,
-  greedy float32 answers are those of recomputation without a cache, too. Half precision on a GPU has no such guarantee:
-  rounding there is as large as real differences.
+  nearer than TIE, far more than rounding can move, is taken from a pass over the sequence alone, without the cache.
+  Any other choice is the same in every order of summation; this one is the same because it is the same computation.
+  With that, greedy float32 answers are those of recomputation without a cache, too. Half precision on a GPU has no
+  such guarantee: rounding there is as large as real differences.
 
 Shape suffixes as in sampling.py.
 """

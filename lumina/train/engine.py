@@ -5,6 +5,7 @@ What DeepSpeed does differently from stage to stage is evened out here, so that 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -22,7 +23,7 @@ from lumina.cluster.signals import end_with_parent
 from lumina.config import Config
 from lumina.model import Transformer
 from lumina.model.loss import round_up
-from lumina.train.optimizer import build_optimizer
+from lumina.train.optimizer import AdamW, build_optimizer
 from lumina.train.timing import StepTimer
 from lumina.train.veto import Veto
 
@@ -66,12 +67,11 @@ def join() -> Ranks:
     deepspeed = import_deepspeed()
 
     if not torch.distributed.is_initialized():
-        from deepspeed.comm import torch as backend
-
+        backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` is torch itself
         # Its all-reduce through shared memory is for tensor-parallel inference alone. Made at every start, it would
         # cost a compilation on a new machine and 66 MB a rank, in a segment that a killed rank leaves to the next run
         # on the same port.
-        backend.build_shm_op = lambda: None
+        vars(backend)["build_shm_op"] = lambda: None
         deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
@@ -137,7 +137,10 @@ class Engine:
 
     def __init__(self, model: Transformer, config: Config, ds_config: dict[str, Any]) -> None:
         import deepspeed
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+        if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # by type, which a subclass is not
+            ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.half = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
         self.fp16 = bool(ds_config.get("fp16", {}).get("enabled"))

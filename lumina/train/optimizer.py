@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -9,6 +10,14 @@ from torch import nn
 
 from lumina.config import Config
 from lumina.train import extensions
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the wrappers for compiled optimizers: they import torch's compiler, whose modules take
+    2.5 s of every rank's start (torch 2.13)."""
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -38,4 +47,4 @@ def build_optimizer(model: nn.Module, config: Config, ds_config: dict[str, Any])
 
         extensions.build([CPUAdamBuilder()])
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(groups, fused=True, **settings)
+    return AdamW(groups, fused=True, **settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster import BIN, Cluster, Job
 from runs import steps
 
-from lumina.chat import Tokenizer
+from lumina.chat import open_tokenizer
 from lumina.config import load
 from lumina.data import GlobalOrder, prepare
 from lumina.data.order import sample_sums, samples_id
@@ -62,7 +62,7 @@ def worlds(run: Path) -> list[int]:
 def expect_every_sample(run: Path, conversations: Path) -> None:
     """Each step is on record once, with the very samples that law 1 gives it."""
     config = load(str(run / "config.yaml"))
-    data = prepare([conversations], config, Tokenizer.load())
+    data = prepare([conversations], config, open_tokenizer(config.tokenizer))
     order = GlobalOrder(data.num_samples, SETTINGS["global_batch_size"], config.seed, data.fingerprint)
     records = steps(run)
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))

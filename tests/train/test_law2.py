@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles D
 
 # 23 conversations, all in one global batch, packed or not; no world size or micro-batch here divides 23.
 SAMPLES = 23
-# In the whole vocabulary: among a few weights, some gradient is so near zero that Adam's first update is rounding error.
+# In the whole vocabulary: among a few weights, a gradient so near zero that Adam's first update is rounding shows.
 ONE_STEP: dict[str, Any] = {
     "whole_vocabulary": True,
     "precision": "fp32",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny_engines import make_config
@@ -51,3 +54,29 @@ def test_settings_reach_adam() -> None:
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
         assert group["lr"] == 0.0  # the loop sets it before every step
+
+
+UPDATES = """
+import sys, torch
+from lumina.train.optimizer import AdamW
+torch.manual_seed(3)
+ours, theirs = ([torch.nn.Parameter(torch.randn(40, generator=torch.Generator().manual_seed(1)))] for _ in range(2))
+groups = lambda parameters: [{"params": parameters, "weight_decay": 0.1}]
+optimizer = AdamW(groups(ours), lr=1e-2, fused=True)
+gradients = [torch.randn(40) for _ in range(5)]
+for gradient in gradients:
+    ours[0].grad = gradient.clone()
+    optimizer.step()
+assert "torch._dynamo" not in sys.modules
+optimizer = torch.optim.AdamW(groups(theirs), lr=1e-2, fused=True)
+for gradient in gradients:
+    theirs[0].grad = gradient.clone()
+    optimizer.step()
+assert "torch._dynamo" in sys.modules  # or there would be nothing to avoid
+assert torch.equal(ours[0], theirs[0])
+"""
+
+
+def test_torchs_updates_without_torchs_compiler() -> None:
+    done = subprocess.run([sys.executable, "-c", UPDATES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

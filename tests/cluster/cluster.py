@@ -273,9 +273,13 @@ class Cluster:
     def run(
         self, name: str, argv: Sequence[str], patience: float = 300.0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on a node and wait for it."""
+        """Run a command on a node and wait for it; nothing of it is left when that takes too long."""
         job = self.start(name, argv, **environment)
-        code = job.wait(patience)
+        try:
+            code = job.wait(patience)
+        except BaseException:
+            job.kill()
+            raise
         return subprocess.CompletedProcess(list(argv), code, job.output(), "")
 
     def start(self, name: str, argv: Sequence[str], **environment: str) -> Job:

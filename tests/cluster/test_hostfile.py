@@ -10,6 +10,8 @@ from elastic import SETTINGS as COMMON
 from elastic import launch
 from runs import DEEPSPEED, ROOT, Runs, arguments, losses, steps
 
+pytestmark = pytest.mark.timeout(900)  # the first offload on a machine compiles DeepSpeed's CPUAdam
+
 STEPS = 8
 SETTINGS = {**COMMON, "max_steps": STEPS, "save_every_n_batches": 1000}
 

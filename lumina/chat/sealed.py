@@ -74,8 +74,10 @@ class SealedEncoder:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         special = {str(t["content"]) for t in spec.get("added_tokens") or [] if t.get("special")} & set(self.controls)
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-        self._control_ids = np.array(sorted(self.controls.values()), dtype=np.int64)
         self._tokenizer = Tokenizer.from_str(json.dumps(self._sealed(spec)))
+        last = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self._is_control_V = np.zeros(1 + max(last, *self.controls.values(), 0), dtype=np.bool_)
+        self._is_control_V[list(self.controls.values())] = True
 
     def _sealed(self, spec: dict[str, Any]) -> dict[str, Any]:
         """The file under secret names; a word of the vocabulary that is spelled like a control token is renamed too."""
@@ -130,14 +132,14 @@ class SealedEncoder:
             raise RefusalError(f"the tokenizer fails on it: {error}") from None
         ids = np.array(encoding.ids, dtype=np.int32)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        if int(np.isin(ids, self._control_ids).sum()) != sealed.count(_CLOSE):
+        if int(self._is_control_V[ids].sum()) != sealed.count(_CLOSE):
             self._check(ids, sealed)
         return Encoded(ids, offsets[:, 0], offsets[:, 1])
 
     def _check(self, ids: NDArray[np.int32], sealed: str) -> None:
         """The slow and exact form of the check: names in the text against control tokens in the ids."""
         named = sum(sealed.count(name) for name in self._secret.values())
-        if int(np.isin(ids, self._control_ids).sum()) != named:
+        if int(self._is_control_V[ids].sum()) != named:
             raise RefusalError("its text would become control tokens")
 
 

@@ -21,7 +21,15 @@ from safetensors.torch import save_file
 from lumina.chat import Tokenizer, hf_files, open_tokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.infer import hf_names, hf_tokenizer
-from lumina.infer.loading import find_checkpoint, fitting_voice, foreign_tokenizer, progress_of, read_config, weights
+from lumina.infer.loading import (
+    check_size,
+    find_checkpoint,
+    fitting_voice,
+    foreign_tokenizer,
+    progress_of,
+    read_config,
+    weights,
+)
 from lumina.infer.voice import LuminaVoice
 from lumina.train.store import sync
 
@@ -79,6 +87,7 @@ def export(
         raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
     checkpoint = find_checkpoint(run)
     config = read_config(checkpoint)
+    check_size(checkpoint, config)
     fitting_voice(checkpoint, config)  # a tokenizer that does not fit is found before anything is written
     scratch = out.parent / f".{out.name}.partial"
     shutil.rmtree(scratch, ignore_errors=True)

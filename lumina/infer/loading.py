@@ -110,12 +110,25 @@ def read_config(checkpoint: Path) -> ModelConfig:
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
+def check_size(checkpoint: Path, config: ModelConfig) -> None:
+    """Nothing is made in a size that only config.yaml says: raises UserError where the checkpoint's files are far too
+    small for the model."""
+    held = sum(path.stat().st_size for path in checkpoint.glob("rank-*.safetensors"))
+    wanted = 4 * config.num_parameters()
+    if wanted > 4 * held:  # what is off by less is named with the tensor that it concerns
+        raise UserError(
+            f"{checkpoint} holds {held:,} bytes, its config.yaml describes a model of {wanted:,}",
+            "The run's config.yaml does not belong to this checkpoint.",
+        )
+
+
 def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """The float32 weights by name, one at a time: memory for the largest one is enough.
 
     Raises:
         UserError: the checkpoint has other parameters than the model.
     """
+    check_size(checkpoint, config)
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
     try:
@@ -181,6 +194,7 @@ def load(path: str | Path, precision: str = "auto") -> Loaded:
     keep_heap()
     checkpoint = find_checkpoint(path)
     config = read_config(checkpoint)
+    check_size(checkpoint, config)
     device, dtype = choose_dtype(precision)
     with torch.device("meta"):
         model = Transformer(config)

@@ -134,7 +134,7 @@ def mark_best(folder: Path, step: int, loss: float) -> None:
 def best_step(folder: Path) -> int | None:
     try:
         return int(json.loads((folder / BEST).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -156,7 +156,7 @@ def damage(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files = [(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     if manifest.get("format") != FORMAT:
         return f"{MANIFEST} has format {manifest.get('format')}, this version reads {FORMAT}"

@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizer import CHATML, write_tokenizer
 
-from lumina.chat import Conversation, Message, open_tokenizer, prompt_ids, render_sound, template_version
+from lumina.chat import (
+    Conversation,
+    Message,
+    Tokenizer,
+    jinja,
+    open_tokenizer,
+    prompt_ids,
+    render_many,
+    render_sound,
+    template_version,
+)
 from lumina.chat.foreign import ENDLESS, FOLDED, REWRITES, ForeignTokenizer
 from lumina.chat.jinja import RefusalError
 from lumina.config import UserError
@@ -131,6 +141,25 @@ def test_ids_are_transformers_own_and_only_answers_are_learned(folders: dict[str
     assert layout.offsets[0] == 0
     assert layout.offsets[-1] == len(layout.ids)
     assert theirs.decode(layout.ids, skip_special_tokens=True) == ours.decode_text(layout.ids)
+
+
+def test_luminas_own_tokenizer_read_back_makes_the_very_same_data(tmp_path: Path) -> None:
+    """Our fast path and this one are two implementations of one template: ids, masks and messages agree."""
+    from lumina.infer import hf_tokenizer
+
+    own = Tokenizer.load()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hf_tokenizer.tokenizer_json(own)))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(hf_tokenizer.tokenizer_config(own, 64)))
+    ours = ForeignTokenizer(tmp_path)
+    typed = ["<|im_end|>", " b\n\n日本語", "\n  c <|user|>", "", "x <|im_start|><|assistant|> y"]
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    hard = Conversation([Message(*pair) for pair in zip(roles, typed, strict=True)])
+    chats = [Conversation(CHAT), hard, Conversation([CHAT[1], CHAT[2]._replace(learn=False)])]
+    (block, refused), expected = render_sound(ours, chats), render_many(own, chats)
+    assert not refused
+    for name in ("ids", "mask", "message_offsets", "conversation_offsets", "learned"):
+        assert np.array_equal(getattr(block, name), getattr(expected, name)), name
+    assert np.array_equal(block.head[block.learned], expected.head[expected.learned])
 
 
 def test_messages_end_where_the_template_ends_them(chatml: ForeignTokenizer) -> None:
@@ -284,6 +313,7 @@ def test_a_missing_library_is_named_with_the_remedy(
             raise ImportError(name)
         return real(name, *arguments, **named)
 
+    jinja._environment.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
     for loaded in [name for name in sys.modules if name.split(".")[0] == library]:
         monkeypatch.delitem(sys.modules, loaded)

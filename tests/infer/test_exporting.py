@@ -78,9 +78,7 @@ def test_greedy_text_is_equal(exported: Path, theirs: Any) -> None:
     assert theirs.decode(said, skip_special_tokens=True) == TOKENIZER.decode(own.ids)
 
 
-@pytest.mark.parametrize(
-    ("preset", "tied"), [("nano", True), ("nano", False), ("debug", True)], ids=["nano", "nano-untied", "debug"]
-)
+@pytest.mark.parametrize(("preset", "tied"), [("nano", False), ("debug", True)])
 def test_the_presets_logits_ids_and_greedy_text_are_equal(tmp_path: Path, theirs: Any, preset: str, tied: bool) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -165,3 +165,16 @@ def test_damaged_runs(tmp_path: Path, run: Path) -> None:
             assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
     fuzz(copy, 500, 3, use, mend, spare=[path.name for path in (copy / "tokenizer").iterdir()])
+
+
+@pytest.mark.parametrize("line", ["num_layers: 99999999", "vocab_size: 999999999", "hidden_size: 1000000000000"])
+def test_a_configuration_that_asks_for_the_world(tmp_path: Path, run: Path, line: str) -> None:
+    """Refused before anything of that size is made."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    values = yaml.safe_load((copy / "config.yaml").read_text()) | yaml.safe_load(line)
+    (copy / "config.yaml").write_text(yaml.safe_dump(values))
+    with bounded():
+        signal.alarm(120)
+        for use in (load, lambda folder: export(folder, tmp_path / "out")):
+            with pytest.raises(UserError, match=r"describes a model of|leave out its tokenizer"):
+                use(copy)

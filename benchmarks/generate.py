@@ -18,7 +18,7 @@ import torch
 
 from lumina.chat import Tokenizer
 from lumina.config import load
-from lumina.infer import LuminaVoice, Sampling, generate, llama_names
+from lumina.infer import LuminaVoice, Sampling, generate, hf_names
 from lumina.model import Transformer, keep_heap
 from lumina.model.cache import KVCache
 
@@ -30,9 +30,9 @@ def peer(model: Transformer, dtype: torch.dtype) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = model.config
-    values = llama_names.to_llama_config(config, "float32", 0, 0)
+    values = hf_names.to_hf_config(config, "float32", 0, 0)
     llama = LlamaForCausalLM(LlamaConfig(**values))
-    state = dict(pair for name, p in model.named_parameters() for pair in llama_names.split(name, p, config))
+    state = dict(pair for name, p in model.named_parameters() for pair in hf_names.split(name, p, config))
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     llama.load_state_dict(state)

@@ -191,14 +191,17 @@ static inline float NAMED(dot)(const float *x, const W *w, int64_t n) {
 }
 
 /* The products of two weight rows with all R rows of x: sa[r] = x[r] . a, sb[r] = x[r] . b. Four rows of x at a time
- * share what widening a weight costs, and eight sums fit the registers of AVX2. */
-static inline void NAMED(pair)(const float *x, const W *a, const W *b, int64_t R, int64_t n, float *sa, float *sb) {
+ * share what widening a weight costs, and eight sums fit the registers of AVX2. Meanwhile the weights that are `ahead`
+ * of these are fetched: several rows take longer to multiply than to read, and the hardware stops at every page. */
+static inline void NAMED(pair)(const float *x, const W *a, const W *b, int64_t R, int64_t n, int64_t ahead, float *sa,
+                               float *sb) {
     int64_t r = 0;
     for (; r + 4 <= R; r += 4) {
         const float *x0 = x + r * n, *x1 = x0 + n, *x2 = x1 + n, *x3 = x2 + n;
         vec a0 = {0.0f}, a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
         int64_t j = 0;
         for (; j + LANES <= n; j += LANES) {
+            if (r == 0) __builtin_prefetch(a + j + ahead), __builtin_prefetch(b + j + ahead);
             vec p = NAMED(load)(a + j), q = NAMED(load)(b + j), v0 = load_f32(x0 + j), v1 = load_f32(x1 + j);
             vec v2 = load_f32(x2 + j), v3 = load_f32(x3 + j);
             a0 = fused(v0, p, a0), a1 = fused(v1, p, a1), a2 = fused(v2, p, a2), a3 = fused(v3, p, a3);
@@ -237,8 +240,8 @@ static void NAMED(product)(const float *x, const W *w, float *y, int64_t R, int6
                 sums[2][r] = NAMED(rest)(total(s2), v, c, j, in), sums[3][r] = NAMED(rest)(total(s3), v, e, j, in);
             }
         } else {
-            NAMED(pair)(x, a, b, R, in, sums[0], sums[1]);
-            NAMED(pair)(x, c, e, R, in, sums[2], sums[3]);
+            NAMED(pair)(x, a, b, R, in, 4 * in, sums[0], sums[1]);
+            NAMED(pair)(x, c, e, R, in, 4 * in, sums[2], sums[3]);
         }
         for (int64_t r = 0; r < R; r++) {
             float *o = y + r * out + i;
@@ -320,7 +323,7 @@ void NAMED(lumina_decode)(const W *const *weights, float *x, float *logits, W *k
 #pragma omp for schedule(static)
             for (int64_t j = 0; j < F; j++) {
                 float gate[MOST_ROWS], up[MOST_ROWS];
-                NAMED(pair)(normed, w[4] + j * D, w[4] + (F + j) * D, R, D, gate, up);
+                NAMED(pair)(normed, w[4] + j * D, w[4] + (F + j) * D, R, D, D, gate, up);
                 for (int64_t r = 0; r < R; r++) hidden[r * F + j] = gate[r] / (1.0f + expf(-gate[r])) * up[r];
             }
             NAMED(product)(hidden, w[5], x, R, D, F, 1);

@@ -131,7 +131,7 @@ def step_count(engine: Engine) -> int:
 
 def prepare_moments(engine: Engine, keys: list[str], step: int) -> None:
     """Create the optimizer state that a checkpoint names, before its values are read into it."""
-    torch_optimizer = type(engine.optimizer).__module__.startswith("torch.")
+    torch_optimizer = isinstance(engine.optimizer, torch.optim.AdamW)
     if not keys:  # saved before the first update was applied: the optimizer starts afresh
         return
     for owner in _owners(engine):

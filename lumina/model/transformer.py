@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 def _draw(weight: Tensor, std: float) -> None:
-    """Fill with draws from N(0, std^2). A tensor without memory (device meta) is left alone: drawing for it would import
-    torch's compiler, four seconds, and every command that uses a trained model makes one."""
+    """Fill with draws from N(0, std^2). A tensor without memory (device meta) is left alone: drawing for it would
+    import torch's compiler, four seconds, and every command that uses a trained model makes one."""
     if not weight.is_meta:
         nn.init.normal_(weight, std=std)
 

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from small_models import make_model, write_run
+from small_tokenizer import VOCABULARY, write_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 
 from lumina.chat import Conversation, Message, Tokenizer, prompt_ids, render
@@ -104,9 +105,9 @@ def test_the_presets_logits_ids_and_greedy_text_are_equal(tmp_path: Path, theirs
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_plain_safetensors_load_as_the_card_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
-    model = make_model(seed=3, vocab_size=600, tie_word_embeddings=tied, family="qwen3", head_size=20)
+    write_tokenizer(tmp_path / "run/tokenizer")
+    model = make_model(seed=3, vocab_size=VOCABULARY, tie_word_embeddings=tied, family="qwen3", head_size=20)
     run = write_run(tmp_path / "run", model)
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("vocab_size: 100352", "vocab_size: 600"))
     done = export(run, tmp_path / "out", form="safetensors")
     assert sorted(path.name for path in done.folder.iterdir()) == ["README.md", "lumina.json", "model.safetensors"]
     monkeypatch.chdir(done.folder)

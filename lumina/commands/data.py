@@ -9,11 +9,12 @@ def prepare(arguments: Arguments) -> int:
     """Tokenise, mask and pack conversations into the memory-mapped files that training reads."""
     from lumina.data.commands import prepare_command
 
-    return prepare_command(arguments.files, load_config(arguments), json=arguments.json)
+    return prepare_command(arguments.files, load_config(arguments), dry_run=arguments.dry_run, json=arguments.json)
 
 
 def _prepare_options(parser: Parser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="conversations (JSONL)")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="conversations, in any format that train reads")
+    parser.add_argument("--dry-run", action="store_true", help="counts, time and disk from a sample; writes nothing")
     config_options(parser)
     data_options(parser.add_argument_group("data"))
     json_option(parser)

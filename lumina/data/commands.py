@@ -79,11 +79,20 @@ class _Given:
     eval_data: Sequence[str] = ()
 
 
-def prepare_command(files: Sequence[str], config: CommandSettings, *, json: bool = False) -> int:
+def prepare_command(files: Sequence[str], config: CommandSettings, *, dry_run: bool = False, json: bool = False) -> int:
     """Prepares the files as training would and prints the account. Exit code 0; UserError when nothing is usable.
 
-    With an eval_fraction, the set held out is prepared too.
+    With an eval_fraction, the set held out is prepared too. `dry_run` says what it would come to, from a sample.
     """
+    if dry_run:
+        from lumina.data.forecast import forecast
+
+        expected = forecast(files, config, open_tokenizer(config.tokenizer))
+        if json:
+            _print_json(expected.to_dict())
+        else:
+            _say(expected.report())
+        return 0
     given = _Given(
         files,
         config.seq_length,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
@@ -34,12 +34,14 @@ CURATION_VERSION = 1
 
 
 class Source(Protocol):
-    """A training file, or pattern, and how often an epoch takes its conversations."""
+    """A training file, or pattern, how often an epoch takes its conversations, and what each record has to be."""
 
     @property
     def path(self) -> str: ...
     @property
     def weight(self) -> float: ...
+    @property
+    def format(self) -> str | None: ...
 
 
 class PartSettings(Settings, Protocol):
@@ -70,10 +72,11 @@ def prepare_parts(
         UserError: as `prepare`; eval_data and eval_fraction together; near-duplicates without rensa.
     """
     assert config.dedup in DEDUP
-    train_paths, weights = _sources(config)
+    train_paths, weights, formats = _sources(config)
     if not config.eval_fraction and config.dedup == "none":
         held_out = prepare(config.eval_data, config, tokenizer, progress=progress) if config.eval_data else None
-        return prepare(train_paths, config, tokenizer, progress=progress, weights=weights), held_out
+        train = prepare(train_paths, config, tokenizer, progress=progress, weights=weights, formats=formats)
+        return train, held_out
     if config.eval_fraction and config.eval_data:
         raise UserError(
             "both eval_data and eval_fraction are given", "Keep one: eval_fraction holds out of train_data."
@@ -82,37 +85,42 @@ def prepare_parts(
         raise UserError("near-duplicates need the package rensa", "pip install rensa, or use --dedup exact.")
     train_files = check_inputs(train_paths)
     eval_files = check_inputs(config.eval_data) if config.eval_data else []
-    folder, fingerprint = _curate(train_files, eval_files, config, tokenizer, progress)
+    folder, fingerprint = _curate(train_files, eval_files, formats, config, tokenizer, progress)
     everything = (*train_files, *eval_files)
     evaluation: PackedDataset | None = None
     if eval_files or config.eval_fraction:
         source = eval_files or train_files
-        selection = Selection(everything, folder, fingerprint, EVAL)
-        evaluation = prepare(source, config, tokenizer, progress=progress, selection=selection)
-    selection = Selection(everything, folder, fingerprint, TRAIN)
-    train = prepare(train_files, config, tokenizer, progress=progress, selection=selection, weights=weights)
+        selection = Selection(everything, folder, fingerprint, EVAL, formats)
+        evaluation = prepare(source, config, tokenizer, progress=progress, selection=selection, formats=formats)
+    selection = Selection(everything, folder, fingerprint, TRAIN, formats)
+    train = prepare(
+        train_files, config, tokenizer, progress=progress, selection=selection, weights=weights, formats=formats
+    )
     return train, evaluation
 
 
-def _sources(config: PartSettings) -> tuple[list[str], dict[str, float]]:
-    """The training paths, and the weights of those in `data`.
+def _sources(config: PartSettings) -> tuple[list[str], dict[str, float], dict[str, str]]:
+    """The training paths, and the weights and formats of those in `data`.
 
     Raises:
         UserError: a file is given twice, so that its weight is not clear.
     """
-    paths, weights = expand(config.train_data), {}
+    paths, weights, formats = expand(config.train_data), {}, {}
     for source in config.data:
         for path in expand([source.path]):
             if path in paths:
                 raise UserError(f"training file {path} is given twice", "Give it once, with its weight, under data.")
             paths.append(path)
             weights[str(Path(path))] = source.weight
-    return paths, weights
+            if source.format is not None:
+                formats[str(Path(path))] = source.format
+    return paths, weights, formats
 
 
 def _curate(
     train_files: Sequence[Path],
     eval_files: Sequence[Path],
+    formats: Mapping[str, str],
     config: PartSettings,
     tokenizer: AnyTokenizer,
     progress: Progress | None,
@@ -121,7 +129,8 @@ def _curate(
     files = [*train_files, *eval_files]
     root = make_root(config, files)
     digests = content_digests(files, root / "sources.json")
-    settings = [CURATION_VERSION, len(train_files), config.eval_fraction, config.dedup, digests]
+    settings: list[Any] = [CURATION_VERSION, len(train_files), config.eval_fraction, config.dedup, digests]
+    settings += [dict(formats)] if formats else []
     fingerprint = hashlib.sha256(orjson.dumps(settings)).hexdigest()
     final = root / f"curation-{fingerprint[:32]}"
     with only_one(root / f"{final.name}.lock", final, 3600.0):
@@ -129,7 +138,7 @@ def _curate(
             partial = root / f"{final.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            _write_decisions(files, len(train_files), config, tokenizer, partial, progress)
+            _write_decisions(files, len(train_files), formats, config, tokenizer, partial, progress)
             os.replace(partial, final)
     return final, fingerprint
 
@@ -137,6 +146,7 @@ def _curate(
 def _write_decisions(
     files: Sequence[Path],
     train_count: int,
+    formats: Mapping[str, str],
     config: PartSettings,
     tokenizer: AnyTokenizer,
     folder: Path,
@@ -144,7 +154,7 @@ def _write_decisions(
 ) -> None:
     """Gathers every conversation's signs in parallel, decides, and writes a file of decisions for each task."""
     kind = "near signs" if config.dedup == "near" else "signs"
-    tasks = plan_tasks(files, kind, folder, config)
+    tasks = plan_tasks(files, kind, folder, config, formats)
     total, seen = sum(task.stop - task.start for task in tasks), 0
 
     def done(number: int, report: object) -> None:

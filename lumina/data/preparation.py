@@ -51,6 +51,7 @@ def prepare(
     wait_seconds: float = 3600.0,
     selection: Selection | None = None,
     weights: Mapping[str, float] | None = None,
+    formats: Mapping[str, str] | None = None,
 ) -> PackedDataset:
     """The packed data set of these files, from the cache when nothing has changed.
 
@@ -60,6 +61,7 @@ def prepare(
         wait_seconds: how long to wait for another process that is preparing the same data.
         selection: the part of the conversations to take; None takes all.
         weights: how often an epoch takes the conversations of a file; 1 for files not named. See lumina.data.mixing.
+        formats: what every record of a file has to be (records.NAMED); files not named are looked at record by record.
 
     Raises:
         UserError: a file is missing or empty, no line of any file is a usable conversation, or the chat template of an
@@ -74,7 +76,8 @@ def prepare(
     root = make_root(config, files)
     by_file = [(weights or {}).get(str(path), 1.0) for path in files]
     digests = content_digests(files, root / "sources.json")
-    fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_file)
+    fixed = [(formats or {}).get(str(path), "") for path in files]
+    fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed)
     final = root / fingerprint[:32]
     found = open_cached(final, fingerprint)
     if found is not None:
@@ -87,7 +90,7 @@ def prepare(
                 partial = final.with_name(f"{final.name}.partial")
                 partial.mkdir(exist_ok=True)
                 if selection is None:
-                    tasks = plan_tasks(files, "pieces", partial, config)
+                    tasks = plan_tasks(files, "pieces", partial, config, formats)
                 else:
                     tasks = selection.tasks(files, partial, config)
                 build(tasks, config, tokenizer, fingerprint, final, count, progress, weights)
@@ -114,6 +117,7 @@ def fingerprint_of(
     tokenizer: AnyTokenizer,
     selection: Selection | None = None,
     weights: Sequence[float] = (),
+    formats: Sequence[str] = (),
 ) -> str:
     """SHA-256 over the inputs' contents, the tokenizer, the template and every setting that changes the result."""
     parts: dict[str, Any] = {
@@ -129,6 +133,8 @@ def fingerprint_of(
         parts["selection"] = [selection.fingerprint, selection.part]
     if any(weight != 1 for weight in weights):
         parts["weights"] = list(weights)
+    if any(formats):
+        parts["formats"] = list(formats)
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -154,10 +160,11 @@ class Selection:
     folder: Path
     fingerprint: str
     part: int
+    formats: Mapping[str, str]
 
     def tasks(self, own: Sequence[Path], folder: Path, config: Settings) -> list[Task]:
         """The tasks of the files `own`, each with its decisions: those of planning all files together."""
-        planned = enumerate(plan_tasks(self.files, "pieces", folder, config))
+        planned = enumerate(plan_tasks(self.files, "pieces", folder, config, self.formats))
         return [
             replace(task, decisions=str(self.folder / decisions_name(i)), part=self.part)
             for i, task in planned
@@ -170,19 +177,22 @@ def decisions_name(task: int) -> str:
     return f"decisions-{task:05d}.npy"
 
 
-def plan_tasks(files: Sequence[Path], kind: str, folder: Path | None, config: Settings) -> list[Task]:
+def plan_tasks(
+    files: Sequence[Path], kind: str, folder: Path | None, config: Settings, formats: Mapping[str, str] | None = None
+) -> list[Task]:
     """What there is to do, from the files' sizes and layouts alone. A survey needs no folder."""
     sizes = [path.stat().st_size for path in files]
     step = min(max(-(-sum(sizes) // 16), MIN_TASK_BYTES), MAX_TASK_BYTES)
     tasks: list[Task] = []
     for path, size in zip(files, sizes, strict=True):
-        layout = detect(str(path))
+        layout, given = detect(str(path)), (formats or {}).get(str(path), "")
+        layout = layout._replace(flat=layout.flat and given in ("", "oasst"))
         for start in range(0, size, step if layout.splittable else size):
             stop = min(start + step, size) if layout.splittable else size
             suffix = "arrow" if kind == "pieces" else "npz"
             out = "" if folder is None else str(folder / f"pieces-{len(tasks):05d}.{suffix}")
             how = (layout.container, layout.compression, layout.flat)
-            tasks.append(Task(kind, str(path), how, start, stop, out, config.seq_length, config.overlong))
+            tasks.append(Task(kind, str(path), how, start, stop, out, config.seq_length, config.overlong, format=given))
     return tasks
 
 

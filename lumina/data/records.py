@@ -21,6 +21,7 @@ EMPTY = "empty"
 UNKNOWN_ROLE = "unknown role"
 NO_ASSISTANT = "no assistant turn"
 UNKNOWN_FORMAT = "unknown format"
+OTHER_FORMAT = "another format than the one given"
 
 SHAREGPT_ROLES = {
     "gpt": "assistant",
@@ -231,8 +232,24 @@ def format_of(record: Any) -> str | None:
     return next((name for key, name, _ in FORMATS if record.get(key) is not None), None)
 
 
-def convert(record: Any) -> Conversation | Fault | Tree:
-    """A parsed record -> a conversation (a tree: several), by the keys it has."""
+# What a source's `format` may say: the key that such a record must have, and its converter.
+NAMED: dict[str, tuple[str, Callable[[dict[str, Any]], Conversation | Fault | Tree]]] = {
+    "messages": ("messages", from_messages),
+    "sharegpt": ("conversations", from_sharegpt),
+    "alpaca": ("instruction", from_instruction),
+    "prompt": ("prompt", from_prompt),
+    "oasst": ("prompt", from_tree),
+    "text": ("text", from_text),
+}
+
+
+def convert(record: Any, given: str = "") -> Conversation | Fault | Tree:
+    """A parsed record -> a conversation (a tree: several), by the keys it has, or as the format `given` (see NAMED)."""
+    if given and type(record) is dict:
+        key, converter = NAMED[given]
+        if record.get(key) is None or (type(record[key]) is dict) != (given == "oasst"):
+            return Fault(OTHER_FORMAT, f"not the format given, {given}")
+        return converter(record)
     if type(record) is dict:
         if type(record.get("messages")) is list:  # by far the most frequent
             return from_messages(record)

@@ -100,6 +100,14 @@ def read_items(path: str, layout: Layout, start: int = 0, stop: int | None = Non
         yield from _records(path, layout)
 
 
+def count_bytes(path: str, layout: Layout) -> int:
+    """How many bytes a file of text holds, unpacked."""
+    if layout.compression == "none":
+        return Path(path).stat().st_size
+    with closing(_stream(path, layout.compression)) as chunks:
+        return sum(len(chunk) for chunk in chunks if isinstance(chunk, bytes))
+
+
 def read_lines(path: str, start: int, stop: int) -> Iterator[bytes]:
     """The lines that begin in bytes [start, stop) of the file, with their ends. Splits at LF only."""
     with open(path, "rb") as file:

@@ -41,7 +41,7 @@ class Task:
 
     `kind` says what becomes of them: "pieces" are written to `out`, "signs" for curation too ("near signs" with
     MinHash), a "survey" is returned. `layout` holds the fields of sources.Layout. With `decisions`, a file of one uint8
-    for each conversation, only those equal to `part` are taken.
+    for each conversation, only those equal to `part` are taken. `format` is what every record has to be, if given.
     """
 
     kind: str
@@ -54,6 +54,7 @@ class Task:
     overlong: str
     decisions: str = ""
     part: int = TRAIN
+    format: str = ""
 
 
 class Block(NamedTuple):
@@ -73,7 +74,7 @@ def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> I
         if item.record is BLANK:
             account.blank_lines += 1
             continue
-        found = convert(item.record)
+        found = convert(item.record, task.format)
         if isinstance(found, Fault):
             account.fault(found.reason, item.number, found.messages, found.example())
             continue
@@ -109,16 +110,16 @@ def _chosen(
     return [c for c, its_part in zip(conversations, decided.tolist(), strict=True) if its_part == part]
 
 
-def _rendered(tokenizer: AnyTokenizer, block: Block, account: Account) -> tuple[RenderedBlock, list[int]]:
+def rendered(tokenizer: AnyTokenizer, block: Block, account: Account) -> tuple[RenderedBlock, list[int]]:
     """A block's conversations and their record numbers; those that an imported model's template does not take are
     entered as dropped."""
-    rendered, refused = render_sound(tokenizer, block.conversations)
+    together, refused = render_sound(tokenizer, block.conversations)
     for number, reason in refused.items():
         count = len(block.conversations[number].messages)
         account.drop_conversations(reason, 1)
         account.messages += count
         account.drop_messages(reason, count)
-    return rendered, [number for i, number in enumerate(block.numbers) if i not in refused]
+    return together, [number for i, number in enumerate(block.numbers) if i not in refused]
 
 
 def run_task(tokenizer: AnyTokenizer, task: Task) -> dict[str, Any]:
@@ -136,14 +137,14 @@ def run_task(tokenizer: AnyTokenizer, task: Task) -> dict[str, Any]:
         assert isinstance(tokenizer, Tokenizer), "a survey counts Lumina's tokens"
         survey = Survey()
         for block in read_blocks(task, account, survey):
-            rendered = render_many(tokenizer, block.conversations)
-            cut(rendered, task.window, task.overlong, account)
-            survey.add(block.conversations, block.numbers, rendered)
+            ids = render_many(tokenizer, block.conversations)
+            cut(ids, task.window, task.overlong, account)
+            survey.add(block.conversations, block.numbers, ids)
         return {"account": asdict(account), "survey": survey.to_dict(), "lines": account.lines}
     with PieceWriter(Path(task.out)) as writer:
         for block in read_blocks(task, account):
-            rendered, numbers = _rendered(tokenizer, block, account)
-            pieces = cut(rendered, task.window, task.overlong, account)
+            block_ids, numbers = rendered(tokenizer, block, account)
+            pieces = cut(block_ids, task.window, task.overlong, account)
             writer.write(pieces, np.array(numbers, dtype=np.int64)[pieces.conversation])
     return {"account": asdict(account), "rows": writer.rows, "lines": account.lines}
 

@@ -21,6 +21,7 @@ class Source:
 
     path: str
     weight: float = 1.0
+    format: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import TOKENIZER, Settings, chat, write_jsonl
 
@@ -27,6 +30,42 @@ def test_prepare_prints_the_account_or_one_json_object(tmp_path: Path, capsys: p
     out = capsys.readouterr().out
     assert "messages       2 = 1 trained + 1 masked + 0 dropped" in out
     assert f"bad: broken JSON: 1 ({path}:2)" in out, "a file's name is not markup"
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.json", "in.parquet"])
+def test_a_dry_run_foretells_what_preparing_comes_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Of 12 MB a third is read. It says what preparing then finds, within 3%, and writes nothing."""
+    records = [chat(f"question {i}", f"answer {i}: " + "some words " * (i % 90)) for i in range(24_000)]
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        lines = b"\n".join(map(orjson.dumps, records))
+        path.write_bytes({"gz": gzip.compress(lines, 1), "on": orjson.dumps(records)}.get(name[-2:], lines))
+    config = Settings(seq_length=512)
+    assert prepare_command([str(path)], config, dry_run=True, json=True) == 0
+    said = orjson.loads(capsys.readouterr().out)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    assert said["sampled"] < 0.6
+    dataset = prepare([path], config, TOKENIZER)
+    held = sum(file.stat().st_size for file in dataset.folder.iterdir())
+    assert said["lines"] == pytest.approx(dataset.account["lines"], rel=0.03)
+    assert said["tokens"] == pytest.approx(dataset.account["tokens"], rel=0.03)
+    assert said["supervised_tokens"] == pytest.approx(dataset.num_supervised, rel=0.03)
+    assert said["samples"] == pytest.approx(dataset.num_samples, rel=0.03)
+    assert said["disk_bytes"] == pytest.approx(held, rel=0.15)
+    assert said["seconds"] > 0
+
+
+def test_a_dry_run_of_a_small_file_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [chat("q", "a"), b"bad"])
+    assert prepare_command([str(path)], Settings(), dry_run=True) == 0
+    out = capsys.readouterr().out
+    assert "lines          2, 1 of them bad" in out
+    assert "conversations  1\n" in out
+    assert "nothing was written" in out
 
 
 def test_inspect_shows_what_the_template_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

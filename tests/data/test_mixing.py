@@ -88,3 +88,23 @@ def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
     path = str(write_jsonl(tmp_path / "one.jsonl", [chat("q", "a")]))
     with pytest.raises(UserError, match="given twice"):
         prepare_parts(Settings(train_data=(path,), data=(Source(path, 2.0),)), TOKENIZER)
+
+
+@pytest.mark.parametrize("how", [{}, {"dedup": "exact"}])
+def test_a_sources_format_is_what_every_record_has_to_be(tmp_path: Path, how: dict[str, str]) -> None:
+    """A record with the keys of two formats is read as the one given; one without its key is a counted fault."""
+    both = {**chat("q", "an answer in messages"), "text": "plain words"}
+    path = str(write_jsonl(tmp_path / "in.jsonl", [both, chat("q", "a"), {"text": "more words"}]))
+    learned = {}
+    for name in (None, "text", "messages"):
+        dataset, _ = prepare_parts(Settings(data=(Source(path, format=name),), **how), TOKENIZER)
+        Account.from_dict(dataset.account).check()
+        faults = {reason: fault["lines"] for reason, fault in dataset.account["faults"].items()}
+        learned[name] = dataset.num_supervised, faults
+    ids = lambda text: len(TOKENIZER.encode(text)) + 1
+    answers, texts = ids("an answer in messages") + ids("a"), ids("plain words") + ids("more words")
+    assert learned == {
+        None: (answers + ids("more words"), {}),
+        "text": (texts, {"another format than the one given": 1}),
+        "messages": (answers, {"another format than the one given": 1}),
+    }

@@ -46,7 +46,9 @@ def measure(config: Config, processes: int, document_tokens: int | None, supervi
     """Train WARM_UP + COUNTED steps with `processes` processes here. UserError when the run fails."""
     with tempfile.TemporaryDirectory(prefix="lumina-measure-") as folder:
         place = Path(folder)
-        train_data = config.train_data or [str(_made_up(place / "data.jsonl", config, document_tokens, supervised))]
+        train_data = config.train_data
+        if not (train_data or config.data):
+            train_data = [str(_made_up(place / "data.jsonl", config, document_tokens, supervised))]
         run = config.replace(
             train_data=train_data,
             eval_data=[],

@@ -62,8 +62,8 @@ def measured_estimate(config: Config, data: Data, arguments: argparse.Namespace)
 
 
 def gather_data(config: Config, arguments: argparse.Namespace) -> Data:
-    """Counted from --train-data where given, else what the options say."""
-    if config.train_data:
+    """Counted from the training data where there are some, else what the options say."""
+    if config.train_data or config.data:
         return data_of_files(config)
     return assumed_data(config, arguments.tokens, arguments.document_tokens, arguments.supervised)
 

@@ -110,6 +110,8 @@ def ds_document(best: Candidate) -> dict[str, Any]:
         zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": AUTO}
     if shape.stage == 3:
         zero |= {"stage3_prefetch_bucket_size": AUTO, "stage3_param_persistence_threshold": AUTO}
+    if shape.hpz:
+        zero["zero_hpz_partition_size"] = shape.hpz
     if shape.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if shape.offload_params:
@@ -153,15 +155,16 @@ SBATCH = """\
 #!/usr/bin/env bash
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node={each}
 #SBATCH --gpus-per-node={each}
+#SBATCH --requeue
+#SBATCH --no-kill
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
 #SBATCH --output={folder}/%j.log
-# One launcher per node starts {each} rank(s). Further arguments go to `lumina train`: --train-data FILE --resume auto
-set -euo pipefail
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun python -m torch.distributed.run --nnodes={nodes} --nproc_per_node={each} \\
-    --rdzv_backend=c10d --rdzv_endpoint="$head:29500" --rdzv_id="$SLURM_JOB_ID" \\
-    launchers/train.py --config {folder}/config.yaml --ds_config {folder}/ds_config.json "$@"
+# From Lumina's own folder: sbatch {folder}/train.sbatch --train-data FILE. launchers/train.sbatch says what happens.
+cd "${{SLURM_SUBMIT_DIR:-.}}"
+exec bash launchers/train.sbatch --config {folder}/config.yaml --ds_config {folder}/ds_config.json "$@"
 """
 
 

@@ -90,7 +90,7 @@ def data_of_files(config: Config) -> Data:
 def shape_of(config: Config, document: dict[str, Any], world: int, data: Data) -> tuple[Shape, Buffers]:
     """The cost model's view of a resolved DeepSpeed JSON."""
     zero = document.get("zero_optimization", {})
-    stage = int(zero.get("stage", 0))
+    stage, hpz = int(zero.get("stage", 0)), int(zero.get("zero_hpz_partition_size", 1))
 
     def offloads(key: str) -> bool:
         return bool((zero.get(key) or {}).get("device", "none") != "none")
@@ -101,6 +101,7 @@ def shape_of(config: Config, document: dict[str, Any], world: int, data: Data) -
         world=world,
         precision=next((name for name in ("bf16", "fp16") if document[name]["enabled"]), "fp32"),
         stage=stage,
+        hpz=hpz if stage == 3 and hpz > 1 else 0,
         offload_optimizer=offloads("offload_optimizer"),
         offload_params=offloads("offload_param"),
         checkpoint_every=config.checkpoint_every,

@@ -94,7 +94,8 @@ def states(model: ModelConfig, shape: Shape, persistence: int = 0) -> States:
     # A single rank's share is the whole tensor already: DeepSpeed then keeps no second one.
     small = [count for group in groups for count in group if count < persistence and world > 1]
     whole = sum(_up(count, world) for count in small)
-    return States(element * (shard + whole), FP32 * shard, 2 * FP32 * shard)
+    second = sum(-(-count // shape.hpz) for group in groups for count in group) if shape.hpz > 1 else 0
+    return States(element * (shard + whole + second), FP32 * shard, 2 * FP32 * shard)
 
 
 def activation_bytes_per_token(model: ModelConfig, shape: Shape) -> float:

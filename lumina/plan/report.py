@@ -126,7 +126,11 @@ def as_dict(config: Config, each: Estimate, price: float | None) -> dict[str, An
         "memory": {part: getattr(memory, part) for part in PARTS}
         | {"total": memory.device, "host": memory.host, "device": each.cluster.device.memory, "peak_at": memory.moment},
         "memory_by_stage": by_stage(config, each),
-        "communication": {"gradients": speed.traffic.gradients, "weights": speed.traffic.weights},
+        "communication": {
+            "gradients": speed.traffic.gradients,
+            "weights": speed.traffic.weights,
+            "weights_within_nodes": speed.traffic.near,
+        },
         "step": {
             "products": speed.products,
             "elementwise": speed.elementwise,
@@ -148,7 +152,7 @@ def as_dict(config: Config, each: Estimate, price: float | None) -> dict[str, An
 
 def by_stage(config: Config, each: Estimate) -> dict[str, float]:
     """Peak bytes of a rank under every ZeRO stage, and with offload, at the same batch."""
-    plain = replace(each.shape, offload_optimizer=False, offload_params=False)
+    plain = replace(each.shape, hpz=0, offload_optimizer=False, offload_params=False)
     totals = {f"zero{stage}": _peak(config, replace(plain, stage=stage)) for stage in range(4)}
     totals["zero3_offload"] = _peak(config, replace(plain, stage=3, offload_optimizer=True, offload_params=True))
     return totals
@@ -196,7 +200,8 @@ def run_lines(config: Config, each: Estimate, price: float | None) -> list[str]:
         f"  step      {_time(speed.step)}: matrix products {_time(speed.products)}, element-wise "
         f"{_time(speed.elementwise)}, optimizer {_time(speed.optimizer)}, network not hidden {_time(speed.exposed)}",
         f"  network   {_size(speed.traffic.total)} received by each rank a step: gradients "
-        f"{_size(speed.traffic.gradients)}, weights {_size(speed.traffic.weights)}",
+        f"{_size(speed.traffic.gradients)}, weights {_size(speed.traffic.weights)}"
+        + (f", weights within a node {_size(speed.traffic.near)}" if speed.traffic.near else ""),
         f"  speed     {speed.tokens_per_second:,.0f} tokens/s, MFU {speed.mfu:.1%} (within {UNCERTAINTY:.0%})",
         f"  run       {each.steps:,} steps: {_duration(each.seconds)} (between {_duration(low)} and {_duration(high)})"
         f", {each.gpu_hours:,.1f} GPU-hours, {each.energy_kwh:,.1f} kWh"

@@ -1,4 +1,4 @@
-"""Every way to train one configuration on a cluster: ZeRO stage, offload, micro-batch and recomputation.
+"""Every way to train one configuration on a cluster: ZeRO stage, hpZ, offload, micro-batch and recomputation.
 
 The global batch is kept: accumulation follows from the micro-batch, and where the batch does not divide, the padding of
 weight zero counts as time but not as progress. Differences below `NOISE` are less than the model can tell, so among the
@@ -36,6 +36,8 @@ class Candidate:
     @property
     def family(self) -> str:
         """Stage and offload, the choice that the answer explains."""
+        if self.shape.hpz:
+            return f"ZeRO {self.shape.stage}, hpZ within each node"
         if not self.shape.offload_optimizer:
             return f"ZeRO {self.shape.stage}"
         what = "optimizer and weights" if self.shape.offload_params else "optimizer"
@@ -49,10 +51,18 @@ def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
         return None
     fastest = max(candidate.rate for candidate in fitting)
 
-    def preference(candidate: Candidate) -> tuple[int, bool, bool, int, bool, int]:
+    def preference(candidate: Candidate) -> tuple[int, int, bool, bool, int, bool, int]:
         shape, roomy = candidate.shape, candidate.memory.device <= ROOMY * cluster.device.memory
         recomputed = 0 if not shape.checkpoint_every else 100 // shape.checkpoint_every
-        return shape.stage, shape.offload_optimizer, shape.offload_params, recomputed, not roomy, -shape.micro_batch
+        return (
+            shape.stage,
+            shape.hpz,
+            shape.offload_optimizer,
+            shape.offload_params,
+            recomputed,
+            not roomy,
+            -shape.micro_batch,
+        )
 
     return min((candidate for candidate in fitting if candidate.rate >= (1 - NOISE) * fastest), key=preference)
 
@@ -76,7 +86,7 @@ def candidates(
     buffers = buffers_for(config)
     per_rank = -(-global_batch // cluster.world_size)
     found = []
-    for stage, optimizer, weights in _sharing(cluster.world_size, stages):
+    for stage, hpz, optimizer, weights in _sharing(cluster, stages):
         for micro in _powers_of_two(per_rank):
             steps = -(-per_rank // micro)
             for every in RECOMPUTE:
@@ -86,6 +96,7 @@ def candidates(
                     world=cluster.world_size,
                     precision=precision,
                     stage=stage,
+                    hpz=hpz,
                     offload_optimizer=optimizer,
                     offload_params=weights,
                     checkpoint_every=every,
@@ -100,15 +111,17 @@ def candidates(
     return sorted(found, key=lambda candidate: -candidate.rate)
 
 
-def _sharing(world: int, stages: tuple[int, ...]) -> Iterator[tuple[int, bool, bool]]:
-    """(stage, optimizer on the host, weights on the host)."""
+def _sharing(cluster: Cluster, stages: tuple[int, ...]) -> Iterator[tuple[int, int, bool, bool]]:
+    """(stage, ranks of hpZ, optimizer on the host, weights on the host)."""
     for stage in stages:
-        if world > 1 or stage == 0:
-            yield stage, False, False
+        if cluster.world_size > 1 or stage == 0:
+            yield stage, 0, False, False
+        if stage == 3 and cluster.nodes > 1 and cluster.gpus_per_node > 1:
+            yield stage, cluster.gpus_per_node, False, False
         if stage in (2, 3):
-            yield stage, True, False
+            yield stage, 0, True, False
         if stage == 3:
-            yield stage, True, True
+            yield stage, 0, True, True
 
 
 def _powers_of_two(most: int) -> Iterator[int]:

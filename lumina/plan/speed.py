@@ -71,7 +71,9 @@ def predict(
     elementwise = shape.accumulation * tokens * passes * memory_bytes_per_token(model, shape) / stream
     optimizer = optimizer_seconds(model, shape, stream)
     moved = traffic(model, shape)
-    communication = moved.total / link_rate(cluster) if shape.world > 1 else 0.0
+    communication = 0.0
+    if shape.world > 1:
+        communication = (moved.gradients + moved.weights) / link_rate(cluster) + moved.near / inside_rate(cluster)
     exposed = _exposed(shape, moved, products + elementwise, communication)
     step = products + elementwise + optimizer + exposed
     total = tokens * shape.accumulation * shape.world
@@ -91,9 +93,8 @@ def link_rate(cluster: Cluster) -> float:
     """Bytes/s at which a rank receives in collectives over the whole cluster: the slower of the links inside a node and
     the network, which carries a share (nodes - 1) / nodes of the bytes over all of a node's adapters at once."""
     device = cluster.device
-    inside = device.link * COLLECTIVE
     if cluster.nodes == 1:
-        return inside
+        return inside_rate(cluster)
     if device.network is None:
         raise UserError(
             f"the network of nodes with {device.name} is not known", "Estimate one node, or --measure there."
@@ -102,7 +103,12 @@ def link_rate(cluster: Cluster) -> float:
     world, nodes, each = cluster.world_size, cluster.nodes, cluster.gpus_per_node
     crossing = ((nodes - 1) / nodes) / ((world - 1) / world)
     outside = device.network * COLLECTIVE * each / crossing
-    return min(inside, outside)
+    return min(inside_rate(cluster), outside)
+
+
+def inside_rate(cluster: Cluster) -> float:
+    """Bytes/s at which a rank receives in collectives within its node."""
+    return cluster.device.link * COLLECTIVE
 
 
 def _exposed(shape: Shape, moved: Traffic, compute: float, communication: float) -> float:

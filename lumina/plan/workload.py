@@ -24,6 +24,7 @@ class Shape:
     world: int
     precision: str
     stage: int = 0
+    hpz: int = 0  # ranks of a node that keep a second copy of stage 3's weights among them (arXiv:2306.10209); 0: none
     offload_optimizer: bool = False
     offload_params: bool = False
     checkpoint_every: int = 0  # every nth layer is recomputed; 0: none
@@ -108,15 +109,17 @@ class Traffic:
 
     gradients: float
     weights: float
+    near: float = 0.0  # weights that come from ranks of the same node only
 
     @property
     def total(self) -> float:
-        return self.gradients + self.weights
+        return self.gradients + self.weights + self.near
 
 
 def traffic(model: ModelConfig, shape: Shape) -> Traffic:
     """Communication of one step. Stage 0 all-reduces gradients once; 1 reduces them once and gathers the new weights;
-    2 reduces after every micro-batch; 3 also gathers weights before every forward and every backward pass."""
+    2 reduces after every micro-batch; 3 also gathers weights before every forward and every backward pass, the latter
+    within the node where hpZ keeps a copy there."""
     share = (shape.world - 1) / shape.world
     whole = model.num_parameters() * shape.element * share
     if shape.stage == 0:
@@ -125,4 +128,7 @@ def traffic(model: ModelConfig, shape: Shape) -> Traffic:
         return Traffic(whole, whole)
     if shape.stage == 2:
         return Traffic(whole * shape.accumulation, whole)
+    if shape.hpz > 1:
+        near = model.num_parameters() * shape.element * (shape.hpz - 1) / shape.hpz
+        return Traffic(whole * shape.accumulation, whole * shape.accumulation, near * shape.accumulation)
     return Traffic(whole * shape.accumulation, 2 * whole * shape.accumulation)

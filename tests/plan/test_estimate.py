@@ -14,6 +14,7 @@ from lumina import cli
 from lumina.config import UserError, load
 from lumina.plan.devices import Cluster, device_names, find_device
 from lumina.plan.estimate import assumed_data, estimate_run
+from lumina.plan.memory import states
 from lumina.plan.published import CASES, document, median_error
 from lumina.plan.speed import link_rate, predict
 from lumina.plan.workload import Shape, flops_per_token, traffic
@@ -70,6 +71,18 @@ def test_traffic_is_the_zero_papers(stage: int, whole_copies: int) -> None:
     moved = traffic(config, Shape(2, 3, world, "bf16", stage))
     assert moved.total == pytest.approx(whole_copies * 2 * config.num_parameters(), rel=1e-6)
     assert traffic(config, Shape(2, 3, 1, "bf16", stage)).total == 0
+
+
+def test_hpz_gathers_for_the_backward_pass_within_the_node() -> None:
+    """In units of one copy of the weights, a micro-batch of infinitely many nodes of eight: a reduction and one gather
+    over all, 7/8 of a gather inside. A second copy of the weights, an eighth on each rank, is what it costs."""
+    config, copy = load("small"), 2 * load("small").num_parameters()
+    plain = Shape(2, 3, 8 * 10**6, "bf16", 3)
+    moved, before = traffic(config, replace(plain, hpz=8)), traffic(config, plain)
+    assert (moved.gradients, 2 * moved.weights) == (before.gradients, before.weights)
+    assert moved.near == pytest.approx(3 * copy * 7 / 8)
+    more = states(config, replace(plain, hpz=8)).weights - states(config, plain).weights
+    assert more == pytest.approx(copy / 8, rel=1e-4)
 
 
 def test_links() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 from lumina import cli
 from lumina.config import load
 from lumina.config.deepspeed import resolve
+from lumina.plan.advice import ds_document
 from lumina.plan.devices import Cluster, find_device
 from lumina.plan.estimate import Data, assumed_data, estimate_shape, shape_of
 from lumina.plan.search import NOISE, buffers_for, candidates, choose
 
+ROOT = Path(__file__).parents[2]
 DATA = Data(1e9, None, 1.0, 1.0, "given")
 
 
@@ -90,7 +93,32 @@ def test_the_files_are_ready(
     bash = shutil.which("bash")
     assert bash is not None
     subprocess.run([bash, "-n", str(folder / "train.sbatch")], check=True)
-    assert "--nodes=2" in (folder / "train.sbatch").read_text(encoding="utf-8")
+    script = (folder / "train.sbatch").read_text(encoding="utf-8")
+    ours = (ROOT / "launchers" / "train.sbatch").read_text(encoding="utf-8")
+    asked = lambda text: {line.split("=")[0] for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert "--nodes=2" in script
+    assert asked(ours) <= asked(script)  # requeue, the warning signal and the rest
+    assert "exec bash launchers/train.sbatch " in script
+    # What it starts is what `lumina launch` understands: the commands for every node are printed.
+    words = ["train", "--config", str(folder / "config.yaml"), "--ds_config", str(folder / "ds_config.json")]
+    words += ["--train-data", "data.jsonl"]
+    code = cli.main(["launch", "--hostfile", str(folder / "hostfile"), "--dry-run", "--", *words])
+    said = capsys.readouterr().out
+    assert code == 0
+    assert all(f"node{number}" in said for number in (1, 2))
+    assert str(folder / "ds_config.json") in said
+
+
+def test_hpz_where_the_network_is_slow_beside_the_links_inside() -> None:
+    """Sixteen nodes whose network is a hundredth of what it was: what fits with hpZ then beats plain ZeRO 3."""
+    config, device = load("large"), find_device("a100-80gb")
+    assert device.network is not None
+    cluster = Cluster(replace(device, network=device.network / 100), 16, 8)
+    found = candidates(config, cluster, DATA, 128, "bf16", (3,))
+    best = {hpz: max(c.rate for c in found if c.shape.hpz == hpz) for hpz in (0, 8)}
+    assert best[8] > 1.2 * best[0]
+    document = ds_document(next(c for c in found if c.shape.hpz == 8))
+    assert document["zero_optimization"]["zero_hpz_partition_size"] == 8
 
 
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,9 @@ def test_bad_steps_are_skipped_and_repeated_ones_roll_back(
     """A NaN and a spike are skipped. Three spikes in a row bring the run back to the checkpoint before them, and it
     goes past their samples. The end is that of a run which never trained on the five bad steps."""
     bad, clean = place / "bad", place / "clean"
-    settings = {**SETTINGS, "max_steps": STEPS}
+    # An asynchronous save is put off while the one before it is still being written: which checkpoint there is to go
+    # back to would depend on the disk.
+    settings = {**SETTINGS, "max_steps": STEPS, "save_async": False}
     job = runs.start(arguments(bad, conversations, stage=stage, **settings), world, partial(_spoil, **BAD))
     assert job.wait() == [0] * world, job.stderr()
 
@@ -108,9 +110,7 @@ def test_bad_steps_are_skipped_and_repeated_ones_roll_back(
     assert [e["step"] for e in spikes] == [8, 12, 13, 14]
     assert all(len(e["samples"]) == 4 and "skipped" in e["action"] for e in spikes)
     (back,) = [e for e in events(bad, rule="rollback") if e["level"] == "crit"]
-    # Step 9's checkpoint, or a later one where the disk was still busy with step 6's when step 9 ended.
-    assert back["values"] == {"to": back["values"]["to"], "past": [12, 13, 14], "rollbacks": 1}
-    assert 9 <= back["values"]["to"] < 12
+    assert back["values"] == {"to": 9, "past": [12, 13, 14], "rollbacks": 1}
     assert "WARN(step 8: loss" in job.stdout()
 
     clean.mkdir()

@@ -54,11 +54,19 @@ def state(cluster: Cluster, job: str) -> str:
     return next((word.partition("=")[2] for word in shown.split() if word.startswith("JobState=")), "")
 
 
+def story(cluster: Cluster, job: str, log: Path) -> str:
+    """What Slurm says of the job and the nodes, and the end of its log."""
+    said = [
+        cluster.run("head", words).stdout for words in (["scontrol", "-o", "show", "job", job], ["sinfo", "-N", "-l"])
+    ]
+    return "\n".join([*said, log.read_text()[-4000:]])
+
+
 def wait_for(cluster: Cluster, job: str, wanted: str, log: Path, patience: float = 120) -> None:
     until(
         lambda: state(cluster, job) == wanted,
         patience,
-        lambda: f"job {job} is {state(cluster, job)}:\n{log.read_text()[-4000:]}",
+        lambda: story(cluster, job, log),
     )
 
 
@@ -83,12 +91,12 @@ def test_every_way_of_stopping_saves_requeues_and_finishes(
             start_at_once(slurm, job)
             return len(worlds(run)) == number and at(run) > before + 1
 
-        until(trains, 180, lambda: log.read_text()[-4000:])
+        until(trains, 180, lambda: story(slurm, job, log))
         asked = time.monotonic()
         slurm.run("head", way)
         until(lambda n=number: log.read_text().count("The checkpoint is saved") == n, 30, "nothing was saved in 30 s")
         assert time.monotonic() - asked < 30
-    until(lambda: start_at_once(slurm, job) or at(run) == STEPS, 180, lambda: log.read_text()[-4000:])
+    until(lambda: start_at_once(slurm, job) or at(run) == STEPS, 180, lambda: story(slurm, job, log))
     wait_for(slurm, job, "COMPLETED", log)
     assert worlds(run) == [2, 2, 2, 2]
     resumed = [line for line in (run / "train.log").read_text().splitlines() if "process(es)" in line]

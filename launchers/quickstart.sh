@@ -11,7 +11,7 @@ python -m lumina.data.chitchat data # -> data/chitchat.train.jsonl, data/chitcha
 [ ! -d "$run" ] || mv "$run" "$run-before-$(date +%Y%m%d-%H%M%S)"
 deepspeed --num_gpus 2 launchers/train.py --ds_config ds_configs/zero2.json --config nano \
     --train-data data/chitchat.train.jsonl --eval-data data/chitchat.eval.jsonl \
-    --experiment-name quickstart --batch-size 4 --grad-accum 1 --lr 3e-3 --max-steps "${QUICKSTART_STEPS:-100}"
+    --experiment-name quickstart --batch-size 2 --grad-accum 1 --lr 2e-3 --max-steps "${QUICKSTART_STEPS:-100}"
 
 echo
 python -m lumina.train.summary "$run"

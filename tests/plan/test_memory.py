@@ -16,7 +16,7 @@ from lumina.plan.workload import Shape
 SETS = ["hidden_size=72", "num_layers=3", "num_heads=6", "num_kv_heads=3", "intermediate_size=101", "vocab_size=257"]
 PERSISTENCE = 100
 
-CASES = [(stage, precision, tied, 0) for stage in range(4) for precision, tied in (("bf16", True), ("fp32", False))]
+CASES = [(stage, precision, tied) for stage in range(4) for precision, tied in (("bf16", True), ("fp32", False))]
 
 # One process group per world size goes through all cases: starting DeepSpeed takes longer than the cases do.
 PROBE = """
@@ -31,15 +31,13 @@ def held(tensors):
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
 
-def measure(stage, precision, tied, hpz):
+def measure(stage, precision, tied):
     model = Transformer(ModelConfig(hidden_size=72, num_layers=3, num_heads=6, num_kv_heads=3, seq_length=16,
                                     intermediate_size=101, vocab_size=257, tie_word_embeddings=tied))
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3)
     zero = {"stage": stage, "reduce_bucket_size": 20000}
     if stage == 3:
         zero |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 1000}
-    if hpz:
-        zero |= {"zero_hpz_partition_size": hpz}
     config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": precision == "bf16"}, "zero_optimization": zero,
               "zero_allow_untested_optimizer": True}
     made, wrapper, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -49,8 +47,6 @@ def measure(stage, precision, tied, hpz):
         made.step()
     parameters = list(made.module.parameters())
     weights = [p.data for p in parameters] + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
-    second = [p.ds_secondary_tensor for p in parameters if getattr(p, "ds_secondary_tensor", None) is not None]
-    weights += second
     basic = made.basic_optimizer
     moments = [t for state in basic.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
     own = {p.untyped_storage().data_ptr() for p in parameters if p.numel()}
@@ -60,9 +56,6 @@ def measure(stage, precision, tied, hpz):
         masters = wrapper.fp32_partitioned_groups_flat
     return {"weights": held(weights), "master": held(masters), "moments": held(moments)}
 
-if len(sys.argv) > 3:  # rank 0 of a world in which nobody else is there: its collectives do nothing
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(sys.argv[3]))
 engine.join()
 found = [measure(*case) for case in json.loads(sys.argv[1])]
 with open(f"{sys.argv[2]}.{torch.distributed.get_rank()}", "w") as file:
@@ -70,16 +63,7 @@ with open(f"{sys.argv[2]}.{torch.distributed.get_rank()}", "w") as file:
 """
 
 
-def check(path: Path, world: int, cases: list[tuple[int, str, bool, int]]) -> None:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for (stage, precision, tied, hpz), real in zip(cases, found, strict=True):
-        config = load("nano", sets=[*SETS, f"tie_word_embeddings={tied}"]).model_copy(update={"vocab_size": 257})
-        ours = states(config, Shape(1, 1, world, precision, stage, hpz), PERSISTENCE)
-        expected = {"weights": ours.weights, "master": ours.master, "moments": ours.moments}
-        assert real == expected, f"ZeRO {stage}, {precision}, hpZ {hpz}, {path.name} of {world}"
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2])
 def test_states_are_deepspeeds_to_the_byte(tmp_path: Path, world: int) -> None:
     probe, out = tmp_path / "probe.py", tmp_path / "out"
     probe.write_text(PROBE, encoding="utf-8")
@@ -89,18 +73,12 @@ def test_states_are_deepspeeds_to_the_byte(tmp_path: Path, world: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(world):
-        check(tmp_path / f"out.{rank}", world, CASES)
-
-
-@pytest.mark.parametrize("world", [1000, 4096])
-def test_states_among_thousands_of_ranks(tmp_path: Path, world: int) -> None:
-    """DeepSpeed in a process group whose other ranks do not exist."""
-    probe, out = tmp_path / "probe.py", tmp_path / "out"
-    probe.write_text(PROBE, encoding="utf-8")
-    words = [sys.executable, str(probe), json.dumps(CASES), str(out), str(world)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    check(tmp_path / "out.0", world, CASES)
+        found = json.loads((tmp_path / f"out.{rank}").read_text(encoding="utf-8"))
+        for (stage, precision, tied), real in zip(CASES, found, strict=True):
+            config = load("nano", sets=[*SETS, f"tie_word_embeddings={tied}"]).model_copy(update={"vocab_size": 257})
+            ours = states(config, Shape(1, 1, world, precision, stage), PERSISTENCE)
+            expected = {"weights": ours.weights, "master": ours.master, "moments": ours.moments}
+            assert real == expected, f"ZeRO {stage}, {precision}, rank {rank} of {world}"
 
 
 def test_tensors_are_the_models() -> None:

@@ -1,6 +1,6 @@
 # make quickstart     train a small chat model on real conversations and talk to it (ten minutes on two cores)
 # make test           the tests that need no root
-# make test-long      more cases of the same by real runs: other worlds, stages and phases (a quarter of an hour)
+# make test-long      more cases of the same by real runs: other worlds, stages and phases (two minutes)
 # make test-cluster   the tests that start sshd, pdsh and several processes (root: installs their Debian packages)
 # make check          ruff, formatting, mypy
 SHELL := /bin/bash

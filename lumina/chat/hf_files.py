@@ -19,18 +19,18 @@ FILES = (
     "generation_config.json",
     STOPS,
 )
-_LARGEST_FILE = 200 * 10**6  # bytes of tokenizer.json; the largest vocabularies have a tenth of it
+_LARGEST_FILE = 200 * 10**6  # bytes; the tokenizer.json of the largest vocabularies has a tenth of it
 
 
 def read_json(path: Path) -> tuple[str, dict[str, Any]]:
     """A JSON object as text and as values. Raises UserError."""
     try:
         if path.stat().st_size > _LARGEST_FILE:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than any tokenizer's file")
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than any such file has")
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", "Give the folder of a model's tokenizer.") from None
+        raise UserError(f"cannot read {path}: {error.strerror}", "Give a Hugging Face model's folder.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):

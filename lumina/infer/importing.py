@@ -43,7 +43,7 @@ def import_hf(source: str | Path, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
-    values = _read_json(source / "config.json")
+    values = hf_files.read_json(source / "config.json")[1]
     config = to_model_config(values)
     scratch = out.parent / f".{out.name}.partial"
     with ExitStack() as files:
@@ -67,18 +67,6 @@ def import_hf(source: str | Path, out: str | Path) -> Path:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return out
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", "Give a Hugging Face model's folder.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return values
 
 
 # --- Weights --------------------------------------------------------------------------------------
@@ -116,7 +104,7 @@ class _Tensors:
                     )
                 raise UserError(f"{self._source} has no model.safetensors")
             return [single]
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = hf_files.read_json(index)[1].get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
@@ -186,7 +174,7 @@ def _write_checkpoint(checkpoint: Path, tensors: _Tensors, shapes: dict[str, tor
 def _copy_tokenizer(source: Path, target: Path, config: dict[str, Any]) -> bool:
     """Keep the model's own tokenizer, unless it is Lumina's, which every installation has. Returns whether it was."""
     if (source / "tokenizer_config.json").exists():
-        fingerprint = _read_json(source / "tokenizer_config.json").get("lumina_fingerprint")
+        fingerprint = hf_files.read_json(source / "tokenizer_config.json")[1].get("lumina_fingerprint")
         if fingerprint == Tokenizer.load().fingerprint:
             if int(config["vocab_size"]) < Tokenizer.load().vocab_size:
                 raise UserError(f"{source} says that it has Lumina's tokenizer, but has {config['vocab_size']} ids")
@@ -197,7 +185,7 @@ def _copy_tokenizer(source: Path, target: Path, config: dict[str, Any]) -> bool:
     generation = source / "generation_config.json"
     stops = config.get("eos_token_id")
     if generation.is_file():
-        stops = _read_json(generation).get("eos_token_id", stops)
+        stops = hf_files.read_json(generation)[1].get("eos_token_id", stops)
     listed = [t for t in (stops if isinstance(stops, list) else [stops]) if type(t) is int]
     if not listed or not all(0 <= token < int(config["vocab_size"]) for token in listed):
         raise UserError(f"{source} names no eos_token_id of its vocabulary, so an answer would never end")

@@ -98,9 +98,11 @@ def backend() -> Iterator[object]:
 def test_deepspeeds_collectives_are_communication(backend: object, clock: Clock) -> None:
     from deepspeed.comm import comm
 
-    StepTimer(torch.device("cpu")).watch_collectives()  # another engine's, in the same process
+    earlier = StepTimer(torch.device("cpu"))  # another engine's, in the same process
+    earlier.watch_collectives()
     timer = StepTimer(torch.device("cpu"))
     timer.watch_collectives()
+    earlier.close()
     seen = []
     inner = timer.phase
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ def by_choice(pieces: Iterable[Piece], choices: dict[int, Choice] | None = None)
     return choices
 
 
-class Shape:
+class Shape(ABC):
     """How one request is answered."""
 
     kind, chunk_kind, prefix = "", "", ""
@@ -81,11 +82,13 @@ class Shape:
     def _chunk(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._common, "object": self.chunk_kind, "choices": parts}
 
+    @abstractmethod
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+        """One of the answers, whole."""
 
+    @abstractmethod
     def _part(self, index: int, choice: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+        """What has come of one of them, in a chunk."""
 
     def _text(self, token: int) -> str:
         return self._voice.decode([token])

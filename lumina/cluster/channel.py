@@ -59,7 +59,7 @@ class Channel:
 
     async def hello(self, patience: float) -> dict[str, Any]:
         """The first line of the other side. Raises NoAnswerError."""
-        return await self._answer(0, "it to start", patience)
+        return await self._answer(0, "the command that ssh was given", patience)
 
     async def ask(self, do: str, patience: float, values: Mapping[str, Any]) -> dict[str, Any]:
         """The answer, within `patience` seconds. Raises NoAnswerError."""

@@ -45,6 +45,9 @@ mount --make-rprivate /
 mount --bind "$CLUSTER/hosts" /etc/hosts
 mkdir -p ~/.ssh /run/sshd
 mount --bind "$CLUSTER/ssh" ~/.ssh
+for file in ~/.bashrc ~/.bash_profile ~/.profile; do
+  [ ! -e $file ] || mount --bind /dev/null $file  # what it starts may leave a lock behind when its node is killed
+done
 hostname "$NAME"
 touch "$CLUSTER/up.$NAME"
 while :; do sleep 1000 & wait $!; done

@@ -213,6 +213,7 @@ def test_a_slow_network() -> None:
         ("root@n1: Permission denied (publickey).", "ssh-copy-id"),
         ("ssh: connect to host n1 port 22: No route to host", "Is it up?"),
         ("Connection timed out during banner exchange", "Is it up?"),
+        ("no answer to the command that ssh was given within 60 s", "~/.bashrc"),
         ("ssh: connect to host n1 port 22: Connection refused", "no sshd"),
         ("ssh: Could not resolve hostname n1: Name or service not known", "DNS"),
         ("bash: line 1: cd: /data/me: No such file or directory", "shared file system"),

@@ -54,8 +54,8 @@ _SSH_REMEDIES = (
     (r"host key verification", "Its host key is new or has changed: ssh-keyscan NODE >> ~/.ssh/known_hosts."),
     (r"could not resolve|name or service not known", "Add its name to DNS or /etc/hosts, or correct the hostfile."),
     (r"connection refused", "The machine is up and no sshd listens: systemctl start ssh."),
-    (r"no answer to the command", "`ssh NODE true` must return at once: is its shell's start file (~/.bashrc) waiting for "
-     "something, or its file system hanging? Else take it from the hostfile."),
+    (r"no answer to the command", "`ssh NODE true` must return at once: does its shell's start file (~/.bashrc) wait "
+     "for something, or does a file system hang? Else take it from the hostfile."),
     (r"timed out|no route|unreachable|no answer|host is down", "Is it up? Else take it from the hostfile."),
     (r"no module named", "Install Lumina there at the same path as here (the same virtual environment)."),
     (r"cd: ", "The folder you are in must exist on every node: work on the shared file system."),

@@ -213,15 +213,20 @@ class Heart(threading.Thread):
                 self._store.add(f"beat/{self._index}", 1)
                 fenced = self._store.check([f"fenced/{self._index}"])
             except Exception as error:
-                print(f"agent on {self._spec.node}: the launcher is gone ({error})", file=sys.stderr, flush=True)
+                _say(f"agent on {self._spec.node}: the launcher is gone ({error})")
                 break
             if fenced:
-                print(f"agent on {self._spec.node}: taken for dead and replaced; ending", file=sys.stderr, flush=True)
+                _say(f"agent on {self._spec.node}: taken for dead and replaced; ending")
                 os._exit(1)  # the kernel ends the ranks with it
             time.sleep(_BEAT)
         os.kill(os.getpid(), signal.SIGTERM)  # the ranks save if they still can
         time.sleep(self._spec.stop_timeout + 15)
         os._exit(1)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # whoever gave the agent up has closed its standard error too; it ends all the same
+        print(text, file=sys.stderr, flush=True)
 
 
 def _raise(number: int, frame: object) -> None:
@@ -314,11 +319,12 @@ def main() -> int:
     try:
         return run(spec)
     except Exception as error:
-        print(f"agent on {spec.node}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _say(f"agent on {spec.node}: {type(error).__name__}: {error}")
         return 1
 
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)

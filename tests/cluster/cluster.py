@@ -176,6 +176,9 @@ class Cluster:
         pair = ["type", "veth", "peer", "name", "eth0", "netns", str(node.init)]
         _run([*here, "link", "add", f"v-{node.name}", *pair])
         _run([*here, "link", "set", f"v-{node.name}", "master", "br0", "up"])
+        # Its own hardware address, which a node keeps when it starts anew: the others' ARP tables stay right.
+        hardware = "02:00:" + ":".join(f"{int(part):02x}" for part in node.address.split("."))
+        _run([*there, "link", "set", "eth0", "address", hardware])
         _run([*there, "addr", "add", f"{node.address}/24", "dev", "eth0"])
         _run([*there, "link", "set", "eth0", "up"])
 
@@ -242,6 +245,16 @@ class Cluster:
                     if containing in line and line:
                         found.append(int(entry.name))
         return sorted(found)
+
+    def command_lines(self, name: str, containing: str) -> list[str]:
+        """The command lines of those processes, with their start times; for a failure's message."""
+        found = []
+        for pid in self.processes(name, containing):
+            with suppress(OSError):
+                said = subprocess.run(["ps", "-o", "pid,ppid,stat,lstart,args", "-ww", "-p", str(pid)],
+                                      capture_output=True, text=True, check=False).stdout  # fmt: skip
+                found += said.splitlines()[1:]
+        return found
 
     def _signal_all(self, name: str, number: signal.Signals) -> None:
         for pid in self.processes(name):

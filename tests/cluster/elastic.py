@@ -72,5 +72,5 @@ def expect_every_sample(run: Path, conversations: Path) -> None:
 
 def expect_nobody(cluster: Cluster) -> None:
     """No process of a job is left on any node."""
-    left = {name: cluster.processes(name, "lumina") for name in cluster.places}
+    left = {name: cluster.command_lines(name, "lumina") for name in cluster.places}
     assert not any(left.values()), left

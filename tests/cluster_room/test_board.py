@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from lumina.cluster.board import AgentBoard, LauncherBoard, Order, connect
+from lumina.cluster.transport import Spec
 
 
 @pytest.fixture
@@ -63,6 +69,30 @@ def test_a_fence_is_for_one_agent(launcher: LauncherBoard) -> None:
     launcher.fence(n0.index)
     assert n0.store.check(["fenced/0"])
     assert not n1.store.check(["fenced/1"])
+
+
+def test_a_fenced_agent_ends_though_nobody_hears_it_any_more(launcher: LauncherBoard, tmp_path: Path) -> None:
+    spec = Spec(f"127.0.0.1:{launcher.port}", "job", "n0", 1, ["sleep", "1000"], {}, str(tmp_path))
+    heard, said = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lumina.cluster.agent", "-"], stdin=subprocess.PIPE, stdout=said, stderr=said
+    )
+    os.close(said)
+    try:
+        assert process.stdin is not None
+        process.stdin.write(spec.dump().encode() + b"\n")
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while not launcher.events():
+            assert time.monotonic() < deadline, "the agent does not start"
+            time.sleep(0.05)
+        os.close(heard)  # as when ssh is gone
+        launcher.fence(0)
+        assert process.wait(20) == 1
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
 
 
 def test_an_agent_that_dies_in_the_middle_of_telling_holds_nobody_up(launcher: LauncherBoard) -> None:

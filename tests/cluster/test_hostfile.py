@@ -10,7 +10,7 @@ from elastic import SETTINGS as COMMON
 from elastic import launch
 from runs import DEEPSPEED, ROOT, Runs, arguments, losses, steps
 
-pytestmark = pytest.mark.timeout(900)  # the first offload on a machine compiles DeepSpeed's CPUAdam
+pytestmark = pytest.mark.timeout(1200)  # the first offload on a machine compiles DeepSpeed's CPUAdam
 
 STEPS = 8
 SETTINGS = {**COMMON, "max_steps": STEPS, "save_every_n_batches": 1000}
@@ -29,7 +29,7 @@ def test_every_stage_ends_in_the_same_losses(
     for stage in ("2", "0", "1", "3", "3_offload"):
         folder = place / f"zero{stage}"
         words = arguments(folder, conversations, stage=stage, **settings)
-        done = cluster.run("n0", deepspeed(ROOT / "hostfile.example", *words))
+        done = cluster.run("n0", deepspeed(ROOT / "hostfile.example", *words), patience=600)
         assert done.returncode == 0, done.stdout[-3000:]
         assert [record["step"] for record in steps(folder)] == list(range(1, STEPS + 1))
         assert f"ZeRO-{stage[0]}, 2 process(es)" in done.stdout

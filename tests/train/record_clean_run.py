@@ -42,7 +42,7 @@ def record(folder: Path) -> None:
     held_out = write_conversations(folder / "eval.jsonl", 20, seed=2)
     settings = {"max_steps": STEPS, "eval_every_n_batches": 250, "save_every_n_batches": 5000, "layer_stats_every": 50}
     settings |= {"batch_size": 2, "global_batch_size": 2, "hidden_size": 16, "learning_rate": 1e-3, "precision": "fp32"}
-    argv = [*arguments(folder / "run", data, **settings), "--eval-data", str(held_out)]
+    argv = [*arguments(folder / "run", data, whole_vocabulary=True, **settings), "--eval-data", str(held_out)]
     assert main(["train", *argv]) == 0
     found = [compact(one) for one in read_metrics(folder / "run" / "metrics.jsonl")]
     with gzip.GzipFile(Path(__file__).with_name("clean_run.jsonl.gz"), "wb", mtime=0) as file:

@@ -23,13 +23,19 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 install: $(STAMP)
 
+# Only what it needs: the tests' own packages take as long again to install.
+$(VENV)/.quickstart: setup.py constraints.txt
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[quickstart]' -c constraints.txt
+	touch $@
+
 # Newer than what it was made from, or made anew. pip itself does nothing when all is installed already.
 $(STAMP): setup.py constraints.txt
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e '.[dev,hf,mpi,quickstart]' -c constraints.txt
 	touch $@
 
-quickstart: $(STAMP)
+quickstart: $(VENV)/.quickstart
 	launchers/quickstart.sh
 
 test: $(STAMP)

@@ -55,6 +55,7 @@ EXTRAS_REQUIRE = {
         "uvicorn>=0.30",
         "prometheus-client>=0.20",
         "openai>=1.40",  # the client that the server is proven with
+        "peft>=0.13",  # loads the adapters that export writes, and computes what they must
         "httpx>=0.27",  # requests that no well-behaved client makes
         "ruff>=0.6",
         "mypy>=1.11",

@@ -82,8 +82,11 @@ def export(arguments: Arguments) -> int:
 def _export_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
     parser.add_argument("out", metavar="OUT", help="folder to write; it must not hold anything yet")
-    formats = "hf: for transformers and vLLM, with tokenizer and chat template; safetensors: weights as Lumina has them"
-    parser.add_argument("--format", choices=["hf", "safetensors"], default="hf", help=f"{formats} (hf)")
+    formats = (
+        "hf: for transformers and vLLM, with tokenizer and chat template, adapters merged; safetensors: weights as "
+        "Lumina has them; peft: the adapters alone"
+    )
+    parser.add_argument("--format", choices=["hf", "safetensors", "peft"], default="hf", help=f"{formats} (hf)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(float32)")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
     json_option(parser)

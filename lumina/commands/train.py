@@ -27,6 +27,10 @@ def train_options(parser: Parser) -> None:
     run.add_argument("--output-dir", metavar="DIR", help="where runs are kept (experiments)")
     run.add_argument("--resume", nargs="?", const="auto", metavar="auto|RUN|CHECKPOINT", help="continue a run")
     run.add_argument("--init-from", metavar="CHECKPOINT", help="start a new run from these weights")
+    run.add_argument("--lora-rank", type=int, metavar="R", help="train adapters of this rank, not the weights (0: off)")
+    run.add_argument("--lora-alpha", type=float, metavar="A", help="adapters count A / R times (twice the rank)")
+    run.add_argument("--lora-dropout", type=float, metavar="P", help="of the adapters' inputs (0)")
+    run.add_argument("--lora-targets", nargs="+", metavar="NAME", help="q_proj, up_proj, … (all seven projections)")
     run.add_argument("--ds_config", "--ds-config", dest="ds_config", metavar="JSON", help="DeepSpeed configuration")
     run.add_argument("--keep-last", type=int, metavar="N", help="checkpoints kept beside the best one (3)")
     run.add_argument(

@@ -5,12 +5,24 @@ Nothing here imports torch, so that commands which only read or print a configur
 
 from lumina.config.errors import UserError, did_you_mean
 from lumina.config.load import load, preset_names
-from lumina.config.schema import MIN_VOCAB, Config, DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig
+from lumina.config.schema import (
+    MIN_VOCAB,
+    PROJECTIONS,
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    RopeScaling,
+    RunConfig,
+)
 
 __all__ = [
     "MIN_VOCAB",
+    "PROJECTIONS",
     "Config",
     "DataConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "RopeScaling",

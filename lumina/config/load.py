@@ -39,6 +39,8 @@ SYNONYMS = {
     "dtype": "precision",
     "scheduler": "lr_scheduler",
     "patience": "early_stopping_patience",
+    "r": "lora_rank",
+    "target_modules": "lora_targets",
 }
 
 log = logging.getLogger("lumina.config")

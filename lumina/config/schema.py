@@ -9,7 +9,7 @@ optimizer step.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
@@ -149,6 +149,33 @@ class OptimConfig(_Strict):
         return int(self.gradient_checkpointing)
 
 
+# The projections of a layer, under the names that transformers gives them.
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+
+
+class LoraConfig(_Strict):
+    """Low-rank adapters over the frozen weights of another run (arXiv:2106.09685): each projection's output gains
+    lora_alpha / lora_rank * B A dropout(x), and only A (rank x inputs) and B (outputs x rank) are trained and saved."""
+
+    lora_rank: NonNegativeInt = 0  # 0: every weight is trained
+    lora_alpha: PositiveFloat | None = None  # None: twice the rank
+    lora_dropout: Fraction = 0.0
+    lora_targets: Annotated[list[Projection], Field(min_length=1)] = list(PROJECTIONS)
+
+    @model_validator(mode="after")
+    def _each_target_once(self) -> LoraConfig:
+        if len(set(self.lora_targets)) < len(self.lora_targets):
+            raise ValueError("lora_targets names a projection twice")
+        return self
+
+    @property
+    def lora_scale(self) -> float:
+        """What B A is multiplied by."""
+        assert self.lora_rank
+        return (2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha) / self.lora_rank
+
+
 class DataSource(_Strict):
     """A training file (or pattern), how often an epoch takes its conversations (0.3 is three tenths of them), and what
     each of its records has to be (unset: told from its keys, record by record)."""
@@ -262,6 +289,7 @@ class MonitorConfig(_Strict):
 GROUPS: tuple[type[_Strict], ...] = (
     ModelConfig,
     OptimConfig,
+    LoraConfig,
     DataConfig,
     RunConfig,
     HealthConfig,
@@ -270,7 +298,7 @@ GROUPS: tuple[type[_Strict], ...] = (
 )
 
 
-class Config(ModelConfig, OptimConfig, DataConfig, RunConfig, HealthConfig, SavingConfig, MonitorConfig):
+class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, HealthConfig, SavingConfig, MonitorConfig):
     """All of it, flat. Build one with `lumina.config.load`, which knows presets, files, flags and where each value
     came from."""
 

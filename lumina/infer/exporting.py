@@ -30,6 +30,8 @@ from lumina.infer.loading import (
     read_config,
     weights,
 )
+from lumina.infer.peft import USAGE as PEFT_USAGE
+from lumina.infer.peft import write_adapter
 from lumina.infer.voice import LuminaVoice
 from lumina.train.store import sync
 
@@ -39,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-FORMS = ("hf", "safetensors")
+FORMS = ("hf", "safetensors", "peft")
 
 # One of our parameters as (name, tensor) pairs of the files'.
 Rename = Callable[[str, torch.Tensor, ModelConfig], Iterable[tuple[str, torch.Tensor]]]
@@ -70,13 +72,14 @@ def export(
     """Write the model that `run` means (see find_checkpoint) as a folder of safetensors and what describes them.
 
     Args:
-        form: hf, as transformers and vLLM read it, with tokenizer and chat template; or safetensors, the weights under
-            Lumina's own names and in its own shapes, with the model's settings in lumina.json.
+        form: hf, as transformers and vLLM read it, with tokenizer and chat template; safetensors, the weights under
+            Lumina's own names and in its own shapes, with the model's settings in lumina.json; or peft, the adapters
+            alone, as that library loads them over an export of the run that they were trained over.
         dtype: float32 (the stored master weights, exactly), bfloat16 or float16.
         shard_size: largest bytes of weights in a file; a single larger tensor gets a file of its own.
 
     Raises:
-        UserError: no such run, `out` already holds something, a bad dtype or size.
+        UserError: no such run, `out` already holds something, a bad dtype or size, or peft without adapters.
     """
     out, limit = Path(out), parse_size(shard_size)
     if dtype not in DTYPES:
@@ -93,12 +96,15 @@ def export(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        rename = hf_names.split if form == "hf" else _own_names
-        shards, total = _write_weights(scratch, checkpoint, config, DTYPES[dtype], limit, rename)
         foreign = foreign_tokenizer(checkpoint)
+        if form == "peft":
+            shards, total = write_adapter(scratch, checkpoint, DTYPES[dtype])
+        else:
+            rename = hf_names.split if form == "hf" else _own_names
+            shards, total = _write_weights(scratch, checkpoint, config, DTYPES[dtype], limit, rename)
         if form == "hf":
             _describe_hf(scratch, config, dtype, foreign)
-        else:
+        elif form == "safetensors":
             _write_json(scratch / "lumina.json", config.model_dump())
         _write(scratch / "README.md", _card(checkpoint, config, dtype, form, foreign))
         for path in scratch.iterdir():
@@ -226,6 +232,9 @@ def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, foreign:
     }
     if progress.best_loss is not None and progress.best_step == progress.step:
         facts["Evaluation loss"] = f"{progress.best_loss:.4f} nats per supervised token"
+    if progress.lora:
+        facts["Adapters"] = f"rank {progress.lora['lora_rank']} over {Path(progress.base['checkpoint']).parts[-3]}"
+        facts["Adapters are"] = "these files" if form == "peft" else "merged"
     if progress.precision:
         facts["Trained in"] = f"{progress.precision}, ZeRO-{progress.zero_stage}, world size {progress.world}"
     if progress.global_batch_size:
@@ -234,9 +243,10 @@ def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, foreign:
         facts["Training data"] = f"fingerprint {progress.data_fingerprint}"
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     whose = "cl100k_base vocabulary with control tokens above it" if foreign is None else "its own vocabulary"
-    usage = _HF_USAGE if form == "hf" else _OWN_USAGE
+    usage = {"hf": _HF_USAGE, "safetensors": _OWN_USAGE, "peft": PEFT_USAGE}[form]
+    library = {"hf": "transformers", "safetensors": "lumina", "peft": "peft"}[form]
     return (
-        f"---\nlibrary_name: {'transformers' if form == 'hf' else 'lumina'}\npipeline_tag: text-generation\n---\n\n"
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n"
         f"# {name}\n\nA chat model trained with Lumina, {whose}.\n\n| | |\n|---|---|\n{table}\n\n{usage}"
     )
 

@@ -23,7 +23,6 @@ from lumina.model import Transformer, keep_heap
 from lumina.train.checkpoint import (
     TRAINER,
     Progress,
-    Reader,
     best_step,
     candidates,
     checkpoints,
@@ -31,6 +30,7 @@ from lumina.train.checkpoint import (
     newest_sound,
     read_progress,
 )
+from lumina.train.reading import base_of, open_weights
 from lumina.train.state import MASTER
 
 log = logging.getLogger("lumina")
@@ -112,7 +112,9 @@ def read_config(checkpoint: Path) -> ModelConfig:
 
 def check_size(checkpoint: Path, config: ModelConfig) -> None:
     """Nothing is made in a size that only config.yaml says: raises UserError where the checkpoint's files are far too
-    small for the model."""
+    small for the model. Those of adapters are as small as they are: the checkpoint under them is looked at."""
+    while (base := base_of(checkpoint, progress_of(checkpoint))) is not None:
+        checkpoint = base
     held = sum(path.stat().st_size for path in checkpoint.glob("rank-*.safetensors"))
     wanted = 4 * config.num_parameters()
     if wanted > 4 * held:  # what is off by less is named with the tensor that it concerns
@@ -123,7 +125,7 @@ def check_size(checkpoint: Path, config: ModelConfig) -> None:
 
 
 def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """The float32 weights by name, one at a time: memory for the largest one is enough.
+    """The float32 weights by name, adapters merged, one at a time: memory for the largest one is enough.
 
     Raises:
         UserError: the checkpoint has other parameters than the model.
@@ -132,7 +134,8 @@ def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
     try:
-        reader = Reader(checkpoint)
+        progress_of(checkpoint)
+        reader = open_weights(checkpoint)
         strange = sorted(set(shapes) ^ reader.names())
         if strange:
             which = "does not know" if strange[0] in reader.names() else "also needs"

@@ -226,6 +226,9 @@ def _checkpointed(
     # The first block has no residual yet: an empty tensor stands for it, since checkpoint() wants tensors.
     first = residual_BSD is None
     given = delta_BSD.new_empty(0) if residual_BSD is None else residual_BSD
+    if first and torch.is_grad_enabled() and not delta_BSD.requires_grad:
+        # Over a frozen embedding nothing that goes in has a gradient, and checkpoint() then gives adapters none either.
+        delta_BSD = delta_BSD.detach().requires_grad_()
 
     def run(delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         out: tuple[Tensor, Tensor] = block(delta, None if first else residual, rotary, docs)

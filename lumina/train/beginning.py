@@ -13,7 +13,8 @@ import torch.distributed as dist
 from lumina.chat.hf_files import copy_files
 from lumina.config import Config, ModelConfig, UserError
 from lumina.train import checkpoint
-from lumina.train.engine import Ranks
+from lumina.train.engine import Engine, Ranks
+from lumina.train.reading import adapters, sound_base
 
 _MODEL_KEYS = (
     "hidden_size",
@@ -72,6 +73,48 @@ def weights_of(given: str, tokenizer: str | None) -> Path:
             f"Leave the setting `tokenizer` out, or give {own}.",
         )
     return sound
+
+
+def start_from(given: str, config: Config, ranks: Ranks, engine: Engine) -> None:
+    """Begin with another run's weights: step 0, no optimizer state; collective."""
+    source = agree(ranks, lambda: weights_of(given, config.tokenizer))
+    assert source is not None
+    same_model(checkpoint.read_progress(source)[0].model, shape(config), source)
+    checkpoint.load_weights(source, engine)
+
+
+def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint.Progress) -> Path | None:
+    """The checkpoint under the adapters that the run trains, chosen by rank 0 for all: what a resumed run's checkpoint
+    `source` names, else what --init-from means. None for a run that trains every weight; collective."""
+    if source is not None:
+        _same_adapters(progress, config, source)
+    if not config.lora_rank:
+        return None
+
+    def chosen() -> Path | None:
+        if source is not None:
+            return sound_base(source, progress)
+        if config.init_from is None:
+            raise UserError(
+                f"lora_rank {config.lora_rank} trains adapters over the weights of another run, and none is given",
+                "Add --init-from RUN (lumina import makes one of a Hugging Face folder), or set lora_rank to 0.",
+            )
+        return weights_of(config.init_from, config.tokenizer)
+
+    found = agree(ranks, chosen)
+    assert found is not None
+    same_model(checkpoint.read_progress(found)[0].model, shape(config), found)
+    return found
+
+
+def _same_adapters(progress: checkpoint.Progress, config: Config, source: Path) -> None:
+    own = adapters(config)
+    if progress.lora != own:
+        there, here = (", ".join(f"{k} {v}" for k, v in one.items()) or "none" for one in (progress.lora, own))
+        raise UserError(
+            f"{source} has other adapters: {there} there, {here} here",
+            "Resume with the run's own configuration (its folder has config.yaml), or start a new run --init-from it.",
+        )
 
 
 def keep_tokenizer(config: Config, folder: Path) -> Config:

@@ -5,17 +5,16 @@ The folder's form is lumina.train.store's, its writing lumina.train.writing's.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 
 from lumina.config import UserError
 from lumina.train.engine import Engine
+from lumina.train.reading import Reader, open_weights
 from lumina.train.state import MASTER, fragments, moments, prepare_moments, publish, step_count, to_load
 from lumina.train.store import (
     BEST,
@@ -106,46 +105,6 @@ def take(engine: Engine, progress: Progress, buffers: dict[str, torch.Tensor] | 
 # --- Reading --------------------------------------------------------------------------------------
 
 
-class Reader:
-    """Reads ranges of parameters and moments from a checkpoint's rank files, whatever world size wrote them."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self._files: list[Any] = [
-            safe_open(path, framework="pt") for path in sorted(checkpoint.glob("rank-*.safetensors"))
-        ]
-        self._homes: dict[str, list[tuple[int, int, Any]]] = {}
-        self.keys: list[str] = []
-        for file in self._files:
-            metadata: dict[str, str] = file.metadata()
-            for name, (start, numel) in json.loads(metadata["ranges"]).items():
-                self._homes.setdefault(name, []).append((start, numel, file))
-            stored: list[str] = file.keys()
-            self.keys = sorted({*self.keys, *(key.split("/", 1)[0] for key in stored)} - {"rng", MASTER})
-
-    @property
-    def world(self) -> int:
-        return len(self._files)
-
-    def names(self) -> set[str]:
-        return set(self._homes)
-
-    def numel(self, name: str) -> int:
-        return max(start + numel for start, numel, _ in self._homes[name])
-
-    def read(self, key: str, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` (1-D) with elements [start, start + len(out)) of `key` (master or a moment) of a parameter."""
-        end, done = start + out.numel(), 0
-        for home, numel, file in self._homes[name]:
-            low, high = max(start, home), min(end, home + numel)
-            if low < high:
-                out[low - start : high - start] = file.get_slice(f"{key}/{name}")[low - home : high - home]
-                done += high - low
-        assert done == out.numel(), f"the checkpoint covers {done} of {out.numel()} elements of {key}/{name}"
-
-    def rng(self, rank: int) -> torch.Tensor:
-        return self._files[rank].get_tensor("rng/cpu")  # type: ignore[no-any-return]
-
-
 @torch.no_grad()
 def load(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -> None:
     """Load weights and optimizer state into an engine of any world size and ZeRO stage; collective."""
@@ -167,8 +126,8 @@ def load(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def load_weights(checkpoint: Path, engine: Engine) -> None:
-    """Load the weights alone into a fresh engine; collective."""
-    reader = Reader(checkpoint)
+    """Load the weights alone into a fresh engine, adapters merged; collective."""
+    reader = open_weights(checkpoint)
     for piece in to_load(engine):
         host = torch.empty(piece.numel, dtype=torch.float32)
         reader.read(MASTER, piece.name, piece.start, host)
@@ -179,7 +138,7 @@ def load_weights(checkpoint: Path, engine: Engine) -> None:
 
 def read_weights(checkpoint: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     """The float32 weights by name, whole, for generation and export: no engine, no process group, no pickle."""
-    reader = Reader(checkpoint)
+    reader = open_weights(checkpoint)
     missing = set(shapes) - reader.names()
     if missing:
         raise UserError(f"{checkpoint} has no weights for {sorted(missing)[0]}", "It was written by another model.")

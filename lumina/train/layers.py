@@ -67,7 +67,8 @@ class LayerStats:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._pieces = fragments(engine)
-        self._names = list(dict.fromkeys(layer_of(name) for name, _ in engine.model.named_parameters()))
+        trained = [name for name, parameter in engine.model.named_parameters() if parameter.requires_grad]
+        self._names = list(dict.fromkeys(map(layer_of, trained)))
         self._index = {name: index for index, name in enumerate(self._names)}
         self._gradients = self._zeros()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -123,6 +124,8 @@ def _accumulate(run: Run, data: StepData) -> tuple[torch.Tensor, str | None]:
     step, scale = data.step + 1, run.ranks.world / data.supervised_tokens  # the engine averages over ranks: law 2
     loss = torch.zeros((), dtype=torch.float32, device=run.engine.device)
     failure, run.engine.collectives = None, False
+    if run.config.lora_dropout:
+        torch.manual_seed(_draw(run.config.seed, step, run.ranks.rank))
     try:
         for number, batch in enumerate(data.micro_batches, 1):
             run.watchdog.beat(f"step {step}, micro-batch {number}")
@@ -136,6 +139,12 @@ def _accumulate(run: Run, data: StepData) -> tuple[torch.Tensor, str | None]:
     elif not run.answers.all_ran_out(step, clean=not run.engine.collectives):
         run.answers.give_up_memory(step)
     return loss, failure
+
+
+def _draw(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's dropout: what is dropped is a function of these alone, so that a resumed run drops the same
+    (law 6), on a GPU too, whose generator no checkpoint holds."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "little")
 
 
 def _update(run: Run, step: int, limit: float) -> tuple[float, bool]:

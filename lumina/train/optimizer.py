@@ -22,13 +22,15 @@ class AdamW(torch.optim.AdamW):
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups in the order of `named_parameters`: matrices with decay; norms and embeddings without, as is usual for
-    AdamW (arXiv:1711.05101) in language models. A tied output layer is the embedding; an untied one is a matrix."""
+    AdamW (arXiv:1711.05101) in language models. A tied output layer is the embedding; an untied one is a matrix. Frozen
+    weights are in neither."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     embedding = {id(p) for name, p in model.named_parameters() if name.startswith("embedding.")}
-    for parameter in model.parameters():
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         (decayed if parameter.ndim >= 2 and id(parameter) not in embedding else free).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]  # adapters are matrices all; DeepSpeed takes no empty group
 
 
 def build_optimizer(model: nn.Module, config: Config, ds_config: dict[str, Any]) -> torch.optim.Optimizer:

@@ -18,13 +18,13 @@ from lumina.cluster.signals import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
 from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare_parts
-from lumina.model import Transformer, keep_heap
+from lumina.model import Transformer, keep_heap, lora
 from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.train import checkpoint, engine, lease
 from lumina.train.answers import FILE as ANSWERS
 from lumina.train.answers import Answers, Memory, Verdict
-from lumina.train.beginning import agree, choose, keep_tokenizer, same_batch, same_model, shape, weights_of
+from lumina.train.beginning import agree, base, choose, keep_tokenizer, same_batch, same_model, shape, start_from
 from lumina.train.checkpoint import Progress
 from lumina.train.guard import Guard
 from lumina.train.health import Health
@@ -33,6 +33,7 @@ from lumina.train.layers import LayerStats
 from lumina.train.loop import fit
 from lumina.train.machine import MachineWatch
 from lumina.train.profiling import Profile
+from lumina.train.reading import adapters, fill, reference, trained_parameters
 from lumina.train.recording import step_record, step_seen, used_memory
 from lumina.train.samples import answers
 from lumina.train.save_policy import Saves
@@ -93,6 +94,7 @@ class Run:
         steps = config.epochs * self.order.steps_per_epoch
         self.total_steps = min(steps, config.max_steps or steps)
         self.schedule = schedule(config, self.total_steps)
+        self.base = base(config, ranks, source, progress)
         torch.manual_seed(config.seed)
         self.engine = self._build_engine()
         self.progress = progress
@@ -100,8 +102,10 @@ class Run:
         self.progress.precision, self.progress.zero_stage = precision, self.engine.stage
         if source is not None:
             self._resume(source, trainer)
-        elif config.init_from is not None:
-            self._start_from(config.init_from)
+        elif config.init_from is not None and self.base is None:
+            start_from(config.init_from, config, ranks, self.engine)
+        self.progress.lora = adapters(config)
+        self.progress.base = {} if self.base is None else reference(self.base, self.folder)
         self.progress.model, self.progress.data_fingerprint = shape(config), self.train_data.fingerprint
         self.start_step = self.progress.step
         self.guard = Guard(config, self.progress.guard)
@@ -110,13 +114,16 @@ class Run:
         self.saves = Saves(self)
         self.answers = Answers(self, memory)
         self.layers: LayerStats | None = None
-        self.machine = MachineWatch(self._disks(), 12 * config.num_parameters()) if ranks.main else None
+        self.machine = MachineWatch(self._disks(), 12 * trained_parameters(config)) if ranks.main else None
         self.sound = True  # False while an update is being made
 
     # --- Building ---
 
     def _build_engine(self) -> engine.Engine:
         model = Transformer(self.config)
+        if self.base is not None:  # before DeepSpeed divides the weights: what is frozen has no place in its optimizer
+            lora.attach(model, self.config)
+            fill(model, self.base)
         model.checkpoint_every = self.config.checkpoint_every
         if self.config.compile:
             model.compile(dynamic=True)
@@ -221,13 +228,6 @@ class Run:
             )
         checkpoint.load(source, self.engine, trainer)
 
-    def _start_from(self, given: str) -> None:
-        """Begin with another run's weights: step 0, no optimizer state."""
-        source = agree(self.ranks, lambda: weights_of(given, self.config.tokenizer))
-        assert source is not None
-        same_model(checkpoint.read_progress(source)[0].model, shape(self.config), source)
-        checkpoint.load_weights(source, self.engine)
-
     def _open_folder(self, report: Iterable[str], precision: str) -> None:
         """The run's folder with its resolved configuration, log and metrics. Rank 0 writes."""
         self.checkpoints = self.folder / "checkpoints"
@@ -249,10 +249,11 @@ class Run:
         for logger in (log, record_log):
             logger.addHandler(self._handler)
         config, data = self.config, self.train_data
-        millions = config.num_parameters() / 1e6
+        millions, trained = config.num_parameters() / 1e6, trained_parameters(config)
+        over = f", {trained:,} of adapters trained over {self.base}" if self.base is not None else ""
         at = f", resumed at step {self.start_step}" if self.start_step else ""
         self._say(
-            f"{config.model_name}: {millions:.1f}M parameters, {precision}, ZeRO-{self.engine.stage}, "
+            f"{config.model_name}: {millions:.1f}M parameters{over}, {precision}, ZeRO-{self.engine.stage}, "
             f"{self.ranks.world} process(es), {self.total_steps} steps of {self.global_batch} samples{at}"
         )
         for text in [*report, *data.account_lines()]:

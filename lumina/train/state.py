@@ -4,6 +4,8 @@ DeepSpeed keeps this state in a different shape under each ZeRO stage. Here each
 every parameter, the range [start, start + numel) of its flattened elements that this rank owns, as writable views. A
 checkpoint of fragments can therefore be loaded at another world size or under another stage: a rank reads the ranges it
 owns from whichever files hold them.
+
+Frozen weights (those under adapters, lumina.model.lora) have no optimizer state and are no part of it.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class Fragment:
 
 
 def fragments(engine: Engine) -> list[Fragment]:
-    """Every fragment this rank owns. Together the ranks' fragments cover each parameter exactly once, except that ranks
-    of stage 0 all hold everything and each names its equal share."""
+    """Every fragment this rank owns. Together the ranks' fragments cover each trained parameter exactly once, except
+    that ranks of stage 0 all hold everything and each names its equal share."""
     names = {id(p): name for name, p in engine.model.named_parameters()}
     found = list(_by_stage(engine, names))
     return [f for f in found if f.numel > 0]
@@ -95,7 +97,8 @@ def _replicated(engine: Engine, names: dict[int, str]) -> Iterator[Fragment]:
                 yield share(names[id(parameter)], master, parameter.numel())
     else:  # float32: the parameter itself
         for parameter in engine.model.parameters():
-            yield share(names[id(parameter)], parameter, parameter.numel())
+            if parameter.requires_grad:
+                yield share(names[id(parameter)], parameter, parameter.numel())
 
 
 def to_load(engine: Engine) -> list[Fragment]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lumina.config import Config
 from lumina.config import deepspeed as ds_json
 from lumina.data.dataset import Batch, TorchBatch
-from lumina.model import Transformer
+from lumina.model import Transformer, lora
 from lumina.train import engine
 from lumina.train.checkpoint import Progress, take
 from lumina.train.engine import Engine
@@ -48,7 +48,10 @@ def make_engine(stage: int, precision: str = "fp32", seed: int = 0, **changes: A
     document["zero_optimization"]["stage"] = stage
     resolved = ds_json.resolve(config, 1, "cpu", bf16_supported=True, document=document)
     torch.manual_seed(seed)
-    made = Engine(Transformer(config), resolved.config, resolved.json)
+    model = Transformer(config)
+    if config.lora_rank:
+        lora.attach(model, config)
+    made = Engine(model, resolved.config, resolved.json)
     made.set_lr(1e-2)
     return made
 

@@ -1,0 +1,66 @@
+"""The adapters of a run as a folder that peft loads: adapter_config.json and adapter_model.safetensors.
+
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint (LoraConfig, and names under base_model.model).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from lumina.config import LoraConfig, UserError
+from lumina.infer.loading import progress_of
+from lumina.model import lora
+from lumina.train.reading import Merged, open_weights, saved_adapters
+
+USAGE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(BASE)  # lumina export BASE_RUN BASE
+model = PeftModel.from_pretrained(model, FOLDER)
+```
+"""
+
+
+def write_adapter(folder: Path, checkpoint: Path, dtype: torch.dtype) -> tuple[list[str], int]:
+    """Returns the name of the file of weights and the bytes of weights in it. Raises UserError when the checkpoint
+    holds whole weights."""
+    progress = progress_of(checkpoint)
+    if not progress.lora:
+        raise UserError(
+            f"{checkpoint} holds a whole model, no adapters", "Export it with --format hf, or train with --lora-rank."
+        )
+    settings, shape = saved_adapters(checkpoint, progress)
+    try:
+        weights = open_weights(checkpoint)
+        assert isinstance(weights, Merged)
+        tensors = {theirs: weights.adapter(ours).to(dtype) for ours, theirs in lora.peft_names(shape, settings)}
+    except (SafetensorError, KeyError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"{checkpoint} cannot be read: {error}") from None
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(_description(settings), indent=2)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    return ["adapter_model.safetensors"], sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _description(settings: LoraConfig) -> dict[str, Any]:
+    """adapter_config.json. The base is the user's to name: where its export lies is not known here."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": settings.lora_rank,
+        "lora_alpha": settings.lora_alpha,
+        "target_modules": list(settings.lora_targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }

@@ -1,0 +1,207 @@
+"""Reading the weights of a checkpoint: whatever world size wrote them, and adapters merged into the weights under them.
+
+A run that trains adapters (lumina.model.lora) saves only these. Its trainer.json names the checkpoint that they were
+trained over and the hash of that one's manifest, which has the hashes of its files: what is merged is what was trained
+over, or an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+
+from lumina.config import Config, LoraConfig, ModelConfig, UserError
+from lumina.model import lora
+from lumina.train.state import MASTER
+from lumina.train.store import MANIFEST, Progress, damage, digest, read_progress
+
+
+class Weights(Protocol):
+    """Ranges of named float32 parameters."""
+
+    def names(self) -> set[str]: ...
+
+    def numel(self, name: str) -> int: ...
+
+    def read(self, key: str, name: str, start: int, out: torch.Tensor) -> None: ...
+
+
+class Reader:
+    """Reads ranges of parameters and moments from a checkpoint's rank files, whatever world size wrote them."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._files: list[Any] = [
+            safe_open(path, framework="pt") for path in sorted(checkpoint.glob("rank-*.safetensors"))
+        ]
+        self._homes: dict[str, list[tuple[int, int, Any]]] = {}
+        self.keys: list[str] = []
+        for file in self._files:
+            metadata: dict[str, str] = file.metadata()
+            for name, (start, numel) in json.loads(metadata["ranges"]).items():
+                self._homes.setdefault(name, []).append((start, numel, file))
+            stored: list[str] = file.keys()
+            self.keys = sorted({*self.keys, *(key.split("/", 1)[0] for key in stored)} - {"rng", MASTER})
+
+    @property
+    def world(self) -> int:
+        return len(self._files)
+
+    def names(self) -> set[str]:
+        return set(self._homes)
+
+    def numel(self, name: str) -> int:
+        return max(start + numel for start, numel, _ in self._homes[name])
+
+    def read(self, key: str, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` (1-D) with elements [start, start + len(out)) of `key` (master or a moment) of a parameter."""
+        end, done = start + out.numel(), 0
+        for home, numel, file in self._homes[name]:
+            low, high = max(start, home), min(end, home + numel)
+            if low < high:
+                out[low - start : high - start] = file.get_slice(f"{key}/{name}")[low - home : high - home]
+                done += high - low
+        assert done == out.numel(), f"the checkpoint covers {done} of {out.numel()} elements of {key}/{name}"
+
+    def rng(self, rank: int) -> torch.Tensor:
+        return self._files[rank].get_tensor("rng/cpu")  # type: ignore[no-any-return]
+
+
+# --- Adapters over another run's checkpoint -------------------------------------------------------
+
+
+def adapters(config: LoraConfig) -> dict[str, Any]:
+    """What trainer.json says of a run's adapters: the settings that their values depend on. Nothing without any."""
+    if not config.lora_rank:
+        return {}
+    rank, targets = config.lora_rank, sorted(config.lora_targets)
+    return {"lora_rank": rank, "lora_alpha": config.lora_scale * rank, "lora_targets": targets}
+
+
+def reference(base: Path, folder: Path) -> dict[str, str]:
+    """How trainer.json of a run in `folder` names the checkpoint under its adapters: from the run's folder, so that
+    both may be moved together; from the root, so that the run alone may; and by its manifest's hash."""
+    base = base.resolve()
+    return {
+        "checkpoint": str(base),
+        "from_run": os.path.relpath(base, folder.resolve()),
+        "manifest_sha256": digest(base / MANIFEST),
+    }
+
+
+def base_of(checkpoint: Path, progress: Progress) -> Path | None:
+    """The checkpoint under a checkpoint of adapters, None for one that holds whole weights.
+
+    Raises:
+        UserError: it is not there, or is not the one that the adapters were trained over.
+    """
+    if not progress.lora:
+        return None
+    named = progress.base
+    run = checkpoint.resolve().parent.parent
+    places = [run / named.get("from_run", ""), Path(named.get("checkpoint", ""))]
+    found = [place for place in places if (place / MANIFEST).is_file()]
+    for place in found:
+        if digest(place / MANIFEST) == named.get("manifest_sha256"):
+            return place
+    raise UserError(
+        f"{checkpoint} holds adapters over {places[1]}, which {'has other contents now' if found else 'is not there'}",
+        f"Bring that checkpoint back, there or to {os.path.normpath(places[0])}.",
+    )
+
+
+def sound_base(checkpoint: Path, progress: Progress) -> Path | None:
+    """The same, every hash of it checked."""
+    base = base_of(checkpoint, progress)
+    wrong = damage(base) if base is not None else None
+    if wrong is not None:
+        raise UserError(
+            f"{base}, which the adapters of {checkpoint} belong to, is damaged: {wrong}",
+            "Restore it from a backup: lumina checkpoints restore RUN.",
+        )
+    return base
+
+
+def saved_adapters(checkpoint: Path, progress: Progress) -> tuple[LoraConfig, ModelConfig]:
+    """The adapters' settings and the shape of the model that they belong to. Raises UserError when trainer.json does
+    not say them."""
+    shape = dict(progress.model)
+    try:
+        settings = LoraConfig(**progress.lora)
+        width = shape.pop("ffn_size", None)
+        return settings, ModelConfig(**shape, intermediate_size=width, seq_length=2)
+    except (ValidationError, TypeError) as error:
+        raise UserError(f"{checkpoint}: trainer.json does not describe its adapters: {error}") from None
+
+
+class Merged:
+    """A base's weights with adapters added; reads like a checkpoint of whole weights."""
+
+    def __init__(self, base: Weights, own: Reader, settings: LoraConfig, shape: ModelConfig) -> None:
+        self._base, self._own = base, own
+        self._settings, self._shape = settings, shape
+        self._shapes = lora.shapes(shape, settings)
+        self._newest: tuple[str, torch.Tensor | None] = "", None  # ranges of one parameter are read one after another
+        strange = set(self._shapes) ^ own.names()
+        if strange:
+            raise UserError(f"the adapters are not those that trainer.json describes: {sorted(strange)[0]}")
+        for name, (rows, columns) in self._shapes.items():
+            if own.numel(name) != rows * columns:
+                raise UserError(f"{name} has {own.numel(name)} elements, trainer.json describes {rows} x {columns}")
+
+    def names(self) -> set[str]:
+        return self._base.names()
+
+    def numel(self, name: str) -> int:
+        return self._base.numel(name)
+
+    def adapter(self, name: str) -> torch.Tensor:
+        """One adapter matrix, float32."""
+        shape = self._shapes[name]
+        flat = torch.empty(shape[0] * shape[1])
+        self._own.read(MASTER, name, 0, flat)
+        return flat.view(shape)
+
+    def read(self, key: str, name: str, start: int, out: torch.Tensor) -> None:
+        """As Reader.read, of the weights alone."""
+        assert key == MASTER, "merged weights have no moments"
+        self._base.read(key, name, start, out)
+        if self._newest[0] != name:
+            self._newest = name, lora.gain(name, self._shape, self._settings, self.adapter)
+        gain = self._newest[1]
+        if gain is not None:
+            assert gain.numel() == self.numel(name), f"{name} and its adapters differ in shape"
+            out += gain.flatten()[start : start + out.numel()]
+
+
+def open_weights(checkpoint: Path) -> Weights:
+    """A checkpoint's weights, merged with those under it where it holds adapters. The files of `checkpoint` itself have
+    been checked by whoever chose it; those under it are checked here. Raises UserError."""
+    progress, _ = read_progress(checkpoint)
+    base = sound_base(checkpoint, progress)
+    if base is None:
+        return Reader(checkpoint)
+    return Merged(open_weights(base), Reader(checkpoint), *saved_adapters(checkpoint, progress))
+
+
+def fill(model: torch.nn.Module, base: Path) -> None:
+    """Copy a checkpoint's weights, merged, into a model's parameters of the same names."""
+    weights = open_weights(base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in weights.names():
+                flat = torch.empty(parameter.numel())
+                weights.read(MASTER, name, 0, flat)
+                parameter.copy_(flat.view(parameter.shape))
+
+
+def trained_parameters(config: Config) -> int:
+    """How many weights move, and are saved."""
+    if not config.lora_rank:
+        return config.num_parameters()
+    return sum(rows * columns for rows, columns in lora.shapes(config, config).values())

@@ -59,7 +59,7 @@ def _inspect_data_options(parser: Parser) -> None:
 
 
 def process_oasst(arguments: Arguments) -> int:
-    """Turn OpenAssistant message trees into conversations."""
+    """Turn OpenAssistant message trees into conversations, or into preference pairs."""
     from lumina.data.commands import process_oasst_command
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "input", "output")}
@@ -69,6 +69,7 @@ def process_oasst(arguments: Arguments) -> int:
 def _process_oasst_options(parser: Parser) -> None:
     parser.add_argument("input", metavar="IN", help="trees or flat messages")
     parser.add_argument("output", metavar="OUT", help="conversations to write (JSONL)")
+    parser.add_argument("--pairs", action="store_true", help="pairs of replies that people ranked, for objective dpo")
     parser.add_argument("--max-conversations", type=int, metavar="N", help="stop after N conversations")
     parser.add_argument("--threads", default="all", metavar="WHICH", help="which paths of a tree (all)")
     parser.add_argument("--top-k", type=int, metavar="K", help="the K best-ranked answers at each turn")

@@ -115,6 +115,11 @@ class ModelConfig(_Strict):
 class OptimConfig(_Strict):
     """How the weights move. `batch_size` is the micro-batch: samples per device and accumulation step."""
 
+    # sft: the assistant's words in conversations. dpo: preference pairs (arXiv:2305.18290), over the model that the run
+    # began with.
+    objective: Literal["sft", "dpo"] = "sft"
+    dpo_beta: PositiveFloat = 0.1
+
     learning_rate: PositiveFloat = 1e-4
     batch_size: PositiveInt = 2
     gradient_accumulation_steps: PositiveInt = 4

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lumina.data.baseline import unigram_baseline
-    from lumina.data.dataset import Batch, PackedDataset
+    from lumina.data.dataset import Batch, PackedDataset, Samples
     from lumina.data.loader import Loader, StepData
     from lumina.data.order import GlobalOrder
+    from lumina.data.pairs import PairDataset, prepare_pairs
     from lumina.data.parts import prepare_parts
     from lumina.data.preparation import prepare
 
@@ -21,8 +22,11 @@ _HOMES = {
     "GlobalOrder": "order",
     "Loader": "loader",
     "PackedDataset": "dataset",
+    "PairDataset": "pairs",
+    "Samples": "dataset",
     "StepData": "loader",
     "prepare": "preparation",
+    "prepare_pairs": "pairs",
     "prepare_parts": "parts",
     "unigram_baseline": "baseline",
 }
@@ -32,8 +36,11 @@ __all__ = [
     "GlobalOrder",
     "Loader",
     "PackedDataset",
+    "PairDataset",
+    "Samples",
     "StepData",
     "prepare",
+    "prepare_pairs",
     "prepare_parts",
     "unigram_baseline",
 ]

@@ -203,9 +203,11 @@ def process_oasst_command(
     include_synthetic: bool = False,
     min_quality: float | None = None,
     max_toxicity: float | None = None,
+    pairs: bool = False,
     json: bool = False,
 ) -> int:
-    """Extracts conversations from OASST trees or flat messages; prints how many, and every discard with its reason.
+    """Extracts conversations from OASST trees or flat messages, or with `pairs` preference pairs; prints how many, and
+    every discard with its reason.
 
     `lang` and `tree_state` are comma-separated. The options are those of lumina.data.oasst.Options.
     """
@@ -217,6 +219,8 @@ def process_oasst_command(
         raise UserError("--top-k is a number from 1 and goes with --threads all")
     if max_conversations is not None and max_conversations < 1:
         raise UserError(f"--max-conversations is {max_conversations}; it must be at least 1")
+    if pairs and (threads != "all" or top_k is not None):
+        raise UserError("--pairs takes every pair of ranked replies: it goes without --threads and --top-k")
     options = Options(
         threads=threads,
         top_k=top_k,
@@ -227,7 +231,7 @@ def process_oasst_command(
         min_quality=min_quality,
         max_toxicity=max_toxicity,
     )
-    summary = process(Path(input), Path(output), options, max_conversations)
+    summary = process(Path(input), Path(output), options, max_conversations, pairs)
     if json:
         _print_json(summary.to_dict())
     else:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,9 @@ class Batch:
 
     ids_T, targets_T int64: a token and the next one of the same document; weights_T float32: 1 where the target is
     learned (0 at every document's last token, whose target is its own id); positions_T int64 from 0 in each document;
-    cu_seqlens_D int32[D+1]: document bounds, 0 first and T last; max_seqlen: the longest document.
+    cu_seqlens_D int32[D+1]: document bounds, 0 first and T last; max_seqlen: the longest document. Of preference pairs
+    (lumina.data.pairs) every two documents are one, and pairs_P2 float32 is what the reference model prefers the first
+    by, in nats, and the pair's weight: 1, or 0 for padding.
     """
 
     ids_T: NDArray[np.int64]
@@ -39,6 +41,7 @@ class Batch:
     positions_T: NDArray[np.int64]
     cu_seqlens_D: NDArray[np.int32]
     max_seqlen: int
+    pairs_P2: NDArray[np.float32] | None = None
 
     def torch(self) -> TorchBatch:
         """The same as torch tensors sharing this batch's memory."""
@@ -51,6 +54,7 @@ class Batch:
             torch.from_numpy(self.positions_T),
             torch.from_numpy(self.cu_seqlens_D),
             self.max_seqlen,
+            None if self.pairs_P2 is None else torch.from_numpy(self.pairs_P2),
         )
 
 
@@ -63,6 +67,25 @@ class TorchBatch(NamedTuple):
     positions_T: torch.Tensor
     cu_seqlens_D: torch.Tensor
     max_seqlen: int
+    pairs_P2: torch.Tensor | None = None
+
+    @property
+    def units(self) -> torch.Tensor:
+        """What its loss is divided by for a mean: supervised tokens, or pairs."""
+        return self.weights_T.sum() if self.pairs_P2 is None else self.pairs_P2[:, 1].sum()
+
+
+class Samples(Protocol):
+    """What training asks of a data set: packed conversations, or preference pairs."""
+
+    fingerprint: str
+    tokens_per_sample: NDArray[np.int32]
+    supervised_per_sample: NDArray[np.int32]
+
+    @property
+    def num_samples(self) -> int: ...
+    def account_lines(self) -> list[str]: ...
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch: ...
 
 
 class Piece(NamedTuple):
@@ -182,10 +205,10 @@ class PackedDataset:
                 start, stop = block.offsets[row], block.offsets[row + 1]
                 ids.append(block.ids[start:stop])
                 masks.append(block.mask[start:stop])
-        return _join(ids, masks)
+        return join(ids, masks)
 
 
-def _join(ids: list[NDArray[np.int32]], masks: list[NDArray[np.uint8]]) -> Batch:
+def join(ids: list[NDArray[np.int32]], masks: list[NDArray[np.uint8]]) -> Batch:
     """Documents -> one padding-free batch. A target's weight is the mask of the next token of the same document."""
     lengths_D = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     bounds = np.concatenate([[0], np.cumsum(lengths_D)])

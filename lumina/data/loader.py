@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.data.dataset import Batch, PackedDataset
+from lumina.data.dataset import Batch, Samples
 from lumina.data.order import PADDING, GlobalOrder, deal
 
 
@@ -22,10 +22,10 @@ class StepData:
     """One global step as one rank sees it.
 
     step, epoch and batch_in_epoch count from 0; micro_batches are this rank's; tokens and samples int64[n] are those of
-    the whole global batch, and so is supervised_tokens, the step's true weight sum (law 2). That one is at least 1: a
-    batch in which nothing is learned has gradient 0, not 0 / 0. own_samples int64[m] are those in `micro_batches`;
-    corrupt: this rank's samples that could not be read and are of weight zero here, though supervised_tokens counts
-    them.
+    the whole global batch, and so is supervised_tokens, the step's true weight sum (law 2): of preference pairs, their
+    number. It is at least 1: a batch in which nothing is learned has gradient 0, not 0 / 0. own_samples int64[m] are
+    those in `micro_batches`; corrupt: this rank's samples that could not be read and are of weight zero here, though
+    supervised_tokens counts them.
     """
 
     step: int
@@ -51,7 +51,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        dataset: Samples,
         order: GlobalOrder,
         *,
         rank: int,

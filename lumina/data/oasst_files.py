@@ -13,6 +13,7 @@ from lumina.config.errors import UserError
 from lumina.data.account import FIRST_LINES
 from lumina.data.files import replace_durably
 from lumina.data.oasst import Options, extract, malformed
+from lumina.data.oasst_pairs import extract_pairs
 from lumina.data.preparation import check_inputs
 from lumina.data.records import BLANK, Fault
 from lumina.data.sources import detect, read_items
@@ -31,6 +32,7 @@ class Summary:
     conversations: int = 0
     messages: int = 0
     stopped_early: bool = False
+    pairs: bool = False  # what is called conversations here are preference pairs
     discarded: Counter[str] = field(default_factory=Counter)
     bad: dict[str, list[int]] = field(default_factory=dict)  # reason -> [count, first line numbers …]
 
@@ -45,12 +47,13 @@ class Summary:
         return {**vars(self), "discarded": dict(self.discarded), "bad": bad}
 
     def lines(self) -> list[str]:
+        what, parts = ("preference pairs", "pairs of replies") if self.pairs else ("conversations", "paths")
         out = [
             f"{self.source}: {self.layout}, {self.trees:,} trees",
-            f"{self.output}: {self.conversations:,} conversations, {self.messages:,} messages"
+            f"{self.output}: {self.conversations:,} {what}, {self.messages:,} messages"
             + (" (stopped at --max-conversations)" if self.stopped_early else ""),
         ]
-        out += [f"  discarded paths: {reason}: {count:,}" for reason, count in sorted(self.discarded.items())]
+        out += [f"  discarded {parts}: {reason}: {count:,}" for reason, count in sorted(self.discarded.items())]
         for reason, (count, *first) in sorted(self.bad.items()):
             out.append(
                 f"  bad: {reason}: {count:,} (line {', '.join(map(str, first))}{', …' if count > len(first) else ''})"
@@ -58,8 +61,8 @@ class Summary:
         return out
 
 
-def process(source: Path, output: Path, options: Options, limit: int | None) -> Summary:
-    """Extracts into `output`, which appears when it is whole.
+def process(source: Path, output: Path, options: Options, limit: int | None, pairs: bool = False) -> Summary:
+    """Extracts conversations, or preference pairs, into `output`, which appears when it is whole.
 
     Raises:
         UserError: the input is missing, empty, or holds no tree at all; or nothing passes the options.
@@ -68,7 +71,8 @@ def process(source: Path, output: Path, options: Options, limit: int | None) -> 
     if path.resolve() == output.resolve():
         raise UserError(f"{output} is the input itself", "Name another output file.")
     layout = detect(str(path))
-    summary = Summary(str(path), str(output), layout.describe())
+    summary = Summary(str(path), str(output), layout.describe(), pairs=pairs)
+    take = extract_pairs if pairs else extract
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".tmp")
     with open(partial, "wb") as out:
@@ -80,7 +84,7 @@ def process(source: Path, output: Path, options: Options, limit: int | None) -> 
                 summary.fault(reason if isinstance(item.record, Fault) else NOT_A_TREE, item.number)
                 continue
             summary.trees += 1
-            extraction = extract(item.record, options)
+            extraction = take(item.record, options)
             summary.discarded += extraction.discarded
             for record in extraction.records:
                 if summary.conversations == limit:
@@ -88,12 +92,18 @@ def process(source: Path, output: Path, options: Options, limit: int | None) -> 
                     break
                 out.write(orjson.dumps(record) + b"\n")
                 summary.conversations += 1
-                summary.messages += len(record["messages"])
+                summary.messages += sum(
+                    len(record.get(key, ())) for key in ("messages", "prompt", "chosen", "rejected")
+                )
             if summary.stopped_early:
                 break
     if not summary.conversations:
         partial.unlink()
-        what = "no path passes the options" if summary.trees else "it holds no OASST trees or messages"
+        what = (
+            f"no {'pair' if pairs else 'path'} passes the options"
+            if summary.trees
+            else "it holds no OASST trees or messages"
+        )
         raise UserError(f"nothing to write from {path}: {what}", "\n  ".join(summary.lines()[2:]) or None)
     replace_durably(partial, output)
     return summary

@@ -96,6 +96,17 @@ class _OutputLoss(torch.autograd.Function):
         return *scaled, None, None
 
 
+@torch.no_grad()
+def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """cross_entropy(hidden[n] @ weight.T, targets[n]) of each position, in nats: float32 (or float64) (N)."""
+    rows = hidden_ND.shape[0]
+    ones_N = torch.ones(rows, dtype=torch.float32, device=hidden_ND.device)
+    step = _chunk_rows(weight_VD.shape[0], hidden_ND.element_size(), rows) if rows else 1
+    parts = [slice(start, start + step) for start in range(0, rows, step)]
+    found = [cross_entropy_(_logits(hidden_ND[part], weight_VD), targets_N[part], ones_N[part]) for part in parts]
+    return torch.cat(found) if found else hidden_ND.new_zeros(0)
+
+
 def output_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
     """sum_n weights[n] * cross_entropy(hidden[n] @ weight.T, targets[n]), in nats: a float32 (or float64) scalar.
 

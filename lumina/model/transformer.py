@@ -23,6 +23,7 @@ from lumina.config import ModelConfig
 from lumina.model import ops
 from lumina.model.attention import Documents, attention
 from lumina.model.loss import output_loss, round_up
+from lumina.model.preference import margins, preference_loss
 
 if TYPE_CHECKING:
     from lumina.model.cache import KVCache
@@ -146,7 +147,15 @@ class Output(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None = None, weights_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        targets_BS: Tensor | None = None,
+        weights_BS: Tensor | None = None,
+        pairs_P2: Tensor | None = None,
+        beta: float | None = None,
+        cu_seqlens_D: Tensor | None = None,
+    ) -> Tensor:
         if targets_BS is None or weights_BS is None:
             return torch.nn.functional.linear(x_BSD, self.weight)
         where_N = weights_BS.flatten().nonzero()[:, 0]
@@ -155,7 +164,13 @@ class Output(nn.Module):
         where_N = torch.nn.functional.pad(where_N, (0, extra))  # position 0 again, with weight zero
         weights_N = torch.nn.functional.pad(weights_N, (0, extra))
         hidden_ND = x_BSD.flatten(0, 1).index_select(0, where_N)
-        return output_loss(hidden_ND, self.weight, targets_BS.flatten()[where_N], weights_N)
+        targets_N = targets_BS.flatten()[where_N]
+        if pairs_P2 is None:
+            return output_loss(hidden_ND, self.weight, targets_N, weights_N)
+        assert cu_seqlens_D is not None
+        document_N = torch.searchsorted(cu_seqlens_D, where_N.to(cu_seqlens_D.dtype), right=True) - 1
+        supervised = hidden_ND, self.weight, targets_N, weights_N, document_N
+        return margins(*supervised, len(pairs_P2)) if beta is None else preference_loss(*supervised, pairs_P2, beta)
 
 
 class Transformer(nn.Module):
@@ -184,15 +199,19 @@ class Transformer(nn.Module):
         targets_BS: Tensor | None = None,
         weights_BS: Tensor | None = None,
         cache: KVCache | None = None,
+        pairs_P2: Tensor | None = None,
+        beta: float | None = None,
     ) -> Tensor:
         """Logits (B, S, V) or, with targets, a float32 scalar: sum over positions of weight * cross-entropy in nats.
+        With pairs (lumina.model.preference), whose documents come first, the sum of the pairs' losses at `beta`, or
+        without one their margins (P).
 
         ids, positions, targets: int64 (B, S); weights: float32 (B, S). cu_seqlens: int32, document boundaries over
         B*S starting at 0, given only with B = 1; without it every row is one causal document. With a cache, ids and
         positions are those of its announced pass, and the logits are of each row's newest position only: (R, 1, V).
         """
         normed_BSD = self.trunk(ids_BS, positions_BS, cu_seqlens_D, max_seqlen, cache)
-        return self.output(normed_BSD, targets_BS, weights_BS)  # type: ignore[no-any-return]
+        return self.output(normed_BSD, targets_BS, weights_BS, pairs_P2, beta, cu_seqlens_D)  # type: ignore[no-any-return]
 
     def trunk(
         self,

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lumina.chat import AnyTokenizer
 from lumina.chat.hf_files import copy_files
 from lumina.config import Config, ModelConfig, UserError
+from lumina.data import PairDataset, Samples, prepare_pairs, prepare_parts
 from lumina.train import checkpoint
 from lumina.train.engine import Engine, Ranks
 from lumina.train.reading import adapters, sound_base
@@ -115,6 +117,41 @@ def _same_adapters(progress: checkpoint.Progress, config: Config, source: Path) 
             f"{source} has other adapters: {there} there, {here} here",
             "Resume with the run's own configuration (its folder has config.yaml), or start a new run --init-from it.",
         )
+
+
+def pairs_of(config: Config, tokenizer: AnyTokenizer) -> tuple[PairDataset, PairDataset | None]:
+    """The preference pairs to train and to evaluate on. Raises UserError."""
+    if config.init_from is None:
+        raise UserError(
+            "objective dpo moves a model away from what it began as, and none is given", "Add --init-from RUN."
+        )
+    given = {"data": config.data, "eval_fraction": config.eval_fraction, "dedup": config.dedup != "none"}
+    for name in filter(given.__getitem__, given):
+        raise UserError(f"{name} is not for preference pairs", "Give files of pairs with train_data and eval_data.")
+    train = prepare_pairs(config.train_data, config, tokenizer)
+    return train, prepare_pairs(config.eval_data, config, tokenizer) if config.eval_data else None
+
+
+def prepare_data(config: Config, tokenizer: AnyTokenizer, ranks: Ranks) -> tuple[Samples, Samples | None]:
+    """The data to train and to evaluate on. Rank 0 of each node prepares; the others find the cache it left."""
+
+    def both() -> tuple[Samples, Samples | None]:
+        take = pairs_of if config.objective == "dpo" else prepare_parts
+        return take(config, tokenizer)
+
+    failure: list[Any] = [None] * ranks.world
+    own: UserError | None = None
+    data: tuple[Samples, Samples | None] | None = None
+    if ranks.local_rank == 0:
+        try:
+            data = both()
+        except UserError as error:
+            own = error
+    dist.all_gather_object(failure, own)
+    for refusal in failure:
+        if refusal is not None:
+            raise refusal
+    return data if data is not None else both()
 
 
 def keep_tokenizer(config: Config, folder: Path) -> Config:

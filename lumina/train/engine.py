@@ -144,6 +144,7 @@ class Engine:
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.half = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
         self.fp16 = bool(ds_config.get("fp16", {}).get("enabled"))
+        self.beta = config.dpo_beta
         self._clip = 0.0
         if self.stage == 0 and not self.half:
             # DeepSpeed clips here without reporting the norm or refusing a NaN: done below instead.
@@ -184,8 +185,20 @@ class Engine:
             group["lr"] = lr
 
     def loss(self, batch: TorchBatch, scale: float = 1.0) -> torch.Tensor:
-        """scale * sum(weight * token loss) of a micro-batch, in nats. Its tokens are rounded up to whole tiles by one
-        more document of weight zero, since matrix libraries prepare code for every row count they meet."""
+        """scale * sum(weight * token loss) of a micro-batch, in nats; of preference pairs, that of their losses."""
+        if batch.pairs_P2 is None:
+            return self._forward(batch, scale)
+        pairs_P2 = batch.pairs_P2 * torch.tensor([1.0, scale])
+        return self._forward(batch, 1.0, pairs_P2.to(self.device), self.beta)
+
+    def margins(self, batch: TorchBatch) -> torch.Tensor:
+        """log p(chosen) - log p(rejected) of each preference pair of a micro-batch, in nats (P)."""
+        assert batch.pairs_P2 is not None
+        return self._forward(batch, 1.0, batch.pairs_P2.to(self.device), None)
+
+    def _forward(self, batch: TorchBatch, scale: float, *pairs: Any) -> torch.Tensor:
+        """A batch's tokens are rounded up to whole tiles by one more document of weight zero, since matrix libraries
+        prepare code for every row count they meet."""
         ids, targets, weights, positions, bounds = (t.to(self.device, non_blocking=True) for t in batch[:5])
         extra = round_up(len(ids)) - len(ids)
         if extra:
@@ -193,7 +206,8 @@ class Engine:
             positions = torch.cat((positions, torch.arange(extra, device=self.device)))
             bounds = torch.nn.functional.pad(bounds, (0, 1), value=len(ids))
         longest = max(batch.max_seqlen, extra)
-        out: torch.Tensor = self.ds(ids[None], positions[None], bounds, longest, targets[None], (weights * scale)[None])
+        wanted = targets[None], (weights * scale)[None], *((None, *pairs) if pairs else ())
+        out: torch.Tensor = self.ds(ids[None], positions[None], bounds, longest, *wanted)
         return out
 
     def accumulate(self, batch: TorchBatch, scale: float, last: bool) -> torch.Tensor:

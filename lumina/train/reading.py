@@ -190,11 +190,11 @@ def open_weights(checkpoint: Path) -> Weights:
 
 
 def fill(model: torch.nn.Module, base: Path) -> None:
-    """Copy a checkpoint's weights, merged, into a model's parameters of the same names."""
+    """Copy a checkpoint's weights, merged, into the frozen parameters of a model with adapters."""
     weights = open_weights(base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in weights.names():
+            if not parameter.requires_grad:
                 flat = torch.empty(parameter.numel())
                 weights.read(MASTER, name, 0, flat)
                 parameter.copy_(flat.view(parameter.shape))

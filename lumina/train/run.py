@@ -17,14 +17,24 @@ from lumina.chat import AnyTokenizer, open_tokenizer
 from lumina.cluster.signals import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
-from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare_parts
+from lumina.data import GlobalOrder, Loader, PairDataset, StepData
 from lumina.model import Transformer, keep_heap, lora
 from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.train import checkpoint, engine, lease
 from lumina.train.answers import FILE as ANSWERS
 from lumina.train.answers import Answers, Memory, Verdict
-from lumina.train.beginning import agree, base, choose, keep_tokenizer, same_batch, same_model, shape, start_from
+from lumina.train.beginning import (
+    agree,
+    base,
+    choose,
+    keep_tokenizer,
+    prepare_data,
+    same_batch,
+    same_model,
+    shape,
+    start_from,
+)
 from lumina.train.checkpoint import Progress
 from lumina.train.guard import Guard
 from lumina.train.health import Health
@@ -32,6 +42,7 @@ from lumina.train.health_rules import LayerFigures, LayersSeen
 from lumina.train.layers import LayerStats
 from lumina.train.loop import fit
 from lumina.train.machine import MachineWatch
+from lumina.train.preference import give_references
 from lumina.train.profiling import Profile
 from lumina.train.reading import adapters, fill, reference, trained_parameters
 from lumina.train.recording import step_record, step_seen, used_memory
@@ -87,7 +98,7 @@ class Run:
             config.batch_size * config.gradient_accumulation_steps * ranks.world
         )
         self.tokenizer = self._open_tokenizer()
-        self.train_data, self.eval_data = self._prepare_data()
+        self.train_data, self.eval_data = prepare_data(self.config, self.tokenizer, ranks)
         self.order = GlobalOrder(
             self.train_data.num_samples, self.global_batch, config.seed, self.train_data.fingerprint
         )
@@ -100,10 +111,12 @@ class Run:
         self.progress = progress
         self.progress.global_batch_size, self.progress.world = self.global_batch, ranks.world
         self.progress.precision, self.progress.zero_stage = precision, self.engine.stage
+        if config.objective == "dpo":
+            self._give_references(fresh=source is None)
         if source is not None:
             self._resume(source, trainer)
-        elif config.init_from is not None and self.base is None:
-            start_from(config.init_from, config, ranks, self.engine)
+        else:
+            self._start_from()
         self.progress.lora = adapters(config)
         self.progress.base = {} if self.base is None else reference(self.base, self.folder)
         self.progress.model, self.progress.data_fingerprint = shape(config), self.train_data.fingerprint
@@ -199,25 +212,15 @@ class Run:
             )
         return tokenizer
 
-    def _prepare_data(self) -> tuple[PackedDataset, PackedDataset | None]:
-        """Rank 0 of each node prepares; the others find the cache it left."""
+    def _start_from(self) -> None:
+        """Another run's weights, unless they are there already, under adapters."""
+        if self.base is None and self.config.init_from is not None:
+            start_from(self.config.init_from, self.config, self.ranks, self.engine)
 
-        def both() -> tuple[PackedDataset, PackedDataset | None]:
-            return prepare_parts(self.config, self.tokenizer)
-
-        failure: list[Any] = [None] * self.ranks.world
-        own: UserError | None = None
-        data: tuple[PackedDataset, PackedDataset | None] | None = None
-        if self.ranks.local_rank == 0:
-            try:
-                data = both()
-            except UserError as error:
-                own = error
-        dist.all_gather_object(failure, own)
-        for refusal in failure:
-            if refusal is not None:
-                raise refusal
-        return data if data is not None else both()
+    def _give_references(self, fresh: bool) -> None:
+        own = [data for data in (self.train_data, self.eval_data) if isinstance(data, PairDataset)]
+        size, begin, beat = self.config.batch_size, self._start_from, self.watchdog.beat
+        give_references(own, self.folder, self.engine, self.ranks, size, fresh, begin, beat)
 
     def _resume(self, source: Path, trainer: dict[str, Any]) -> None:
         same_model(self.progress.model, shape(self.config), source)

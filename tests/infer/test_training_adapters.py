@@ -83,8 +83,7 @@ def test_killed_and_resumed_bit_for_bit(
     job.wait_for_step(5)
     job.kill()
     job.wait()
-    (place / "killed/config.yaml").rename(place / "own.yaml")
-    resumed = ["--config", str(place / "own.yaml"), "--resume", "auto", *line[line.index("--train-data") :]]
+    resumed = ["--config", str(place / "killed/config.yaml"), "--resume", "auto", *line[line.index("--train-data") :]]
     runs.train(resumed, world)
     assert differing(final(place / "killed", 10), final(place / "whole", 10)) == []
 

@@ -1,0 +1,56 @@
+"""Direct preference optimisation (arXiv:2305.18290, equation 7; TRL's "sigmoid" loss), fused with the output layer.
+
+The loss of a pair is -log sigmoid(beta * margin), where the margin is how much more than the reference model this one
+prefers the chosen answer: the difference of the two answers' log-probabilities, less the reference's. Its gradient is
+that of sum_n c_n * cross-entropy_n with c = beta * sigmoid(-beta * margin) at the chosen answer's tokens, minus that at
+the rejected one's. So the margins are computed first, without a graph, and then the weighted loss of the tokens as in
+any other training: logits exist for a chunk at a time, at the cost of one more vocabulary product.
+
+N supervised positions, D hidden width, V vocabulary, P pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lumina.model.loss import output_loss, token_losses
+
+
+@torch.no_grad()
+def margins(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, mask_N: Tensor, document_N: Tensor, pairs: int
+) -> Tensor:
+    """log p(chosen) - log p(rejected) of each pair, in nats: float64 (P). Documents 2p and 2p+1 are pair p's answers,
+    each the sum of its tokens' log-probabilities where the mask is not 0. Sums of thousands of tokens that nearly
+    cancel: in float64."""
+    logs_N = -token_losses(hidden_ND, weight_VD, targets_N).double() * mask_N.double()
+    # As a product: index_add_ adds in an order of its own on a GPU, and a resumed run would not be the same (law 6).
+    of_DN = document_N == torch.arange(2 * pairs, device=document_N.device)[:, None]
+    sums_P2 = (of_DN.double() @ logs_N).view(pairs, 2)
+    return sums_P2[:, 0] - sums_P2[:, 1]
+
+
+def preference_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    mask_N: Tensor,
+    document_N: Tensor,
+    pairs_P2: Tensor,
+    beta: float,
+) -> Tensor:
+    """sum_p weight_p * -log sigmoid(beta * (margin_p - reference_p)): a float32 (or float64) scalar.
+
+    pairs_P2: the reference model's margin and the weight of each pair, float32.
+    """
+    reference_P, weight_P = pairs_P2.double().unbind(1)
+    margin_P = margins(hidden_ND, weight_VD, targets_N, mask_N, document_N, len(pairs_P2)) - reference_P
+    loss = (weight_P * F.softplus(-beta * margin_P)).sum().to(torch.promote_types(hidden_ND.dtype, torch.float32))
+    if not torch.is_grad_enabled():
+        return loss
+    slope_P = weight_P * beta * torch.sigmoid(-beta * margin_P)
+    slopes_N = torch.stack((slope_P, -slope_P), 1).flatten()[document_N].to(mask_N.dtype)
+    graph = output_loss(hidden_ND, weight_VD, targets_N, mask_N * slopes_N)
+    return loss + (graph - graph.detach())  # the value of the one, the gradient of the other

@@ -1,0 +1,131 @@
+"""Preference training: real runs under every ZeRO stage; the reference model's part is computed once and kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs as real
+import torch
+from runs import Runs, differing, final, losses
+from test_importing import make_hf
+
+from lumina.infer import import_hf
+from lumina.monitor import read_metrics
+
+pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
+
+PAIRS = 11  # no world size or micro-batch here divides it
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    make_hf(folder / "hf", "llama2")
+    return import_hf(folder / "hf", folder / "run")
+
+
+def write_pairs(path: Path, count: int, seed: int) -> Path:
+    """Of two answers the one without the dog is preferred."""
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            words = [rng.choice(["my sister", "the weather", "that film", "your garden"]) for _ in range(3)]
+            question = {"role": "user", "content": f"Well, {words[0]} was a surprise!"}
+            chosen = {"role": "assistant", "content": f"Honestly, {words[1]} makes me happy."}
+            rejected = {"role": "assistant", "content": f"I think our dog keeps {words[2]} awake."}
+            file.write(json.dumps({"prompt": [question], "chosen": [chosen], "rejected": [rejected]}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", PAIRS, seed=5)
+
+
+def argv(run: Path, data: Path, base: Path | None, *words: str, stage: int = 0, **settings: Any) -> list[str]:
+    line = ["--config", "nano", "--train-data", str(data), "--output-dir", str(run.parent)]
+    line += ["--experiment-name", run.name, "--ds_config", str(real.ROOT / "ds_configs" / f"zero{stage}.json"), *words]
+    line += ["--init-from", str(base)] if base is not None else []
+    chosen = {
+        "objective": "dpo",
+        "dpo_beta": 0.2,
+        "epochs": 100,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        **settings,
+    }
+    return line + [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+
+
+def test_one_step_does_not_depend_on_how_it_is_cut(runs: Runs, place: Path, base: Path, data: Path) -> None:
+    """Laws 1 and 2, with the whole set in one step. A second one, so that the margins are not all zero."""
+    more = {"global_batch_size": 16, "max_steps": 2, "max_grad_norm": 0, "warmup_ratio": 0, "lr_scheduler": "constant"}
+    runs.train(argv(place / "reference", data, base, batch_size=1, **more))
+    expected = final(place / "reference", 2)
+    assert losses(place / "reference")[0] == pytest.approx(math.log(2), rel=1e-6)
+    for number, (stage, world, micro) in enumerate([(0, 1, 4), (1, 2, 1), (2, 2, 2), (3, 2, 1), (3, 3, 2)]):
+        run = place / f"run-{number}"
+        runs.train(argv(run, data, base, stage=stage, batch_size=micro, **more), world)
+        assert losses(run) == pytest.approx(losses(place / "reference"), rel=1e-5)
+        found = final(run, 2)
+        for key in (key for key in expected if key[0] == "exp_avg"):
+            difference = (found[key] - expected[key]).double().norm() / expected[key].double().norm()
+            assert difference <= 1e-4, (run.name, key)
+
+
+@pytest.mark.parametrize(("stage", "world", "rank"), [(2, 2, 0), (3, 2, 4)])
+def test_killed_and_resumed_bit_for_bit(
+    runs: Runs, place: Path, base: Path, data: Path, stage: int, world: int, rank: int
+) -> None:
+    settings = {"stage": stage, "max_steps": 8, "save_every_n_batches": 3, "batch_size": 1, "lora_rank": rank}
+    runs.train(argv(place / "whole", data, base, **settings), world)
+    line = argv(place / "killed", data, base, **settings)
+    job = runs.start(line, world)
+    job.wait_for_step(4)
+    job.kill()
+    job.wait()
+    run = place / "killed"
+    (kept,) = run.glob("reference/*.npy")
+    once, values = kept.stat().st_mtime_ns, kept.read_bytes()
+    resumed = ["--config", str(run / "config.yaml"), "--resume", "auto", *line[line.index("--train-data") :]]
+    runs.train(resumed, world)
+    assert kept.stat().st_mtime_ns == once, "the reference was computed a second time"
+    assert differing(final(run, 8), final(place / "whole", 8)) == []
+
+    # Lost, it is computed anew from what the run began with, not from what it has become.
+    kept.write_bytes(values[:-1] + bytes([values[-1] ^ 1]))
+    again = runs.train([*resumed, "--set", "max_steps=9"], world)
+    assert "computed anew" in again.stderr()
+    assert kept.read_bytes() == values
+
+
+def test_what_is_preferred_is_learned(runs: Runs, place: Path, base: Path, data: Path) -> None:
+    held_out = write_pairs(place / "eval.jsonl", 9, seed=6)
+    run = place / "run"
+    more = {"max_steps": 15, "batch_size": 3, "eval_every_n_batches": 5, "precision": "bf16"}
+    runs.train(argv(run, data, base, "--eval-data", str(held_out), stage=2, **more), 2)
+    assert losses(run)[-1] < 0.5 * losses(run)[0]
+    evaluations = [r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "eval"]
+    assert len(evaluations) == 3
+    assert evaluations[-1] < evaluations[0] < math.log(2)
+    assert len(list(run.glob("reference/*.npy"))) == 2
+    assert "11 lines: 11 preference pairs" in (run / "train.log").read_text()
+    assert all(torch.isfinite(value).all() for value in final(run, 15).values())
+
+
+def test_what_is_refused(runs: Runs, place: Path, base: Path, data: Path) -> None:
+    def refusal(line: list[str]) -> str:
+        job = runs.start(line)
+        assert job.wait() == [2]
+        assert "Traceback" not in job.stderr()
+        return job.stderr()
+
+    assert "Add --init-from RUN" in refusal(argv(place / "a", data, None))
+    chats = real.write_conversations(place / "chats.jsonl", 5, seed=1)
+    assert "no preference pair in" in refusal(argv(place / "b", chats, base))
+    assert "eval_fraction is not for preference pairs" in refusal(argv(place / "c", data, base, eval_fraction=0.2))

@@ -58,13 +58,16 @@ def _undecided(one: Node, other: Node) -> str | None:
 
 
 def _record(tree: dict[str, Any], path: list[Node], chosen: Node, rejected: Node) -> dict[str, Any]:
-    message = lambda node: {"role": ROLES[node["role"]], "content": node["text"]}
     return {
-        "prompt": [message(node) for node in path],
-        "chosen": [message(chosen)],
-        "rejected": [message(rejected)],
+        "prompt": [_message(node) for node in path],
+        "chosen": [_message(chosen)],
+        "rejected": [_message(rejected)],
         "tree_id": tree.get("message_tree_id") or path[0].get("message_tree_id") or path[0].get("message_id"),
         "message_ids": [node.get("message_id") for node in (*path, chosen, rejected)],
         "ranks": [chosen["rank"], rejected["rank"]],
         "lang": path[0].get("lang"),
     }
+
+
+def _message(node: Node) -> dict[str, str]:
+    return {"role": ROLES[node["role"]], "content": node["text"]}

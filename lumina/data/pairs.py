@@ -210,7 +210,8 @@ def _build(files: list[Path], folder: Path, fingerprint: str, window: int, token
             f"no preference pair in {', '.join(map(str, files))}", f"{why}\n  process-oasst --pairs makes them."
         )
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    for name, value in {"ids": np.concatenate(ids), "mask": np.concatenate(masks), "offsets": offsets}.items():
+    arrays: dict[str, np.ndarray[Any, Any]] = {"ids": np.concatenate(ids), "mask": np.concatenate(masks)}
+    for name, value in {**arrays, "offsets": offsets}.items():
         with (folder / f"{name}.npy").open("wb") as file:
             np.save(file, value)
             file.flush()

@@ -47,10 +47,11 @@ def preference_loss(
     """
     reference_P, weight_P = pairs_P2.double().unbind(1)
     margin_P = margins(hidden_ND, weight_VD, targets_N, mask_N, document_N, len(pairs_P2)) - reference_P
-    loss = (weight_P * F.softplus(-beta * margin_P)).sum().to(torch.promote_types(hidden_ND.dtype, torch.float32))
+    exact = torch.promote_types(hidden_ND.dtype, torch.float32)
+    loss = (weight_P * F.softplus(-beta * margin_P)).sum().to(exact)
     if not torch.is_grad_enabled():
         return loss
     slope_P = weight_P * beta * torch.sigmoid(-beta * margin_P)
-    slopes_N = torch.stack((slope_P, -slope_P), 1).flatten()[document_N].to(mask_N.dtype)
-    graph = output_loss(hidden_ND, weight_VD, targets_N, mask_N * slopes_N)
+    slopes_N = torch.stack((slope_P, -slope_P), 1).flatten()[document_N]
+    graph = output_loss(hidden_ND, weight_VD, targets_N, (mask_N * slopes_N).to(exact))
     return loss + (graph - graph.detach())  # the value of the one, the gradient of the other

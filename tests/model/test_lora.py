@@ -75,7 +75,7 @@ def test_merged_is_the_same_function(settings: LoraConfig, family: str) -> None:
     torch.testing.assert_close(loss(plain), loss(model).detach(), rtol=1e-6, atol=0)
     without = Transformer(model.config).double()
     without.load_state_dict({name: weights[name] for name in without.state_dict() if name in weights}, strict=False)
-    assert abs(float(loss(without)) / float(loss(model)) - 1) > 1e-2, "adapters that do nothing prove nothing"
+    assert abs(loss(without).item() / loss(model).item() - 1) > 1e-3, "adapters that do nothing prove nothing"
 
 
 def test_recomputed_layers_give_adapters_their_gradients() -> None:

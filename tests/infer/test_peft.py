@@ -137,7 +137,8 @@ def test_exported_adapter_loads_and_merged_logits_are_equal(tmp_path: Path, fami
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits
         own = load(run, precision="fp32").model(ids, torch.arange(30).expand(2, -1))
     for name, found in {"peft, merged": merged, "our export": exported, "our own": own}.items():
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        # Of the largest: peft's own merge is no nearer to its unmerged model, logit by logit.
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
 def test_what_export_writes(tmp_path: Path) -> None:
@@ -158,7 +159,8 @@ def test_what_export_writes(tmp_path: Path) -> None:
     assert "| Adapters | rank 4 over base |" in (tmp_path / "adapter/README.md").read_text()
     config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     assert (config.r, config.lora_alpha, set(config.target_modules)) == (4, 6.0, set(SOME.lora_targets))
-    assert _description(SOME) == json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert written == {**_description(SOME), "target_modules": sorted(SOME.lora_targets)}
 
     with pytest.raises(UserError, match="holds a whole model, no adapters"):
         export(base, tmp_path / "none", form="peft")

@@ -40,6 +40,7 @@ EXTRAS_REQUIRE = {
         "uvicorn>=0.30",  # the HTTP server under it
         "prometheus-client>=0.20",  # the text format of /metrics
     ],
+    "tasks": ["lm-eval>=0.4.9"],  # lumina evaluate --tasks
     "quickstart": ["chitchat-dataset>=0.9", "matplotlib>=3.8"],  # real conversations and the loss curve's PNG
     "dedup": ["rensa>=0.5"],  # MinHash for near-duplicate conversations
     "dev": [
@@ -56,6 +57,7 @@ EXTRAS_REQUIRE = {
         "prometheus-client>=0.20",
         "openai>=1.40",  # the client that the server is proven with
         "peft>=0.13",  # loads the adapters that export writes, and computes what they must
+        "lm-eval>=0.4.9",
         "httpx>=0.27",  # requests that no well-behaved client makes
         "ruff>=0.6",
         "mypy>=1.11",

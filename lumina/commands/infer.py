@@ -106,15 +106,24 @@ def _import_options(parser: Parser) -> None:
 
 
 def evaluate(arguments: Arguments) -> int:
-    """Measure a model on conversations it was not trained on: loss, perplexity, bits per byte, by role and turn."""
+    """Measure a model: loss, perplexity and bits per byte on conversations held out, or benchmark tasks."""
     from lumina.infer import evaluate_command
 
-    return evaluate_command(run=arguments.run, data=arguments.data, json=arguments.json)
+    names = ("run", "data", "tasks", "json", "limit", "fewshot", "batch_size", "chat")
+    return evaluate_command(folder=arguments.task_path, **{name: getattr(arguments, name) for name in names})
 
 
 def _evaluate_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="conversations, as train reads them")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="conversations, as train reads them")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="NAME|FILE", help="tasks of lm-evaluation-harness, or task files (.yaml)"
+    )
+    parser.add_argument("--task-path", metavar="DIR", help="a folder of more task files")
+    parser.add_argument("--limit", type=between(int, 1, 10**9), metavar="N", help="only the first N items of each task")
+    parser.add_argument("--fewshot", type=between(int, 0, 1000), metavar="N", help="examples before each (the task's)")
+    parser.add_argument("--batch-size", type=between(int, 1, 4096), default=16, help="requests at a time (16)")
+    parser.add_argument("--chat", action="store_true", help="ask through the model's chat template")
     json_option(parser)
 
 

@@ -108,24 +108,39 @@ def chat_command(
     return converse(chat, f"{loaded.checkpoint}, step {loaded.step}")
 
 
-def evaluate_command(*, run: str, data: list[str], json: bool = False) -> int:
-    """Score a model on conversations. Raises UserError."""
-    skipped: Counter[str] = Counter()
+def evaluate_command(
+    *, run: str, data: list[str] | None, tasks: list[str] | None = None, json: bool = False, **asked: Any
+) -> int:
+    """Score a model on conversations, or on tasks of lm-evaluation-harness (`asked`: run_tasks'). Raises UserError."""
+    if not data and not tasks:
+        raise UserError("nothing to evaluate on", "Give --data FILE … (conversations), --tasks NAME …, or both.")
+    if tasks:
+        try:
+            from lumina.infer.tasks import run_tasks, task_table
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"tasks need {error.name}, which is not installed", "Install it with `pip install 'lumina[tasks]'`."
+            ) from None
     loaded = load(run)
     log.info("%s, step %d", loaded.checkpoint, loaded.step)
-    result = evaluate(loaded, read_conversations(data, skipped))
-    result.skipped = skipped
-    if not result.turns:
-        raise UserError("there is no assistant message to evaluate on", f"Skipped records: {dict(skipped) or 'none'}.")
-    if json:
-        facts = {"checkpoint": str(loaded.checkpoint), "step": loaded.step, **result.to_dict()}
-        print(json_module.dumps(facts, ensure_ascii=False))
-        return 0
-    print(table(result))
-    print(f"{result.conversations:,} conversations", end="")
-    print(f", cut at the window in {result.cut:,} places" if result.cut else "")
-    for reason, count in sorted(skipped.items()):
-        print(f"skipped, {reason}: {count:,}")
+    facts: dict[str, Any] = {"checkpoint": str(loaded.checkpoint), "step": loaded.step}
+    lines = []
+    if data:
+        skipped: Counter[str] = Counter()
+        result = evaluate(loaded, read_conversations(data, skipped))
+        result.skipped = skipped
+        if not result.turns:
+            raise UserError(
+                "there is no assistant message to evaluate on", f"Skipped records: {dict(skipped) or 'none'}."
+            )
+        facts |= result.to_dict()
+        cut = f", cut at the window in {result.cut:,} places" if result.cut else ""
+        lines += [table(result), f"{result.conversations:,} conversations{cut}"]
+        lines += [f"skipped, {reason}: {count:,}" for reason, count in sorted(skipped.items())]
+    if tasks:
+        facts["tasks"] = run_tasks(loaded, tasks, **asked)
+        lines.append(task_table(facts["tasks"]))
+    print(json_module.dumps(facts, ensure_ascii=False, default=str) if json else "\n".join(lines))
     return 0
 
 

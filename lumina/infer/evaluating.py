@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,7 +106,59 @@ def read_conversations(paths: Sequence[str], skipped: Counter[str]) -> Iterator[
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-_Piece = tuple["_Talk", tuple[int, int]]
+class Window(NamedTuple):
+    """Tokens in one pass, of which those from `first` (at least 1) on are predicted."""
+
+    ids: list[int]
+    first: int = 1
+
+
+class Predicted(NamedTuple):
+    """What each predicted token cost, in nats (float32, on the CPU), and whether it was the likeliest."""
+
+    nats_N: Tensor
+    likeliest_N: Tensor
+
+
+@torch.inference_mode()
+def predict(model: Transformer, windows: Sequence[Window], at_once: int | None = None) -> Iterator[Predicted]:
+    """Score windows, laid end to end in passes of up to 4,096 tokens and `at_once` windows; each attends to itself."""
+    for batch in _batches(windows, at_once or len(windows)):
+        yield from _pass(model, batch)
+
+
+def _batches(windows: Sequence[Window], at_once: int) -> Iterator[list[Window]]:
+    batch: list[Window] = []
+    filled = 0
+    for window in windows:
+        if batch and (filled + len(window.ids) > _TOKENS_AT_ONCE or len(batch) == at_once):
+            yield batch
+            batch, filled = [], 0
+        batch.append(window)
+        filled += len(window.ids)
+    if batch:
+        yield batch
+
+
+def _pass(model: Transformer, batch: list[Window]) -> Iterator[Predicted]:
+    device = model.embedding.weight.device
+    lengths = [len(window.ids) for window in batch]
+    starts = [0, *accumulate(lengths)]
+    ids_T = torch.tensor([token for window in batch for token in window.ids], device=device)
+    positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+    bounds = torch.tensor(starts, dtype=torch.int32, device=device)
+    hidden_TD = model.trunk(ids_T[None], positions_T[None], bounds, max(lengths))[0]
+    targets_N = torch.cat(
+        [torch.arange(start + w.first, end) for w, start, end in zip(batch, starts[:-1], starts[1:], strict=True)]
+    ).to(device)
+    nats, likeliest = [], []
+    for at_n in torch.split(targets_N, _ROWS_AT_ONCE):
+        logits_nV, ids_n = model.output(hidden_TD[at_n - 1]), ids_T[at_n]
+        likeliest.append(logits_nV.argmax(-1) == ids_n)
+        nats.append(ops.cross_entropy_(logits_nV, ids_n, torch.zeros_like(ids_n).float()))
+    counts = [len(window.ids) - window.first for window in batch]
+    parts = (torch.split(torch.cat(found).cpu(), counts) for found in (nats, likeliest))
+    yield from map(Predicted, *parts)
 
 
 @dataclass
@@ -129,15 +181,15 @@ class _Talk:
         return [(start, min(start + size, len(self.ids))) for start in range(0, len(self.ids) - 1, size - 1)]
 
 
-@torch.inference_mode()
 def evaluate(loaded: Loaded, conversations: Iterable[Conversation]) -> Evaluation:
     """Score conversations. Raises UserError when an imported model's template refuses one."""
     result = Evaluation()
     for talks in _groups(_Talk.of(conversation, loaded) for conversation in conversations):
-        pieces = [(talk, window) for talk in talks for window in talk.windows(loaded.config.seq_length)]
+        pieces = [(talk, *window) for talk in talks for window in talk.windows(loaded.config.seq_length)]
         result.cut += len(pieces) - len(talks)
-        for batch in _batches(pieces):
-            _score(loaded.model, batch)
+        windows = [Window(talk.ids[start:end]) for talk, start, end in pieces]
+        for (talk, start, end), found in zip(pieces, predict(loaded.model, windows), strict=True):
+            talk.nats_T[start + 1 : end] = found.nats_N
         for talk in talks:
             _tally(result, talk)
     return result
@@ -153,38 +205,6 @@ def _groups(talks: Iterator[_Talk]) -> Iterator[list[_Talk]]:
             group = []
     if group:
         yield group
-
-
-def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-    batch: list[_Piece] = []
-    filled = 0
-    for piece in pieces:
-        length = piece[1][1] - piece[1][0]
-        if batch and filled + length > _TOKENS_AT_ONCE:
-            yield batch
-            batch, filled = [], 0
-        batch.append(piece)
-        filled += length
-    yield batch
-
-
-def _score(model: Transformer, batch: list[_Piece]) -> None:
-    """One forward pass over windows laid end to end; fills in their talks' nats."""
-    device = model.embedding.weight.device
-    lengths = [end - start for _, (start, end) in batch]
-    ids_T = torch.tensor([token for talk, (start, end) in batch for token in talk.ids[start:end]], device=device)
-    positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    hidden_TD = model.trunk(ids_T[None], positions_T[None], bounds, max(lengths))[0]
-    targets_T = ids_T.roll(-1)  # the last position of each window predicts nothing that counts
-    costs = []
-    for hidden_ND, targets_N in zip(
-        torch.split(hidden_TD, _ROWS_AT_ONCE), torch.split(targets_T, _ROWS_AT_ONCE), strict=True
-    ):
-        costs.append(ops.cross_entropy_(model.output(hidden_ND), targets_N, torch.zeros_like(targets_N).float()))
-    nats_T = torch.cat(costs).cpu()
-    for (talk, (start, end)), first in zip(batch, bounds.tolist(), strict=False):
-        talk.nats_T[start + 1 : end] = nats_T[first : first + end - start - 1]
 
 
 def _tally(result: Evaluation, talk: _Talk) -> None:

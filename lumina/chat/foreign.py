@@ -75,6 +75,9 @@ class ForeignTokenizer:
         self.stop_ids = hf_files.find_stops(folder, self._end_id) | self._turn_end()
         if max(self.stop_ids) >= self.vocab_size:
             raise UserError(f"{folder}: stop id {max(self.stop_ids)} is not in the vocabulary of {self.vocab_size}")
+        begins = [self._id_of(names.get("bos_token")), self._end_id, min(self.stop_ids)]
+        self.begin_id: int = next(token for token in begins if token is not None)
+        """What stands before a text when something must: its beginning, else the end of the one before."""
         pad = self._id_of(names.get("pad_token"))
         self.pad_id: int = min(self.stop_ids) if pad is None else pad
         vocabulary = hashlib.sha256(raw.encode()).hexdigest()

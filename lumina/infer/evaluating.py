@@ -107,7 +107,7 @@ def read_conversations(paths: Sequence[str], skipped: Counter[str]) -> Iterator[
 
 
 class Window(NamedTuple):
-    """Tokens in one pass, of which those from `first` (at least 1) on are predicted."""
+    """Tokens of which those from `first` (at least 1) on are predicted. The last one the model does not see."""
 
     ids: list[int]
     first: int = 1
@@ -142,18 +142,19 @@ def _batches(windows: Sequence[Window], at_once: int) -> Iterator[list[Window]]:
 
 def _pass(model: Transformer, batch: list[Window]) -> Iterator[Predicted]:
     device = model.embedding.weight.device
-    lengths = [len(window.ids) for window in batch]
+    lengths = [len(window.ids) - 1 for window in batch]
     starts = [0, *accumulate(lengths)]
-    ids_T = torch.tensor([token for window in batch for token in window.ids], device=device)
+    ids_T = torch.tensor([token for window in batch for token in window.ids[:-1]], device=device)
     positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
     bounds = torch.tensor(starts, dtype=torch.int32, device=device)
     hidden_TD = model.trunk(ids_T[None], positions_T[None], bounds, max(lengths))[0]
-    targets_N = torch.cat(
-        [torch.arange(start + w.first, end) for w, start, end in zip(batch, starts[:-1], starts[1:], strict=True)]
+    targets_N = torch.tensor([token for window in batch for token in window.ids[window.first :]], device=device)
+    rows_N = torch.cat(
+        [torch.arange(at + w.first - 1, at + len(w.ids) - 1) for w, at in zip(batch, starts[:-1], strict=True)]
     ).to(device)
     nats, likeliest = [], []
-    for at_n in torch.split(targets_N, _ROWS_AT_ONCE):
-        logits_nV, ids_n = model.output(hidden_TD[at_n - 1]), ids_T[at_n]
+    for rows_n, ids_n in zip(torch.split(rows_N, _ROWS_AT_ONCE), torch.split(targets_N, _ROWS_AT_ONCE), strict=True):
+        logits_nV = model.output(hidden_TD[rows_n])
         likeliest.append(logits_nV.argmax(-1) == ids_n)
         nats.append(ops.cross_entropy_(logits_nV, ids_n, torch.zeros_like(ids_n).float()))
     counts = [len(window.ids) - window.first for window in batch]

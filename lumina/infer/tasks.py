@@ -17,6 +17,7 @@ import re
 import secrets
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,11 @@ def run_tasks(
     for task in named:
         if task.endswith(".yaml") and not Path(task).is_file():
             raise UserError(f"no such file: {task}")
-    manager = TaskManager(include_path=folder)
-    unknown = [task for task in named if not task.endswith(".yaml") and not manager.match_tasks([task])]
+    names = [task for task in named if not task.endswith(".yaml")]
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if any(not manager.match_tasks([name]) for name in names):
+        manager = TaskManager(include_path=folder)  # which reads some ten thousand files
+    unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise UserError(
             f"lm-evaluation-harness has no task {', '.join(unknown)}",
@@ -111,7 +115,7 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @property
     def eot_token_id(self) -> int:
-        return self._opening[-1] if self._opening else min(self._voice.stop_ids)
+        return self._voice.begin_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if string.startswith(self._key):
@@ -143,7 +147,7 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
         windows = []
         for _texts, context, continuation in requests:
             ids = [*context, *continuation]
-            kept = ids[-self.window :]
+            kept = ids[-self.window - 1 :]
             self.cut += len(kept) < len(ids)
             windows.append(Window(kept, max(len(kept) - len(continuation), 1)))
         found = predict(self._model, windows, self._at_once)
@@ -155,7 +159,7 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
         for number, request in enumerate(requests):
-            pairs = get_rolling_token_windows(self._text(request.args[0]), self.eot_token_id, self.window - 1, 1)
+            pairs = get_rolling_token_windows(self._text(request.args[0]), self.eot_token_id, self.window, 1)
             for context, predicted in map(make_disjoint_window, pairs):
                 windows.append(Window([*context, *predicted], len(context)))
                 owners.append(number)
@@ -194,9 +198,9 @@ def _sampling(wanted: dict[str, Any], number: int) -> Sampling:
     until = wanted.get("until") or []
     length = int(wanted.get("max_gen_toks") or wanted.get("max_new_tokens") or _LENGTH)
     stops = tuple(dict.fromkeys(text for text in ([until] if isinstance(until, str) else until) if text))
-    common = {"max_length": min(length, LENGTHS[1]), "stop": stops}
+    sampling = Sampling(temperature=0.0, top_k=None, top_p=1.0, max_length=min(length, LENGTHS[1]), seed=0, stop=stops)
     if not wanted.get("do_sample"):
-        return Sampling(temperature=0.0, top_k=None, top_p=1.0, seed=0, **common)
+        return sampling
+    temperature, top_p = float(wanted.get("temperature", 1.0)), float(wanted.get("top_p", 1.0))
     seed = int(wanted.get("seed", 0)) + number
-    drawn = {"temperature": float(wanted.get("temperature", 1.0)), "top_p": float(wanted.get("top_p", 1.0))}
-    return Sampling(top_k=wanted.get("top_k"), seed=seed, **drawn, **common)
+    return replace(sampling, temperature=temperature, top_k=wanted.get("top_k"), top_p=top_p, seed=seed)

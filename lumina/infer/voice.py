@@ -41,6 +41,8 @@ class Voice(Protocol):
     """A tokenizer and chat template."""
 
     stop_ids: frozenset[int]
+    begin_id: int
+    """Stands before a text of which the first token is to be predicted."""
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """The ids to generate from, ending where the assistant's words begin. Raises UserError."""
@@ -80,6 +82,7 @@ class LuminaVoice:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.stop_ids = frozenset([tokenizer.stop_id])
+        self.begin_id = tokenizer.end_of_text_id
 
     def prompt(self, conversation: Conversation) -> list[int]:
         return prompt_ids(self.tokenizer, conversation)
@@ -112,6 +115,7 @@ class ForeignVoice:
     def __init__(self, tokenizer: ForeignTokenizer) -> None:
         self.tokenizer = tokenizer
         self.stop_ids = tokenizer.stop_ids
+        self.begin_id = tokenizer.begin_id
 
     def prompt(self, conversation: Conversation) -> list[int]:
         return self.tokenizer.prompt_ids(conversation)

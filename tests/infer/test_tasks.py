@@ -115,7 +115,7 @@ def test_each_answer_is_that_of_the_harness_with_transformers(tmp_path: Path, fa
     theirs.model.generation_config.suppress_tokens = silent
 
     pairs = [(f"Honestly, {one}", f" makes {other}") for one, other in zip(texts(9, 40), texts(9, 4), strict=True)]
-    pairs += [("", "makes me happy"), ("with a space at its end ", "our dog"), ("x", " y" * (window - 1))]
+    pairs += [("", "makes me happy"), ("with a space at its end ", "our dog"), ("x", " our dog" * 12)]
     requests = [asked("loglikelihood", *pair) for pair in pairs]
     found, wanted = own.loglikelihood(requests), theirs.loglikelihood(requests)
     assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], rel=1e-5)
@@ -133,7 +133,10 @@ def test_each_answer_is_that_of_the_harness_with_transformers(tmp_path: Path, fa
 
     folder = write_tasks(tmp_path / "tasks")
     results = simple_evaluate(
-        theirs, tasks=list(TASKS), task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0
+        theirs,
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
     )
     assert figures(run_tasks(loaded, list(TASKS), folder=str(folder))) == pytest.approx(figures(results), rel=1e-5)
 

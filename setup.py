@@ -58,6 +58,7 @@ EXTRAS_REQUIRE = {
         "openai>=1.40",  # the client that the server is proven with
         "peft>=0.13",  # loads the adapters that export writes, and computes what they must
         "lm-eval>=0.4.9",
+        "trl>=1.0",  # the preference loss is held to its trainer
         "httpx>=0.27",  # requests that no well-behaved client makes
         "ruff>=0.6",
         "mypy>=1.11",

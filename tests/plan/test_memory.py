@@ -63,7 +63,7 @@ with open(f"{sys.argv[2]}.{torch.distributed.get_rank()}", "w") as file:
 """
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_states_are_deepspeeds_to_the_byte(tmp_path: Path, world: int) -> None:
     probe, out = tmp_path / "probe.py", tmp_path / "out"
     probe.write_text(PROBE, encoding="utf-8")

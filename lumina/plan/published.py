@@ -186,8 +186,8 @@ Made by `python -m lumina.plan.published > docs/plan.md`; do not edit by hand.
 
 ## Memory
 
-Weights, master weights and Adam's moments are what DeepSpeed allocates, to the byte, for ZeRO 0 to 3 at one and two
-ranks in bf16 and float32 (`tests/plan/test_memory.py` runs it). Activations are those that autograd keeps for Lumina's
+Weights, master weights and Adam's moments are what DeepSpeed allocates, to the byte, for ZeRO 0 to 3 at one, two and
+four ranks in bf16 and float32 (`tests/plan/test_memory.py` runs it). Activations are those that autograd keeps for Lumina's
 fused operators, held within 1% against the real model under fake tensors. On top come {context:.1f} GB for the
 CUDA context and NCCL, and {fragmentation:.0%} for fragmentation: assumptions, not measurements.
 
@@ -201,6 +201,8 @@ Figures for offload to the host rest on assumptions that no run here has tested.
 {published}
 
 ## The presets
+
+As their settings stand. The README's table is of the fastest settings that fit (`python -m lumina.plan.presets`).
 
 {presets}
 """

@@ -105,7 +105,7 @@ def test_a_step_is_plain_adamw(stage: int, clip: float) -> None:
     for seed in range(3):
         loss = torch.zeros(())
         for number in range(2):
-            ids, targets, weights, positions, edges, longest = batch(2 * seed + number)
+            ids, targets, weights, positions, edges, longest, _pairs = batch(2 * seed + number)
             part = model(ids[None], positions[None], edges, longest, targets[None], weights[None]) / 40
             part.backward()
             loss += part.detach()

@@ -27,7 +27,7 @@ def test_norms_are_those_of_gradient_weights_and_update(stage: int, precision: s
         for name, parameter in model.named_parameters():
             parameter.data = before[f"master/{name}"].view(parameter.shape).clone()
             parameter.grad = None
-        ids, targets, weights, positions, edges, longest = batch(step)
+        ids, targets, weights, positions, edges, longest, _pairs = batch(step)
         (model(ids[None], positions[None], edges, longest, targets[None], weights[None]) / 20).backward()
         stats = LayerStats(made)
         made.accumulate(batch(step), 1 / 20, last=True)

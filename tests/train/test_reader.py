@@ -34,6 +34,7 @@ def write(folder: Path, cuts: dict[str, list[int]]) -> Path:
                     tensors[f"{key}/{name}"] = values(key, name)[start:end].clone()
         metadata = {"ranges": json.dumps(ranges)}
         save_file(tensors, folder / f"rank-{rank:05d}-of-{world:05d}.safetensors", metadata=metadata)
+    (folder / "trainer.json").write_text('{"step": 1}')
     return folder
 
 

@@ -26,7 +26,7 @@ def _batch(lengths: list[int], supervised: int) -> Batch:
 def test_step_flops_equal_torchs_count_of_matrix_products() -> None:
     # 64 supervised: a whole tile of rows. Rows that only fill a tile are not the model's work and are not counted.
     batch = _batch([40, 7, 33], supervised=64)
-    ids, targets, weights, positions, bounds, longest = batch.torch()
+    ids, targets, weights, positions, bounds, longest, _pairs = batch.torch()
     model = Transformer(MODEL)
     with FlopCounterMode(display=False) as counter:
         loss = model(ids[None], positions[None], bounds, longest, targets[None], weights[None])

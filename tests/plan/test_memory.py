@@ -19,8 +19,9 @@ PERSISTENCE = 100
 CASES = [(stage, precision, tied) for stage in range(4) for precision, tied in (("bf16", True), ("fp32", False))]
 
 # One process group per world size goes through all cases: starting DeepSpeed takes longer than the cases do.
+# With a third argument the process is the first rank of that many, whose collectives do nothing.
 PROBE = """
-import json, sys
+import importlib, json, os, sys
 import deepspeed, torch
 from lumina.config import ModelConfig
 from lumina.model import Transformer
@@ -56,7 +57,13 @@ def measure(stage, precision, tied):
         masters = wrapper.fp32_partitioned_groups_flat
     return {"weights": held(weights), "master": held(masters), "moments": held(moments)}
 
-engine.join()
+if len(sys.argv) > 3:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": sys.argv[3]}
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(sys.argv[3]))
+    vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None  # as engine.join has it
+else:
+    engine.join()
 found = [measure(*case) for case in json.loads(sys.argv[1])]
 with open(f"{sys.argv[2]}.{torch.distributed.get_rank()}", "w") as file:
     json.dump(found, file)
@@ -73,12 +80,24 @@ def test_states_are_deepspeeds_to_the_byte(tmp_path: Path, world: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(world):
-        found = json.loads((tmp_path / f"out.{rank}").read_text(encoding="utf-8"))
-        for (stage, precision, tied), real in zip(CASES, found, strict=True):
-            config = load("nano", sets=[*SETS, f"tie_word_embeddings={tied}"]).model_copy(update={"vocab_size": 257})
-            ours = states(config, Shape(1, 1, world, precision, stage), PERSISTENCE)
-            expected = {"weights": ours.weights, "master": ours.master, "moments": ours.moments}
-            assert real == expected, f"ZeRO {stage}, {precision}, rank {rank} of {world}"
+        expect_the_same(tmp_path / f"out.{rank}", world, f"rank {rank} of {world}")
+
+
+def test_states_are_deepspeeds_to_the_byte_at_thousands_of_ranks(tmp_path: Path) -> None:
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE, encoding="utf-8")
+    line = [sys.executable, str(probe), json.dumps(CASES), str(tmp_path / "out"), "4096"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expect_the_same(tmp_path / "out.0", 4096, "the first of 4096")
+
+
+def expect_the_same(measured: Path, world: int, what: str) -> None:
+    for (stage, precision, tied), real in zip(CASES, json.loads(measured.read_text(encoding="utf-8")), strict=True):
+        config = load("nano", sets=[*SETS, f"tie_word_embeddings={tied}"]).model_copy(update={"vocab_size": 257})
+        ours = states(config, Shape(1, 1, world, precision, stage), PERSISTENCE)
+        expected = {"weights": ours.weights, "master": ours.master, "moments": ours.moments}
+        assert real == expected, f"ZeRO {stage}, {precision}, {what}"
 
 
 def test_tensors_are_the_models() -> None:

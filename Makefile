@@ -7,12 +7,11 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 PYTEST_ARGS ?=
-# Several at a time: most tests wait for processes of one thread, or for a failure to be noticed. Files stay whole where
-# what their tests share is dear; a cluster starts in a second.
-PYTEST_WORKERS ?= 3
-CLUSTER_WORKERS ?= 3
+# Several files at a time, in their order: most tests wait for processes of one thread, or for a failure to be noticed.
+# A third worker on two cores makes it slower: ranks that wait for each other spin.
+PYTEST_WORKERS ?= 2
+CLUSTER_WORKERS ?= 2
 FILES_AT_A_TIME := --dist loadfile --no-loadscope-reorder
-TESTS_AT_A_TIME := --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -48,7 +47,7 @@ test-long: $(STAMP)
 
 # pytest exits 5 when it collects nothing: say so rather than pass or fail in silence.
 test-cluster: $(STAMP) cluster-packages
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CLUSTER_WORKERS) $(TESTS_AT_A_TIME) -m cluster $(PYTEST_ARGS) \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CLUSTER_WORKERS) $(FILES_AT_A_TIME) -m cluster $(PYTEST_ARGS) \
 	  || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked cluster" || exit $$code; }
 
 # Debian packages that some tests need: installed for root, named for others, whose tests then say why they skip.

@@ -83,7 +83,7 @@ def run_tasks(
             log_samples=False,
             bootstrap_iters=0,
         )
-    except (OSError, ValueError, KeyError, ConnectionError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the tasks cannot be run: {type(error).__name__}: {error}") from error
     if model.cut:
         log.warning("%d contexts were longer than the window (%d tokens): begun later", model.cut, model.window)

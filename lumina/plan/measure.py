@@ -1,33 +1,38 @@
 """`--measure`: a few real steps of the real training command on this machine, timed, instead of figures of a device.
 
 The run is the configuration as it stands, in a folder that is thrown away. The first steps (compilation of DeepSpeed's
-ops, warm-up of the allocator) are not counted; the mean of the others is: steps with few supervised tokens take half as
-long as others, and a run has its share of both.
+ops, warm-up of the allocator) are not counted. Where the counted ones are over soon, a second run adds more: on two
+cores of a cloud host the mean of twelve seconds of the same steps was off by up to 20%, now and then. Steps with few
+supervised tokens take half as long as others, so the mean is moved to their share in the whole data.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lumina.config import Config, UserError
+from lumina.monitor import read_metrics
 
 WARM_UP = 5
 COUNTED = 20
+ENOUGH = 60.0  # seconds of counted steps
 WORDS = ("the", "a", "we", "they", "you", "cat", "dog", "house", "water", "day", "night", "small", "old", "went", "saw")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the timed steps took. seconds: mean of a step; spread: (max - min) / mean; memory: bytes, the largest
+    """What the timed steps took. seconds: of a step, on average; spread: (max - min) / mean; memory: bytes, the largest
     process."""
 
     processes: int
@@ -44,34 +49,43 @@ class Measured:
 
 
 def measure(config: Config, processes: int, document_tokens: int | None, supervised: float) -> Measured:
-    """Train WARM_UP + COUNTED steps with `processes` processes here. UserError when the run fails."""
+    """Train WARM_UP + COUNTED steps or more with `processes` processes here. supervised: the share of the tokens with a
+    loss, in the whole data or to be made up. UserError when a run fails."""
+    made_up = not (config.train_data or config.data)
     with tempfile.TemporaryDirectory(prefix="lumina-measure-") as folder:
-        place = Path(folder)
-        train_data = config.train_data
-        if not (train_data or config.data):
-            train_data = [str(_made_up(place / "data.jsonl", config, document_tokens, supervised))]
-        run = config.replace(
-            train_data=train_data,
-            eval_data=[],
-            output_dir=folder,
-            experiment_name="run",
-            resume=None,
-            max_steps=WARM_UP + COUNTED,
-            epochs=max(config.epochs, WARM_UP + COUNTED),
-            save_every_n_batches=10**9,
-            early_stopping_patience=None,
-            cache_dir=config.cache_dir or str(place / "cache"),
-        )
-        settings = place / "config.yaml"
-        settings.write_text(run.to_yaml(), encoding="utf-8")
-        done = subprocess.run(command(processes, settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        metrics = place / "run" / "metrics.jsonl"
-        if done.returncode or not metrics.is_file():
-            tail = "\n    ".join(done.stdout.strip().splitlines()[-5:])
-            raise UserError(f"the measured run failed with exit code {done.returncode}:\n    {tail}")
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        resolved = (place / "run" / "config.yaml").read_text(encoding="utf-8")
-        return summarise([json.loads(line) for line in lines], processes, _global_batch(resolved))
+        if made_up:
+            data = _made_up(Path(folder) / "data.jsonl", config, document_tokens, supervised)
+            config = config.replace(train_data=[str(data)])
+        config = config.replace(output_dir=folder, cache_dir=config.cache_dir or str(Path(folder) / "cache"))
+        steps, global_batch = _timed(config, processes, "run", COUNTED)
+        passed = sum(map(_seconds, steps))
+        if passed < ENOUGH:
+            more = math.ceil((ENOUGH - passed) * len(steps) / passed)
+            steps += _timed(config, processes, "longer", more)[0]
+        return summarise(steps, processes, global_batch, None if made_up else supervised)
+
+
+def _timed(config: Config, processes: int, name: str, steps: int) -> tuple[list[dict[str, Any]], int]:
+    """The records of so many steps after the warm-up, and the global batch size."""
+    run = config.replace(
+        eval_data=[],
+        experiment_name=name,
+        resume=None,
+        max_steps=WARM_UP + steps,
+        epochs=max(config.epochs, WARM_UP + steps),
+        save_every_n_batches=10**9,
+        early_stopping_patience=None,
+    )
+    folder = Path(config.output_dir)
+    settings = folder / f"{name}.yaml"
+    settings.write_text(run.to_yaml(), encoding="utf-8")
+    done = subprocess.run(command(processes, settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = folder / name / "metrics.jsonl"
+    if done.returncode or not metrics.is_file():
+        tail = "\n    ".join(done.stdout.strip().splitlines()[-5:])
+        raise UserError(f"the measured run failed with exit code {done.returncode}:\n    {tail}")
+    resolved = (folder / name / "config.yaml").read_text(encoding="utf-8")
+    return counted(read_metrics(metrics)), _global_batch(resolved)
 
 
 def command(processes: int, settings: Path) -> list[str]:
@@ -82,22 +96,41 @@ def command(processes: int, settings: Path) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *train]
 
 
-def summarise(records: list[dict[str, Any]], processes: int, global_batch: int) -> Measured:
+def counted(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The step records of metrics.jsonl without the warm-up. A short last batch of an epoch is left out as well: its
-    tokens are fewer than half of the others'."""
-    steps = [record for record in records if record.get("kind", "step") == "step"][WARM_UP:]
+    tokens are fewer than half of the others'. UserError where none is left."""
+    steps = [record for record in records if record["kind"] == "step"][WARM_UP:]
     usual = statistics.median(record["tokens"] for record in steps) if steps else 0
     steps = [record for record in steps if record["tokens"] > usual / 2]
     if not steps:
         raise UserError("the training data is too small to measure on", f"It takes {WARM_UP + 1} steps or more.")
-    seconds = [record["tokens"] / record["tokens_per_s"] for record in steps]
+    return steps
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    return float(record["tokens"] / record["tokens_per_s"])
+
+
+def summarise(
+    steps: list[dict[str, Any]], processes: int, global_batch: int, supervised: float | None = None
+) -> Measured:
+    """The mean of the counted steps; with `supervised`, the share of the tokens of the whole data that have a loss,
+    what it would be at that share: by least squares of a step's seconds on its supervised tokens."""
+    seconds = [_seconds(record) for record in steps]
+    tokens = statistics.fmean(record["tokens"] for record in steps)
     mean = statistics.fmean(seconds)
+    usual = mean
+    if supervised is not None:
+        learnt = [record["supervised_tokens"] for record in steps]
+        if len(set(learnt)) > 1:
+            slope = max(0.0, statistics.linear_regression(learnt, seconds).slope)
+            usual += slope * (supervised * tokens - statistics.fmean(learnt))
     return Measured(
         processes=processes,
         steps=len(steps),
-        seconds=mean,
+        seconds=usual,
         spread=(max(seconds) - min(seconds)) / mean,
-        tokens_per_step=statistics.fmean(record["tokens"] for record in steps),
+        tokens_per_step=tokens,
         global_batch=global_batch,
         memory=max(record["memory"] for record in steps),
     )

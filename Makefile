@@ -20,7 +20,7 @@ CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install quickstart test test-long test-cluster cluster-packages browser-packages check format clean
+.PHONY: install quickstart test test-long test-cluster cluster-packages browser-packages extensions check format clean
 
 install: $(STAMP)
 
@@ -57,6 +57,11 @@ cluster-packages browser-packages:
 	if dpkg -s $(PACKAGES) >/dev/null 2>&1; then exit 0; \
 	elif [ "$$(id -u)" -ne 0 ]; then echo "not root: install $(PACKAGES) yourself; their tests will say why they skip" >&2; \
 	else apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; fi
+
+# DeepSpeed's CPU Adam, which the first run with an offloaded optimizer would compile: minutes, beside other tests.
+extensions: $(STAMP)
+	$(BIN)/python -c "from deepspeed.ops.op_builder import CPUAdamBuilder; from lumina.train import extensions; \
+	  extensions.build([CPUAdamBuilder()])" >/dev/null
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -213,6 +213,13 @@ class Runs:
         assert codes == [0] * world, f"exit codes {codes}:\n{job.stdout()}\n{job.stderr()}"
         return job
 
+    def refusal(self, argv: Sequence[str]) -> str:
+        """What a run says that is refused."""
+        job = self.start(argv)
+        assert job.wait() == [2]
+        assert "Traceback" not in job.stderr()
+        return job.stderr()
+
     def close(self) -> None:
         """Kill what still runs."""
         for job in self._jobs:

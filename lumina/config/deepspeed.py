@@ -229,6 +229,10 @@ class _Merge:
         self.changes["precision"] = chosen
         origin = f"{self.source}" if on else f"precision {ours} on {device_type}"
         self.report.append(f"precision = {chosen} (from {origin})")
+        if chosen == "bf16" and device_type == "cpu":
+            native = precision_rules.cpu_has_bf16() if bf16_supported is None else bf16_supported
+            if not native:
+                self.report.append("WARNING: this CPU has no bf16 instructions: fp32 (--precision auto) is far faster")
 
     def settle_batches(self, world: int) -> None:
         self.settle("train_micro_batch_size_per_gpu", "batch_size")

@@ -206,3 +206,13 @@ def test_the_resolved_configuration_resolves_again_to_itself(tmp_path: Path) -> 
     assert isinstance(again.config, Config)
     assert again.config.global_batch_size == first.config.global_batch_size == 32
     assert again.json["gradient_accumulation_steps"] == 3  # 36 places for 32 samples
+
+
+def test_bf16_without_instructions_for_it_is_warned_of() -> None:
+    warned = lambda precision, native: any(
+        "no bf16 instructions" in line
+        for line in resolve(load("nano", {"precision": precision}), 1, "cpu", bf16_supported=native).report
+    )
+    assert warned("bf16", False)
+    assert not warned("bf16", True)
+    assert not warned("auto", False)

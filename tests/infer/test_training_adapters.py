@@ -168,16 +168,10 @@ def test_trained_used_and_trained_on(
 
 
 def test_what_is_refused(runs: Runs, place: Path, base: Path, data: Path) -> None:
-    def refusal(line: list[str]) -> str:
-        job = runs.start(line)
-        assert job.wait() == [2]
-        assert "Traceback" not in job.stderr()
-        return job.stderr()
-
     alone = real.arguments(place / "alone", data, lora_rank=4, max_steps=1)
-    assert "trains adapters over the weights of another run, and none is given" in refusal(alone)
+    assert "trains adapters over the weights of another run, and none is given" in runs.refusal(alone)
     wrong = argv(place / "wrong", data, base, max_steps=1, lora_targets="[q_prog]")
-    assert "lora_targets" in refusal(wrong)
+    assert "lora_targets" in runs.refusal(wrong)
 
     lent = shutil.copytree(base, place / "lent")
     run = place / "run"
@@ -186,11 +180,11 @@ def test_what_is_refused(runs: Runs, place: Path, base: Path, data: Path) -> Non
     for changes in ({"lora_rank": 2}, {"lora_rank": 0}, {"lora_targets": ["q_proj"]}):
         (place / "other.yaml").write_text(yaml.safe_dump(settings | changes | {"max_steps": 4}))
         line = ["--config", str(place / "other.yaml"), "--resume", "auto", "--set", f"tokenizer={run / 'tokenizer'}"]
-        assert "has other adapters" in refusal(line)
+        assert "has other adapters" in runs.refusal(line)
     (run / "config.yaml").write_text(yaml.safe_dump(settings | {"max_steps": 4}))
     lent.rename(place / "away")
     again = ["--resume", str(run), "--experiment-name", "run", "--output-dir", str(place)]
-    assert "lent/checkpoints/step-00000000, which is not there" in refusal(again)
+    assert "lent/checkpoints/step-00000000, which is not there" in runs.refusal(again)
     (place / "away").rename(lent)
     runs.train(again)
     assert len(losses(run)) == 4

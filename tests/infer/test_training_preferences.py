@@ -119,13 +119,7 @@ def test_what_is_preferred_is_learned(runs: Runs, place: Path, base: Path, data:
 
 
 def test_what_is_refused(runs: Runs, place: Path, base: Path, data: Path) -> None:
-    def refusal(line: list[str]) -> str:
-        job = runs.start(line)
-        assert job.wait() == [2]
-        assert "Traceback" not in job.stderr()
-        return job.stderr()
-
-    assert "Add --init-from RUN" in refusal(argv(place / "a", data, None))
+    assert "Add --init-from RUN" in runs.refusal(argv(place / "a", data, None))
     chats = real.write_conversations(place / "chats.jsonl", 5, seed=1)
-    assert "no preference pair in" in refusal(argv(place / "b", chats, base))
-    assert "eval_fraction is not for preference pairs" in refusal(argv(place / "c", data, base, eval_fraction=0.2))
+    assert "no preference pair in" in runs.refusal(argv(place / "b", chats, base))
+    assert "eval_fraction is not for preference pairs" in runs.refusal(argv(place / "c", data, base, eval_fraction=0.2))

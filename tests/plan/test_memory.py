@@ -1,10 +1,15 @@
 """The memory model against what DeepSpeed really allocates, and activations against what autograd really keeps."""
 
+from __future__ import annotations
+
+import importlib
 import json
-import subprocess
-import sys
+import os
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,35 +17,38 @@ from lumina.config import load
 from lumina.plan.memory import Buffers, parameter_groups, peak_memory, states
 from lumina.plan.workload import Shape
 
+if TYPE_CHECKING:
+    from runs import Runs
+
 # Odd sizes, so that padding shows. persistence 100 keeps the norms whole under ZeRO 3.
 SETS = ["hidden_size=72", "num_layers=3", "num_heads=6", "num_kv_heads=3", "intermediate_size=101", "vocab_size=257"]
 PERSISTENCE = 100
 
 CASES = [(stage, precision, tied) for stage in range(4) for precision, tied in (("bf16", True), ("fp32", False))]
 
-# One process group per world size goes through all cases: starting DeepSpeed takes longer than the cases do.
-# With a third argument the process is the first rank of that many, whose collectives do nothing.
-PROBE = """
-import importlib, json, os, sys
-import deepspeed, torch
-from lumina.config import ModelConfig
-from lumina.model import Transformer
-from lumina.train import engine
-from lumina.train.optimizer import parameter_groups
 
-def held(tensors):
+def held(tensors: Iterable[Any]) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
 
-def measure(stage, precision, tied):
-    model = Transformer(ModelConfig(hidden_size=72, num_layers=3, num_heads=6, num_kv_heads=3, seq_length=16,
-                                    intermediate_size=101, vocab_size=257, tie_word_embeddings=tied))
+
+def allocated(stage: int, precision: str, tied: bool) -> dict[str, int]:
+    """What DeepSpeed holds after two steps, in bytes, by kind."""
+    import deepspeed
+    import torch
+
+    from lumina.config import ModelConfig
+    from lumina.model import Transformer
+    from lumina.train.optimizer import parameter_groups
+
+    shape = {"hidden_size": 72, "num_layers": 3, "num_heads": 6, "num_kv_heads": 3, "intermediate_size": 101}
+    model = Transformer(ModelConfig(**shape, seq_length=16, vocab_size=257, tie_word_embeddings=tied))
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3)
-    zero = {"stage": stage, "reduce_bucket_size": 20000}
+    zero: dict[str, int] = {"stage": stage, "reduce_bucket_size": 20000}
     if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 1000}
-    config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": precision == "bf16"}, "zero_optimization": zero,
-              "zero_allow_untested_optimizer": True}
+        zero |= {"stage3_param_persistence_threshold": PERSISTENCE, "stage3_prefetch_bucket_size": 1000}
+    config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": precision == "bf16"}, "zero_optimization": zero}
+    config |= {"zero_allow_untested_optimizer": True}
     made, wrapper, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for _ in range(2):
         ids = torch.arange(16)[None]
@@ -57,38 +65,39 @@ def measure(stage, precision, tied):
         masters = wrapper.fp32_partitioned_groups_flat
     return {"weights": held(weights), "master": held(masters), "moments": held(moments)}
 
-if len(sys.argv) > 3:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": sys.argv[3]}
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(sys.argv[3]))
-    vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None  # as engine.join has it
-else:
-    engine.join()
-found = [measure(*case) for case in json.loads(sys.argv[1])]
-with open(f"{sys.argv[2]}.{torch.distributed.get_rank()}", "w") as file:
-    json.dump(found, file)
-"""
+
+def _probe(rank: int, *, out: Path, pretended: int = 0) -> None:
+    """A rank's process, which goes through all cases; with `pretended`, it is the first of so many ranks, whose
+    collectives do nothing."""
+    import torch
+
+    from lumina.train import engine
+
+    if pretended:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        os.environ.update(RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE=str(pretended))
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=pretended)
+        backend = importlib.import_module("deepspeed.comm.torch")
+        vars(backend)["build_shm_op"] = lambda: None  # as engine.join has it
+    else:
+        engine.join()
+    found = [allocated(*case) for case in CASES]
+    out.with_suffix(f".{rank}").write_text(json.dumps(found), encoding="utf-8")
+    os._exit(0)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_states_are_deepspeeds_to_the_byte(tmp_path: Path, world: int) -> None:
-    probe, out = tmp_path / "probe.py", tmp_path / "out"
-    probe.write_text(PROBE, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    done = subprocess.run(
-        [*launch, str(probe), json.dumps(CASES), str(out)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_states_are_deepspeeds_to_the_byte(runs: Runs, tmp_path: Path, world: int) -> None:
+    job = runs.start([], world, patch=partial(_probe, out=tmp_path / "out"))
+    assert job.wait() == [0] * world, job.stderr()[-3000:]
     for rank in range(world):
         expect_the_same(tmp_path / f"out.{rank}", world, f"rank {rank} of {world}")
 
 
-def test_states_are_deepspeeds_to_the_byte_at_thousands_of_ranks(tmp_path: Path) -> None:
-    probe = tmp_path / "probe.py"
-    probe.write_text(PROBE, encoding="utf-8")
-    line = [sys.executable, str(probe), json.dumps(CASES), str(tmp_path / "out"), "4096"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_states_are_deepspeeds_to_the_byte_at_thousands_of_ranks(runs: Runs, tmp_path: Path) -> None:
+    job = runs.start([], patch=partial(_probe, out=tmp_path / "out", pretended=4096))
+    assert job.wait() == [0], job.stderr()[-3000:]
     expect_the_same(tmp_path / "out.0", 4096, "the first of 4096")
 
 

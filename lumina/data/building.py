@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lumina.chat.template import AnyTokenizer
 from lumina.config.errors import UserError
+from lumina.data import arrow
 from lumina.data.account import Account
 from lumina.data.files import write_json
 from lumina.data.mixing import LEFT_OUT, repeats, shares
@@ -157,7 +158,7 @@ def merge_accounts(tasks: Sequence[Task], reports: Sequence[dict[str, Any]], ove
 def _column(tasks: Sequence[Task], name: str) -> np.ndarray[Any, Any]:
     """One integer column over all pieces, in order."""
     batches = [batch for task in tasks for batch in open_batches(Path(task.out))]
-    parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
+    parts = [arrow.numpy(batch.column(name)) for batch in batches]
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumina.chat.tokenizer import Tokenizer
+from lumina.data import arrow
 from lumina.data.account import Account
 from lumina.data.cutting import ranges
 from lumina.data.order import PADDING
@@ -118,10 +119,10 @@ class PackedDataset:
         self.window: int = meta["window"]
         self.account: dict[str, Any] = meta["account"]
         (plan,) = open_batches(folder / "plan.arrow")
-        self.tokens_per_sample: NDArray[np.int32] = plan.column("tokens").to_numpy()
-        self.supervised_per_sample: NDArray[np.int32] = plan.column("supervised").to_numpy()
-        self._sample_pieces: NDArray[np.int64] = plan.column("pieces").values.to_numpy()
-        self._sample_offsets: NDArray[np.int64] = plan.column("pieces").offsets.to_numpy()
+        self.tokens_per_sample: NDArray[np.int32] = arrow.numpy(plan.column("tokens"))
+        self.supervised_per_sample: NDArray[np.int32] = arrow.numpy(plan.column("supervised"))
+        self._sample_pieces: NDArray[np.int64] = arrow.numpy(plan.column("pieces").values)
+        self._sample_offsets: NDArray[np.int64] = arrow.numpy(plan.column("pieces").offsets)
         self._pad_id = int(meta.get("pad_id", Tokenizer.load().pad_id))  # caches from before imports were trained
         rows = [
             (shard, batch, count) for shard, s in enumerate(meta["shards"]) for batch, count in enumerate(s["rows"])
@@ -158,11 +159,11 @@ class PackedDataset:
         if shard not in self._shards:
             self._shards[shard] = [
                 _Block(
-                    batch.column("ids").values.to_numpy(),
-                    batch.column("mask").values.to_numpy(),
-                    batch.column("ids").offsets.to_numpy(),
-                    batch.column("context").to_numpy(zero_copy_only=False),
-                    batch.column("line").to_numpy(),
+                    arrow.numpy(batch.column("ids").values),
+                    arrow.numpy(batch.column("mask").values),
+                    arrow.numpy(batch.column("ids").offsets),
+                    arrow.numpy(batch.column("context")),
+                    arrow.numpy(batch.column("line")),
                 )
                 for batch in open_batches(self.folder / self.meta["shards"][shard]["file"])
             ]

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from lumina.data.arrow import booleans, integers
 from lumina.data.cutting import Pieces
 from lumina.data.files import replace_durably
 
@@ -56,17 +57,17 @@ class PieceWriter:
         count = len(pieces.context)
         if not count:
             return
-        offsets = pa.array(pieces.offsets.astype(np.int32))
+        offsets = integers(pa.int32(), pieces.offsets.astype(np.int32))
         learned = np.add.reduceat(pieces.mask, pieces.offsets[:-1], dtype=np.int32)
         columns = [
-            pa.ListArray.from_arrays(offsets, pa.array(pieces.ids)),
-            pa.ListArray.from_arrays(offsets, pa.array(pieces.mask)),
-            pa.array(np.diff(pieces.offsets).astype(np.int32)),
-            pa.array(learned),
-            pa.array(pieces.trained.astype(np.int32)),
-            pa.array(pieces.masked.astype(np.int32)),
-            pa.array(pieces.context),
-            pa.array(lines),
+            pa.ListArray.from_arrays(offsets, integers(pa.int32(), pieces.ids)),
+            pa.ListArray.from_arrays(offsets, integers(pa.uint8(), pieces.mask)),
+            integers(pa.int32(), np.diff(pieces.offsets).astype(np.int32)),
+            integers(pa.int32(), learned),
+            integers(pa.int32(), pieces.trained.astype(np.int32)),
+            integers(pa.int32(), pieces.masked.astype(np.int32)),
+            booleans(pieces.context),
+            integers(pa.int64(), lines),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=PIECES))
         self.rows.append(count)
@@ -93,8 +94,9 @@ def write_plan(
     offsets: NDArray[np.int64],
 ) -> None:
     """Writes the samples: tokens, supervised int32[S]; pieces int64[P] grouped by offsets int64[S+1]."""
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(pieces))
-    batch = pa.record_batch([pa.array(tokens), pa.array(supervised), lists], schema=PLAN)
+    lists = pa.LargeListArray.from_arrays(integers(pa.int64(), offsets), integers(pa.int64(), pieces))
+    counts = [integers(pa.int32(), column) for column in (tokens, supervised)]
+    batch = pa.record_batch([*counts, lists], schema=PLAN)
     partial = path.with_name(path.name + ".tmp")
     with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, PLAN) as writer:
         writer.write_batch(batch)

@@ -14,12 +14,12 @@ from operator import eq
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lumina.chat.template import Conversation, RenderedBlock
 from lumina.chat.tokenizer import CONTROL_TOKENS
+from lumina.data import arrow
 from lumina.data.account import FIRST_LINES, add_counts
 from lumina.data.packing import pack
 
@@ -139,9 +139,8 @@ class Survey:
         """Enters the messages of the block that a pattern matches."""
         texts = [message.content for conversation in conversations for message in conversation.messages]
         line_of = [line for c, line in zip(conversations, lines, strict=True) for _ in c.messages]
-        candidates = np.flatnonzero(
-            pc.match_substring_regex(pa.array(texts), _CANDIDATE).to_numpy(zero_copy_only=False)
-        )
+        found = pc.match_substring_regex(arrow.strings(texts), _CANDIDATE)
+        candidates = np.flatnonzero(arrow.numpy(found))
         for message in candidates.tolist():
             for what, pattern in PATTERNS.items():
                 if pattern.search(texts[message]):

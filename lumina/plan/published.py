@@ -201,6 +201,23 @@ Figures for offload to the host rest on assumptions that no run here has tested.
 
 {published}
 
+## Time measured on the machine at hand
+
+`lumina estimate-time --measure` against 200 steps after it: `python benchmarks/measure.py FILE --seq-length 256`,
+which takes 40 minutes. Two cores of an AMD EPYC without AVX-512, float32, one window a process and step, FILE of
+chitchat-dataset. Copied from its output:
+
+| preset | processes | predicted, 200 steps | taken | error |
+|---|---|---|---|---|
+| nano | 1 | 124 s | 133 s | -7.0% |
+| nano | 2 | 306 s | 327 s | -6.6% |
+| debug | 1 | 309 s | 302 s | +2.3% |
+| debug | 2 | 742 s | 734 s | +1.1% |
+
+The last row's prediction was the plain mean of its first twenty steps (74 s), before the mean was moved to the data's
+share of supervised tokens. The first row twice more: 123 s against 120, 125 against 115. The machine is shared: the
+same 200 steps took from 110 s to 134 s in seven runs, and no prediction from before them can do better than that.
+
 ## The presets
 
 As their settings stand. The README's table is of the fastest settings that fit (`python -m lumina.plan.presets`).

@@ -94,9 +94,8 @@ class Run:
             self._take_micro_batches_of(memory.batch_size)
         ds_config, config = self.ds_config, self.config
         precision = next((n for n in ("bf16", "fp16") if ds_config.get(n, {}).get("enabled")), "fp32")
-        self.global_batch = config.global_batch_size or (
-            config.batch_size * config.gradient_accumulation_steps * ranks.world
-        )
+        assert config.global_batch_size is not None  # filled in by `resolve`
+        self.global_batch = config.global_batch_size
         self.tokenizer = self._open_tokenizer()
         self.train_data, self.eval_data = prepare_data(self.config, self.tokenizer, ranks)
         self.order = GlobalOrder(
@@ -154,14 +153,10 @@ class Run:
 
     def _take_micro_batches_of(self, size: int) -> None:
         """Set another micro-batch; the global batch, which laws 1 and 2 hang on, stays."""
-        world = self.ranks.world
-        wanted = self.config.global_batch_size or (
-            self.config.batch_size * self.config.gradient_accumulation_steps * world
-        )
+        world, wanted = self.ranks.world, self.config.global_batch_size
+        assert wanted is not None
         accumulation = -(-wanted // (size * world))
-        self.config = self.config.replace(
-            batch_size=size, gradient_accumulation_steps=accumulation, global_batch_size=wanted
-        )
+        self.config = self.config.replace(batch_size=size, gradient_accumulation_steps=accumulation)
         self.ds_config = {
             **self.ds_config,
             "train_micro_batch_size_per_gpu": size,

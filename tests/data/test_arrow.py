@@ -57,17 +57,24 @@ def test_every_other_element_is_copied() -> None:
     assert arrow.integers(pa.int64(), np.arange(6)[::2]).to_pylist() == [0, 2, 4]
 
 
+# Asking for pandas ends the process, whether there is one or not.
 SCRIPT = """
-import sys
+import os, sys
 from lumina import cli
+
+class Trap:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pandas":
+            os._exit(9)
+
+sys.meta_path.insert(0, Trap())
 code = cli.main(sys.argv[1:])
 assert "pyarrow" in sys.modules
-raise SystemExit(code or (9 if "pandas" in sys.modules else 0))
+raise SystemExit(code)
 """
 
 
 def test_data_is_prepared_validated_and_opened_without_pandas(tmp_path: Path) -> None:
-    pytest.importorskip("pandas")
     write_jsonl(tmp_path / "in.jsonl", [chat("Is it raining?", f"No, {n} drops.") for n in range(40)])
     prepare = ["prepare", "in.jsonl", "--config", "nano", "--cache-dir", "cache"]
     for line in (prepare, prepare, ["validate-data", "in.jsonl"]):

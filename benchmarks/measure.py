@@ -1,16 +1,19 @@
 """`lumina estimate-time --measure` held to the run that it predicts: training steps, on this machine.
 
-    python benchmarks/measure.py FILE [--presets nano debug] [--processes 1 2] [--steps 200] [--seq-length 128]
+    python benchmarks/measure.py FILE [--presets nano debug] [--processes 1 2] [--steps 200] [--rounds 3]
 
 FILE holds conversations. For each preset and number of processes the prediction is made first, from a few steps; then
 the run is made by the training command itself, in a temporary folder, and timed from its first step's record to its
-last. The last line is the largest error; the bar is 10%.
+last. A shared machine changes its speed between the two, either way, so there are several rounds, each with its own
+prediction; a row's error is the median of its rounds. The last line is the largest of these; the bar is 10%.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,20 +47,30 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["nano", "debug"])
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seq-length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seq-length", type=int, default=256)
     arguments = parser.parse_args()
-    errors = []
-    print(f"| preset | processes | predicted, {arguments.steps} steps | taken | error |\n|---|---|---|---|---|")
-    for preset in arguments.presets:
-        for processes in arguments.processes:
+    steps = arguments.steps
+    cases = list(itertools.product(arguments.presets, arguments.processes))
+    errors: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    print(f"| round | preset | processes | predicted, {steps} steps | taken | error |\n|---|---|---|---|---|---|")
+    for turn in range(1, arguments.rounds + 1):
+        for preset, processes in cases:
             with tempfile.TemporaryDirectory() as folder:
                 words = ["--train-data", arguments.file, "--batch-size", "1", "--grad-accum", "1", "--set"]
                 words += [f"seq_length={arguments.seq_length}", "--set", f"cache_dir={folder}/cache"]
-                expected = predicted(preset, processes, words, arguments.steps)
-                real = taken(preset, processes, words, arguments.steps, Path(folder))
-            errors.append(expected / real - 1)
-            print(f"| {preset} | {processes} | {expected:.0f} s | {real:.0f} s | {errors[-1]:+.1%} |", flush=True)
-    print(f"largest error {max(map(abs, errors)):.1%}")
+                expected = predicted(preset, processes, words, steps)
+                real = taken(preset, processes, words, steps, Path(folder))
+            error = expected / real - 1
+            errors[preset, processes].append(error)
+            print(f"| {turn} | {preset} | {processes} | {expected:.0f} s | {real:.0f} s | {error:+.1%} |", flush=True)
+    medians = {case: statistics.median(found) for case, found in errors.items()}
+    print("\n| preset | processes | median error |\n|---|---|---|")
+    for (preset, processes), error in medians.items():
+        print(f"| {preset} | {processes} | {error:+.1%} |")
+    single = max(abs(error) for found in errors.values() for error in found)
+    print(f"\nlargest error of one prediction {single:.1%}")
+    print(f"largest median error {max(map(abs, medians.values())):.1%}")
 
 
 if __name__ == "__main__":

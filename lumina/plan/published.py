@@ -203,20 +203,29 @@ Figures for offload to the host rest on assumptions that no run here has tested.
 
 ## Time measured on the machine at hand
 
-`lumina estimate-time --measure` against 200 steps after it: `python benchmarks/measure.py FILE --seq-length 256`,
-which takes 40 minutes. Two cores of an AMD EPYC without AVX-512, float32, one window a process and step, FILE of
-chitchat-dataset. Copied from its output:
+`lumina estimate-time --measure` against 200 steps after it: `python benchmarks/measure.py FILE`, three rounds, which
+take an hour and a half. Two cores of an AMD EPYC without AVX-512, float32, one window of 256 tokens a process and step,
+FILE of chitchat-dataset. The aim is 10%:
 
-| preset | processes | predicted, 200 steps | taken | error |
-|---|---|---|---|---|
-| nano | 1 | 124 s | 133 s | -7.0% |
-| nano | 2 | 306 s | 327 s | -6.6% |
-| debug | 1 | 309 s | 302 s | +2.3% |
-| debug | 2 | 681 s | 611 s | +11.6% |
+| round | preset | processes | predicted, 200 steps | taken | error |
+|---|---|---|---|---|---|
+| 1 | nano | 1 | 89 s | 84 s | +7.0% |
+| 1 | nano | 2 | 245 s | 254 s | -3.5% |
+| 1 | debug | 1 | 220 s | 225 s | -2.1% |
+| 1 | debug | 2 | 511 s | 552 s | -7.4% |
+| 2 | nano | 1 | 89 s | 79 s | +12.4% |
+| 2 | nano | 2 | 235 s | 242 s | -2.8% |
+| 2 | debug | 1 | 211 s | 228 s | -7.2% |
+| 2 | debug | 2 | 604 s | 631 s | -4.3% |
+| 3 | nano | 1 | 103 s | 94 s | +9.9% |
+| 3 | nano | 2 | 264 s | 277 s | -4.8% |
+| 3 | debug | 1 | 259 s | 256 s | +1.2% |
+| 3 | debug | 2 | 649 s | 673 s | -3.6% |
 
-The first row twice more: 123 s against 120, 125 against 115. The machine is shared: the same 200 steps of the first row
-took from 110 s to 134 s in seven runs, those of the last row 734 s two hours earlier (742 s predicted). The aim is 10%;
-where the machine itself changes by 20% from one run to the next, a prediction from before it misses that now and then.
+The median of each is within 10% (nano on one process: +9.9%), and eleven of the twelve predictions are. One more of
+that row, by itself, was off by -11.9% (94 s and 107 s). There the machine is the limit: the very same 200 steps took
+from 79 s to 134 s in a day, each run steady in itself, and those of the last row from 552 s to 734 s. A prediction
+knows what the machine did just before the run, not what it will do in it.
 
 ## The presets
 

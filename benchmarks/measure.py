@@ -5,7 +5,7 @@
 FILE holds conversations. For each preset and number of processes the prediction is made first, from a few steps; then
 the run is made by the training command itself, in a temporary folder, and timed from its first step's record to its
 last. A shared machine changes its speed between the two, either way, so there are several rounds, each with its own
-prediction; a row's error is the median of its rounds. The last line is the largest of these; the bar is 10%.
+prediction, and the median of each row is shown. The last line is the largest error of any prediction; the bar is 10%.
 """
 
 from __future__ import annotations
@@ -64,13 +64,10 @@ def main() -> None:
             error = expected / real - 1
             errors[preset, processes].append(error)
             print(f"| {turn} | {preset} | {processes} | {expected:.0f} s | {real:.0f} s | {error:+.1%} |", flush=True)
-    medians = {case: statistics.median(found) for case, found in errors.items()}
     print("\n| preset | processes | median error |\n|---|---|---|")
-    for (preset, processes), error in medians.items():
-        print(f"| {preset} | {processes} | {error:+.1%} |")
-    single = max(abs(error) for found in errors.values() for error in found)
-    print(f"\nlargest error of one prediction {single:.1%}")
-    print(f"largest median error {max(map(abs, medians.values())):.1%}")
+    for (preset, processes), found in errors.items():
+        print(f"| {preset} | {processes} | {statistics.median(found):+.1%} |")
+    print(f"\nlargest error {max(abs(error) for found in errors.values() for error in found):.1%}")
 
 
 if __name__ == "__main__":

@@ -223,9 +223,9 @@ FILE of chitchat-dataset. The aim is 10%:
 | 3 | debug | 2 | 649 s | 673 s | -3.6% |
 
 The aim is missed: eleven of the twelve predictions are within 10%, the largest error is 12.4%, and of three more of
-nano on one process by themselves (-11.9%, +1.7%, +1.3%) one is over as well. Medians: +9.9%, -3.5%, -2.1% and -4.3%. The
+nano on one process by themselves (-11.9%, +1.7%, +1.3%) one is over as well. Medians: +9.9%, -3.5%, -2.1%, -4.3%. The
 machine has its part in it: the very same 200 steps took from 79 s to 134 s in a day (nano, one process), and from 552 s
-to 734 s (debug, two), each run fairly steady in itself. The rounds were three runs of the command, copied here.
+to 734 s (debug, two). The rounds were three runs of the command, copied here.
 
 ## The presets
 

@@ -1,8 +1,8 @@
 """`--measure`: a few real steps of the real training command on this machine, timed, instead of figures of a device.
 
 The run is the configuration as it stands, in a folder that is thrown away. The first steps (compilation of DeepSpeed's
-ops, warm-up of the allocator) are not counted. Where the counted ones are over soon, a second run adds more, to two
-minutes: on two cores of a cloud host the mean of a minute of the same steps moved by 10% up and down in ten minutes.
+ops, warm-up of the allocator) are not counted. Where the counted ones are over soon, a second run adds more, to four
+minutes: the cores of a cloud host change their speed by 10% and more from one minute to the next.
 Steps with few supervised tokens take half as long as others, so the mean is moved to their share in the whole data.
 """
 
@@ -26,7 +26,7 @@ from lumina.monitor import read_metrics
 
 WARM_UP = 5
 COUNTED = 20
-ENOUGH = 120.0  # seconds of counted steps
+ENOUGH = 240.0  # seconds of counted steps
 WORDS = ("the", "a", "we", "they", "you", "cat", "dog", "house", "water", "day", "night", "small", "old", "went", "saw")
 
 

@@ -2,8 +2,8 @@
 
 The run is the configuration as it stands, in a folder that is thrown away. The first steps (compilation of DeepSpeed's
 ops, warm-up of the allocator) are not counted. Where the counted ones are over soon, a second run adds more, to four
-minutes: the cores of a cloud host change their speed by 10% and more from one minute to the next.
-Steps with few supervised tokens take half as long as others, so the mean is moved to their share in the whole data.
+minutes: the cores of a cloud host change their speed by 10% and more from one minute to the next. Steps with few
+supervised tokens take half as long as others, so the mean is moved to their share in the whole data.
 """
 
 from __future__ import annotations

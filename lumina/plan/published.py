@@ -222,11 +222,10 @@ Largest error 6.2%. After it, with `--presets nano`, and largest error 6.3%:
 | 1 | nano | 1 | 279 s | 297 s | -6.3% | -9% to +9% |
 | 1 | nano | 2 | 621 s | 621 s | -0.1% | -10% to +8% |
 
-Shorter runs are predicted less well here. With windows of 256 tokens, one a process and step, and two minutes of
-measuring instead of four, thirteen of fifteen predictions were within 10%; the others, +12.4% and -11.9%, were of nano
-on one process, whose same 200 steps took from 79 s to 134 s in a day. It is the machine that changes its speed: in one
-process of ten minutes, the mean of two minutes moved from 0.66 s to 0.81 s a step, while four processes that took turns
-of twelve seconds came to within 2.3% of their common mean.
+Shorter runs are predicted less well here: with two minutes of measuring and windows of 256 tokens, one a process and
+step (`python benchmarks/measure.py FILE --seq-length 256` at commit f673ccc), thirteen of fifteen predictions were
+within 10%. The other two, +12.4% and -11.9%, were of nano on one process, whose 200 steps then took 79 s to 107 s. As
+the tenths show, the speed moves by as much within a run, and a short one has less time to average that out.
 
 ## The presets
 

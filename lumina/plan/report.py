@@ -56,7 +56,7 @@ def measured_estimate(config: Config, data: Data, arguments: argparse.Namespace)
         f"\nmeasured here: {found.processes} process(es), {found.steps} steps of {found.global_batch} samples\n"
         f"  step      {_time(found.seconds)} (spread {found.spread:.0%}), {found.tokens_per_second:,.0f} tokens/s\n"
         f"  memory    {_size(found.memory)} in the first process\n"
-        f"  run       {steps:,} steps: {_duration(seconds)}, mostly within 10%"
+        f"  run       {steps:,} steps: {_duration(seconds)} (how far off that may be: docs/plan.md)"
     )
     return 0
 

@@ -81,6 +81,11 @@ def test_train_defaults_are_the_seeds(trained: list[Config]) -> None:
     assert config.explicit == {"train_data"}
 
 
+def test_a_preset_may_be_called_one(trained: list[Config]) -> None:
+    assert cli.main(["train", "--preset", "1b", "--train-data", "a"]) == 0
+    assert (trained[0].model_name, trained[0].head_dim) == ("1b", 128)
+
+
 def test_every_train_flag_reaches_its_setting(trained: list[Config]) -> None:
     line = (
         "train --config nano --train-data a b --eval-data c --eval-data d --epochs 3 --lr 2e-4 --lr-scheduler linear "

@@ -53,7 +53,9 @@ def json_option(parser: Parser) -> None:
 
 
 def config_options(parser: Parser) -> None:
-    parser.add_argument("--config", metavar="PRESET|YAML", help="preset's name or a YAML file (medium)")
+    parser.add_argument(
+        "--config", "--preset", dest="config", metavar="PRESET|YAML", help="preset's name or a YAML file (medium)"
+    )
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="any setting")
 
 

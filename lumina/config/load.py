@@ -20,7 +20,7 @@ from lumina.config.errors import UserError, did_you_mean
 from lumina.config.schema import MIN_VOCAB, Config, ModelConfig
 
 DEFAULT_PRESET = "medium"
-PRESETS = ("nano", "debug", "small", "medium", "large")
+PRESETS = ("nano", "debug", "small", "medium", "1b", "large", "3b", "8b")
 
 # Names people type for a key that is called something else: the command line's flags and other trainers' names.
 SYNONYMS = {

@@ -102,6 +102,9 @@ def test_no_warning_when_the_vocabulary_is_large_enough(caplog: pytest.LogCaptur
         ("small", (768, 12, 12, 4, 2048), 2048, 75.5, 152.6),
         ("medium", (1024, 24, 16, 4, 4096), 2752, 265.9, 368.6),
         ("large", (2048, 32, 32, 8, 8192), 5504, 1417.8, 1623.3),
+        ("1b", (2048, 16, 16, 8, 4096), 8192, 1006.7, 1212.2),
+        ("3b", (3072, 28, 24, 8, 8192), 8192, 2818.7, 3127.0),
+        ("8b", (4096, 32, 32, 8, 8192), 14336, 6979.6, 7801.7),
     ],
 )
 def test_preset_shapes_and_sizes(
@@ -114,6 +117,25 @@ def test_preset_shapes_and_sizes(
     assert round(config.num_parameters(with_embeddings=False) / 1e6, 1) == millions_without
     assert round(config.num_parameters(with_embeddings=True) / 1e6, 1) == millions_with
     assert config.explicit == frozenset()
+
+
+@pytest.mark.parametrize(("preset", "count"), [("1b", 1_212_221_440), ("3b", 3_127_028_736), ("8b", 7_801_671_680)])
+def test_presets_with_heads_of_128(preset: str, count: int) -> None:
+    """As many parameters as the real model has, whose heads are of 128."""
+    import torch
+
+    from lumina.model import Transformer
+
+    config = load(preset)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == config.num_parameters() == count
+    assert config.head_dim == 128
+
+
+def test_presets_come_smallest_first() -> None:
+    counts = [load(name).num_parameters() for name in preset_names()]
+    assert counts == sorted(counts)
 
 
 def test_parameter_count_is_that_of_transformers_llama() -> None:

@@ -41,7 +41,7 @@ def gpu_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ops._choice.cache_clear()
 
 
-CASES = [(name, {}) for name in ("nano", "debug", "small", "medium", "large")]
+CASES = [(name, {}) for name in ("nano", "debug", "small", "medium", "large", "1b", "8b")]
 CASES += [("small", {"family": "qwen2"}), ("small", {"family": "qwen3", "head_size": 96})]
 
 

@@ -1,8 +1,9 @@
 """`python -m lumina.kernels.bench`: how fast the kernels are, or, without a GPU, what the compiler says about them.
 
-On a GPU: median times by CUDA events beside torch eager, torch.compile and Liger, as fractions of a copy measured in
-the same run. Without one: the static table (registers, spills, shared memory, occupancy, bytes, and the time that the
-bytes alone take at a card's bandwidth), which says that it is one. `--model PRESET` times a whole training step by
+On a GPU: median device times (graph replay, past the L2) beside torch eager, torch.compile and Liger, as fractions of a
+copy measured in the same run; `--output-layer` does the same for the output layer and its loss. Without one: the static
+table (registers, spills, shared memory, occupancy, bytes, and the time that the bytes alone take at a card's
+bandwidth), which says that it is one. `--model PRESET` times whole training steps through the DeepSpeed engine by
 each path.
 """
 
@@ -34,7 +35,7 @@ STATIC_COLUMNS = (
     "card", "shape", "op", "direction", "kernel", "warps", "registers", "spills", "shared", "wide", "narrow",
     "occupancy", "bytes_per_element", "limit_per_element", "predicted_us",
 )  # fmt: skip
-MEASURED_COLUMNS = ("shape", "op", "direction", "rows", "width", "side", "us", "GB/s", "of_copy")
+MEASURED_COLUMNS = ("shape", "op", "direction", "rows", "width", "side", "us", "spread", "GB/s", "of_copy", "timed")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=50, help="timed steps a median is taken of")
     add("--csv", type=Path, metavar="FILE", help="write the table")
     add("--plot", type=Path, metavar="PNG", help="write a chart: fraction of peak over width, by operator")
+    add("--output-layer", action="store_true", help="time the output layer and its loss beside Liger's instead")
     add("--model", metavar="PRESET", help="time a training step of this preset by each path instead")
     return parse
 
@@ -104,7 +106,7 @@ def write_plot(path: Path, table: Table, *, static: bool) -> None:
 
     lines: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in table:
-        if static and row["bytes_per_element"] is None:
+        if row["bytes_per_element" if static else "of_copy"] is None:
             continue
         label = row["card"] if static else row["side"]
         value = row["limit_per_element"] / row["bytes_per_element"] if static else row["of_copy"]
@@ -136,6 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: no such shape among the {options.shapes}: {', '.join(options.only)}", file=sys.stderr)
         return 2
     todo = cases(shapes, tuple(options.op or OPERATORS), DTYPES[options.dtype])
+    if options.output_layer:
+        from .output_layer import run
+
+        return run(shapes, DTYPES[options.dtype], options.repeats, options.csv)
     static = options.static or not torch.cuda.is_available()
     if static and INTERPRETED:
         print("error: kernels are interpreted here; unset LUMINA_KERNELS and TRITON_INTERPRET", file=sys.stderr)

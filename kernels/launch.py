@@ -13,7 +13,6 @@ import contextlib
 import functools
 import json
 import os
-import statistics
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 import triton
+
+from .timing import milliseconds_of_launch
 
 #: True when kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -155,21 +156,6 @@ def tuning_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lumina" / "kernels.json"
 
 
-def _time_on_gpu(run: Callable[[], None], repeats: int = 20) -> float:
-    """Median milliseconds of `run` by CUDA events."""
-    for _ in range(3):
-        run()
-    times: list[float] = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
-
-
 _tuned: dict[str, Tile] = {}
 
 
@@ -202,7 +188,7 @@ def pick(
         if key in known:
             _tuned[key] = Tile(**known[key])
         else:
-            _tuned[key] = min(tiles, key=lambda tile: (timer or _time_on_gpu)(build(tile)))
+            _tuned[key] = min(tiles, key=lambda tile: (timer or milliseconds_of_launch)(build(tile)))
             known[key] = asdict(_tuned[key])
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = path.with_suffix(f".{os.getpid()}")

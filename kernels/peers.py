@@ -1,8 +1,7 @@
 """The benchmark on a GPU: our kernels beside torch eager, torch.compile and Liger (where installed).
 
-Each side gets the same inputs and is timed by CUDA events. Inputs rotate through copies that together pass the L2 twice
-over, so that no side is served from cache, and the bandwidth is told as a fraction of a plain copy measured the same
-way.
+Each side gets the same inputs and is timed by `timing.py`: the device's time, by graph replay, over sets of inputs that
+together pass the L2 twice over. The bandwidth is told as a fraction of a plain copy measured the same way.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +22,9 @@ from .cross_entropy import cross_entropy_
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope
 from .swiglu import swiglu
+from .timing import Step, Timed, copy_time, device_seconds
 
 Function = Callable[..., Any]
-#: What one side does on one set of inputs: the thing that is timed.
-Step = Callable[[], Any]
 
 OURS: dict[str, Function] = {
     "rms_norm": rms_norm,
@@ -48,16 +44,21 @@ EAGER: dict[str, Function] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One side of one case: median microseconds, GB/s of the bytes our kernels move, and the fraction of a copy's."""
+    """One side of one case: its time, None where it has none and `note` says why; the bytes that our kernels move; and
+    the seconds of a copy of as many."""
 
     case: Case
     side: str
-    microseconds: float
-    gigabytes: float
-    fraction: float
+    timed: Timed | None
+    bytes: int
+    copy: float
+    note: str = ""
 
-    def fields(self) -> dict[str, str | int | float]:
-        """Flat, for CSV and the printed table."""
+    def fields(self) -> dict[str, str | int | float | None]:
+        """Flat, for CSV and the printed table: median microseconds, GB/s of the bytes our kernels move, the fraction of
+        a copy's, and how it was timed."""
+        timed = self.timed
+        notes = [self.note] if timed is None else [timed.how, *([] if timed.past_cache else ["in L2"])]
         return {
             "shape": self.case.shape.name,
             "op": self.case.op,
@@ -66,15 +67,19 @@ class Measured:
             "rows": self.case.rows,
             "width": self.case.width,
             "side": self.side,
-            "us": round(self.microseconds, 2),
-            "GB/s": round(self.gigabytes, 1),
-            "of_copy": round(self.fraction, 3),
+            "us": None if timed is None else round(timed.seconds * 1e6, 2),
+            "spread": None if timed is None else round(timed.spread, 3),
+            "GB/s": None if timed is None else round(self.bytes / timed.seconds / 1e9, 1),
+            "of_copy": None if timed is None else round(self.copy / timed.seconds, 3),
+            "timed": ", ".join(notes),
         }
 
 
 def liger() -> dict[str, Function]:
-    """Liger's functions with our arguments; {} where it is not installed. Its RMSNorm casts as Llama's does."""
+    """Liger's functions with our arguments; {} where it is not installed. Its RMSNorm casts as Llama's does, and its
+    cross entropy writes the gradient into the logits as ours does, but takes no weights."""
     try:
+        losses = importlib.import_module("liger_kernel.ops.cross_entropy")
         norms = importlib.import_module("liger_kernel.ops.rms_norm")
         ropes = importlib.import_module("liger_kernel.ops.rope")
         gates = importlib.import_module("liger_kernel.ops.swiglu")
@@ -89,10 +94,17 @@ def liger() -> dict[str, Function]:
     def gate(gate_up: torch.Tensor) -> Any:
         return gates.LigerSiLUMulFunction.apply(*gate_up.chunk(2, -1))
 
+    def loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> Any:
+        # The gradient is computed, in the forward pass, only for logits that require one.
+        with torch.enable_grad():
+            given = logits.detach().requires_grad_()
+            return losses.LigerCrossEntropyFunction.apply(given, targets, None, -100, 0.0, 0.0, "sum")[0]
+
     return {
         "rms_norm": lambda x, w, eps: norms.LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False),
         "rope": rotate,
         "swiglu": gate,
+        "cross_entropy": loss,
     }
 
 
@@ -135,59 +147,60 @@ def step_of(function: Function, case: Case, device: str) -> Step:
     return lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
 
 
-def cuda_timer(step: Step) -> float:
-    """Seconds of one step by CUDA events."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    step()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) * 1e-3
+def compiled(function: Function, backend: str = "inductor") -> Function:
+    """torch.compile of this function for the one shape that it is given next.
+
+    torch compiles a function for eight shapes and then runs it eagerly without a word: what was compiled before is
+    forgotten here, and `really_compiled` tells afterwards.
+    """
+    import torch._dynamo.utils
+    import torch._functorch.config as functorch
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    functorch.donated_buffer = False  # a backward pass is timed many times over one graph
+    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)  # type: ignore[no-any-return]
 
 
-def wall_timer(step: Step) -> float:
-    """Seconds of one step by the wall clock, for a CPU."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+def really_compiled() -> bool:
+    """Whether the function that `compiled` gave last has run as one graph, without a part left to eager torch."""
+    from torch._dynamo.utils import counters
+
+    return bool(counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"])
 
 
-def median_seconds(make: Callable[[], Step], size: int, device: str, repeats: int) -> float:
-    """Median seconds of `repeats` steps, their inputs rotated through as many sets of `size` bytes as pass the L2."""
-    cuda = device.startswith("cuda")
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0
-    steps = [make() for _ in range(max(2, min(16, 1 + 2 * cache // max(size, 1))))]
-    timer = cuda_timer if cuda else wall_timer
-    for step in steps:
-        step()
-    return statistics.median(timer(steps[i % len(steps)]) for i in range(repeats))
-
-
-def copy_bandwidth(size: int, device: str, repeats: int) -> float:
-    """GB/s of copying `size` bytes in all (half read, half written), measured as the kernels are."""
-
-    def make() -> Step:
-        source = torch.empty(max(size // 2, 1), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-
-    return size / median_seconds(make, size, device, repeats) / 1e9
+def sides_of(case: Case, device: str) -> dict[str, Callable[[], Function]]:
+    """How to get each side's function, ours first. Made only when its turn comes: compiling forgets what was compiled
+    before."""
+    sides: dict[str, Callable[[], Function]] = {"lumina": lambda: OURS[case.op], "eager": lambda: EAGER[case.op]}
+    if device.startswith("cuda"):
+        sides["compile"] = lambda: compiled(EAGER[case.op])
+        peer = liger().get(case.op)
+        if peer is not None:
+            sides["liger"] = lambda: peer
+    return sides
 
 
 def measure(case: Case, device: str, repeats: int = 50) -> list[Measured]:
-    """Time every side of a case; ours first. The copy moves as many bytes as our kernels, in the same run."""
+    """Time every side of a case; ours first, a copy of as many bytes as our kernels move last, in the same run. A side
+    that fails has no figures and says why."""
     moved = case.bytes(case.launches(device))
-    copy = copy_bandwidth(moved, device, repeats)
-    sides: dict[str, Function] = {"lumina": OURS[case.op], "eager": EAGER[case.op]}
-    if device.startswith("cuda"):
-        sides["compile"] = torch.compile(EAGER[case.op], dynamic=False)
-        peer = liger().get(case.op)
-        sides |= {"liger": peer} if peer else {}
+    copy = copy_time(moved, device, repeats)
     found = []
-    for side, function in sides.items():
-        seconds = median_seconds(functools.partial(step_of, function, case, device), moved, device, repeats)
-        found.append(Measured(case, side, seconds * 1e6, moved / seconds / 1e9, moved / seconds / 1e9 / copy))
-    return found
+    for side, get in sides_of(case, device).items():
+        try:
+            function = get()
+            timed = device_seconds(functools.partial(step_of, function, case, device), moved, device, repeats)
+        except Exception as error:  # another library's: the other sides are still worth measuring
+            if side in ("lumina", "eager"):
+                raise
+            found.append(Measured(case, side, None, moved, copy.seconds, f"failed: {type(error).__name__}"))
+            continue
+        if side == "compile" and not really_compiled():
+            found.append(Measured(case, side, None, moved, copy.seconds, "not compiled"))
+        else:
+            found.append(Measured(case, side, timed, moved, copy.seconds))
+    return [*found, Measured(case, "copy", copy, moved, copy.seconds)]
 
 
 def environment() -> dict[str, str]:

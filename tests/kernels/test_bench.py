@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lumina.kernels import bench, cases, peers
+from lumina.kernels import bench, cases, output_layer, peers, reference
 
 SMALL = cases.Shape("tiny", 64, 96, 4, 2, 16, 200, tokens=20, sequence=10)
 
@@ -49,11 +49,62 @@ def test_interpreted_kernels_cannot_be_compiled(capsys: pytest.CaptureFixture[st
 def test_measuring_runs_every_side(op: str, direction: str) -> None:
     """The GPU's benchmark, on interpreted kernels and the wall clock: what it computes, not how fast."""
     case = cases.Case(op, direction, SMALL, torch.float32)
-    ours, eager = peers.measure(case, "cpu", repeats=1)
-    assert (ours.side, eager.side) == ("lumina", "eager")
-    for found in (ours, eager):
-        assert found.microseconds > 0
-        assert found.gigabytes == pytest.approx(case.bytes(case.launches()) / found.microseconds / 1e3)
+    ours, eager, copy = (found.fields() for found in peers.measure(case, "cpu", repeats=1))
+    assert [row["side"] for row in (ours, eager, copy)] == ["lumina", "eager", "copy"]
+    assert copy["of_copy"] == 1
+    moved = case.bytes(case.launches())
+    for row in (ours, eager, copy):
+        assert row["timed"] == "wall"
+        assert row["GB/s"] == pytest.approx(moved / row["us"] / 1e3, abs=0.06)
+
+
+def test_a_side_that_fails_is_named_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sides(case: cases.Case, device: str) -> dict[str, object]:
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError
+
+        return {"lumina": lambda: peers.OURS[case.op], "liger": lambda: broken}
+
+    monkeypatch.setattr(peers, "sides_of", sides)
+    case = cases.Case("swiglu", "forward", SMALL, torch.float32)
+    ours, liger, _ = (found.fields() for found in peers.measure(case, "cpu", repeats=1))
+    assert ours["us"] > 0
+    assert (liger["us"], liger["of_copy"], liger["timed"]) == (None, None, "failed: ZeroDivisionError")
+
+
+def test_twelve_shapes_are_all_compiled_and_a_fallback_is_seen() -> None:
+    """torch compiles eight shapes of a function and runs the ninth eagerly: each is compiled anew here, and a function
+    that was not compiled, or in parts, is told apart."""
+    for width in range(2, 14):
+        compiled = peers.compiled(reference.swiglu, backend="eager")
+        compiled(torch.randn(3, 2 * width))
+        assert peers.really_compiled(), width
+    once = torch.compile(reference.swiglu, dynamic=False, backend="eager")
+    for width in range(2, 14):
+        peers.torch._dynamo.utils.counters.clear()
+        once(torch.randn(5, 2 * width))
+    assert not peers.really_compiled()  # the thirteenth shape went past the limit
+
+
+def test_a_side_that_was_not_compiled_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "sides_of", lambda case, device: {"compile": lambda: peers.EAGER[case.op]})
+    peers.compiled(reference.swiglu)  # forgets, and is not what runs
+    row = peers.measure(cases.Case("swiglu", "forward", SMALL, torch.float32), "cpu", repeats=1)[0].fields()
+    assert (row["us"], row["timed"]) == (None, "not compiled")
+
+
+def test_the_output_layer_is_measured_and_right(tmp_path: Path) -> None:
+    wanted = ("lumina", "eager")
+    assert output_layer.run([SMALL], torch.float32, 1, tmp_path / "out.csv", rows=16) == 0
+    header, *rows = [line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines() if line[0] != "#"]
+    table = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [row["side"] for row in table] == list(wanted)
+    assert all(float(row["ms"]) > 0 and row["timed"] == "wall" for row in table)
+    found = []
+    for side in wanted:
+        torch.manual_seed(0)
+        found.append(output_layer.step_of(output_layer.sides()[side], SMALL, 16, torch.float32, "cpu")())
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)

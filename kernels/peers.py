@@ -159,7 +159,7 @@ def compiled(function: Function, backend: str = "inductor") -> Function:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     functorch.donated_buffer = False  # a backward pass is timed many times over one graph
-    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)  # type: ignore[no-any-return]
+    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
 
 def really_compiled() -> bool:

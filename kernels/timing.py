@@ -69,7 +69,7 @@ def device_seconds(make: Callable[[], Step], size: int, device: str, repeats: in
     sets = sets_for(size, cache)
     if not device.startswith("cuda"):
         return _wall([make() for _ in range(sets)], repeats, size)
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     # Made on the stream that captures: autograd runs a backward pass on the stream of its forward.
     with torch.cuda.stream(stream):
@@ -119,7 +119,7 @@ def _queued(steps: Sequence[Step], stream: Any, repeats: int) -> list[float]:
             step()
         while len(times) < repeats:
             start, stop = _event(), _event()
-            torch.cuda._sleep(cycles)
+            torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
             start.record()
             results = [step() for step in steps]
             stop.record()
@@ -169,7 +169,7 @@ def copy_time(size: int, device: str, repeats: int) -> Timed:
 def milliseconds_of_launch(run: Step, repeats: int = 20) -> float:
     """Median device milliseconds of one launch on its own arguments, for comparing tiles: replayed, so that launch cost
     is out of it. What the arguments leave in the L2 is the same for every tile."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()

@@ -63,6 +63,9 @@ def train_options(parser: Parser) -> None:
     optim.add_argument("--precision", metavar="auto|fp32|bf16|fp16", help="(auto)")
     optim.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (off)")
     optim.add_argument(
+        "--float8", choices=["tensorwise", "rowwise"], help="multiply the blocks' matrices in 8 bits, scaled so (off)"
+    )
+    optim.add_argument(
         "--gradient-checkpointing",
         nargs="?",
         const=True,

@@ -18,7 +18,7 @@ from lumina.cluster.signals import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
 from lumina.data import GlobalOrder, Loader, PairDataset, StepData
-from lumina.model import Transformer, keep_heap, lora
+from lumina.model import Transformer, float8, keep_heap, lora
 from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.train import checkpoint, engine, lease
@@ -136,6 +136,9 @@ class Run:
         if self.base is not None:  # before DeepSpeed divides the weights: what is frozen has no place in its optimizer
             lora.attach(model, self.config)
             fill(model, self.base)
+        if self.config.float8 is not None:
+            float8.check(self.config)
+            float8.convert(model, self.config.float8)
         model.checkpoint_every = self.config.checkpoint_every
         if self.config.compile:
             model.compile(dynamic=True)

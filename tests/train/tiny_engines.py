@@ -13,7 +13,7 @@ from torch import Tensor
 from lumina.config import Config
 from lumina.config import deepspeed as ds_json
 from lumina.data.dataset import Batch, TorchBatch
-from lumina.model import Transformer, lora
+from lumina.model import Transformer, float8, lora
 from lumina.train import engine
 from lumina.train.checkpoint import Progress, take
 from lumina.train.engine import Engine
@@ -51,6 +51,8 @@ def make_engine(stage: int, precision: str = "fp32", seed: int = 0, **changes: A
     model = Transformer(config)
     if config.lora_rank:
         lora.attach(model, config)
+    if config.float8 is not None:
+        float8.convert(model, config.float8)
     made = Engine(model, resolved.config, resolved.json)
     made.set_lr(1e-2)
     return made

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from lumina.config import UserError
+from lumina.config.visible import VISIBLE, visible_names
 
 FAMILIES = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "DEEPSPEED_", "DS_", "LUMINA_", "WANDB_", "MLFLOW_", "HF_")
 NAMES = (
@@ -23,10 +24,19 @@ NAMES = (
 )
 
 
+def _of_this_machine(environment: Mapping[str, str]) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES means nothing elsewhere: UUIDs, or what Slurm gave to this node of an allocation."""
+    by_slurm = "SLURM_JOB_ID" in environment
+    return by_slurm or any(not name.isdecimal() for name in visible_names(environment) or ())
+
+
 def forwarded(exports: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that reach every rank: those of NAMES and FAMILIES that are set, and `exports`, each NAME or
-    NAME=VALUE. Raises UserError for an export that is not set here."""
+    NAME=VALUE. CUDA_VISIBLE_DEVICES stays here where it names this machine's own GPUs. Raises UserError for an export
+    that is not set here."""
     chosen = {n: v for n, v in environment.items() if n in NAMES or n.startswith(FAMILIES)}
+    if _of_this_machine(environment):
+        chosen.pop(VISIBLE, None)
     for export in exports:
         name, given, value = export.partition("=")
         if not given and name not in environment:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from lumina.config import UserError
+from lumina.config.visible import VisibleGpu, visible_gpus
 
 _ETHERNET, _LOOPBACK, _INFINIBAND = 1, 772, 32  # /sys/class/net/*/type (linux/if_arp.h)
 _KINDS = {_ETHERNET: "ethernet", _LOOPBACK: "loopback", _INFINIBAND: "infiniband"}
@@ -42,7 +43,8 @@ class Interface:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; numa is -1 where unknown; memory in bytes; clock is the highest SM clock in MHz."""
+    """A visible GPU; index is NVML's, as nvidia-smi has it; numa is -1 where unknown; memory in bytes; clock is the
+    highest SM clock in MHz."""
 
     index: int
     name: str
@@ -54,7 +56,8 @@ class Gpu:
 
 @dataclass
 class Node:
-    """A machine. `infiniband` lists its adapters' active ports, like mlx5_0:1 (100 Gb/sec)."""
+    """A machine. `gpus` are those that this process sees, in CUDA's order; `infiniband` lists the adapters' active
+    ports, like mlx5_0:1 (100 Gb/sec)."""
 
     name: str
     cores: list[Core]
@@ -159,13 +162,13 @@ def _gpus() -> list[Gpu]:
     except Exception:  # no package, no driver, or no card
         return []
     try:
-        return [_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [_gpu(pynvml, found) for found in visible_gpus(pynvml)]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _gpu(nvml: Any, index: int) -> Gpu:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+def _gpu(nvml: Any, visible: VisibleGpu) -> Gpu:
+    handle = visible.handle
     name = nvml.nvmlDeviceGetName(handle)
     bus = nvml.nvmlDeviceGetPciInfo(handle).busId
     bus = (bus.decode() if isinstance(bus, bytes) else bus).lower()[-12:]
@@ -176,9 +179,9 @@ def _gpu(nvml: Any, index: int) -> Gpu:
         except nvml.NVMLError:
             break
     return Gpu(
-        index,
+        visible.index,
         name.decode() if isinstance(name, bytes) else name,
-        int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+        int(nvml.nvmlDeviceGetMemoryInfo(visible.share).total),
         int(_text(Path(f"/sys/bus/pci/devices/{bus}/numa_node"), "-1")),
         int(nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
         links,
@@ -228,6 +231,14 @@ def binding(node: Node, local_world: int) -> list[list[int]]:
     return [_share(cores, rank, local_world) for rank in range(local_world)]
 
 
+def _beside(node: Node, local_rank: int, local_world: int) -> list[int]:
+    """The CPUs of a rank that is shown its own GPU alone: a share of the cores of that GPU's NUMA node. Where the other
+    ranks' GPUs are cannot be seen from here; as many as on any NUMA node are taken to be on this one, in order."""
+    home = [core for core in node.cores if core.numa == node.gpus[0].numa] or node.cores
+    parts = -(-local_world * len(home) // len(node.cores))
+    return _share(home, local_rank % parts, parts) or sorted(cpu for core in home for cpu in core.cpus)
+
+
 def _share(cores: list[Core], index: int, parts: int) -> list[int]:
     own = cores[len(cores) * index // parts : len(cores) * (index + 1) // parts]
     return sorted(cpu for core in own for cpu in core.cpus)
@@ -236,7 +247,8 @@ def _share(cores: list[Core], index: int, parts: int) -> list[int]:
 def bind(local_rank: int, local_world: int, node: Node | None = None) -> tuple[list[int], int]:
     """Bind this process to its CPUs. Returns them and the number of physical cores among them: its threads."""
     node = node or read()
-    own = binding(node, local_world)[local_rank]
+    alone = len(node.gpus) == 1 < local_world
+    own = _beside(node, local_rank, local_world) if alone else binding(node, local_world)[local_rank]
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, own)
     return own, max(1, sum(1 for core in node.cores if set(core.cpus) <= set(own)))

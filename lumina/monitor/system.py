@@ -12,11 +12,14 @@ from typing import Any
 
 import psutil
 
+from lumina.config.visible import visible_gpus
+
 
 class System:
     """Measures since the last call. Figures: cpu in percent of all cores, process_cpu in percent of one; bytes of
-    memory and disk; bytes a second of disk_read, disk_write, net_sent and net_received; gpu<i>/ with utilisation in
-    percent, memory in bytes, temperature in degrees Celsius and power in watts, where NVML is there."""
+    memory and disk; bytes a second of disk_read, disk_write, net_sent and net_received; gpu<i>/ (i is nvidia-smi's
+    number of a GPU that is visible to the run) with utilisation in percent, memory in bytes, temperature in degrees
+    Celsius and power in watts, where NVML is there."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -55,32 +58,33 @@ class System:
         for name, count in later.items():
             if name in earlier and now > began:
                 values[name] = round(max(0, count - earlier[name]) / (now - began))
-        for number, gpu in enumerate(self._gpus):
+        for number, gpu in self._gpus.items():
             with suppress(Exception):  # a GPU that fell off the bus must not end the thread
                 values[f"gpu{number}"] = gpu()
         return values
 
 
-def _gpus() -> list[Callable[[], dict[str, float]]]:
+def _gpus() -> dict[int, Callable[[], dict[str, float]]]:
+    """A measurer for each visible GPU, by its number in nvidia-smi."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:  # no library, no driver, no GPU
-        return []
+        return {}
 
-    def measurer(handle: Any) -> Callable[[], dict[str, float]]:
+    def measurer(handle: Any, share: Any) -> Callable[[], dict[str, float]]:
         def measure() -> dict[str, float]:
             return {
                 "utilisation": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-                "memory": int(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+                "memory": int(pynvml.nvmlDeviceGetMemoryInfo(share).used),
                 "temperature": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
                 "power": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
             }
 
         return measure
 
-    return [measurer(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+    return {gpu.index: measurer(gpu.handle, gpu.share) for gpu in visible_gpus(pynvml)}
 
 
 class Sampler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from lumina.config import UserError, did_you_mean
+from lumina.config.visible import VISIBLE, visible_names
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,19 @@ def find_device(name: str) -> Device:
 
 
 def local_device() -> Device | None:
-    """The GPU of this machine as nvidia-smi names it, without torch; None when there is none or it is not known."""
+    """The first visible GPU of this machine as nvidia-smi names it, without torch; None when there is none or it is not
+    known (an instance of a divided GPU is not: the table has whole ones)."""
     if shutil.which("nvidia-smi") is None:
         return None
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    asked = ["nvidia-smi", "--query-gpu=uuid,name", "--format=csv,noheader"]
     try:
         answer = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
-        return find_device(answer.stdout.splitlines()[0])
-    except (subprocess.SubprocessError, UserError, IndexError, OSError):
+        listed = [line.split(", ", 1) for line in answer.stdout.splitlines()]
+        first = (visible_names() or ["none"])[0] if VISIBLE in os.environ else "0"
+        if first.isdecimal():
+            return find_device(listed[int(first)][1])
+        return find_device(next(name for uuid, name in listed if uuid.startswith(first)))
+    except (subprocess.SubprocessError, UserError, IndexError, OSError, StopIteration, ValueError):
         return None
 
 

@@ -21,6 +21,7 @@ from lumina.cluster import topology
 from lumina.cluster.identity import identify, parent_signal
 from lumina.cluster.signals import end_with_parent
 from lumina.config import Config
+from lumina.config.visible import explain_duplicate, take_device
 from lumina.model import Transformer
 from lumina.model.loss import round_up
 from lumina.train.optimizer import AdamW, build_optimizer
@@ -63,6 +64,9 @@ def join() -> Ranks:
         torch.set_num_threads(threads)
     if cpus:
         log.info("rank %d on %s: CPUs %s, %d thread(s)", rank, socket.gethostname(), cpus, torch.get_num_threads())
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if devices:
+        torch.cuda.set_device(take_device(local, local_world, devices))
     _hush()
     deepspeed = import_deepspeed()
 
@@ -72,9 +76,10 @@ def join() -> Ranks:
         # cost a compilation on a new machine and 66 MB a rank, in a segment that a killed rank leaves to the next run
         # on the same port.
         vars(backend)["build_shm_op"] = lambda: None
-        deepspeed.init_distributed(verbose=False)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local)
+        try:
+            deepspeed.init_distributed(verbose=False)
+        except RuntimeError as error:
+            raise explain_duplicate(error, devices, local_world) or error from None
     return Ranks(rank, world, local, local_world)
 
 

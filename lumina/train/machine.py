@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lumina.config.visible import VisibleGpu, visible_gpus
 from lumina.train.health_rules import GpuFigures, MachineSeen
 
 _SECONDS = 20.0
@@ -37,9 +38,9 @@ class MachineWatch:
                 with suppress(OSError):
                     free[str(folder)] = shutil.disk_usage(folder).free
             gpus = []
-            for index, handle in enumerate(self._gpus):
+            for gpu in self._gpus:
                 with suppress(Exception):  # a GPU that fell off the bus must not end the thread
-                    gpus.append(_gpu(index, handle))
+                    gpus.append(_gpu(gpu.index, gpu.handle))
             self._found = free, tuple(gpus)
             if self._closed.wait(self._seconds):
                 return
@@ -53,12 +54,12 @@ class MachineWatch:
         self._closed.set()
 
 
-def _handles() -> list[Any]:
+def _handles() -> list[VisibleGpu]:
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return visible_gpus(pynvml)
     except Exception:  # no library, no driver, no GPU
         return []
 

@@ -61,6 +61,17 @@ def test_what_travels() -> None:
     assert sent["EMPTY"] == ""
 
 
+def test_what_names_this_machines_gpus_stays_here() -> None:
+    for here, travels in (
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, True),
+        ({"CUDA_VISIBLE_DEVICES": ""}, True),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-12,GPU-34"}, False),
+        ({"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_JOB_ID": "7"}, False),
+    ):
+        assert ("CUDA_VISIBLE_DEVICES" in forwarded([], here)) == travels
+        assert forwarded(["CUDA_VISIBLE_DEVICES"], here)["CUDA_VISIBLE_DEVICES"] == here["CUDA_VISIBLE_DEVICES"]
+
+
 def test_an_export_that_is_not_set_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match="MISSING: there is no such variable"):
         forwarded(["MISSING"], {})

@@ -191,3 +191,17 @@ def test_cpu_lists(cpus: set[int]) -> None:
             last = ordered.pop(0)
         parts.append(str(first) if first == last else f"{first}-{last}")
     assert parse_cpulist(",".join(parts) + "\n") == sorted(cpus)
+
+
+def test_a_rank_that_is_shown_its_own_gpu_alone_is_bound_beside_it(node: Node) -> None:
+    """Every rank sees one GPU, its own; together they are where they would be if each saw all."""
+    homes = sorted({core.numa for core in node.cores})
+    count = 2 * len(homes)
+    together = Node("n", node.cores, [], [Gpu(rank, "G", 1, homes[rank // 2]) for rank in range(count)])
+    wanted = binding(together, count)
+    for rank in range(count):
+        alone = Node("n", node.cores, [], [Gpu(rank, "G", 1, homes[rank // 2])])
+        assert topology._beside(alone, rank, count) == wanted[rank]
+    unknown = Node("n", node.cores, [], [Gpu(0, "G", 1)])
+    shares = [topology._beside(unknown, rank, 2) for rank in range(2)]
+    assert not set(shares[0]) & set(shares[1])

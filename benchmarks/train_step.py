@@ -1,13 +1,15 @@
-"""A training step of the debug shape on a CPU, beside transformers' Trainer.
+"""Training steps through Lumina's engine on this machine's GPU or CPU, beside transformers' Trainer.
 
-    python benchmarks/train_step.py --peer hf_trainer_cpu.py                  one process, every token supervised
-    python benchmarks/train_step.py --peer hf_trainer_cpu.py --supervised 0.5 half of the tokens supervised, as in chats
-    python benchmarks/train_step.py --peer hf_trainer_cpu.py --processes 2    two processes, ZeRO-2
-    python benchmarks/train_step.py --peer hf_trainer_cpu.py --batch 4 --seq 1024 --memory   peak memory, not speed
+    python benchmarks/train_step.py                     debug, micro-batches of 2 x 512, without a peer
+    python benchmarks/train_step.py --peer PEER         one process, every token supervised
+    python benchmarks/train_step.py --peer PEER --supervised 0.5   half of the tokens supervised, as in chats
+    python benchmarks/train_step.py --peer PEER --processes 2      two processes, ZeRO-2
+    python benchmarks/train_step.py --peer PEER --batch 4 --seq 1024 --memory   peak memory, not speed
+    python benchmarks/train_step.py --preset 1b --seq 4096 --batch 4 --compile --peer PEER     on a GPU
 
-The peer is a script that trains LlamaForCausalLM of the same shape with Trainer in bf16, reads SEQ, BS and DS from the
-environment and ends with a line holding `tokens_per_s=`. Both run in turn, `--rounds` times each, on the same cores;
-the last line is the ratio of the medians. Without --peer only Lumina is measured.
+PEER is benchmarks/hf_trainer.py, or any script that trains the same shape, reads PRESET, SEQ, BS, STEPS and DS from the
+environment and ends with a line holding `tokens_per_s=` (and `peak_gib=`, else the largest process's memory is taken).
+Both run in turn, `--rounds` times each, on the same device; the last line is the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -15,50 +17,25 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """Train for a few steps on random tokens through Lumina's own engine and print the median's tokens/s."""
-    from lumina.model import Transformer, keep_heap
+    """Train for a few steps on random tokens through Lumina's own engine and print tokens/s."""
+    from lumina.kernels import model_step
 
-    keep_heap()
-    import torch
-
-    from lumina.config import deepspeed as ds_json
-    from lumina.config import load
-    from lumina.data.dataset import TorchBatch
     from lumina.train import engine
 
-    ranks = engine.join()
-    flags = {"precision": "bf16", "batch_size": arguments.batch, "gradient_accumulation_steps": 1}
-    config = load("debug", flags, [f"seq_length={arguments.seq}"])
-    settings, _, config = ds_json.resolve(config, ranks.world, "cpu")
-    torch.manual_seed(0)
-    trainer = engine.Engine(Transformer(config), config, settings)
-    tokens = arguments.batch * arguments.seq
-    bounds = torch.arange(0, tokens + 1, arguments.seq, dtype=torch.int32)
-    positions = torch.arange(arguments.seq).repeat(arguments.batch)
-    seconds = []
-    for step in range(arguments.steps):
-        ids = torch.randint(0, config.vocab_size, (tokens,))
-        weights = (torch.rand(tokens) < arguments.supervised).float()
-        batch = TorchBatch(ids, ids.roll(-1), weights, positions, bounds, arguments.seq)
-        trainer.set_lr(1e-4)
-        began = time.perf_counter()
-        trainer.accumulate(batch, ranks.world / float(weights.sum() * ranks.world), last=True)
-        trainer.step()
-        if step >= 3:
-            seconds.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if ranks.main:
-        median = statistics.median(seconds)
-        print(f"lumina step_median_s={median:.3f} peak_gib={peak:.2f} tokens_per_s={tokens * ranks.world / median:.0f}")
+    arguments.sets.append(f"seq_length={arguments.seq}")
+    trainer = model_step.Trainer(model_step.options_of(arguments))
+    found = model_step.time_step(trainer.options, trainer)
+    if trainer.ranks.main:
+        print(model_step.line(asdict(found)))
+        print(f"peak_gib={found.peak / 2**30:.2f} tokens_per_s={found.tokens_per_second:.0f}")
     engine.leave()
     engine.end_process(0)
 
@@ -76,6 +53,9 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, flo
     found = re.findall(r"tokens_per_s=(\d+)", done.stdout)
     if done.returncode or not found:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+    peaks = re.findall(r"peak_gib=([\d.]+)", done.stdout)
+    if peaks:
+        return float(found[-1]), float(peaks[-1])
     rss = re.findall(r"maxrss_kib=(\d+)", done.stdout)
     return float(found[-1]), float(rss[-1]) / 2**20 if rss else float("nan")
 
@@ -85,13 +65,15 @@ def _has_time() -> bool:
 
 
 def main() -> None:
+    from lumina.kernels import model_step
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="path of the peer's script")
-    parser.add_argument("--supervised", type=float, default=1.0, help="share of tokens with a loss (default 1)")
+    parser.add_argument("--preset", default="debug")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=12)
+    model_step.add_options(parser)
+    parser.set_defaults(batch=2, steps=12, precision="bf16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="compare peak memory instead of speed")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -102,9 +84,9 @@ def main() -> None:
         return
     several = arguments.processes > 1
     start = ["deepspeed", "--num_gpus", str(arguments.processes)] if several else [sys.executable]
-    shape = [f"--{name}={getattr(arguments, name)}" for name in ("supervised", "batch", "seq", "steps")]
-    own = [*start, str(Path(__file__).resolve()), "--worker", *shape]
+    own = [*start, str(Path(__file__).resolve()), "--worker", *sys.argv[1:]]
     environment = {"SEQ": str(arguments.seq), "BS": str(arguments.batch), "STEPS": str(arguments.steps)}
+    environment["PRESET"] = arguments.preset
     if several:
         environment |= {"DS": "1", "OMP_NUM_THREADS": "1"}
     results: dict[str, list[tuple[float, float]]] = {"lumina": [], "peer": []}

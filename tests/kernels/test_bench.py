@@ -1,12 +1,14 @@
-import importlib
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lumina.kernels import bench, cases, output_layer, peers, reference
+from lumina.kernels import bench, cases, model_step, output_layer, peers, reference
 
 SMALL = cases.Shape("tiny", 64, 96, 4, 2, 16, 200, tokens=20, sequence=10)
 
@@ -139,10 +141,46 @@ def test_environment_is_recorded() -> None:
     assert {"python", "torch", "triton", "machine"} <= set(peers.environment())
 
 
-def test_a_training_step_by_one_path() -> None:
-    pytest.importorskip("lumina.model")
-    step = importlib.import_module("lumina.kernels.model_step")
-    found = step.time_step("nano", repeats=1, tokens=16, vocabulary=128)
-    assert found["tokens"] == 16
-    # Two warm-up steps and one timed, on the same tokens: below log(128) = 4.85 and falling.
-    assert 2.0 < found["loss"] < 4.85
+TINY = ("hidden_size=64", "num_layers=1", "num_heads=2", "num_kv_heads=1", "seq_length=16")
+
+
+def test_training_steps_through_the_engine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = model_step.Options("nano", TINY, batch=2, accumulation=2, stage=2, steps=2, vocabulary=128)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # DeepSpeed's buffers
+    trainer = model_step.Trainer(options)
+    found = model_step.time_step(options, trainer)
+    assert (found.tokens, found.stage, found.world) == (2 * 2 * 16, 2, 1)
+    assert found.tokens_per_second == pytest.approx(found.tokens / found.seconds)
+    assert found.card.startswith("CPU")
+    assert found.mfu is None  # a CPU's peak is not known (law 8)
+    # Five steps on random tokens: near log(128) = 4.85.
+    assert 4.0 < found.loss < 6.0
+    assert "tokens/s" in model_step.line(asdict(found))
+
+    # On a card whose peak is known the same counts make its MFU: 3 x forward, over seconds and peak.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("lumina.plan.devices.local_device", lambda: SimpleNamespace(peak={trainer.precision: 1e12}))
+    layer = 64 * 32 * (2 * 2 + 2 * 1) + 3 * 64 * 192
+    forward = 2 * layer + 4 * 2 * 32 * (16 + 1) / 2 + 2 * 64 * 128
+    assert trainer.mfu(1e-3) == pytest.approx(3 * forward * 64 / 1e-3 / 1e12)
+    monkeypatch.undo()
+    trainer.close()
+
+
+def test_every_path_of_a_training_step_is_a_process_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def run(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
+        started.append((command[2:], env["LUMINA_KERNELS"]))
+        figures = model_step.StepTime("nano", "auto", "X", "bf16", 0, False, 1, 1, 8, 0.5, 16.0, 0.25, 2**30, 1.0)
+        return SimpleNamespace(returncode=len(started) - 1, stdout=json.dumps(asdict(figures)), stderr="broken")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert model_step.compare("nano", 3, ["--stage", "1"]) == 1
+    words = ["lumina.kernels.model_step", "nano", "--steps", "3", "--stage", "1"]
+    assert started == [(words, "auto"), (words, "torch")]
+    printed = capsys.readouterr()
+    assert "25.0%" in printed.out
+    assert "the step by torch failed:\nbroken" in printed.err

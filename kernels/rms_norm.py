@@ -33,6 +33,9 @@ from .launch import Launch, Tile, cdiv, power_of_two
 #: elements.
 FUSED_FORWARD = 65536
 FUSED_BACKWARD = 8192
+#: Widest row, in bytes, that a backward program loads while it works on the one before. Wider ones (float32 past 4,096)
+#: take 1,024 threads, which leaves each 64 registers: with two rows in them the compiler of Triton 3.6 and 3.7 spills.
+PREFETCHED = 16384
 #: Columns per sweep step of the kernels for wider rows.
 SWEEP = 4096
 #: Rows that a backward program must have before another is started: its share of dweight (8 bytes per column, written
@@ -100,7 +103,7 @@ def _forward_wide(
 @triton.jit
 def _backward(
     dy_ptr, x_ptr, weight_ptr, dsum_ptr, dx_ptr, share_ptr, rows, width, dy_stride, x_stride, dsum_stride, dx_stride,
-    eps, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    eps, ADD: tl.constexpr, PREFETCH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     step = tl.num_programs(0).to(tl.int64) * ROWS
@@ -113,11 +116,12 @@ def _backward(
     x_RW = tl.load(x_ptr + row_R[:, None] * x_stride + col_W[None, :], mask=inside_RW, other=0.0)
     dy_RW = tl.load(dy_ptr + row_R[:, None] * dy_stride + col_W[None, :], mask=inside_RW, other=0.0)
     for _ in range(program * ROWS, rows, step):
-        # The next tile is asked for before this one is worked on, packed as it lies in memory: two in flight.
         next_R = row_R + step
         next_RW = (next_R < rows)[:, None] & inside_W[None, :]
-        next_x_RW = tl.load(x_ptr + next_R[:, None] * x_stride + col_W[None, :], mask=next_RW, other=0.0)
-        next_dy_RW = tl.load(dy_ptr + next_R[:, None] * dy_stride + col_W[None, :], mask=next_RW, other=0.0)
+        if PREFETCH:
+            # The next tile is asked for before this one is worked on, packed as it lies in memory: two in flight.
+            next_x_RW = tl.load(x_ptr + next_R[:, None] * x_stride + col_W[None, :], mask=next_RW, other=0.0)
+            next_dy_RW = tl.load(dy_ptr + next_R[:, None] * dy_stride + col_W[None, :], mask=next_RW, other=0.0)
         n_RW = x_RW.to(tl.float32)
         dy32_RW = dy_RW.to(tl.float32)
         rstd_R = tl.rsqrt(tl.sum(n_RW * n_RW, axis=1) / width + eps)
@@ -132,6 +136,9 @@ def _backward(
             )
         dx_RW = dx_RW.to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + row_R[:, None] * dx_stride + col_W[None, :], dx_RW, mask=inside_RW)
+        if not PREFETCH:
+            next_x_RW = tl.load(x_ptr + next_R[:, None] * x_stride + col_W[None, :], mask=next_RW, other=0.0)
+            next_dy_RW = tl.load(dy_ptr + next_R[:, None] * dy_stride + col_W[None, :], mask=next_RW, other=0.0)
         row_R, inside_RW, x_RW, dy_RW = next_R, next_RW, next_x_RW, next_dy_RW
     tl.store(share_ptr + program * width + col_W, tl.sum(share_RW, axis=0), mask=inside_W)
 
@@ -278,7 +285,9 @@ def backward_launches(
         shares = shares_of(rows, tile.rows, units)
         share_PW = torch.empty(shares, width, dtype=torch.float32, device=x_NW.device)
         args = (dy_NW, x_NW, weight_W, dsum, dx_NW, share_PW, rows, width, *strides, eps)
-        main = Launch(_backward, (shares,), args, {**add, "ROWS": tile.rows, "COLS": tile.cols}, tile.warps)
+        prefetch = tile.cols * x_NW.itemsize <= PREFETCHED
+        constants = {**add, "PREFETCH": prefetch, "ROWS": tile.rows, "COLS": tile.cols}
+        main = Launch(_backward, (shares,), args, constants, tile.warps)
         return [main, _shares_launch(share_PW, dweight_W)]
 
     name = f"rms_norm backward add={dsum_NW is not None} {x_NW.dtype} {width}"

@@ -10,8 +10,9 @@ from lumina.kernels import add_rms_norm, reference, rms_norm
 norms = importlib.import_module("lumina.kernels.rms_norm")
 
 EPS = 1e-5
-# Widths that divide nothing, rows that fill no block; 513 x 768 makes many programs, the last one ragged.
-SHAPES = [(1, 1), (7, 3), (1, 123), (7, 768), (513, 768), (513, 1024), (7, 2048), (7, 5504), (1, 8192)]
+# Widths that divide nothing, rows that fill no block; 513 x 768 makes many programs, the last one ragged. 19 x 5504
+# gives programs up to three rows each, which in float32 are loaded one at a time.
+SHAPES = [(1, 1), (7, 3), (1, 123), (7, 768), (513, 768), (513, 1024), (7, 2048), (19, 5504), (1, 8192)]
 # Past the widest row that one program holds: the two-sweep kernels.
 WIDE = [(3, 9001), (2, 33001)]
 

@@ -80,12 +80,17 @@ def test_bytes_are_within_five_percent(table: list[dict[str, str]]) -> None:
 
 
 def test_wide_rows_and_wide_types_do_not_spill(tmp_path: Path) -> None:
-    """fp32 holds half as many columns a program as bf16, and past that rows are swept."""
-    widths = (8192, 32768, 65536)
+    """fp32 holds half as many columns a program as bf16, without prefetching past 4,096, and past that rows are swept.
+
+    5,504 is padded to the tile of 8,192 and has rows whose number is no multiple of 16: other code of the same tile.
+    """
+    widths = (5504, 8192, 32768, 65536)
     only = [word for width in widths for word in ("--only", f"width {width}")]
-    options = ("--card", "H100", "--shapes", "sweep", "--op", "add_rms_norm", "--dtype", "fp32", *only)
+    operators = ("--op", "rms_norm", "--op", "add_rms_norm")
+    options = ("--card", "H100", "--shapes", "sweep", *operators, "--dtype", "fp32", *only)
     rows = compile_table(tmp_path / "table.csv", *options)
     assert {int(row["width"]) for row in rows} == set(widths)
+    assert {row["op"] for row in rows} == {"rms_norm", "add_rms_norm"}
     for row in rows:
         assert row["spills"] == "0", row
         assert int(row["registers"]) <= 128, row

@@ -44,8 +44,20 @@ def install() -> None:
         return original(self, source, target)
 
     builder.cast_impl = cast_impl
+    _index_by_one_element()
     _patch_once_per_launch()
     builder.lumina_rounds = True
+
+
+def _index_by_one_element() -> None:
+    """Scalars are arrays of one element there: Triton 3.6 takes int() of one, which NumPy 2.4 refuses."""
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
 
 
 def _patch_once_per_launch() -> None:

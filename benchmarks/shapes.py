@@ -10,11 +10,12 @@ def debug_trainer(tokens: int, preset: str = "debug") -> tuple[Any, Any]:
     from lumina.model import keep_heap
 
     keep_heap()
+    import numpy as np
     import torch
 
     from lumina.config import deepspeed as ds_json
     from lumina.config import load
-    from lumina.data.dataset import TorchBatch
+    from lumina.data import Batch
     from lumina.model import Transformer
     from lumina.train import engine
 
@@ -23,6 +24,6 @@ def debug_trainer(tokens: int, preset: str = "debug") -> tuple[Any, Any]:
     settings, _, config = ds_json.resolve(config, ranks.world, "cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     trainer = engine.Engine(Transformer(config), config, settings)
-    ids = torch.randint(0, config.vocab_size, (tokens,))
-    bounds = torch.tensor([0, tokens], dtype=torch.int32)
-    return trainer, TorchBatch(ids, ids.roll(-1), torch.ones(tokens), torch.arange(tokens), bounds, tokens)
+    ids = torch.randint(0, config.vocab_size, (tokens,)).numpy()
+    ones, bounds = np.ones(tokens, dtype=np.float32), np.array([0, tokens], dtype=np.int32)
+    return trainer, Batch(ids, np.roll(ids, -1), ones, np.arange(tokens), bounds, tokens).torch()

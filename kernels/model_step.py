@@ -123,7 +123,7 @@ class Trainer:
 
     def step(self, micro_batches: Sequence[Any]) -> torch.Tensor:
         """One optimizer step; returns the loss of a supervised token on the engine's device."""
-        units = sum(float(batch.weights_T.sum()) for batch in micro_batches)
+        units = sum(batch.units for batch in micro_batches)
         loss = torch.zeros((), device=self.engine.device)
         for number, batch in enumerate(micro_batches, 1):
             loss += self.engine.accumulate(batch, 1 / units, last=number == len(micro_batches))

@@ -22,7 +22,7 @@ from lumina.data.order import PADDING
 from lumina.data.shards import open_batches
 
 if TYPE_CHECKING:
-    import torch
+    from lumina.data.tensors import TorchBatch
 
 
 @dataclass
@@ -45,35 +45,10 @@ class Batch:
     pairs_P2: NDArray[np.float32] | None = None
 
     def torch(self) -> TorchBatch:
-        """The same as torch tensors sharing this batch's memory."""
-        import torch
+        """The same as tensors for the model, in whole tiles of rows."""
+        from lumina.data.tensors import tensors
 
-        return TorchBatch(
-            torch.from_numpy(self.ids_T),
-            torch.from_numpy(self.targets_T),
-            torch.from_numpy(self.weights_T),
-            torch.from_numpy(self.positions_T),
-            torch.from_numpy(self.cu_seqlens_D),
-            self.max_seqlen,
-            None if self.pairs_P2 is None else torch.from_numpy(self.pairs_P2),
-        )
-
-
-class TorchBatch(NamedTuple):
-    """`Batch` as tensors: the same names, shapes and dtypes."""
-
-    ids_T: torch.Tensor
-    targets_T: torch.Tensor
-    weights_T: torch.Tensor
-    positions_T: torch.Tensor
-    cu_seqlens_D: torch.Tensor
-    max_seqlen: int
-    pairs_P2: torch.Tensor | None = None
-
-    @property
-    def units(self) -> torch.Tensor:
-        """What its loss is divided by for a mean: supervised tokens, or pairs."""
-        return self.weights_T.sum() if self.pairs_P2 is None else self.pairs_P2[:, 1].sum()
+        return tensors(self)
 
 
 class Samples(Protocol):

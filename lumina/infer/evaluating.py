@@ -143,11 +143,11 @@ def _batches(windows: Sequence[Window], at_once: int) -> Iterator[list[Window]]:
 def _pass(model: Transformer, batch: list[Window]) -> Iterator[Predicted]:
     device = model.embedding.weight.device
     lengths = [len(window.ids) - 1 for window in batch]
-    starts = [0, *accumulate(lengths)]
+    starts = (0, *accumulate(lengths))
     ids_T = torch.tensor([token for window in batch for token in window.ids[:-1]], device=device)
     positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
     bounds = torch.tensor(starts, dtype=torch.int32, device=device)
-    hidden_TD = model.trunk(ids_T[None], positions_T[None], bounds, max(lengths))[0]
+    hidden_TD = model.trunk(ids_T[None], positions_T[None], bounds, max(lengths), bounds=starts)[0]
     targets_N = torch.tensor([token for window in batch for token in window.ids[window.first :]], device=device)
     rows_N = torch.cat(
         [torch.arange(at + w.first - 1, at + len(w.ids) - 1) for w, at in zip(batch, starts[:-1], strict=True)]

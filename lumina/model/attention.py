@@ -25,28 +25,36 @@ from lumina.model import cpu
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents meet. `bounds` are their edges over the S tokens of a single row, on the host; None: each row is
-    one document. `cu_seqlens` is the same on the device, for the variable-length kernels."""
+    """Where documents meet. `cu_seqlens` are their edges over the S tokens of a single row, where the row is, for the
+    variable-length kernels; None: each row is one document. `bounds` is the same on the host, for the other ways: None
+    where nobody said so, since asking the device for it would make the host wait for all that it has to do."""
 
     bounds: tuple[int, ...] | None
     cu_seqlens: Tensor | None
     max_seqlen: int
 
     @classmethod
-    def of(cls, ids_BS: Tensor, cu_seqlens_D: Tensor | None, max_seqlen: int | None) -> Documents:
+    def of(
+        cls,
+        ids_BS: Tensor,
+        cu_seqlens_D: Tensor | None,
+        max_seqlen: int | None,
+        bounds: tuple[int, ...] | None = None,
+    ) -> Documents:
         if cu_seqlens_D is None:
             return cls(None, None, ids_BS.shape[1])
         assert ids_BS.shape[0] == 1, "documents are laid end to end in one row"
-        # On a GPU the edges stay there unless a path without a variable-length kernel asks for them.
-        bounds = tuple(cu_seqlens_D.tolist()) if ids_BS.device.type == "cpu" else None
-        longest = max_seqlen if max_seqlen is not None else int(cu_seqlens_D.diff().max())
-        return cls(bounds, cu_seqlens_D, longest)
+        if cu_seqlens_D.device.type == "cpu" and bounds is None:
+            bounds = tuple(cu_seqlens_D.tolist())
+        if max_seqlen is None:
+            assert bounds is not None, "on a device, the longest document or the bounds are given"
+            max_seqlen = max(end - start for start, end in itertools.pairwise(bounds))
+        return cls(bounds, cu_seqlens_D, max_seqlen)
 
     def edges(self) -> Iterator[tuple[int, int]]:
         """(start, end) of each document of a single row."""
-        assert self.cu_seqlens is not None
-        bounds = self.bounds if self.bounds is not None else tuple(self.cu_seqlens.tolist())
-        return itertools.pairwise(bounds)
+        assert self.bounds is not None, "without a variable-length kernel the host must know the documents' bounds"
+        return itertools.pairwise(self.bounds)
 
 
 def attention(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents | None) -> Tensor:

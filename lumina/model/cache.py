@@ -94,7 +94,7 @@ class KVCache:
         if max(starts) == 0:
             bounds = (0, *accumulate(counts))
             edges = torch.tensor(bounds, dtype=torch.int32, device=device)
-            docs = Documents(bounds if device.type == "cpu" else None, edges, max(counts))
+            docs = Documents(bounds, edges, max(counts))
         self._pass = _Pass(list(rows), starts, ends, False, None, None, None, docs)
         pieces = [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
         return torch.cat(pieces)[None]

@@ -12,19 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumina.config.rows import round_up
 from lumina.model.ops import cross_entropy_
 
 # Bytes of logits alive at once. 256 MiB is 1,337 rows of a 100,352-word vocabulary in bfloat16: enough rows for the
 # matrix products to run at full speed, small beside the optimizer state.
 CHUNK_BYTES = 256 * 2**20
-
-# Row counts are rounded up to this, with rows of weight zero. Matrix libraries prepare code for every shape they meet:
-# oneDNN keeps about 1 MB for each, and a run with new row counts at every step grew by 20 MB a step.
-ROW_TILE = 64
-
-
-def round_up(rows: int) -> int:
-    return -(-rows // ROW_TILE) * ROW_TILE
 
 
 def _chunk_rows(vocabulary: int, element_size: int, rows: int) -> int:

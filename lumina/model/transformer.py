@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lumina.config import ModelConfig
 from lumina.model import ops
 from lumina.model.attention import Documents, attention
-from lumina.model.loss import output_loss, round_up
+from lumina.model.loss import output_loss
 from lumina.model.preference import margins, preference_loss
 
 if TYPE_CHECKING:
@@ -150,27 +150,25 @@ class Output(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        targets_BS: Tensor | None = None,
-        weights_BS: Tensor | None = None,
+        targets_N: Tensor | None = None,
+        weights_N: Tensor | None = None,
+        supervised_N: Tensor | None = None,
+        documents_N: Tensor | None = None,
         pairs_P2: Tensor | None = None,
         beta: float | None = None,
-        cu_seqlens_D: Tensor | None = None,
     ) -> Tensor:
-        if targets_BS is None or weights_BS is None:
+        """Arguments as in Transformer.forward. Nothing here looks for the supervised positions: a search whose result
+        has as many rows as it finds would make the host wait for the device and break a compiled graph."""
+        if targets_N is None or weights_N is None:
             return torch.nn.functional.linear(x_BSD, self.weight)
-        where_N = weights_BS.flatten().nonzero()[:, 0]
-        weights_N = weights_BS.flatten()[where_N]
-        extra = round_up(len(where_N)) - len(where_N)
-        where_N = torch.nn.functional.pad(where_N, (0, extra))  # position 0 again, with weight zero
-        weights_N = torch.nn.functional.pad(weights_N, (0, extra))
-        hidden_ND = x_BSD.flatten(0, 1).index_select(0, where_N)
-        targets_N = targets_BS.flatten()[where_N]
+        hidden_ND = x_BSD.flatten(0, 1)
+        if supervised_N is not None:
+            hidden_ND = hidden_ND.index_select(0, supervised_N)
         if pairs_P2 is None:
-            return output_loss(hidden_ND, self.weight, targets_N, weights_N)
-        assert cu_seqlens_D is not None
-        document_N = torch.searchsorted(cu_seqlens_D, where_N.to(cu_seqlens_D.dtype), right=True) - 1
-        supervised = hidden_ND, self.weight, targets_N, weights_N, document_N
-        return margins(*supervised, len(pairs_P2)) if beta is None else preference_loss(*supervised, pairs_P2, beta)
+            return output_loss(hidden_ND, self.weight, targets_N.flatten(), weights_N.flatten())
+        assert documents_N is not None, "a pair's answers are documents: each supervised token has one"
+        of_pairs = hidden_ND, self.weight, targets_N, weights_N, documents_N
+        return margins(*of_pairs, len(pairs_P2)) if beta is None else preference_loss(*of_pairs, pairs_P2, beta)
 
 
 class Transformer(nn.Module):
@@ -196,22 +194,30 @@ class Transformer(nn.Module):
         positions_BS: Tensor,
         cu_seqlens_D: Tensor | None = None,
         max_seqlen: int | None = None,
-        targets_BS: Tensor | None = None,
-        weights_BS: Tensor | None = None,
+        targets_N: Tensor | None = None,
+        weights_N: Tensor | None = None,
         cache: KVCache | None = None,
+        *,
+        supervised_N: Tensor | None = None,
+        documents_N: Tensor | None = None,
         pairs_P2: Tensor | None = None,
         beta: float | None = None,
+        bounds: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Logits (B, S, V) or, with targets, a float32 scalar: sum over positions of weight * cross-entropy in nats.
         With pairs (lumina.model.preference), whose documents come first, the sum of the pairs' losses at `beta`, or
         without one their margins (P).
 
-        ids, positions, targets: int64 (B, S); weights: float32 (B, S). cu_seqlens: int32, document boundaries over
-        B*S starting at 0, given only with B = 1; without it every row is one causal document. With a cache, ids and
-        positions are those of its announced pass, and the logits are of each row's newest position only: (R, 1, V).
+        ids, positions: int64 (B, S). targets int64 and weights float32 are those of the positions `supervised` (N,
+        int64, counted over B*S), or of every position, (B, S), where that is not given; the output layer is computed
+        there only. With pairs, documents (N, int64) names the document of each. cu_seqlens: int32, document boundaries
+        over B*S starting at 0, given only with B = 1; without it every row is one causal document. bounds: the same
+        numbers on the host, which spares a device the question. With a cache, ids and positions are those of its
+        announced pass, and the logits are of each row's newest position only: (R, 1, V).
         """
-        normed_BSD = self.trunk(ids_BS, positions_BS, cu_seqlens_D, max_seqlen, cache)
-        return self.output(normed_BSD, targets_BS, weights_BS, pairs_P2, beta, cu_seqlens_D)  # type: ignore[no-any-return]
+        normed_BSD = self.trunk(ids_BS, positions_BS, cu_seqlens_D, max_seqlen, cache, bounds)
+        wanted = targets_N, weights_N, supervised_N, documents_N, pairs_P2, beta
+        return self.output(normed_BSD, *wanted)  # type: ignore[no-any-return]
 
     def trunk(
         self,
@@ -220,9 +226,10 @@ class Transformer(nn.Module):
         cu_seqlens_D: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
+        bounds: tuple[int, ...] | None = None,
     ) -> Tensor:
         """What the output layer reads: (B, S, D). Arguments as in `forward`."""
-        docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen) if cache is None else None
+        docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen, bounds) if cache is None else None
         config = self.config
         rotary = ops.Rotary.of(positions_BS, config.head_dim, config.rope_theta, config.rope_scaling)
         delta_BSD = self.embedding(ids_BS)

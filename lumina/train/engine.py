@@ -23,13 +23,12 @@ from lumina.cluster.signals import end_with_parent
 from lumina.config import Config
 from lumina.config.visible import explain_duplicate, take_device
 from lumina.model import Transformer
-from lumina.model.loss import round_up
 from lumina.train.optimizer import AdamW, build_optimizer
 from lumina.train.timing import StepTimer
 from lumina.train.veto import Veto
 
 if TYPE_CHECKING:
-    from lumina.data.dataset import TorchBatch
+    from lumina.data.tensors import TorchBatch
 
 
 log = logging.getLogger("lumina")
@@ -193,26 +192,33 @@ class Engine:
         """scale * sum(weight * token loss) of a micro-batch, in nats; of preference pairs, that of their losses."""
         if batch.pairs_P2 is None:
             return self._forward(batch, scale)
-        pairs_P2 = batch.pairs_P2 * torch.tensor([1.0, scale])
-        return self._forward(batch, 1.0, pairs_P2.to(self.device), self.beta)
+        return self._forward(batch, scale, self.beta)
 
     def margins(self, batch: TorchBatch) -> torch.Tensor:
         """log p(chosen) - log p(rejected) of each preference pair of a micro-batch, in nats (P)."""
         assert batch.pairs_P2 is not None
-        return self._forward(batch, 1.0, batch.pairs_P2.to(self.device), None)
+        return self._forward(batch, 1.0, None)
 
-    def _forward(self, batch: TorchBatch, scale: float, *pairs: Any) -> torch.Tensor:
-        """A batch's tokens are rounded up to whole tiles by one more document of weight zero, since matrix libraries
-        prepare code for every row count they meet."""
-        ids, targets, weights, positions, bounds = (t.to(self.device, non_blocking=True) for t in batch[:5])
-        extra = round_up(len(ids)) - len(ids)
-        if extra:
-            ids, targets, weights = (torch.nn.functional.pad(t, (0, extra)) for t in (ids, targets, weights))
-            positions = torch.cat((positions, torch.arange(extra, device=self.device)))
-            bounds = torch.nn.functional.pad(bounds, (0, 1), value=len(ids))
-        longest = max(batch.max_seqlen, extra)
-        wanted = targets[None], (weights * scale)[None], *((None, *pairs) if pairs else ())
-        out: torch.Tensor = self.ds(ids[None], positions[None], bounds, longest, *wanted)
+    def _forward(self, batch: TorchBatch, scale: float, beta: float | None = None) -> torch.Tensor:
+        batch = batch.to(self.device)
+        weights_N, options = batch.weights_N, {}
+        if batch.pairs_P2 is None:
+            weights_N = weights_N * scale
+        else:
+            reference_P, weight_P = batch.pairs_P2.unbind(1)
+            pairs_P2 = torch.stack((reference_P, weight_P * scale), 1)
+            options = {"documents_N": batch.documents_N, "pairs_P2": pairs_P2, "beta": beta}
+        out: torch.Tensor = self.ds(
+            batch.ids_T[None],
+            batch.positions_T[None],
+            batch.cu_seqlens_D,
+            batch.max_seqlen,
+            batch.targets_N,
+            weights_N,
+            supervised_N=batch.supervised_N,
+            bounds=batch.bounds,
+            **options,
+        )
         return out
 
     def accumulate(self, batch: TorchBatch, scale: float, last: bool) -> torch.Tensor:

@@ -24,13 +24,15 @@ def evaluate(
     forward passes (ZeRO-3 gathers weights in each), padded with samples of weight zero. `beat` is called before each
     pass."""
     engine.ds.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
     indices = torch.arange(dataset.num_samples).numpy()
     for share in deal(indices, ranks.rank, ranks.world, micro_batch_size):
         beat("evaluation")
         batch = dataset.batch(share).torch()
-        totals += torch.tensor([float(engine.loss(batch)), float(batch.units)], dtype=torch.float64)
-    totals = totals.to(engine.device)
+        # Added up where they are: reading each batch's loss would make the host wait for it.
+        totals[0] += engine.loss(batch)
+        totals[1] += batch.units
     dist.all_reduce(totals)
     engine.ds.train()
-    return float(totals[0] / totals[1].clamp(min=1))
+    loss, units = totals.tolist()
+    return float(loss / max(1.0, units))

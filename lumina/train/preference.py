@@ -59,12 +59,15 @@ def compute(
 ) -> NDArray[np.float32]:
     """The margin of every pair under the engine's weights, in nats; collective."""
     engine.ds.eval()
-    found = torch.zeros(dataset.num_samples, dtype=torch.float64, device=engine.device)
+    pairs, margins = [], []
     for share in deal(np.arange(dataset.num_samples), ranks.rank, ranks.world, micro_batch_size):
         beat("reference log-probabilities")
-        margin_P = engine.margins(dataset.batch(share).torch())
-        real = torch.from_numpy(share != PADDING).to(engine.device)
-        found[torch.from_numpy(share).to(engine.device)[real]] = margin_P[real].double()
+        margins.append(engine.margins(dataset.batch(share).torch()))
+        pairs.append(share)
+    share, margin_P = np.concatenate(pairs), torch.cat(margins).double().cpu().numpy()  # the one wait for the device
+    own_P = np.zeros(dataset.num_samples)
+    own_P[share[share != PADDING]] = margin_P[share != PADDING]
+    found = torch.from_numpy(own_P).to(engine.device)
     dist.all_reduce(found)
     engine.ds.train()
     return found.float().cpu().numpy()

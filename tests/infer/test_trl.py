@@ -31,9 +31,9 @@ def answer(
 ) -> torch.Tensor:
     ids, targets, mask, positions, bounds = batch
     longest = int(bounds.diff().max())
-    found: torch.Tensor = model(
-        ids[None], positions[None], bounds, longest, targets[None], mask[None], None, pairs, beta
-    )
+    documents = torch.searchsorted(bounds, torch.arange(len(ids)), right=True) - 1
+    options = {"documents_N": documents, "pairs_P2": pairs, "beta": beta}
+    found: torch.Tensor = model(ids[None], positions[None], bounds, longest, targets, mask, **options)
     return found
 
 

@@ -10,17 +10,15 @@ import pytest
 pytest.importorskip("lumina.model")
 
 #: The whole preset at its own learning rate; few tokens a step, as an interpreter can take, fewer supervised, and
-#: those filled up with rows of weight zero to 4, not to 64.
+#: those filled up with rows of weight zero to 4, not to whole tiles.
 TRAIN = """
 import json, torch
 from lumina.config import load
 from lumina.model import Transformer
 from lumina.kernels import launch
-from lumina.model import loss as output
 
 torch.set_num_threads(1)
 torch.manual_seed(7)
-output.ROW_TILE = 4
 config = load("nano", {}, [])
 model = Transformer(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
@@ -31,8 +29,8 @@ with launch.planned_for(1):
         ids, targets = torch.randint(0, config.vocab_size, (2, 1, length))
         positions = torch.cat((torch.arange(3), torch.arange(length - 3))).view(1, -1)
         boundaries = torch.tensor([0, 3, length], dtype=torch.int32)
-        weights = (torch.arange(length) % 4 == 3).float().view(1, -1)
-        loss = model(ids, positions, boundaries, length, targets, weights / weights.sum())
+        where, weights = torch.tensor([3, 0, 0, 0]), torch.tensor([1.0, 0.0, 0.0, 0.0])
+        loss = model(ids, positions, boundaries, length, targets[0, where], weights, supervised_N=where)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -206,4 +206,15 @@ def test_the_longest_document_is_found() -> None:
     found = Documents.of(batch.ids, batch.cu_seqlens, None)
     assert found.max_seqlen == 9
     assert list(found.edges()) == [(0, 3), (3, 12), (12, 16)]
-    assert list(Documents(None, batch.cu_seqlens, 9).edges()) == [(0, 3), (3, 12), (12, 16)]
+    assert list(Documents.of(batch.ids, batch.cu_seqlens, 9, (0, 3, 12, 16)).edges()) == [(0, 3), (3, 12), (12, 16)]
+
+
+def test_bounds_are_never_asked_of_a_device() -> None:
+    """Reading them there would make the host wait for all that the device has to do, once a layer."""
+    batch = pack([3, 9, 4])
+    ids, edges = batch.ids.to("meta"), batch.cu_seqlens.to("meta")  # a device that can answer nothing
+    assert Documents.of(ids, edges, None, (0, 3, 12, 16)).max_seqlen == 9
+    with pytest.raises(AssertionError, match="the longest document or the bounds"):
+        Documents.of(ids, edges, None)
+    with pytest.raises(AssertionError, match="the host must know"):
+        Documents.of(ids, edges, 9).edges()

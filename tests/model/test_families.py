@@ -106,7 +106,7 @@ def test_gradients_are_transformers_own(family: str) -> None:
                 attention.q_norm.weight.copy_(own.q_norm.weight)
                 attention.k_norm.weight.copy_(own.k_norm.weight)
     ids, targets = torch.randint(0, c.vocab_size, (2, 1, 20))
-    loss = ours(ids, torch.arange(20)[None], targets_BS=targets, weights_BS=torch.ones(1, 20))
+    loss = ours(ids, torch.arange(20)[None], targets_N=targets, weights_N=torch.ones(1, 20))
     expected = torch.nn.functional.cross_entropy(theirs(ids).logits[0], targets[0], reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     loss.backward()

@@ -16,6 +16,7 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lumina.config.rows import ROW_TILE
 from lumina.model import loss as room
 from lumina.model.loss import output_loss
 
@@ -157,6 +158,45 @@ def test_unsupervised_positions_weigh_nothing() -> None:
     assert torch.equal(model(*batch), model(*batch[:4], nonsense, batch.weights))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_given_positions_are_the_only_ones_computed(tied: bool) -> None:
+    """As with a weight of 0 everywhere else: the loss and every gradient, with rows that fill a tile."""
+    batch = pack([9, 20, 4])
+    where = batch.weights.flatten().nonzero()[:, 0]
+    fill = where.new_zeros(3)
+    supervised = torch.cat((where, fill))
+    targets = batch.targets.flatten()[supervised]
+    weights = torch.cat((batch.weights.flatten()[where], torch.zeros(3)))
+    results = []
+    for arguments, options in [
+        (batch, {}),
+        ((*batch[:4], targets, weights), {"supervised_N": supervised}),
+    ]:
+        model = make_model(dtype=torch.float64, tie_word_embeddings=tied)
+        loss = model(*arguments, **options)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.to_dense() for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_host_asks_the_device_for_nothing(pairs: bool) -> None:
+    """The whole pass, forward and backward, on a device that can answer nothing: an operation whose result's shape or
+    value the host must know (nonzero, item, tolist) raises there."""
+    batch, where = pack([9, 20]), torch.arange(8)
+    bounds = tuple(batch.cu_seqlens.tolist())
+    ids, positions, edges, where, targets, weights = (
+        x.to("meta")
+        for x in (batch.ids, batch.positions, batch.cu_seqlens, where, batch.targets[0, :8], batch.weights[0, :8])
+    )
+    options = {"documents_N": where, "pairs_P2": torch.ones(1, 2, device="meta"), "beta": 0.1} if pairs else {}
+    model = make_model().to("meta")
+    loss = model(ids, positions, edges, 20, targets, weights, supervised_N=where, bounds=bounds, **options)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 class LargestRows(TorchDispatchMode):
     """Records the most rows of any tensor created whose last axis is the vocabulary."""
 
@@ -211,5 +251,5 @@ def test_chunks_are_even() -> None:
         chunks = -(-rows // step)
         assert step <= fits
         assert chunks == -(-rows // fits)
-        assert step % room.ROW_TILE == 0 or step == fits
-        assert step - (rows - (chunks - 1) * step) < chunks * room.ROW_TILE
+        assert step % ROW_TILE == 0 or step == fits
+        assert step - (rows - (chunks - 1) * step) < chunks * ROW_TILE

@@ -57,8 +57,11 @@ def make(dtype: torch.dtype = torch.float64, **changes: Any) -> Transformer:
 
 
 def own(model: Transformer, batch: Given, beta: float | None = BETA) -> Tensor:
-    inputs = batch.ids[None], batch.positions[None], batch.bounds, 20, batch.targets[None], batch.mask[None]
-    out: Tensor = model(*inputs, None, batch.pairs, beta)
+    supervised = batch.mask.nonzero()[:, 0]
+    documents = torch.searchsorted(batch.bounds, supervised.int(), right=True) - 1
+    inputs = batch.ids[None], batch.positions[None], batch.bounds, 20, batch.targets[supervised], batch.mask[supervised]
+    options = {"supervised_N": supervised, "documents_N": documents, "pairs_P2": batch.pairs, "beta": beta}
+    out: Tensor = model(*inputs, **options)
     return out
 
 

@@ -52,7 +52,7 @@ def allocated(stage: int, precision: str, tied: bool) -> dict[str, int]:
     made, wrapper, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for _ in range(2):
         ids = torch.arange(16)[None]
-        made.backward(made(ids, ids, targets_BS=ids, weights_BS=torch.ones(1, 16)))
+        made.backward(made(ids, ids, targets_N=ids, weights_N=torch.ones(1, 16)))
         made.step()
     parameters = list(made.module.parameters())
     weights = [p.data for p in parameters] + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]

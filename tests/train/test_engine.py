@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_engines import EVERY, batch, make_config, make_engine, same_state, state_of, train_step
+from tiny_engines import EVERY, arrays, batch, make_config, make_engine, same_state, state_of, train_step, whole
 from torch import Tensor
 
 from lumina.model import Transformer
@@ -105,8 +105,7 @@ def test_a_step_is_plain_adamw(stage: int, clip: float) -> None:
     for seed in range(3):
         loss = torch.zeros(())
         for number in range(2):
-            ids, targets, weights, positions, edges, longest, _pairs = batch(2 * seed + number)
-            part = model(ids[None], positions[None], edges, longest, targets[None], weights[None]) / 40
+            part = model(*whole(arrays(2 * seed + number))) / 40
             part.backward()
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)

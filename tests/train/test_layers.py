@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_engines import EVERY, batch, make_config, make_engine, state_of
+from tiny_engines import EVERY, arrays, batch, make_config, make_engine, state_of, whole
 
 from lumina.model import Transformer
 from lumina.train.layers import LayerStats, layer_of
@@ -27,8 +27,7 @@ def test_norms_are_those_of_gradient_weights_and_update(stage: int, precision: s
         for name, parameter in model.named_parameters():
             parameter.data = before[f"master/{name}"].view(parameter.shape).clone()
             parameter.grad = None
-        ids, targets, weights, positions, edges, longest, _pairs = batch(step)
-        (model(ids[None], positions[None], edges, longest, targets[None], weights[None]) / 20).backward()
+        (model(*whole(arrays(step))) / 20).backward()
         stats = LayerStats(made)
         made.accumulate(batch(step), 1 / 20, last=True)
         stats.before()

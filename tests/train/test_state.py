@@ -95,9 +95,7 @@ def test_loading_at_the_same_stage(stage: int, precision: str, tmp_path: Path) -
     assert same_state(before, state_of(second))
     first.ds.eval(), second.ds.eval()
     with torch.no_grad():
-        ids, targets, weights, positions, edges, longest, _pairs = batch(9)
-        arguments = ids[None], positions[None], edges, longest, targets[None], weights[None]
-        assert torch.equal(first.ds(*arguments), second.ds(*arguments))
+        assert torch.equal(first.loss(batch(9)), second.loss(batch(9)))
     first.ds.train(), second.ds.train()
     for seed in (2, 3):
         assert train_step(first, seed) == train_step(second, seed)

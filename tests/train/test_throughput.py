@@ -26,10 +26,14 @@ def _batch(lengths: list[int], supervised: int) -> Batch:
 def test_step_flops_equal_torchs_count_of_matrix_products() -> None:
     # 64 supervised: a whole tile of rows. Rows that only fill a tile are not the model's work and are not counted.
     batch = _batch([40, 7, 33], supervised=64)
-    ids, targets, weights, positions, bounds, longest, _pairs = batch.torch()
+    given = batch.torch()
+    assert len(given.ids_T) == 128, "rows that fill a tile"
+    edges, row = given.cu_seqlens_D[:-1], slice(80)
     model = Transformer(MODEL)
     with FlopCounterMode(display=False) as counter:
-        loss = model(ids[None], positions[None], bounds, longest, targets[None], weights[None])
+        ids, positions = given.ids_T[None, row], given.positions_T[None, row]
+        supervised = {"supervised_N": given.supervised_N}
+        loss = model(ids, positions, edges, given.max_seqlen, given.targets_N, given.weights_N, **supervised)
         loss.backward()
     products = sum(
         count for op, count in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm")

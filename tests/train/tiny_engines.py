@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lumina.config import Config
 from lumina.config import deepspeed as ds_json
-from lumina.data.dataset import Batch, TorchBatch
+from lumina.data import Batch
+from lumina.data.tensors import TorchBatch
 from lumina.model import Transformer, float8, lora
 from lumina.train import engine
 from lumina.train.checkpoint import Progress, take
@@ -58,7 +59,7 @@ def make_engine(stage: int, precision: str = "fp32", seed: int = 0, **changes: A
     return made
 
 
-def batch(seed: int, length: int = 40, bad: bool = False) -> TorchBatch:
+def arrays(seed: int, length: int = 40, bad: bool = False) -> Batch:
     """Two random documents; `bad`: one weight is NaN, and so every gradient is."""
     draw = np.random.default_rng(seed)
     ids = draw.integers(VOCABULARY, size=length)
@@ -68,7 +69,20 @@ def batch(seed: int, length: int = 40, bad: bool = False) -> TorchBatch:
     weights[0] = np.nan if bad else 1.0
     positions = np.concatenate([np.arange(first), np.arange(length - first)])
     edges = np.array([0, first, length], dtype=np.int32)
-    return Batch(ids, np.roll(ids, -1), weights, positions, edges, length - first).torch()
+    return Batch(ids, np.roll(ids, -1), weights, positions, edges, length - first)
+
+
+def batch(seed: int, length: int = 40, bad: bool = False) -> TorchBatch:
+    """`arrays` as the engine takes them."""
+    return arrays(seed, length, bad).torch()
+
+
+def whole(of: Batch) -> tuple[Any, ...]:
+    """A batch as the model's first arguments: every position has its target and weight, nothing is filled up."""
+    ids, positions, edges, targets, weights = (
+        torch.from_numpy(a) for a in (of.ids_T, of.positions_T, of.cu_seqlens_D, of.targets_T, of.weights_T)
+    )
+    return ids[None], positions[None], edges, of.max_seqlen, targets[None], weights[None]
 
 
 def train_step(made: Engine, seed: int, bad: bool = False, limit: float = math.inf) -> tuple[float, float, bool]:

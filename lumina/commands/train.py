@@ -66,6 +66,11 @@ def train_options(parser: Parser) -> None:
         "--float8", choices=["tensorwise", "rowwise"], help="multiply the blocks' matrices in 8 bits, scaled so (off)"
     )
     optim.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        help="the same bits at every run on a GPU too; costs time and memory in attention's backward pass (off)",
+    )
+    optim.add_argument(
         "--gradient-checkpointing",
         nargs="?",
         const=True,

@@ -137,6 +137,7 @@ class OptimConfig(_Strict):
     min_lr: NonNegativeFloat = 1e-6
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
+    deterministic: bool = False  # the same bits at every run on a GPU too, for a slower backward pass of attention
     # The blocks' matrix products in 8 bits, scaled by tensor or by row (docs/gpu.md); None: in `precision`.
     float8: Literal["tensorwise", "rowwise"] | None = None
     # False: keep every activation. True: recompute every layer. n: recompute every nth layer.

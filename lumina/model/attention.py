@@ -90,7 +90,9 @@ def _varlen_kernel(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Docu
 
     def flash(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
         cu, longest = docs.cu_seqlens, docs.max_seqlen
-        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)  # type: ignore[no-any-return]
+        options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+        out: Any = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True, **options)
+        return out  # type: ignore[no-any-return]
 
     return flash
 

@@ -36,6 +36,7 @@ from lumina.train.beginning import (
     start_from,
 )
 from lumina.train.checkpoint import Progress
+from lumina.train.determinism import set_deterministic
 from lumina.train.guard import Guard
 from lumina.train.health import Health
 from lumina.train.health_rules import LayerFigures, LayersSeen
@@ -65,6 +66,8 @@ def train(config: Config) -> int:
     """Train as `config` says, on however many ranks the launcher started. Returns the exit code: 0 when the run is
     complete, signals.EXIT_STOPPED when a signal stopped it after a save."""
     keep_heap()
+    if config.deterministic:
+        set_deterministic()
     ranks = engine.join()
     with Run(config, ranks) as run:
         code = fit(run)

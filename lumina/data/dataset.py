@@ -6,7 +6,7 @@ Shapes: T tokens of a batch, D documents of a batch, S samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -43,12 +43,14 @@ class Batch:
     cu_seqlens_D: NDArray[np.int32]
     max_seqlen: int
     pairs_P2: NDArray[np.float32] | None = None
+    made: TorchBatch | None = field(default=None, repr=False, compare=False)
+    """What `torch` returns, where the loader has made it ahead of the step."""
 
     def torch(self) -> TorchBatch:
         """The same as tensors for the model, in whole tiles of rows."""
         from lumina.data.tensors import tensors
 
-        return tensors(self)
+        return self.made if self.made is not None else tensors(self)
 
 
 class Samples(Protocol):

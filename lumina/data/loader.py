@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lumina.data.dataset import Batch, Samples
 from lumina.data.order import PADDING, GlobalOrder, deal
+
+if TYPE_CHECKING:
+    import torch
+
+    from lumina.data.tensors import TorchBatch
 
 
 @dataclass
@@ -62,9 +68,11 @@ class Loader:
         prefetch: int = 2,
         replace_corrupt: bool = False,
         vocab_size: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """`replace_corrupt`: a sample that cannot be read, or that holds tokens outside `vocab_size`, becomes padding
-        and is named in StepData.corrupt; else reading it raises."""
+        """`device`: where the model is; to a GPU the thread copies each batch ahead of its step. `replace_corrupt`: a
+        sample that cannot be read, or that holds tokens outside `vocab_size`, becomes padding and is named in
+        StepData.corrupt; else reading it raises."""
         assert order.num_samples == dataset.num_samples
         assert 0 <= rank < world
         assert prefetch >= 1
@@ -78,6 +86,7 @@ class Loader:
         self.prefetch = prefetch
         self.replace_corrupt = replace_corrupt
         self.vocab_size = vocab_size
+        self.device = device
 
     def __len__(self) -> int:
         return max(0, self.stop_step - self.start_step)
@@ -126,6 +135,14 @@ class Loader:
         inside = ids.min() >= 0 and (self.vocab_size is None or ids.max() < self.vocab_size)
         return bool(inside and ((weights == 0) | (weights == 1)).all())
 
+    def _shipper(self) -> Callable[[TorchBatch], TorchBatch]:
+        """What puts a batch where the model is; on a CPU it is there."""
+        if self.device is None or self.device.type != "cuda":
+            return lambda batch: batch
+        from lumina.data.tensors import Shipper
+
+        return Shipper(self.device)
+
     def __iter__(self) -> Iterator[StepData]:
         ready: queue.Queue[StepData | _Failure | None] = queue.Queue(maxsize=self.prefetch)
         stop = threading.Event()
@@ -141,8 +158,12 @@ class Loader:
 
         def make() -> None:
             try:
+                ship = self._shipper()
                 for step in range(self.start_step, self.stop_step):
-                    if not put(self.step_data(step)):
+                    data = self.step_data(step)
+                    for batch in data.micro_batches:
+                        batch.made = ship(batch.torch())
+                    if not put(data):
                         return
                 put(None)
             except BaseException as error:  # raised again in the loop that waits for this step

@@ -3,11 +3,16 @@
 Everything that the model or the loss would otherwise ask a device for is computed here from the host's arrays, before
 the step: where the supervised positions are and how many, where documents begin, the longest of them.
 
+To a GPU they go as one copy from one block of pinned memory: each array by itself would be eight copies, and from
+pageable memory each makes the host wait until the device has it. Shipper does it on a stream of its own, ahead of the
+step.
+
 Shapes: T tokens in whole tiles, D documents, N supervised positions in whole tiles, P preference pairs.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -41,13 +46,71 @@ class TorchBatch(NamedTuple):
     units: float
     documents_N: Tensor | None = None
     pairs_P2: Tensor | None = None
+    shipped: Shipped | None = None
 
     def to(self, device: torch.device) -> TorchBatch:
-        """The same on a device; itself where it is there."""
+        """The same on a device, for work on its current stream, as one copy; itself where it is there."""
+        if self.shipped is not None:
+            self.shipped.await_on(torch.cuda.current_stream(device))
+            return self._replace(shipped=None)
         if self.ids_T.device == device:
             return self
-        moved = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
-        return self._replace(**{name: value.to(device, non_blocking=True) for name, value in moved.items()})
+        return _copied(self, device)
+
+    def _arrays(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+
+
+class Shipped(NamedTuple):
+    """The copy of a batch on another stream: its end, and any array over the one block of device memory."""
+
+    block: Tensor
+    done: torch.cuda.Event
+
+    def await_on(self, stream: torch.cuda.Stream) -> None:
+        """What is queued on `stream` from here on comes after the copy; the host goes on at once. The block's memory is
+        not given away before that work is done, though it belongs to the copy's stream."""
+        stream.wait_event(self.done)
+        self.block.record_stream(stream)
+
+
+class Shipper:
+    """Copies of batches to a GPU on a stream of its own, for the thread that makes them: they arrive while the device
+    computes an earlier step. `TorchBatch.to` then orders the step's work after the copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, batch: TorchBatch) -> TorchBatch:
+        """The batch on the device; as it was, for `to` to copy, where the device has no room for it now."""
+        try:
+            # Makes the device current as well: a new thread's is the first of the machine, and pinning memory there
+            # would begin a context of some 500 MB on it for every rank.
+            with torch.cuda.stream(self._stream):
+                moved = _copied(batch, self._device)
+                return moved._replace(shipped=Shipped(moved.ids_T, self._stream.record_event()))
+        except torch.OutOfMemoryError:
+            return batch  # out of memory is answered in the loop, where it can be
+
+
+_ALIGNED = 64  # bytes: what vectorised loads ask of an array's beginning, and a cache line
+
+
+def _copied(batch: TorchBatch, device: torch.device) -> TorchBatch:
+    """The batch on a device by one copy of one block; the host does not wait for it where the device is a GPU."""
+    arrays = batch._arrays()
+    ends = list(accumulate(-(-value.nbytes // _ALIGNED) * _ALIGNED for value in arrays.values()))
+    block = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    places = list(zip(arrays.items(), [0, *ends[:-1]], strict=True))
+    for (_, value), start in places:
+        _view(block, start, value).copy_(value)
+    there = block.to(device, non_blocking=True)
+    return batch._replace(**{name: _view(there, start, value) for (name, value), start in places})
+
+
+def _view(block: Tensor, start: int, like: Tensor) -> Tensor:
+    return block[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def tensors(batch: Batch) -> TorchBatch:

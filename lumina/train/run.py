@@ -322,6 +322,7 @@ class Run:
             stop_step=self.total_steps,
             replace_corrupt=self.config.answer_corrupt_sample,
             vocab_size=self.config.vocab_size,
+            device=self.engine.device,
         )
 
     def due(self, every: int) -> bool:

@@ -6,9 +6,11 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from helpers import TOKENIZER, Settings, chat, write_jsonl
 
-from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare
+from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare, tensors
+from lumina.data.tensors import TorchBatch
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,37 @@ def test_an_error_while_loading_reaches_the_loop(dataset: PackedDataset, monkeyp
     monkeypatch.setattr(PackedDataset, "batch", fails_later)
     with pytest.raises(OSError, match="disk gone"):
         load(dataset, 0, 1, 6)
+
+
+def test_batches_are_ready_for_the_model_and_shipped_by_the_thread_that_makes_them(
+    dataset: PackedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped: list[tuple[str, int]] = []
+
+    class Ship:
+        def __init__(self, device: torch.device) -> None:
+            assert device == torch.device("cuda:1")
+
+        def __call__(self, batch: TorchBatch) -> TorchBatch:
+            shipped.append((threading.current_thread().name, len(batch.ids_T)))
+            return batch
+
+    monkeypatch.setattr(tensors, "Shipper", Ship)
+    order = GlobalOrder(dataset.num_samples, 6, 3, dataset.fingerprint)
+    for device in ("cuda:1", "cpu"):
+        shipped.clear()
+        loader = Loader(
+            dataset,
+            order,
+            rank=0,
+            world=1,
+            micro_batch_size=2,
+            start_step=0,
+            stop_step=2,
+            device=torch.device(device),
+        )
+        batches = [batch for step in loader for batch in step.micro_batches]
+        assert all(batch.torch() is batch.made for batch in batches), "made once, ahead of the step"
+        assert [len(batch.torch().ids_T) % 64 for batch in batches] == [0] * len(batches)
+        sent = [("lumina-loader", len(batch.torch().ids_T)) for batch in batches]
+        assert shipped == (sent if device == "cuda:1" else [])

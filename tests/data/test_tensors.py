@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config.rows import ROW_TILE, round_up
-from lumina.data import Batch
+from lumina.data import Batch, tensors
 from lumina.data.dataset import join
+from lumina.data.tensors import TorchBatch
 
 
 def batch(lengths: list[int], supervised: float = 0.5, seed: int = 0) -> Batch:
@@ -62,3 +67,114 @@ def test_pairs_know_the_document_of_each_supervised_token() -> None:
         assert bounds[document] <= where < bounds[document + 1]
         assert weight in (0, 1)
     assert int(found.weights_N.sum()) == int(given.weights_T.sum())
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, bool]] = []
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if "_to_copy" in str(func):
+            self.found.append((args[0].nbytes, bool(options.get("non_blocking"))))
+        return func(*args, **options)
+
+
+def pairs() -> Batch:
+    given = batch([9, 14, 20, 11], 0.7)
+    given.pairs_P2 = np.array([[1.0, 1.0], [0.5, 0.0]], dtype=np.float32)
+    return given
+
+
+@pytest.mark.parametrize("of", [batch([40, 7, 33]), batch([3], 0.0), pairs()])
+def test_a_batch_goes_to_a_device_as_one_copy_that_the_host_does_not_wait_for(of: Batch) -> None:
+    given = of.torch()
+    with Copies() as copies:
+        there = given.to(torch.device("meta"))
+    ((size, non_blocking),) = copies.found
+    assert non_blocking
+    assert size >= sum(value.nbytes for value in given if isinstance(value, torch.Tensor))
+    for name, value in given._asdict().items():
+        moved = getattr(there, name)
+        if isinstance(value, torch.Tensor):
+            assert (moved.device.type, moved.dtype, moved.shape) == ("meta", value.dtype, value.shape), name
+        else:
+            assert moved == value, name
+    assert there.to(torch.device("meta")) is there
+    assert given.to(torch.device("cpu")) is given, "where it is already nothing is copied"
+
+
+@pytest.mark.parametrize("of", [batch([40, 7, 33]), batch([3], 0.0), pairs()])
+def test_the_block_holds_every_array(of: Batch) -> None:
+    given = of.torch()
+    copied = tensors._copied(given, torch.device("cpu"))
+    starts = set()
+    for name, value in given._asdict().items():
+        if isinstance(value, torch.Tensor):
+            found = getattr(copied, name)
+            assert torch.equal(found, value), name
+            assert found.untyped_storage().data_ptr() == copied.ids_T.untyped_storage().data_ptr()
+            assert found.storage_offset() * found.element_size() % 64 == 0, "vectorised loads want it aligned"
+            starts.add(found.untyped_storage().data_ptr())
+    assert len(starts) == 1
+
+
+class Stream:
+    """Stands for a CUDA stream: what is asked of it, in order."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def record_event(self) -> str:
+        self.log.append(f"{self.name} records")
+        return "copied"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torch's streams replaced by stand-ins; what they are asked, and copies, in order."""
+    log: list[str] = []
+    copied = tensors._copied
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        log.append(f"on {stream.name}")
+        yield
+        log.append(f"off {stream.name}")
+
+    def copy(batch: TorchBatch, device: torch.device) -> TorchBatch:
+        log.append("copy")
+        return copied(batch, torch.device("cpu"))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(log, "side"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(log, "main"))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(tensors, "_copied", copy)
+    return log
+
+
+def test_the_step_is_ordered_after_its_copy_and_the_host_waits_for_neither(streams: list[str]) -> None:
+    device = torch.device("cuda:0")
+    shipped = tensors.Shipper(device)(batch([40, 7, 33]).torch())
+    assert streams == ["on side", "copy", "side records", "off side"]
+    streams.clear()
+    ready = shipped.to(device)
+    assert streams == ["main waits for copied", "kept for main"]
+    assert ready.shipped is None
+    assert torch.equal(ready.ids_T, shipped.ids_T)
+
+
+def test_no_room_on_the_device_is_left_to_the_loop(streams: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(batch: TorchBatch, device: torch.device) -> TorchBatch:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(tensors, "_copied", full)
+    given = batch([5]).torch()
+    assert tensors.Shipper(torch.device("cuda:0"))(given) is given

@@ -2,6 +2,8 @@
 
 The forward pass computes the gradients too, while a chunk's probabilities are at hand; the backward pass only scales
 them. So the vocabulary product is done three times (logits, hidden gradient, weight gradient) and never recomputed.
+Where there are several chunks, their weight gradients add up in float32, inside the product that makes them where torch
+has such a product; how large chunks are for that is in lumina.config.rows.
 N supervised positions, D hidden width, V vocabulary.
 """
 
@@ -12,17 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumina.config.rows import round_up
+from lumina.config.rows import CHUNK_BYTES, output_chunk_bytes, round_up
 from lumina.model.ops import cross_entropy_
 
-# Bytes of logits alive at once. 256 MiB is 1,337 rows of a 100,352-word vocabulary in bfloat16: enough rows for the
-# matrix products to run at full speed, small beside the optimizer state.
-CHUNK_BYTES = 256 * 2**20
+_memory: dict[torch.device, int] = {}
 
 
-def _chunk_rows(vocabulary: int, element_size: int, rows: int) -> int:
+def _chunk_bytes(vocabulary: int, element_size: int, device: torch.device) -> int:
+    """Bytes of logits alive at once. The device's memory is asked for once: it is a property, not a wait."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    if device not in _memory:
+        _memory[device] = torch.cuda.get_device_properties(device).total_memory
+    return output_chunk_bytes(vocabulary, element_size, _memory[device])
+
+
+def _chunk_rows(weight_VD: Tensor, rows: int) -> int:
     """Rows per chunk: as many as fit, dealt evenly, so that no small last chunk is left over; whole tiles of rows."""
-    most = max(1, CHUNK_BYTES // (vocabulary * element_size))
+    if not rows:
+        return 1
+    vocabulary, element_size = weight_VD.shape[0], weight_VD.element_size()
+    most = max(1, _chunk_bytes(vocabulary, element_size, weight_VD.device) // (vocabulary * element_size))
     chunks = -(-rows // most)
     return min(most, round_up(-(-rows // chunks)))
 
@@ -49,16 +61,48 @@ def _logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
     return torch.mm(hidden_ND, weight_VD.T, out=_workspace[:count].view(shape))
 
 
+_in_products: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+def _adds_in_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has the half-precision product that adds to a float32 matrix here: `addmm` with `out_dtype` and a
+    float32 input, which CUDA builds have (torch 2.8 took no float32 input yet, ROCm and a CPU have none). Tried once,
+    on one element."""
+    if device.type != "cuda":
+        return False
+    if (device, dtype) not in _in_products:
+        half, wide = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+        try:
+            torch.addmm(wide, half, half, out_dtype=torch.float32, out=wide)
+            _in_products[device, dtype] = True
+        except (RuntimeError, TypeError, NotImplementedError):
+            _in_products[device, dtype] = False
+    return _in_products[device, dtype]
+
+
+def _add_product(sum_VD: Tensor | None, scores_NV: Tensor, hidden_ND: Tensor, wide: torch.dtype) -> Tensor:
+    """sum + scores.T @ hidden in `wide`, into the memory of `sum` where there is one: a sum of rounded parts would lose
+    bits. Bytes moved a chunk, per element of the sum: 8 in the product itself, 12 where it is made first and added."""
+    if scores_NV.dtype is wide:  # float32 and float64 products add by themselves
+        return scores_NV.T @ hidden_ND if sum_VD is None else sum_VD.addmm_(scores_NV.T, hidden_ND)
+    if _adds_in_products(scores_NV.device, scores_NV.dtype):
+        if sum_VD is None:
+            return torch.mm(scores_NV.T, hidden_ND, out_dtype=wide)
+        return torch.addmm(sum_VD, scores_NV.T, hidden_ND, out_dtype=wide, out=sum_VD)
+    product_VD = scores_NV.T @ hidden_ND
+    return product_VD.to(wide) if sum_VD is None else sum_VD.add_(product_VD)
+
+
 class _OutputLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-        rows, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
+        rows = hidden_ND.shape[0]
         total = hidden_ND.new_zeros((), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         dhidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
         dweight_VD: Tensor | None = None
-        step = _chunk_rows(vocabulary, hidden_ND.element_size(), rows) if rows else 1
-        several = rows > step
+        step = _chunk_rows(weight_VD, rows)
+        wide = total.dtype if rows > step else hidden_ND.dtype  # a single chunk has nothing to add up
         for start in range(0, rows, step):
             part = slice(start, start + step)
             hidden, weights = hidden_ND[part], weights_N[part]
@@ -68,12 +112,7 @@ class _OutputLoss(torch.autograd.Function):
             if dhidden_ND is not None:
                 torch.mm(scores, weight_VD, out=dhidden_ND[part])
             if need_weight:
-                grad = scores.T @ hidden
-                if dweight_VD is None:
-                    # Chunks add up in float32 (float64 stays): a sum of rounded parts would lose bits.
-                    dweight_VD = grad.to(total.dtype) if several else grad
-                else:
-                    dweight_VD += grad
+                dweight_VD = _add_product(dweight_VD, scores, hidden, wide)
         if need_weight:
             dweight_VD = torch.zeros_like(weight_VD) if dweight_VD is None else dweight_VD.to(weight_VD.dtype)
         ctx.save_for_backward(dhidden_ND, dweight_VD)
@@ -83,6 +122,7 @@ class _OutputLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dhidden_ND, dweight_VD = ctx.saved_tensors
         (scale,) = grads
+        # On a GPU the host would wait for the scale; there it is applied whatever it is.
         if scale.device.type == "cpu" and scale.item() == 1.0:
             return dhidden_ND, dweight_VD, None, None
         scaled = [None if g is None else g.mul_(scale.to(g.dtype)) for g in (dhidden_ND, dweight_VD)]
@@ -94,7 +134,7 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Ten
     """cross_entropy(hidden[n] @ weight.T, targets[n]) of each position, in nats: float32 (or float64) (N)."""
     rows = hidden_ND.shape[0]
     ones_N = torch.ones(rows, dtype=torch.float32, device=hidden_ND.device)
-    step = _chunk_rows(weight_VD.shape[0], hidden_ND.element_size(), rows) if rows else 1
+    step = _chunk_rows(weight_VD, rows)
     parts = [slice(start, start + step) for start in range(0, rows, step)]
     found = [cross_entropy_(_logits(hidden_ND[part], weight_VD), targets_N[part], ones_N[part]) for part in parts]
     return torch.cat(found) if found else hidden_ND.new_zeros(0)
@@ -110,7 +150,7 @@ def output_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     total = hidden_ND.new_zeros((), dtype=wide)
     rows = hidden_ND.shape[0]
-    step = _chunk_rows(weight_VD.shape[0], hidden_ND.element_size(), rows) if rows else 1
+    step = _chunk_rows(weight_VD, rows)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         losses = cross_entropy_(_logits(hidden_ND[part], weight_VD), targets_N[part], weights_N[part])

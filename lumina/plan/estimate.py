@@ -136,7 +136,7 @@ def estimate_shape(
     """The same for a shape that was chosen, not read from a configuration."""
     speed = predict(config, shape, cluster)
     steps = total_steps(config, data, global_batch)
-    memory = peak_memory(config, shape, buffers)
+    memory = peak_memory(config, shape, buffers, cluster.device.memory)
     return Estimate(cluster, shape, memory, speed, global_batch, steps, steps * speed.step)
 
 

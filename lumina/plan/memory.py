@@ -16,11 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from lumina.config import ModelConfig
+from lumina.config.rows import output_chunk_bytes
 from lumina.plan.workload import Shape
 
 CONTEXT = 1.2e9  # CUDA context, cuBLAS workspaces and NCCL buffers; outside PyTorch's allocator
 FRAGMENTATION = 0.05  # of what PyTorch's allocator holds
-LOSS_CHUNK = 256 * 2**20  # logits alive at once, as in lumina.model.loss
 FP32 = 4
 
 
@@ -124,10 +124,13 @@ def _layer_activations(model: ModelConfig, shape: Shape) -> tuple[float, int]:
     return float(norms + attention + feed_forward), again
 
 
-def peak_memory(model: ModelConfig, shape: Shape, buffers: Buffers | None = None) -> Memory:
-    """The higher of the two moments."""
+def peak_memory(
+    model: ModelConfig, shape: Shape, buffers: Buffers | None = None, capacity: float | None = None
+) -> Memory:
+    """The higher of the two moments. `capacity`: the device's memory in bytes, which bounds the chunks of the output
+    layer (lumina.config.rows); None: no bound."""
     buffers = buffers or Buffers()
-    return max((_forward_end(model, shape, buffers), _update(model, shape, buffers)), key=lambda m: m.device)
+    return max((_forward_end(model, shape, buffers, capacity), _update(model, shape, buffers)), key=lambda m: m.device)
 
 
 def _kept(model: ModelConfig, shape: Shape, buffers: Buffers) -> tuple[dict[str, float], float]:
@@ -152,7 +155,7 @@ def _gradients(model: ModelConfig, shape: Shape) -> float:
     return shape.element * model.num_parameters() / share
 
 
-def _forward_end(model: ModelConfig, shape: Shape, buffers: Buffers) -> Memory:
+def _forward_end(model: ModelConfig, shape: Shape, buffers: Buffers, capacity: float | None) -> Memory:
     parts, host = _kept(model, shape, buffers)
     element, tokens = shape.element, shape.micro_batch * model.seq_length * shape.fill
     whole, again = _layer_activations(model, shape)
@@ -162,7 +165,8 @@ def _forward_end(model: ModelConfig, shape: Shape, buffers: Buffers) -> Memory:
     supervised = tokens * shape.supervised
     chunks = supervised * model.vocab_size * element
     # The loss keeps the gradient of the table (float32 while several chunks add up) and of the hidden states.
-    output = min(LOSS_CHUNK, chunks) + table * (FP32 if chunks > LOSS_CHUNK else element)
+    chunk = output_chunk_bytes(model.vocab_size, element, capacity)
+    output = min(chunk, chunks) + table * (FP32 if chunks > chunk else element)
     output += 2 * supervised * model.hidden_size * element
     layer = (model.num_parameters(False) - model.hidden_size) / model.num_layers
     gathered = element * min(model.num_parameters(), max(table, layer) + buffers.prefetch) if shape.stage == 3 else 0.0

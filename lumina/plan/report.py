@@ -153,15 +153,17 @@ def as_dict(config: Config, each: Estimate, price: float | None) -> dict[str, An
 def by_stage(config: Config, each: Estimate) -> dict[str, float]:
     """Peak bytes of a rank under every ZeRO stage, and with offload, at the same batch."""
     plain = replace(each.shape, hpz=0, offload_optimizer=False, offload_params=False)
-    totals = {f"zero{stage}": _peak(config, replace(plain, stage=stage)) for stage in range(4)}
-    totals["zero3_offload"] = _peak(config, replace(plain, stage=3, offload_optimizer=True, offload_params=True))
+    capacity = each.cluster.device.memory
+    totals = {f"zero{stage}": _peak(config, replace(plain, stage=stage), capacity) for stage in range(4)}
+    offloaded = replace(plain, stage=3, offload_optimizer=True, offload_params=True)
+    totals["zero3_offload"] = _peak(config, offloaded, capacity)
     return totals
 
 
-def _peak(config: Config, shape: Any) -> float:
+def _peak(config: Config, shape: Any, capacity: float) -> float:
     bucket = max(config.vocab_size * config.hidden_size, min(config.num_parameters(), 200_000_000))
     layer = (config.num_parameters(False) - config.hidden_size) // config.num_layers
-    return peak_memory(config, shape, Buffers(bucket, 2 * layer, 2 * config.hidden_size)).device
+    return peak_memory(config, shape, Buffers(bucket, 2 * layer, 2 * config.hidden_size), capacity).device
 
 
 def model_lines(config: Config, data: Data) -> list[str]:

@@ -104,7 +104,8 @@ def candidates(
                     supervised=data.supervised,
                     fill=data.fill,
                 )
-                memory, speed = peak_memory(config, shape, buffers), predict(config, shape, cluster)
+                memory = peak_memory(config, shape, buffers, cluster.device.memory)
+                speed = predict(config, shape, cluster)
                 useful = global_batch / (micro * steps * cluster.world_size)
                 fits = memory.device <= cluster.device.memory
                 found.append(Candidate(shape, memory, speed, speed.tokens_per_second * useful, fits))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import check_errors, make_model, pack, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lumina.config.rows import ROW_TILE
+from lumina.config import load
+from lumina.config.rows import ROW_TILE, output_chunk_bytes
 from lumina.model import loss as room
 from lumina.model.loss import output_loss
+from lumina.plan.devices import find_device
+from lumina.plan.memory import peak_memory
+from lumina.plan.speed import STREAM
+from lumina.plan.workload import Shape
 
 
 def case(rows: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -247,9 +254,115 @@ def test_chunks_are_even() -> None:
     """No small last chunk: the rows are dealt out evenly in whole tiles, in as few chunks as fit."""
     fits = room.CHUNK_BYTES // (100_352 * 2)
     for rows in (1, fits, fits + 1, 2 * fits + 1, 10 * fits):
-        step = room._chunk_rows(100_352, 2, rows)
+        step = room._chunk_rows(torch.empty(100_352, 1, dtype=torch.bfloat16, device="meta"), rows)
         chunks = -(-rows // step)
         assert step <= fits
         assert chunks == -(-rows // fits)
         assert step % ROW_TILE == 0 or step == fits
         assert step - (rows - (chunks - 1) * step) < chunks * ROW_TILE
+
+
+class Products:
+    """Stands for the CUDA products that torch's CPU build lacks, with their signatures and checks (cuda/Blas.cpp):
+    half-precision factors, a float32 result, added to in place."""
+
+    def __init__(self) -> None:
+        self.made, self.added = 0, 0
+        self._mm = torch.mm
+
+    def mm(self, a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        if out_dtype is None:
+            return self._mm(a, b) if out is None else self._mm(a, b, out=out)
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert out_dtype is torch.float32
+        self.made += 1
+        return self._mm(a.float(), b.float())
+
+    def addmm(self, total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert total.dtype is out_dtype is torch.float32
+        assert out is total, "another sum of this size would be made for every chunk"
+        self.added += 1
+        return total.add_(self._mm(a.float(), b.float()))
+
+
+@pytest.mark.parametrize(("chunk", "chunks"), [(9, 6), (50, 1)])
+def test_chunks_add_up_inside_their_products(chunk: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: the first chunk's product is float32, each other one's adds to it; a single chunk's is not widened."""
+    rows_per_chunk(monkeypatch, chunk, 97, 2)
+    hidden, weight, targets, weights = case(50, 24, 97, torch.bfloat16)
+    stand_in = Products()
+    monkeypatch.setattr(room, "_adds_in_products", lambda device, dtype: True)
+    monkeypatch.setattr(torch, "mm", stand_in.mm)
+    monkeypatch.setattr(torch, "addmm", stand_in.addmm)
+
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        return output_loss(h, w, targets, weights)
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        return naive(h, w, targets, weights).to(torch.promote_types(h.dtype, torch.float32))
+
+    check_errors(run(ours, (hidden, weight)), run(plain, (hidden, weight)), run(plain, (hidden, weight), wide=True))
+    assert (stand_in.made, stand_in.added) == ((1, chunks - 1) if chunks > 1 else (0, 0))
+
+
+def test_torch_has_the_products_with_these_signatures() -> None:
+    """What the stand-ins above are called with, on fake CUDA tensors; on a real CPU there is no such product."""
+    with FakeTensorMode():
+        half = torch.empty(32, 16, dtype=torch.bfloat16, device="cuda")
+        total = torch.mm(half.T, half, out_dtype=torch.float32)
+        assert (total.dtype, total.shape) == (torch.float32, (16, 16))
+        assert torch.addmm(total, half.T, half, out_dtype=torch.float32).dtype is torch.float32
+    (schema,) = [torch.ops.aten.addmm.dtype_out._schema]
+    assert [a.name for a in schema.arguments] == ["self", "mat1", "mat2", "out_dtype", "beta", "alpha", "out"]
+    assert not room._adds_in_products(torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_torch_without_the_product_adds_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked once for a device and a type, and any refusal is an answer."""
+    asked = []
+
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        asked.append(1)
+        raise RuntimeError("self and mat2 must have the same dtype")
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, dtype=None: zeros(*size, dtype=dtype))
+    monkeypatch.setattr(torch, "addmm", refuse)
+    monkeypatch.setattr(room, "_in_products", {})
+    for _ in range(3):
+        assert not room._adds_in_products(torch.device("cuda:0"), torch.bfloat16)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("preset", ["debug", "medium", "large", "1b"])
+@pytest.mark.parametrize("name", ["a100-40gb", "a100-80gb", "h100-sxm", "h200", "b200"])
+def test_the_weight_gradients_traffic_is_a_twentieth_of_the_products_time(
+    preset: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted from the chunks that are chosen and the device's sourced rates, for a full window, all supervised."""
+    device, config = find_device(name), load(preset)
+    monkeypatch.setattr(room, "_memory", {torch.device("cuda:0"): int(device.memory)})
+    share, element = config.vocab_size * config.hidden_size, 2
+    chunk = room._chunk_bytes(config.vocab_size, element, torch.device("cuda:0"))
+    rows = chunk // (config.vocab_size * element)
+    traffic = 8 * share / (device.bandwidth * STREAM)
+    products = 6 * rows * share / (device.peak["bf16"] * device.matmul)
+    assert traffic <= 0.051 * products
+    assert chunk <= device.memory / 32
+    assert rows % ROW_TILE == 0
+    # And the plan counts the same chunk.
+    shape = Shape(64, 1, 1, "bf16")
+    logits = output_chunk_bytes(config.vocab_size, element, device.memory)
+    assert logits == chunk
+    with_chunk, without = (
+        peak_memory(config, replace(shape, supervised=s), capacity=device.memory).output for s in (1.0, 0.0)
+    )
+    assert with_chunk > without + chunk
+
+
+def test_a_small_card_has_small_chunks_and_a_cpu_its_own() -> None:
+    assert output_chunk_bytes(100_352, 2, 16e9) <= 16e9 / 32
+    assert output_chunk_bytes(100_352, 2, None) == 8_000 * 100_352 * 2
+    assert output_chunk_bytes(10**6, 4, 1e6) == 4 * 10**6, "one row at least"
+    assert room._chunk_bytes(100_352, 2, torch.device("cpu")) == 256 * 2**20

@@ -22,15 +22,19 @@ from typing import Any, NamedTuple
 
 from lumina.config import precision as precision_rules
 from lumina.config.errors import UserError
-from lumina.config.schema import Config
+from lumina.config.schema import Config, ModelConfig
 
 Json = dict[str, Any]
 AUTO = "auto"
 
 # What runs when no --ds_config is given: one process has nobody to share with; more share gradients and optimizer
-# states, which costs no more communication than plain data parallelism (ZeRO paper, section 7.2.1).
+# states. On GPUs whose memory is known the plan chooses instead (lumina.plan.stage).
 DEFAULT_STAGE_ONE_PROCESS = 0
 DEFAULT_STAGE_SEVERAL = 2
+
+# Elements of a gradient bucket: 100 MB in half precision, at which NCCL's collectives reach their rate between nodes,
+# and several to a model, so that all but the last are reduced while the backward pass goes on.
+REDUCE_BUCKET = 50_000_000
 
 # Keys that DeepSpeed (0.19) removed or that Lumina does in its own way. Silence would train something else than asked.
 REFUSED_KEYS = {
@@ -63,9 +67,10 @@ class Resolved(NamedTuple):
     config: Config
 
 
-def default_json(world_size: int) -> Json:
-    """The JSON of a run that names no file."""
-    stage = DEFAULT_STAGE_ONE_PROCESS if world_size == 1 else DEFAULT_STAGE_SEVERAL
+def default_json(world_size: int, stage: int | None = None) -> Json:
+    """The JSON of a run that names no file; `stage` where something has chosen one."""
+    if stage is None:
+        stage = DEFAULT_STAGE_ONE_PROCESS if world_size == 1 else DEFAULT_STAGE_SEVERAL
     return {
         "train_batch_size": AUTO,
         "train_micro_batch_size_per_gpu": AUTO,
@@ -129,7 +134,7 @@ def resolve(
     merge.settle_precision(device_type, bf16_supported)
     merge.settle("gradient_clipping", "max_grad_norm")
     merge.settle_batches(world_size)
-    merge.fill_zero()
+    merge.fill_zero(device_type != "cpu" and world_size > 1)
     merge.json.setdefault("steps_per_print", 2**31 - 1)  # Lumina prints its own line
     _refuse_leftover_auto(merge.json, source)
     return Resolved(merge.json, merge.report, config.replace(**merge.changes))
@@ -267,35 +272,65 @@ class _Merge:
             f"train_batch_size = {padded} ({micro} per micro-batch x {steps} accumulation x {world} processes{padding})"
         )
 
-    def fill_zero(self) -> None:
-        """Sizes of ZeRO's buffers, in elements. DeepSpeed's own defaults (5e8) allocate a gigabyte for any model."""
+    def fill_zero(self, overlap: bool) -> None:
+        """Sizes of ZeRO's buffers, and whether gradients are reduced beside the backward pass."""
         zero = self.json.setdefault("zero_optimization", {"stage": 0})
         stage = zero.get("stage", 0)
         if stage == AUTO:
             raise UserError(f"{self.source}: zero_optimization.stage must be 0, 1, 2 or 3")
-        layer = (self.config.num_parameters(False) - self.config.hidden_size) // self.config.num_layers
-        table = self.config.vocab_size * self.config.hidden_size
-        rules = {
-            # whole model in one go when it is small; at most 200 M elements, and never less than the largest tensor
-            "reduce_bucket_size": max(table, min(self.config.num_parameters(), 200_000_000)),
-            "allgather_bucket_size": max(table, min(self.config.num_parameters(), 200_000_000)),
-            # two layers ahead of the one that computes
-            "stage3_prefetch_bucket_size": 2 * layer,
-            # norms stay whole on every rank: gathering a vector costs a round trip and saves nothing
-            "stage3_param_persistence_threshold": 2 * self.config.hidden_size,
-            "stage3_max_live_parameters": max(2 * table, 4 * layer + table),
-            "stage3_max_reuse_distance": max(2 * table, 4 * layer + table),
-            "sub_group_size": 100_000_000,
-        }
+        rules: Json = {**zero_sizes(self.config), "overlap_comm": overlap}
         missing = ["reduce_bucket_size"] if stage else []
+        if stage and overlap:
+            missing.append("overlap_comm")
         if stage == 3:
+            # Without the last two DeepSpeed keeps a billion gathered weights: all of most models.
             missing += ["stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"]
+            missing += ["stage3_max_live_parameters", "stage3_max_reuse_distance"]
         for key in missing:
             zero.setdefault(key, AUTO)
         for key, value in rules.items():
             if zero.get(key) == AUTO:
                 zero[key] = value
-                self.report.append(f"zero_optimization.{key} = {value} (from the model's shape)")
+                origin = "ranks on GPUs" if key == "overlap_comm" else "the model's shape"
+                self.report.append(f"zero_optimization.{key} = {str(value).lower()} (from {origin})")
+        self.keep_tensors_whole(zero, stage)
+
+    def keep_tensors_whole(self, zero: Json, stage: int) -> None:
+        """DeepSpeed 0.19.8 reduces a gradient that is larger than the bucket where it lies, and under stage 2 frees it
+        before the stream that reduces it has read it: with overlap the sums of the largest tensor could be wrong."""
+        bucket, largest = zero.get("reduce_bucket_size", 500_000_000), largest_tensor(self.config)
+        if stage in (1, 2) and zero.get("overlap_comm") is True and bucket < largest:
+            zero["reduce_bucket_size"] = largest
+            self.report.append(
+                f"zero_optimization.reduce_bucket_size = {largest} (instead of {bucket}: the model's largest tensor, "
+                "which overlap_comm needs to fit)"
+            )
+
+
+def largest_tensor(model: ModelConfig) -> int:
+    """Elements of the largest weight: the token table, or one of a layer's fused projections."""
+    h, d = model.hidden_size, model.head_dim
+    return max(model.vocab_size * h, 2 * h * model.ffn_size, h * d * (model.num_heads + 2 * model.num_kv_heads))
+
+
+def zero_sizes(model: ModelConfig) -> dict[str, int]:
+    """What "auto" stands for in ZeRO's buffer sizes, in elements. DeepSpeed's own defaults (5e8) allocate a gigabyte
+    for any model."""
+    layer = (model.num_parameters(False) - model.hidden_size) // model.num_layers
+    table = model.vocab_size * model.hidden_size
+    bucket = max(largest_tensor(model), min(model.num_parameters(), REDUCE_BUCKET))
+    return {
+        "reduce_bucket_size": bucket,
+        # new weights come when nothing else runs: whole model in one go when it is small, at most 200 M elements
+        "allgather_bucket_size": max(table, min(model.num_parameters(), 200_000_000)),
+        # two layers ahead of the one that computes
+        "stage3_prefetch_bucket_size": 2 * layer,
+        # norms stay whole on every rank: gathering a vector costs a round trip and saves nothing
+        "stage3_param_persistence_threshold": 2 * model.hidden_size,
+        "stage3_max_live_parameters": max(2 * table, 4 * layer + table),
+        "stage3_max_reuse_distance": max(2 * table, 4 * layer + table),
+        "sub_group_size": 100_000_000,
+    }
 
 
 def _padded(wanted: int, micro: int, world: int) -> tuple[int, int]:

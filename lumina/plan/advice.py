@@ -30,7 +30,7 @@ def plan(config: Config, arguments: argparse.Namespace) -> int:
     batch = resolved.global_batch_size
     assert batch is not None
     stages = (0, 1, 2, 3) if arguments.zero is None else (arguments.zero,)
-    found = candidates(config, cluster, data, batch, resolved.precision, stages)
+    found = candidates(config, cluster, data, batch, resolved.precision, stages, arguments.quantized_weights)
     best = choose(found, cluster)
     remarks = remarks_on(config, cluster, data, batch)
     files = write(Path(arguments.write), config, cluster, best, batch) if arguments.write and best else []
@@ -107,11 +107,14 @@ def ds_document(best: Candidate) -> dict[str, Any]:
     shape = best.shape
     zero: dict[str, Any] = {"stage": shape.stage}
     if shape.stage:
-        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": AUTO}
+        zero |= {"overlap_comm": AUTO, "contiguous_gradients": True, "reduce_bucket_size": AUTO}
     if shape.stage == 3:
         zero |= {"stage3_prefetch_bucket_size": AUTO, "stage3_param_persistence_threshold": AUTO}
+        zero |= {"stage3_max_live_parameters": AUTO, "stage3_max_reuse_distance": AUTO}
     if shape.hpz:
         zero["zero_hpz_partition_size"] = shape.hpz
+    if shape.quantized_weights:
+        zero["zero_quantized_weights"] = True
     if shape.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if shape.offload_params:

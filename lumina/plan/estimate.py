@@ -108,6 +108,11 @@ def shape_of(config: Config, document: dict[str, Any], world: int, data: Data) -
         document_tokens=data.document_tokens,
         supervised=data.supervised,
         fill=data.fill,
+        overlap=bool(zero.get("overlap_comm", stage == 3)),
+        bucket=int(zero.get("reduce_bucket_size", 500_000_000)) if stage in (1, 2) else 0,
+        reduce_scatter=zero.get("use_multi_rank_bucket_allreduce") is False,
+        reuse=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)) if stage == 3 else 0,
+        quantized_weights=stage == 3 and bool(zero.get("zero_quantized_weights")),
     )
     buffers = Buffers(
         reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
@@ -115,6 +120,7 @@ def shape_of(config: Config, document: dict[str, Any], world: int, data: Data) -
         persistence=int(zero.get("stage3_param_persistence_threshold", 100_000)),
         overlap=bool(zero.get("overlap_comm", stage == 3)),
         sub_group=int(zero.get("sub_group_size", 1_000_000_000)),
+        live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
     )
     return shape, buffers
 
@@ -122,7 +128,11 @@ def shape_of(config: Config, document: dict[str, Any], world: int, data: Data) -
 def estimate_run(config: Config, cluster: Cluster, data: Data, document: dict[str, Any] | None = None) -> Estimate:
     """Estimate the run that this configuration describes. Its DeepSpeed JSON (or `document` in its place) is resolved
     as training would resolve it."""
+    from lumina.plan.stage import default_document  # which needs shape_of
+
     has_bf16 = "bf16" in cluster.device.peak
+    if document is None:
+        document = default_document(config, cluster.world_size, cluster.device.memory, bf16_supported=has_bf16)
     resolved = resolve(config, cluster.world_size, "cuda", bf16_supported=has_bf16, document=document)
     shape, buffers = shape_of(resolved.config, resolved.json, cluster.world_size, data)
     global_batch = resolved.config.global_batch_size

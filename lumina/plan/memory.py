@@ -33,6 +33,7 @@ class Buffers:
     persistence: int = 100_000
     overlap: bool = True
     sub_group: int = 1_000_000_000
+    live: int = 1_000_000_000  # gathered weights at any time under stage 3
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _forward_end(model: ModelConfig, shape: Shape, buffers: Buffers, capacity: f
     output = min(chunk, chunks) + table * (FP32 if chunks > chunk else element)
     output += 2 * supervised * model.hidden_size * element
     layer = (model.num_parameters(False) - model.hidden_size) / model.num_layers
-    gathered = element * min(model.num_parameters(), max(table, layer) + buffers.prefetch) if shape.stage == 3 else 0.0
+    gathered = element * min(model.num_parameters(), max(table, layer, buffers.live)) if shape.stage == 3 else 0.0
     bucket = element * buffers.reduce_bucket * (2 if buffers.overlap else 1) if shape.stage and shape.world > 1 else 0.0
     # Gradients of earlier micro-batches are there already; with a single one they only begin to appear.
     parts |= {

@@ -23,6 +23,11 @@ def add_estimate_options(parser: argparse.ArgumentParser) -> None:
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """What `lumina plan` takes beside estimate-time's options."""
+    parser.add_argument(
+        "--quantized-weights",
+        action="store_true",
+        help="also try ZeRO 3 with weights gathered as 8-bit integers, which rounds them in every pass",
+    )
     parser.add_argument("--write", metavar="DIR", help="write config.yaml, ds_config.json, hostfile and train.sbatch")
 
 

@@ -11,7 +11,8 @@ from lumina.config import Config, UserError
 from lumina.config.deepspeed import default_json
 from lumina.plan.devices import Cluster, find_device, local_device
 from lumina.plan.estimate import Data, Estimate, assumed_data, data_of_files, estimate_run, total_steps
-from lumina.plan.memory import PARTS, Buffers, peak_memory
+from lumina.plan.memory import PARTS, peak_memory
+from lumina.plan.search import buffers_for
 from lumina.plan.speed import UNCERTAINTY
 from lumina.plan.workload import flops_per_token
 
@@ -161,9 +162,7 @@ def by_stage(config: Config, each: Estimate) -> dict[str, float]:
 
 
 def _peak(config: Config, shape: Any, capacity: float) -> float:
-    bucket = max(config.vocab_size * config.hidden_size, min(config.num_parameters(), 200_000_000))
-    layer = (config.num_parameters(False) - config.hidden_size) // config.num_layers
-    return peak_memory(config, shape, Buffers(bucket, 2 * layer, 2 * config.hidden_size), capacity).device
+    return peak_memory(config, shape, buffers_for(config), capacity).device
 
 
 def model_lines(config: Config, data: Data) -> list[str]:

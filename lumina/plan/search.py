@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lumina.config import Config
+from lumina.config.deepspeed import zero_sizes
 from lumina.plan.devices import Cluster
 from lumina.plan.estimate import Data
 from lumina.plan.memory import Buffers, Memory, peak_memory
@@ -36,8 +37,11 @@ class Candidate:
     @property
     def family(self) -> str:
         """Stage and offload, the choice that the answer explains."""
+        eighth = ", gathers of 8 bits" if self.shape.quantized_weights else ""
         if self.shape.hpz:
-            return f"ZeRO {self.shape.stage}, hpZ within each node"
+            return f"ZeRO {self.shape.stage}, hpZ within each node{eighth}"
+        if eighth:
+            return f"ZeRO {self.shape.stage}{eighth}"
         if not self.shape.offload_optimizer:
             return f"ZeRO {self.shape.stage}"
         what = "optimizer and weights" if self.shape.offload_params else "optimizer"
@@ -51,11 +55,12 @@ def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
         return None
     fastest = max(candidate.rate for candidate in fitting)
 
-    def preference(candidate: Candidate) -> tuple[int, int, bool, bool, int, bool, int]:
+    def preference(candidate: Candidate) -> tuple[int, bool, int, bool, bool, int, bool, int]:
         shape, roomy = candidate.shape, candidate.memory.device <= ROOMY * cluster.device.memory
         recomputed = 0 if not shape.checkpoint_every else 100 // shape.checkpoint_every
         return (
             shape.stage,
+            shape.quantized_weights,
             shape.hpz,
             shape.offload_optimizer,
             shape.offload_params,
@@ -69,9 +74,13 @@ def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
 
 def buffers_for(config: Config) -> Buffers:
     """The bucket sizes that "auto" resolves to (lumina.config.deepspeed)."""
-    table = config.vocab_size * config.hidden_size
-    layer = (config.num_parameters(False) - config.hidden_size) // config.num_layers
-    return Buffers(max(table, min(config.num_parameters(), 200_000_000)), 2 * layer, 2 * config.hidden_size)
+    sizes = zero_sizes(config)
+    return Buffers(
+        sizes["reduce_bucket_size"],
+        sizes["stage3_prefetch_bucket_size"],
+        sizes["stage3_param_persistence_threshold"],
+        live=sizes["stage3_max_live_parameters"],
+    )
 
 
 def candidates(
@@ -81,12 +90,14 @@ def candidates(
     global_batch: int,
     precision: str,
     stages: tuple[int, ...] = (0, 1, 2, 3),
+    quantized: bool = False,
 ) -> list[Candidate]:
-    """All of them, fastest first. With one rank nothing can be shared, so only stages 0 (and offload) are tried."""
+    """All of them, fastest first. With one rank nothing can be shared, so only stages 0 (and offload) are tried;
+    gathers of 8 bits, which change the numbers, only when they are asked for (`quantized`)."""
     buffers = buffers_for(config)
     per_rank = -(-global_batch // cluster.world_size)
     found = []
-    for stage, hpz, optimizer, weights in _sharing(cluster, stages):
+    for stage, hpz, optimizer, weights, eighth in _sharing(cluster, stages, quantized):
         for micro in _powers_of_two(per_rank):
             steps = -(-per_rank // micro)
             for every in RECOMPUTE:
@@ -103,6 +114,9 @@ def candidates(
                     document_tokens=data.document_tokens,
                     supervised=data.supervised,
                     fill=data.fill,
+                    bucket=buffers.reduce_bucket if stage in (1, 2) else 0,
+                    quantized_weights=eighth,
+                    reuse=buffers.live if stage == 3 else 0,  # the two are equal, see zero_sizes
                 )
                 memory = peak_memory(config, shape, buffers, cluster.device.memory)
                 speed = predict(config, shape, cluster)
@@ -112,17 +126,18 @@ def candidates(
     return sorted(found, key=lambda candidate: -candidate.rate)
 
 
-def _sharing(cluster: Cluster, stages: tuple[int, ...]) -> Iterator[tuple[int, int, bool, bool]]:
-    """(stage, ranks of hpZ, optimizer on the host, weights on the host)."""
+def _sharing(cluster: Cluster, stages: tuple[int, ...], quantized: bool) -> Iterator[tuple[int, int, bool, bool, bool]]:
+    """(stage, ranks of hpZ, optimizer on the host, weights on the host, gathers of 8 bits)."""
     for stage in stages:
-        if cluster.world_size > 1 or stage == 0:
-            yield stage, 0, False, False
-        if stage == 3 and cluster.nodes > 1 and cluster.gpus_per_node > 1:
-            yield stage, cluster.gpus_per_node, False, False
+        for eighth in (False, True) if quantized and stage == 3 else (False,):
+            if cluster.world_size > 1 or stage == 0:
+                yield stage, 0, False, False, eighth
+            if stage == 3 and cluster.nodes > 1 and cluster.gpus_per_node > 1:
+                yield stage, cluster.gpus_per_node, False, False, eighth
         if stage in (2, 3):
-            yield stage, 0, True, False
+            yield stage, 0, True, False, False
         if stage == 3:
-            yield stage, 0, True, True
+            yield stage, 0, True, True, False
 
 
 def _powers_of_two(most: int) -> Iterator[int]:

@@ -112,13 +112,19 @@ def inside_rate(cluster: Cluster) -> float:
 
 
 def _exposed(shape: Shape, moved: Traffic, compute: float, communication: float) -> float:
-    """Gradients are reduced during the backward pass (two thirds of compute) of the micro-batches that reduce; gathered
+    """Gradients are reduced during the backward pass (two thirds of compute) of the micro-batches that reduce, but for
+    the last bucket of each, and none under stage 0, where DeepSpeed reduces when the backward pass has ended; gathered
     weights of stage 3 hide behind any compute; those of stages 1 and 2 come after the update, where nothing runs."""
     if not communication:
         return 0.0
     per_byte = communication / moved.total
-    reducing = 1 if shape.stage < 2 else shape.accumulation
-    backward = compute * 2 / 3 * reducing / shape.accumulation
     if shape.stage == 3:
         return max(0.0, communication - compute)
-    return max(0.0, moved.gradients * per_byte - backward) + moved.weights * per_byte
+    gradients, weights = moved.gradients * per_byte, moved.weights * per_byte
+    if shape.stage == 0 or not shape.overlap:
+        return gradients + weights
+    reducing = 1 if shape.stage < 2 else shape.accumulation
+    backward = compute * 2 / 3 * reducing / shape.accumulation
+    each = 1 if shape.reduce_scatter else 2
+    tails = min(gradients, reducing * each * shape.bucket * shape.element * per_byte)
+    return max(tails, gradients - backward) + weights

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lumina.config import ModelConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+QUANTIZED = 1.002  # bytes of a gathered 8-bit weight: one, and a float32 scale for each group of 2,048
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Shape:
     document_tokens: float | None = None  # None: documents fill the window
     supervised: float = 1.0  # share of tokens that the loss looks at
     fill: float = 1.0  # tokens of a sample / seq_length
+    overlap: bool = True  # gradients are reduced beside the backward pass
+    bucket: int = 0  # elements of a gradient bucket: the last one is reduced when nothing is left to hide it
+    # Stages 1 and 2: each rank receives its share of the gradients alone. DeepSpeed all-reduces whole buckets instead.
+    reduce_scatter: bool = False
+    reuse: int = 0  # stage 3: a weight used again within so many elements stays gathered between forward and backward
+    quantized_weights: bool = False  # stage 3 gathers weights as 8-bit integers (qwZ, arXiv:2306.10209)
 
     @property
     def element(self) -> int:
@@ -117,18 +124,26 @@ class Traffic:
 
 
 def traffic(model: ModelConfig, shape: Shape) -> Traffic:
-    """Communication of one step. Stage 0 all-reduces gradients once; 1 reduces them once and gathers the new weights;
-    2 reduces after every micro-batch; 3 also gathers weights before every forward and every backward pass, the latter
-    within the node where hpZ keeps a copy there."""
+    """Communication of one step, as DeepSpeed 0.19.8 does it. Stage 0 all-reduces gradients once; 1 reduces them once
+    and gathers the new weights; 2 reduces after every micro-batch; 3 also gathers weights before every forward and
+    every backward pass, the latter within the node where hpZ keeps a copy there.
+
+    Stages 1 and 2 reduce by all-reduces of whole buckets (use_multi_rank_bucket_allreduce, its default), of which each
+    rank keeps its share: twice the bytes of stage 3's reduce-scatter.
+    """
     share = (shape.world - 1) / shape.world
     whole = model.num_parameters() * shape.element * share
+    reduced = whole if shape.reduce_scatter or shape.stage == 3 else 2 * whole
     if shape.stage == 0:
         return Traffic(2 * whole, 0.0)
     if shape.stage == 1:
-        return Traffic(whole, whole)
+        return Traffic(reduced, whole)
     if shape.stage == 2:
-        return Traffic(whole * shape.accumulation, whole)
+        return Traffic(reduced * shape.accumulation, whole)
+    gathered = whole / shape.element * QUANTIZED if shape.quantized_weights else whole
+    # Elements between a weight's two uses are twice those between it and the model's end.
+    again = 1 - min(1.0, shape.reuse / 2 / model.num_parameters())
     if shape.hpz > 1:
-        near = model.num_parameters() * shape.element * (shape.hpz - 1) / shape.hpz
-        return Traffic(whole * shape.accumulation, whole * shape.accumulation, near * shape.accumulation)
-    return Traffic(whole * shape.accumulation, 2 * whole * shape.accumulation)
+        near = again * model.num_parameters() * shape.element * (shape.hpz - 1) / shape.hpz
+        return Traffic(reduced * shape.accumulation, gathered * shape.accumulation, near * shape.accumulation)
+    return Traffic(reduced * shape.accumulation, (1 + again) * gathered * shape.accumulation)

@@ -24,6 +24,7 @@ from lumina.config import Config
 from lumina.config.visible import explain_duplicate, take_device
 from lumina.model import Transformer
 from lumina.train.optimizer import AdamW, build_optimizer
+from lumina.train.overlap import wait_on_the_device
 from lumina.train.timing import StepTimer
 from lumina.train.veto import Veto
 
@@ -141,6 +142,7 @@ class Engine:
 
     def __init__(self, model: Transformer, config: Config, ds_config: dict[str, Any]) -> None:
         import deepspeed
+        from deepspeed.accelerator import get_accelerator
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
         if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # by type, which a subclass is not
@@ -162,6 +164,7 @@ class Engine:
         self.timer.watch_collectives()
         self.collectives = False  # whether a collective may have been begun since the loop last set this
         self._veto = Veto(self.ds.optimizer)
+        wait_on_the_device(self.ds.optimizer, get_accelerator())
         if self.stage == 0 and self.half:
             # DeepSpeed allocates this optimizer's state by an update with zero gradients, which counts as Adam's first
             # step and makes the real first one too large. The rate was 0 then: forgetting the state undoes it.

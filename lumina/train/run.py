@@ -21,6 +21,7 @@ from lumina.data import GlobalOrder, Loader, PairDataset, StepData
 from lumina.model import Transformer, float8, keep_heap, lora
 from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
+from lumina.plan.stage import default_document, smallest_memory
 from lumina.train import checkpoint, engine, lease
 from lumina.train.answers import FILE as ANSWERS
 from lumina.train.answers import Answers, Memory, Verdict
@@ -92,7 +93,8 @@ class Run:
         memory = self._memory_of_answers(config)
         if memory.global_batch_size is not None:
             config = same_batch(config, memory.global_batch_size)
-        self.ds_config, report, self.config = ds_json.resolve(config, ranks.world, device)
+        document = default_document(config, ranks.world, smallest_memory())
+        self.ds_config, report, self.config = ds_json.resolve(config, ranks.world, device, document=document)
         if memory.batch_size is not None and memory.batch_size < self.config.batch_size:
             self._take_micro_batches_of(memory.batch_size)
         ds_config, config = self.ds_config, self.config

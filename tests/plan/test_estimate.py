@@ -62,13 +62,17 @@ def test_unsupervised_positions_cost_no_output_layer() -> None:
     assert (half.layers, half.attention) == (all_of_them.layers, all_of_them.attention)
 
 
-@pytest.mark.parametrize(("stage", "whole_copies"), [(0, 2), (1, 2), (2, 3 + 1), (3, 3 * 3)])
-def test_traffic_is_the_zero_papers(stage: int, whole_copies: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "scatter", "whole_copies"),
+    [(0, False, 2), (1, False, 2 + 1), (2, False, 3 * 2 + 1), (3, False, 3 * 3), (1, True, 2), (2, True, 3 + 1)],
+)
+def test_traffic_is_the_zero_papers(stage: int, scatter: bool, whole_copies: int) -> None:
     """In units of one copy of the weights, for three micro-batches and infinitely many ranks: all-reduce 2; ZeRO 1 a
-    reduction and a gather; ZeRO 2 a reduction each micro-batch and a gather; ZeRO 3 three of them each micro-batch."""
+    reduction and a gather; ZeRO 2 a reduction each micro-batch and a gather; ZeRO 3 three of them each micro-batch.
+    A reduction is an all-reduce under DeepSpeed's stages 1 and 2, half of one where each rank gets its share alone."""
     config = load("small")
     world = 10**9
-    moved = traffic(config, Shape(2, 3, world, "bf16", stage))
+    moved = traffic(config, Shape(2, 3, world, "bf16", stage, reduce_scatter=scatter))
     assert moved.total == pytest.approx(whole_copies * 2 * config.num_parameters(), rel=1e-6)
     assert traffic(config, Shape(2, 3, 1, "bf16", stage)).total == 0
 

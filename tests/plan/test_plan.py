@@ -121,6 +121,22 @@ def test_hpz_where_the_network_is_slow_beside_the_links_inside() -> None:
     assert document["zero_optimization"]["zero_hpz_partition_size"] == 8
 
 
+def test_gathers_of_8_bits_only_when_asked_for() -> None:
+    config = load("8b")
+    cluster = Cluster(find_device("h100"), 2, 8)
+    usual = candidates(config, cluster, DATA, 128, "bf16", (3,))
+    assert not any(c.shape.quantized_weights for c in usual)
+    assert "zero_quantized_weights" not in ds_document(usual[0])["zero_optimization"]
+    asked = candidates(config, cluster, DATA, 128, "bf16", (3,), True)
+    small = next(c for c in asked if c.shape.quantized_weights and not c.shape.hpz)
+    whole = next(c for c in asked if c.shape == replace(small.shape, quantized_weights=False))
+    assert small.speed.traffic.weights == pytest.approx(whole.speed.traffic.weights / 2, rel=0.01)
+    document = ds_document(small)
+    assert document["zero_optimization"]["zero_quantized_weights"] is True
+    resolved = resolve(config, 16, "cuda", bf16_supported=True, document=document)
+    assert shape_of(resolved.config, resolved.json, 16, DATA)[0].quantized_weights
+
+
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--config", "large", "--gpu", "a100-40gb", "--set", "hidden_size=16384", "--set", "num_layers=120"]
     code, text = planned(capsys, *argv)

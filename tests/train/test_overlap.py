@@ -1,0 +1,134 @@
+"""overlap_comm: the same steps with it and without, and a host that does not wait for the device."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lumina.config import load
+from lumina.config.deepspeed import largest_tensor, resolve
+from lumina.train.overlap import wait_on_the_device
+
+if TYPE_CHECKING:
+    from runs import Runs
+
+CASES = [(stage, overlap) for stage in (1, 2) for overlap in (False, True)]
+
+
+def _probe(rank: int, *, out: Path) -> None:
+    """Three steps of two micro-batches under every case, each rank with batches of its own."""
+    sys.path.append(str(Path(__file__).parent))
+    import torch
+    from tiny_engines import batch, make_config
+
+    from lumina.config import deepspeed as ds_json
+    from lumina.model import Transformer
+    from lumina.train import engine
+
+    engine.join()
+    found = []
+    for stage, overlap in CASES:
+        config = make_config("bf16", vocab_size=128, num_layers=6)
+        document = ds_json.default_json(2, stage)
+        document["zero_optimization"]["overlap_comm"] = overlap
+        # Less than a layer: many buckets, so that both of the pair are filled again while the other is reduced.
+        document["zero_optimization"]["reduce_bucket_size"] = 9000
+        resolved = ds_json.resolve(config, 2, "cpu", bf16_supported=True, document=document)
+        torch.manual_seed(0)
+        made = engine.Engine(Transformer(config), resolved.config, resolved.json)
+        made.set_lr(1e-2)
+        steps = []
+        for seed in range(3):
+            loss = 0.0
+            for number in range(2):
+                mine = batch(8 * seed + 4 * rank + number)
+                loss += float(made.accumulate(mine, 1 / 80, last=number == 1))
+            steps.append([loss, *made.step()])
+        weights = [float(p.detach().double().norm()) for p in made.model.parameters()]
+        buckets = made.ds.optimizer.reduce_bucket_size
+        found.append({"steps": steps, "weights": weights, "bucket": buckets})
+        made.close()
+    out.with_suffix(f".{rank}").write_text(json.dumps(found), encoding="utf-8")
+    os._exit(0)
+
+
+@pytest.mark.timeout(900)
+def test_overlap_changes_nothing(runs: Runs, tmp_path: Path) -> None:
+    job = runs.start([], 2, patch=partial(_probe, out=tmp_path / "out"))
+    assert job.wait() == [0, 0], job.stderr()[-3000:]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"out.{rank}").read_text(encoding="utf-8"))
+        reference, *others = found
+        assert all(applied for _, _, applied in reference["steps"])
+        for other in others:
+            assert other["bucket"] < 12_000  # several to the model's 60,000 weights
+            assert other["steps"] == [pytest.approx(step, rel=0.02) for step in reference["steps"]]
+        for off, on in ((0, 1), (2, 3)):
+            assert found[off]["steps"] == found[on]["steps"]
+            assert found[off]["weights"] == found[on]["weights"]
+
+
+def test_the_device_waits_and_not_the_host() -> None:
+    events: list[str] = []
+
+    class Accelerator:
+        def synchronize(self, device_index: Any = None) -> None:
+            events.append("host waits")
+
+        def resolves_data_dependency(self) -> bool:
+            return False
+
+        def current_stream(self) -> Any:
+            return SimpleNamespace(wait_stream=lambda stream: events.append(f"waits for {stream}"))
+
+    accelerator = Accelerator()
+
+    def wrapper(**changes: Any) -> Any:
+        made = SimpleNamespace(overlap_comm=True, reduction_stream="reduction", cpu_offload=False)
+        made.independent_gradient_partition_epilogue = lambda: (accelerator.synchronize(), events.append("gathers"))
+        vars(made).update(changes)
+        wait_on_the_device(made, accelerator)
+        return made
+
+    wrapper().independent_gradient_partition_epilogue()
+    accelerator.synchronize()
+    assert events == ["waits for reduction", "gathers", "host waits"]  # others' waits stay what they were
+    for changes in ({"overlap_comm": False}, {"cpu_offload": True}):
+        events.clear()
+        wrapper(**changes).independent_gradient_partition_epilogue()
+        assert events == ["host waits", "gathers"]
+    wait_on_the_device(None, accelerator)  # stage 0 in float32 has no wrapper
+
+
+@pytest.mark.parametrize(("device", "world", "on"), [("cuda", 2, True), ("cuda", 1, None), ("cpu", 2, None)])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_it_is_on_for_several_gpus(device: str, world: int, on: bool | None, stage: int) -> None:
+    document: dict[str, Any] = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": stage}}
+    made = resolve(load("debug"), world, device, bf16_supported=True, document=document).json
+    assert made["zero_optimization"].get("overlap_comm") is on
+
+
+@pytest.mark.parametrize("preset", ["debug", "8b"])
+def test_a_bucket_holds_the_largest_tensor(preset: str) -> None:
+    config = load(preset)
+    zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}
+    made = resolve(config, 8, "cuda", bf16_supported=True, document={"zero_optimization": zero})
+    assert made.json["zero_optimization"]["reduce_bucket_size"] == largest_tensor(config)
+    assert any("instead of 1000" in line for line in made.report)
+    plain = {"zero_optimization": {**zero, "overlap_comm": False}}
+    quiet = resolve(config, 8, "cuda", bf16_supported=True, document=plain)
+    assert quiet.json["zero_optimization"]["reduce_bucket_size"] == 1000
+    import torch
+
+    from lumina.model import Transformer
+
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert largest_tensor(config) == max(parameter.numel() for parameter in model.parameters())

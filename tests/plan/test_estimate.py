@@ -185,7 +185,7 @@ def test_stage_comes_from_the_json_or_the_flag(capsys: pytest.CaptureFixture[str
             "shape"
         ]
 
-    assert stage()["stage"] == 2
+    assert stage()["stage"] == 1
     assert stage("--zero", "3")["stage"] == 3
     offloaded = stage("--ds_config", str(ROOT / "ds_configs" / "zero3_offload.json"))
     assert (offloaded["stage"], offloaded["offload_optimizer"], offloaded["offload_params"]) == (3, True, True)

@@ -23,6 +23,7 @@ from lumina.cluster.signals import end_with_parent
 from lumina.config import Config
 from lumina.config.visible import explain_duplicate, take_device
 from lumina.model import Transformer
+from lumina.train import half_precision
 from lumina.train.optimizer import AdamW, build_optimizer
 from lumina.train.overlap import wait_on_the_device
 from lumina.train.timing import StepTimer
@@ -158,17 +159,16 @@ class Engine:
             ds_config = {**ds_config, "gradient_clipping": 0.0}
         optimizer = build_optimizer(model, config, ds_config)
         allowed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-        self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**allowed, **ds_config})
+        with half_precision.installed():
+            self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**allowed, **ds_config})
+        wrapper = self.ds.optimizer
+        self._own = wrapper if isinstance(wrapper, half_precision.HalfPrecisionAdamW) else None
         self.device: torch.device = self.ds.device
         self.timer = StepTimer(self.device)
         self.timer.watch_collectives()
         self.collectives = False  # whether a collective may have been begun since the loop last set this
         self._veto = Veto(self.ds.optimizer)
         wait_on_the_device(self.ds.optimizer, get_accelerator())
-        if self.stage == 0 and self.half:
-            # DeepSpeed allocates this optimizer's state by an update with zero gradients, which counts as Adam's first
-            # step and makes the real first one too large. The rate was 0 then: forgetting the state undoes it.
-            self.optimizer.state.clear()
         if self.stage == 0 and torch.distributed.get_world_size() == 1:
             # Alone there is nothing to reduce, but DeepSpeed would flatten all gradients and copy them back.
             self.ds.enable_backward_allreduce = False
@@ -241,9 +241,11 @@ class Engine:
         # Multiplied even by one: DeepSpeed 0.19.8 divides the gradient of a tensor that its forward returned by the
         # accumulation steps, scale_wrt_gas or not, unless backward() is called on a tensor derived from it (stage 0).
         loss = loss * outer
+        # fp16's loss scale comes from DeepSpeed's backward() under ZeRO alone.
+        scaled = loss * self._own.loss_scale.scale if self._own is not None and self._own.loss_scale else loss
         self.collectives = self.collectives or self.stage == 2 or last
         with self.timer.phase("backward"):
-            self.ds.backward(loss, scale_wrt_gas=False)
+            self.ds.backward(scaled, scale_wrt_gas=False)
         return loss.detach()
 
     def step(self, limit: float = math.inf) -> tuple[float, bool]:
@@ -261,6 +263,10 @@ class Engine:
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip, norm)
             self.ds.step()
             return float(norm), True
+        if self._own is not None:
+            self._own.limit = limit
+            self.ds.step()
+            return float(self._own.norm), bool(self._own.applied)
         self._veto.step(self.ds.step, limit)
         norm = self._veto.norm if self._veto.norm is not None else self.ds.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
@@ -268,16 +274,21 @@ class Engine:
 
     def loss_scale(self) -> dict[str, float]:
         """The state of fp16's dynamic loss scale, empty otherwise."""
+        if self._own is not None:
+            return self._own.loss_scale.state() if self._own.loss_scale is not None else {}
         return {k: v for k, v in vars(self._scaler()).items() if isinstance(v, int | float)} if self.fp16 else {}
 
-    def gradient_scale(self) -> float:
+    def gradient_scale(self) -> float | torch.Tensor:
         """By what the gradients between backward and update are too large: fp16's loss scale, 1 elsewhere."""
+        if self._own is not None and self._own.loss_scale is not None:
+            return self._own.loss_scale.scale
         return float(self._scaler().cur_scale) if self.fp16 else 1.0
 
     def set_loss_scale(self, state: dict[str, float]) -> None:
-        if self.fp16:
+        if self._own is not None and self._own.loss_scale is not None:
+            self._own.loss_scale.load(state)
+        elif self.fp16:
             vars(self._scaler()).update(state)
 
     def _scaler(self) -> Any:
-        wrapper = self.ds.optimizer
-        return getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
+        return self.ds.optimizer.loss_scaler

@@ -42,8 +42,9 @@ def build_optimizer(model: nn.Module, config: Config, ds_config: dict[str, Any])
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_eps,
     }
-    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none":
+    zero = ds_config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    if zero.get("stage", 0) and offload.get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
         from deepspeed.ops.op_builder import CPUAdamBuilder
 

@@ -137,6 +137,9 @@ def prepare_moments(engine: Engine, keys: list[str], step: int) -> None:
     torch_optimizer = isinstance(engine.optimizer, torch.optim.AdamW)
     if not keys:  # saved before the first update was applied: the optimizer starts afresh
         return
+    if hasattr(engine.ds.optimizer, "load_step"):  # stage 0 in half precision
+        engine.ds.optimizer.load_step(step)
+        return
     for owner in _owners(engine):
         state = engine.optimizer.state[owner]
         for key in keys:
@@ -167,10 +170,6 @@ def publish(engine: Engine) -> None:
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
     elif hasattr(wrapper, "update_lp_params"):
         wrapper.update_lp_params()
-    elif hasattr(wrapper, "fp32_groups"):
-        for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-            for parameter, master in zip(group, masters, strict=True):
-                parameter.copy_(master)
 
 
 @dataclass

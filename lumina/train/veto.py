@@ -13,25 +13,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class Veto:
-    """Installed once on an engine's ZeRO or half-precision wrapper. `norm` is the last step's true global norm, None
+    """Installed once on an engine's ZeRO wrapper. `norm` is the last step's true global norm, None
     where the wrapper found an overflow first or computes no norm that can be watched."""
 
     def __init__(self, wrapper: Any) -> None:
         self.limit = math.inf
         self.norm: float | None = None
         self._wrapper = wrapper
-        self._scaler: Any = getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
+        self._scaler: Any = getattr(wrapper, "loss_scaler", None)
         self._flat = hasattr(wrapper, "fp32_groups_flat_partition")
         if hasattr(wrapper, "_get_norm_groups"):  # stage 3
             wrapper._get_norm_groups = self._watch(wrapper._get_norm_groups, _combined, many=True)
         elif hasattr(wrapper, "scaled_global_norm"):  # stages 1 and 2
             wrapper.scaled_global_norm = self._watch(wrapper.scaled_global_norm, float, many=False)
-        elif hasattr(wrapper, "overflow_checker"):  # stage 0 in half precision: instead of a pass that looks for NaN
-            wrapper.overflow_checker.check = self._check
 
     def _watch(self, norm_of: Callable[[], Any], read: Callable[[Any], float], many: bool) -> Callable[[], Any]:
         def watched() -> Any:
@@ -43,11 +40,6 @@ class Veto:
             return [infinite] if many else infinite
 
         return watched
-
-    def _check(self, param_groups: Any = None) -> bool:
-        grads = [p.grad for group in self._wrapper.fp16_groups for p in group if p.grad is not None]
-        self.norm = float(_norm(grads)) / self._scale()
-        return not self.norm <= self.limit or not math.isfinite(self.norm)
 
     def _scale(self) -> float:
         return float(getattr(self._scaler, "cur_scale", 1.0)) if self._scaler is not None else 1.0
@@ -76,13 +68,6 @@ class Veto:
         self._wrapper.clear_lp_grads()
         self._wrapper.overflow = True
         return True
-
-
-def _norm(grads: list[Tensor]) -> Tensor:
-    if not grads:
-        return torch.zeros(())
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
-    return torch.linalg.vector_norm(norms)  # type: ignore[no-any-return]
 
 
 def _combined(groups: list[Any]) -> float:

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import runs as real
+import torch
 from runs import Runs, State, arguments, final, losses
+from tiny_engines import VOCABULARY, make_engine
 
 from lumina.chat import Tokenizer
 from lumina.config import load
@@ -105,6 +108,84 @@ def test_the_batch_holds_the_same_conversations_packed_and_not(few: Path, tmp_pa
 def dataset(path: Path, cache: Path, packing: bool) -> PackedDataset:
     values = {"packing": packing, "seq_length": ONE_STEP["seq_length"], "num_workers": 1, "cache_dir": str(cache)}
     return prepare([path], load("nano", values), Tokenizer.load())
+
+
+# --- fp16 ---
+
+
+@pytest.fixture(scope="module")
+def float32_norms() -> list[float]:
+    return gradient_norms(0, "fp32", 1)
+
+
+def gradient_norms(stage: int, precision: str, micro: int) -> list[float]:
+    """Of steps 1 and 2 of one engine, on the same four samples a step cut into micro-batches of `micro`."""
+    made = make_engine(stage, precision, init_std=0.05)
+    made.set_lr(1e-3)
+    norms = []
+    for step in range(2):
+        samples = [sample(4 * step + number) for number in range(4)]
+        weight = float(sum(one.weights_T.sum() for one in samples))
+        groups = [samples[low : low + micro] for low in range(0, 4, micro)]
+        for number, group in enumerate(groups, 1):
+            made.accumulate(join(group).torch(), 1 / weight, last=number == len(groups))
+        norm, applied = made.step()
+        assert applied
+        norms.append(norm)
+    return norms
+
+
+def sample(seed: int) -> Batch:
+    """One document of random tokens, of a length of its own."""
+    draw = np.random.default_rng(seed)
+    length = int(draw.integers(9, 33))
+    ids, weights = draw.integers(VOCABULARY, size=length), (draw.random(length) < 0.5).astype(np.float32)
+    weights[0] = 1.0
+    return Batch(ids, np.roll(ids, -1), weights, np.arange(length), np.array([0, length], dtype=np.int32), length)
+
+
+def join(samples: list[Batch]) -> Batch:
+    fields = ("ids_T", "targets_T", "weights_T", "positions_T")
+    ids, targets, weights, positions = (np.concatenate([getattr(one, name) for one in samples]) for name in fields)
+    edges = np.cumsum([0, *(len(one.ids_T) for one in samples)]).astype(np.int32)
+    return Batch(ids, targets, weights, positions, edges, max(one.max_seqlen for one in samples))
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradient_norms_in_fp16(stage: int, micro: int, float32_norms: list[float]) -> None:
+    """The loss scale is in no norm, whatever the stage and however the step is cut: DeepSpeed's engine scales the loss
+    under ZeRO alone, while its half-precision wrapper of stage 0 divides by the scale all the same."""
+    assert gradient_norms(stage, "fp16", micro) == pytest.approx(float32_norms, rel=1e-3)
+
+
+def _allow_fp16(rank: int) -> None:
+    """In a rank's process: fp16 on this CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    from lumina.config import precision
+
+    accelerator, dtypes = get_accelerator(), [torch.float32, torch.bfloat16, torch.float16]
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: dtypes
+    resolve = precision.resolve
+    precision.resolve = lambda wanted, device, **rest: "fp16" if wanted == "fp16" else resolve(wanted, device, **rest)
+
+
+@pytest.mark.parametrize(
+    ("world", "stage"), [(2, 0), *(pytest.param(2, stage, marks=pytest.mark.long) for stage in (1, 2, 3))]
+)
+def test_a_step_of_ranks_in_fp16(
+    world: int, stage: int, runs: Runs, few: Path, reference: tuple[State, float], place: Path
+) -> None:
+    """Through a whole run: Adam's first moment, a tenth of the gradient, is float32's but for fp16's rounding."""
+    run = place / "run"
+    settings = {**ONE_STEP, "precision": "fp16", "batch_size": 4}
+    job = runs.start(arguments(run, few, stage=stage, **settings), world, _allow_fp16)
+    assert job.wait() == [0] * world, job.stderr()
+    expected, loss = reference
+    assert losses(run) == pytest.approx([loss], rel=1e-3)
+    assert max(relative(final(run, 1), expected, "exp_avg").values()) <= 5e-3
 
 
 Documents = Counter[tuple[tuple[int, ...], tuple[float, ...]]]

@@ -2,6 +2,8 @@
 # make test           the tests that need no root
 # make test-long      more cases of the same by real runs: other worlds, stages and phases (two minutes)
 # make test-cluster   the tests that start sshd, pdsh and several processes (root: installs their Debian packages)
+# make gpu-rehearsal  benchmarks/gpu_day.sh on this CPU (a minute); make test does it too
+# make gpu-wheels     what a GPU machine without an index lacks, into wheels/gpu (GPU_PYTHON=3.12)
 # make check          ruff, formatting, mypy
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -20,7 +22,7 @@ CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install quickstart test test-long test-cluster cluster-packages browser-packages extensions check format clean
+.PHONY: install quickstart test test-long test-cluster cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels check format clean
 
 install: $(STAMP)
 
@@ -62,6 +64,13 @@ cluster-packages browser-packages:
 extensions: $(STAMP)
 	$(BIN)/python -c "from deepspeed.ops.op_builder import CPUAdamBuilder; from lumina.train import extensions; \
 	  extensions.build([CPUAdamBuilder()])" >/dev/null
+
+gpu-rehearsal: $(STAMP)
+	PYTHON=$(BIN)/python benchmarks/gpu_day.sh --rehearse
+
+GPU_PYTHON ?= 3.12
+gpu-wheels: $(STAMP)
+	PYTHON=$(BIN)/python benchmarks/gpu_day.sh --collect wheels/gpu --python $(GPU_PYTHON)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,10 +10,12 @@ last line holds `tokens_per_s=` and `peak_gib=`; the first two steps are not cou
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,7 +63,8 @@ class Clock(TrainerCallback):
             self.begin, self.end = (now, 0.0) if state.global_step == WARM else (self.begin, now)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train as the command line says; prints and returns the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given = os.environ
     parser.add_argument("--preset", default=given.get("PRESET", "debug"))
@@ -73,10 +76,14 @@ def main() -> None:
     parser.add_argument("--liger", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     config = load(options.preset, {}, [*options.sets, f"seq_length={options.seq}"])
     if options.vocabulary is not None:
         config = config.replace(vocab_size=options.vocabulary)
+    if torch.cuda.is_available():
+        gc.collect()  # of a training before this one
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**hf_names.to_hf_config(config, "float32", 0, 0)))
     clock, cuda = Clock(options.steps), torch.cuda.is_available()
@@ -100,12 +107,17 @@ def main() -> None:
     seconds = (clock.end - clock.begin) / (options.steps - WARM)
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     world = int(given.get("WORLD_SIZE", 1))
+    found = {
+        "seconds": seconds,
+        "tokens_per_second": options.batch * options.seq * world / seconds,
+        "peak_gib": peak / 2**30,
+    }
     if int(given.get("RANK", 0)) == 0:
-        tokens = options.batch * options.seq * world
         print(
             f"hf_trainer preset={options.preset} liger={options.liger} world={world} step_s={seconds:.4f} "
-            f"peak_gib={peak / 2**30:.2f} tokens_per_s={tokens / seconds:.0f}"
+            f"peak_gib={found['peak_gib']:.2f} tokens_per_s={found['tokens_per_second']:.0f}"
         )
+    return found
 
 
 if __name__ == "__main__":

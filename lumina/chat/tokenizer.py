@@ -165,7 +165,8 @@ class Tokenizer:
 
     @cached_property
     def _bulk(self) -> _BulkEncoder | None:
-        if importlib.util.find_spec("gigatoken") is None:
+        # It hands out awkward arrays, or plain lists where that package is missing.
+        if any(importlib.util.find_spec(name) is None for name in ("gigatoken", "awkward")):
             return None
         path, _ = find_ranks()
         return None if path.suffix == ".gz" else _BulkEncoder(path)

@@ -4,7 +4,7 @@ A kernel's largest error may be twice that of the plain torch implementation, pl
 a bound that tightens with the type and the shape, where a fixed tolerance proves nothing for one of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -54,3 +54,39 @@ def strided(x: torch.Tensor, row_gap: int, column_step: int = 1) -> torch.Tensor
     view = store[:, : width * column_step : column_step]
     view.copy_(x.detach())
     return view.requires_grad_(x.requires_grad)
+
+
+def every_operator(device: str, dtype: torch.dtype, rows: int, width: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, check) of each operator, forward and backward, on random inputs; a check raises AssertionError."""
+    from lumina.kernels import reference as plain
+
+    from lumina import kernels
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=device).to(dtype).requires_grad_()
+
+    x, residual, dy = (normal(rows, width) for _ in range(3))
+    weight, gradient = normal(width), dy.detach()
+
+    def norm(side):
+        return lambda x, r, w: side.add_rms_norm(x, r, w, 1e-5)
+
+    yield "add_rms_norm", lambda: check(norm(kernels), norm(plain), [x, residual, weight], [gradient, gradient])
+    yield "swiglu", lambda: check(kernels.swiglu, plain.swiglu, [normal(rows, 2 * width)], [gradient])
+
+    def cross_entropy() -> None:
+        logits, targets = 3 * x.detach(), torch.randint(0, width, (rows,), device=device)
+        weights, found = torch.rand(rows, device=device), []
+        for side, given in ((kernels, logits.clone()), (plain, logits.clone()), (plain, logits.double())):
+            found.append((side.cross_entropy_(given, targets, weights), given))
+        check_errors(*found)
+
+    yield "cross_entropy", cross_entropy
+    qkv, angles = normal(2, 7, 8, 64), torch.rand(50, 32, device=device)
+    positions = torch.randint(0, 50, (2, 7), device=device)
+
+    def rotate(side):
+        return lambda x, c, s: side.rope(x[:, :, :4], x[:, :, 4:6], c, s, positions)
+
+    gradients = [torch.randn(2, 7, n, 64, device=device).to(dtype) for n in (4, 2)]
+    yield "rope", lambda: check(rotate(kernels), rotate(plain), [qkv, angles.cos(), angles.sin()], gradients)

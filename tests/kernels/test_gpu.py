@@ -12,35 +12,13 @@ import torch
 CHECK = """
 import sys
 import torch
-from kernel_checks import DTYPES, check, check_errors
-from lumina import kernels
-from lumina.kernels import reference as plain
+from kernel_checks import DTYPES, every_operator
 
 device = sys.argv[1]
 torch.manual_seed(0)
-
-
-def normal(dtype, *size):
-    return torch.randn(size, device=device).to(dtype).requires_grad_()
-
-
 types, shapes = (DTYPES, ((65, 123), (257, 768), (33, 2048))) if device == "cuda" else (DTYPES[1:2], ((9, 123),))
-for dtype in types:
-    for rows, width in shapes:
-        x, residual, weight, dy = (normal(dtype, *s) for s in ((rows, width), (rows, width), (width,), (rows, width)))
-        norm = lambda k: lambda x, r, w: k.add_rms_norm(x, r, w, 1e-5)
-        check(norm(kernels), norm(plain), [x, residual, weight], [dy.detach(), dy.detach()])
-        check(kernels.swiglu, plain.swiglu, [normal(dtype, rows, 2 * width)], [dy.detach()])
-        logits, targets = 3 * x.detach(), torch.randint(0, width, (rows,), device=device)
-        weights, found = torch.rand(rows, device=device), []
-        for k, given in ((kernels, logits.clone()), (plain, logits.clone()), (plain, logits.double())):
-            found.append((k.cross_entropy_(given, targets, weights), given))
-        check_errors(*found)
-    qkv, angles = normal(dtype, 2, 7, 8, 64), torch.rand(50, 32, device=device)
-    positions = torch.randint(0, 50, (2, 7), device=device)
-    rotate = lambda k: lambda x, c, s: k.rope(x[:, :, :4], x[:, :, 4:6], c, s, positions)
-    gradients = [torch.randn(2, 7, n, 64, device=device).to(dtype) for n in (4, 2)]
-    check(rotate(kernels), rotate(plain), [qkv, angles.cos(), angles.sin()], gradients)
+checked = [check() for t in types for shape in shapes for _, check in every_operator(device, t, *shape)]
+assert len(checked) == 4 * len(types) * len(shapes)
 print("done")
 """
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from lumina.config import Config, LoraConfig, ModelConfig, UserError
 from lumina.model import lora
+from lumina.train.shards import forget_copies, own_part
 from lumina.train.state import MASTER
 from lumina.train.store import MANIFEST, Progress, damage, digest, read_progress
 
@@ -190,14 +191,17 @@ def open_weights(checkpoint: Path) -> Weights:
 
 
 def fill(model: torch.nn.Module, base: Path) -> None:
-    """Copy a checkpoint's weights, merged, into the frozen parameters of a model with adapters."""
+    """Copy a checkpoint's weights, merged, into the frozen parameters of a model with adapters: of divided ones
+    (lumina.train.shards) this rank reads its own part alone."""
     weights = open_weights(base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            forget_copies(parameter)
             if not parameter.requires_grad:
-                flat = torch.empty(parameter.numel())
-                weights.read(MASTER, name, 0, flat)
-                parameter.copy_(flat.view(parameter.shape))
+                own, start = own_part(parameter)
+                flat = torch.empty(own.numel())
+                weights.read(MASTER, name, start, flat)
+                own.copy_(flat)
 
 
 def trained_parameters(config: Config) -> int:

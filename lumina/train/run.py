@@ -22,7 +22,7 @@ from lumina.model import Transformer, float8, keep_heap, lora
 from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.plan.stage import default_document, smallest_memory
-from lumina.train import checkpoint, engine, lease
+from lumina.train import checkpoint, engine, lease, shards
 from lumina.train.answers import FILE as ANSWERS
 from lumina.train.answers import Answers, Memory, Verdict
 from lumina.train.beginning import (
@@ -111,7 +111,7 @@ class Run:
         self.schedule = schedule(config, self.total_steps)
         self.base = base(config, ranks, source, progress)
         torch.manual_seed(config.seed)
-        self.engine = self._build_engine()
+        self.engine = self._build_engine(drawn=source is None and config.init_from is None)
         self.progress = progress
         self.progress.global_batch_size, self.progress.world = self.global_batch, ranks.world
         self.progress.precision, self.progress.zero_stage = precision, self.engine.stage
@@ -136,10 +136,14 @@ class Run:
 
     # --- Building ---
 
-    def _build_engine(self) -> engine.Engine:
-        model = Transformer(self.config)
-        if self.base is not None:  # before DeepSpeed divides the weights: what is frozen has no place in its optimizer
-            lora.attach(model, self.config)
+    def _build_engine(self, drawn: bool) -> engine.Engine:
+        """`drawn`: False where every trained weight is loaded next; adapters are drawn after the weights under them."""
+        drawn = drawn or self.base is not None
+        with shards.divided(self.ds_config, drawn):
+            model = Transformer(self.config)
+            if self.base is not None:  # before the engine is made: what is frozen has no place in its optimizer
+                lora.attach(model, self.config)
+        if self.base is not None:
             fill(model, self.base)
         if self.config.float8 is not None:
             float8.check(self.config)
@@ -183,7 +187,7 @@ class Run:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._take_micro_batches_of(batch_size)
-        self.engine = self._build_engine()
+        self.engine = self._build_engine(drawn=False)
         restore(self.engine, held)
         torch.set_rng_state(rng)
 

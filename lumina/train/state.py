@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lumina.config import UserError
 from lumina.train.engine import Engine
+from lumina.train.shards import forget_copies
 
 MASTER = "master"
 
@@ -162,6 +163,8 @@ def publish(engine: Engine) -> None:
     """Make the model's weights follow the float32 ones after these were loaded, on every rank."""
     wrapper = engine.ds.optimizer
     if engine.stage == 3:
+        for parameter in engine.model.parameters():
+            forget_copies(parameter)
         for index, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
             wrapper.fp16_partitioned_groups_flat[index].copy_(flat)
             wrapper._unflatten_partitioned_parameters(index)

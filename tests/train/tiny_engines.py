@@ -18,7 +18,7 @@ from lumina.config import deepspeed as ds_json
 from lumina.data import Batch
 from lumina.data.tensors import TorchBatch
 from lumina.model import Transformer, float8, lora
-from lumina.train import engine
+from lumina.train import engine, shards
 from lumina.train.checkpoint import Progress, take
 from lumina.train.engine import Engine
 from lumina.train.save_thread import Job, Saver, Target
@@ -68,12 +68,13 @@ def make_engine(
         document[block] = {**document.get(block, {}), **keys}
     resolved = ds_json.resolve(config, 1, "cuda", bf16_supported=True, document=document)  # a CPU's fp16 is refused
     torch.manual_seed(seed)
-    model = Transformer(config)
-    if config.lora_rank:
-        lora.attach(model, config)
-    if config.float8 is not None:
-        float8.convert(model, config.float8)
     with fp16_on_a_cpu():
+        with shards.divided(resolved.json):
+            model = Transformer(config)
+            if config.lora_rank:
+                lora.attach(model, config)
+            if config.float8 is not None:
+                float8.convert(model, config.float8)
         made = Engine(model, resolved.config, resolved.json)
     made.set_lr(1e-2)
     return made

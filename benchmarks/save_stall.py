@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 
 def main() -> None:
@@ -28,7 +27,7 @@ def main() -> None:
 
     trainer, batch = debug_trainer(arguments.tokens)
 
-    from lumina.train.checkpoint import Progress, take
+    from lumina.train.checkpoint import HostCopies, Progress, take
     from lumina.train.save_thread import Job, Saver, Target
     from lumina.train.store import Retention
 
@@ -40,7 +39,7 @@ def main() -> None:
         return time.perf_counter() - began
 
     seconds: dict[str, list[float]] = {"async": [], "sync": [], "alone": [], "beside": []}
-    buffers: dict[str, Any] = {}
+    copies = HostCopies(trainer.device)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         saver = Saver(0, 1, "bench", 600)
         train()
@@ -48,7 +47,7 @@ def main() -> None:
             way = "async" if step % 2 else "sync"
             seconds["alone"].append(train())
             began = time.perf_counter()
-            snapshot = take(trainer, Progress(step=step), buffers)
+            snapshot = take(trainer, Progress(step=step), copies)
             saver.begin(Job(snapshot, [Target("checkpoint", Path(folder), Retention(1))]))
             if way == "sync":
                 saver.wait()

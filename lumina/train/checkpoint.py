@@ -15,7 +15,8 @@ import torch.distributed as dist
 from lumina.config import UserError
 from lumina.train.engine import Engine
 from lumina.train.reading import Reader, open_weights
-from lumina.train.state import MASTER, fragments, moments, prepare_moments, publish, step_count, to_load
+from lumina.train.slabs import HostCopies
+from lumina.train.state import MASTER, fragments, moments, prepare_moments, publish, raw_step_count, to_load
 from lumina.train.store import (
     BEST,
     FORMAT,
@@ -41,6 +42,7 @@ __all__ = [
     "MANIFEST",
     "MASTER",
     "TRAINER",
+    "HostCopies",
     "Progress",
     "Reader",
     "Snapshot",
@@ -67,39 +69,62 @@ __all__ = [
 
 @dataclass
 class Snapshot:
-    """A copy in host memory of what this rank owns at one step, and what trainer.json will say."""
+    """A copy in host memory of what this rank owns at one step, and what trainer.json will say. Each tensor is a list
+    of flat parts. It is there, and trainer.json complete, after `wait`."""
 
     step: int
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, list[torch.Tensor]]
     ranges: dict[str, list[int]]
     trainer: dict[str, Any] = field(default_factory=dict)
+    copied: Any = None  # the event behind the copies; None: they are there
+    counter: torch.Tensor | None = None  # the optimizer's step count, copied too
+    sources: list[torch.Tensor] = field(default_factory=list)  # whose memory must not be freed before
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(part.numel() * part.element_size() for parts in self.tensors.values() for part in parts)
+
+    def wait(self) -> None:
+        """Wait on the host until the copies are there."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        self.sources.clear()
+        if self.counter is not None:
+            self.trainer["optimizer_step"] = int(self.counter[0])
+
+    def finite(self) -> bool:
+        """Whether every number of it is."""
+        self.wait()
+        parts = (part for parts in self.tensors.values() for part in parts if part.is_floating_point())
+        return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
-def take(engine: Engine, progress: Progress, buffers: dict[str, torch.Tensor] | None = None) -> Snapshot:
-    """Copy this rank's state; not collective. `buffers` are the host tensors of an earlier snapshot that nobody needs
-    any more: memory touched before is copied to several times as fast as fresh memory (page faults), and pinned memory
-    faster still. They are added to."""
-    buffers = {} if buffers is None else buffers
-    tensors: dict[str, torch.Tensor] = {"rng/cpu": torch.get_rng_state()}
+def take(engine: Engine, progress: Progress, copies: HostCopies | None = None) -> Snapshot:
+    """Begin to copy this rank's state; not collective, and the host does not wait for a GPU. `copies` holds the memory
+    of earlier snapshots, of which nobody may need the last one any more; `copies.before_update()` must be called before
+    the next update."""
+    copies = HostCopies(engine.device) if copies is None else copies
+    values: dict[str, torch.Tensor] = {}
     ranges: dict[str, list[int]] = {}
     for piece in fragments(engine):
         ranges[piece.name] = [piece.start, piece.numel]
         for key, value in {MASTER: piece.view(piece.owner), **moments(engine, piece)}.items():
-            name = f"{key}/{piece.name}"
-            host = buffers.get(name)
-            if host is None or host.shape != value.shape or host.dtype != value.dtype:
-                host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                buffers[name] = host
-            host.copy_(value, non_blocking=True)
-            tensors[name] = host
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize()
-    trainer = {**asdict(progress), "optimizer_step": step_count(engine), "loss_scale": engine.loss_scale()}
-    return Snapshot(progress.step, tensors, ranges, trainer)
+            values[f"{key}/{piece.name}"] = value
+    steps = raw_step_count(engine)  # on a GPU reading it would wait for the update
+    counter = {"": steps.detach().view(1)} if isinstance(steps, torch.Tensor) else {}
+    tensors, copied = copies.copy(values | counter)
+    trainer = {**asdict(progress), "loss_scale": engine.loss_scale()}
+    if not counter:
+        trainer["optimizer_step"] = int(steps)
+    return Snapshot(
+        progress.step,
+        {"rng/cpu": [torch.get_rng_state()], **{name: tensors[name] for name in values}},
+        ranges,
+        trainer,
+        copied,
+        tensors[""][0] if counter else None,
+        [*values.values(), *counter.values()],
+    )
 
 
 # --- Reading --------------------------------------------------------------------------------------

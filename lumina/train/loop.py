@@ -153,6 +153,7 @@ def _update(run: Run, step: int, limit: float) -> tuple[float, bool]:
     if stats is not None:
         stats.before()
     run.sound = False
+    run.saves.before_update()
     grad_norm, applied = run.engine.step(limit)
     run.progress.step, run.sound = step, True
     if stats is not None and applied:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from lumina.train import commands, store
 from lumina.train.answers import agreed
-from lumina.train.checkpoint import take
+from lumina.train.checkpoint import HostCopies, take
 from lumina.train.save_thread import Job, Outcome, Place, Saver, Target
 from lumina.train.store import Retention
 
@@ -50,7 +50,7 @@ class Saves:
             keep = Retention(config.backup_keep_last, config.backup_keep_every, config.backup_keep_best)
             folder = Path(config.backup_dir) / config.experiment_name
             self._backups = Target("backup", folder, keep, verify=True)
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._copies = HostCopies(run.engine.device)
         self._begun = run.progress.step  # the step of the last checkpoint begun
         self._wanted: set[Place] = set()
         self._busy_anywhere = False
@@ -101,6 +101,10 @@ class Saves:
             self._wanted.discard("checkpoint")
         if self._wanted and not self._busy_anywhere:
             self._begin(self._wanted)
+
+    def before_update(self) -> None:
+        """The next update may not overtake the copies of a snapshot: on a GPU its stream waits for them."""
+        self._copies.before_update()
 
     def best(self) -> None:
         """Save this step as the best so far. Waits for a save under way, since a later step would not be it."""
@@ -163,7 +167,7 @@ class Saves:
             return
         run = self._run
         run.progress.guard = run.guard.state()
-        snapshot = take(run.engine, run.progress, self._buffers)
+        snapshot = take(run.engine, run.progress, self._copies)
         requests, self._requests = self._requests, []
         job = Job(snapshot, targets, best_loss, requests)
         self._saver.begin(job)
@@ -274,9 +278,9 @@ class Saves:
         snapshot = None
         if not refusal:
             run.progress.guard = run.guard.state()
-            snapshot = take(run.engine, run.progress, self._buffers)
+            snapshot = take(run.engine, run.progress, self._copies)
             snapshot.trainer["emergency"] = why
-            if not all(bool(torch.isfinite(v).all()) for v in snapshot.tensors.values() if v.is_floating_point()):
+            if not snapshot.finite():
                 refusal = "the weights are not finite"
         saved = (self._checkpoints.folder / store.name_of(run.progress.step)).is_dir() or run.progress.step == 0
         own = {"step": run.progress.step, "refusal": refusal, "saved": ranks.main and saved}

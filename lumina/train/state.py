@@ -126,10 +126,16 @@ def moments(engine: Engine, fragment: Fragment) -> dict[str, Tensor]:
 
 
 def step_count(engine: Engine) -> int:
-    """How many updates the optimizer has made: Adam's bias correction depends on it."""
+    """How many updates the optimizer has made: Adam's bias correction depends on it. On a GPU this waits for them."""
+    return int(raw_step_count(engine))
+
+
+def raw_step_count(engine: Engine) -> Tensor | int:
+    """The same as the optimizer keeps it: a number, or a scalar on the device."""
     for state in engine.optimizer.state.values():
         if "step" in state:
-            return int(state["step"])
+            steps: Tensor | int = state["step"]
+            return steps
     return 0
 
 

@@ -49,6 +49,7 @@ def partial_name(step: int, start: str, attempt: int) -> str:
 def write_part(partial: Path, snapshot: Snapshot, rank: int, world: int) -> None:
     """Write this rank's file and its entry. Raises SaveError."""
     try:
+        snapshot.wait()
         partial.mkdir(parents=True, exist_ok=True)
         own = partial / f"rank-{rank:05d}-of-{world:05d}.safetensors"
         sha256 = _write_tensors(own, snapshot)
@@ -88,20 +89,20 @@ def _write_tensors(path: Path, snapshot: Snapshot) -> str:
     """
     header: dict[str, Any] = {"__metadata__": {"ranges": json.dumps(snapshot.ranges)}}
     place = 0
-    for name, tensor in snapshot.tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        offsets = [place, place + size]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        place += size
+    for name, parts in snapshot.tensors.items():
+        numel, dtype = sum(part.numel() for part in parts), parts[0].dtype
+        offsets = [place, place + numel * dtype.itemsize]
+        header[name] = {"dtype": _DTYPES[dtype], "shape": [numel], "data_offsets": offsets}
+        place = offsets[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     hashed = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            _write_all(file, memoryview(part))
-            hashed.update(part)
-        for tensor in snapshot.tensors.values():
-            values = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        for early in (len(text).to_bytes(8, "little"), text):
+            _write_all(file, memoryview(early))
+            hashed.update(early)
+        for part in (part for parts in snapshot.tensors.values() for part in parts):
+            values = memoryview(part.view(torch.uint8).numpy().data)
             for start in range(0, len(values), _CHUNK):
                 chunk = values[start : start + _CHUNK]
                 _write_all(file, chunk)

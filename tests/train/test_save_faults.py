@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import runs as real
+import torch
 from runs import Job, Runs, arguments
 from tiny_engines import make_engine, save, train_step
 
 from lumina.monitor import read_metrics
 from lumina.monitor.events import read_events
 from lumina.train import loop, save_policy, store, writing
-from lumina.train.checkpoint import Progress, take
+from lumina.train.checkpoint import HostCopies, Progress, take
 from lumina.train.save_thread import Job as SaveJob
 from lumina.train.save_thread import Saver, Target
 from lumina.train.store import Retention
@@ -118,13 +119,19 @@ def test_the_snapshot_is_of_the_step_it_was_taken_at(tmp_path: Path) -> None:
     """Training goes on while it is written."""
     made = make_engine(2)
     train_step(made, 0)
-    buffers: dict[str, Any] = {}
-    snapshot = take(made, Progress(step=1), buffers)
-    copies = {name: tensor.clone() for name, tensor in snapshot.tensors.items()}
+    memory = HostCopies(made.device)
+    snapshot = take(made, Progress(step=1), memory)
+    copies = {name: torch.cat(parts) for name, parts in snapshot.tensors.items()}
     train_step(made, 1)
-    assert all((copies[name] == tensor).all() for name, tensor in snapshot.tensors.items())
-    again = take(made, Progress(step=2), buffers)
-    assert all(again.tensors[name] is snapshot.tensors[name] for name in buffers), "the memory is used again"
+    assert all(torch.equal(copies[name], torch.cat(parts)) for name, parts in snapshot.tensors.items())
+    places = {name: [part.data_ptr() for part in parts] for name, parts in snapshot.tensors.items()}
+    again, held = take(made, Progress(step=2), memory), memory.bytes
+    for name in snapshot.ranges:
+        key = f"master/{name}"
+        assert [part.data_ptr() for part in again.tensors[key]] == places[key], "the memory is used again"
+    assert memory.bytes == held
+    again.wait()
+    assert again.trainer["optimizer_step"] == 2
 
 
 # --- In real runs ---------------------------------------------------------------------------------

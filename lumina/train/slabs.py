@@ -84,7 +84,7 @@ class HostCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._slabs = Slabs(pinned=self._stream is not None)
         self._under_way: Any = None  # the event behind copies that no update waits for yet
 
@@ -106,7 +106,7 @@ class HostCopies:
         with torch.cuda.stream(self._stream):
             _fill(copies, values)
         # blocking: the writer's thread sleeps until the event, rather than keep a core from the training.
-        self._under_way = torch.cuda.Event(blocking=True)
+        self._under_way = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._under_way.record(self._stream)
         return copies, self._under_way
 

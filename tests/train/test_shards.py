@@ -17,6 +17,7 @@ from lumina.model import Transformer
 from lumina.model.lora import attach
 from lumina.train import reading, shards
 from lumina.train.engine import join
+from lumina.train.state import publish
 
 ADAPTERS: dict[str, Any] = {"lora_rank": 3, "lora_targets": ["q_proj", "o_proj", "down_proj"]}
 
@@ -107,6 +108,16 @@ def test_nothing_is_drawn_where_all_is_loaded() -> None:
 def test_when_weights_are_divided(zero: dict[str, Any], expected: bool) -> None:
     assert shards.divisible({"zero_optimization": {"stage": 3} | zero}) == expected
     assert not shards.divisible({})
+
+
+def test_loading_drops_the_second_copies_of_hpz() -> None:
+    """hpZ gathers from a copy within the node. On four ranks in pairs that kept theirs, the first loss after
+    --init-from was NaN: of what was there before the weights were loaded."""
+    made = make_engine(3)
+    for parameter in made.model.parameters():
+        parameter.ds_secondary_tensor = torch.zeros(3)  # type: ignore[attr-defined]
+    publish(made)
+    assert all(parameter.ds_secondary_tensor is None for parameter in made.model.parameters())  # type: ignore[attr-defined]
 
 
 # --- Several ranks --------------------------------------------------------------------------------

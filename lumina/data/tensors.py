@@ -13,7 +13,7 @@ Shapes: T tokens in whole tiles, D documents, N supervised positions in whole ti
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class Shipper:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, batch: TorchBatch) -> TorchBatch:
         """The batch on the device; as it was, for `to` to copy, where the device has no room for it now."""
@@ -106,7 +106,8 @@ def _copied(batch: TorchBatch, device: torch.device) -> TorchBatch:
     for (_, value), start in places:
         _view(block, start, value).copy_(value)
     there = block.to(device, non_blocking=True)
-    return batch._replace(**{name: _view(there, start, value) for (name, value), start in places})
+    moved: dict[str, Any] = {name: _view(there, start, value) for (name, value), start in places}
+    return batch._replace(**moved)
 
 
 def _view(block: Tensor, start: int, like: Tensor) -> Tensor:

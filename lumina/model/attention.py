@@ -1,7 +1,7 @@
 """Causal attention over documents laid end to end: each query sees its own document's past and nothing else.
 
-Four ways, one result: flash-attn's variable-length kernel where it is installed and the GPU has it; torch's own
-variable-length kernel on a GPU in half precision; blocks of matrix products on a CPU in bfloat16; and
+Four ways, one result: a variable-length kernel on a GPU in half precision (varlen.py says which); scaled-dot-product
+attention over documents of like lengths on a GPU that has none; blocks of matrix products on a CPU in bfloat16; and
 scaled-dot-product attention document by document everywhere else, which is also the reference.
 
 Shape suffixes as in transformer.py; R rows of one key/value head's queries (positions x group), n keys.
@@ -9,18 +9,18 @@ Shape suffixes as in transformer.py; R rows of one key/value head's queries (pos
 
 from __future__ import annotations
 
-import functools
-import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lumina.model import cpu
+from lumina.model.varlen import Kernel, find
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Documents:
     bounds: tuple[int, ...] | None
     cu_seqlens: Tensor | None
     max_seqlen: int
+    _groups: list[tuple[list[Tensor], Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -56,68 +57,120 @@ class Documents:
         assert self.bounds is not None, "without a variable-length kernel the host must know the documents' bounds"
         return itertools.pairwise(self.bounds)
 
+    def groups(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """Documents whose lengths have the same power of two above them, as (n, L) of their tokens' places, filled up
+        with place 0, L the longest of them; and for each of the S tokens where it is in all groups end to end, int64.
+        Made once, by the first layer."""
+        if not self._groups:
+            self._groups.append(self._group(device))
+        return self._groups[0]
 
-def attention(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents | None) -> Tensor:
-    """softmax(q k^T / sqrt(d), causal, within documents) v: (B, S, H, d), in q's dtype, softmax in float32."""
-    if docs is None or docs.cu_seqlens is None:
-        if q_BSHd.shape[0] == 1 and _blockwise(q_BSHd):
-            return _cpu_attention(q_BSHd[0], k_BSKd[0], v_BSKd[0])[None]
-        return _sdpa(q_BSHd, k_BSKd, v_BSKd)
-    varlen = _varlen_kernel(q_BSHd.dtype) if q_BSHd.device.type == "cuda" else None
-    if varlen is not None:
-        return varlen(q_BSHd[0], k_BSKd[0], v_BSKd[0], docs)[None]
+    def _group(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        alike: dict[int, list[tuple[int, int]]] = {}
+        for start, end in self.edges():
+            alike.setdefault((end - start - 1).bit_length(), []).append((start, end))
+        groups, back, first = [], np.empty(max(end for _, end in self.edges()), dtype=np.int64), 0
+        for members in alike.values():
+            longest = max(end - start for start, end in members)
+            rows_nL = np.zeros((len(members), longest), dtype=np.int64)
+            for row, (start, end) in zip(rows_nL, members, strict=True):
+                row[: end - start] = np.arange(start, end)
+                back[start:end] = np.arange(first, first + end - start)
+                first += longest
+            groups.append(torch.from_numpy(rows_nL).to(device, non_blocking=True))
+        return groups, torch.from_numpy(back).to(device, non_blocking=True)
+
+
+def attention(
+    q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents | None, window: int | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(d), causal, within documents) v: (B, S, H, d), in q's dtype, softmax in float32. With a
+    `window` a query sees that many keys at most, its own the last (arXiv:2004.05150)."""
+    if docs is not None and docs.cu_seqlens is not None:
+        varlen = _varlen_kernel(q_BSHd.dtype) if q_BSHd.device.type == "cuda" else None
+        if varlen is not None:
+            return varlen.attend(q_BSHd[0], k_BSKd[0], v_BSKd[0], docs.cu_seqlens, docs.max_seqlen, window)[None]
+        return _by_document(q_BSHd, k_BSKd, v_BSKd, docs, window)
+    if q_BSHd.shape[0] == 1 and window is None and _blockwise(q_BSHd):
+        return _cpu_attention(q_BSHd[0], k_BSKd[0], v_BSKd[0])[None]
+    return _sdpa(q_BSHd, k_BSKd, v_BSKd, window)
+
+
+def _by_document(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents, window: int | None) -> Tensor:
+    if q_BSHd.device.type == "cuda":
+        return _by_length(q_BSHd, k_BSKd, v_BSKd, docs, window)
     pieces = []
     for start, end in docs.edges():
         q, k, v = (x[:, start:end] for x in (q_BSHd, k_BSKd, v_BSKd))
-        pieces.append(_cpu_attention(q[0], k[0], v[0])[None] if _blockwise(q) else _sdpa(q, k, v))
+        blockwise = window is None and _blockwise(q)
+        pieces.append(_cpu_attention(q[0], k[0], v[0])[None] if blockwise else _sdpa(q, k, v, window))
     return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
-def _sdpa(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor) -> Tensor:
+def _by_length(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents, window: int | None) -> Tensor:
+    """For GPUs without a variable-length kernel: documents of like lengths at once, filled up to the longest of them.
+    What fills up comes after every real query, so causality hides it. A call for each document would be hundreds a
+    layer where documents are short; these are at most one for each power of two, over twice the tokens at most."""
+    groups, back_S = docs.groups(q_BSHd.device)
+    parts = []
+    for rows_nL in groups:
+        rows, shape = rows_nL.flatten(), rows_nL.shape
+        q, k, v = (x[0].index_select(0, rows).view(*shape, *x.shape[2:]) for x in (q_BSHd, k_BSKd, v_BSKd))
+        parts.append(_sdpa(q, k, v, window).flatten(0, 1))
+    return torch.cat(parts).index_select(0, back_S)[None]
+
+
+def _sdpa(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, window: int | None = None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BSHd, k_BSKd, v_BSKd))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    seen_SS = None
+    if window is not None and window < q.shape[2]:
+        seen_SS = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    return grouped_sdpa(q, k, v, seen_SS, causal=seen_SS is None).transpose(1, 2)
 
 
-@functools.cache
-def _varlen_kernel(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Documents], Tensor] | None:
-    """A GPU kernel for documents of different lengths, or None: half precision on compute capability 8.0 and later."""
-    if dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability() < (8, 0):
-        return None
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return _torch_varlen()
+def grouped_sdpa(q_BHSd: Tensor, k_BKnd: Tensor, v_BKnd: Tensor, seen: Tensor | None, causal: bool = False) -> Tensor:
+    """Scaled-dot-product attention in which each key/value head serves H / K query heads. `seen`: a mask, or None.
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
-        cu, longest = docs.cu_seqlens, docs.max_seqlen
-        options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
-        out: Any = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True, **options)
-        return out  # type: ignore[no-any-return]
-
-    return flash
+    On a GPU only the flash kernel takes fewer key/value heads than query heads (torch's sdp_utils_cpp.h and
+    cuda/sdp_utils.cpp: check_batch_size_and_num_heads_dense), and it takes neither float32, nor a mask, nor cards
+    before compute capability 8.0. Everything else would fall back to the plain way, whose scores are O(S^2) memory: so
+    the heads are repeated there, and the memory-efficient kernel takes them."""
+    group = q_BHSd.shape[1] // k_BKnd.shape[1]
+    if group > 1 and q_BHSd.device.type == "cuda" and not (seen is None and _flash_takes(q_BHSd.dtype)):
+        k_BKnd, v_BKnd, group = k_BKnd.repeat_interleave(group, 1), v_BKnd.repeat_interleave(group, 1), 1
+    return F.scaled_dot_product_attention(
+        q_BHSd, k_BKnd, v_BKnd, attn_mask=seen, is_causal=causal, enable_gqa=group > 1
+    )
 
 
-def _torch_varlen() -> Callable[[Tensor, Tensor, Tensor, Documents], Tensor] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    # The mask is a window that ends at the query since torch 2.12, a flag before.
-    known = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    grouped = "enable_gqa" in known
+def _flash_takes(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability() >= (8, 0)
 
-    def own(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
-        group = q.shape[1] // k.shape[1]
-        if group > 1 and not grouped:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        options = causal | ({"enable_gqa": group > 1} if grouped else {})
-        cu, longest = docs.cu_seqlens, docs.max_seqlen
-        assert cu is not None
-        out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
-        return out  # type: ignore[no-any-return]
 
-    return own
+_varlen_kernels: dict[torch.dtype, Kernel | None] = {}
+
+
+def _varlen_kernel(dtype: torch.dtype) -> Kernel | None:
+    """The GPU kernel for documents of different lengths, or None; chosen once for each type."""
+    if dtype not in _varlen_kernels:
+        _varlen_kernels[dtype] = find(dtype)
+    return _varlen_kernels[dtype]
+
+
+def report_kernel(device: torch.device, precision: str) -> list[str]:
+    """What attends over documents on this process's GPU, for a run's first lines, and none for a CPU; chooses it.
+    UserError as in varlen.find."""
+    if device.type != "cuda":
+        return []
+    kernel = _varlen_kernel({"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
+    other = "torch's scaled-dot-product attention over documents of like lengths"
+    return [f"attention: {other if kernel is None else kernel.name}"]
+
+
+def refuse_cudnn() -> None:
+    """No cuDNN attention: torch prefers it on Hopper and Blackwell, and it plans every exact shape anew. Lengths differ
+    from batch to batch, and in decoding from token to token, where that took 23 to 37 ms each by public reports."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # --- CPU, bfloat16 --------------------------------------------------------------------------------

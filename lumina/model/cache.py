@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lumina.config import ModelConfig
-from lumina.model.attention import Documents, attention
+from lumina.model.attention import Documents, attention, grouped_sdpa
+from lumina.model.varlen import Spans, spans_kernel
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,32 @@ class _Pass:
     decode: bool
     index_R: Tensor | None  # decode: the rows, or None when they are the first R in order
     slots_R: Tensor | None  # decode: where in its row each new token goes
-    mask_R11n: Tensor | None  # decode: the tokens each row sees; None when every row sees all n
+    mask_R11n: Tensor | None  # decode: the tokens each row sees; None when every row sees all n, or `spans` says so
     docs: Documents | None  # prefill of empty rows: training's own layout
+    spans: Spans | None = None  # decode of rows of different lengths where a kernel takes those
+
+
+def _token_major(device: torch.device) -> bool:
+    """Whether a token's heads lie together in memory, as variable-length kernels read them; else a head's tokens do, as
+    the compiled step of a CPU reads them."""
+    return device.type == "cuda"
 
 
 class KVCache:
     """Keys and values (L, N, K, C, d) of N sequences of at most C tokens, in the model's dtype.
 
-    Bytes: 2 * L * N * K * C * d * element size.
+    Bytes: 2 * L * N * K * C * d * element size. On a GPU they are a view of (L, N, C, K, d).
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor) -> None:
         """`like` gives dtype and device: a weight of the model."""
-        shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
+        layers, heads, width = config.num_layers, config.num_kv_heads, config.head_dim
+        apart = _token_major(like.device)
+        shape = (layers, rows, capacity, heads, width) if apart else (layers, rows, heads, capacity, width)
         # Zeros, not empty: a masked slot has weight 0, and 0 times the NaN that stray memory may hold is NaN.
-        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.zeros_like(self.keys)
+        keys, values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.keys, self.values = (keys.transpose(2, 3), values.transpose(2, 3)) if apart else (keys, values)
+        self._spans = spans_kernel(like.dtype) if apart else None
         self.rows, self.capacity = rows, capacity
         self.lengths = [0] * rows
         self._pass: _Pass | None = None
@@ -85,10 +95,13 @@ class KVCache:
             in_order = list(rows) == list(range(len(rows)))
             index_R = None if in_order else torch.tensor(list(rows), device=device)
             longest = max(ends)
-            mask_R11n = None
-            if min(ends) != longest:
+            mask_R11n, spans = None, None
+            # In ascending order every row's span of the cache ends before the next one's.
+            if min(ends) != longest and self._spans is not None and list(rows) == sorted(rows):
+                spans = self._span(rows, ends)
+            elif min(ends) != longest:
                 mask_R11n = (torch.arange(longest, device=device) <= slots_R[:, None])[:, None, None]
-            self._pass = _Pass(list(rows), starts, ends, True, index_R, slots_R, mask_R11n, None)
+            self._pass = _Pass(list(rows), starts, ends, True, index_R, slots_R, mask_R11n, None, spans)
             return slots_R[:, None]
         docs = None
         if max(starts) == 0:
@@ -98,6 +111,12 @@ class KVCache:
         self._pass = _Pass(list(rows), starts, ends, False, None, None, None, docs)
         pieces = [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
         return torch.cat(pieces)[None]
+
+    def _span(self, rows: Sequence[int], ends: list[int]) -> Spans:
+        edges = [row * self.capacity for row in rows] + [self.rows * self.capacity]
+        count = len(rows)
+        found = torch.tensor([*range(count + 1), *edges, *ends], dtype=torch.int32, device=self.device)
+        return Spans(found[: count + 1], found[count + 1 : 2 * count + 2], found[2 * count + 2 :], max(ends))
 
     def attend(self, layer: int, q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor) -> Tensor:
         """Store the new keys and values of a layer; attention of the new queries over all that their rows hold.
@@ -129,12 +148,14 @@ class KVCache:
         else:
             index_R = torch.arange(count, device=keys.device) if now.index_R is None else now.index_R
             keys[index_R, :, now.slots_R], values[index_R, :, now.slots_R] = k_R1Kd[:, 0], v_R1Kd[:, 0]
+            if now.spans is not None:
+                assert self._spans is not None
+                k_TKd, v_TKd = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))  # the cache itself, no copy
+                return self._spans(q_R1Hd[:, 0], k_TKd, v_TKd, now.spans)[:, None]
             k_RKnd, v_RKnd = (x[:count] if now.index_R is None else x[now.index_R] for x in (keys, values))
             k_RKnd, v_RKnd = k_RKnd[:, :, :longest], v_RKnd[:, :, :longest]
         q_RH1d = q_R1Hd.transpose(1, 2)
-        grouped = q_RH1d.shape[1] != k_RKnd.shape[1]
-        o_RH1d = F.scaled_dot_product_attention(q_RH1d, k_RKnd, v_RKnd, attn_mask=now.mask_R11n, enable_gqa=grouped)
-        return o_RH1d.transpose(1, 2)
+        return grouped_sdpa(q_RH1d, k_RKnd, v_RKnd, now.mask_R11n).transpose(1, 2)
 
     def newest(self, x_BSD: Tensor) -> Tensor:
         """Of a pass's (B, S, D), the newest position of each row: (R, 1, D). Only these need logits."""
@@ -150,6 +171,4 @@ def _continued(q_1SHd: Tensor, k_Knd: Tensor, v_Knd: Tensor, start: int) -> Tens
     """Attention of S new queries at positions start, start + 1, ... over the n = start + S keys of their row."""
     q_1HSd = q_1SHd.transpose(1, 2)
     seen_Sn = torch.ones(q_1HSd.shape[2], k_Knd.shape[1], dtype=torch.bool, device=k_Knd.device).tril(start)
-    grouped = q_1HSd.shape[1] != k_Knd.shape[0]
-    o_1HSd = F.scaled_dot_product_attention(q_1HSd, k_Knd[None], v_Knd[None], attn_mask=seen_Sn, enable_gqa=grouped)
-    return o_1HSd.transpose(1, 2)
+    return grouped_sdpa(q_1HSd, k_Knd[None], v_Knd[None], seen_Sn).transpose(1, 2)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lumina.config import ModelConfig
 from lumina.model import ops
-from lumina.model.attention import Documents, attention
+from lumina.model.attention import Documents, attention, refuse_cudnn
 from lumina.model.loss import output_loss
 from lumina.model.preference import margins, preference_loss
 
@@ -176,6 +176,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        refuse_cudnn()
         self.config = config
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))

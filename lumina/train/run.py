@@ -19,6 +19,7 @@ from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
 from lumina.data import GlobalOrder, Loader, PairDataset, StepData
 from lumina.model import Transformer, float8, keep_heap, lora
+from lumina.model.attention import report_kernel
 from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.plan.stage import default_document, smallest_memory
@@ -247,6 +248,7 @@ class Run:
         self.health = Health(self.config, self.events)
         self.metrics: MetricsFile | None = None
         self.profile: Profile | None = None
+        kernel = report_kernel(self.engine.device, precision)  # on every rank: chosen here, not in its first step
         if not self.ranks.main:
             return
         self.lease = lease.Lease(self.folder, os.environ.get("LUMINA_JOB"), self.global_batch)
@@ -266,7 +268,7 @@ class Run:
             f"{config.model_name}: {millions:.1f}M parameters{over}, {precision}, ZeRO-{self.engine.stage}, "
             f"{self.ranks.world} process(es), {self.total_steps} steps of {self.global_batch} samples{at}"
         )
-        for text in [*report, *data.account_lines()]:
+        for text in [*report, *kernel, *data.account_lines()]:
             self._say(f"  {text}")
         self.profile = Profile(self.folder, self.start_step) if config.profile else None
         self.recorder = Recorder(

@@ -64,7 +64,7 @@ def test_greedy_equals_transformers(tied: bool) -> None:
 
 def test_logits_of_prefill_decode_and_continuation_equal_the_whole_pass() -> None:
     """Rows of different lengths, freed and filled again in another order, in pieces and token by token."""
-    model = make_model(seed=2)
+    model = make_model(seed=2, dtype=torch.float64)  # float32 differs by 1.3e-5 in one logit of 100,352 on some CPUs
     texts = [torch.randint(0, 1000, (length,)).tolist() for length in (9, 30, 17)]
     whole = [model(torch.tensor([ids]), torch.arange(len(ids))[None])[0] for ids in texts]
     cache = KVCache(model.config, 4, 40, model.embedding.weight)

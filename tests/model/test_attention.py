@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import check_errors, make_model, pack, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lumina.model import attention as room
 from lumina.model.attention import Documents, attention
@@ -143,6 +146,92 @@ def test_nan_stays_inside_its_document(path: str) -> None:
         if path == "compiled":
             assert output.isnan().any()
             assert dq.isnan().any()
+
+
+# --- Windows, and GPUs without a variable-length kernel ---
+
+
+@pytest.mark.parametrize("window", [1, 3, 17, 100])
+@pytest.mark.parametrize("lengths", [[20], [5, 1, 40, 17]])
+def test_a_window_is_the_definition(lengths: list[int], window: int) -> None:
+    total = sum(lengths)
+    near = torch.arange(total)[:, None] - torch.arange(total) < window
+    docs, mask, given_ = documents(lengths), masked(lengths) & near, inputs(total, 4, 2, 16, torch.float64)
+    found = run(lambda q, k, v: attention(q, k, v, docs, window), given_)
+    for ours, exact in zip(found, run(lambda q, k, v: plain(q, k, v, mask), given_), strict=True):
+        torch.testing.assert_close(ours, exact)
+    if len(lengths) == 1:
+        torch.testing.assert_close(attention(*given_, None, window), plain(*given_, mask))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_window_in_bfloat16_leaves_the_blocks() -> None:
+    """They know no windows: without this it would be ignored."""
+    given_, near = inputs(13, 4, 2, 8), torch.arange(13)[:, None] - torch.arange(13) < 2
+    for docs in (documents([13]), None):
+        torch.testing.assert_close(
+            attention(*given_, docs, 2), plain(*given_, masked([13]) & near), rtol=0.02, atol=0.02
+        )
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("lengths", [*LENGTHS, [1] * 90 + [2, 3] * 30 + [700, 64, 65]], ids=lambda v: str(v)[:20])
+def test_documents_of_like_lengths_at_once(
+    lengths: list[int], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of GPUs without a variable-length kernel: the definition, in few calls over few rows more."""
+    calls = []
+    sdpa = room._sdpa
+
+    def counted(q: Tensor, *others: Any) -> Tensor:
+        calls.append(q.shape[0] * q.shape[1])
+        return sdpa(q, *others)
+
+    docs, total = documents(lengths), sum(lengths)
+    given_ = inputs(total, 4, 2, 8, torch.float64)
+    exact = run(lambda q, k, v: room._by_document(q, k, v, docs, window), given_)
+    monkeypatch.setattr(room, "_sdpa", counted)
+    found = run(lambda q, k, v: room._by_length(q, k, v, docs, window), given_)
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert len(calls) <= max(lengths).bit_length() + 1
+    assert sum(calls) <= 2 * total
+    assert docs.groups(torch.device("cpu")) is docs.groups(torch.device("cpu")), "made by the first layer for all"
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "masked_", "repeated"),
+    [
+        ((9, 0), torch.bfloat16, False, False),
+        ((9, 0), torch.bfloat16, True, True),
+        ((9, 0), torch.float32, False, True),
+        ((7, 5), torch.float16, False, True),
+    ],
+)
+def test_no_kernel_is_asked_for_what_it_refuses(
+    card: tuple[int, int], dtype: torch.dtype, masked_: bool, repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU fewer key heads go to the flash kernel alone; anything else would be the plain way, O(S^2) memory."""
+    asked: list[tuple[int, bool, bool]] = []
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> Tensor:
+        asked.append((k.shape[1], enable_gqa, attn_mask is not None))
+        return q
+
+    monkeypatch.setattr(room.F, "scaled_dot_product_attention", sdpa)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: card)
+    with FakeTensorMode():
+        q = torch.empty(1, 8, 32, 16, dtype=dtype, device="cuda")
+        k = torch.empty(1, 2, 32, 16, dtype=dtype, device="cuda")
+        seen = torch.empty(32, 32, dtype=torch.bool, device="cuda") if masked_ else None
+        room.grouped_sdpa(q, k, k, seen, causal=not masked_)
+    assert asked == [(8 if repeated else 2, not repeated, masked_)]
+
+
+def test_a_model_refuses_cudnns_attention() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_model()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # --- The whole model ---

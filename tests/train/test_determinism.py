@@ -90,17 +90,17 @@ def test_flash_attention_is_told(monkeypatch: pytest.MonkeyPatch, switched_on: d
     package.flash_attn_varlen_func = lambda q, *_, **options: seen.append(options) or q  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    attention_module._varlen_kernel.cache_clear()
+    attention_module._varlen_kernels.clear()
     try:
         kernel = attention_module._varlen_kernel(torch.bfloat16)
         assert kernel is not None
         q = torch.zeros(4, 2, 8)
-        docs = attention_module.Documents(None, torch.tensor([0, 4], dtype=torch.int32), 4)
-        kernel(q, q, q, docs)
+        edges = torch.tensor([0, 4], dtype=torch.int32)
+        kernel.attend(q, q, q, edges, 4, None)
         torch.use_deterministic_algorithms(False)
-        kernel(q, q, q, docs)
+        kernel.attend(q, q, q, edges, 4, None)
     finally:
-        attention_module._varlen_kernel.cache_clear()
+        attention_module._varlen_kernels.clear()
     assert seen == [{"causal": True, "deterministic": True}, {"causal": True}]
 
 

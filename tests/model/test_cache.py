@@ -1,0 +1,70 @@
+"""Decoding rows of different lengths by a kernel that takes their spans, by a stand-in for it: no card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import make_model
+from torch import Tensor
+
+from lumina.model import cache as room
+from lumina.model.cache import KVCache
+from lumina.model.varlen import Spans
+
+
+def reference(q_RHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, spans: Spans) -> Tensor:
+    """Each query over the first `used` tokens of its span of the cache."""
+    assert {x.dtype for x in (spans.queries, spans.edges, spans.used)} == {torch.int32}
+    count, group = len(q_RHd), q_RHd.shape[1] // k_TKd.shape[1]
+    assert spans.queries.tolist() == list(range(count + 1))
+    assert spans.longest == int(spans.used.max())
+    out = []
+    for row in range(count):
+        start, end = int(spans.edges[row]), int(spans.edges[row + 1])
+        assert int(spans.used[row]) <= end - start, "a row's tokens lie in its span"
+        seen = slice(start, start + int(spans.used[row]))
+        k, v = (x[seen].repeat_interleave(group, 1) for x in (k_TKd, v_TKd))
+        scores = torch.einsum("hd,nhd->hn", q_RHd[row], k) / q_RHd.shape[-1] ** 0.5
+        out.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), v))
+    return torch.stack(out)
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_by_their_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole pass's logits, from a cache whose memory is the kernel's layout; no mask, no copy of the cache."""
+    calls = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+        assert k.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr(), "the cache itself"
+        calls.append(spans.used.tolist())
+        return reference(q, k, v, spans)
+
+    monkeypatch.setattr(room, "_token_major", lambda device: True)
+    monkeypatch.setattr(room, "spans_kernel", lambda dtype: attend)
+    model = make_model(dtype=torch.float64)
+    texts = [torch.randint(0, 61, (length,)).tolist() for length in (9, 30, 17)]
+    whole = [model(torch.tensor([ids]), torch.arange(len(ids))[None])[0] for ids in texts]
+    cache = KVCache(model.config, 4, 40, model.embedding.weight)
+    assert cache.keys.shape == (2, 4, 2, 40, 8)
+
+    def check(rows: list[int], which: list[int], start: list[int], end: list[int], decode: bool = False) -> None:
+        pieces = [texts[text][a:b] for text, a, b in zip(which, start, end, strict=True)]
+        positions = cache.extend(rows, [len(piece) for piece in pieces], decode)
+        ids = torch.tensor([token for piece in pieces for token in piece]).view(positions.shape)
+        found = model(ids, positions, cache=cache)[:, 0]
+        torch.testing.assert_close(found, torch.stack([whole[t][b - 1] for t, b in zip(which, end, strict=True)]))
+
+    check([0, 2], [0, 1], [0, 0], [4, 20])
+    check([0, 2], [0, 1], [4, 20], [5, 21], decode=True)
+    assert calls == [[5, 21]] * 2, "in each layer"
+    check([0, 2], [0, 1], [5, 21], [6, 22], decode=True)
+    check([2], [1], [22], [23], decode=True)
+    check([1, 3], [2, 2], [0, 0], [6, 8])
+    check([0, 1, 2, 3], [0, 2, 1, 2], [6, 6, 23, 8], [7, 7, 24, 9], decode=True)
+    check([3, 0], [2, 0], [9, 7], [10, 8], decode=True)  # not in ascending order: by a mask
+    assert [len(call) for call in calls] == [2] * 4 + [4] * 2
+
+
+def test_a_cpu_keeps_the_compiled_steps_layout() -> None:
+    cache = KVCache(make_model().config, 2, 8, torch.zeros(1))
+    assert cache.keys.is_contiguous()

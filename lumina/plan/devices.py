@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 
 from lumina.config import UserError, did_you_mean
 from lumina.config.visible import VISIBLE, visible_names
+from lumina.plan.launches import Host
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Cluster:
-    """`nodes` machines with `gpus_per_node` devices each."""
+    """`nodes` machines with `gpus_per_node` devices each; `host`: how fast one of their cores queues kernels."""
 
     device: Device
     nodes: int = 1
     gpus_per_node: int = 1
+    host: Host = field(default_factory=Host)
 
     @property
     def world_size(self) -> int:

@@ -11,6 +11,13 @@ def add_estimate_options(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument("--nodes", type=_positive, default=1, metavar="N", help="machines (1)")
     cluster.add_argument("--gpus-per-node", type=_positive, default=1, metavar="M", help="GPUs in each (1)")
     cluster.add_argument("--gpu", metavar="NAME", help="such as a100-80gb or h100; without it, the one in this machine")
+    cluster.add_argument(
+        "--host-us",
+        type=_positive,
+        nargs=2,
+        metavar=("F", "B"),
+        help="host time of one layer, forward and backward, in us (benchmarks/host_time.py)",
+    )
     cluster.add_argument("--zero", type=int, choices=[0, 1, 2, 3], help="ZeRO stage, where no --ds_config says it")
     cluster.add_argument("--price", type=float, metavar="USD", help="of one GPU-hour")
     cluster.add_argument("--measure", action="store_true", help="time a few real steps on this machine")

@@ -8,31 +8,62 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lumina.config import load
+from lumina.config import Config, load
 from lumina.config.deepspeed import resolve
 from lumina.plan.devices import Cluster, find_device
 from lumina.plan.estimate import assumed_data, total_steps
-from lumina.plan.search import candidates, choose
+from lumina.plan.search import Candidate, candidates, choose
 
-PRESETS = ("debug", "small", "medium", "large")
+PRESETS = ("debug", "small", "medium", "1b", "large", "3b", "8b")
 DEVICES = (("A100 80GB", "a100-80gb"), ("H100", "h100"))
 SIZES = ((1, 1), (1, 8), (8, 8))  # nodes, GPUs in each
 STEP_TOKENS = 1 << 19
+# What is aimed at, for models of 0.4 to 3 billion parameters: not measured, and not what is predicted.
+AIM = {"a100-80gb": 0.60, "h100": 0.50}
 
 
-def cell(preset: str, gpu: str, nodes: int, each: int) -> str:
-    """Tokens/s of the whole cluster, and the time of the run."""
+def fastest(preset: str, gpu: str, nodes: int, each: int) -> tuple[Config, Candidate | None]:
+    """The configuration of the run, and the fastest way that fits (None: there is none)."""
     config = load(preset, {}, ["epochs=1"])
     batch = STEP_TOKENS // config.seq_length
     cluster = Cluster(find_device(gpu), nodes, each)
     config = config.replace(global_batch_size=batch, batch_size=1)
     resolved = resolve(config, cluster.world_size, "cuda", bf16_supported=True).config
     data = assumed_data(config, None, None, 1.0)
-    best = choose(candidates(config, cluster, data, batch, resolved.precision), cluster)
+    return config, choose(candidates(config, cluster, data, batch, resolved.precision), cluster)
+
+
+def cell(preset: str, gpu: str, nodes: int, each: int) -> str:
+    """Tokens/s of the whole cluster, and the time of the run."""
+    config, best = fastest(preset, gpu, nodes, each)
     if best is None:
         return "does not fit"
-    hours = total_steps(config, data, batch) * batch * config.seq_length / best.rate / 3600
-    return f"{best.rate / 1000:,.0f} k/s, {duration(hours)}"
+    batch = config.global_batch_size
+    assert batch is not None
+    hours = total_steps(config, assumed_data(config, None, None, 1.0), batch) * batch * config.seq_length / best.rate
+    return f"{best.rate / 1000:,.0f} k/s, {duration(hours / 3600)}"
+
+
+def mfu_table() -> Iterator[str]:
+    """Predicted MFU of each preset by its fastest settings, on one GPU and on 8, beside what is aimed at: Markdown."""
+    yield "| preset | parameters | GPUs | tokens/s/GPU | MFU | aim | limited by | settings |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for preset in PRESETS:
+        for _, gpu in DEVICES:
+            for each in (1, 8):
+                config, best = fastest(preset, gpu, 1, each)
+                start = f"| {preset} | {config.num_parameters():,} | {each} {gpu} |"
+                if best is None:
+                    yield f"{start} does not fit | | | | |"
+                    continue
+                speed, shape = best.speed, best.shape
+                aim = f"{AIM[gpu]:.0%}" if 0.35e9 < config.num_parameters() < 3.5e9 else ""
+                by = "host" if speed.host_bound else "device"
+                every = f", every {shape.checkpoint_every}. layer recomputed" if shape.checkpoint_every else ""
+                yield (
+                    f"{start} {best.rate / each:,.0f} | {speed.mfu:.1%} | {aim} | {by} | {best.family}, micro-batch "
+                    f"{shape.micro_batch} x {shape.accumulation}{every} |"
+                )
 
 
 def duration(hours: float) -> str:

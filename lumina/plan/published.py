@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from lumina.config import ModelConfig, load
 from lumina.plan.devices import Cluster, find_device
 from lumina.plan.estimate import assumed_data, estimate_run
+from lumina.plan.launches import BACKWARD, FORWARD, Host
 from lumina.plan.memory import CONTEXT, FRAGMENTATION
+from lumina.plan.presets import PRESETS, mfu_table
 from lumina.plan.speed import predict
 from lumina.plan.workload import Shape
 
@@ -165,13 +167,15 @@ def presets_table() -> str:
         "| preset | cluster | ZeRO | memory a rank | tokens/s | MFU | for 20 tokens per parameter |",
         "|---|---|---|---|---|---|---|",
     ]
-    for preset in ("debug", "small", "medium", "large"):
+    for preset in PRESETS:
         config = load(preset)
         data = assumed_data(config, None, None, 1.0)
         for device in ("a100-80gb", "h100"):
             for nodes, each in ((1, 1), (1, 8), (8, 8)):
                 run = estimate_run(config, Cluster(find_device(device), nodes, each), data)
                 hours = f"{run.seconds / 3600:,.1f} h, {run.gpu_hours:,.0f} GPU-hours"
+                if not run.fits:
+                    hours = "does not fit"
                 lines.append(
                     f"| {preset} | {run.cluster} | {run.shape.stage} | {run.memory.device / 1e9:.1f} GB | "
                     f"{run.speed.tokens_per_second:,.0f} | {run.speed.mfu:.0%} | {hours} |"
@@ -200,6 +204,22 @@ of them, not all. The H100s of torchtitan's report ran at 500 W instead of 700 W
 Figures for offload to the host rest on assumptions that no run here has tested.
 
 {published}
+
+## Launches
+
+A step cannot be faster than the host queues it: {forward} launches a layer forward and {backward} backward, at the
+host time of one layer that `python benchmarks/host_time.py` measures without a card ({forward_us:.0f} and
+{backward_us:.0f} us on one core of an AMD EPYC; `--host-us F B` gives another host's). It is a floor: no wait of the
+host is in it, no hook of DeepSpeed's, and nothing that `--compile` saves. It moves none of the published runs above:
+their models and micro-batches are large. Small models at small micro-batches wait for the host: `debug` as it stands on
+one H100 is predicted at {share:.0%} of what the card alone would do.
+
+Predicted, not measured: no step of Lumina has run on these cards yet. By the fastest settings that fit, with windows
+full of supervised tokens and half a million tokens a step. The aim is what published trainers suggest is possible
+(51.6% to 64.2% on 8 A100, 41.8% to 46.4% on 8 H100: llm-foundry); on the H100 the prediction stays below it, because
+the share of peak that matrix products reach ({hopper:.0%}) was fitted to those very runs.
+
+{mfu}
 
 ## Time measured on the machine at hand
 
@@ -237,8 +257,23 @@ As their settings stand. The README's table is of the fastest settings that fit 
 
 def document() -> str:
     """All of docs/plan.md."""
+    host, config = Host(), load("debug")
+    rates = [
+        estimate_run(config, Cluster(find_device("h100"), host=each), assumed_data(config, None, None, 1.0)).speed
+        for each in (host, Host(0.0, 0.0))
+    ]
     return DOCUMENT.format(
-        context=CONTEXT / 1e9, fragmentation=FRAGMENTATION, published=table(), presets=presets_table()
+        context=CONTEXT / 1e9,
+        fragmentation=FRAGMENTATION,
+        published=table(),
+        presets=presets_table(),
+        forward=FORWARD,
+        backward=BACKWARD,
+        forward_us=host.forward * 1e6,
+        backward_us=host.backward * 1e6,
+        share=rates[0].tokens_per_second / rates[1].tokens_per_second,
+        hopper=find_device("h100").matmul,
+        mfu="\n".join(mfu_table()),
     )
 
 

@@ -11,6 +11,7 @@ from lumina.config import Config, UserError
 from lumina.config.deepspeed import default_json
 from lumina.plan.devices import Cluster, find_device, local_device
 from lumina.plan.estimate import Data, Estimate, assumed_data, data_of_files, estimate_run, total_steps
+from lumina.plan.launches import Host
 from lumina.plan.memory import PARTS, peak_memory
 from lumina.plan.search import buffers_for
 from lumina.plan.speed import UNCERTAINTY
@@ -79,7 +80,8 @@ def choose_clusters(arguments: argparse.Namespace) -> tuple[list[Cluster], str]:
         devices = [here] if here else [find_device(name) for name in REFERENCE]
         if not here:
             note = f"no --gpu given and none that is known here: shown for {' and '.join(REFERENCE)}"
-    return [Cluster(device, arguments.nodes, arguments.gpus_per_node) for device in devices], note
+    host = Host(*(1e-6 * each for each in arguments.host_us)) if arguments.host_us else Host()
+    return [Cluster(device, arguments.nodes, arguments.gpus_per_node, host) for device in devices], note
 
 
 def stage_document(config: Config, stage: int | None) -> dict[str, Any] | None:
@@ -138,6 +140,7 @@ def as_dict(config: Config, each: Estimate, price: float | None) -> dict[str, An
             "optimizer": speed.optimizer,
             "communication": speed.communication,
             "exposed_communication": speed.exposed,
+            "host": speed.host,
             "total": speed.step,
         },
         "tokens_per_second": speed.tokens_per_second,
@@ -199,7 +202,8 @@ def run_lines(config: Config, each: Estimate, price: float | None) -> list[str]:
         *([f"            on the host of each rank {_size(memory.host)}"] if memory.host else []),
         f"  by stage  {stages}",
         f"  step      {_time(speed.step)}: matrix products {_time(speed.products)}, element-wise "
-        f"{_time(speed.elementwise)}, optimizer {_time(speed.optimizer)}, network not hidden {_time(speed.exposed)}",
+        f"{_time(speed.elementwise)}, optimizer {_time(speed.optimizer)}, network not hidden {_time(speed.exposed)}; "
+        f"the host needs {_time(speed.host)} to queue it" + (", and the GPU waits for it" if speed.host_bound else ""),
         f"  network   {_size(speed.traffic.total)} received by each rank a step: gradients "
         f"{_size(speed.traffic.gradients)}, weights {_size(speed.traffic.weights)}"
         + (f", weights within a node {_size(speed.traffic.near)}" if speed.traffic.near else ""),

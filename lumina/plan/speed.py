@@ -2,7 +2,8 @@
 
     compute  = products / (peak * share reached) + element-wise bytes / bandwidth
     exposed  = communication that the stage cannot hide behind compute
-    step     = accumulation * compute + optimizer + exposed
+    device   = accumulation * compute + optimizer
+    step     = max(device, host) + exposed          host: the time to queue it all (lumina.plan.launches)
 
 Lumina's element-wise kernels are fused; `passes` says how many times more bytes another implementation moves, and
 `attention` overrides the share its attention kernel reaches, so that published runs of other trainers can be predicted.
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from lumina.config import ModelConfig, UserError
 from lumina.plan.devices import Cluster
+from lumina.plan.launches import host_seconds
 from lumina.plan.workload import (
     Flops,
     Shape,
@@ -42,6 +44,7 @@ class Speed:
     optimizer: float
     communication: float  # all of it
     exposed: float  # what is not hidden behind compute
+    host: float  # to queue the step's kernels; the device waits where it is longer than the device's own time
     step: float
     tokens_per_step: float
     flops: Flops
@@ -49,12 +52,22 @@ class Speed:
     mfu: float
 
     @property
+    def host_bound(self) -> bool:
+        """Whether the device waits for launches."""
+        return self.host > self.products + self.elementwise + self.optimizer
+
+    @property
     def tokens_per_second(self) -> float:
         return self.tokens_per_step / self.step
 
 
 def predict(
-    model: ModelConfig, shape: Shape, cluster: Cluster, *, passes: float = 1.0, attention: float | None = None
+    model: ModelConfig,
+    shape: Shape,
+    cluster: Cluster,
+    *,
+    passes: float = 1.0,
+    attention: float | None = None,
 ) -> Speed:
     """The speed of one step. UserError where the device lacks the precision or its network is not known."""
     device = cluster.device
@@ -75,10 +88,11 @@ def predict(
     if shape.world > 1:
         communication = (moved.gradients + moved.weights) / link_rate(cluster) + moved.near / inside_rate(cluster)
     exposed = _exposed(shape, moved, products + elementwise, communication)
-    step = products + elementwise + optimizer + exposed
+    queued = host_seconds(model, shape, again, device.memory, cluster.host)
+    step = max(products + elementwise + optimizer, queued) + exposed
     total = tokens * shape.accumulation * shape.world
     mfu = flops.model * total / (step * cluster.world_size * device.peak[shape.precision])
-    return Speed(products, elementwise, optimizer, communication, exposed, step, total, flops, moved, mfu)
+    return Speed(products, elementwise, optimizer, communication, exposed, queued, step, total, flops, moved, mfu)
 
 
 def optimizer_seconds(model: ModelConfig, shape: Shape, stream: float) -> float:

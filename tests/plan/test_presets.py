@@ -21,7 +21,7 @@ def test_the_readme_has_the_table_that_the_command_prints() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 9
     assert done.stdout in README.read_text()
 
 

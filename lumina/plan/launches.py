@@ -1,0 +1,66 @@
+"""Host time of a step: kernel launches, counted from the model's structure, times what the host needs for each.
+
+A host that needs longer to queue a step than the device to run it is what limits a small model. What a launch costs is
+one layer's host time over the launches in it: modules, dispatch, autograd, allocation and Triton's launcher together.
+
+Not in it: the real driver's own time (a few us a launch), DeepSpeed's hooks for each gradient, waits of the host for
+the device, and what torch.compile or CUDA graphs save. So it is a floor for an eager step on a host like the measured
+one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lumina.config import ModelConfig
+from lumina.config.rows import output_chunk_bytes
+from lumina.plan.workload import Shape
+
+# Launches of a layer forward: two norms, rotation, SwiGLU; four products; attention. Backward: a norm's second launch
+# adds the shares of its weight's gradient; each product has two; FlashAttention has three (row sums, the scores, dQ).
+FORWARD = 4 + 4 + 1
+BACKWARD = 6 + 8 + 3
+QK_NORM = 2, 4  # more, forward and backward, where heads are normed
+TENSORS = 6  # weights of a layer, whose gradients are added or copied after a micro-batch
+
+# Launches of a micro-batch outside the layers: ids to embedding, angles, last norm, rows of the loss; their gradients.
+OUTSIDE = 8 + 8
+CHUNK = 5  # of the output layer: logits, cross entropy, two products, the sum of losses
+STEP = 40  # norm, clipping, update and copies of the weights: assumed, not counted
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds of host time for one layer, forward and backward.
+
+    The figures are those of `python benchmarks/host_time.py` ("a layer") on one core of an AMD EPYC with AVX-512 that
+    other work shared, torch 2.13.0, triton 3.9.0. Measure your own and give it: estimate-time --host-us F B.
+    """
+
+    forward: float = 907e-6
+    backward: float = 966e-6
+
+    @property
+    def launch(self) -> float:
+        """Seconds for one launch outside the layers."""
+        return (self.forward + self.backward) / (FORWARD + BACKWARD)
+
+
+def layer_launches(model: ModelConfig, recomputed: float = 0.0) -> tuple[float, float]:
+    """Launches of one layer, forward (the recomputed share of the layers twice) and backward."""
+    norms = QK_NORM if model.qk_norm else (0, 0)
+    return (FORWARD + norms[0]) * (1 + recomputed), BACKWARD + norms[1] + int(model.qkv_bias)
+
+
+def host_seconds(model: ModelConfig, shape: Shape, recomputed: float, capacity: float, host: Host) -> float:
+    """Host time of one optimizer step. `recomputed`: share of the layers whose forward pass runs twice; `capacity`: the
+    device's memory in bytes, which bounds the chunks of the output layer."""
+    forward, backward = layer_launches(model, recomputed)
+    layer = forward * host.forward / FORWARD + backward * host.backward / BACKWARD
+    rows = shape.micro_batch * model.seq_length * shape.fill * shape.supervised
+    logits = rows * model.vocab_size * shape.element
+    chunks = max(1, -(-logits // output_chunk_bytes(model.vocab_size, shape.element, capacity)))
+    # Stages 2 and 3 copy each gradient into a bucket; 0 and 1 add it to those of the micro-batches before.
+    handled = shape.accumulation if shape.stage >= 2 else shape.accumulation - 1
+    others = shape.accumulation * (OUTSIDE + CHUNK * chunks) + handled * TENSORS * model.num_layers + STEP
+    return shape.accumulation * model.num_layers * layer + others * host.launch

@@ -1,0 +1,106 @@
+"""The launch term: counted against the operators that a layer really calls, and what it does to a prediction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lumina.config import load
+from lumina.model import ops, transformer
+from lumina.plan.devices import Cluster, find_device
+from lumina.plan.launches import BACKWARD, FORWARD, QK_NORM, Host, host_seconds, layer_launches
+from lumina.plan.speed import predict
+from lumina.plan.workload import Shape
+
+
+@pytest.fixture
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("LUMINA_KERNELS", "triton")
+    ops._choice.cache_clear()
+    monkeypatch.setattr(transformer, "attention", lambda q, k, v, docs: q)  # one launch, three backward: not counted
+    yield
+    ops._choice.cache_clear()
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func.name().partition("::")
+        name = name.split(".")[0]
+        if space == "lumina":
+            self.launches += 2 if "norm" in name and "backward" in name else 1  # the weight's gradient
+        elif name in ("mm", "addmm", "bmm"):
+            self.launches += 1
+        self.names[f"{space}::{name}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"family": "qwen3"}])
+def test_a_layers_launches(triton_path: None, changes: dict[str, Any]) -> None:
+    config = load("nano", changes)
+    with FakeTensorMode():
+        block = transformer.Block(config, config.num_layers)
+        rotary = ops.Rotary.of(torch.arange(16)[None], config.head_dim, config.rope_theta)
+        x = torch.randn(1, 16, config.hidden_size, requires_grad=True)
+        residual = torch.randn(1, 16, config.hidden_size, requires_grad=True)
+        with Counted() as forward:
+            out = block(x, residual, rotary)
+        with Counted() as backward:
+            torch.autograd.backward(out, [torch.ones_like(o) for o in out])
+    planned = layer_launches(config)
+    assert forward.launches == planned[0] - 1, forward.names
+    assert backward.launches == planned[1] - 3, backward.names
+    more = QK_NORM if config.qk_norm else (0, 0)
+    assert planned == (FORWARD + more[0], BACKWARD + more[1])
+
+
+def test_a_small_model_waits_for_the_host_and_a_large_one_does_not() -> None:
+    h100 = find_device("h100")
+    for preset, bound in (("debug", True), ("8b", False)):
+        speed = predict(load(preset), Shape(2, 4, 1, "bf16"), Cluster(h100))
+        assert speed.host_bound is bound
+        assert speed.step == pytest.approx(
+            max(speed.host, speed.products + speed.elementwise + speed.optimizer) + speed.exposed
+        )
+    # A host without cost leaves what the device does, and twice the host's time halves the speed of what it limits.
+    shape, debug = Shape(2, 4, 1, "bf16"), load("debug")
+    free = predict(debug, shape, Cluster(h100, host=Host(0.0, 0.0)))
+    assert free.step == free.products + free.elementwise + free.optimizer
+    usual, slow = (predict(debug, shape, Cluster(h100, host=Host(f * 1e-3, f * 1e-3))) for f in (1, 2))
+    assert slow.step == pytest.approx(2 * usual.step)
+
+
+def test_what_costs_launches() -> None:
+    config, shape, host = load("debug"), Shape(2, 4, 1, "bf16"), Host(1e-3, 1e-3)
+    seconds = lambda **changes: host_seconds(config, replace(shape, **changes), 0.0, 80e9, host)
+    assert seconds() > 4 * 8 * 2e-3
+    assert seconds(accumulation=8) == pytest.approx(2 * seconds(), rel=0.05)
+    assert seconds(stage=2) > seconds(stage=1)
+    assert host_seconds(config, shape, 1.0, 80e9, host) - seconds() == pytest.approx(4 * 8 * 1e-3)
+
+
+def test_the_hosts_own_speed_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from lumina import cli
+
+    found = []
+    for extra in ([], ["--host-us", "5000", "6000"]):
+        assert cli.main(["estimate-time", "--config", "debug", "--gpu", "h100", "--json", *extra]) == 0
+        found.append(json.loads(capsys.readouterr().out)["runs"][0])
+    assert found[1]["step"]["host"] > 5 * found[0]["step"]["host"]
+    assert found[1]["tokens_per_second"] < found[0]["tokens_per_second"] / 5
+    assert cli.main(["estimate-time", "--config", "debug", "--gpu", "h100", "--host-us", "5000", "6000"]) == 0
+    assert "and the GPU waits for it" in capsys.readouterr().out

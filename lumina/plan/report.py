@@ -9,6 +9,7 @@ from typing import Any
 
 from lumina.config import Config, UserError
 from lumina.config.deepspeed import default_json
+from lumina.plan import host
 from lumina.plan.devices import Cluster, find_device, local_device
 from lumina.plan.estimate import Data, Estimate, assumed_data, data_of_files, estimate_run, total_steps
 from lumina.plan.launches import Host
@@ -128,6 +129,7 @@ def as_dict(config: Config, each: Estimate, price: float | None) -> dict[str, An
         "fits": each.fits,
         "memory": {part: getattr(memory, part) for part in PARTS}
         | {"total": memory.device, "host": memory.host, "device": each.cluster.device.memory, "peak_at": memory.moment},
+        "host_memory": {"start": host.start(config, each.shape), "snapshot": host.snapshot(config, each.shape)},
         "memory_by_stage": by_stage(config, each),
         "communication": {
             "gradients": speed.traffic.gradients,
@@ -199,7 +201,9 @@ def run_lines(config: Config, each: Estimate, price: float | None) -> list[str]:
         f"  memory    {_size(memory.device)} of {_size(capacity)} at the {memory.moment}: "
         f"{'fits' if each.fits else 'DOES NOT FIT'}",
         f"            {parts}",
-        *([f"            on the host of each rank {_size(memory.host)}"] if memory.host else []),
+        f"  host      of each rank: {_size(host.start(config, shape))} at the start, "
+        f"{_size(host.snapshot(config, shape))} for snapshots"
+        + (f", {_size(memory.host)} of offloaded state" if memory.host else ""),
         f"  by stage  {stages}",
         f"  step      {_time(speed.step)}: matrix products {_time(speed.products)}, element-wise "
         f"{_time(speed.elementwise)}, optimizer {_time(speed.optimizer)}, network not hidden {_time(speed.exposed)}; "

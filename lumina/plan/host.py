@@ -1,0 +1,28 @@
+"""Host memory of one rank of a run on GPUs, in bytes: at the start, and for snapshots (lumina.train.slabs).
+
+A model is built in float32 on the host and cast to the engine's type there. Under ZeRO-3 that happens to one matrix at
+a time (lumina.train.shards), after which DeepSpeed brings the rank's share to the host once, to lay it out anew
+(`defragment` in zero/utils.py). benchmarks/start_memory.py measures the first; what imports take, 0.3 GB and more
+with CUDA, comes on top.
+"""
+
+from __future__ import annotations
+
+from lumina.config import ModelConfig
+from lumina.plan.memory import FP32, parameter_groups
+from lumina.plan.workload import Shape
+
+
+def start(model: ModelConfig, shape: Shape) -> int:
+    """The peak of a rank's start."""
+    groups = parameter_groups(model)
+    total, largest = sum(map(sum, groups)), max(map(max, groups))
+    cast = shape.element if shape.element < FP32 else 0
+    if shape.stage < 3:
+        return FP32 * total + cast * largest
+    return max((FP32 + cast) * largest, shape.element * -(-total // shape.world))
+
+
+def snapshot(model: ModelConfig, shape: Shape) -> int:
+    """The copy of float32 weights and two moments that a checkpoint is written from, pinned from the first save on."""
+    return 3 * FP32 * -(-sum(map(sum, parameter_groups(model))) // shape.world)

@@ -167,31 +167,31 @@ class Batch:
     def _choose(
         self, sequences: list[Sequence], kept_Rk: Tensor, ids_Rk: Tensor, logprobs_RV: Tensor | None
     ) -> list[Token]:
-        if not kept_Rk[:, 0].isfinite().all():
-            raise UserError("the model's logits are not finite", "Its training diverged: use an earlier checkpoint.")
-        chosen = [0] * len(sequences)
         alike: dict[Sampling, list[int]] = {}  # those whose filters are the same are drawn together
         for row, sequence in enumerate(sequences):
             alike.setdefault(replace(sequence.sampling, seed=0, stop=(), max_length=1), []).append(row)
+        picked, order = [], [row for rows in alike.values() for row in rows]
         for sampling, rows in alike.items():
             k = self._candidates(sampling)
             where = slice(None) if len(rows) == len(sequences) else rows
             generators = [sequences[row].random for row in rows]
-            picked = choose(kept_Rk[where, :k], ids_Rk[where, :k], sampling, generators).tolist()
-            for row, token in zip(rows, picked, strict=True):
-                chosen[row] = token
-        if self._exact:
-            for row in self._ties(sequences, kept_Rk):
+            picked.append(choose(kept_Rk[where, :k], ids_Rk[where, :k], sampling, generators))
+        # All that the host must know comes in one transfer: each is a wait for the device.
+        finite_R, near_R = kept_Rk[:, 0].isfinite(), self._near(sequences, kept_Rk)
+        told = torch.stack((torch.cat(picked), finite_R.long(), near_R.long())).tolist()
+        if not all(told[1]):
+            raise UserError("the model's logits are not finite", "Its training diverged: use an earlier checkpoint.")
+        chosen = [token for _, token in sorted(zip(order, told[0], strict=True))]
+        for row, near in enumerate(told[2]):
+            if near and sequences[row].sampling.greedy:
                 chosen[row] = self._alone(sequences[row])
         return [self._said(s, row, chosen[row], logprobs_RV) for row, s in enumerate(sequences)]
 
-    @staticmethod
-    def _ties(sequences: list[Sequence], kept_Rk: Tensor) -> list[int]:
-        """Rows whose greedy choice rounding could turn."""
-        if kept_Rk.shape[1] < 2 or not any(s.sampling.greedy for s in sequences):
-            return []
-        near_R = kept_Rk[:, 0] - kept_Rk[:, 1] <= TIE * (1 + kept_Rk[:, 0].abs())
-        return [row for row in near_R.nonzero()[:, 0].tolist() if sequences[row].sampling.greedy]
+    def _near(self, sequences: list[Sequence], kept_Rk: Tensor) -> Tensor:
+        """Rows (bool) whose greedy choice rounding could turn."""
+        if not self._exact or kept_Rk.shape[1] < 2 or not any(s.sampling.greedy for s in sequences):
+            return torch.zeros(len(sequences), dtype=torch.bool, device=kept_Rk.device)
+        return kept_Rk[:, 0] - kept_Rk[:, 1] <= TIE * (1 + kept_Rk[:, 0].abs())
 
     def _alone(self, sequence: Sequence) -> int:
         """The greedy choice of a pass over this sequence only."""

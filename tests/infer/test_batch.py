@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -139,3 +140,24 @@ def test_stop_texts_end_a_sequence_and_free_the_others(small: Small) -> None:
     for before, after in zip(whole, cut, strict=True):
         if stop not in before.text:
             assert after == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_host_asks_once_a_step(dtype: torch.dtype, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever mix of samplings goes on: each question to a GPU is a wait for it."""
+    asked: list[str] = []
+
+    def counted(name: str) -> None:
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, **k: (asked.append(name), real(self, *a, **k))[1])
+
+    shared = Batch(make_model(dtype=dtype, vocab_size=VOCABULARY), small.voice, 4, 128)
+    shared._decoder.compiled = shared._decoder._shortlists = False
+    sequences = [Sequence(small.prompts[n], replace(settings(n), max_length=20)) for n in range(4)]
+    for sequence in sequences:
+        shared.join(sequence)
+    shared.prefill(sequences)
+    for name in ("tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+        counted(name)
+    assert len(shared.step()) == 4
+    assert asked == ["tolist"]

@@ -132,6 +132,7 @@ def resolve(
     merge.refuse_removed()
     merge.take_optimizer()
     merge.settle_precision(device_type, bf16_supported)
+    merge.keep_refusals()
     merge.settle("gradient_clipping", "max_grad_norm")
     merge.settle_batches(world_size)
     merge.fill_zero(device_type != "cpu" and world_size > 1)
@@ -238,6 +239,19 @@ class _Merge:
             native = precision_rules.cpu_has_bf16() if bf16_supported is None else bf16_supported
             if not native:
                 self.report.append("WARNING: this CPU has no bf16 instructions: fp32 (--precision auto) is far faster")
+
+    def keep_refusals(self) -> None:
+        """A step whose gradients are not finite is refused under every stage, whatever the JSON says: without the norm,
+        or with DeepSpeed's look at it switched off, NaN would be written into the weights."""
+        if self.json.get("zero_optimization", {}).get("compute_grad_norm", True) is False:
+            raise UserError(
+                f"{self.source}: zero_optimization.compute_grad_norm = false is not supported: steps whose gradients "
+                "are not finite are refused by their norm",
+                "Remove the key.",
+            )
+        if self.json["bf16"].get("check_grad_overflow", True) is False:
+            self.json["bf16"]["check_grad_overflow"] = True
+            self.report.append("bf16.check_grad_overflow = true (steps that are not finite are always refused)")
 
     def settle_batches(self, world: int) -> None:
         self.settle("train_micro_batch_size_per_gpu", "batch_size")

@@ -254,11 +254,31 @@ class Answers:
             time.sleep(0.02)
         return "silent"
 
-    def give_up_memory(self, step: int) -> NoReturn:
+    def update_ran_out(self, step: int, samples: Any, failure: str) -> NoReturn:
+        """After this rank ran out of memory inside the update of `step` (from 1). Where every rank did, at the same
+        place and before anything was changed, the micro-batch is halved; otherwise some ranks have made the update, or
+        wait for this one in a collective: the next start goes on from the last checkpoint, with half of it."""
+        run = self._run
+        states = self._where_all_stopped(step, "begun" if run.engine.begun else f"clean {run.engine.timer.collectives}")
+        if len(set(states)) == 1 and states[0].startswith("clean"):
+            run.sound = True
+            self.shrink(step, samples, failure)
+        self.give_up_memory(step, "inside the update")
+
+    def _where_all_stopped(self, step: int, state: str) -> list[str]:
+        """Every rank's state, in a key of this try of the step alone; "silent" of one that does not say in time."""
+        run = self._run
+        if run.ranks.world == 1:
+            return [state]
+        key, seconds = f"lumina/update/{step}/{run.config.batch_size}", run.config.emergency_seconds
+        found = agreed(key, {"state": state}, run.ranks.rank, run.ranks.world, seconds)
+        return ["silent"] if found is None else [str(one["state"]) for one in found]
+
+    def give_up_memory(self, step: int, where: str = "in the middle of a collective") -> NoReturn:
         """The ranks cannot agree within the step: the next start takes half the micro-batch."""
         half = self._half()
         self._remember(half)
-        what = f"step {step}: rank {self._run.ranks.rank} ran out of memory in the middle of a collective"
+        what = f"step {step}: rank {self._run.ranks.rank} ran out of memory {where}"
         if "LUMINA_AGENT" in os.environ:  # which starts the ranks again by itself; a UserError would end the job
             raise StartAgainError(f"{what}; the next start takes micro-batches of {half}")
         raise UserError(

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from lumina.model import Transformer
 from lumina.train import half_precision
 from lumina.train.optimizer import AdamW, build_optimizer
 from lumina.train.overlap import wait_on_the_device
+from lumina.train.release import release
 from lumina.train.timing import StepTimer
 from lumina.train.veto import Veto
 
@@ -167,6 +169,8 @@ class Engine:
         self.timer = StepTimer(self.device)
         self.timer.watch_collectives()
         self.collectives = False  # whether a collective may have been begun since the loop last set this
+        self._stepping = False  # whether the optimizer proper has been called in this step
+        self.optimizer.step = self._noted(self.optimizer.step)  # type: ignore[method-assign]
         self._veto = Veto(self.ds.optimizer)
         wait_on_the_device(self.ds.optimizer, get_accelerator())
         if self.stage == 0 and torch.distributed.get_world_size() == 1:
@@ -186,6 +190,20 @@ class Engine:
         """Give up what it holds, before another engine of the same process takes its place."""
         self.timer.close()
         self.ds.destroy()
+        if self.stage == 3:
+            release(self.model)
+
+    def _noted(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._stepping = True
+            return step(*args, **kwargs)
+
+        return noted
+
+    @property
+    def begun(self) -> bool:
+        """After a step that failed: whether weights or moments may have changed on this rank."""
+        return self._stepping or (self._own is not None and self._own.updating)
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -251,6 +269,16 @@ class Engine:
     def step(self, limit: float = math.inf) -> tuple[float, bool]:
         """Update the weights. Returns the gradient norm before clipping and whether the step was applied: a norm that
         is above `limit` or not finite leaves the weights as they are, on every rank alike."""
+        self._stepping = False
+        scaler = vars(self._scaler()) if self.fp16 and self._own is None else {}
+        before = dict(scaler)
+        try:
+            return self._step(limit)
+        except torch.OutOfMemoryError:
+            scaler.update(before)  # the step will be taken again
+            raise
+
+    def _step(self, limit: float) -> tuple[float, bool]:
         if self.stage == 0 and not self.half:
             # In float64: torch's float32 norm of the embedding's 25 million gradients is off in the fifth digit.
             grads = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -181,10 +181,11 @@ class HalfPrecisionAdamW:
         if self._clip:
             excess = ((self.norm + 1e-6) / self._clip).clamp(min=1.0)
             divisor = excess if scale is None else excess * scale
-        self.updating = True
+        space = torch.empty(max(b.size for b in self._buckets), dtype=torch.float32, device=skip.device)
+        self.updating = True  # from here on nothing large is allocated
         self._step += self.applied
         for bucket in self._buckets:
-            self._update(bucket, divisor, skip)
+            self._update(bucket, space, divisor, skip)
         if self.loss_scale is not None:
             self.loss_scale.update(~finite, ~self.applied)
         self.zero_grad()
@@ -197,10 +198,9 @@ class HalfPrecisionAdamW:
             return torch.zeros_like(self.norm)
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))  # type: ignore[no-any-return]
 
-    def _update(self, bucket: _Bucket, divisor: Tensor | None, skip: Tensor) -> None:
-        """torch's fused AdamW takes gradients of the weights' own type alone: these exist in float32 for one bucket."""
-        gradients = torch.empty(bucket.size, dtype=torch.float32, device=skip.device)
-        parts = list(gradients.split([len(master) for master in bucket.masters]))
+    def _update(self, bucket: _Bucket, space: Tensor, divisor: Tensor | None, skip: Tensor) -> None:
+        """torch's fused AdamW takes gradients of the weights' own type alone: float32, in `space` for one bucket."""
+        parts = list(space[: bucket.size].split([len(master) for master in bucket.masters]))
         halves = [
             torch.zeros_like(weight) if p.grad is None else p.grad.reshape(-1)[span]
             for p, weight, span in zip(bucket.parameters, bucket.weights, bucket.spans, strict=True)

@@ -107,7 +107,7 @@ def _step(run: Run, data: StepData) -> str | None:
     if corrupt:
         run.answers.note_corrupt(data)
     with timer.phase("optimizer"):
-        grad_norm, applied = _update(run, step, run.answers.limit(mean_loss))
+        grad_norm, applied = _update(run, data, run.answers.limit(mean_loss))
     ended = time.perf_counter()
     run.stragglers.add(computed - began, ended - computed)
     verdict = run.answers.judge(mean_loss, grad_norm)
@@ -147,14 +147,20 @@ def _draw(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "little")
 
 
-def _update(run: Run, step: int, limit: float) -> tuple[float, bool]:
+def _update(run: Run, data: StepData, limit: float) -> tuple[float, bool]:
     """The optimizer's step, and the layers' statistics around it where they are due."""
+    step = data.step + 1
     stats = run.layer_stats(step)
     if stats is not None:
         stats.before()
     run.sound = False
     run.saves.before_update()
-    grad_norm, applied = run.engine.step(limit)
+    try:
+        grad_norm, applied = run.engine.step(limit)
+    except torch.OutOfMemoryError as error:
+        if not run.config.answer_out_of_memory:
+            raise
+        run.answers.update_ran_out(step, data.samples, str(error).splitlines()[0])
     run.progress.step, run.sound = step, True
     if stats is not None and applied:
         run.record_layers(step, stats.after())

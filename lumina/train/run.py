@@ -52,7 +52,7 @@ from lumina.train.recording import step_record, step_seen, used_memory
 from lumina.train.samples import answers
 from lumina.train.save_policy import Saves
 from lumina.train.schedule import schedule
-from lumina.train.state import hold, restore
+from lumina.train.state import hold, reserve, restore
 from lumina.train.stragglers import Stragglers
 from lumina.train.throughput import Utilisation
 from lumina.train.watchdog import Watchdog
@@ -152,7 +152,9 @@ class Run:
         model.checkpoint_every = self.config.checkpoint_every
         if self.config.compile:
             model.compile(dynamic=True)
-        return engine.Engine(model, self.config, self.ds_config)
+        made = engine.Engine(model, self.config, self.ds_config)
+        reserve(made)
+        return made
 
     def _memory_of_answers(self, config: Config) -> Memory:
         """What earlier starts of this run learned (answers.json); a run that begins anew has learned nothing."""

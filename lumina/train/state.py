@@ -142,7 +142,12 @@ def raw_step_count(engine: Engine) -> Tensor | int:
 def prepare_moments(engine: Engine, keys: list[str], step: int) -> None:
     """Create the optimizer state that a checkpoint names, before its values are read into it."""
     torch_optimizer = isinstance(engine.optimizer, torch.optim.AdamW)
-    if not keys:  # saved before the first update was applied: the optimizer starts afresh
+    if not keys:  # saved before any was allocated: the optimizer starts afresh
+        for state in engine.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+            state["step"] = state["step"] if isinstance(state["step"], Tensor) else 0
         return
     if hasattr(engine.ds.optimizer, "load_step"):  # stage 0 in half precision
         engine.ds.optimizer.load_step(step)
@@ -154,6 +159,37 @@ def prepare_moments(engine: Engine, keys: list[str], step: int) -> None:
                 state[key] = torch.zeros_like(owner, memory_format=torch.preserve_format)
         # torch's fused AdamW wants a float32 tensor beside the weights, DeepSpeed's CPU Adam a plain number.
         state["step"] = torch.tensor(float(step), device=owner.device) if torch_optimizer else step
+
+
+def reserve(engine: Engine) -> None:
+    """Allocate the optimizer's state before the first step, which would allocate it in its update, and see that there
+    is room for what an update holds besides: the gradients, and their float32 copies. Then memory that is too small for
+    the model ends the start with what to do, and not the first update."""
+    wrapper = engine.ds.optimizer
+    if getattr(wrapper, "swap_optimizer", False):  # on NVMe
+        return
+    owners = _owners(engine)
+    sizes = [owner.numel() for owner in owners if owner.device == engine.device]
+    try:
+        prepare_moments(engine, ["exp_avg", "exp_avg_sq"], 0)
+        # Stage 0 needs no copies that count: none in float32, a bucket's at a time else. Others copy group by group.
+        copies = 4 * max(sizes, default=0) if engine.stage else 0
+        torch.empty(_gradient_bytes(engine) + copies, dtype=torch.uint8, device=engine.device)
+    except torch.OutOfMemoryError as error:
+        masters = sum(owner.numel() for owner in owners)
+        raise UserError(
+            f"rank {torch.distributed.get_rank()} has no memory for an update of its {masters:,} parameters "
+            f"({8 * masters / 1e9:.1f} GB of optimizer state, and gradients): {str(error).splitlines()[0]}",
+            "Use a higher ZeRO stage, more GPUs, or offloading (ds_configs/zero3_offload.json); `lumina estimate-time` "
+            "says what fits.",
+        ) from None
+
+
+def _gradient_bytes(engine: Engine) -> int:
+    """What this rank's gradients take before an update."""
+    trained = [p for p in engine.model.parameters() if p.requires_grad]
+    whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained)
+    return whole if engine.stage < 2 else whole // torch.distributed.get_world_size()
 
 
 def _owners(engine: Engine) -> list[Tensor]:

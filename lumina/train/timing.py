@@ -47,6 +47,7 @@ class StepTimer:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._since: Any = self._now()
         self._undo: list[Callable[[], None]] = []
+        self.collectives = 0  # started by DeepSpeed so far: where this rank stands among the others
 
     def _now(self) -> Any:
         if not self._gpu:
@@ -129,6 +130,7 @@ class StepTimer:
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            self.collectives += 1
             with self._communicating():
                 handle = call(*args, **kwargs)
             return _Handle(handle, self) if hasattr(handle, "wait") else handle

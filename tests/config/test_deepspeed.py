@@ -173,6 +173,7 @@ def test_every_key_that_deepspeed_removed_is_known_here() -> None:
         ({"optimizer": {"type": "Lion"}}, "optimizer.type `Lion`"),
         ({"zero_optimization": {"stage": 2, "sub_group": "auto"}}, "zero_optimization.sub_group"),
         ({"zero_optimization": {"stage": "auto"}}, "must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm = false"),
         ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}, "takes 4"),
     ],
 )
@@ -180,6 +181,12 @@ def test_other_mistakes(tmp_path: Path, document: dict[str, Any], says: str) -> 
     with pytest.raises(UserError) as caught:
         resolved(document, tmp_path)
     assert says in str(caught.value)
+
+
+def test_the_look_at_gradients_stays_on(tmp_path: Path) -> None:
+    found = resolved({"bf16": {"enabled": True, "check_grad_overflow": False}}, tmp_path)
+    assert found.json["bf16"]["check_grad_overflow"] is True
+    assert any("check_grad_overflow" in line for line in found.report)
 
 
 @pytest.mark.parametrize(

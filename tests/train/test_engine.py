@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,9 +13,11 @@ import torch
 from tiny_engines import EVERY, arrays, batch, make_config, make_engine, same_state, state_of, train_step, whole
 from torch import Tensor
 
+from lumina.config import UserError
 from lumina.model import Transformer
 from lumina.train.engine import Engine
 from lumina.train.optimizer import parameter_groups
+from lumina.train.state import fragments, moments, reserve, step_count
 
 
 @contextmanager
@@ -147,3 +151,86 @@ def test_float8_trains_alike_under_every_stage(recipe: str) -> None:
     plain = make_engine(2, "bf16")
     assert float(plain.accumulate(batch(0), 1.0, last=True)) != found[2][0]
     plain.close()
+
+
+def live_bytes() -> int:
+    """Of every tensor that anything still refers to, each storage once."""
+    gc.collect()
+    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in found)}.values())
+
+
+@pytest.mark.parametrize(("stage", "precision"), EVERY)
+def test_nothing_of_a_closed_engine_lives_on(stage: int, precision: str) -> None:
+    """Not even of one whose forward pass failed, which is why engines are closed: DeepSpeed keeps a list of modules."""
+    before = live_bytes()
+    made = make_engine(stage, precision, hidden_size=64)
+    train_step(made, 1)
+    handle = made.model.blocks[1].register_forward_pre_hook(raise_out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(made, 2)
+    handle.remove()
+    kept = [weakref.ref(one) for one in (made, made.ds, made.ds.optimizer, made.model, *made.model.parameters())]
+    made.close()
+    full = live_bytes()
+    del made, handle
+    left = live_bytes() - before
+    assert [ref() for ref in kept if ref() is not None] == []
+    assert left <= 0.02 * full
+
+
+def raise_out_of_memory(*given: object, **named: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(("stage", "precision"), EVERY)
+def test_out_of_memory_inside_an_update(stage: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything was changed, and the engine says so; and after, and it says that too."""
+    made = make_engine(stage, precision)
+    train_step(made, 1)
+    before, scale = state_of(made), made.loss_scale()
+    with monkeypatch.context() as patched:
+        patched.setattr(made.ds.optimizer, "step", raise_out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            train_step(made, 2)
+    assert not made.begun
+    assert same_state(before, state_of(made))
+    if stage or precision == "fp32":
+        monkeypatch.setattr(made.optimizer, "step", made._noted(raise_out_of_memory))
+    else:
+        monkeypatch.setattr(torch, "_fused_adamw_", raise_out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(made, 3)
+    assert made.begun
+    assert made.loss_scale() == scale
+
+
+@pytest.mark.parametrize(("stage", "precision"), EVERY)
+def test_optimizer_state_is_allocated_ahead(stage: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there before the first step, no step is another for it, and a start without room for it says what to do."""
+    made, lazy = (make_engine(stage, precision) for _ in range(2))
+    reserve(made)
+    pieces = fragments(made)
+    assert all(set(moments(made, piece)) == {"exp_avg", "exp_avg_sq"} for piece in pieces)
+    places = [moments(made, piece)["exp_avg"].data_ptr() for piece in pieces]
+    assert step_count(made) == 0
+    for seed in (1, 2):
+        assert train_step(made, seed) == train_step(lazy, seed)
+    assert same_state(state_of(made), state_of(lazy))
+    assert places == [moments(made, piece)["exp_avg"].data_ptr() for piece in pieces]
+    monkeypatch.setattr(torch, "empty", raise_out_of_memory)
+    with pytest.raises(UserError, match="has no memory for an update of its"):
+        reserve(made)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_no_key_of_the_json_switches_the_refusal_off(stage: int, check: bool) -> None:
+    """DeepSpeed's bf16.check_grad_overflow = false lets NaN into the weights under stages 1 and 2."""
+    made = make_engine(stage, "bf16", json={"bf16": {"check_grad_overflow": check}})
+    train_step(made, 1)
+    before = state_of(made)
+    with poisoned(made, math.nan):
+        assert not train_step(made, 2)[2]
+    assert not train_step(made, 3, limit=1e-6)[2]
+    assert same_state(before, state_of(made))

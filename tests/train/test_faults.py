@@ -19,6 +19,7 @@ from lumina.data import StepData
 from lumina.monitor.events import read_events
 from lumina.monitor.run_file import read_run
 from lumina.train import checkpoint, loop, store
+from lumina.train.engine import Engine
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
@@ -288,6 +289,64 @@ def test_out_of_memory_amid_a_collective_ends_the_start(
     for what in ("step", "samples", "supervised_tokens"):
         assert [record[what] for record in taken] == [record[what] for record in undisturbed], what
     assert [r["loss"] for r in taken] == pytest.approx([r["loss"] for r in undisturbed], rel=1e-5)
+
+
+def _run_out_in_update(rank: int, *, step: int, only: int | None, late: bool) -> None:
+    """Out of memory at the first try of a step's update: before it has changed anything, or when it has."""
+    original, tried = Engine._step, set()
+
+    def failing(self: Any, limit: Any) -> Any:
+        if int(self.ds.global_steps) + 1 != step or only not in (None, rank) or tried:
+            return original(self, limit)
+        tried.add(step)
+        if late:
+            original(self, limit)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
+
+    Engine._step = failing  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    [(1, 0), (2, 2), *(pytest.param(2, stage, marks=pytest.mark.long) for stage in (0, 1, 3))],
+)
+def test_out_of_memory_in_an_update_that_nobody_began(
+    world: int, stage: int, runs: Runs, conversations: Path, place: Path
+) -> None:
+    """The step is taken again with half the micro-batch; the losses are those of a run that was never disturbed."""
+    settings = {**SETTINGS, "batch_size": 4, "global_batch_size": 8, "max_steps": 4, "precision": "bf16"}
+    whole, run = place / "whole", place / "run"
+    patch = partial(_run_out_in_update, step=3, only=None, late=False)
+    job = runs.start(arguments(run, conversations, stage=stage, **settings), world, patch)
+    assert job.wait() == [0] * world, job.stderr()
+    assert [(e["step"], e["action"][:20]) for e in events(run, rule="out-of-memory")] == [(3, "micro-batch 4 -> 2, ")]
+    runs.train(arguments(whole, conversations, stage=stage, **settings), world)
+    assert [r["loss"] for r in real.steps(run)] == pytest.approx([r["loss"] for r in real.steps(whole)], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "only", "late"),
+    [
+        (2, 2, 1, False),
+        pytest.param(1, 0, None, True, marks=pytest.mark.long),
+        pytest.param(2, 3, None, True, marks=pytest.mark.long),
+    ],
+)
+def test_out_of_memory_in_an_update_that_was_begun(
+    world: int, stage: int, only: int | None, late: bool, runs: Runs, conversations: Path, place: Path
+) -> None:
+    """By this rank, or by others while this one could not: the next start goes on from the last checkpoint."""
+    run = place / "run"
+    argv = arguments(run, conversations, stage=stage, **{**SETTINGS, **SHARED, "save_every_n_batches": 2})
+    job = runs.start(argv, world, partial(_run_out_in_update, step=4, only=only, late=late))
+    codes = job.wait()
+    assert codes[-1] == 2, job.stderr()
+    assert all(code not in (0, 75) for code in codes), codes
+    assert "ran out of memory inside the update" in job.stderr()
+    assert real.newest(run).name == store.name_of(2)
+    runs.train([*argv, "--resume", "auto"], world)
+    assert [record["step"] for record in real.steps(run)] == [1, 2, 3, 4, 5, 6]
+    assert read_run(run)["starts"][1]["changed"]["batch_size"] == 1
 
 
 # --- A sample that cannot be read -----------------------------------------------------------------

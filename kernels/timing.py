@@ -2,7 +2,9 @@
 
 One synchronised call of a kernel of 5 us takes 20 to 200: what its launch costs the host. Here a round of many steps is
 captured as one CUDA graph, and a replay is timed between two events. What cannot be captured is queued while the device
-is kept busy by a delay, and counts only if the device had not yet begun when the last step was queued.
+is kept busy by a delay, and counts only if the device had not yet begun when the last step was queued. A step that
+waits for the device itself, as Liger's cross entropies do with `.item()`, has no time but the one with its waits in it,
+and is marked.
 
 Every step of a round works on memory of its own, inputs and results, and a round touches more than twice the L2: no
 side reads what the cache still holds, and no result is overwritten before it has been written to memory.
@@ -21,7 +23,7 @@ import torch
 
 Step = Callable[[], Any]
 
-GRAPH, QUEUE, WALL = "graph", "queue", "wall"
+GRAPH, QUEUE, SYNCED, WALL = "graph", "queue", "synced", "wall"
 #: Steps of a round that is short, so that a replay's own start is spread over them.
 FEWEST = 8
 #: Steps of a round at most: past that a figure says that it may come from the cache.
@@ -33,8 +35,8 @@ _DELAY_CYCLES = 20_000_000  # about 10 ms of a device; doubled until the host is
 
 @dataclass(frozen=True)
 class Timed:
-    """Median seconds of a step; how: GRAPH, QUEUE or WALL (a CPU's clock); of how many rounds, how far the middle half
-    of them spreads over the median, and bytes that a round is known to touch, against the cache's."""
+    """Median seconds of a step; how: GRAPH, QUEUE, SYNCED or WALL (a CPU's clock); of how many rounds; how far the
+    middle half of them spreads over the median; and bytes that a round is known to touch, against the cache's."""
 
     seconds: float
     how: str
@@ -60,11 +62,7 @@ def sets_for(size: int, cache: int) -> int:
 
 
 def device_seconds(make: Callable[[], Step], size: int, device: str, repeats: int) -> Timed:
-    """Time a step of `size` bytes, made as often as it takes to pass the L2 twice; `repeats` rounds are measured.
-
-    Raises:
-        RuntimeError: on a GPU, when the step can neither be captured nor queued fast enough to keep the device busy.
-    """
+    """Time a step of `size` bytes, made as often as it takes to pass the L2 twice; `repeats` rounds are measured."""
     cache = cache_size(device)
     sets = sets_for(size, cache)
     if not device.startswith("cuda"):
@@ -89,7 +87,9 @@ def _on_device(steps: Sequence[Step], stream: Any, repeats: int) -> tuple[list[f
         return _replayed(steps, stream, repeats), GRAPH
     except Exception:  # whatever a library raises for what cannot be captured: a host's wait, an allocation
         torch.cuda.synchronize()
-        return _queued(steps, stream, repeats), QUEUE
+    steps = steps[:QUEUED]
+    times = _queued(steps, stream, repeats)
+    return (times, QUEUE) if times else (_synced(steps, stream, repeats), SYNCED)
 
 
 def _replayed(steps: Sequence[Step], stream: Any, repeats: int) -> list[float]:
@@ -112,7 +112,8 @@ def _replayed(steps: Sequence[Step], stream: Any, repeats: int) -> list[float]:
 
 
 def _queued(steps: Sequence[Step], stream: Any, repeats: int) -> list[float]:
-    steps, cycles = steps[:QUEUED], _DELAY_CYCLES
+    """Nothing when the host cannot get ahead: the step waits for the device."""
+    cycles = _DELAY_CYCLES
     times: list[float] = []
     with torch.cuda.stream(stream):
         for step in steps:
@@ -128,10 +129,25 @@ def _queued(steps: Sequence[Step], stream: Any, repeats: int) -> list[float]:
             del results
             if ahead:
                 times.append(start.elapsed_time(stop) * 1e-3 / len(steps))
-            elif cycles < 2**10 * _DELAY_CYCLES:
+            elif cycles < 16 * _DELAY_CYCLES:
                 cycles *= 2
             else:
-                raise RuntimeError("the step waits for the device, so its time is the host's and not the device's")
+                return []
+    return times
+
+
+def _synced(steps: Sequence[Step], stream: Any, repeats: int) -> list[float]:
+    """The host's waits are in it, a round's start is not."""
+    times: list[float] = []
+    with torch.cuda.stream(stream):
+        for _ in range(repeats):
+            start, stop = _event(), _event()
+            start.record()
+            results = [step() for step in steps]
+            stop.record()
+            stop.synchronize()
+            del results
+            times.append(start.elapsed_time(stop) * 1e-3 / len(steps))
     return times
 
 

@@ -86,7 +86,7 @@ def attention(day: Day, case: str, device: str, dtype, size: int) -> None:
     given = [torch.randn(total, n, size, device=device).to(dtype).requires_grad_() for n in (heads, kv, kv)]
     gradient = torch.randn(total, heads, size, device=device).to(dtype)
     ids = torch.zeros(1, total, dtype=torch.int64, device=device)
-    documents = Documents.of(ids, edges.to(device), max(lengths))
+    documents = Documents.of(ids, edges.to(device), max(lengths), tuple(edges.tolist()))
 
     def lumina(*qkv):
         return ours(*(x[None] for x in qkv), documents)[0]

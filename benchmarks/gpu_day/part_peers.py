@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from day import ROOT, TINY, Day
 
@@ -18,12 +19,24 @@ def main(day: Day) -> None:
         day.attempt("nano", lambda: day.record("nano, Trainer", **hf_trainer.main(words)))
         return
     # Liger replaces classes of the library for good: what goes without it comes first.
-    runs = [(preset, batch, liger) for liger in (False, True) for preset, batch in (("1b", 4), ("medium", 4))]
-    for preset, batch, liger in runs:
-        case = f"{preset}, Trainer{' with Liger' if liger else ''}"
-        words = ["--preset", preset, "--batch", str(batch), "--seq", "4096", "--steps", "8", *(["--liger"] * liger)]
-        day.attempt(case, lambda c=case, w=words: day.record(c, **hf_trainer.main(w)))
+    for liger in (False, True):
+        for preset in ("1b", "medium"):
+            case = f"{preset}, Trainer{' with Liger' if liger else ''}"
+            day.attempt(case, lambda c=case, p=preset, more=liger: trainer(day, hf_trainer, c, p, more))
     day.attempt("Lumina, every token supervised", lambda: ours(day))
+
+
+def trainer(day: Day, hf_trainer: Any, case: str, preset: str, liger: bool) -> None:
+    """The largest micro-batch of four, two or one that fits."""
+    import torch
+
+    for batch in (4, 2, 1):
+        words = ["--preset", preset, "--batch", str(batch), "--seq", "4096", "--steps", "8", *(["--liger"] * liger)]
+        try:
+            day.record(case, micro_batch=batch, **hf_trainer.main(words))
+            return
+        except torch.OutOfMemoryError:
+            day.record(f"{case}, micro-batch {batch}", out_of_memory=True)
 
 
 def ours(day: Day) -> None:

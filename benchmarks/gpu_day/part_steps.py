@@ -115,7 +115,9 @@ def profile(day: Day, trainer: Any) -> None:
     works = [
         Work(event.time_range.start, event.time_range.end, event.name)
         for event in traced.events()
-        if event.device_type == device and event.time_range.end > event.time_range.start
+        if event.device_type == device
+        and event.time_range.end > event.time_range.start
+        and not event.is_user_annotation  # a named range on the device's own line, such as the optimizer's step
     ]
     middle = min(w.start for w in works) + (max(w.end for w in works) - min(w.start for w in works)) / 3
     busy, whole, idle = gaps(work for work in works if work.start >= middle)

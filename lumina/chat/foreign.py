@@ -34,6 +34,7 @@ from lumina.config.errors import UserError
 
 REWRITES = "the chat template rewrites earlier turns"
 ENDLESS = "the chat template does not end an answer with a stop token"
+SPANS = "spans of its text are masked (train_detail), which only Lumina's own template keeps"
 FOLDED = "the chat template leaves a message out"
 _PLACE = "\ufdd0"  # stands for a content where only what is around it is wanted
 
@@ -162,6 +163,8 @@ class ForeignTokenizer:
             if roles != {TEXT_ROLE}:
                 raise RefusalError("it mixes plain text with turns, which an imported model's template cannot")
             return self._texts(messages)
+        if any(message.masked for message in messages):
+            raise RefusalError(SPANS)
         mark, guarded = self._guarded(messages)
         text = self._render(guarded, opening=False)
         edges, contents = self._edges(text, guarded)
@@ -234,8 +237,11 @@ class ForeignTokenizer:
         contents = [clean(message.content) for message in messages]
         mark = self._sealed.choose_mark(contents)
         turns = [
-            {"role": role, "content": self._sealed.break_names(content, mark, special_only=role == "assistant")}
-            for (role, _, _), content in zip(messages, contents, strict=True)
+            {
+                "role": message.role,
+                "content": self._sealed.break_names(content, mark, special_only=message.role == "assistant"),
+            }
+            for message, content in zip(messages, contents, strict=True)
         ]
         return mark, turns
 

@@ -45,11 +45,13 @@ _LEARNED_ROLES = ("assistant", TEXT_ROLE)
 
 
 class Message(NamedTuple):
-    """One turn. `role` is user, assistant, system or text; `learn` False masks an assistant turn as context."""
+    """One turn. `role` is user, assistant, system or text; `learn` False masks an assistant turn as context, `masked`
+    spans [start, end) of its characters."""
 
     role: str
     content: str
     learn: bool = True
+    masked: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -122,9 +124,26 @@ def render_many(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> 
     mask_T[first_M] = 0
     mask_T[second] = 0
 
+    for number, message in enumerate(messages):
+        if message.masked:
+            start = int(first_M[number] + head_M[number])
+            own = slice(start, start + int(lengths_M[number]))
+            mask_T[own] &= ~masked_tokens(tokenizer, ids_T[own], message)
+
     conversation_offsets = np.zeros(len(conversations) + 1, dtype=np.int64)
     np.cumsum([len(conversation.messages) for conversation in conversations], out=conversation_offsets[1:])
     return RenderedBlock(ids_T, mask_T, offsets, conversation_offsets, learned_M, head_M)
+
+
+def masked_tokens(tokenizer: Tokenizer, ids_T: NDArray[np.int32], message: Message) -> NDArray[np.bool_]:
+    """Which tokens of a message's content (T) have a byte in one of its masked spans."""
+    end_T = np.cumsum([len(tokenizer.token_bytes(token)) for token in ids_T.tolist()])
+    start_T = np.concatenate([[0], end_T[:-1]])
+    found_T = np.zeros(len(ids_T), dtype=np.bool_)
+    for first, last in message.masked:
+        begin, end = (len(message.content[:at].encode()) for at in (first, last))
+        found_T |= (start_T < end) & (end_T > begin)
+    return found_T
 
 
 def open_tokenizer(folder: str | Path | None) -> AnyTokenizer:

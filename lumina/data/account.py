@@ -8,15 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lumina.data.formats.fields import FieldTally
 
 FIRST_LINES = 5  # how many line numbers are kept for each reason
+MOST_FIELDS = 20  # names shown of a sort
+FIELD_SORTS = ("used", "harmless", "empty or repeated", "unknown", "set aside", "refused")
 
 
 def add_counts(own: dict[str, int], more: Mapping[str, int]) -> None:
     """Adds counts by key."""
     for key, count in more.items():
         own[key] = own.get(key, 0) + count
+
+
+def field_sums(fields: Mapping[str, Mapping[str, int]]) -> str:
+    """How many fields there were of each sort (lumina.data.formats.fields)."""
+    return ", ".join(f"{sum(fields.get(sort, {}).values()):,} {sort}" for sort in FIELD_SORTS)
+
+
+def field_details(fields: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A line for each sort, the most frequent names first."""
+    out = []
+    for sort in FIELD_SORTS:
+        names = sorted(fields.get(sort, {}).items(), key=lambda entry: (-entry[1], entry[0]))
+        if names:
+            more = ", …" if len(names) > MOST_FIELDS else ""
+            out.append(f"  fields {sort}: {', '.join(f'{n} {count:,}' for n, count in names[:MOST_FIELDS])}{more}")
+    return out
 
 
 @dataclass
@@ -39,6 +60,7 @@ class Account:
 
     lines: int = 0
     blank_lines: int = 0
+    last_line: int = 0  # number of the last line read; lines of JSON may hold several records, each counted in `lines`
     records: int = 0  # lines used: a line each, but for flat OASST messages, where a tree takes several
     conversations: int = 0
     paths_discarded: dict[str, int] = field(default_factory=dict)  # of OASST trees
@@ -61,6 +83,8 @@ class Account:
     samples: int = 0
     epoch_tokens: int = 0  # in the samples: with sources' weights, a conversation's tokens as often as it is taken
     notes: list[str] = field(default_factory=list)
+    fields: dict[str, dict[str, int]] = field(default_factory=dict)  # by sort and name: lumina.data.formats.fields
+    unknown_fields: dict[str, str] = field(default_factory=dict)  # an example of each: where, and its value
 
     def fault(self, reason: str, line: int | str, messages: int = 0, example: str = "") -> None:
         """Counts one skipped line and the messages it held."""
@@ -73,6 +97,16 @@ class Account:
         if messages:
             self.messages += messages
             self.drop_messages(f"line skipped: {reason}", messages)
+
+    def add_fields(self, tally: FieldTally) -> None:
+        """Enters the fields that a reader met, and the messages that it left out of the records it used."""
+        for sort, names in tally.totals().items():
+            add_counts(self.fields.setdefault(sort, {}), names)
+        for name, (line, value) in tally.examples.items():
+            self.unknown_fields.setdefault(name, f"{line}: {value}")
+        for reason, count in tally.dropped.items():
+            self.messages += count
+            self.drop_messages(reason, count)
 
     def drop_messages(self, reason: str, count: int) -> None:
         if count:
@@ -95,8 +129,13 @@ class Account:
             entry.example = entry.example or theirs.example
             room = FIRST_LINES - len(entry.first)
             entry.first += [f"{source}:{int(line) + line_base}" for line in theirs.first[:room]]
+        for sort, names in other.fields.items():
+            add_counts(self.fields.setdefault(sort, {}), names)
+        for name, example in other.unknown_fields.items():
+            line, _, value = example.partition(": ")
+            self.unknown_fields.setdefault(name, f"{source}:{int(line) + line_base}: {value}")
         for name, value in vars(other).items():
-            if name in ("faults", "overlong", "window"):
+            if name in ("faults", "fields", "unknown_fields", "last_line", "overlong", "window"):
                 continue
             own = getattr(self, name)
             if isinstance(value, int):
@@ -135,9 +174,13 @@ class Account:
 
     def report(self) -> list[str]:
         """The account as lines of text, every drop with its reason."""
+        return [*self.sums(), *self.details()]
+
+    def sums(self) -> list[str]:
+        """What adds up: lines, messages, tokens; then fields, and how they were split and packed."""
         dropped_messages = sum(self.messages_dropped.values())
         dropped_tokens = sum(self.tokens_dropped.values())
-        out = [
+        return [
             f"lines          {self.lines:,} = {self.records:,} used + {self.bad_lines:,} bad"
             f" + {self.blank_lines:,} blank; {self.conversations:,} conversations",
             f"messages       {self.messages:,} = {self.messages_trained:,} trained + {self.messages_masked:,} masked"
@@ -146,8 +189,13 @@ class Account:
             f" + {dropped_tokens:,} dropped",
             f"over {self.window:,} tokens {self.overlong_conversations:,} conversations ({self.overlong}),"
             f" {self.cut_messages:,} messages cut, {self.tokens_repeated:,} context tokens repeated",
+            f"fields         {field_sums(self.fields)}",
             f"samples        {self.samples:,} from {self.pieces:,} pieces, {100 * self.fill:.2f}% full",
         ]
+
+    def details(self) -> list[str]:
+        """Every reason for which something was left out, the fields by name, and notes."""
+        out: list[str] = []
         for reason, entry in sorted(self.faults.items()):
             more = ", …" if entry.lines > len(entry.first) else ""
             example = f": {entry.example}" if entry.example else ""
@@ -159,4 +207,6 @@ class Account:
             ("tokens", self.tokens_dropped),
         ):
             out += [f"  dropped {what}: {reason}: {count:,}" for reason, count in sorted(counts.items())]
+        out += field_details(self.fields)
+        out += [f"  unknown field {name}: {text}" for name, text in sorted(self.unknown_fields.items())[:MOST_FIELDS]]
         return out + [f"  note: {note}" for note in self.notes]

@@ -111,7 +111,7 @@ def _refuse_nothing(account: Account, files: Sequence[str], config: Settings, pa
         shutil.rmtree(partial)
         raise UserError(
             f"no usable conversation in {', '.join(files)}: all {account.bad_lines:,} lines are bad",
-            "\n  ".join(account.report()[5:]) or "Every line is blank.",
+            "\n  ".join(account.details()) or "Every line is blank.",
         )
     if not account.tokens_trained:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in account.conversations_dropped.items())

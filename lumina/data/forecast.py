@@ -103,7 +103,7 @@ def _sample(path: Path, layout: Layout, config: Settings, tokenizer: AnyTokenize
     account = Account(overlong=config.overlong, window=config.seq_length)
     size, began, blocks, whole = path.stat().st_size, time.perf_counter(), 0, True
     for start, stop in _ranges(size, layout):
-        how = (layout.container, layout.compression, layout.flat)
+        how = (layout.container, layout.compression, layout.flat, layout.encoding)
         task = Task("pieces", str(path), how, start, stop, "", config.seq_length, config.overlong)
         for block in read_blocks(task, account):
             cut(rendered(tokenizer, block, account)[0], config.seq_length, config.overlong, account)

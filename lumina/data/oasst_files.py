@@ -12,10 +12,10 @@ import orjson
 from lumina.config.errors import UserError
 from lumina.data.account import FIRST_LINES
 from lumina.data.files import replace_durably
+from lumina.data.formats import BLANK, Fault
 from lumina.data.oasst import Options, extract, malformed
 from lumina.data.oasst_pairs import extract_pairs
 from lumina.data.preparation import check_inputs
-from lumina.data.records import BLANK, Fault
 from lumina.data.sources import detect, read_items
 
 NOT_A_TREE = "not an OASST tree or message"

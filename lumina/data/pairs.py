@@ -18,63 +18,29 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from lumina.chat.template import AnyTokenizer, Conversation, render_sound, template_version
+from lumina.chat.template import AnyTokenizer, render_sound, template_version
 from lumina.chat.tokenizer import Tokenizer
 from lumina.config.errors import UserError
-from lumina.data.account import FIRST_LINES
+from lumina.data.account import FIRST_LINES, field_details, field_sums
 from lumina.data.building import Settings
 from lumina.data.dataset import Batch, join
 from lumina.data.files import content_digests, write_json
+from lumina.data.formats import BLANK, Fault, FieldTally
+from lumina.data.formats.preference import Pair, from_pair
 from lumina.data.order import PADDING
 from lumina.data.preparation import check_inputs, make_root, only_one
-from lumina.data.records import BLANK, WRONG_TYPE, Fault, from_messages
 from lumina.data.sources import detect, read_items
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+EARLIER_FORMATS = (1,)  # 1: version 0.1.0, which read fewer shapes of pairs
 TOO_LONG, NOTHING = "longer than the window", "nothing to learn from"
-SAME, NO_PAIR = "chosen and rejected are the same", "no prompt, chosen and rejected"
 _AT_ONCE = 512  # pairs rendered together
-
-
-class Pair(NamedTuple):
-    """Two conversations that begin with the same prompt, whose messages are not learned."""
-
-    chosen: Conversation
-    rejected: Conversation
-
-
-def from_pair(record: Any) -> Pair | Fault:
-    """A parsed record, or why it cannot be used."""
-    if isinstance(record, Fault):
-        return record
-    if type(record) is not dict or any(record.get(key) is None for key in ("prompt", "chosen", "rejected")):
-        return Fault(NO_PAIR, "a pair has the keys prompt, chosen and rejected")
-    prompt = _messages(record["prompt"], "user")
-    sides = []
-    for key in ("chosen", "rejected"):
-        answer = _messages(record[key], "assistant")
-        if prompt is None or answer is None:
-            return Fault(WRONG_TYPE, f"prompt and {key} must be texts or lists of messages")
-        found = from_messages({**record, "messages": [*prompt, *answer]})
-        if isinstance(found, Fault):
-            return found
-        messages = [m._replace(learn=m.learn and n >= len(prompt)) for n, m in enumerate(found.messages)]
-        if messages[-1].role != "assistant" or len(prompt) >= len(messages):
-            return Fault(WRONG_TYPE, f"{key} must end with the assistant's answer")
-        sides.append(Conversation(messages, found.id))
-    if sides[0].messages == sides[1].messages:
-        return Fault(SAME, "the two answers are the same")
-    return Pair(*sides)
-
-
-def _messages(value: Any, role: str) -> list[Any] | None:
-    return [{"role": role, "content": value}] if type(value) is str else value if type(value) is list else None
 
 
 class PairDataset:
@@ -123,9 +89,13 @@ class PairDataset:
 
 
 def prepare_pairs(
-    paths: Sequence[str | os.PathLike[str]], config: Settings, tokenizer: AnyTokenizer, wait_seconds: float = 3600.0
+    paths: Sequence[str | os.PathLike[str]],
+    config: Settings,
+    tokenizer: AnyTokenizer,
+    wait_seconds: float = 3600.0,
+    earlier: bool = False,
 ) -> PairDataset:
-    """The data set of these files, from the cache when nothing has changed.
+    """The data set of these files, from the cache when nothing has changed. `earlier` as in `prepare`.
 
     Raises:
         UserError: a file is missing or empty, or none of them holds a pair that can be used.
@@ -134,13 +104,14 @@ def prepare_pairs(
     if not isinstance(tokenizer, Tokenizer):
         tokenizer.check_trainable()
     root = make_root(config, files)
-    parts: list[Any] = ["pairs", FORMAT_VERSION, content_digests(files, root / "sources.json"), config.seq_length]
+    parts = [content_digests(files, root / "sources.json"), config.seq_length]
     parts += [tokenizer.fingerprint, template_version(tokenizer)]
-    fingerprint = hashlib.sha256(orjson.dumps(parts)).hexdigest()
-    final = root / f"pairs-{fingerprint[:32]}"
-    found = _open(final, fingerprint)
-    if found is not None:
-        return found
+    for version in (*(EARLIER_FORMATS if earlier else ()), FORMAT_VERSION):
+        fingerprint = hashlib.sha256(orjson.dumps(["pairs", version, *parts])).hexdigest()
+        final = root / f"pairs-{fingerprint[:32]}"
+        found = _open(final, fingerprint)
+        if found is not None:
+            return found
     with only_one(root / f"{final.name}.lock", final, wait_seconds):
         found = _open(final, fingerprint)
         if found is None:
@@ -189,9 +160,11 @@ def _build(files: list[Path], folder: Path, fingerprint: str, window: int, token
                 lengths.append(len(side_ids))
         block.clear()
 
+    tally = FieldTally()
     for place, record in _records(files):
         account["lines"] += 1
-        pair = record if record is BLANK else from_pair(record)
+        pair = record if record is BLANK else from_pair(record, tally)
+        tally.end_record(used=isinstance(pair, Pair))
         if pair is BLANK:
             account["blank_lines"] += 1
         elif isinstance(pair, Fault):
@@ -202,6 +175,7 @@ def _build(files: list[Path], folder: Path, fingerprint: str, window: int, token
         if len(block) == _AT_ONCE:
             flush()
     flush()
+    account["fields"], account["left_out"] = tally.totals(), dict(tally.dropped)
     skipped = sum(entry["count"] for entry in account["skipped"].values())
     assert account["lines"] == account["blank_lines"] + account["pairs"] + skipped  # law 4
     if not account["pairs"]:
@@ -268,4 +242,5 @@ def account_lines(account: dict[str, Any]) -> list[str]:
     for reason, entry in sorted(account["skipped"].items()):
         window = f" of {account['window']} tokens" if reason == TOO_LONG else ""
         lines.append(f"skipped, {reason}{window}: {entry['count']:,} ({', '.join(entry['first'])})")
-    return lines
+    lines.append(f"fields: {field_sums(account.get('fields', {}))}")
+    return [*lines, *field_details(account.get("fields", {}))]

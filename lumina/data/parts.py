@@ -30,7 +30,8 @@ from lumina.data.preparation import (
 )
 from lumina.data.sources import expand
 
-CURATION_VERSION = 1
+CURATION_VERSION = 2
+EARLIER_CURATION = 1  # of version 0.1.0
 
 
 class Source(Protocol):
@@ -60,9 +61,10 @@ class PartSettings(Settings, Protocol):
 
 
 def prepare_parts(
-    config: PartSettings, tokenizer: AnyTokenizer, *, progress: Progress | None = None
+    config: PartSettings, tokenizer: AnyTokenizer, *, progress: Progress | None = None, resumed: str | None = None
 ) -> tuple[PackedDataset, PackedDataset | None]:
-    """(training set, evaluation set or None).
+    """(training set, evaluation set or None). `resumed`: fingerprint of the training set of a run to go on with; the
+    caches that an earlier version made for it are taken where they are the ones.
 
     Training files are train_data, each taken once an epoch, and the weighted sources of `data`. With `eval_fraction`,
     that share of their groups is held out; with `dedup`, duplicates are removed from both sets together. The accounts
@@ -71,11 +73,22 @@ def prepare_parts(
     Raises:
         UserError: as `prepare`; eval_data and eval_fraction together; near-duplicates without rensa.
     """
+    if resumed is not None:
+        train, evaluation = _prepare_parts(config, tokenizer, progress, earlier=True)
+        if train.fingerprint == resumed:
+            return train, evaluation
+    return _prepare_parts(config, tokenizer, progress, earlier=False)
+
+
+def _prepare_parts(
+    config: PartSettings, tokenizer: AnyTokenizer, progress: Progress | None, earlier: bool
+) -> tuple[PackedDataset, PackedDataset | None]:
     assert config.dedup in DEDUP
+    common: dict[str, Any] = {"progress": progress, "earlier": earlier}
     train_paths, weights, formats = _sources(config)
     if not config.eval_fraction and config.dedup == "none":
-        held_out = prepare(config.eval_data, config, tokenizer, progress=progress) if config.eval_data else None
-        train = prepare(train_paths, config, tokenizer, progress=progress, weights=weights, formats=formats)
+        held_out = prepare(config.eval_data, config, tokenizer, **common) if config.eval_data else None
+        train = prepare(train_paths, config, tokenizer, weights=weights, formats=formats, **common)
         return train, held_out
     if config.eval_fraction and config.eval_data:
         raise UserError(
@@ -85,17 +98,15 @@ def prepare_parts(
         raise UserError("near-duplicates need the package rensa", "pip install rensa, or use --dedup exact.")
     train_files = check_inputs(train_paths)
     eval_files = check_inputs(config.eval_data) if config.eval_data else []
-    folder, fingerprint = _curate(train_files, eval_files, formats, config, tokenizer, progress)
+    folder, *fingerprints = _curate(train_files, eval_files, formats, config, tokenizer, progress)
     everything = (*train_files, *eval_files)
     evaluation: PackedDataset | None = None
     if eval_files or config.eval_fraction:
         source = eval_files or train_files
-        selection = Selection(everything, folder, fingerprint, EVAL, formats)
-        evaluation = prepare(source, config, tokenizer, progress=progress, selection=selection, formats=formats)
-    selection = Selection(everything, folder, fingerprint, TRAIN, formats)
-    train = prepare(
-        train_files, config, tokenizer, progress=progress, selection=selection, weights=weights, formats=formats
-    )
+        selection = Selection(everything, folder, fingerprints[0], EVAL, formats, fingerprints[1])
+        evaluation = prepare(source, config, tokenizer, selection=selection, formats=formats, **common)
+    selection = Selection(everything, folder, fingerprints[0], TRAIN, formats, fingerprints[1])
+    train = prepare(train_files, config, tokenizer, selection=selection, weights=weights, formats=formats, **common)
     return train, evaluation
 
 
@@ -124,14 +135,18 @@ def _curate(
     config: PartSettings,
     tokenizer: AnyTokenizer,
     progress: Progress | None,
-) -> tuple[Path, str]:
-    """The folder of decisions on all conversations, made if it is not there, and its fingerprint."""
+) -> tuple[Path, str, str]:
+    """The folder of decisions on all conversations, made if it is not there, its fingerprint, and the one that version
+    0.1.0 gave such decisions."""
     files = [*train_files, *eval_files]
     root = make_root(config, files)
     digests = content_digests(files, root / "sources.json")
-    settings: list[Any] = [CURATION_VERSION, len(train_files), config.eval_fraction, config.dedup, digests]
+    settings: list[Any] = [len(train_files), config.eval_fraction, config.dedup, digests]
     settings += [dict(formats)] if formats else []
-    fingerprint = hashlib.sha256(orjson.dumps(settings)).hexdigest()
+    fingerprint, earlier = (
+        hashlib.sha256(orjson.dumps([version, *settings])).hexdigest()
+        for version in (CURATION_VERSION, EARLIER_CURATION)
+    )
     final = root / f"curation-{fingerprint[:32]}"
     with only_one(root / f"{final.name}.lock", final, 3600.0):
         if not final.exists():
@@ -140,7 +155,7 @@ def _curate(
             partial.mkdir()
             _write_decisions(files, len(train_files), formats, config, tokenizer, partial, progress)
             os.replace(partial, final)
-    return final, fingerprint
+    return final, fingerprint, earlier
 
 
 def _write_decisions(

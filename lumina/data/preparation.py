@@ -36,7 +36,8 @@ from lumina.data.worker import Task
 
 log = logging.getLogger("lumina.data")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+EARLIER_FORMATS = (2,)  # 2: version 0.1.0, which left fields out in silence
 # A task is a 16th of the input within these bounds: small files still feed several workers, large ones make few files.
 MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 64 << 20
 
@@ -52,6 +53,7 @@ def prepare(
     selection: Selection | None = None,
     weights: Mapping[str, float] | None = None,
     formats: Mapping[str, str] | None = None,
+    earlier: bool = False,
 ) -> PackedDataset:
     """The packed data set of these files, from the cache when nothing has changed.
 
@@ -61,7 +63,10 @@ def prepare(
         wait_seconds: how long to wait for another process that is preparing the same data.
         selection: the part of the conversations to take; None takes all.
         weights: how often an epoch takes the conversations of a file; 1 for files not named. See lumina.data.mixing.
-        formats: what every record of a file has to be (records.NAMED); files not named are looked at record by record.
+        formats: what every record of a file has to be (formats.NAMED); files not named are looked at record by record.
+        earlier: take the cache that an earlier version of the reader made of these files and settings, if it is there:
+        a
+            run is resumed on what it was trained on.
 
     Raises:
         UserError: a file is missing or empty, no line of any file is a usable conversation, or the chat template of an
@@ -78,6 +83,11 @@ def prepare(
     digests = content_digests(files, root / "sources.json")
     fixed = [(formats or {}).get(str(path), "") for path in files]
     fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed)
+    for version in EARLIER_FORMATS if earlier else ():
+        before = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed, version)
+        found = open_cached(root / before[:32], before)
+        if found is not None:
+            return found
     final = root / fingerprint[:32]
     found = open_cached(final, fingerprint)
     if found is not None:
@@ -118,10 +128,11 @@ def fingerprint_of(
     selection: Selection | None = None,
     weights: Sequence[float] = (),
     formats: Sequence[str] = (),
+    version: int = FORMAT_VERSION,
 ) -> str:
     """SHA-256 over the inputs' contents, the tokenizer, the template and every setting that changes the result."""
     parts: dict[str, Any] = {
-        "format": FORMAT_VERSION,
+        "format": version,
         "inputs": list(digests),
         "tokenizer": tokenizer.fingerprint,
         "template": template_version(tokenizer),
@@ -130,7 +141,8 @@ def fingerprint_of(
         "overlong": config.overlong,
     }
     if selection is not None:
-        parts["selection"] = [selection.fingerprint, selection.part]
+        chosen = selection.fingerprint if version == FORMAT_VERSION else selection.earlier
+        parts["selection"] = [chosen, selection.part]
     if any(weight != 1 for weight in weights):
         parts["weights"] = list(weights)
     if any(formats):
@@ -161,6 +173,7 @@ class Selection:
     fingerprint: str
     part: int
     formats: Mapping[str, str]
+    earlier: str = ""  # the decisions' fingerprint in the version of EARLIER_FORMATS
 
     def tasks(self, own: Sequence[Path], folder: Path, config: Settings) -> list[Task]:
         """The tasks of the files `own`, each with its decisions: those of planning all files together."""
@@ -191,7 +204,7 @@ def plan_tasks(
             stop = min(start + step, size) if layout.splittable else size
             suffix = "arrow" if kind == "pieces" else "npz"
             out = "" if folder is None else str(folder / f"pieces-{len(tasks):05d}.{suffix}")
-            how = (layout.container, layout.compression, layout.flat)
+            how = (layout.container, layout.compression, layout.flat, layout.encoding)
             tasks.append(Task(kind, str(path), how, start, stop, out, config.seq_length, config.overlong, format=given))
     return tasks
 

@@ -73,7 +73,7 @@ def render_report(validation: Validation) -> str:
         *[f'<div class="tile"><b>{count:,}</b><span>{what}</span></div>' for what, count in tiles.items()],
         "</div>",
         "<h2>Every line accounted for</h2>",
-        f"<pre class='scroll'>{escape(chr(10).join(account.report()[:3]))}</pre>",
+        f"<pre class='scroll'>{escape(chr(10).join(account.sums()))}</pre>",
         "<h2>Bad lines</h2>",
         _faults(validation),
         "<h2>Lengths</h2>",

@@ -18,9 +18,9 @@ from lumina.config.errors import UserError
 from lumina.data.account import Account
 from lumina.data.building import Progress, line_bases, merge_accounts
 from lumina.data.files import replace_durably
+from lumina.data.formats import BLANK, Fault, Tree, convert
 from lumina.data.pool import run_tasks, usable_cores
 from lumina.data.preparation import check_inputs, plan_tasks
-from lumina.data.records import BLANK, Fault, Tree, convert
 from lumina.data.sources import detect, read_items
 from lumina.data.survey import LENGTHS, Survey, percentiles, windows
 
@@ -130,6 +130,10 @@ def _sound(conversation: Conversation) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     for message in conversation.messages:
         entry: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.masked:
+            entry["train_detail"] = [
+                {"begin_offset": start, "end_offset": end - 1, "train": False} for start, end in message.masked
+            ]
         messages.append(entry if message.learn else {**entry, "weight": 0})
     return {**identity, "messages": messages}
 

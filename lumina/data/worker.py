@@ -26,7 +26,7 @@ from lumina.chat.tokenizer import Tokenizer
 from lumina.data.account import Account, add_counts
 from lumina.data.curation import DUPLICATE, EVAL, TRAIN, join_signs, signs_of
 from lumina.data.cutting import cut
-from lumina.data.records import BLANK, Fault, Tree, convert, format_of
+from lumina.data.formats import BLANK, Fault, FieldTally, Tree, convert, format_of
 from lumina.data.shards import PieceWriter
 from lumina.data.sources import Layout, read_items
 from lumina.data.survey import Survey
@@ -46,7 +46,7 @@ class Task:
 
     kind: str
     path: str
-    layout: tuple[str, str, bool]
+    layout: tuple[str, str, bool, str]
     start: int
     stop: int
     out: str
@@ -67,14 +67,16 @@ class Block(NamedTuple):
 def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> Iterator[Block]:
     """The task's conversations, some BLOCK_BYTES of input at a time; every record is entered into `account`, and
     the used ones' formats into `survey`."""
-    block, held = Block([], []), 0
+    block, held, tally = Block([], []), 0, FieldTally()
     decided = np.load(task.decisions) if task.decisions else None
     for item in read_items(task.path, Layout(*task.layout), task.start, task.stop):
         account.lines += item.lines
+        tally.line = item.number
         if item.record is BLANK:
             account.blank_lines += 1
             continue
-        found = convert(item.record, task.format)
+        found = convert(item.record, task.format, tally)
+        tally.end_record(used=not isinstance(found, Fault))
         if isinstance(found, Fault):
             account.fault(found.reason, item.number, found.messages, found.example())
             continue
@@ -94,6 +96,8 @@ def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> I
         if held >= BLOCK_BYTES and block.conversations:
             yield block
             block, held = Block([], []), 0
+    account.last_line = tally.line
+    account.add_fields(tally)
     if block.conversations:
         yield block
 
@@ -132,7 +136,7 @@ def run_task(tokenizer: AnyTokenizer, task: Task) -> dict[str, Any]:
             [signs_of([], near), *(signs_of(block.conversations, near) for block in read_blocks(task, account))]
         )
         np.savez(task.out, **signs._asdict())
-        return {"account": asdict(account), "lines": account.lines}
+        return {"account": asdict(account), "lines": account.last_line}
     if task.kind == "survey":
         assert isinstance(tokenizer, Tokenizer), "a survey counts Lumina's tokens"
         survey = Survey()
@@ -140,13 +144,13 @@ def run_task(tokenizer: AnyTokenizer, task: Task) -> dict[str, Any]:
             ids = render_many(tokenizer, block.conversations)
             cut(ids, task.window, task.overlong, account)
             survey.add(block.conversations, block.numbers, ids)
-        return {"account": asdict(account), "survey": survey.to_dict(), "lines": account.lines}
+        return {"account": asdict(account), "survey": survey.to_dict(), "lines": account.last_line}
     with PieceWriter(Path(task.out)) as writer:
         for block in read_blocks(task, account):
             block_ids, numbers = rendered(tokenizer, block, account)
             pieces = cut(block_ids, task.window, task.overlong, account)
             writer.write(pieces, np.array(numbers, dtype=np.int64)[pieces.conversation])
-    return {"account": asdict(account), "rows": writer.rows, "lines": account.lines}
+    return {"account": asdict(account), "rows": writer.rows, "lines": account.last_line}
 
 
 def die_with_parent() -> None:

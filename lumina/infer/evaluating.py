@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lumina.chat import Conversation
 from lumina.config import UserError
-from lumina.data.records import BLANK, Fault, Tree, convert
+from lumina.data.formats import BLANK, Fault, Tree, convert
 from lumina.data.sources import detect, expand, read_items
 from lumina.infer.loading import Loaded
 from lumina.infer.voice import Span

@@ -119,8 +119,10 @@ def _same_adapters(progress: checkpoint.Progress, config: Config, source: Path) 
         )
 
 
-def pairs_of(config: Config, tokenizer: AnyTokenizer) -> tuple[PairDataset, PairDataset | None]:
-    """The preference pairs to train and to evaluate on. Raises UserError."""
+def pairs_of(
+    config: Config, tokenizer: AnyTokenizer, *, resumed: str | None = None
+) -> tuple[PairDataset, PairDataset | None]:
+    """The preference pairs to train and to evaluate on; `resumed` as in `prepare_parts`. Raises UserError."""
     if config.init_from is None:
         raise UserError(
             "objective dpo moves a model away from what it began as, and none is given", "Add --init-from RUN."
@@ -128,16 +130,23 @@ def pairs_of(config: Config, tokenizer: AnyTokenizer) -> tuple[PairDataset, Pair
     given = {"data": config.data, "eval_fraction": config.eval_fraction, "dedup": config.dedup != "none"}
     for name in filter(given.__getitem__, given):
         raise UserError(f"{name} is not for preference pairs", "Give files of pairs with train_data and eval_data.")
-    train = prepare_pairs(config.train_data, config, tokenizer)
-    return train, prepare_pairs(config.eval_data, config, tokenizer) if config.eval_data else None
+    earlier = resumed is not None
+    train = prepare_pairs(config.train_data, config, tokenizer, earlier=earlier)
+    if earlier and train.fingerprint != resumed:
+        return pairs_of(config, tokenizer)
+    held_out = prepare_pairs(config.eval_data, config, tokenizer, earlier=earlier) if config.eval_data else None
+    return train, held_out
 
 
-def prepare_data(config: Config, tokenizer: AnyTokenizer, ranks: Ranks) -> tuple[Samples, Samples | None]:
-    """The data to train and to evaluate on. Rank 0 of each node prepares; the others find the cache it left."""
+def prepare_data(
+    config: Config, tokenizer: AnyTokenizer, ranks: Ranks, resumed: str | None
+) -> tuple[Samples, Samples | None]:
+    """The data to train and to evaluate on; `resumed`: the fingerprint of what the run has been trained on. Rank 0 of
+    each node prepares; the others find the cache it left."""
 
     def both() -> tuple[Samples, Samples | None]:
         take = pairs_of if config.objective == "dpo" else prepare_parts
-        return take(config, tokenizer)
+        return take(config, tokenizer, resumed=resumed)
 
     failure: list[Any] = [None] * ranks.world
     own: UserError | None = None

@@ -103,7 +103,9 @@ class Run:
         assert config.global_batch_size is not None  # filled in by `resolve`
         self.global_batch = config.global_batch_size
         self.tokenizer = self._open_tokenizer()
-        self.train_data, self.eval_data = prepare_data(self.config, self.tokenizer, ranks)
+        self.train_data, self.eval_data = prepare_data(
+            self.config, self.tokenizer, ranks, progress.data_fingerprint or None
+        )
         self.order = GlobalOrder(
             self.train_data.num_samples, self.global_batch, config.seed, self.train_data.fingerprint
         )

@@ -12,7 +12,10 @@ from lumina.chat import Conversation, Message, Tokenizer, prompt_ids, render, re
 TOKENIZER = Tokenizer.load()
 CONTROL = TOKENIZER.control_ids
 
-messages = st.builds(Message, st.sampled_from(["user", "assistant", "system"]), st.text(max_size=40), st.booleans())
+roles = st.sampled_from(["user", "assistant", "system"])
+messages = st.builds(
+    Message, roles, st.text(max_size=40), st.booleans(), st.just(())
+)  # spans: tests/data/test_fields.py
 conversations = st.builds(Conversation, st.lists(messages, min_size=1, max_size=6))
 
 

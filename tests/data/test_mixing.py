@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.config.errors import UserError
-from lumina.data import GlobalOrder, Loader, PackedDataset
+from lumina.data import GlobalOrder, Loader, PackedDataset, parts, preparation
 from lumina.data.account import Account
 from lumina.data.mixing import repeats
 from lumina.data.parts import prepare_parts
@@ -92,7 +93,8 @@ def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [{}, {"dedup": "exact"}])
 def test_a_sources_format_is_what_every_record_has_to_be(tmp_path: Path, how: dict[str, str]) -> None:
-    """A record with the keys of two formats is read as the one given; one without its key is a counted fault."""
+    """A record with the keys of two formats is read as the one given; one without its key is a counted fault, and so is
+    one of two formats where none is given."""
     both = {**chat("q", "an answer in messages"), "text": "plain words"}
     path = str(write_jsonl(tmp_path / "in.jsonl", [both, chat("q", "a"), {"text": "more words"}]))
     learned = {}
@@ -104,7 +106,28 @@ def test_a_sources_format_is_what_every_record_has_to_be(tmp_path: Path, how: di
     ids = lambda text: len(TOKENIZER.encode(text)) + 1
     answers, texts = ids("an answer in messages") + ids("a"), ids("plain words") + ids("more words")
     assert learned == {
-        None: (answers + ids("more words"), {}),
+        None: (ids("a") + ids("more words"), {"field not used: text": 1}),
         "text": (texts, {"another format than the one given": 1}),
         "messages": (answers, {"another format than the one given": 1}),
     }
+
+
+@pytest.mark.parametrize("how", [{}, {"eval_fraction": 0.3}, {"dedup": "exact"}])
+def test_a_run_goes_on_with_the_data_that_an_earlier_version_read(
+    tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read anew, the records may be others, in another order: what was trained on is taken from its cache, and only by
+    the run that was trained on it."""
+    path = write_jsonl(tmp_path / "d.jsonl", [{**chat("q", f"a {i}"), "id": str(i)} for i in range(40)])
+    config = Settings(train_data=(str(path),), **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation.fingerprint_of, "__defaults__", (None, (), (), preparation.EARLIER_FORMATS[0]))
+        patch.setattr(preparation, "FORMAT_VERSION", preparation.EARLIER_FORMATS[0])
+        patch.setattr(parts, "CURATION_VERSION", parts.EARLIER_CURATION)
+        before = prepare_parts(config, TOKENIZER)
+    now = prepare_parts(config, TOKENIZER)
+    assert now[0].fingerprint != before[0].fingerprint
+    again = prepare_parts(config, TOKENIZER, resumed=before[0].fingerprint)
+    assert [part and part.fingerprint for part in again] == [part and part.fingerprint for part in before]
+    other = prepare_parts(config, TOKENIZER, resumed="of something else")
+    assert [part and part.fingerprint for part in other] == [part and part.fingerprint for part in now]

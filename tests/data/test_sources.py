@@ -18,7 +18,7 @@ from lumina.chat import Conversation, Message
 from lumina.config.errors import UserError
 from lumina.data import prepare, sources
 from lumina.data.account import Account
-from lumina.data.records import Fault, Tree, convert, format_of
+from lumina.data.formats import Fault, Tree, convert, format_of
 
 USER, ANSWER, SYSTEM = Message("user", "q"), Message("assistant", "a"), Message("system", "s")
 
@@ -101,7 +101,10 @@ def test_each_format_is_named_and_read(name: str, record: dict[str, Any], expect
         ({"text": " "}, "empty"),
         ({"text": 1}, "wrong type"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "no assistant turn"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "wrong type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "field not used: content of type image_url",
+        ),
         (None, "wrong type"),
         (7, "wrong type"),
         ({}, "unknown format"),
@@ -148,8 +151,8 @@ def write_container(folder: Path, container: str) -> Path:
         ("jsonl with byte order mark", "JSON lines"),
         ("gzip", "JSON lines, gzip"),
         ("zstd", "JSON lines, zstd"),
-        ("array", "JSON array"),
-        ("indented array, gzip", "JSON array, gzip"),
+        ("array", "JSON"),
+        ("indented array, gzip", "JSON, gzip"),
         ("parquet", "Parquet"),
         ("arrow", "Arrow"),
     ],

@@ -105,14 +105,14 @@ def test_params_change_or_are_refused_whole(chat: Chat) -> None:
 
 
 def test_save_and_load_in_the_form_that_training_reads(chat: Chat, tmp_path: Path) -> None:
-    from lumina.data.records import from_messages
+    from lumina.data.formats import convert
 
     file = tmp_path / "talk.jsonl"
     chat.system = "S"
     spoken(chat, ["Hello", f"/save {file}", "More", f"/save {file}"])
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [len(line["messages"]) for line in lines] == [3, 5]
-    assert isinstance(from_messages(lines[1]), Conversation)
+    assert isinstance(convert(lines[1]), Conversation)
     other = Chat(chat.model, chat.voice, chat.sampling)
     assert "4 messages." in spoken(other, [f"/load {file}"])
     assert (other.system, other.messages) == ("S", chat.messages)

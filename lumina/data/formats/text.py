@@ -1,0 +1,23 @@
+"""`{"text"}`: a plain text, all of it learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lumina.chat.template import TEXT_ROLE, Conversation, Message
+from lumina.data.formats.fault import EMPTY, WRONG_TYPE, Fault, kind
+from lumina.data.formats.fields import FieldTally, Vocabulary
+from lumina.data.formats.messages import identity
+
+RECORD = Vocabulary("text", frozenset({"text"}))
+
+
+def from_text(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault:
+    text = record["text"]
+    if type(text) is not str:
+        return Fault(WRONG_TYPE, f"`text` is {kind(text)}, not a string", 1)
+    if not text or text.isspace():
+        return Fault(EMPTY, "no text", 1)
+    messages = [Message(TEXT_ROLE, text)]
+    fault = tally.count(RECORD, record, messages)
+    return fault if fault is not None else Conversation(messages, identity(record))

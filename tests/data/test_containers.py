@@ -1,0 +1,197 @@
+"""Files of JSON in any layout, and tables, are read to their end."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pytest
+from helpers import TOKENIZER, Settings, chat
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lumina.config.errors import UserError
+from lumina.data import prepare, sources
+from lumina.data.account import Account
+from lumina.data.formats import BLANK, Fault
+
+RECORDS = [{**chat("q", f"answer {i}"), "id": str(i)} for i in range(7)]
+
+
+def items(path: Path) -> list[Any]:
+    found = (item.record for item in sources.read_items(str(path), sources.detect(str(path))))
+    return [record for record in found if record is not BLANK]
+
+
+def line(value: Any) -> str:
+    return json.dumps(value)
+
+
+def pretty(value: Any) -> str:
+    return json.dumps(value, indent=2)
+
+
+LAYOUTS = {
+    "two arrays": pretty(RECORDS[:3]) + "\n" + pretty(RECORDS[3:]),
+    "two arrays of one line": line(RECORDS[:3]) + line(RECORDS[3:]),
+    "arrays line by line": line(RECORDS[:2]) + "\n" + line(RECORDS[2:4]) + "\n" + line(RECORDS[4:]) + "\n",
+    "an array, then lines": pretty(RECORDS[:3]) + "\n" + "\n".join(map(line, RECORDS[3:])) + "\n",
+    "an array of one line, then lines": line(RECORDS[:3]) + "\n" + "\n".join(map(line, RECORDS[3:])),
+    "pretty-printed objects": "\n".join(map(pretty, RECORDS)),
+    "pretty-printed objects with commas": ",\n".join(map(pretty, RECORDS)),
+    "objects without line ends": "".join(map(line, RECORDS)),
+    "wrapped": pretty({"data": RECORDS}),
+    "wrapped in one line": line({"data": RECORDS}),
+    "wrapped beside others": pretty({"version": "1.0", "data": RECORDS}),
+    "wrapped before others": pretty({"data": RECORDS, "version": "1.0"}),
+    "texts of JSON": "\n".join(line(line(record)) for record in RECORDS),
+}
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_json_in_any_layout_is_read_to_its_end(
+    tmp_path: Path, layout: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "READ_BYTES", chunk)
+    path = tmp_path / "data.json"
+    path.write_text(LAYOUTS[layout])
+    assert items(path) == RECORDS
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_wide_encodings_are_read(tmp_path: Path, encoding: str, packed: bool) -> None:
+    records = [chat("q", f"Löwe 🦁 {i}") for i in range(3)]
+    data = "\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode(encoding)
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(gzip.compress(data) if packed else data)
+    assert items(path) == records
+
+
+@pytest.mark.parametrize("layout", ["lines", "array", "one chat"])
+def test_lists_of_messages_are_conversations(tmp_path: Path, layout: str) -> None:
+    chats = [record["messages"] for record in RECORDS]
+    text = {"lines": "\n".join(map(line, chats)), "array": pretty(chats), "one chat": pretty(chats[0])}[layout]
+    (tmp_path / "d.json").write_text(text)
+    expected = chats[:1] if layout == "one chat" else chats
+    assert items(tmp_path / "d.json") == [{"messages": one} for one in expected]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_tables_are_read_by_their_headers(tmp_path: Path, delimiter: str) -> None:
+    rows = [{"instruction": f'say "{i}",\tthen\nmore', "output": "x" * 200_000, "system": ""} for i in range(3)]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    path = tmp_path / ("d.csv" if delimiter == "," else "d.tsv")
+    path.write_text(out.getvalue() + f"only{delimiter}two\r\n", newline="")
+    found = items(path)
+    assert found[:-1] == rows
+    assert isinstance(found[-1], Fault)
+    table = sources.detect(str(path)).describe()
+    assert table == path.suffix[1:].upper()
+
+
+def test_a_table_of_conversations_in_json(tmp_path: Path) -> None:
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["id", "messages"])
+    writer.writerows([record["id"], json.dumps(record["messages"])] for record in RECORDS)
+    (tmp_path / "d.csv").write_text(out.getvalue(), newline="")
+    account = Account.from_dict(prepare([tmp_path / "d.csv"], Settings(), TOKENIZER).account)
+    assert account.conversations == len(RECORDS)
+
+
+def test_arrow_streams_and_saved_data_sets(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(RECORDS)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    for name, part in (("data-0.arrow", table.slice(0, 4)), ("data-1.arrow", table.slice(4))):
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, part.schema) as writer:
+            writer.write_table(part)
+    state = {"_data_files": [{"filename": "data-0.arrow"}, {"filename": "data-1.arrow"}]}
+    (folder / "state.json").write_text(json.dumps(state))
+    files = sources.expand([str(folder)])
+    assert [record for file in files for record in items(Path(file))] == RECORDS
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both/dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    with pytest.raises(UserError, match="both/train or"):
+        sources.expand([str(tmp_path / "both")])
+
+
+def test_not_a_number_costs_nothing_where_nobody_uses_it(tmp_path: Path) -> None:
+    text = "\n".join(line({**record, "score": float("nan") if i % 2 else 0.5}) for i, record in enumerate(RECORDS))
+    (tmp_path / "d.jsonl").write_text(text)
+    (tmp_path / "d.json").write_text("[" + text.replace("\n", ",\n") + "]")
+    for name in ("d.jsonl", "d.json"):
+        account = Account.from_dict(prepare([tmp_path / name], Settings(), TOKENIZER).account)
+        assert account.conversations == len(RECORDS)
+    (tmp_path / "bad.jsonl").write_text(line(RECORDS[0]) + '\n{"messages": [{"role": "user", "content": NaN}]}')
+    assert Account.from_dict(prepare([tmp_path / "bad.jsonl"], Settings(), TOKENIZER).account).faults.keys() == {
+        "wrong type"
+    }
+
+
+def test_what_cannot_be_read_is_named_and_what_follows_is_read(tmp_path: Path) -> None:
+    broken = "\n".join([pretty(RECORDS[0]), '{\n  "messages": [,\n', pretty(RECORDS[1]), line(RECORDS[2])])
+    (tmp_path / "d.json").write_text(broken)
+    found = items(tmp_path / "d.json")
+    assert [record for record in found if not isinstance(record, Fault)] == RECORDS[:3]
+    assert [record.reason for record in found if isinstance(record, Fault)] == ["broken JSON"]
+    (tmp_path / "py.jsonl").write_text(f"{RECORDS[0]}\n{RECORDS[1]}\n")
+    assert {record.reason for record in items(tmp_path / "py.jsonl")} == {"a Python literal, not JSON"}
+    (tmp_path / "w.json").write_text(pretty({"data": RECORDS, "system": "be brief"}))
+    assert items(tmp_path / "w.json")[-1].reason == "field not used: system"
+
+
+def test_lines_with_several_records_keep_the_lines_numbers(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(line(RECORDS[:2]) + "\n" + line([RECORDS[2], {"odd": 1}]) + "\n[]\nnot json\n")
+    account = Account.from_dict(prepare([tmp_path / "d.jsonl"], Settings(), TOKENIZER).account)
+    account.check()
+    assert (account.conversations, account.lines) == (3, 6)
+    places = {reason: entry.first for reason, entry in account.faults.items()}
+    path = tmp_path / "d.jsonl"
+    assert places == {"unknown format": [f"{path}:2"], "empty": [f"{path}:3"], "broken JSON": [f"{path}:4"]}
+
+
+DRAWN = st.tuples(st.integers(0, 6), st.sampled_from(["line", "pretty", "array", "pretty array", "wrapped"]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(DRAWN, min_size=1, max_size=8), st.sampled_from(["\n", "\n\n", " \r\n"]), st.integers(3, 400))
+def test_drawn_layouts_give_every_record(drawn: list[tuple[int, str]], between: str, chunk: int) -> None:
+    import tempfile
+
+    expected: list[Any] = []
+    parts = []
+    for number, layout in drawn:
+        own = RECORDS[number : number + 2]
+        record = RECORDS[number]
+        expected += [record] if layout in ("line", "pretty") else own
+        parts.append(
+            {
+                "line": line(record),
+                "pretty": pretty(record),
+                "array": line(own),
+                "pretty array": pretty(own),
+                "wrapped": pretty({"data": own}),
+            }[layout]
+        )
+    with tempfile.NamedTemporaryFile(suffix=".json") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "READ_BYTES", chunk)
+        file.write(between.join(parts).encode())
+        file.flush()
+        found = items(Path(file.name))
+    assert [orjson.dumps(record) if not isinstance(record, Fault) else record for record in found] == [
+        orjson.dumps(record) for record in expected
+    ]

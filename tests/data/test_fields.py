@@ -1,0 +1,378 @@
+"""Law 4 for the whole record: every field of every format is used, known to be harmless, or counted as refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import TOKENIZER, Settings, chat, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lumina.chat import Conversation, Message
+from lumina.chat.template import render
+from lumina.data import prepare
+from lumina.data.account import Account
+from lumina.data.formats import Fault, FieldTally, Tree, convert
+from lumina.data.formats.fields import CONTENT, HARMLESS, MOST_NAMES, is_empty
+from lumina.data.formats.preference import OTHER_PROMPT, Pair, from_pair
+
+U, A = Message("user", "q"), Message("assistant", "a")
+
+
+def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def read(record: Any) -> list[Message]:
+    found = convert(record)
+    assert isinstance(found, Conversation), found
+    return list(found.messages)
+
+
+HISTORY = {
+    "instruction": "And what do they eat?",
+    "input": "",
+    "output": "Mostly krill.",
+    "system": "You know animals.",
+    "history": [["Which is the biggest animal?", "The blue whale."], ["How long is it?", "Up to thirty metres."]],
+}
+
+
+def test_history_comes_before_the_instruction() -> None:
+    assert read(HISTORY) == [
+        Message("system", "You know animals."),
+        Message("user", "Which is the biggest animal?"),
+        Message("assistant", "The blue whale."),
+        Message("user", "How long is it?"),
+        Message("assistant", "Up to thirty metres."),
+        Message("user", "And what do they eat?"),
+        Message("assistant", "Mostly krill."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "question"),
+    [
+        ({"instruction": "q", "context": "c", "response": "a", "category": "closed_qa"}, "q\n\nc"),
+        ({"instruction": "q", "context": "", "response": "a"}, "q"),
+        ({"instruction": "q", "context": "c", "output": "a"}, "q\n\nc"),
+        ({"question": "q", "answer": "a"}, "q"),
+        ({"question": "q", "context": "c", "answer": "a"}, "q\n\nc"),
+        ({"prompt": "q", "context": "c", "completion": "a"}, "q\n\nc"),
+        ({"query": "q", "response": "a"}, "q"),
+        ({"prompt": "q", "answer": "a"}, "q"),
+        ({"prompt": "q", "completion": "a", "label": True}, "q"),
+    ],
+)
+def test_questions_and_answers_by_their_usual_names(record: dict[str, Any], question: str) -> None:
+    assert read(record) == [Message("user", question), A]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [turn("User", "q"), turn("ASSISTANT", "a")],
+        [turn(" human ", "q"), turn("gpt", "a")],
+        [turn("prompter", "q"), turn("model", "a")],
+        [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+        [turn("system", ""), turn("user", "q"), turn("assistant", "a")],
+        [turn("system", None), turn("user", "q"), turn("assistant", "a")],
+        [turn("user", "q"), turn("assistant", "a"), turn("assistant", " ")],
+        [turn("user", "q"), turn("assistant", None, refusal="a")],
+        [
+            turn("user", [{"type": "input_text", "text": "q"}]),
+            turn("assistant", [{"type": "output_text", "text": "a"}]),
+        ],
+    ],
+)
+@pytest.mark.parametrize("key", ["messages", "conversations", "conversation"])
+def test_roles_keys_and_empty_messages_in_every_format_alike(messages: list[Any], key: str) -> None:
+    assert read({key: messages}) == [U, A]
+
+
+def test_a_developer_is_the_system_and_a_tool_is_context() -> None:
+    found = read({"messages": [turn("developer", "s"), turn("user", "q"), turn("tool", "t"), turn("assistant", "a")]})
+    assert found == [Message("system", "s"), U, Message("user", "t"), A]
+
+
+@pytest.mark.parametrize("flag", ["weight", "train", "training", "trainable", "loss", "loss_mask"])
+@pytest.mark.parametrize("value", [False, 0, 0.0])
+def test_any_flag_masks_its_message(flag: str, value: Any) -> None:
+    answers = [turn("assistant", "wrong", **{flag: value}), turn("user", "?"), turn("assistant", "a", **{flag: True})]
+    assert [m.learn for m in read({"messages": [turn("user", "q"), *answers]}) if m.role == "assistant"] == [
+        False,
+        True,
+    ]
+    bad = convert({"messages": [turn("user", "q"), turn("assistant", "a", **{flag: "no"})]})
+    assert isinstance(bad, Fault)
+    assert bad.reason == "wrong type"
+
+
+def span(first: int, last: int, train: bool = False) -> dict[str, Any]:
+    return {"begin_offset": first, "end_offset": last, "train": train}
+
+
+def test_spans_are_masked_token_by_token() -> None:
+    """Every token with a character of a masked span is masked, by an independent walk over the text."""
+    text = "Der Löwe schläft 🦁 und sieben mal acht ist 54, falsch."
+    found = read({"messages": [turn("user", "q"), turn("assistant", text, train_detail=[span(4, 8), span(17, 17)])]})
+    rendered = render(TOKENIZER, Conversation(found))
+    start = rendered.message_offsets[1] + 2
+    ids = rendered.ids[start:-1].tolist()
+    learned, at = [], 0
+    hidden = {i for first, last in ((4, 8), (17, 17)) for i in range(first, last + 1)}
+    places = [index for index, character in enumerate(text) for _ in character.encode()]
+    for token in ids:
+        size = len(TOKENIZER.token_bytes(token))
+        learned.append(int(not hidden & set(places[at : at + size])))
+        at += size
+    assert rendered.mask[start:-1].tolist() == learned
+    assert 0 in learned
+    assert 1 in learned
+    assert rendered.mask[-1] == 1  # the stop token
+
+
+@pytest.mark.parametrize("bad", [[span(0, 99)], [span(2, 1)], [{"begin_offset": 0}], ["x"], [span(-1, 0)]])
+def test_spans_that_are_none_are_refused(bad: Any) -> None:
+    found = convert({"messages": [turn("user", "q"), turn("assistant", "answer", train_detail=bad)]})
+    assert isinstance(found, Fault)
+
+
+def test_an_answer_masked_whole_teaches_nothing() -> None:
+    found = convert({"messages": [turn("user", "q"), turn("assistant", "wrong", train_detail=[span(0, 4)])]})
+    assert isinstance(found, Fault)
+    assert found.reason == "no assistant turn"
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "q", "completion": "a", "label": False}, "label is false: no answer to teach"),
+        ({**chat("q", "a"), "label": False}, "label is false: no answer to teach"),
+        ({**chat("q", "a"), "history": [["x", "y"]]}, "field not used: history"),
+        ({**chat("q", "a"), "tools": [{"type": "function"}]}, "field not used: tools"),
+        ({**chat("q", "a"), "prompt": "another"}, "field not used: prompt"),
+        ({**chat("q", "a"), "chosen": "better"}, "field not used: chosen"),
+        ({"messages": [turn("user", "q"), turn("assistant", "", tool_calls=[{"id": "c"}])]},
+         "field not used: tool_calls"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", thinking="t")]}, "field not used: thinking"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", reasoning_content="t")]},
+         "field not used: reasoning_content"),
+        ({"messages": [turn("user", "q"), turn("assistant", [{"type": "thinking", "thinking": "t"}])]},
+         "field not used: content of type thinking"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", value="b")]}, "two fields for one thing"),
+        ({"messages": [turn("system", "s"), turn("user", "q"), turn("assistant", "a")], "system": "t"},
+         "two fields for one thing"),
+        ({"instruction": "q", "output": "a", "response": "b"}, "two fields for one thing"),
+        ({"instruction": "q", "input": "i", "context": "c", "output": "a"}, "two fields for one thing"),
+        ({"text": "t", "completion": "c"}, "field not used: completion"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "unknown format"),
+        ({"messages": [turn("user", ""), turn("assistant", "a")]}, "empty"),
+    ],
+)  # fmt: skip
+def test_content_without_a_place_is_refused_by_name(record: Any, reason: str) -> None:
+    found = convert(record)
+    assert isinstance(found, Fault)
+    assert found.reason == reason
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": "q", "prompt_id": "7"},
+        {"text": "<|user|>q<|assistant|>a", "tools": [], "history": [], "images": None},
+        {"response": "a", "source": "here", "score": 0.5},
+        {"system": "  ", "reasoning": ""},
+        {"something_new": {"deep": ["value"]}},
+    ],
+)
+def test_what_is_empty_repeated_harmless_or_unknown_costs_nothing(more: dict[str, Any]) -> None:
+    assert read({**chat("q", "a"), **more}) == [U, A]
+
+
+def test_unknown_fields_are_counted_with_an_example_each(tmp_path: Path) -> None:
+    records = [{**chat("q", "a"), "mood": f"m{i}", "id": str(i)} for i in range(40)]
+    records[3] = {**chat("q", "a"), "history": [["x", "y"]]}
+    account = Account.from_dict(prepare([write_jsonl(tmp_path / "d.jsonl", records)], Settings(), TOKENIZER).account)
+    account.check()
+    assert account.fields["unknown"] == {"mood": 39}
+    assert account.fields["harmless"] == {"id": 39}
+    assert account.fields["refused"] == {"history": 1}
+    assert account.fields["used"] == {"messages": 39, "role": 80, "content": 80}
+    assert account.unknown_fields == {"mood": f"{tmp_path / 'd.jsonl'}:1: 'm0'"}
+    assert (
+        "fields         199 used, 39 harmless, 0 empty or repeated, 39 unknown, 0 set aside, 1 refused"
+        in account.report()
+    )
+
+
+def test_messages_left_out_of_a_used_record_are_counted(tmp_path: Path) -> None:
+    records = [{"messages": [turn("system", ""), turn("user", "q"), turn("assistant", "a"), turn("assistant", "")]}]
+    account = Account.from_dict(prepare([write_jsonl(tmp_path / "d.jsonl", records)], Settings(), TOKENIZER).account)
+    account.check()
+    assert account.messages_dropped == {"empty system message": 1, "empty last answer": 1}
+    assert (account.messages, account.messages_trained, account.messages_masked) == (4, 1, 1)
+
+
+def test_the_tally_is_bounded_whatever_the_keys_are() -> None:
+    tally = FieldTally()
+    for i in range(5000):
+        convert({**chat("q", "a"), f"key{i}": i}, tally=tally)
+    totals = tally.totals()
+    assert sum(totals["unknown"].values()) == 5000
+    assert len(totals["unknown"]) <= MOST_NAMES + 1
+    assert len(tally.examples) == MOST_NAMES
+
+
+def test_the_vocabulary_has_one_use_for_each_key() -> None:
+    assert not CONTENT & HARMLESS
+
+
+# --- Every string of a record is trained, masked, or counted -----------------------------------------
+
+NAMES = sorted(CONTENT | HARMLESS | {"unheard_of", "other"})
+
+
+def planted(value: Any, marks: Iterator[int], path: str = "") -> Any:
+    """A copy in which every text is a marker of its own: `MARKn-`."""
+    if isinstance(value, str):
+        return f"MARK{next(marks)}-"
+    if isinstance(value, list):
+        return [planted(part, marks) for part in value]
+    if isinstance(value, dict):
+        return {k: v if k in ("role", "from", "type") else planted(v, marks) for k, v in value.items()}
+    return value
+
+
+TURN = st.sampled_from(
+    [turn("user", "x"), turn("assistant", "x"), {"from": "gpt", "value": "x"}, turn("system", "x"), turn("tool", "x")]
+)
+EXTRA = st.dictionaries(
+    st.sampled_from(NAMES), st.sampled_from(["x", ["x", "x"], {"k": "x"}, 1, None, True]), max_size=3
+)
+BASE = st.one_of(
+    st.lists(TURN, min_size=1, max_size=4).map(lambda turns: {"messages": turns}),
+    st.lists(TURN, min_size=1, max_size=4).map(lambda turns: {"conversations": turns}),
+    st.sampled_from(
+        [
+            {"instruction": "x", "input": "x", "output": "x"},
+            {"instruction": "x", "output": "x", "history": [["x", "x"]]},
+            {"prompt": "x", "completion": "x", "system": "x"},
+            {"prompt": [turn("user", "x")], "completion": [turn("assistant", "x")]},
+            {"question": "x", "context": "x", "answer": "x"},
+            {"text": "x"},
+        ]
+    ),
+)
+
+
+def strings_of(value: Any) -> set[str]:
+    if isinstance(value, str):
+        return {value} if value.startswith("MARK") else set()
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return set().union(*map(strings_of, parts))
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(BASE, EXTRA, st.one_of(st.none(), EXTRA))
+def test_every_marker_is_trained_masked_or_counted(base: Any, extra: Any, in_message: Any) -> None:
+    record = {**base, **extra}
+    turns = record.get("messages", record.get("conversations"))
+    if in_message and isinstance(turns, list) and turns and isinstance(turns[0], dict):
+        record[next(k for k in ("messages", "conversations") if isinstance(record.get(k), list))] = [
+            {**in_message, **turns[0]},
+            *turns[1:],
+        ]
+    record = planted(record, iter(range(10_000)))
+    tally = FieldTally()
+    found = convert(record, tally=tally)
+    if isinstance(found, Fault):
+        assert found.reason  # refused, and counted under this
+        return
+    assert not isinstance(found, Tree)
+    kept = "".join(message.content for message in found.messages)
+    lost = {mark for mark in strings_of(record) if mark not in kept}
+    totals = tally.totals()
+    counted = set(totals.get("harmless", {})) | set(totals.get("unknown", {}))
+
+    def explained(value: Any) -> Iterator[str]:
+        """Markers under keys that were counted as harmless or unknown."""
+        if isinstance(value, dict):
+            for name, held in value.items():
+                yield from strings_of(held) if name in counted else explained(held)
+        elif isinstance(value, list):
+            for part in value:
+                yield from explained(part)
+
+    assert lost <= set(explained(record))
+
+
+# --- Preference pairs --------------------------------------------------------------------------------
+
+EGG = [turn("user", "How do I boil an egg?")]
+GOOD, BAD = "Ten minutes.", "No idea."
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": EGG[0]["content"], "chosen": GOOD, "rejected": BAD},
+        {"prompt": EGG, "chosen": [turn("assistant", GOOD)], "rejected": [turn("assistant", BAD)]},
+        {
+            "prompt": EGG[0]["content"],
+            "chosen": [*EGG, turn("assistant", GOOD)],
+            "rejected": [*EGG, turn("assistant", BAD)],
+        },
+        {"chosen": [*EGG, turn("assistant", GOOD)], "rejected": [*EGG, turn("assistant", BAD)]},
+        {"instruction": EGG[0]["content"], "input": "", "chosen": GOOD, "rejected": BAD},
+        {"question": EGG[0]["content"], "chosen": GOOD, "rejected": BAD},
+        {
+            "conversations": [{"from": "human", "value": EGG[0]["content"]}],
+            "chosen": {"from": "gpt", "value": GOOD},
+            "rejected": {"from": "gpt", "value": BAD},
+        },
+        {  # as UltraFeedback has it: the chosen chat a second time
+            "prompt": EGG[0]["content"],
+            "messages": [*EGG, turn("assistant", GOOD)],
+            "chosen": [*EGG, turn("assistant", GOOD)],
+            "rejected": [*EGG, turn("assistant", BAD)],
+            "score_chosen": 8.0,
+        },
+    ],
+)
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_pairs_in_every_shape_have_their_prompt_once(record: dict[str, Any], system: str | None) -> None:
+    found = from_pair({**record, "system": system})
+    assert isinstance(found, Pair), found
+    opening = [] if system is None else [Message("system", system, learn=False)]
+    prompt = [*opening, Message("user", EGG[0]["content"], learn=False)]
+    assert list(found.chosen.messages) == [*prompt, Message("assistant", GOOD)]
+    assert list(found.rejected.messages) == [*prompt, Message("assistant", BAD)]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "q", "chosen": [turn("user", "other"), turn("assistant", "a")], "rejected": "b"}, OTHER_PROMPT),
+        ({"chosen": [turn("user", "p"), turn("assistant", "a")],
+          "rejected": [turn("user", "q"), turn("assistant", "b")]}, OTHER_PROMPT),
+        ({"chosen": "a", "rejected": "b"}, "no prompt, chosen and rejected"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": ["t"]}, "field not used: tools"),
+        ({"prompt": "q", "question": "r", "chosen": "a", "rejected": "b"}, "two fields for one thing"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+    ],
+)  # fmt: skip
+def test_pairs_that_are_none_are_refused(record: dict[str, Any], reason: str) -> None:
+    found = from_pair(record)
+    assert isinstance(found, Fault), found
+    assert found.reason == reason
+
+
+def test_emptiness() -> None:
+    assert all(map(is_empty, (None, "", " \n", [], {}, [None, ""], {"a": []}, False)))
+    assert not any(map(is_empty, ("x", [0], {"a": "b"}, 0.5, True)))
+    assert np.all([is_empty([]), not is_empty(1)])

@@ -108,9 +108,9 @@ def test_batches_never_cross_documents(tmp_path: Path) -> None:
 
 BAD_LINES: list[tuple[Any, str, int]] = [
     (b'{"messages": [', "broken JSON", 0),
-    (b'{"messages": [{"role": "user", "content": NaN}]}', "broken JSON", 0),
+    (b'{"messages": [{"role": "user", "content": NaN}]}', "wrong type", 1),
     (b'{"messages": "\xff"}', "broken JSON", 0),
-    (b"[1, 2]", "wrong type", 0),
+    (b"[1]", "wrong type", 0),
     ({"messages": {"role": "user"}}, "wrong type", 0),
     ({"messages": [{"role": "user", "content": 7}]}, "wrong type", 1),
     ({"messages": [{"role": None, "content": "x"}]}, "wrong type", 1),

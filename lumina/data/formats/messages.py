@@ -63,10 +63,11 @@ def settle(
         if message.learn and message.role == "assistant":
             break
     else:
-        return Fault(NO_ASSISTANT, "no assistant message to learn from", len(messages))
+        reason = EMPTY if EMPTY_LAST in tally.left_out else NO_ASSISTANT
+        return Fault(reason, "no assistant message to learn from", len(messages) + len(tally.left_out))
     fault = tally.count(vocabulary, record, messages)
     if fault is not None:
-        return fault
+        return Fault(fault.reason, fault.detail, fault.messages + len(tally.left_out))
     return Conversation(messages, identity(record))
 
 

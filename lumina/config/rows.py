@@ -19,7 +19,7 @@ def round_up(rows: int) -> int:
 CHUNK_BYTES = 256 * 2**20
 
 # FLOPs of half-precision products in the time of one byte through a GPU's memory, both as reached, not as published:
-# A100 about 140, H200 180, H100 and B200 260 (lumina/plan/devices.yaml).
+# A100 131 to 172, H200 138, H100 198, B200 205, H100-PCIe 253, L40S 281 by the shares in lumina/plan/devices.yaml.
 _FLOPS_PER_BYTE = 300
 _TRAFFIC = 0.05  # of the products' time, at most, for the float32 weight gradient's way through memory
 _SHARE = 1 / 32  # of the device's memory, at most
@@ -34,7 +34,7 @@ def output_chunk_bytes(vocabulary: int, element_size: int, memory: float | None)
         8 V D * _FLOPS_PER_BYTE / (6 r V D) = 4 * _FLOPS_PER_BYTE / (3 r)
 
     in which the vocabulary V and the hidden width D cancel: r >= 4 * 300 / (3 * 0.05) = 8,000 rows make it 5% or less,
-    1.6 GB of logits at 100,352 words in bfloat16. (The 256 MiB of a CPU are 1,337 rows: 22% on an H100.) The bound is a
+    1.6 GB of logits at 100,352 words in bfloat16. (The 256 MiB of a CPU are 1,337 rows: 20% on an H100.) The bound is a
     share of all the device's memory, not of what is free now: that would change the chunks, and with them the order of
     the sums, from one run to its repetition (law 6), and the host would have to ask for it.
     """

@@ -336,7 +336,7 @@ def test_a_torch_without_the_product_adds_apart(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("preset", ["debug", "medium", "large", "1b"])
-@pytest.mark.parametrize("name", ["a100-40gb", "a100-80gb", "h100-sxm", "h200", "b200"])
+@pytest.mark.parametrize("name", ["a100-40gb", "a100-80gb", "h100", "h100-pcie", "b200", "l40s"])
 def test_the_weight_gradients_traffic_is_a_twentieth_of_the_products_time(
     preset: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

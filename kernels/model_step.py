@@ -100,7 +100,12 @@ class Trainer:
         settings, _, self.config = ds_json.resolve(config, self.ranks.world, device, document=document)
         self.precision = next((n for n in ("bf16", "fp16") if settings.get(n, {}).get("enabled")), "fp32")
         torch.manual_seed(0)
-        transformer = model.Transformer(self.config)
+        with importlib.import_module("lumina.train.shards").divided(settings, True):  # as the run does it
+            transformer = model.Transformer(self.config)
+        if self.config.float8 is not None:
+            float8 = importlib.import_module("lumina.model.float8")
+            float8.check(self.config)
+            float8.convert(transformer, self.config.float8)
         transformer.checkpoint_every = self.config.checkpoint_every
         if options.compile:
             transformer.compile(dynamic=True)

@@ -4,6 +4,8 @@
 # make test-cluster   the tests that start sshd, pdsh and several processes (root: installs their Debian packages)
 # make gpu-rehearsal  benchmarks/gpu_day.sh on this CPU (a minute); make test does it too
 # make gpu-wheels     what a GPU machine without an index lacks, into wheels/gpu (GPU_PYTHON=3.12)
+# make resolve        both sets of pinned versions (CPU, CUDA), resolved dry for x86_64 and aarch64
+# make test-triton    the kernels compiled by the Triton of GPU users, or TRITON=x.y.z; registers, spills and bytes held
 # make check          ruff, formatting, mypy
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,20 +24,21 @@ CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install quickstart test test-long test-cluster cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels check format clean
+.PHONY: install quickstart test test-long test-cluster cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels resolve test-triton check format clean
 
 install: $(STAMP)
 
+# Which torch, and the versions that fit it, is launchers/install.py's to decide and to say.
+PINS := setup.py $(wildcard constraints*.txt) launchers/install.py
+
 # Only what it needs: the tests' own packages take as long again to install.
-$(VENV)/.quickstart: setup.py constraints.txt
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -e '.[quickstart]' -c constraints.txt
+$(VENV)/.quickstart: $(PINS)
+	$(PYTHON) launchers/install.py $(VENV) quickstart
 	touch $@
 
 # Newer than what it was made from, or made anew. pip itself does nothing when all is installed already.
-$(STAMP): setup.py constraints.txt
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev,hf,mpi,quickstart]' -c constraints.txt
+$(STAMP): $(PINS)
+	$(PYTHON) launchers/install.py $(VENV) dev,hf,mpi,quickstart
 	touch $@
 
 quickstart: $(VENV)/.quickstart
@@ -71,6 +74,26 @@ gpu-rehearsal: $(STAMP)
 GPU_PYTHON ?= 3.12
 gpu-wheels: $(STAMP)
 	PYTHON=$(BIN)/python benchmarks/gpu_day.sh --collect wheels/gpu --python $(GPU_PYTHON)
+
+# Both sets resolved from the index's metadata alone, whatever this machine is: uv reads no pip configuration, so that a
+# local CPU wheel hides nothing. The CPU set is resolved with its own Triton in place of what the stock wheel demands.
+resolve: $(STAMP)
+	for place in 3.11:x86_64 3.13:aarch64; do python=$${place%:*}; platform=$${place#*:}; for build in cpu cuda; do \
+	  override=$$([ $$build = cuda ] || echo "--override $(VENV)/triton.txt"); sed -n '/^triton==/p' constraints-cpu.txt > $(VENV)/triton.txt; \
+	  $(BIN)/uv --no-config pip compile --quiet --no-header --no-annotate --python-platform $$platform-manylinux_2_28 \
+	    --python-version $$python -c constraints-$$build.txt $$override setup.py --extra dev --extra hf --extra mpi \
+	    --extra quickstart --extra serve --extra tracking > $(VENV)/resolved.txt; \
+	  echo "constraints-$$build.txt resolves for Python $$python on $$platform: $$(grep -c == $(VENV)/resolved.txt) packages, $$(grep ^torch= $(VENV)/resolved.txt), $$(grep ^triton= $(VENV)/resolved.txt)"; \
+	done; done
+
+# The kernels' compiled code under the Triton that a CUDA build of torch brings, beside the pinned one of `make test`.
+GPU_TRITON := $(shell sed -n 's/^triton==//p' constraints-cuda.txt)
+TRITON ?= $(GPU_TRITON)
+test-triton: $(STAMP)
+	[ -d build/triton-$(TRITON) ] || { rm -rf build/triton.tmp; $(BIN)/python -m pip install --quiet --no-compile --no-deps \
+	  --target build/triton.tmp triton==$(TRITON) && mv build/triton.tmp build/triton-$(TRITON); }
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)', triton; print('triton', triton.__version__)"
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/kernels/test_static.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

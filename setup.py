@@ -1,4 +1,5 @@
-"""Packaging. Versions are bounds; constraints.txt holds the exact set that the tests ran with."""
+"""Packaging. The bounds of torch, DeepSpeed, Triton and Python are versions that were tried (docs/install.md); the
+constraints files hold the exact sets."""
 
 import re
 from pathlib import Path
@@ -9,9 +10,9 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "lumina/__init__.py").read_text(), re.MULTILINE).group(1)
 
 INSTALL_REQUIRES = [
-    "torch>=2.6",  # tensors, autograd, distributed, elastic
-    "deepspeed>=0.19",  # ZeRO, offload, activation checkpointing, launcher
-    "triton>=3.0; platform_system == 'Linux'",  # the kernels' language; CUDA builds of torch bring their own
+    "torch>=2.11,<2.14",  # tensors, autograd, distributed, elastic
+    "deepspeed>=0.19.8,<0.20",  # its private names are used: ZeRO, offload, activation checkpointing, launcher
+    "triton>=3.6,<3.10; platform_system == 'Linux'",  # the kernels' language; CUDA builds of torch bring their own
     "numpy>=1.26",  # index arithmetic of the sampler, token buffers
     "pyarrow>=15",  # the memory-mapped store of prepared samples
     "orjson>=3.9",  # JSONL several times faster than json
@@ -61,6 +62,7 @@ EXTRAS_REQUIRE = {
         "trl>=1.0",  # the preference loss is held to its trainer
         "httpx>=0.27",  # requests that no well-behaved client makes
         "ruff>=0.6",
+        "uv>=0.8",  # resolves the pinned sets for machines other than this one (make resolve)
         "mypy>=1.11",
         "types-PyYAML",
         "types-psutil",
@@ -74,7 +76,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # The Triton kernels live in kernels/ and install as lumina.kernels: a top-level package called `kernels` would
     # shadow the PyPI package of that name, which transformers imports.
     packages=[*find_packages(include=["lumina", "lumina.*"]), "lumina.kernels"],

@@ -28,9 +28,28 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 #: Whether Triton is installed; whether a device can run it is another question.
 AVAILABLE: bool = find_spec("triton") is not None
+#: The oldest Triton that the kernels were compiled and interpreted with; 3.3 lacks `triton.knobs`, and 3.4 and 3.5 were
+#: not tried.
+OLDEST_TRITON = (3, 6)
+
+
+def _refuse_old_triton() -> None:
+    """ImportError, with the remedy, for a Triton older than `OLDEST_TRITON`."""
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        raise ImportError(
+            f"lumina.kernels needs Triton {oldest} or newer, and {triton.__version__} is installed: pip install "
+            f"'triton>={oldest}' (a CUDA build of torch brings its own: then pip install 'torch>=2.11'), or use the "
+            "plain torch path (LUMINA_KERNELS=torch)"
+        )
+
 
 __all__ = ["AVAILABLE", "add_rms_norm", "cross_entropy_", "reference", "rms_norm", "rope", "rope_", "swiglu"]
 
+if AVAILABLE:
+    _refuse_old_triton()
 if TYPE_CHECKING or AVAILABLE:
     from .cross_entropy import cross_entropy_
     from .rms_norm import add_rms_norm, rms_norm

@@ -71,7 +71,7 @@ class Channel:
     async def _answer(self, number: int, what: str, patience: float) -> dict[str, Any]:
         try:
             return await asyncio.wait_for(self._read(number), max(0.0, patience))
-        except (asyncio.TimeoutError, TimeoutError):
+        except TimeoutError:
             raise NoAnswerError(f"no answer to {what} within {max(0.0, patience):.3g} s") from None
 
     async def _read(self, number: int) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Channel:
             self._process.stdin.close()
         try:
             await asyncio.wait_for(self._process.wait(), _GOODBYE)
-        except (asyncio.TimeoutError, TimeoutError):
+        except TimeoutError:
             pass
         finally:
             with suppress(ProcessLookupError):

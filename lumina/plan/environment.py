@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lumina.config.precision import cpu_has_bf16
+from lumina.plan.versions import untried
 
 Level = Literal["OK", "WARN", "FAIL"]
 
-MIN_PYTHON = (3, 10)
+MIN_PYTHON = (3, 11)
 MIN_FREE_DISK = 10 * 2**30  # bytes: a few checkpoints of a small model
 MIN_MEMORY = 4 * 2**30  # bytes: the nano preset trains in about 2 GiB per process
 MIN_SHM = 64 * 2**20  # bytes: Docker's default is this and is too small for NCCL and data workers
@@ -55,9 +56,13 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_packages() -> Iterator[Finding]:
+    outside = {one.name: one for one in untried()}
     for name in REQUIRED:
         version = _version(name)
-        if version is None:
+        if name in outside:
+            one = outside[name]
+            yield Finding("FAIL" if one.refused else "WARN", name, f"{version}, tried: {one.bounds}", one.remedy)
+        elif version is None:
             yield Finding("FAIL", name, "not installed", f"pip install {name}, or pip install -e . for all of them.")
         else:
             yield Finding("OK", name, version)
@@ -109,7 +114,11 @@ def check_distributed() -> Iterator[Finding]:
 
 def check_kernels() -> Iterator[Finding]:
     version = _version("triton")
-    if version:
+    outside = next((one for one in untried() if one.name == "triton"), None)
+    if outside:
+        level: Level = "FAIL" if outside.refused else "WARN"
+        yield Finding(level, "triton", f"{version}, tried: {outside.bounds}", outside.remedy)
+    elif version:
         yield Finding("OK", "triton", version)
     else:
         yield Finding("WARN", "triton", "not installed", "Without it the model uses plain PyTorch: slower on a GPU.")
@@ -141,6 +150,10 @@ def check_compilers() -> Iterator[Finding]:
 
 def check_deepspeed_ops() -> Iterator[Finding]:
     """Whether the ops that a run on this machine may need are compatible; compiling happens on first use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as a run has it
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder import CPUAdamBuilder
 

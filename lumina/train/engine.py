@@ -89,6 +89,9 @@ def join() -> Ranks:
 def import_deepspeed() -> Any:
     """DeepSpeed, without two things that it loads at every start for nobody: mlflow, which its autotuner imports
     wherever there is one (three seconds), and torch's compiler, for functions of the Muon optimizer (four a rank)."""
+    if not torch.cuda.is_available():
+        # A CUDA build without a driver, too: unset, DeepSpeed looks for every kind of accelerator and warns.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     hide, compile_ = "mlflow" not in sys.modules, torch.compile
     if hide:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # so Python marks what cannot be imported
@@ -111,8 +114,6 @@ def _hush() -> None:
     """DeepSpeed logs dozens of lines on start; Lumina says what matters itself. LUMINA_DEBUG=1 keeps them."""
     if not _quiet():
         return
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed warns that it looked for a GPU
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import_deepspeed().utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")

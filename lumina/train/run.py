@@ -23,6 +23,7 @@ from lumina.model.attention import report_kernel
 from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.plan.stage import default_document, smallest_memory
+from lumina.plan.versions import refuse_untried
 from lumina.train import checkpoint, engine, lease, shards
 from lumina.train.answers import FILE as ANSWERS
 from lumina.train.answers import Answers, Memory, Verdict
@@ -67,6 +68,7 @@ record_log.setLevel(logging.INFO)
 def train(config: Config) -> int:
     """Train as `config` says, on however many ranks the launcher started. Returns the exit code: 0 when the run is
     complete, signals.EXIT_STOPPED when a signal stopped it after a save."""
+    refuse_untried()
     keep_heap()
     if config.deterministic:
         set_deterministic()

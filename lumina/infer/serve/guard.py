@@ -103,7 +103,7 @@ class Guard:
         """The whole body. Raises ApiError when it is too large or too slow."""
         try:
             return await asyncio.wait_for(self._read(receive), self._rules.body_seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise ApiError(408, "The request's body did not arrive in time.", "timeout") from None
 
     async def _read(self, receive: Receive) -> bytes:

@@ -1,0 +1,69 @@
+"""Whether the torch, DeepSpeed and Triton installed here are versions that Lumina was tried with.
+
+The bounds are setup.py's, read from the installed package's metadata: they are written down once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from typing import NamedTuple
+
+from lumina.config import UserError
+
+log = logging.getLogger(__name__)
+
+#: What Lumina's results depend on beyond a documented interface; other packages' bounds are pip's business.
+GUARDED = ("torch", "deepspeed", "triton")
+
+
+class Untried(NamedTuple):
+    """A version outside of its bounds. `refused`: runs would break, or be wrong without a word."""
+
+    name: str
+    version: str
+    bounds: str
+    refused: bool
+
+    @property
+    def remedy(self) -> str:
+        return f"pip install '{self.name}{self.bounds}'"
+
+
+def untried() -> list[Untried]:
+    """The installed versions that are outside of their bounds; none where Lumina itself is not installed by pip.
+
+    Older ones are refused, and so is a newer DeepSpeed, whose private names Lumina uses. A newer torch or Triton is
+    allowed: a local build's label (2.11.0a0+nv) counts as its release.
+    """
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    try:
+        stated = [Requirement(line) for line in importlib.metadata.requires("lumina") or []]
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found = []
+    for requirement in stated:
+        if requirement.name not in GUARDED:
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # check-environment says what is missing, and an import does
+        release = Version(version).base_version
+        if not requirement.specifier.contains(release):
+            lows = [Version(part.version) for part in requirement.specifier if part.operator == ">="]
+            older = any(Version(release) < low for low in lows)
+            refused = older or requirement.name == "deepspeed"
+            found.append(Untried(requirement.name, version, str(requirement.specifier), refused))
+    return found
+
+
+def refuse_untried() -> None:
+    """UserError for versions that would break a run; a warning for those that are merely newer."""
+    for one in untried():
+        said = f"{one.name} {one.version} is none of the versions that Lumina was tried with ({one.bounds})"
+        if one.refused:
+            raise UserError(f"{said}.", f"{one.remedy}; docs/install.md lists what was tried.")
+        log.warning("%s", said)

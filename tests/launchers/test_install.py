@@ -1,0 +1,77 @@
+"""Which constraints the installer takes, and what it says. `make resolve` and every install resolve them."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SETUP = '    "torch>=2.11,<2.14",'
+STOCK = ("2.13.0", ["filelock", "cuda-toolkit[cublas]==13.0.3; platform_system == 'Linux'", "triton==3.7.1; extra"])
+PLAIN = ("2.13.0+cpu", ["filelock", "sympy>=1.13.3"])
+
+
+@pytest.fixture(scope="module")
+def install() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lumina_installer", ROOT / "launchers/install.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_set_follows_the_wheel(install: ModuleType) -> None:
+    for gpu in (False, True):
+        assert install.choose(None, STOCK, gpu, SETUP).constraints == [f"-c {ROOT / 'constraints-cuda.txt'}"]
+        assert install.choose(None, PLAIN, gpu, SETUP).constraints == [f"-c {ROOT / 'constraints-cpu.txt'}"]
+
+
+def test_one_line_says_which_and_why(install: ModuleType) -> None:
+    said = [install.choose(None, wheel, gpu, SETUP).reason for wheel in (STOCK, PLAIN) for gpu in (False, True)]
+    assert all("\n" not in line for line in said)
+    assert [re.search("CUDA|CPU", line)[0] for line in said] == ["CUDA", "CUDA", "CPU", "CPU"]  # type: ignore[index]
+    assert [("no GPU is here" in line) for line in said] == [True, False, True, False]
+    assert "docs/install.md" in said[3]  # a GPU that this torch cannot use
+
+
+def test_a_torch_that_is_there_is_kept(install: ModuleType) -> None:
+    choice = install.choose(("2.11.0+cu130", "/usr/lib/python3"), None, True, SETUP)
+    assert choice.constraints == [f"-c {ROOT / 'constraints.txt'}", "torch==2.11.0+cu130"]
+    assert "2.11.0+cu130" in choice.reason
+    assert "kept" in choice.reason
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "2.6.0+cu124"])
+def test_one_that_was_not_tried_is_refused_not_replaced(install: ModuleType, version: str) -> None:
+    with pytest.raises(ValueError, match=r"torch>=2\.11,<2\.14"):
+        install.choose((version, "/somewhere"), None, True, SETUP)
+
+
+def test_a_card_is_seen_by_its_device_file(install: ModuleType, tmp_path: Path) -> None:
+    assert not install.has_gpu(tmp_path)
+    (tmp_path / "nvidiactl").touch()  # the driver's own, there without a card too
+    assert not install.has_gpu(tmp_path)
+    (tmp_path / "nvidia0").touch()
+    assert install.has_gpu(tmp_path)
+
+
+def test_setup_states_the_bounds_that_are_read(install: ModuleType) -> None:
+    low, high = install.bounds((ROOT / "setup.py").read_text())
+    pinned = re.search(r"^torch==([\d.]+)$", (ROOT / "constraints-cuda.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert install.within(pinned[1], low, high)
+
+
+def test_the_shared_file_pins_nothing_that_hangs_on_the_build() -> None:
+    shared = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"^(torch|triton|setuptools|nvidia-(?!ml-py)\S*|cuda-\S*)==", shared, re.MULTILINE)
+    for name in ("constraints-cpu.txt", "constraints-cuda.txt"):
+        text = (ROOT / name).read_text()
+        assert "-c constraints.txt\n" in text
+        assert re.search(r"^torch==", text, re.MULTILINE)
+        assert re.search(r"^triton==", text, re.MULTILINE)

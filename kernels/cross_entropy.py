@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, plans
 from .launch import Launch, power_of_two
+from .plans import Plans
 
 #: Columns per step of a sweep (16 logits for each of 1,024 threads).
 SWEEP = 16384
@@ -86,11 +87,23 @@ def cross_entropy_launch(
     )
 
 
+_PLANS = Plans()
+
+
 def _cross_entropy_in_place(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    if not logits.numel():
+        launch.check(logits, weights)
+        return logits.new_zeros(logits.shape[0], dtype=torch.float32)
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)  # each row's program writes its own
+    given = (logits, targets, weights)
+    key = plans.signature(*given)
+    plan = _PLANS.get(key)
+    if plan is not None and plan(*given, losses):
+        return losses
+    _check_shapes(*given)
     launch.check(logits, weights)
-    losses = logits.new_zeros(logits.shape[0], dtype=torch.float32)
-    if logits.numel():
-        cross_entropy_launch(logits, targets.contiguous(), weights.contiguous(), losses)()
+    arguments = plans.distinct(logits, targets.contiguous(), weights.contiguous(), losses)
+    _PLANS.run(key, [cross_entropy_launch(*arguments)], arguments, (*given, losses))
     return losses
 
 
@@ -100,6 +113,16 @@ cross_entropy_op = launch.register(
     lambda logits, targets, weights: logits.new_empty(logits.shape[0], dtype=torch.float32),
     mutated=1,
 )
+
+
+def _check_shapes(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
+    if logits.dim() != 2 or targets.shape != logits.shape[:1] or weights.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits [N, V], targets [N] and weights [N], got {tuple(logits.shape)}, {tuple(targets.shape)} and "
+            f"{tuple(weights.shape)}"
+        )
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError("logits need unit stride along the vocabulary: they are overwritten in place")
 
 
 def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -112,14 +135,11 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, weights: torch.T
     its gradient in its forward; autograd must therefore not follow the logits (RuntimeError), and shapes that do not
     fit raise ValueError.
     """
-    if logits.dim() != 2 or targets.shape != logits.shape[:1] or weights.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits [N, V], targets [N] and weights [N], got {tuple(logits.shape)}, {tuple(targets.shape)} and "
-            f"{tuple(weights.shape)}"
-        )
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise ValueError("logits need unit stride along the vocabulary: they are overwritten in place")
     if torch.is_grad_enabled() and logits.requires_grad:
         raise RuntimeError("cross_entropy_ overwrites the logits with their gradient: pass logits outside autograd")
+    if plans.direct(logits, targets, weights):
+        launch.count_writes(logits)
+        return _cross_entropy_in_place(logits, targets, weights)
+    _check_shapes(logits, targets, weights)
     losses: torch.Tensor = cross_entropy_op(logits, targets, weights)
     return losses

@@ -59,14 +59,13 @@ class Launch:
     constants: dict[str, Any]
     warps: int
 
-    def __call__(self) -> None:
-        """Run it on the device of its first tensor (or in the interpreter)."""
+    def __call__(self) -> Any:
+        """Run it on the device of its first tensor (or in the interpreter); returns what Triton compiled, if it did."""
         device = self.args[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self.kernel[self.grid](*self.args, **self.constants, num_warps=self.warps)
-        else:
-            self.kernel[self.grid](*self.args, **self.constants, num_warps=self.warps)
+                return self.kernel[self.grid](*self.args, **self.constants, num_warps=self.warps)
+        return self.kernel[self.grid](*self.args, **self.constants, num_warps=self.warps)
 
 
 def power_of_two(n: int) -> int:
@@ -230,6 +229,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- operators
+
+
+def count_writes(*tensors: torch.Tensor) -> None:
+    """Tell autograd that these tensors are overwritten; tensors made in inference mode keep no count."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def register(

@@ -26,8 +26,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, plans
 from .launch import Launch, Tile, cdiv, power_of_two
+from .plans import Plans
 
 #: Widest row (padded to a power of two) held whole by one forward program, in bytes, and by a backward one, in
 #: elements.
@@ -313,52 +314,76 @@ def _check_shapes(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.
         )
 
 
+_FORWARD, _BACKWARD = Plans(), Plans()
+
+
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    y = x.new_empty(x.shape)
+    key = (plans.signature(x, weight), eps)
+    plan = _FORWARD.get(key)
+    if plan is not None and plan(x, weight, y):
+        return y
+    _check_shapes(x, None, weight)
     launch.check(x, weight)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        rows = x.numel() // x.shape[-1]
-        forward_launch(launch.as_rows(x), None, weight.contiguous(), y.view(rows, -1), None, eps)()
+        rows = plans.distinct(launch.as_rows(x), weight.contiguous(), y.view(-1, x.shape[-1]))
+        x_NW, weight_W, y_NW = rows
+        _FORWARD.run(key, [forward_launch(x_NW, None, weight_W, y_NW, None, eps)], rows, (x, weight, y))
     return y
 
 
 def _add_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    y, total = x.new_empty(x.shape), x.new_empty(x.shape)
+    key = (plans.signature(x, residual, weight), eps)
+    plan = _FORWARD.get(key)
+    if plan is not None and plan(x, residual, weight, y, total):
+        return y, total
+    _check_shapes(x, residual, weight)
     launch.check(x, residual, weight)
-    y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     if x.numel():
-        rows = x.numel() // x.shape[-1]
-        forward_launch(
-            launch.as_rows(x),
-            launch.as_rows(residual),
-            weight.contiguous(),
-            y.view(rows, -1),
-            total.view(rows, -1),
-            eps,
-        )()
+        out = (t.view(-1, x.shape[-1]) for t in (y, total))
+        rows = plans.distinct(launch.as_rows(x), launch.as_rows(residual), weight.contiguous(), *out)
+        x_NW, residual_NW, weight_W, y_NW, sum_NW = rows
+        run = forward_launch(x_NW, residual_NW, weight_W, y_NW, sum_NW, eps)
+        _FORWARD.run(key, [run], rows, (x, residual, weight, y, total))
     return y, total
 
 
 def _norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dsum: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    launch.check(dy, x, weight, dsum)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    given = (dy, x, weight) if dsum is None else (dy, x, weight, dsum)
+    key = (plans.signature(*given), eps)
+    plan = _BACKWARD.get(key)
+    if plan is not None and plan(*given, dx, dweight):
+        return dx, dweight
+    launch.check(*given)
     if not x.numel():
-        return dx, torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    rows = x.numel() // x.shape[-1]
-    for step in backward_launches(
-        launch.as_rows(dy), launch.as_rows(x), weight.contiguous(), None if dsum is None else launch.as_rows(dsum),
-        dx.view(rows, -1), dweight, eps,
-    ):  # fmt: skip
-        step()
+        return dx, dweight.zero_()
+    upstream = [] if dsum is None else [launch.as_rows(dsum)]
+    rows = plans.distinct(
+        launch.as_rows(dy), launch.as_rows(x), weight.contiguous(), *upstream, dx.view(-1, x.shape[-1]), dweight
+    )
+    dy_NW, x_NW, weight_W, *dsums, dx_NW, dweight_W = rows
+    launches = backward_launches(dy_NW, x_NW, weight_W, dsums[0] if dsums else None, dx_NW, dweight_W, eps)
+    _BACKWARD.run(key, launches, rows, (*given, dx, dweight))
     return dx, dweight
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape)
+
+
+def _run_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dsum: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if plans.direct(dy, x, weight) and not torch.is_grad_enabled():
+        return _norm_backward(dy, x, weight, dsum, eps)
+    dx, dweight = norm_backward_op(dy, x, weight, dsum, eps)
+    return dx, dweight
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -367,7 +392,8 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate_norm(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dx, dweight = norm_backward_op(dy, *ctx.saved_tensors, None, ctx.eps)
+    x, weight = ctx.saved_tensors
+    dx, dweight = _run_backward(dy, x, weight, None, ctx.eps)
     return dx, dweight, None
 
 
@@ -382,7 +408,8 @@ def _differentiate_add_norm(
 ) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
         return dsum, dsum, None, None
-    dx, dweight = norm_backward_op(dy, *ctx.saved_tensors, dsum, ctx.eps)
+    x, weight = ctx.saved_tensors
+    dx, dweight = _run_backward(dy, x, weight, dsum, ctx.eps)
     return dx, dx, dweight, None
 
 
@@ -407,13 +434,51 @@ add_norm_op = launch.register(
 )
 
 
+class _RMSNorm(torch.autograd.Function):
+    """`rms_norm` without the dispatcher (see `plans.direct`): the same kernels, the same formulas."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _differentiate_norm(ctx, *grads)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    """`add_rms_norm` without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y, total = _add_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return _differentiate_add_norm(ctx, *grads)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of x [..., W] by weight [W]; returns a contiguous tensor of x's shape and type.
 
     Raises ValueError for shapes that do not fit, TypeError for types other than bf16, fp16 and fp32.
     """
+    result: torch.Tensor
+    if plans.direct(x, weight):
+        if not torch.is_grad_enabled():
+            return _norm(x, weight, eps)
+        result = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return result
     _check_shapes(x, None, weight)
-    result: torch.Tensor = norm_op(x, weight, eps)
+    result = norm_op(x, weight, eps)
     return result
 
 
@@ -421,6 +486,11 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """s = x + residual, and its RMSNorm: returns (norm(s), s), both [..., W] of x's type. Raises as `rms_norm` does."""
+    if plans.direct(x, residual, weight):
+        if not torch.is_grad_enabled():
+            return _add_norm(x, residual, weight, eps)
+        normed, total = _AddRMSNorm.apply(x, residual, weight, eps)  # type: ignore[no-untyped-call]
+        return normed, total
     _check_shapes(x, residual, weight)
     normed, total = add_norm_op(x, residual, weight, eps)
     return normed, total

@@ -24,8 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, plans
 from .launch import Launch, Tile, cdiv, power_of_two
+from .plans import Plans
 
 # ---------------------------------------------------------------- kernel
 
@@ -151,24 +152,43 @@ def _prepare(
     )  # fmt: skip
 
 
+_NEW, _IN_PLACE = Plans(), Plans()
+
+
 def _rope_new(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q_out, k_out = _like(q), _like(k)
+    given = (q, k, cos, sin, positions)
+    key = (plans.signature(*given), inverse)
+    plan = _NEW.get(key)
+    if plan is not None and plan(*given, q_out, k_out):
+        return q_out, k_out
+    _check_shapes(*given)
     if q.numel() or k.numel():
-        q4, k4, cos, sin, positions = _prepare(q, k, cos, sin, positions)
-        rope_launch(q4, k4, q_out.view(q4.shape), k_out.view(k4.shape), cos, sin, positions, inverse)()
+        q4, k4, *tables = _prepare(*given)
+        arguments = plans.distinct(q4, k4, *tables, q_out.view(q4.shape), k_out.view(k4.shape))
+        q4, k4, cos4, sin4, places, q_new, k_new = arguments
+        run = rope_launch(q4, k4, q_new, k_new, cos4, sin4, places, inverse)
+        _NEW.run(key, [run], arguments, (*given, q_out, k_out))
     return q_out, k_out
 
 
 def _rope_in_place(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> None:
+    given = (q, k, cos, sin, positions)
+    key = plans.signature(*given)
+    plan = _IN_PLACE.get(key)
+    if plan is not None and plan(*given):
+        return
+    _check_shapes(*given)
     if q.numel() or k.numel():
-        q4, k4, cos, sin, positions = _prepare(q, k, cos, sin, positions)
+        arguments = plans.distinct(*_prepare(*given))
+        q4, k4, cos4, sin4, places = arguments
         if q4.data_ptr() != q.data_ptr() or k4.data_ptr() != k.data_ptr():
             raise ValueError("rope_ needs q and k with unit stride along the head dimension")
-        rope_launch(q4, k4, q4, k4, cos, sin, positions, False)()
+        _IN_PLACE.run(key, [rope_launch(q4, k4, q4, k4, cos4, sin4, places, False)], arguments, given)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -191,7 +211,11 @@ def _differentiate(ctx: Any, dq: torch.Tensor | None, dk: torch.Tensor | None) -
         present.new_empty((*shape[:-2], 0, shape[-1])) if d is None else d
         for d, shape in zip((dq, dk), ctx.shapes, strict=True)
     )
-    q_out, k_out = rope_op(dq_in, dk_in, *ctx.saved_tensors, not ctx.inverse)
+    if plans.direct(dq_in, dk_in) and not torch.is_grad_enabled():
+        cos, sin, positions = ctx.saved_tensors
+        q_out, k_out = _rope_new(dq_in, dk_in, cos, sin, positions, not ctx.inverse)
+    else:
+        q_out, k_out = rope_op(dq_in, dk_in, *ctx.saved_tensors, not ctx.inverse)
     return (None if dq is None else q_out), (None if dk is None else k_out), None, None, None, None
 
 
@@ -224,6 +248,19 @@ def _check_shapes(
         raise ValueError(f"positions must be integers of shape {tuple(q.shape[:-2])}, got {tuple(positions.shape)}")
 
 
+class _Rope(torch.autograd.Function):
+    """`rope` without the dispatcher (see `plans.direct`)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        _save(ctx, inputs, None)
+        return _rope_new(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return _differentiate(ctx, *grads)
+
+
 def rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,8 +269,13 @@ def rope(
     cos, sin: [P, D/2] float32 tables (cos[p, i] = cos(p * theta^(-2i/D))); positions: integers [.., S] or [S], each
     below P (one outside the table gives NaN). Raises ValueError or TypeError for shapes and types that do not fit.
     """
+    rotated: tuple[torch.Tensor, torch.Tensor]
+    if plans.direct(q, k, cos, sin, positions):
+        rotate: Any = _Rope.apply if torch.is_grad_enabled() else _rope_new
+        rotated = rotate(q, k, cos, sin, positions, False)
+        return rotated
     _check_shapes(q, k, cos, sin, positions)
-    rotated: tuple[torch.Tensor, torch.Tensor] = rope_op(q, k, cos, sin, positions, False)
+    rotated = rope_op(q, k, cos, sin, positions, False)
     return rotated
 
 
@@ -242,4 +284,8 @@ def rope_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     _check_shapes(q, k, cos, sin, positions)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         raise RuntimeError("rope_ works in place, outside autograd: use rope() for tensors that require a gradient")
+    if plans.direct(q, k, cos, sin, positions):
+        launch.count_writes(q, k)
+        _rope_in_place(q, k, cos, sin, positions)
+        return
     rope_in_place_op(q, k, cos, sin, positions)

@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, plans
 from .launch import Launch, Tile, cdiv
+from .plans import Plans
 
 # ---------------------------------------------------------------- kernels
 
@@ -95,20 +96,39 @@ def backward_launch(dh_NF: torch.Tensor, x_NF: torch.Tensor, dx_NF: torch.Tensor
 # ---------------------------------------------------------------- operators
 
 
+_FORWARD, _BACKWARD = Plans(), Plans()
+
+
 def _swiglu(x: torch.Tensor) -> torch.Tensor:
-    launch.check(x)
     h = _half(x)
+    key = plans.signature(x)
+    plan = _FORWARD.get(key)
+    if plan is not None and plan(x, h):
+        return h
+    _check_width(x)
+    launch.check(x)
     if h.numel():
-        forward_launch(launch.as_rows(x), h.view(-1, h.shape[-1]))()
+        rows = plans.distinct(launch.as_rows(x), h.view(-1, h.shape[-1]))
+        _FORWARD.run(key, [forward_launch(*rows)], rows, (x, h))
     return h
 
 
 def _swiglu_backward(dh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    launch.check(dh, x)
     dx = x.new_empty(x.shape)
+    key = plans.signature(dh, x)
+    plan = _BACKWARD.get(key)
+    if plan is not None and plan(dh, x, dx):
+        return dx
+    launch.check(dh, x)
     if dh.numel():
-        backward_launch(launch.as_rows(dh), launch.as_rows(x), dx.view(-1, dx.shape[-1]))()
+        rows = plans.distinct(launch.as_rows(dh), launch.as_rows(x), dx.view(-1, dx.shape[-1]))
+        _BACKWARD.run(key, [backward_launch(*rows)], rows, (dh, x, dx))
     return dx
+
+
+def _check_width(gate_up: torch.Tensor) -> None:
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"the last dimension must hold gate and up, got the odd width {gate_up.shape[-1]}")
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:
@@ -120,7 +140,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, dh: torch.Tensor) -> torch.Tensor:
-    dx: torch.Tensor = swiglu_backward_op(dh, *ctx.saved_tensors)
+    (x,) = ctx.saved_tensors
+    if plans.direct(dh, x) and not torch.is_grad_enabled():
+        return _swiglu_backward(dh, x)
+    dx: torch.Tensor = swiglu_backward_op(dh, x)
     return dx
 
 
@@ -130,12 +153,28 @@ swiglu_backward_op = launch.register(
 swiglu_op = launch.register("swiglu(Tensor x) -> Tensor", _swiglu, _half, setup=_save, backward=_differentiate)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """`swiglu` without the dispatcher (see `plans.direct`)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return _swiglu(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return _differentiate(ctx, *grads)
+
+
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of a fused projection gate_up [.., 2F]: a contiguous [.., F] of its type.
 
     Raises ValueError for an odd width, TypeError for types other than bf16, fp16 and fp32.
     """
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"the last dimension must hold gate and up, got the odd width {gate_up.shape[-1]}")
-    h: torch.Tensor = swiglu_op(gate_up)
+    h: torch.Tensor
+    if plans.direct(gate_up):
+        h = _SwiGLU.apply(gate_up) if torch.is_grad_enabled() else _swiglu(gate_up)  # type: ignore[no-untyped-call]
+        return h
+    _check_width(gate_up)
+    h = swiglu_op(gate_up)
     return h

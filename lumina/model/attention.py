@@ -9,6 +9,7 @@ Shape suffixes as in transformer.py; R rows of one key/value head's queries (pos
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumina.config import UserError
 from lumina.model import cpu
 from lumina.model.varlen import Kernel, find
 
@@ -155,6 +157,19 @@ def _varlen_kernel(dtype: torch.dtype) -> Kernel | None:
     if dtype not in _varlen_kernels:
         _varlen_kernels[dtype] = find(dtype)
     return _varlen_kernels[dtype]
+
+
+def bind() -> None:
+    """Before torch.compile: choose the variable-length kernels now, not in a traced function, where the search breaks
+    the graph, and keep the way document by document out of graphs: each batch's bounds would make other ones."""
+    global _by_document
+    if not hasattr(_by_document, "_torchdynamo_disable"):
+        _by_document = torch.compiler.disable(_by_document)  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available():
+        _varlen_kernel(torch.bfloat16)
+        _varlen_kernel(torch.float16)
+        with contextlib.suppress(UserError):  # float32 has none; one that is forced is refused where it is asked for
+            _varlen_kernel(torch.float32)
 
 
 def report_kernel(device: torch.device, precision: str) -> list[str]:

@@ -8,7 +8,6 @@ Shape suffixes as in transformer.py; T is any number of leading rows.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 import os
@@ -22,25 +21,45 @@ from torch import Tensor
 from lumina.config import RopeScaling, UserError
 from lumina.model import cpu
 
+# Chosen and imported once, by `bind`, and plain globals from then on: torch.compile guards on them, where a cached
+# import in the traced region is a break of the graph at every operator.
+_chosen: str | None = None
+_kernels: ModuleType | None = None
 
-@functools.cache
-def _choice() -> str:
+
+def bind() -> None:
+    """Read LUMINA_KERNELS and import the Triton kernels if this process may use them; later calls do nothing."""
+    if _chosen is None:
+        _choose()
+    if _chosen in ("triton", "interpret") or (_chosen == "auto" and (torch.version.cuda or torch.version.hip)):
+        _triton()
+
+
+def _choose() -> str:
+    global _chosen
     choice = os.environ.get("LUMINA_KERNELS", "auto")
     if choice not in ("auto", "torch", "triton", "interpret"):
         raise UserError(f"LUMINA_KERNELS={choice} is not a path. Use torch, triton or interpret, or unset it.")
     if choice == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
+    _chosen = choice
     return choice
 
 
-@functools.cache
+def _choice() -> str:
+    return _choose() if _chosen is None else _chosen
+
+
 def _triton() -> ModuleType:
-    return importlib.import_module("lumina.kernels")
+    global _kernels
+    if _kernels is None:
+        _kernels = importlib.import_module("lumina.kernels")
+    return _kernels
 
 
 def _use_triton(x: Tensor) -> bool:
     choice = _choice()
-    return choice in ("triton", "interpret") or (choice == "auto" and x.device.type == "cuda")
+    return choice in ("triton", "interpret") or (choice == "auto" and x.is_cuda)
 
 
 def _use_cpu(*tensors: Tensor) -> bool:
@@ -126,10 +145,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines of each token's angles: float32 (B, S, d/2)."""
+    """Cosines and sines of each token's angles: float32 (B, S, d/2); made once for all layers.
+
+    `tables` is what the Triton kernel looks a token up in, where that path is taken: the same with one row a token
+    (B*S, d/2) twice, and each token's row, int64 (B, S).
+    """
 
     cos_BSh: Tensor
     sin_BSh: Tensor
+    tables: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, positions_BS: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rotary:
@@ -138,8 +162,14 @@ class Rotary:
         frequency_h = 1.0 / theta**exponent_h
         if scaling is not None:
             frequency_h = _slowed(frequency_h, scaling)
-        angles_BSh = positions_BS[..., None].float() * frequency_h
-        return cls(angles_BSh.cos(), angles_BSh.sin())
+        angles_BSh = positions_BS.unsqueeze(-1).float() * frequency_h
+        cos_BSh, sin_BSh = angles_BSh.cos(), angles_BSh.sin()
+        return cls(cos_BSh, sin_BSh, _tables(cos_BSh, sin_BSh) if _use_triton(cos_BSh) else None)
+
+
+def _tables(cos_BSh: Tensor, sin_BSh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    cos_Th, sin_Th = cos_BSh.flatten(0, 1), sin_BSh.flatten(0, 1)
+    return cos_Th, sin_Th, torch.arange(cos_Th.shape[0], device=cos_Th.device).view(cos_BSh.shape[:2])
 
 
 def _slowed(frequency_h: Tensor, scaling: RopeScaling) -> Tensor:
@@ -200,9 +230,9 @@ def rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor
 def _triton_rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
     # The kernel looks each token up in a table by position: here the table has one row per token, in order, or one
     # sequence's rows that all sequences share.
-    batch, length = q_BSHd.shape[:2]
-    cos_Th, sin_Th = rotary.cos_BSh.flatten(0, 1), rotary.sin_BSh.flatten(0, 1)
-    rows_BS = torch.arange(len(cos_Th), device=q_BSHd.device).view(-1, length).expand(batch, length)
+    cos_Th, sin_Th, rows_BS = rotary.tables or _tables(rotary.cos_BSh, rotary.sin_BSh)
+    if rows_BS.shape[0] != q_BSHd.shape[0]:
+        rows_BS = rows_BS.expand(q_BSHd.shape[0], -1)
     return _triton().rope(q_BSHd, k_BSKd, cos_Th, sin_Th, rows_BS)  # type: ignore[no-any-return]
 
 

@@ -14,7 +14,7 @@ A training batch is one row (B = 1) of documents laid end to end without padding
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lumina.config import ModelConfig
 from lumina.model import ops
 from lumina.model.attention import Documents, attention, refuse_cudnn
+from lumina.model.attention import bind as bind_attention
 from lumina.model.loss import output_loss
 from lumina.model.preference import margins, preference_loss
 
@@ -75,7 +76,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_BSD: Tensor, rotary: ops.Rotary, docs: Documents | None, cache: KVCache | None) -> Tensor:
-        heads_BSnd = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim))
+        batch, length, _ = x_BSD.shape
+        heads_BSnd = self.qkv(x_BSD).view(batch, length, -1, self.head_dim)
         q_BSHd, k_BSKd, v_BSKd = heads_BSnd.split(self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             (q_BSHd, _), (k_BSKd, _) = self.q_norm(q_BSHd), self.k_norm(k_BSKd)
@@ -177,6 +179,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         refuse_cudnn()
+        ops.bind()
         self.config = config
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -242,6 +245,21 @@ class Transformer(nn.Module):
                 delta_BSD, residual_BSD = block(delta_BSD, residual_BSD, rotary, docs, cache)
         normed_BSD, _ = self.norm(delta_BSD, residual_BSD)
         return normed_BSD if cache is None else cache.newest(normed_BSD)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile the blocks, each on its own (`options`: torch.compile's). They share their graphs: one of the
+        first block, which has no residual yet, and one of all others, whatever their number; sizes are symbolic, so
+        that other token counts do not compile anew. The embedding, the output layer and the loss stay as they are:
+        their shapes follow the batch, and their time is in few large kernels."""
+        ops.bind()
+        bind_attention()
+        for block in self.blocks:
+            block.compile(**({"dynamic": True} | options))
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the blocks are compiled."""
+        return any(block._compiled_call_impl is not None for block in self.blocks)
 
 
 def _checkpointed(

@@ -155,7 +155,7 @@ class Run:
             float8.convert(model, self.config.float8)
         model.checkpoint_every = self.config.checkpoint_every
         if self.config.compile:
-            model.compile(dynamic=True)
+            model.compile_blocks()
         made = engine.Engine(model, self.config, self.ds_config)
         reserve(made)
         return made

@@ -47,7 +47,7 @@ def answers(
 
 def _uncompiled(engine: Engine) -> AbstractContextManager[Any]:
     """No compilation for a few passes of ever new shapes."""
-    if engine.model._compiled_call_impl is None:
+    if not engine.model.compiled:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance

@@ -75,9 +75,9 @@ def test_recomputation_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiled_model() -> None:
-    """Compiled as a run compiles it, tied weights and all; two batches of different shapes, compiled once."""
+    """Compiled as a run compiles it, block by block; two batches of different shapes and documents, compiled once."""
     eager, model = (make_model(num_layers=1) for _ in range(2))
-    model.compile(dynamic=True)
+    model.compile_blocks()
     for lengths in ([20, 9], [7, 30, 4]):
         batch = pack(lengths)
         (loss, expected), (compiled, found) = gradients(eager, batch), gradients(model, batch)

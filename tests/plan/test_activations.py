@@ -4,7 +4,6 @@ The Triton path's operators run as on a GPU, by their shape functions; attention
 which keep q, k, v, their result and a float32 log-sum per head and position (flash_attn_varlen_func's own backward).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,15 +29,13 @@ class VariableLengthAttention(torch.autograd.Function):
 
 
 @pytest.fixture
-def gpu_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="the GPU path's operators are Triton's")
     monkeypatch.setenv("LUMINA_KERNELS", "triton")
-    ops._choice.cache_clear()
+    monkeypatch.setattr(ops, "_chosen", None)
     monkeypatch.setattr(
         transformer, "attention", lambda q, k, v, docs: VariableLengthAttention.apply(q[0], k[0], v[0])[None]
     )
-    yield
-    ops._choice.cache_clear()
 
 
 CASES = [(name, {}) for name in ("nano", "debug", "small", "medium", "large", "1b", "8b")]

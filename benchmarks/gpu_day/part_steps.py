@@ -52,7 +52,7 @@ def preset(day: Day, options: Any, compiled: bool, profiled: bool) -> None:
     if profiled:
         day.attempt(f"{options.preset}, profiled", lambda: profile(day, trainer))
     if compiled:
-        trainer.engine.model.compile(dynamic=True)  # the same weights and state, as `--compile` does it
+        trainer.engine.model.compile_blocks()  # the same weights and state, as `--compile` does it
         trainer.options = replace(trainer.options, compile=True)
         found = day.attempt(f"{options.preset}, compiled", lambda: model_step.time_step(trainer.options, trainer))
         if found is not None:

@@ -108,7 +108,7 @@ class Trainer:
             float8.convert(transformer, self.config.float8)
         transformer.checkpoint_every = self.config.checkpoint_every
         if options.compile:
-            transformer.compile(dynamic=True)
+            transformer.compile_blocks()
         self.options = options
         self.engine = engines.Engine(transformer, self.config, settings)
         self.engine.set_lr(1e-4)

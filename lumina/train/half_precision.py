@@ -200,25 +200,26 @@ class HalfPrecisionAdamW:
 
     def _update(self, bucket: _Bucket, space: Tensor, divisor: Tensor | None, skip: Tensor) -> None:
         """torch's fused AdamW takes gradients of the weights' own type alone: float32, in `space` for one bucket."""
-        parts = list(space[: bucket.size].split([len(master) for master in bucket.masters]))
+        parts = list(torch.split(space[: bucket.size], [len(master) for master in bucket.masters]))
         halves = [
             torch.zeros_like(weight) if p.grad is None else p.grad.reshape(-1)[span]
             for p, weight, span in zip(bucket.parameters, bucket.weights, bucket.spans, strict=True)
         ]
         torch._foreach_copy_(parts, halves)
-        moments = [
+        firsts, seconds = (
             [
                 self.optimizer.state[owner][key].view(-1)[span]
                 for owner, span in zip(bucket.owners, bucket.spans, strict=True)
             ]
             for key in ("exp_avg", "exp_avg_sq")
-        ]
+        )
         group = bucket.settings
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
             bucket.masters,
             parts,
-            *moments,
+            firsts,
+            seconds,
             [],
             [self._step] * len(parts),
             lr=group["lr"],

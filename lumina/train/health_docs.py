@@ -80,6 +80,8 @@ _ANSWERS = """
   every rank runs out, or comes through, before a collective of that step has begun (never so under ZeRO-3, and not
   asked among more than 64 ranks); otherwise the run ends, and the next start takes the smaller micro-batch: by itself
   under `lumina launch`, else with `--resume auto`. A micro-batch of one sample that does not fit is a failure.
+  Inside an update the same holds: the step is taken again where every rank runs out at the same place and has changed
+  nothing yet, under every stage; otherwise the next start goes on from the last checkpoint.
 - **A sample that cannot be read** (`answer_corrupt_sample`) becomes one of weight zero and is counted; the step still
   divides by the token count that the index gives it.
 - **An exception** (`emergency_checkpoint`) saves the step before it ends the run, if no update was half made, the

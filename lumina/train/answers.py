@@ -19,7 +19,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lumina.config import UserError
 from lumina.train import checkpoint, store
@@ -70,6 +72,7 @@ class Answers:
         self._run = run
         self.memory = memory
         self.corrupt = 0
+        self._repeated: list[int] = []  # the refused steps that the run is to go back for
 
     def _keep(self, any_rank: bool = False) -> None:
         if self._run.ranks.main or any_rank:
@@ -92,13 +95,14 @@ class Answers:
 
     # --- Skipped steps, and going back ---
 
-    def limit(self, loss: float) -> float:
-        """The gradient norm above which a step of this loss is not applied: any norm, when the loss itself is bad."""
-        if not math.isfinite(loss):
-            return _NEVER
-        if self._run.config.answer_spike == "warn":
-            return math.inf
-        return self._run.guard.norm_limit() if self._run.guard.judge_loss(loss) is None else _NEVER
+    def limit(self, loss: Tensor) -> Tensor:
+        """The gradient norm above which a step of this loss is not applied: any norm, when the loss itself is bad.
+        Both float64, 0-dimensional, on the device."""
+        most, norm = math.inf, math.inf
+        if self._run.config.answer_spike != "warn":
+            most, norm = self._run.guard.loss_limit(), self._run.guard.norm_limit()
+        bad = ~(torch.isfinite(loss) & (loss <= most))
+        return torch.full_like(loss, norm).masked_fill_(bad, _NEVER)
 
     def judge(self, loss: float, norm: float) -> Verdict | None:
         """What is wrong with a step, if anything; asked before it enters the baselines."""
@@ -110,8 +114,8 @@ class Answers:
         return None if reason is None else (GRAD_EXPLOSION, reason)
 
     def after_update(self, data: StepData, loss: float, norm: float, applied: bool, verdict: Verdict | None) -> None:
-        """Take note of a step. A refused one goes to the event log with its samples; repeated ones bring the run back,
-        and then this raises Rewind, on every rank."""
+        """Take note of a step. A refused one goes to the event log with its samples; after repeated ones
+        `go_back_if_due` brings the run back."""
         run, step = self._run, data.step + 1
         if applied:
             run.guard.accept(loss, norm)
@@ -124,6 +128,17 @@ class Answers:
             return
         refused = run.guard.refuse(step)
         if run.config.rollback_after and len(refused) >= run.config.rollback_after:
+            self._repeated = refused
+
+    @property
+    def going_back(self) -> bool:
+        """Whether the run is about to go back: the state that it stands at is given up."""
+        return bool(self._repeated)
+
+    def go_back_if_due(self) -> None:
+        """Go back after repeated refused steps; then this raises Rewind, on every rank."""
+        refused, self._repeated = self._repeated, []
+        if refused:
             self._go_back(refused)
 
     def _go_back(self, refused: list[int]) -> None:
@@ -150,6 +165,7 @@ class Answers:
         self.memory.past = sorted({*self.memory.past, *refused})
         self._keep()
         progress, trainer = checkpoint.read_progress(target)
+        run.engine.discard()  # the step after them has been begun
         checkpoint.load(target, run.engine, trainer)
         progress.world, progress.precision = run.progress.world, run.progress.precision
         progress.zero_stage = run.progress.zero_stage
@@ -213,8 +229,9 @@ class Answers:
 
     def all_ran_out(self, step: int, clean: bool) -> bool:
         """After this rank ran out of memory in the micro-batches of `step` (from 1): wait, at most emergency_seconds,
-        until every rank has either come through its own or run out too, with no collective half done. Returns whether
-        that is so: only then may the ranks meet in the step's sum. `clean`: this rank has begun no collective."""
+        until every rank has told how it came through. Returns whether all ran out with no collective begun: only then
+        can they answer together. One that came through has reduced its gradients with the others, or waits for them.
+        `clean`: this rank has begun no collective."""
         group = self._run.ranks
         if group.world == 1:
             return True
@@ -222,7 +239,7 @@ class Answers:
             return False
         self.tell(step, "clean" if clean else "dirty")
         states = [self._told(rank, step) for rank in range(group.world)]
-        return all(state in ("done", "clean") for state in states)
+        return all(state == "clean" for state in states)
 
     @property
     def _talks(self) -> bool:
@@ -263,6 +280,7 @@ class Answers:
         if len(set(states)) == 1 and states[0].startswith("clean"):
             run.sound = True
             self.shrink(step, samples, failure)
+            raise Rewind
         self.give_up_memory(step, "inside the update")
 
     def _where_all_stopped(self, step: int, state: str) -> list[str]:
@@ -299,9 +317,9 @@ class Answers:
             )
         return size // 2
 
-    def shrink(self, step: int, samples: Any, failure: str | None) -> NoReturn:
+    def shrink(self, step: int, samples: Any, failure: str) -> None:
         """Rebuild the engine for half the micro-batch and twice the accumulation; collective. The global batch, its
-        order and its loss stay as they are (laws 1 and 2). Raises Rewind."""
+        order and its loss stay as they are (laws 1 and 2). The caller iterates anew."""
         run = self._run
         size, half = run.config.batch_size, self._half()
         run.saves.drain()
@@ -312,12 +330,11 @@ class Answers:
             "answer",
             "warn",
             "out-of-memory",
-            failure or "on another rank",
+            failure,
             f"micro-batch {size} -> {half}, global batch {run.global_batch} as before; the step is taken again",
             samples,
         )
         log.warning("step %d: out of memory: micro-batch %d -> %d", step, size, half)
-        raise Rewind
 
 
 def default_store() -> Any:

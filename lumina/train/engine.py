@@ -29,7 +29,7 @@ from lumina.train.optimizer import AdamW, build_optimizer
 from lumina.train.overlap import wait_on_the_device
 from lumina.train.release import release
 from lumina.train.timing import StepTimer
-from lumina.train.veto import Veto
+from lumina.train.veto import Veto, refusal
 
 if TYPE_CHECKING:
     from lumina.data.tensors import TorchBatch
@@ -161,7 +161,8 @@ class Engine:
             self._clip = float(ds_config.get("gradient_clipping", 0.0))
             ds_config = {**ds_config, "gradient_clipping": 0.0}
         optimizer = build_optimizer(model, config, ds_config)
-        allowed = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        allowed: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        allowed["timers"] = {"throughput": {"enabled": False}}  # it waits for the device at each micro-batch
         with half_precision.installed():
             self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**allowed, **ds_config})
         wrapper = self.ds.optimizer
@@ -170,9 +171,10 @@ class Engine:
         self.timer = StepTimer(self.device)
         self.timer.watch_collectives()
         self.collectives = False  # whether a collective may have been begun since the loop last set this
+        self._accumulated = False  # whether there are gradients that no step has used
         self._stepping = False  # whether the optimizer proper has been called in this step
         self.optimizer.step = self._noted(self.optimizer.step)  # type: ignore[method-assign]
-        self._veto = Veto(self.ds.optimizer)
+        self._veto = Veto(self.ds.optimizer, self.optimizer, self.device, self.fp16)
         wait_on_the_device(self.ds.optimizer, get_accelerator())
         if self.stage == 0 and torch.distributed.get_world_size() == 1:
             # Alone there is nothing to reduce, but DeepSpeed would flatten all gradients and copy them back.
@@ -250,12 +252,13 @@ class Engine:
         because an epoch's last step may have fewer micro-batches than the others; and DeepSpeed must not divide by the
         accumulation steps, because `scale` already divides by the step's true token count.
         """
+        self._accumulated = True
         self.ds.set_gradient_accumulation_boundary(is_boundary=last)
         # float16 gradients would underflow divided by a token count that the loss scale has not met yet: there the
         # division comes after the loss.
         inner, outer = (1.0, scale) if self.fp16 else (scale, 1.0)
         self.collectives = self.collectives or self.stage == 3
-        with self.timer.phase("forward"):
+        with self.timer.phase("forward"), self._veto.without_waiting():
             loss = self.loss(batch, inner)
         # Multiplied even by one: DeepSpeed 0.19.8 divides the gradient of a tensor that its forward returned by the
         # accumulation steps, scale_wrt_gas or not, unless backward() is called on a tensor derived from it (stage 0).
@@ -263,14 +266,16 @@ class Engine:
         # fp16's loss scale comes from DeepSpeed's backward() under ZeRO alone.
         scaled = loss * self._own.loss_scale.scale if self._own is not None and self._own.loss_scale else loss
         self.collectives = self.collectives or self.stage == 2 or last
-        with self.timer.phase("backward"):
+        with self.timer.phase("backward"), self._veto.without_waiting():
             self.ds.backward(scaled, scale_wrt_gas=False)
         return loss.detach()
 
-    def step(self, limit: float = math.inf) -> tuple[float, bool]:
-        """Update the weights. Returns the gradient norm before clipping and whether the step was applied: a norm that
-        is above `limit` or not finite leaves the weights as they are, on every rank alike."""
-        self._stepping = False
+    def step(self, limit: float | torch.Tensor = math.inf) -> tuple[torch.Tensor, torch.Tensor]:
+        """Update the weights. Returns the gradient norm before clipping and whether the step was applied (bool): a norm
+        that is above `limit` or not finite leaves the weights as they are, on every rank alike. Both are 0-dimensional
+        tensors on the device, as `limit` may be, and nothing here waits for it: lumina.train.veto says where it does.
+        """
+        self._accumulated = self._stepping = False
         scaler = vars(self._scaler()) if self.fp16 and self._own is None else {}
         before = dict(scaler)
         try:
@@ -279,27 +284,28 @@ class Engine:
             scaler.update(before)  # the step will be taken again
             raise
 
-    def _step(self, limit: float) -> tuple[float, bool]:
-        if self.stage == 0 and not self.half:
-            # In float64: torch's float32 norm of the embedding's 25 million gradients is off in the fifth digit.
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads])
-            norm = torch.linalg.vector_norm(norms)
-            if not torch.isfinite(norm) or norm > limit:
-                self.ds.zero_grad()
-                return float(norm), False
-            if self._clip:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip, norm)
-            self.ds.step()
-            return float(norm), True
+    def _step(self, limit: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._own is not None:
             self._own.limit = limit
             self.ds.step()
-            return float(self._own.norm), bool(self._own.applied)
-        self._veto.step(self.ds.step, limit)
-        norm = self._veto.norm if self._veto.norm is not None else self.ds.get_global_grad_norm()
-        norm = float("nan") if norm is None else float(norm)
-        return norm, not norm > limit and bool(self.ds.was_step_applied())
+            return self._own.norm, self._own.applied
+        if self.stage != 0 or self.half:
+            norm, refused = self._veto.step(self.ds.step, limit)
+            return norm, ~refused
+        # In float64: torch's float32 norm of the embedding's 25 million gradients is off in the fifth digit.
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]))
+        refused = refusal(norm, limit)
+        if self._clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip, norm)
+        self.optimizer.found_inf = refused.float()  # type: ignore[attr-defined]
+        self.ds.step()
+        return norm, ~refused
+
+    def discard(self) -> None:
+        """Give up the gradients of the step that was begun, if there are any; collective."""
+        if self._accumulated:
+            self.step(-1.0)
 
     def loss_scale(self) -> dict[str, float]:
         """The state of fp16's dynamic loss scale, empty otherwise."""

@@ -1,8 +1,8 @@
-"""Whether a step's update may be made: decided from its loss and gradient norm before it is, alike on every rank.
+"""Whether a step's update may be made: its loss and gradient norm are held to limits that are known before it.
 
-The loss is the mean over all ranks and the norm is the global one, so every rank judges the same two numbers against
-the same baseline and no rank asks another. The baseline is part of the checkpoint: a resumed run decides as the run
-would have that nothing disturbed (law 6).
+The loss is the mean over all ranks and the norm is the global one, so every rank holds the same two numbers to the same
+limits and no rank asks another. The limits come from the steps before it, and the comparison is made on the device. The
+baseline is part of the checkpoint: a resumed run decides as the run would have that nothing disturbed (law 6).
 """
 
 from __future__ import annotations
@@ -35,15 +35,19 @@ class Guard:
         """What a checkpoint keeps."""
         return {"losses": self._losses.values(), "norms": self._norms.values(), "refused": self._refused}
 
+    def loss_limit(self) -> float:
+        """The loss above which a step is a spike: infinite while there is no baseline."""
+        if not self._loss_on or len(self._losses) < self._warmup:
+            return math.inf
+        middle, sigma = self._losses.spread()
+        return middle + self._deviations * max(sigma, 0.1 * abs(middle))
+
     def judge_loss(self, loss: float) -> str | None:
         """Why this loss is a spike, or None."""
-        if not self._loss_on or len(self._losses) < self._warmup:
-            return None
-        middle, sigma = self._losses.spread()
-        limit = middle + self._deviations * max(sigma, 0.1 * abs(middle))
+        limit = self.loss_limit()
         if not loss > limit:
             return None
-        return f"loss {loss:.4g} against a median of {middle:.4g} (limit {limit:.4g})"
+        return f"loss {loss:.4g} against a median of {self._losses.median():.4g} (limit {limit:.4g})"
 
     def norm_limit(self) -> float:
         """The gradient norm above which a step is an explosion: infinite while there is no baseline."""

@@ -68,17 +68,17 @@ Switch one off with `health_off: [NAME]`.
 _ANSWERS = """
 ## Answers
 
-- **A step that is not finite or spikes** is skipped on all ranks together: the loss is judged before the update, the
-  gradient norm inside it, both against the same baseline on every rank. The samples of the whole global batch go to
-  `events.jsonl`. `answer_spike: warn` only reports spikes.
+- **A step that is not finite or spikes** is skipped on all ranks together: its loss and its gradient norm are held to
+  limits known before it, the same on every rank, by the device itself inside the update. The samples of the whole
+  global batch go to `events.jsonl`. `answer_spike: warn` only reports spikes.
 - **Repeated ones** (`rollback_after` within `health_check_interval` steps) bring the run back to the newest sound
   checkpoint from before the first of them; the run then goes past their samples. `max_rollbacks` bounds it, and then
   the run ends with a clear failure. What was gone past is kept in `answers.json`, so that a killed run comes to the
   same end. Checkpoints made amid the trouble lose their names.
 - **Out of memory** (`answer_out_of_memory`): memory is freed, the engine rebuilt with half the micro-batch and twice
   the accumulation, and the step taken again: same global batch, same gradient. With several ranks that works when
-  every rank runs out, or comes through, before a collective of that step has begun (never so under ZeRO-3, and not
-  asked among more than 64 ranks); otherwise the run ends, and the next start takes the smaller micro-batch: by itself
+  every rank runs out before a collective of that step has begun (never so under ZeRO-3, and not asked among more
+  than 64 ranks); otherwise the run ends, and the next start takes the smaller micro-batch: by itself
   under `lumina launch`, else with `--resume auto`. A micro-batch of one sample that does not fit is a failure.
   Inside an update the same holds: the step is taken again where every rank runs out at the same place and has changed
   nothing yet, under every stage; otherwise the next start goes on from the last checkpoint.
@@ -91,6 +91,37 @@ _ANSWERS = """
   read-only disk, no permission). Training goes on. At the end of the run a last checkpoint that cannot be written is
   exit code 1.
 
+## When a step's numbers are read
+
+Reading a number from a GPU waits until everything queued before it is done, and the GPU then waits for the host. So
+the host reads a step's loss, norm, flags and times **while the next step is computed**: when that one's forward and
+backward passes are queued, and before its update. What they decide is decided there, with weights, moments and progress
+still those of the step that they belong to:
+
+- A step's record appears while the next step runs; the last one's, and one followed by an evaluation, a save or a
+  comparison of ranks, at once. A failure or a stop completes them. A run that is killed outright has no record of its
+  last step, and no checkpoint of it either.
+- Baselines, limits and rollbacks are those of a run that reads each step at once, and so is the weights' every bit:
+  step k is held to limits from the steps before it, k - 1 included, whether a save or a resume lies between or not.
+- A stop by a signal, a resize or a rollback leaves the state of the same step; the passes of the one that had been
+  begun are thrown away. From a signal to its save that is up to one more step of time. `lumina checkpoints save` is
+  honoured within two steps.
+- Layer statistics read their step at once (`layer_stats_every`).
+
+How often the host waits for the device in a steady step of two micro-batches (counted by
+`pytest tests/train/test_host_waits.py`, in all of Lumina and DeepSpeed 0.19.8, without a GPU; before: version 0.1.0):
+
+| ZeRO stage | 0 | 1 | 2 | 3 |
+|---|---|---|---|---|
+| bf16, before | 18 | 18 | 20 | 22 |
+| fp32, before | 14 | 17 | 19 | 22 |
+| now | 1 | 1 | 1 | 1 |
+
+The one is for numbers of the step before. Two kinds of run need a decision on the host and wait once more, in the
+update: fp16 under ZeRO 1 to 3, whose dynamic loss scale DeepSpeed keeps there, and an optimizer on the host
+(`offload_optimizer`), which waits for its gradients anyway. Not counted: ZeRO-3 holds the host back when more than two
+buckets of gradients, or two gathers, are under way, which bounds its memory and leaves the device work to do.
+
 ## Saving and backups
 
 With `save_async` a save copies the state and a thread of lower priority writes it: streamed, hashed, flushed, named
@@ -99,7 +130,7 @@ stall is in `events.jsonl` (`values.stall`, seconds). The snapshot takes 12 byte
 ranks, kept for the whole run.
 
 `lumina checkpoints list|verify|prune|restore|save RUN` works on a run's checkpoints and backups; `save` asks the job
-that trains it, on whatever node, through a file in `RUN/requests`, honoured at the next step.
+that trains it, on whatever node, through a file in `RUN/requests`, honoured within two steps.
 
 ## Settings
 

@@ -7,6 +7,8 @@ import logging
 import math
 import time
 import traceback
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +17,10 @@ import torch.distributed as dist
 from lumina.cluster.signals import EXIT_RESIZE, EXIT_STOPPED
 from lumina.config import UserError
 from lumina.data import StepData
-from lumina.data.order import sample_sums, samples_id
+from lumina.data.order import sample_sums
 from lumina.monitor.record import perplexity
 from lumina.train.answers import Rewind, StartAgainError
+from lumina.train.deferred import send
 from lumina.train.evaluate import evaluate
 from lumina.train.watchdog import report_failure
 
@@ -45,7 +48,10 @@ def fit(run: Run) -> int:
         except Exception as error:
             report_failure(f"{type(error).__name__}: {error}", traceback.format_exc())
             run.watchdog.beat("emergency checkpoint")
-            run.saves.emergency(f"{type(error).__name__}: {error}", run.sound, alone=_lost_a_rank(error))
+            alone = _lost_a_rank(error)
+            with suppress(Exception):  # what ended the run is what the user must hear of
+                run.deferred.note(wait=not alone)
+            run.saves.emergency(f"{type(error).__name__}: {error}", run.sound, alone)
             raise
 
 
@@ -58,14 +64,18 @@ def _lost_a_rank(error: Exception) -> bool:
 def _train(run: Run) -> int:
     """From the run's progress to its end, or to an answer that sets it back."""
     timer = run.engine.timer
-    timer.split()  # what came before is no step's
+    timer.cut()  # what came before is no step's
     for data in timer.waits(run.loader()):
         stop = _step(run, data)
-        run.profile_step()
-        run.compare_ranks()
         last = run.progress.step == run.total_steps
-        if run.eval_data is not None and (last or run.due(run.config.eval_every_n_batches)):
-            stop = _evaluate(run) or stop
+        if stop is None:
+            run.profile_step()
+            evaluating = run.eval_data is not None and (last or run.due(run.config.eval_every_n_batches))
+            if last or evaluating or run.saves.due() or run.stragglers.due(run.progress.step):
+                stop = run.deferred.settle()  # these wait for the device anyway
+            run.compare_ranks()
+            if evaluating:
+                stop = _evaluate(run) or stop
         if last or stop:
             return _end(run, stop)
         with timer.phase("saving"):
@@ -85,42 +95,41 @@ def _end(run: Run, stop: str | None) -> int:
 
 
 def _step(run: Run, data: StepData) -> str | None:
-    """One optimizer step on one global batch. Returns why the run must stop, if it must, agreed between all ranks."""
-    step, began, timer = data.step + 1, time.perf_counter(), run.engine.timer
+    """One optimizer step on one global batch, whose numbers are left to lumina.train.deferred. Returns why the run must
+    stop, if it must, agreed between all ranks: then before the update, at the end of the step before."""
+    step, timer = data.step + 1, run.engine.timer
     if run.answers.passes(step):
-        run.answers.pass_by(data)
-        return None
+        stop = run.deferred.settle()
+        if stop is None:
+            run.answers.pass_by(data)
+        return stop
     lr = run.schedule(data.step)
     run.engine.set_lr(lr)
     loss, failure = _accumulate(run, data)
-    computed = time.perf_counter()
+    if failure is not None:
+        stop = run.deferred.settle(partial(run.answers.shrink, step, data.samples, failure))
+        if stop is None:
+            raise Rewind
+        return stop
     run.watchdog.beat(f"step {step}, update")
-    flags = (*run.stop.flags, *run.saves.flags, float(failure is not None), len(data.corrupt))
-    own = loss.new_tensor((*flags, *sample_sums(data.own_samples)), dtype=torch.float64)
-    shared = torch.cat((loss.double()[None] / run.ranks.world, own))
+    flags = (*run.stop.flags, *run.saves.flags, len(data.corrupt))
+    shared = torch.cat(
+        (loss.double()[None] / run.ranks.world, send([*flags, *sample_sums(data.own_samples)], loss.device))
+    )
     with timer.phase("communication"):
         dist.all_reduce(shared)
-        mean_loss, stopping, resizing, busy, asked, backup, failed, corrupt, *sums = shared.tolist()
-    if failed:
-        run.answers.shrink(step, data.samples, failure)
-    run.saves.agree(busy, asked, backup)
-    if corrupt:
-        run.answers.note_corrupt(data)
+    stop = run.deferred.settle()
+    if stop is not None:
+        return stop
     with timer.phase("optimizer"):
-        grad_norm, applied = _update(run, data, run.answers.limit(mean_loss))
-    ended = time.perf_counter()
-    run.stragglers.add(computed - began, ended - computed)
-    verdict = run.answers.judge(mean_loss, grad_norm)
-    run.record(data, mean_loss, lr, grad_norm, applied, verdict, ended - began, samples_id(*sums))
-    run.answers.after_update(data, mean_loss, grad_norm, applied, verdict)
-    if stopping:
-        return f"signal {run.stop.signal or 'on another rank'}"
-    return "resize" if resizing else None
+        norm, applied = _update(run, data, run.answers.limit(shared[0]))
+    run.deferred.put(data, lr, shared, norm, applied)
+    return None
 
 
 def _accumulate(run: Run, data: StepData) -> tuple[torch.Tensor, str | None]:
     """Forward and backward of this rank's micro-batches: its loss, and what failed when memory ran out in a way that
-    all ranks can answer together."""
+    all ranks answer together."""
     step, scale = data.step + 1, run.ranks.world / data.supervised_tokens  # the engine averages over ranks: law 2
     loss = torch.zeros((), dtype=torch.float32, device=run.engine.device)
     failure, run.engine.collectives = None, False
@@ -147,7 +156,7 @@ def _draw(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "little")
 
 
-def _update(run: Run, data: StepData, limit: float) -> tuple[float, bool]:
+def _update(run: Run, data: StepData, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The optimizer's step, and the layers' statistics around it where they are due."""
     step = data.step + 1
     stats = run.layer_stats(step)
@@ -156,15 +165,15 @@ def _update(run: Run, data: StepData, limit: float) -> tuple[float, bool]:
     run.sound = False
     run.saves.before_update()
     try:
-        grad_norm, applied = run.engine.step(limit)
+        norm, applied = run.engine.step(limit)
     except torch.OutOfMemoryError as error:
         if not run.config.answer_out_of_memory:
             raise
         run.answers.update_ran_out(step, data.samples, str(error).splitlines()[0])
     run.progress.step, run.sound = step, True
-    if stats is not None and applied:
+    if stats is not None and bool(applied):
         run.record_layers(step, stats.after())
-    return grad_norm, applied
+    return norm, applied
 
 
 def _evaluate(run: Run) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import psutil
@@ -12,6 +11,7 @@ from lumina.data import StepData
 from lumina.monitor import StepRecord
 from lumina.train.answers import Verdict
 from lumina.train.health_rules import StepSeen
+from lumina.train.timing import PHASES
 
 if TYPE_CHECKING:
     from lumina.train.run import Run
@@ -26,48 +26,41 @@ def used_memory(device: torch.device) -> Memory:
     return psutil.Process().memory_info().rss, psutil.virtual_memory().total, "Mem"
 
 
-def step_seen(
-    run: Run,
-    data: StepData,
-    loss: float,
-    grad_norm: float,
-    applied: bool,
-    verdict: Verdict | None,
-    waited: float,
-    seconds: float,
-    memory: int,
-) -> StepSeen:
-    """A step as the health rules see it. waited: seconds for its batches, of the `seconds` it took."""
-    return StepSeen(
-        data.step + 1,
-        loss,
-        grad_norm,
-        applied,
-        data.tokens / seconds,
-        waited,
-        seconds,
-        memory,
-        verdict,
-        loss_scale=run.engine.loss_scale().get("cur_scale"),
-    )
-
-
-def step_record(
+def record_step(
     run: Run,
     data: StepData,
     loss: float,
     lr: float,
     grad_norm: float,
     applied: bool,
-    health: str,
-    seconds: float,
+    verdict: Verdict | None,
     split: dict[str, float],
-    memory: Memory,
     samples: str,
-) -> StepRecord:
-    """A step as metrics.jsonl stores it. split: its seconds by phase; samples: lumina.data.order.samples_id."""
-    used, total, kind = memory
-    return StepRecord(
+    ended: float,
+    loss_scale: float | None,
+) -> None:
+    """Show a step to the health rules, and write it down on rank 0. split: its seconds by phase; samples:
+    lumina.data.order.samples_id; ended: when, in seconds since 1970; loss_scale: fp16's. The speed counts all of a
+    step's time but what saving and evaluating took."""
+    if run.metrics is None:
+        return
+    if run.machine is not None and (machine := run.machine.latest()) is not None:
+        run.health.machine(machine)
+    seconds = sum(split.get(phase, 0.0) for phase in PHASES if phase not in ("saving", "evaluation"))
+    used, total, kind = used_memory(run.engine.device)
+    seen = StepSeen(
+        data.step + 1,
+        loss,
+        grad_norm,
+        applied,
+        data.tokens / seconds,
+        split["data"],
+        seconds,
+        used,
+        verdict,
+        loss_scale=loss_scale,
+    )
+    record = StepRecord(
         step=data.step + 1,
         epoch=data.epoch + 1,
         batch=data.batch_in_epoch + 1,
@@ -81,11 +74,13 @@ def step_record(
         memory=used,
         memory_total=total,
         memory_kind=kind,
-        health=health,
-        time=time.time(),
+        health=run.health.step(seen),
+        time=ended,
         applied=applied,
         samples=samples,
         supervised_tokens_per_s=data.supervised_tokens / seconds,
         seconds={name: round(value, 6) for name, value in split.items()},
         mfu=run.utilisation.of(data.micro_batches, seconds),
     )
+    run.metrics.step(record)
+    run.console.step(record)

@@ -17,7 +17,7 @@ from lumina.chat import AnyTokenizer, open_tokenizer
 from lumina.cluster.signals import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
-from lumina.data import GlobalOrder, Loader, PairDataset, StepData
+from lumina.data import GlobalOrder, Loader, PairDataset
 from lumina.model import Transformer, float8, keep_heap, lora
 from lumina.model.attention import report_kernel
 from lumina.monitor import Console, MetricsFile, Recorder
@@ -26,7 +26,7 @@ from lumina.plan.stage import default_document, smallest_memory
 from lumina.plan.versions import refuse_untried
 from lumina.train import checkpoint, engine, lease, shards
 from lumina.train.answers import FILE as ANSWERS
-from lumina.train.answers import Answers, Memory, Verdict
+from lumina.train.answers import Answers, Memory
 from lumina.train.beginning import (
     agree,
     base,
@@ -39,6 +39,7 @@ from lumina.train.beginning import (
     start_from,
 )
 from lumina.train.checkpoint import Progress
+from lumina.train.deferred import Deferred
 from lumina.train.determinism import set_deterministic
 from lumina.train.guard import Guard
 from lumina.train.health import Health
@@ -49,7 +50,6 @@ from lumina.train.machine import MachineWatch
 from lumina.train.preference import give_references
 from lumina.train.profiling import Profile
 from lumina.train.reading import adapters, fill, reference, trained_parameters
-from lumina.train.recording import step_record, step_seen, used_memory
 from lumina.train.samples import answers
 from lumina.train.save_policy import Saves
 from lumina.train.schedule import schedule
@@ -135,6 +135,7 @@ class Run:
         self._open_folder(report, precision)
         self.saves = Saves(self)
         self.answers = Answers(self, memory)
+        self.deferred = Deferred(self)
         self.layers: LayerStats | None = None
         self.machine = MachineWatch(self._disks(), 12 * trained_parameters(config)) if ranks.main else None
         self.sound = True  # False while an update is being made
@@ -299,6 +300,7 @@ class Run:
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self.deferred.note(wait=False)
         self.watchdog.__exit__(*exception)
         self.console.__exit__(*exception)
         self.saves.stop_waiting(5.0)
@@ -373,30 +375,6 @@ class Run:
             self.metrics.write("ranks", self.progress.step, found.record())
             for text in found.slow():
                 self.health.report("straggler", "warn", text)
-
-    def record(
-        self,
-        data: StepData,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        applied: bool,
-        verdict: Verdict | None,
-        seconds: float,
-        samples: str,
-    ) -> None:
-        split = self.engine.timer.split()
-        seconds += split["data"]  # a step that waited for its batches took longer
-        if self.metrics is None:
-            return
-        if self.machine is not None and (machine := self.machine.latest()) is not None:
-            self.health.machine(machine)
-        memory = used_memory(self.engine.device)
-        seen = step_seen(self, data, loss, grad_norm, applied, verdict, split["data"], seconds, memory[0])
-        health = self.health.step(seen)
-        record = step_record(self, data, loss, lr, grad_norm, applied, health, seconds, split, memory, samples)
-        self.metrics.step(record)
-        self.console.step(record)
 
     def record_evaluation(self, loss: float, ppl: float, seconds: float) -> None:
         if self.metrics is not None:

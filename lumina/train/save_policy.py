@@ -89,9 +89,8 @@ class Saves:
 
     # --- At a step boundary; all of these are called on every rank alike ---
 
-    def at_step(self) -> None:
-        """Begin what is due, unless a writer is still busy: then at a later step."""
-        self.collect()
+    def due(self) -> bool:
+        """Whether something is to be saved at this step."""
         config, step = self._run.config, self._run.progress.step
         if step % config.save_every_n_batches == 0:
             self._wanted.add("checkpoint")
@@ -99,7 +98,12 @@ class Saves:
             self._wanted.add("backup")
         if self._begun == step:  # saved for the best evaluation, or resumed from just now
             self._wanted.discard("checkpoint")
-        if self._wanted and not self._busy_anywhere:
+        return bool(self._wanted)
+
+    def at_step(self) -> None:
+        """Begin what is due, unless a writer is still busy: then at a later step."""
+        self.collect()
+        if self.due() and not self._busy_anywhere:
             self._begin(self._wanted)
 
     def before_update(self) -> None:
@@ -166,6 +170,7 @@ class Saves:
         if not targets:
             return
         run = self._run
+        assert not run.deferred.pending, "the step's numbers belong to its checkpoint"
         run.progress.guard = run.guard.state()
         snapshot = take(run.engine, run.progress, self._copies)
         requests, self._requests = self._requests, []
@@ -273,6 +278,7 @@ class Saves:
         free = self._saver.wait(seconds)
         self.collect()
         refusal = "" if sound else "an update was half made"
+        refusal = refusal or ("the run was about to go back" if run.answers.going_back else "")
         if not refusal and not free:
             refusal = "a save before it is still being written"
         snapshot = None

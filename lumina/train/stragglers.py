@@ -72,9 +72,13 @@ class Stragglers:
         self._wait += wait
         self._steps += 1
 
+    def due(self, step: int) -> bool:
+        """Whether ranks are compared after `step`."""
+        return bool(self._interval) and step % self._interval == 0
+
     def compare(self, step: int) -> Comparison | None:
         """The comparison, when it is due at `step`; collective."""
-        if not self._interval or step % self._interval or not self._steps:
+        if not self.due(step) or not self._steps:
             return None
         if not self._hosts:
             hosts: list[Any] = [None] * self._world

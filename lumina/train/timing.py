@@ -1,9 +1,9 @@
 """Where the time of a step goes: waiting for data, forward, backward, communication, optimizer, saving, evaluation.
 
 Phases nest, and time counts for the innermost only: the collectives that DeepSpeed starts within a backward pass count
-as communication, not as backward. On a GPU the times are those of CUDA events, read when the step has ended anyway.
-Collectives on a stream of their own run beside the computation: they are `communication_overlapped`, which is not part
-of the sum.
+as communication, not as backward. On a GPU the times are those of CUDA events, read one step late (`Split`): by then
+the device has passed them, and nobody waits. Collectives on a stream of their own run beside the computation: they are
+`communication_overlapped`, which is not part of the sum.
 """
 
 from __future__ import annotations
@@ -34,6 +34,26 @@ _COLLECTIVES = (
     "barrier",
 )
 T = TypeVar("T")
+
+
+class Split:
+    """What a timer measured between two calls of `cut`."""
+
+    def __init__(
+        self, seconds: dict[str, float], since: Any, marks: list[tuple[Any, str]], beside: list[tuple[Any, Any]]
+    ) -> None:
+        self._seconds, self._since, self._marks, self._beside = seconds, since, marks, beside
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase; they add up to the time between the two calls. On a GPU to be read once, when the device
+        has come past the second call, as after waiting for anything that was queued later."""
+        for event, phase in self._marks:
+            self._seconds[phase] += self._since.elapsed_time(event) / 1000
+            self._since = event
+        done = [(began, ended) for began, ended in self._beside if ended.query()]
+        if done:
+            self._seconds["communication_overlapped"] = sum(a.elapsed_time(b) for a, b in done) / 1000
+        return {name: value for name, value in self._seconds.items() if value or name in PHASES[:5]}
 
 
 class StepTimer:
@@ -90,24 +110,15 @@ class StepTimer:
             if close is not None:
                 close()
 
-    def split(self) -> dict[str, float]:
-        """Seconds by phase since the last call; they add up to the time between the two calls."""
+    def cut(self) -> Split:
+        """The time since the last call, to be read later."""
         self._mark()
-        if self._gpu:
-            self._read_events()
         seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
-        return {name: value for name, value in seconds.items() if value or name in PHASES[:5]}
-
-    def _read_events(self) -> None:
-        self._marks[-1][0].synchronize()
-        for event, phase in self._marks:
-            self._seconds[phase] += self._since.elapsed_time(event) / 1000
-            self._since = event
-        done = [pair for pair in self._beside if pair[1].query()]
-        self._beside = [pair for pair in self._beside if not pair[1].query()]
-        if done:
-            self._seconds["communication_overlapped"] = sum(a.elapsed_time(b) for a, b in done) / 1000
-        self._marks = []
+        if not self._gpu:
+            return Split(seconds, None, [], [])
+        marks, self._marks, beside, self._beside = self._marks, [], self._beside, []
+        since, self._since = self._since, marks[-1][0]
+        return Split(seconds, since, marks, beside)
 
     # --- Communication ---
 

@@ -1,76 +1,202 @@
-"""Refusing an update because of its gradient norm, inside DeepSpeed's own step.
+"""The gradient-norm gate: an update is refused because of its gradient norm, inside DeepSpeed's own step.
 
-DeepSpeed computes the global norm, and skips the update when that is not finite, in one call; there is no place in
-between to say no. Here the norm that its step sees is made infinite when it is above a limit, so that a refused update
-takes the very path of a NaN: gradients freed, buffers reset, nothing applied, on every rank alike because the norm is
-the same number on every rank. The true norm is kept for the record.
+DeepSpeed computes the global norm and asks at several places whether it is finite, each time waiting for the device
+(0.19.8: two to six times a step). Here its step goes through with whatever the norm is, without a question, and the
+decision is a tensor on the device: torch's fused AdamW leaves weights, moments and step count as they are where
+`found_inf` is 1. The decision is the same on every rank, since the norm is.
+
+Two kinds of step need the decision on the host, and wait for the device once: fp16, whose dynamic loss scale DeepSpeed
+keeps there, and an optimizer on the host (offload_optimizer). There a refused step takes DeepSpeed's own path of an
+overflow.
+
+DeepSpeed has its streams put in order by making the host wait for all of them (0.19.8: at each micro-batch under stages
+2 and 3, and at each bucket under stage 2 with overlap_comm). Here they wait for each other on the device: what was
+queued on any of them comes before what is queued on any of them later, which is all that the device sees of a host's
+wait. Offloaded state is read by the host itself, which does have to wait: nothing of this there. The waits are counted
+in tests/train/test_host_waits.py; on a card the order of the streams has not been tried.
+
+This is the one file that replaces DeepSpeed's private functions of a step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def refusal(norm: Tensor, limit: float | Tensor) -> Tensor:
+    """Whether an update of this gradient norm is refused: bool, 0-dimensional, on the norm's device."""
+    return ~(torch.isfinite(norm) & (norm <= limit))
 
 
 class Veto:
-    """Installed once on an engine's ZeRO wrapper. `norm` is the last step's true global norm, None
-    where the wrapper found an overflow first or computes no norm that can be watched."""
+    """Installed once on an engine's ZeRO wrapper; `optimizer` is the one inside it, `device` the one
+    that computes."""
+
+    def __init__(self, wrapper: Any, optimizer: torch.optim.Optimizer, device: torch.device, fp16: bool) -> None:
+        self._wrapper, self._optimizer, self._device = wrapper, optimizer, device
+        self._scaler: Any = getattr(wrapper, "loss_scaler", None)
+        self._on_host = fp16 or not isinstance(optimizer, torch.optim.AdamW)
+        self._skip = False  # whether this step's update is refused, where the host is asked
+        self._limit: float | Tensor = math.inf
+        self._norm = self._refused = torch.zeros((), device=device)
+        # Functions that DeepSpeed's step finds in its own module.
+        self._module = sys.modules[type(wrapper).__module__]
+        self._replaced: dict[str, Callable[..., Any]] = {}
+        if hasattr(self._module, "is_invalid_grad_norm"):
+            self._replaced["is_invalid_grad_norm"] = lambda norm: self._skip
+        if hasattr(wrapper, "_get_norm_groups") or hasattr(wrapper, "scaled_global_norm"):
+            self._watch_zero(wrapper)
+        elif hasattr(wrapper, "get_grads_for_norm"):  # stage 1 with float32 accumulation (BF16_Optimizer)
+            self._replaced["get_global_norm_of_tensors"] = lambda input_tensors, **_: self._decide(_norm(input_tensors))
+            self._replaced["clip_tensors_by_global_norm"] = _clip
+        self._order = _Order(wrapper)
+
+    def step(self, step: Callable[[], None], limit: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Run DeepSpeed's `step` under a limit, a number or a 0-dimensional tensor on the device. Returns the global
+        norm before clipping and whether the update was refused, both 0-dimensional, on the device. A refusal leaves
+        fp16's loss scale as it was where the norm is finite: nothing overflowed."""
+        self._limit, self._skip = limit, False
+        # What holds when the JSON says that no norm is computed (zero_optimization.compute_grad_norm).
+        self._norm = torch.full((), math.nan, device=self._device)
+        self._refuse(refusal(torch.zeros((), device=self._device), limit))
+        with self.without_waiting(), _replaced(self._module, self._replaced):
+            step()
+        self._order.join()  # the next forward pass gathers weights on a stream of its own
+        self._optimizer.found_inf = None  # type: ignore[attr-defined]
+        return self._norm, self._refused
+
+    def without_waiting(self) -> AbstractContextManager[None]:
+        """Within it DeepSpeed orders its streams on the device where it would make the host wait."""
+        return self._order.in_place()
+
+    def _watch_zero(self, wrapper: Any) -> None:
+        """Stages 1 to 3: the norms of groups stay on the device, and where they meet it is decided."""
+        if getattr(wrapper, "compute_grad_norm", True):  # a gradient that is not finite makes a norm that is not
+            wrapper.check_overflow = lambda *_, **__: None
+            wrapper.check_grad_overflow = True  # or the norm of a bf16 gradient would not be asked about
+        wrapper.get_grad_norm_direct = self._norm_of
+        wrapper.complete_grad_norm_calculation_for_cpu_offload = self._norm_of_offloaded
+        if hasattr(wrapper, "_get_norm_groups"):  # stage 3
+            norms = wrapper._get_norm_groups
+            wrapper._get_norm_groups = lambda: [self._decide(_norm(norms()))]
+        else:
+            norm = wrapper.scaled_global_norm
+            wrapper.scaled_global_norm = lambda norm_type=2: self._decide(norm(norm_type))
+
+    def _norm_of(self, gradients: list[Tensor], params: list[Any], norm_type: float = 2) -> Tensor:
+        """What DeepSpeed's function of this place returns, without the copy of a number to the device in it."""
+        return self._over_ranks([g for g in gradients if not getattr(g, "_zero_padding", False)], params)
+
+    def _norm_of_offloaded(self, params: list[Any]) -> Tensor:
+        """The same for gradients that have left the device, whose norms were taken before."""
+        norms, key = self._wrapper.norm_for_param_grads, self._wrapper.get_param_id
+        found = [norms[key(p)] for p in params if key(p) in norms]
+        return self._over_ranks([torch.stack(found)] if found else [], params)
+
+    def _over_ranks(self, parts: list[Tensor], params: list[Any]) -> Tensor:
+        group_of = getattr(self._wrapper, "_get_param_partition_group", lambda _: self._wrapper.dp_process_group)
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        total = _norm(parts).to(self._device).square() if parts else zero
+        dist.all_reduce(total, group=group_of(params[0]))
+        return total.sqrt().float()
+
+    def _decide(self, scaled: Tensor) -> Tensor:
+        """Called within DeepSpeed's step, where it has the norm, still multiplied by the loss scale; returns the norm
+        that the step goes on with."""
+        self._norm = scaled / (float(getattr(self._scaler, "cur_scale", 1.0)) if self._scaler is not None else 1.0)
+        self._refuse(refusal(self._norm, self._limit))
+        if not self._on_host:
+            return scaled
+        norm, refused = torch.stack((scaled.double(), self._refused.double())).tolist()  # the one wait
+        self._skip = bool(refused)
+        if self._skip and math.isfinite(norm):
+            self._keep_scale()
+        found = math.inf if self._skip else norm
+        return torch.full((), found, dtype=torch.float32, device=getattr(self._wrapper, "device", self._device))
+
+    def _refuse(self, refused: Tensor) -> None:
+        self._refused = refused
+        self._optimizer.found_inf = refused.float()  # type: ignore[attr-defined]
+
+    def _keep_scale(self) -> None:
+        """Have this step leave the loss scale as it is, which it would halve."""
+        self._wrapper._update_scale = lambda *_: delattr(self._wrapper, "_update_scale")
+
+
+class _Order:
+    """The streams of a ZeRO wrapper, and DeepSpeed's accelerator as its modules see it: `synchronize` is `join`."""
 
     def __init__(self, wrapper: Any) -> None:
-        self.limit = math.inf
-        self.norm: float | None = None
-        self._wrapper = wrapper
-        self._scaler: Any = getattr(wrapper, "loss_scaler", None)
-        self._flat = hasattr(wrapper, "fp32_groups_flat_partition")
-        if hasattr(wrapper, "_get_norm_groups"):  # stage 3
-            wrapper._get_norm_groups = self._watch(wrapper._get_norm_groups, _combined, many=True)
-        elif hasattr(wrapper, "scaled_global_norm"):  # stages 1 and 2
-            wrapper.scaled_global_norm = self._watch(wrapper.scaled_global_norm, float, many=False)
+        from deepspeed.accelerator import get_accelerator
 
-    def _watch(self, norm_of: Callable[[], Any], read: Callable[[Any], float], many: bool) -> Callable[[], Any]:
-        def watched() -> Any:
-            found = norm_of()
-            self.norm = read(found) / self._scale()
-            if not self.norm > self.limit:
-                return found
-            infinite = torch.as_tensor(math.inf)
-            return [infinite] if many else infinite
-
-        return watched
-
-    def _scale(self) -> float:
-        return float(getattr(self._scaler, "cur_scale", 1.0)) if self._scaler is not None else 1.0
-
-    def step(self, step: Callable[[], None], limit: float) -> None:
-        """Run DeepSpeed's `step` under a limit. A refusal leaves fp16's loss scale as it was: nothing overflowed."""
-        self.limit, self.norm = limit, None
-        if self._flat and self._refuses_flat():
+        self._accelerator: Any = get_accelerator()
+        self._streams: list[Any] = []
+        self._modules: list[Any] = []
+        offloaded = any(getattr(wrapper, name, False) for name in ("cpu_offload", "offload_optimizer", "offload_param"))
+        if offloaded or self._accelerator.resolves_data_dependency():
             return
-        before = dict(vars(self._scaler)) if self._scaler is not None else {}
-        step()
-        if self._scaler is not None and limit < (self.norm or 0.0) < math.inf:
-            vars(self._scaler).update(before)
+        if hasattr(wrapper, "reduction_stream"):  # stages 1 and 2
+            self._streams = [wrapper.reduction_stream]
+            self._modules = [sys.modules[type(wrapper).__module__]]
+        elif hasattr(wrapper, "reduce_and_partition_stream"):  # stage 3
+            gathering = vars(wrapper.parameter_offload)["_DeepSpeedZeRoOffload__allgather_stream"]
+            self._streams = [wrapper.reduce_and_partition_stream, gathering]
+            self._modules = [sys.modules["deepspeed.runtime.zero.partition_parameters"]]
+            wrapper.reduce_and_partition_stream.synchronize = self.join
 
-    def _refuses_flat(self) -> bool:
-        """Stage 1 with float32 accumulation (BF16_Optimizer) asks a function that cannot be watched: ask it first."""
-        from deepspeed.runtime.utils import get_global_norm_of_tensors
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
 
-        if not math.isfinite(self.limit):
-            return False
-        grads, _ = self._wrapper.get_grads_for_norm()
-        self.norm = float(get_global_norm_of_tensors(input_tensors=grads, mpu=self._wrapper.mpu))
-        if not self.limit < self.norm < math.inf:
-            return False
-        self._wrapper.clear_hp_grads()
-        self._wrapper.clear_lp_grads()
-        self._wrapper.overflow = True
-        return True
+    def synchronize(self, device_index: Any = None) -> None:
+        self.join()
+
+    def resolves_data_dependency(self) -> bool:
+        """Alone, a rank gathers nothing, and stage 3 would wait for its own shards all the same."""
+        return dist.get_world_size() == 1
+
+    def join(self) -> None:
+        if self._streams:
+            current = self._accelerator.current_stream()
+            streams = [self._accelerator.default_stream(), *self._streams]
+            for stream in streams:
+                current.wait_stream(stream)
+            for stream in streams:
+                stream.wait_stream(current)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the modules find this object where they ask for the accelerator."""
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.enter_context(_replaced(module, {"get_accelerator": lambda: self}))
+            yield
 
 
-def _combined(groups: list[Any]) -> float:
-    from deepspeed.runtime.utils import combine_grad_norm_groups
+@contextmanager
+def _replaced(module: Any, functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Within it a module finds these functions under its own names."""
+    found = {name: getattr(module, name) for name in functions}
+    vars(module).update(functions)
+    try:
+        yield
+    finally:
+        vars(module).update(found)
 
-    return float(combine_grad_norm_groups(groups))
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """The norm over several tensors, float64, as DeepSpeed computes it: in float32 the fifth digit is off."""
+    norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
+    return torch.linalg.vector_norm(norms)  # type: ignore[no-any-return]
+
+
+def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, **_: Any) -> None:
+    """Scale gradients of this norm down to `max_norm`, where it is above; DeepSpeed's arithmetic."""
+    torch._foreach_mul_(input_tensors, (max_norm / (global_norm + 1e-6)).clamp(max=1.0))

@@ -80,4 +80,4 @@ def test_layers_without_adapters_are_no_dead_layers(stage: int) -> None:
         figures = stats.after()
     assert applied
     assert figures.keys() == {layer_of(name) for name in lora.shapes(made.model.config, made.model.config)}  # type: ignore[arg-type]
-    assert sum(one.gradient**2 for one in figures.values()) ** 0.5 == pytest.approx(norm, rel=1e-3)
+    assert sum(one.gradient**2 for one in figures.values()) ** 0.5 == pytest.approx(float(norm), rel=1e-3)

@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -63,10 +64,15 @@ def test_a_first_bad_step(stage: int, precision: str) -> None:
     assert same_state(state_of(made), state_of(clean))
 
 
-@pytest.mark.parametrize(("stage", "precision"), EVERY)
-def test_a_norm_above_the_limit_skips_the_step(stage: int, precision: str) -> None:
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "json"), [*((*one, {}) for one in EVERY), (1, "bf16", OFFLOAD), (3, "bf16", OFFLOAD)]
+)
+def test_a_norm_above_the_limit_skips_the_step(stage: int, precision: str, json: dict[str, Any]) -> None:
     """As a bad gradient does, but with its true norm told; a limit that is kept changes nothing."""
-    made, clean = (make_engine(stage, precision) for _ in range(2))
+    made, clean = (make_engine(stage, precision, json=json) for _ in range(2))
     assert train_step(made, 1, limit=1e6) == train_step(clean, 1)
     before = state_of(made)
     loss, norm, applied = train_step(made, 2, limit=1e-6)

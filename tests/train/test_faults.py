@@ -393,29 +393,55 @@ def _raise_in_evaluation(rank: int, *, step: int, only: int | None) -> None:
     loop.evaluate = evaluate
 
 
+def _raise_in_a_pass(rank: int, *, step: int, only: int | None) -> None:
+    """In the backward pass of the step after `step`, whose numbers have not been read by then."""
+    original = loop._accumulate
+
+    def failing(run: Any, data: StepData) -> Any:
+        assert run.deferred.pending == (data.step > 0 and data.step != 5)  # the evaluation after step 5 reads it
+        if data.step != step or only not in (None, rank):
+            return original(run, data)
+
+        def fail(gradient: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("planted in a pass")
+
+        _hook(run.engine.model.blocks[0], fail)
+        return original(run, data)
+
+    loop._accumulate = failing
+
+
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return real.write_conversations(tmp_path_factory.mktemp("eval") / "eval.jsonl", 10, seed=5)
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_an_exception_in_evaluation_leaves_an_emergency_checkpoint(
-    world: int, runs: Runs, conversations: Path, held_out: Path, place: Path
+@pytest.mark.parametrize(
+    ("patch", "step", "world"),
+    [
+        pytest.param(_raise_in_evaluation, 5, 1, marks=pytest.mark.long),
+        (_raise_in_evaluation, 5, 2),
+        (_raise_in_a_pass, 4, 1),
+    ],
+)
+def test_an_exception_leaves_an_emergency_checkpoint(
+    patch: Callable[..., None], step: int, world: int, runs: Runs, conversations: Path, held_out: Path, place: Path
 ) -> None:
     broken, whole = place / "broken", place / "whole"
     settings = {**SETTINGS, "max_steps": 7, "eval_every_n_batches": 5, "save_every_n_batches": 100}
     more = ["--eval-data", str(held_out)]
     argv = [*arguments(broken, conversations, stage=2, **settings), *more]
-    job = runs.start(argv, world, partial(_raise_in_evaluation, step=5, only=None))
+    job = runs.start(argv, world, partial(patch, step=step, only=None))
     codes = job.wait()
     assert all(code not in (0, 75) for code in codes), codes
-    assert "planted in evaluation" in job.stderr()
+    assert "planted in" in job.stderr()
     saved = real.newest(broken)
-    assert saved.name == store.name_of(5)
+    assert saved.name == store.name_of(step)
     assert store.damage(saved) is None
-    assert store.read_progress(saved)[1]["emergency"] == "RuntimeError: planted in evaluation"
+    assert store.read_progress(saved)[1]["emergency"].startswith("RuntimeError: planted in")
     (told,) = events(broken, rule="exception")
-    assert told["action"] == "emergency checkpoint of step 5"
+    assert told["action"] == f"emergency checkpoint of step {step}"
+    assert [record["step"] for record in real.steps(broken)] == list(range(1, step + 1))
 
     runs.train([*argv, "--resume", "auto"], world)
     runs.train([*arguments(whole, conversations, stage=2, **settings), *more], world)

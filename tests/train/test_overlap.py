@@ -50,7 +50,8 @@ def _probe(rank: int, *, out: Path) -> None:
             for number in range(2):
                 mine = batch(8 * seed + 4 * rank + number)
                 loss += float(made.accumulate(mine, 1 / 80, last=number == 1))
-            steps.append([loss, *made.step()])
+            norm, applied = made.step()
+            steps.append([loss, float(norm), bool(applied)])
         weights = [float(p.detach().double().norm()) for p in made.model.parameters()]
         buckets = made.ds.optimizer.reduce_bucket_size
         found.append({"steps": steps, "weights": weights, "bucket": buckets})

@@ -111,7 +111,8 @@ def train_step(made: Engine, seed: int, bad: bool = False, limit: float = math.i
     loss = torch.zeros(())
     for number in range(2):
         loss += made.accumulate(batch(2 * seed + number, bad=bad and number == 0), 1 / 40, last=number == 1)
-    return float(loss), *made.step(limit)
+    norm, applied = made.step(limit)
+    return float(loss), float(norm), bool(applied)
 
 
 def state_of(made: Engine) -> dict[str, Tensor]:

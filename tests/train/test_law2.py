@@ -131,7 +131,7 @@ def gradient_norms(stage: int, precision: str, micro: int) -> list[float]:
             made.accumulate(join(group).torch(), 1 / weight, last=number == len(groups))
         norm, applied = made.step()
         assert applied
-        norms.append(norm)
+        norms.append(float(norm))
     return norms
 
 

@@ -4,7 +4,8 @@
 
 Three starts: `draws` begins with drawn weights, `loads` with another run's (--init-from), `adapts` puts adapters over
 another run's (--init-from with lora_rank). Each rank reports the highest resident memory above what its imports took,
-in MB of 10^6 bytes: anonymous memory (sampled every 2 ms), and all of it (VmHWM), which counts the pages of the
+in MB of 10^6 bytes: for the model alone, before the engine is made; anonymous memory (sampled every 2 ms) of the whole
+start; and all of it (VmHWM), which counts the pages of the
 checkpoint's file that were read too (the kernel's cache, given back on demand). `model` is the whole model in float32,
 `largest` its largest matrix, `share` 1/ranks of the model. The hash is over every parameter's float32 values, whole:
 equal hashes are equal weights. Exits with 1 when two hashes of one start differ. CPU, gloo, one thread a rank.
@@ -41,7 +42,7 @@ class Peak:
     def __enter__(self) -> Peak:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
         self._before = status("RssAnon"), status("VmRSS")
-        self.anonymous, self._ended = 0, threading.Event()
+        self.anonymous, self.built, self._ended = 0, 0, threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
         return self
@@ -81,8 +82,8 @@ def begin(rank: int, world: int, port: int) -> None:
     run.engine.join()
 
 
-def build(options: argparse.Namespace, start: str, base: Path) -> Any:
-    """A started engine, as lumina.train.run makes one."""
+def build(options: argparse.Namespace, start: str, base: Path, peak: Peak) -> Any:
+    """A started engine, as lumina.train.run makes one. Notes in `peak` how much the model alone took."""
     import torch
 
     from lumina.model import Transformer, lora
@@ -96,6 +97,7 @@ def build(options: argparse.Namespace, start: str, base: Path) -> Any:
             lora.attach(model, config)
     if start == "adapts":
         reading.fill(model, base)
+    peak.built = peak.anonymous
     made = engine.Engine(model, config, document)
     if start == "loads":
         checkpoint.load_weights(base, made)
@@ -131,9 +133,9 @@ def one_rank(rank: int, world: int, port: int, options: Any, start: str, base: P
         shards.divisible = lambda _: False
     began = time.perf_counter()
     with Peak() as peak:
-        made = build(options, start, base)
+        made = build(options, start, base, peak)
     seconds = time.perf_counter() - began
-    out.put((rank, peak.anonymous, peak.all, seconds, digest(made)))
+    out.put((rank, peak.built, peak.anonymous, peak.all, seconds, digest(made)))
     out.close()
     out.join_thread()
     os._exit(0)
@@ -178,7 +180,7 @@ def run_all(target: Any, arguments: list[tuple[Any, ...]], results: Any = None) 
 
 
 def measure(options: argparse.Namespace, start: str, base: Path, world: int, whole: bool) -> list[Any]:
-    """(rank, anonymous, all, seconds, hash) of each rank."""
+    """(rank, model, anonymous, all, seconds, hash) of each rank."""
     out = multiprocessing.get_context("spawn").Queue()
     common = (world, port(), options, start, base, whole, out)
     return run_all(one_rank, [(rank, *common) for rank in range(world)], out)
@@ -199,7 +201,8 @@ def main() -> int:
     print(
         f"{count / 1e6:.1f} M parameters, {options.precision}: model {4e-6 * count:.0f} MB, largest {4e-6 * matrix:.0f}"
     )
-    print(f"{'start':<7} ranks  way       share  {'anonymous by rank':<24}  {'all by rank':<24}  seconds  hash")
+    columns = f"{'model, by rank':<24}  {'anonymous by rank':<24}  {'all by rank':<24}"
+    print(f"{'start':<7} ranks  way       share  {columns}  seconds  hash")
     hashes: dict[str, set[str]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "checkpoints" / "step-00000001"
@@ -209,11 +212,12 @@ def main() -> int:
             for world in options.ranks:
                 for whole in [True, False][int(options.divided_only) :]:
                     found = measure(options, start, base, world, whole)
-                    hashes.setdefault(start, set()).update(one[4] for one in found)
-                    anonymous, everything = (" ".join(f"{one[i] / 1e6:5.0f}" for one in found) for i in (1, 2))
+                    hashes.setdefault(start, set()).update(one[5] for one in found)
+                    columns = "  ".join(f"{' '.join(f'{r[i] / 1e6:5.0f}' for r in found):<24}" for i in (1, 2, 3))
+                    way = "whole" if whole else "divided"
                     print(
-                        f"{start:<7} {world:5}  {'whole' if whole else 'divided':<8} {4e-6 * count / world:6.0f}  "
-                        f"{anonymous:<24}  {everything:<24}  {max(one[3] for one in found):7.1f}  {found[0][4]}",
+                        f"{start:<7} {world:5}  {way:<8} {4e-6 * count / world:6.0f}  {columns}"
+                        f"  {max(one[4] for one in found):7.1f}  {found[0][5]}",
                         flush=True,
                     )
     for start, different in hashes.items():

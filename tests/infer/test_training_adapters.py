@@ -75,9 +75,9 @@ def _draw_more(rank: int) -> None:
     """Random numbers that something else takes between the steps."""
     update = loop._update
 
-    def drawing(run: Any, step: int, limit: float) -> Any:
-        torch.rand(step)
-        return update(run, step, limit)
+    def drawing(run: Any, data: Any, limit: Any) -> Any:
+        torch.rand(data.step + 1)
+        return update(run, data, limit)
 
     loop._update = drawing
 

@@ -235,7 +235,7 @@ def test_the_update_comes_after_the_copies(monkeypatch: pytest.MonkeyPatch) -> N
         engine=SimpleNamespace(step=lambda limit: (order.append("update"), (1.0, True))[1]),
         progress=SimpleNamespace(step=0),
     )
-    loop._update(run, 1, 2.0)  # type: ignore[arg-type]
+    loop._update(run, SimpleNamespace(step=0), torch.tensor(2.0))  # type: ignore[arg-type]
     assert order == ["wait", "update"]
 
 

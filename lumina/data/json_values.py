@@ -15,38 +15,48 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lumina.data.formats import Fault, format_of, parse_json
-from lumina.data.formats.fault import BROKEN_JSON
-from lumina.data.formats.fields import HARMLESS, is_empty
+from lumina.data.formats.fault import BROKEN_JSON, WRONG_TYPE
+from lumina.data.formats.fields import CONTENT, HARMLESS, is_empty
 
 TRUNCATED_ARRAY = "truncated array"
 MAX_ELEMENT_CHARS = 1 << 26  # a value that does not end within this is broken, not long
-WRAPPERS = ("data", "rows", "records", "examples", "instances", "samples", "items", "train")
-_WRAPPED = re.compile(rf'\{{\s*"(?:{"|".join(WRAPPERS)})"\s*:\s*\[')
+WRAPPERS = ("data", "rows", "records", "train")
+WRAPPED = re.compile(rf'\{{\s*"(?:{"|".join(WRAPPERS)})"\s*:\s*\[')
 _LONGEST_OPENING = 256  # characters in which `{"data": [` has to stand
-_NEXT_LINE = re.compile(r"\n\s*(?=[{\[])")
 
 
 def is_message(value: Any) -> bool:
     """Whether an element of an array is a turn of a conversation rather than a record."""
     if type(value) is not dict:
         return False
-    return ("role" in value or "from" in value) and not ({"messages", "conversations", "message_id"} & value.keys())
+    return (
+        ("role" in value or "from" in value)
+        and not ({"messages", "conversations", "message_id"} & value.keys())
+        and format_of(value) in (None, "text")
+    )
 
 
 def records_in(value: Any) -> list[Any]:
     """What one JSON value holds: itself, the records of a list, one conversation that is a list of messages, a text of
     JSON, or what a single key wraps."""
+    try:
+        return _records_in(value)
+    except RecursionError:
+        return [Fault(WRONG_TYPE, "nested too deep")]
+
+
+def _records_in(value: Any) -> list[Any]:
     if type(value) is list:
         if value and all(map(is_message, value)):
             return [{"messages": value}]
-        return [record for part in value for record in (records_in(part) if type(part) is list else [part])]
+        return [record for part in value for record in (_records_in(part) if type(part) in (list, str) else [part])]
     if type(value) is str and value.lstrip()[:1] in ("{", "["):
         found = parse_json(value.encode("utf-8", "surrogatepass"))
-        return [found] if isinstance(found, Fault) else records_in(found)
+        return [found] if isinstance(found, Fault) else _records_in(found)
     if type(value) is dict and format_of(value) is None:
         wrapped = next((name for name in WRAPPERS if type(value.get(name)) is list), None)
         if wrapped is not None and value[wrapped] and _only_harmless(value, wrapped):
-            return records_in(value[wrapped])
+            return _records_in(value[wrapped])
     return [value]
 
 
@@ -59,16 +69,21 @@ def several(line: bytes) -> list[Any]:
         while at < len(text):
             _, end = scan(text, at)
             values.append(parse_json(text[at:end].encode()))
-            while end < len(text) and text[end] in " \t\r\n":
+            while end < len(text) and text[end] in " \t\r\n,":
                 end += 1
             at = end
     except (ValueError, RecursionError):
         return []
-    return values if len(values) > 1 and not any(isinstance(value, Fault) for value in values) else []
+    return values if values and not any(isinstance(value, Fault) for value in values) else []
 
 
 def _only_harmless(value: Mapping[str, Any], besides: str) -> bool:
-    return all(name == besides or name in HARMLESS or is_empty(held) for name, held in value.items())
+    return all(name == besides or _says_nothing(name, held) for name, held in value.items())
+
+
+def _says_nothing(name: str, held: Any) -> bool:
+    """Whether what stands beside the records is nothing to learn: numbers, and keys that are no content."""
+    return is_empty(held) or name in HARMLESS or (name not in CONTENT and not isinstance(held, list | dict))
 
 
 def read_values(chunks: Iterator[bytes | Fault]) -> Iterator[tuple[int, int, Any]]:
@@ -87,6 +102,7 @@ class _Values:
         self.ended = self.inside = self.wrapped = False
         self.number = 0
         self.wanted = 0  # characters that the next value has at least, as far as is known
+        self.indent = ""  # before the value that comes next
         self.turns: list[Any] = []  # of an array that is a conversation
         self.failure: Fault | None = None
 
@@ -106,7 +122,8 @@ class _Values:
             found = self._value()
             if isinstance(found, Fault):
                 yield self._next(0, found)
-                if self.inside or not self._go_on():
+                self.turns.clear()
+                if not self._go_on():
                     return
                 continue
             yield from self._records(found)
@@ -140,7 +157,9 @@ class _Values:
     def _skip(self) -> bool:
         """Go to the next character that means something; False at the end."""
         while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n,":
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n,\ufeff":
+                character = self.text[self.at]
+                self.indent = "" if character in "\r\n,\ufeff" else self.indent + character
                 self.at += 1
             if self.at < len(self.text):
                 return True
@@ -153,7 +172,7 @@ class _Values:
         if character == "{":
             while len(self.text) - self.at < _LONGEST_OPENING and not self.ended:
                 self._more()
-            opening = _WRAPPED.match(self.text, self.at)
+            opening = WRAPPED.match(self.text, self.at)
             if opening is None:
                 return False
             self.at, self.wrapped = opening.end(), True
@@ -194,14 +213,15 @@ class _Values:
 
     def _go_on(self) -> bool:
         """After broken text: move to the next line that begins a value. False when there is none."""
+        following = re.compile(rf"\n{self.indent}(?=[{{\[])")  # not what stands deeper, a part of the broken value
         while True:
-            found = _NEXT_LINE.search(self.text, self.at + 1)
+            found = following.search(self.text, self.at + 1)
             if found is not None:
                 self.at, self.wanted = found.end(), 0
                 return True
             if self.ended:
                 return False
-            self.at = max(self.at, len(self.text) - 1)
+            self.at = max(self.at, len(self.text) - len(self.indent) - 2)
             self._more()
 
     def _close(self) -> Fault | None:
@@ -222,7 +242,7 @@ class _Values:
                         return Fault(BROKEN_JSON, f"after element {self.number}: {error}")
                 else:
                     self.at = begin + length
-                    held = [name for name in others if name not in HARMLESS and not is_empty(others[name])]
+                    held = [name for name in others if not _says_nothing(name, others[name])]
                     return Fault(f"field not used: {held[0]}", "it stands beside the records") if held else None
             elif self.ended:
                 return Fault(BROKEN_JSON, f"after element {self.number}: the object around it does not end")

@@ -26,7 +26,7 @@ import pyarrow as pa
 from lumina.config.errors import UserError
 from lumina.data.formats import BLANK, Fault, is_flat_oasst, parse_json
 from lumina.data.formats.fault import EMPTY, WRONG_TYPE
-from lumina.data.json_values import WRAPPERS, read_values, records_in, several
+from lumina.data.json_values import WRAPPED, WRAPPERS, read_values, records_in, several
 from lumina.data.oasst import trees_of
 
 TRUNCATED_FILE = "truncated file"
@@ -146,7 +146,8 @@ def _are_lines(start: bytes, whole: bool) -> bool:
         lines.pop()  # cut
     full = [line for line in lines if line and not line.isspace()]
     if not full:
-        return not start.lstrip().startswith(b"[")  # one line longer than what was looked at
+        # One line longer than what was looked at: an array, or what wraps one, is read piece by piece.
+        return not start.lstrip().startswith(b"[") and not WRAPPED.match(start.lstrip().decode("utf-8", "replace"))
     sound = [not isinstance(parse_json(line), Fault) for line in full]
     if any(map(_opens, full, [*full[1:], b" "], sound)):
         return False
@@ -157,7 +158,7 @@ def _opens(line: bytes, following: bytes, sound: bool) -> bool:
     """Whether a line begins a value that goes on in the next one, as a pretty-printed object or array does."""
     line = line.strip()
     begins = line.startswith((b"{", b"[")) and line.endswith((b"{", b"[", b",", b":"))
-    return begins and not sound and following.startswith((b" ", b"\t", b'"', b"]", b"}"))
+    return begins and not sound and following.startswith((b"{", b"[", b" ", b"\t", b'"', b"]", b"}"))
 
 
 def read_items(path: str, layout: Layout, start: int = 0, stop: int | None = None) -> Iterator[Item]:
@@ -242,14 +243,22 @@ def _table(chunks: Iterator[bytes | Fault], delimiter: str) -> Iterator[Item]:
                 yield line.decode("utf-8-sig", "surrogateescape")
 
     rows = csv.DictReader(lines(), delimiter=delimiter, strict=True)
+    try:
+        names = rows.fieldnames or ()
+    except csv.Error as error:
+        yield Item(1, 1, 0, Fault(BROKEN_TABLE, f"the header: {error}; no row is read"))
+        return
+    if len(set(names)) < len(names):
+        yield Item(1, 1, 0, Fault(BROKEN_TABLE, "two columns have one name"))
+        return
     number = 0
     while True:
         number += 1
         try:
             row: dict[Any, Any] | None = next(rows, None)
-        except csv.Error as error:
-            yield Item(number, 1, 0, Fault(BROKEN_TABLE, f"row {number}: {error}"))
-            continue
+        except csv.Error as error:  # where the next row begins cannot be told: half a field would be taught
+            yield Item(number, 1, 0, Fault(BROKEN_TABLE, f"row {number}: {error}; no row after it is read"))
+            break
         if row is None:
             break
         size = sum(len(value) for value in row.values() if isinstance(value, str))
@@ -262,7 +271,7 @@ def _table(chunks: Iterator[bytes | Fault], delimiter: str) -> Iterator[Item]:
         except UnicodeEncodeError:
             yield Item(number, 1, size, Fault(BROKEN_TABLE, f"row {number} is not UTF-8"))
         else:
-            yield Item(number, 1, size, row)
+            yield Item(number, 1, size, {name: value or None for name, value in row.items()})
     yield from (Item(number + i, 1, 0, fault) for i, fault in enumerate(broken))
 
 
@@ -311,7 +320,7 @@ def _lines_to_items(lines: Iterator[bytes | Fault] | Iterator[bytes]) -> Iterato
         if isinstance(line, Fault):
             yield Item(number, 1, 0, line)
             continue
-        if number == 1 and line.startswith(codecs.BOM_UTF8):
+        if line.startswith(codecs.BOM_UTF8):
             line = line[3:]
         if not line or line.isspace():
             yield Item(number, 1, len(line), BLANK)

@@ -96,7 +96,7 @@ def test_tables_are_read_by_their_headers(tmp_path: Path, delimiter: str) -> Non
     path = tmp_path / ("d.csv" if delimiter == "," else "d.tsv")
     path.write_text(out.getvalue() + f"only{delimiter}two\r\n", newline="")
     found = items(path)
-    assert found[:-1] == rows
+    assert found[:-1] == [{**row, "system": None} for row in rows]  # an empty field is none
     assert isinstance(found[-1], Fault)
     table = sources.detect(str(path)).describe()
     assert table == path.suffix[1:].upper()
@@ -195,3 +195,51 @@ def test_drawn_layouts_give_every_record(drawn: list[tuple[int, str]], between: 
     assert [orjson.dumps(record) if not isinstance(record, Fault) else record for record in found] == [
         orjson.dumps(record) for record in expected
     ]
+
+
+def test_after_broken_text_reading_goes_on_beside_it_not_inside_it(tmp_path: Path) -> None:
+    """What stands deeper than the broken value is a part of it; the other elements of its array are read."""
+    elements = [pretty(record) for record in RECORDS]
+    elements[2] = '{\n  "messages": [,\n    {\n      "text": "a part"\n    }\n  ]\n}'
+    for text in ("\n".join(elements), "[\n" + ",\n".join(elements) + "\n]"):
+        (tmp_path / "d.json").write_text(text)
+        found = items(tmp_path / "d.json")
+        assert [record for record in found if not isinstance(record, Fault)] == RECORDS[:2] + RECORDS[3:]
+        assert sum(isinstance(record, Fault) for record in found) == 1
+    (tmp_path / "d.json").write_text("[" + ("\n" * 100_000) + "{broken" + ("\n" * 100_000) + "]")
+    assert items(tmp_path / "d.json")  # in linear time: the pattern that looked for the next line was quadratic
+
+
+def test_layouts_of_other_exporters(tmp_path: Path) -> None:
+    layouts = [
+        '{"data": [\n' + ",\n".join(map(line, RECORDS)) + "\n]}",  # records that are not indented
+        ",\n".join(map(line, RECORDS)),
+        ", ".join(map(line, RECORDS)),
+        line({"count": 7, "description": "chats", "data": RECORDS}),
+        pretty({"data": RECORDS, "description": "chats"}),
+        "\n".join("\ufeff" + line(record) for record in RECORDS),
+    ]
+    for text in layouts:
+        (tmp_path / "d.json").write_text(text)
+        assert items(tmp_path / "d.json") == RECORDS, text[:40]
+    alpaca = [{"instruction": "q", "output": "a", "from": "somewhere"}] * 3
+    (tmp_path / "d.json").write_text(pretty(alpaca))
+    assert items(tmp_path / "d.json") == alpaca  # a source named `from` makes no turn
+
+
+def test_tables_whose_rows_cannot_be_told_apart_are_not_guessed_at(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text('prompt,response\nq,a\nq1,"He said "hi" ok\nHello, world\n')
+    assert [getattr(record, "reason", record) for record in items(tmp_path / "d.csv")] == [
+        {"prompt": "q", "response": "a"},
+        "broken CSV",
+    ]
+    (tmp_path / "d.csv").write_text("prompt,prompt,response\nq,r,a\n")
+    assert [record.reason for record in items(tmp_path / "d.csv")] == ["broken CSV"]
+
+
+def test_what_is_nested_too_deep_is_a_fault(tmp_path: Path) -> None:
+    deep = "[" * 700 + "1" + "]" * 700
+    (tmp_path / "d.jsonl").write_text(f'{line(RECORDS[0])}\n{deep}\n{{"messages": [], "tools": {deep}}}\n')
+    account = Account.from_dict(prepare([tmp_path / "d.jsonl"], Settings(), TOKENIZER).account)
+    account.check()
+    assert (account.conversations, account.bad_lines) == (1, 2)

@@ -170,6 +170,18 @@ def test_an_answer_masked_whole_teaches_nothing() -> None:
         ({"instruction": "q", "output": "a", "response": "b"}, "two fields for one thing"),
         ({"instruction": "q", "input": "i", "context": "c", "output": "a"}, "two fields for one thing"),
         ({"text": "t", "completion": "c"}, "field not used: completion"),
+        ({"messages": [turn("user", "q"), turn("assistant", "51", reasoning_content="so it is 51")]},
+         "field not used: reasoning_content"),
+        ({"text": "a", "answer": "cat"}, "field not used: answer"),
+        ({**chat("q", "a"), "train": False}, "field not used: train"),
+        ({**chat("q", "a"), "Persona": "a pirate"}, "field not used: Persona"),
+        ({**chat("q", "a"), "toolCalls": [{"id": "c"}]}, "field not used: toolCalls"),
+        ({"prompt": "q", "completion": "a", "label": "False"}, "label is false: no answer to teach"),
+        ({"messages": [turn("user", "q"), turn("assistant", [{"type": "text", "text": "a", "thinking": "t"}])]},
+         "field not used: thinking"),
+        ({"messages": [turn("user", "q"), {"role": "assistant", "from": "user", "content": "a"}]},
+         "two fields for one thing"),
+        ({"role": "user", "text": "hi"}, "unknown format"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "unknown format"),
         ({"messages": [turn("user", ""), turn("assistant", "a")]}, "empty"),
     ],
@@ -188,6 +200,7 @@ def test_content_without_a_place_is_refused_by_name(record: Any, reason: str) ->
         {"response": "a", "source": "here", "score": 0.5},
         {"system": "  ", "reasoning": ""},
         {"something_new": {"deep": ["value"]}},
+        {"weight": 1, "train": True},
     ],
 )
 def test_what_is_empty_repeated_harmless_or_unknown_costs_nothing(more: dict[str, Any]) -> None:
@@ -361,6 +374,8 @@ def test_pairs_in_every_shape_have_their_prompt_once(record: dict[str, Any], sys
         ({"chosen": [turn("user", "p"), turn("assistant", "a")],
           "rejected": [turn("user", "q"), turn("assistant", "b")]}, OTHER_PROMPT),
         ({"chosen": "a", "rejected": "b"}, "no prompt, chosen and rejected"),
+        ({"chosen": [turn("user", "q"), turn("assistant", "a")], "context": "doc",
+          "rejected": [turn("user", "q"), turn("assistant", "b")]}, "field not used: context"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": ["t"]}, "field not used: tools"),
         ({"prompt": "q", "question": "r", "chosen": "a", "rejected": "b"}, "two fields for one thing"),
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
@@ -370,6 +385,29 @@ def test_pairs_that_are_none_are_refused(record: dict[str, Any], reason: str) ->
     found = from_pair(record)
     assert isinstance(found, Fault), found
     assert found.reason == reason
+
+
+def test_each_vocabulary_is_asked_for_itself() -> None:
+    """A pair whose prompt stands in `messages` must not make the next one's unrelated `messages` a prompt."""
+    tally = FieldTally()
+    whole = {"chosen": [*EGG, turn("assistant", GOOD)], "rejected": [*EGG, turn("assistant", BAD)]}
+    assert isinstance(from_pair({"messages": EGG, "chosen": GOOD, "rejected": BAD}, tally), Pair)
+    other = {**whole, "messages": [turn("user", "x"), turn("assistant", "something else")]}
+    found = from_pair(other, tally)
+    assert isinstance(found, Fault)
+    assert found.reason == "field not used: messages"
+
+
+def test_lists_kept_as_json_in_text_columns() -> None:
+    turns = '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'
+    for record in ({"messages": turns}, {"conversations": turns}):
+        assert read(record) == [U, A]
+    answer = '[{"role": "assistant", "content": "a"}]'
+    assert read({"prompt": "q", "completion": answer}) == [U, A]
+    pair = from_pair({"prompt": "q", "chosen": answer, "rejected": "b"})
+    assert isinstance(pair, Pair)
+    assert pair.chosen.messages[-1] == A
+    assert read({"prompt": "q", "completion": '{"a": 1}'})[-1].content == '{"a": 1}'  # JSON that is the answer
 
 
 def test_emptiness() -> None:

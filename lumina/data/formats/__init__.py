@@ -91,6 +91,13 @@ def convert(record: Any, given: str = "", tally: FieldTally | None = None) -> Co
     """A parsed record -> a conversation (a tree: several), by the keys it has, or as the format `given` (see NAMED).
     Its fields are counted in `tally`."""
     tally = FieldTally() if tally is None else tally
+    try:
+        return _convert(record, given, tally)
+    except RecursionError:
+        return Fault(WRONG_TYPE, "nested too deep")
+
+
+def _convert(record: Any, given: str, tally: FieldTally) -> Conversation | Fault | Tree:
     if type(record) is dict:
         tally.format_given = bool(given)
         if given:

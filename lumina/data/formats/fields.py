@@ -26,7 +26,9 @@ CONTENT = frozenset(
         *("query", "answer", "answers", "text", "content", "value", "chosen", "rejected", "tools", "functions"),
         *("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking", "thoughts", "refusal"),
         *("documents", "passages", "image", "images", "audio", "audios", "video", "videos", "mask", "train_detail"),
-        *("chat_template_kwargs", *FLAGS),
+        *("choices", "options", "document", "passage", "article", "persona", "system_message", "instructions"),
+        *("chat_history", "available_tools", "thought", "think", "cot", "chain_of_thought", "reasoning_details"),
+        *("tool_call", "masked", "loss_weight", "train_on_turn", "chat_template_kwargs", *FLAGS),
     }
 )
 # What tells formats apart: where a source's format is given, those of the others are set aside on purpose.
@@ -53,6 +55,9 @@ HARMLESS = frozenset(
     }
 )  # fmt: skip
 
+_PLAIN = {name.replace("_", ""): name for name in sorted(HARMLESS | CONTENT)}
+RENDERINGS = ("text", "prompt")  # may hold a conversation's messages with a template's words around them
+
 MOST_SHAPES = 1000  # sets of keys remembered at a time: records may have any
 MOST_NAMES = 200  # unknown names counted by themselves
 OTHERS = "(others)"
@@ -69,7 +74,8 @@ class Vocabulary:
         """used, harmless, content or unknown."""
         if key in self.used:
             return "used"
-        return "content" if key in CONTENT else "harmless" if key in HARMLESS else "unknown"
+        plain = _PLAIN.get(key.lower().replace("_", ""), key)  # toolCalls, System
+        return "content" if plain in CONTENT else "harmless" if plain in HARMLESS else "unknown"
 
 
 @dataclass
@@ -103,7 +109,7 @@ class FieldTally:
     def count(self, vocabulary: Vocabulary, held: Mapping[str, Any], messages: Sequence[Message] = ()) -> Fault | None:
         """Count the keys of a record or message, or say why it cannot be used. `messages` are what it became: a field
         that only repeats them loses nothing."""
-        shape = self._shapes.get((vocabulary.name, *held))
+        shape = self._shapes.get((id(vocabulary), *held))
         if shape is None:
             shape = self._shape(vocabulary, held)
         if shape.plain:  # by far the most frequent
@@ -111,12 +117,12 @@ class FieldTally:
             return None
         for name in shape.content:
             value = held[name]
-            if is_empty(value):
+            if is_empty(value) if name not in FLAGS or value is None else value in (1, True):
                 continue
             if self.format_given and name in OF_FORMATS:
                 self._add("set aside", name)
                 continue
-            if not repeats(value, messages):
+            if not repeats(value, messages, rendering=name in RENDERINGS):
                 self._add("refused", name)
                 what = f"`{name}` has no place in {vocabulary.name}"
                 what += "; a source's `format` sets it aside" if name in OF_FORMATS else ""
@@ -124,7 +130,7 @@ class FieldTally:
         for name in shape.unknown:
             if len(self.examples) < MOST_NAMES and name not in self.examples:
                 self.examples[name] = self.line, repr(str(held[name])[:60])
-        if held.get("label") is False:
+        if str(held.get("label")).strip().lower() == "false":
             self._add("refused", "label")
             return Fault(NOT_TO_BE_TAUGHT, "`label` is false", len(messages))
         shape.count += 1
@@ -145,7 +151,7 @@ class FieldTally:
         content = tuple(name for name, sort in sorts.items() if sort == "content")
         unknown = tuple(name for name, sort in sorts.items() if sort == "unknown")
         shape = _Shape(sorts, content, unknown, plain=not content and not unknown and "label" not in sorts)
-        self._shapes[(vocabulary.name, *held)] = shape
+        self._shapes[(id(vocabulary), *held)] = shape
         return shape
 
     def _add(self, sort: str, name: str, count: int = 1) -> None:
@@ -182,18 +188,16 @@ def is_empty(value: Any) -> bool:
     return isinstance(value, dict) and all(map(is_empty, value.values()))
 
 
-def repeats(value: Any, messages: Sequence[Message]) -> bool:
-    """Whether a field holds nothing but what the messages say: a message's text, or all of them in one text, as a
-    `prompt` beside a conversation or its rendering in `text` does."""
-    if not messages:
-        return False
+def repeats(value: Any, messages: Sequence[Message], rendering: bool = False) -> bool:
+    """Whether a field holds nothing but what the messages say: a message's text, as a `prompt` beside a conversation
+    does; or, for a `rendering` of several messages, all of them in one text."""
     if isinstance(value, str):
         text = value.strip()
-        return any(text == message.content.strip() for message in messages) or (
-            all(message.content.strip() in text for message in messages)
-        )
+        if any(text == message.content.strip() for message in messages):
+            return True
+        return rendering and len(messages) > 1 and all(message.content.strip() in text for message in messages)
     if isinstance(value, list | tuple):
-        return all(is_empty(part) or repeats(part, messages) for part in value)
+        return bool(messages) and all(is_empty(part) or repeats(part, messages) for part in value)
     if isinstance(value, dict) and set(value) <= {"role", "from", "content", "value"}:
         said = value.get("content", value.get("value"))
         return isinstance(said, str) and repeats(said, messages)

@@ -12,8 +12,8 @@ from typing import Any
 
 from lumina.chat.template import Conversation, Message
 from lumina.data.formats.fault import EMPTY, TWICE, WRONG_TYPE, Fault, kind
-from lumina.data.formats.fields import FieldTally, Vocabulary, one_of
-from lumina.data.formats.messages import conversation, settle
+from lumina.data.formats.fields import FieldTally, Vocabulary, is_empty, one_of
+from lumina.data.formats.messages import conversation, listed, settle
 
 ABOUT = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
@@ -31,7 +31,7 @@ def from_instruction(record: dict[str, Any], tally: FieldTally) -> Conversation 
     if question[1] or answer[1]:
         return Fault(TWICE, f"{'questions' if question[1] else 'answers'} in several fields differ", 2)
     assert question[0] is not None
-    reply = None if answer[0] is None else record[answer[0]]
+    reply = None if answer[0] is None else listed(record[answer[0]])
     replies = reply if type(reply) is list else [{"role": "assistant", "content": reply}]
     asked = prompt_messages(record, tally)
     if isinstance(asked, Fault):
@@ -48,7 +48,7 @@ def prompt_messages(record: dict[str, Any], tally: FieldTally) -> list[Message] 
     """What a record asks: its history and question."""
     name, _ = one_of(record, QUESTIONS)
     assert name is not None
-    question = record[name]
+    question = listed(record[name])
     about, differs = one_of(record, ABOUT)
     if differs:
         return Fault(TWICE, "`input` and `context` differ", 2)
@@ -75,6 +75,9 @@ def prompt_messages(record: dict[str, Any], tally: FieldTally) -> list[Message] 
 
 def _history(history: Any, tally: FieldTally) -> list[Message] | Fault:
     """`[[question, answer], …]`, or messages."""
+    history = listed(history)
+    if is_empty(history):
+        return []
     if type(history) is not list:
         return Fault(WRONG_TYPE, f"`history` is {kind(history)}, not a list")
     turns: list[Any] = []
@@ -89,6 +92,7 @@ def _history(history: Any, tally: FieldTally) -> list[Message] | Fault:
 def answer_messages(value: Any, tally: FieldTally) -> list[Message] | Fault:
     """An answer: a text, a message, or messages."""
     turns: Sequence[Any]
+    value = listed(value)
     if type(value) is str:
         turns = [{"role": "assistant", "content": value}]
     else:

@@ -14,7 +14,7 @@ import orjson
 
 from lumina.chat.template import ROLE_ALIASES, Conversation, Message
 from lumina.data.formats.fault import EMPTY, NO_ASSISTANT, TWICE, UNKNOWN_ROLE, WRONG_TYPE, Fault, kind
-from lumina.data.formats.fields import FLAGS, FieldTally, Vocabulary, is_empty, one_of
+from lumina.data.formats.fields import FLAGS, HARMLESS, FieldTally, Vocabulary, is_empty, one_of
 
 RECORD = Vocabulary("messages", frozenset({"messages", "system"}))
 MESSAGE = Vocabulary(
@@ -33,18 +33,27 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 
 def from_messages(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault:
     """The conversation of a record with `messages`; its `system` comes first where the messages have none."""
-    raw = record["messages"]
-    if type(raw) is str and raw.lstrip().startswith("["):  # a list kept as JSON in a text column
-        try:
-            raw = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:
-            return Fault(WRONG_TYPE, f"`messages` is a string, and no JSON list: {error}")
+    raw = listed(record["messages"])
     if type(raw) is not list:
         return Fault(WRONG_TYPE, f"`messages` is {kind(raw)}, not a list")
     messages = conversation(raw, tally)
     if isinstance(messages, Fault):
         return messages
     return settle(record, messages, tally, RECORD)
+
+
+def listed(value: Any) -> Any:
+    """A list or an object kept as JSON in a text column; anything else as it is."""
+    if type(value) is str and value.lstrip()[:1] in ("[", "{"):
+        try:
+            found = orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return value
+        parts = found if type(found) is list else [found]
+        # A text that happens to be JSON stays one: only what is made of turns is a conversation.
+        turns = all(type(part) is list or (type(part) is dict and ("role" in part or "from" in part)) for part in parts)
+        return found if turns else value
+    return value
 
 
 def settle(
@@ -117,6 +126,8 @@ def message_of(item: Any, number: int, tally: FieldTally) -> Message | Fault | N
     if type(item) is not dict:
         return Fault(WRONG_TYPE, f"it is {kind(item)}, not an object")
     role = item["role"] if item.get("role") is not None else item.get("from")
+    if None not in (item.get("role"), item.get("from")) and item["role"] != item["from"]:
+        return Fault(TWICE, "`role` and `from` differ")
     if type(role) is not str:
         return Fault(WRONG_TYPE, f"`role` is {kind(role)}")
     known = ROLES.get(role.strip().lower())
@@ -177,6 +188,9 @@ def content_text(content: Any) -> str | Fault | None:
         sort = part.get("type", "text") if type(part) is dict else None
         text = part.get(_TEXT_PARTS[sort]) if isinstance(sort, str) and sort in _TEXT_PARTS else None
         if type(text) is str:
+            for name, held in part.items():
+                if name not in ("type", _TEXT_PARTS[sort]) and name not in HARMLESS and not is_empty(held):
+                    return Fault(f"field not used: {name[:30]}", f"`{name[:30]}` in a part of text has no place")
             texts.append(text)
         elif isinstance(sort, str) and sort not in _TEXT_PARTS:
             return Fault(f"field not used: content of type {sort[:30]}", f"a part of type {sort[:30]!r} has no place")

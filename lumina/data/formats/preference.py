@@ -14,14 +14,15 @@ from lumina.chat.template import Conversation, Message
 from lumina.data.formats.fault import TWICE, WRONG_TYPE, Fault, kind
 from lumina.data.formats.fields import FieldTally, Vocabulary, one_of
 from lumina.data.formats.instruction import ABOUT, QUESTIONS, answer_messages, prompt_messages
-from lumina.data.formats.messages import ROLES, conversation, identity, system_message
+from lumina.data.formats.messages import ROLES, conversation, identity, listed, system_message
 from lumina.data.formats.sharegpt import KEYS
 
 SAME, NO_PAIR = "chosen and rejected are the same", "no prompt, chosen and rejected"
 OTHER_PROMPT = "chosen and rejected answer different prompts"
 _CHATS = (*KEYS, "messages")
-_USED = frozenset({"chosen", "rejected", "system", "history", *QUESTIONS, *ABOUT})
-# By where the prompt stands: a chat that is not it has to repeat what is used.
+_USED = frozenset({"chosen", "rejected", "system"})
+# By where the prompt stands: what is not read then has to repeat what is.
+_ASKED = Vocabulary("a preference pair", _USED | {"history", *QUESTIONS, *ABOUT})
 _RECORDS = {name: Vocabulary("a preference pair", _USED | {name}) for name in ("", *_CHATS)}
 
 
@@ -35,6 +36,13 @@ class Pair(NamedTuple):
 def from_pair(record: Any, tally: FieldTally | None = None) -> Pair | Fault:
     """A parsed record, or why it cannot be used."""
     tally = FieldTally() if tally is None else tally
+    try:
+        return _pair(record, tally)
+    except RecursionError:
+        return Fault(WRONG_TYPE, "nested too deep")
+
+
+def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
     if isinstance(record, Fault):
         return record
     if type(record) is not dict or any(record.get(key) is None for key in ("chosen", "rejected")):
@@ -66,8 +74,8 @@ def from_pair(record: Any, tally: FieldTally | None = None) -> Pair | Fault:
         return Fault(WRONG_TYPE, "chosen and rejected must end with the assistant's answer")
     if answers[0] == answers[1]:
         return Fault(SAME, "the two answers are the same")
-    name = _source(record) or ""
-    fault = tally.count(_RECORDS[name if name in _CHATS else ""], record, [*prompt, *answers[0], *answers[1]])
+    vocabulary = _RECORDS.get(_source(record) or "", _ASKED)
+    fault = tally.count(vocabulary, record, [*prompt, *answers[0], *answers[1]])
     if fault is not None:
         return fault
     masked = [message._replace(learn=False) for message in prompt]
@@ -81,7 +89,7 @@ def _source(record: dict[str, Any]) -> str | None:
     if name is not None:
         return name
     for name in _CHATS:
-        chat = record.get(name)
+        chat = listed(record.get(name))
         last = chat[-1] if type(chat) is list and chat else None
         role = last.get("role", last.get("from")) if type(last) is dict else None
         if chat is not None and ROLES.get(str(role).lower()) != "assistant":
@@ -98,10 +106,10 @@ def _prompt(record: dict[str, Any], tally: FieldTally) -> list[Message] | Fault 
         if one_of(record, QUESTIONS)[1]:
             return Fault(TWICE, "its prompt stands in two fields that differ")
         messages = prompt_messages(record, tally)
-    elif type(record[name]) is not list:
+    elif type(listed(record[name])) is not list:
         return Fault(WRONG_TYPE, f"`{name}` is {kind(record[name])}, not a list")
     else:
-        messages = conversation(record[name], tally)
+        messages = conversation(listed(record[name]), tally)
     if isinstance(messages, Fault):
         return messages
     opening = system_message(record, messages)

@@ -7,7 +7,7 @@ from typing import Any
 from lumina.chat.template import Conversation
 from lumina.data.formats.fault import TWICE, WRONG_TYPE, Fault, kind
 from lumina.data.formats.fields import FieldTally, Vocabulary, one_of
-from lumina.data.formats.messages import conversation, settle
+from lumina.data.formats.messages import conversation, listed, settle
 
 KEYS = ("conversations", "conversation")
 RECORD = Vocabulary("ShareGPT", frozenset({*KEYS, "system"}))
@@ -19,7 +19,7 @@ def from_sharegpt(record: dict[str, Any], tally: FieldTally) -> Conversation | F
     assert name is not None
     if twice:
         return Fault(TWICE, "`conversations` and `conversation` differ")
-    raw = record[name]
+    raw = listed(record[name])
     if type(raw) is not list:
         return Fault(WRONG_TYPE, f"`{name}` is {kind(raw)}, not a list")
     messages = conversation(raw, tally)

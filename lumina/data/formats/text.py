@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lumina.chat.template import TEXT_ROLE, Conversation, Message
-from lumina.data.formats.fault import EMPTY, WRONG_TYPE, Fault, kind
+from lumina.data.formats.fault import EMPTY, UNKNOWN_FORMAT, WRONG_TYPE, Fault, kind
 from lumina.data.formats.fields import FieldTally, Vocabulary
 from lumina.data.formats.messages import identity
 
@@ -13,6 +13,8 @@ RECORD = Vocabulary("text", frozenset({"text"}))
 
 
 def from_text(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault:
+    if record.get("role") is not None or record.get("from") is not None or record.get("type") == "text":
+        return Fault(UNKNOWN_FORMAT, "a single message, not a record", 1)
     text = record["text"]
     if type(text) is not str:
         return Fault(WRONG_TYPE, f"`text` is {kind(text)}, not a string", 1)

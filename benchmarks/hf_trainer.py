@@ -85,8 +85,10 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**hf_names.to_hf_config(config, "float32", 0, 0)))
-    clock, cuda = Clock(options.steps), torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
+    with torch.device("cuda" if cuda else "cpu"):  # drawing a billion weights on the host takes half a minute
+        model = LlamaForCausalLM(LlamaConfig(**hf_names.to_hf_config(config, "float32", 0, 0)))
+    clock = Clock(options.steps)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,

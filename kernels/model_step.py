@@ -11,6 +11,7 @@ part of the benchmark, and only benchmarks import it.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -36,10 +37,11 @@ class Options:
     sets: tuple[str, ...] = ()
     batch: int = 1
     accumulation: int = 1
-    stage: int | None = None  # None: what `lumina train` takes without a DeepSpeed configuration
+    stage: int | None = None  # None: 0 on one process, 2 on several
     precision: str = "auto"
     compile: bool = False
     supervised: float = 1.0  # share of tokens with a loss
+    drawn_on: str = "cpu"  # "cuda" draws other weights, in less time
     steps: int = 10
     vocabulary: int | None = None  # smaller than the tokenizer's, for tests
 
@@ -100,7 +102,8 @@ class Trainer:
         settings, _, self.config = ds_json.resolve(config, self.ranks.world, device, document=document)
         self.precision = next((n for n in ("bf16", "fp16") if settings.get(n, {}).get("enabled")), "fp32")
         torch.manual_seed(0)
-        with importlib.import_module("lumina.train.shards").divided(settings, True):  # as the run does it
+        divided = importlib.import_module("lumina.train.shards").divided(settings, True)  # as the run does it
+        with torch.device(options.drawn_on), divided:
             transformer = model.Transformer(self.config)
         if self.config.float8 is not None:
             float8 = importlib.import_module("lumina.model.float8")
@@ -157,6 +160,7 @@ class Trainer:
     def close(self) -> None:
         self.engine.close()
         del self.engine
+        gc.collect()  # DeepSpeed's engine refers to itself: else the next peak contains it
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

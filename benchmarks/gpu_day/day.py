@@ -121,6 +121,8 @@ def run_command(arguments: list[str], log: str, change: Callable[[], None] | Non
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(target, stream)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # the part's own group, whose port is taken
     if change is not None:
         change()
     from lumina.cli import main

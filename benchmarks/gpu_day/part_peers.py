@@ -18,12 +18,12 @@ def main(day: Day) -> None:
         words = ["--preset", "nano", "--batch", "2", "--seq", "64", "--steps", "3", "--vocabulary", "512", *small]
         day.attempt("nano", lambda: day.record("nano, Trainer", **hf_trainer.main(words)))
         return
+    day.attempt("Lumina, every token supervised", lambda: ours(day))
     # Liger replaces classes of the library for good: what goes without it comes first.
     for liger in (False, True):
         for preset in ("1b", "medium"):
             case = f"{preset}, Trainer{' with Liger' if liger else ''}"
             day.attempt(case, lambda c=case, p=preset, more=liger: trainer(day, hf_trainer, c, p, more))
-    day.attempt("Lumina, every token supervised", lambda: ours(day))
 
 
 def trainer(day: Day, hf_trainer: Any, case: str, preset: str, liger: bool) -> None:
@@ -42,7 +42,9 @@ def trainer(day: Day, hf_trainer: Any, case: str, preset: str, liger: bool) -> N
 def ours(day: Day) -> None:
     """The same through Lumina's engine, in the same process."""
     from lumina.kernels import model_step
-    from part_steps import figures
+    from part_steps import figures, fitting
 
-    options = model_step.Options("1b", batch=4, steps=8, precision="bf16")
-    day.record("1b, Lumina", **figures(model_step.time_step(options)))
+    options = model_step.Options("1b", batch=4, steps=8, precision="bf16", drawn_on="cuda")
+    trainer, found = fitting(day, options)
+    day.record("1b, Lumina", **figures(found))
+    trainer.close()

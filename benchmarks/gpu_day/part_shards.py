@@ -13,7 +13,9 @@ def main(day: Day) -> None:
         if day.rehearse:
             options = model_step.Options("nano", TINY, stage=stage, steps=2, vocabulary=512, precision="fp32")
         else:
-            options = model_step.Options("medium", batch=4, stage=stage, steps=8, precision="bf16", supervised=0.5)
+            options = model_step.Options(
+                "medium", batch=4, stage=stage, steps=8, precision="bf16", supervised=0.5, drawn_on="cuda"
+            )
         case = f"{options.preset}, ZeRO-{stage}"
         found = day.attempt(case, lambda o=options: model_step.time_step(o))
         if found is not None:

@@ -23,7 +23,7 @@ def main(day: Day) -> None:
         day.attempt("nano", lambda: preset(day, options, compiled=False, profiled=True))
         return
     for name, batch in RUNS:
-        options = Options(name, batch=batch, steps=8, precision="bf16", supervised=0.5)
+        options = Options(name, batch=batch, steps=8, precision="bf16", supervised=0.5, drawn_on="cuda")
         day.attempt(name, lambda o=options: preset(day, o, compiled=True, profiled=o.preset == "medium"))
 
 

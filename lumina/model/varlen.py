@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor
 
 from lumina.config import UserError
+
+log = logging.getLogger("lumina")
 
 WAYS = ("auto", "flash2", "flash3", "flash4", "torch", "sdpa")
 
@@ -75,7 +78,10 @@ def find(dtype: torch.dtype) -> Kernel | None:
     if way == "auto":
         for newer in _AUTOMATIC.get(major, ()):
             if _present(_ACTIVATED[newer].module):
-                return _through_torch(newer, major)
+                try:
+                    return _through_torch(newer, major)
+                except UserError as error:  # there, but built for something else: the next best is taken
+                    log.warning("%s", str(error).splitlines()[0])
     if way in ("auto", "flash2") and _present("flash_attn") and (package := _package()) is not None:
         return package
     if way == "flash2":

@@ -138,3 +138,17 @@ def test_what_cannot_be_trained_is_refused() -> None:
         float8.check(Config(**shape, precision="fp32", float8="rowwise"))
     with pytest.raises(UserError, match="lora_rank"):
         float8.check(Config(**shape, precision="bf16", float8="rowwise", lora_rank=4))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recomputed_layers_multiply_as_the_others(recipe: Any) -> None:
+    """DeepSpeed's checkpointing runs a layer's first pass without gradients: it is float8 all the same."""
+    found = []
+    for every in (0, 1):
+        model = make_model(dtype=torch.bfloat16, **SHAPE)
+        float8.convert(model, recipe)
+        model.checkpoint_every = every
+        loss = model(*pack((40, 24), seed=1))
+        loss.backward()
+        found.append((loss.item(), [p.grad.tolist() for p in model.parameters() if p.grad is not None]))
+    assert found[0] == found[1]

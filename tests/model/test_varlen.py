@@ -195,13 +195,17 @@ def test_what_is_not_there_is_refused(
         find(HALF)
 
 
-def test_an_activation_that_fails_is_a_users_error(machine: Machine) -> None:
+def test_a_package_that_is_there_but_broken_is_done_without_unless_it_is_asked_for(machine: Machine) -> None:
     def fail(name: str) -> None:
         raise RuntimeError("Module 'flash_attn_interface' does not expose FA3 backward kernels")
 
     machine.card(9)
     machine.install("flash_attn_interface")
     machine.patch.setattr(torch.nn.attention, "activate_flash_attention_impl", fail)
+    found = find(HALF)
+    assert found is not None
+    assert found.name == "torch's FlashAttention 2"
+    machine.patch.setenv("LUMINA_ATTENTION", "flash3")
     with pytest.raises(UserError, match="backward kernels"):
         find(HALF)
 

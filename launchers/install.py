@@ -10,7 +10,9 @@ constraints file of its own. A GPU changes only what is said: constraints that d
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,11 +44,14 @@ def bounds(setup: str) -> tuple[str, str]:
 
 
 def within(version: str, low: str, high: str) -> bool:
-    """Whether `version` ("2.11.0+cu130") lies in [low, high), by its leading numbers."""
+    """Whether `version` ("2.11.0+cu130") lies in [low, high), by its leading numbers; a build from before a release
+    ("2.11.0a0+…", as some images have) of the lowest does not, for pip."""
 
     def numbers(text: str) -> list[int]:
         return [int(part) for part in re.match(r"[\d.]+", text)[0].strip(".").split(".")]  # type: ignore[index]
 
+    if re.match(rf"{re.escape(low)}(\.0)*(a|b|rc|\.dev)", version):
+        return False
     return numbers(low) <= numbers(version) < numbers(high)
 
 
@@ -77,10 +82,15 @@ def choose(kept: tuple[str, str] | None, wheel: tuple[str, list[str]] | None, gp
                 f"'torch>={low},<{high}' there, or remove the environment for a new one"
             )
         return Choice(
-            [f"-c {COMMON}", f"torch=={version}"], f"torch {version} in {folder} is kept: {COMMON.name}; {card}"
+            [_include(COMMON), f"torch=={version}"], f"torch {version} in {folder} is kept: {COMMON.name}; {card}"
         )
     assert wheel is not None
     version, requirements = wheel
+    if any("-cu12" in requirement for requirement in requirements):  # an older driver's: other libraries than pinned
+        return Choice(
+            [_include(COMMON), f"torch=={version}"],
+            f"torch {version}, as pip finds it, is a CUDA 12 build: {COMMON.name}; {card}",
+        )
     if is_cuda_build(requirements):
         name, kind = "constraints-cuda.txt", "CUDA"
         if not gpu:
@@ -89,7 +99,17 @@ def choose(kept: tuple[str, str] | None, wheel: tuple[str, list[str]] | None, gp
         name, kind = "constraints-cpu.txt", "CPU"
         if gpu:
             card += ", which this torch cannot use: see docs/install.md"
-    return Choice([f"-c {ROOT / name}"], f"torch {version}, as pip finds it, is a {kind} build: {name}; {card}")
+    return Choice([_include(ROOT / name)], f"torch {version}, as pip finds it, is a {kind} build: {name}; {card}")
+
+
+def _include(file: Path) -> str:
+    """A line that takes in another constraints file, whatever its folder is called."""
+    return f"-c {shlex.quote(str(file))}"
+
+
+def _environment() -> dict[str, str]:
+    """pip's: an image's own PIP_CONSTRAINT would be merged with ours, and contradict it."""
+    return {**os.environ, "PIP_CONSTRAINT": ""}
 
 
 def torch_of(python: Path) -> tuple[str, str] | None:
@@ -115,7 +135,7 @@ def wheel_of_pip(python: Path) -> tuple[str, list[str]]:
         "--report",
         "-",
     ]
-    answer = subprocess.run([*ask, pinned[0]], stdout=subprocess.PIPE, text=True)
+    answer = subprocess.run([*ask, pinned[0]], stdout=subprocess.PIPE, text=True, env=_environment())
     if answer.returncode:
         raise ValueError(f"pip finds no {pinned[0]} for this machine (above, in its words)")
     about = json.loads(answer.stdout)["install"][0]["metadata"]
@@ -126,6 +146,7 @@ def make_venv(venv: Path, setup: str) -> None:
     """Make `venv` unless it is there. It shares the torch of this Python if setup.py allows that one: an image's own
     build, and a machine without an index, then needs no second one."""
     if (venv / "bin/python").exists():
+        _give_pip(venv)
         return
     own = torch_of(Path(sys.executable))
     shared = own is not None and within(own[0], *bounds(setup))
@@ -134,6 +155,13 @@ def make_venv(venv: Path, setup: str) -> None:
         # This Python is in an environment itself, whose packages are not the system's.
         place = next((venv / "lib").glob("python*/site-packages"))
         (place / "outer.pth").write_text(own[1] + "\n")
+
+
+def _give_pip(venv: Path) -> None:
+    """An environment that uv made, or that was cut off while it was made, has no pip."""
+    python = str(venv / "bin/python")
+    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
+        subprocess.run([python, "-m", "ensurepip", "--default-pip"], check=True, stdout=subprocess.DEVNULL)
 
 
 def main(venv: Path, extras: str, *options: str) -> int:
@@ -151,7 +179,7 @@ def main(venv: Path, extras: str, *options: str) -> int:
     chosen = venv / "constraints.txt"
     chosen.write_text("".join(f"{line}\n" for line in choice.constraints))
     install = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "-c", str(chosen)]
-    return subprocess.run([*install, "-e", f"{ROOT}[{extras}]", *options]).returncode
+    return subprocess.run([*install, "-e", f"{ROOT}[{extras}]", *options], env=_environment()).returncode
 
 
 if __name__ == "__main__":

@@ -11,9 +11,15 @@ gpus=$(python -c "import torch; print(torch.cuda.device_count() if torch.cuda.is
 version=$(python -c "import importlib.metadata as m; print(m.version('torch'))")
 if [ "$gpus" -gt 0 ]; then
     processes=$((gpus > 2 ? 2 : gpus))
+    where=(--num_gpus "$processes")
+    # DeepSpeed's launcher ignores CUDA_VISIBLE_DEVICES beside --num_gpus: the devices are named instead.
+    case "${CUDA_VISIBLE_DEVICES:-}" in
+        [0-9]*) where=(--include "localhost:$(cut -d, -f1-"$processes" <<<"$CUDA_VISIBLE_DEVICES")") ;;
+    esac
     echo "quickstart: torch $version sees $gpus GPU(s): $processes process(es), one on each"
 else
     processes=2
+    where=(--num_gpus 2)
     export DS_ACCELERATOR=cpu
     echo "quickstart: torch $version sees no GPU: 2 processes on the CPU"
 fi
@@ -22,7 +28,7 @@ python -m lumina.data.chitchat data # -> data/chitchat.train.jsonl, data/chitcha
 
 # A second call trains anew: the run of the first is moved aside, not overwritten.
 [ ! -d "$run" ] || mv "$run" "$run-before-$(date +%Y%m%d-%H%M%S)"
-deepspeed --num_gpus "$processes" launchers/train.py --ds_config ds_configs/zero2.json --config nano \
+deepspeed "${where[@]}" launchers/train.py --ds_config ds_configs/zero2.json --config nano \
     --train-data data/chitchat.train.jsonl --eval-data data/chitchat.eval.jsonl \
     --experiment-name quickstart --batch-size 2 --grad-accum 1 --lr 2e-3 --max-steps "${QUICKSTART_STEPS:-100}"
 

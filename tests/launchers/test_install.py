@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -46,10 +47,30 @@ def test_a_torch_that_is_there_is_kept(install: ModuleType) -> None:
     assert "kept" in choice.reason
 
 
-@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "2.6.0+cu124"])
+@pytest.mark.parametrize("version", ["2.10.1", "2.14.0", "2.6.0+cu124", "2.11.0a0+a6c236b9fd.nv26.1"])
 def test_one_that_was_not_tried_is_refused_not_replaced(install: ModuleType, version: str) -> None:
     with pytest.raises(ValueError, match=r"torch>=2\.11,<2\.14"):
         install.choose((version, "/somewhere"), None, True, SETUP)
+
+
+def test_an_older_drivers_wheel_keeps_its_own_libraries(install: ModuleType) -> None:
+    wheel = ("2.13.0+cu126", ["nvidia-cublas-cu12==12.6.4.1", "triton==3.7.1"])
+    assert install.choose(None, wheel, True, SETUP).constraints == [
+        f"-c {ROOT / 'constraints.txt'}",
+        "torch==2.13.0+cu126",
+    ]
+
+
+def test_a_folder_with_a_space_is_quoted(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "ROOT", Path("/my projects/lumina"))
+    assert install.choose(None, PLAIN, True, SETUP).constraints == ["-c '/my projects/lumina/constraints-cpu.txt'"]
+
+
+def test_an_environment_without_pip_gets_it(install: ModuleType, tmp_path: Path) -> None:
+    venv = tmp_path / "of another tool"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    install.make_venv(venv, SETUP)
+    subprocess.run([venv / "bin/python", "-m", "pip", "--version"], check=True, capture_output=True)
 
 
 def test_a_card_is_seen_by_its_device_file(install: ModuleType, tmp_path: Path) -> None:

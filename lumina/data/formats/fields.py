@@ -104,7 +104,7 @@ class FieldTally:
     plain_messages: int = 0
     plain_turns: int = 0
     _counts: dict[str, Counter[str]] = field(default_factory=dict)
-    _shapes: dict[tuple[str, ...], _Shape] = field(default_factory=dict)
+    _shapes: dict[tuple[Any, ...], _Shape] = field(default_factory=dict)
 
     def count(self, vocabulary: Vocabulary, held: Mapping[str, Any], messages: Sequence[Message] = ()) -> Fault | None:
         """Count the keys of a record or message, or say why it cannot be used. `messages` are what it became: a field

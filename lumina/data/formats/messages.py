@@ -186,10 +186,11 @@ def content_text(content: Any) -> str | Fault | None:
             texts.append(part)
             continue
         sort = part.get("type", "text") if type(part) is dict else None
-        text = part.get(_TEXT_PARTS[sort]) if isinstance(sort, str) and sort in _TEXT_PARTS else None
+        where = _TEXT_PARTS.get(sort) if isinstance(sort, str) else None
+        text = part.get(where) if where is not None else None
         if type(text) is str:
             for name, held in part.items():
-                if name not in ("type", _TEXT_PARTS[sort]) and name not in HARMLESS and not is_empty(held):
+                if name not in ("type", where) and name not in HARMLESS and not is_empty(held):
                     return Fault(f"field not used: {name[:30]}", f"`{name[:30]}` in a part of text has no place")
             texts.append(text)
         elif isinstance(sort, str) and sort not in _TEXT_PARTS:

@@ -32,8 +32,8 @@ class Mutation:
     every: bool = False
 
 
-NORM, ROPE, SWIGLU, ENTROPY, LAUNCH = (
-    f"test_{name}.py" for name in ("rms_norm", "rope", "swiglu", "cross_entropy", "launch")
+NORM, ROPE, SWIGLU, ENTROPY, LAUNCH, PLANS = (
+    f"test_{name}.py" for name in ("rms_norm", "rope", "swiglu", "cross_entropy", "launch", "plans")
 )
 # One shape of the tests that go over many: a mutant's death must not take long.
 NORM_NUMBERS = f"{NORM}::test_add_norm_and_its_gradients[7-123-dtype1]"
@@ -126,6 +126,14 @@ MUTATIONS = (
              f"{SWIGLU}::test_drawn_shapes_and_strides"),
     Mutation("in-place writes not counted", "launch.py", "args[:mutated])", "args[:0])",
              "test_operators.py::test_in_place_operators_count_versions"),
+    Mutation("logits written without the dispatcher not counted", "cross_entropy.py", "launch.count_writes(logits)",
+             "pass", f"{PLANS}::test_in_place_without_the_dispatcher_counts_versions"),
+    Mutation("heads turned without the dispatcher not counted", "rope.py", "launch.count_writes(q, k)", "pass",
+             f"{PLANS}::test_in_place_without_the_dispatcher_counts_versions"),
+    Mutation("a mode that listens is not asked", "plans.py", "and torch._C._len_torch_dispatch_stack() == 0", "",
+             f"{PLANS}::test_without_the_dispatcher_the_same_bits"),
+    Mutation("tensors of other kinds taken for plain ones", "plans.py", "type(tensor) in _PLAIN for", "True for",
+             f"{PLANS}::test_who_must_see_an_operator_does"),
     Mutation("more per thread than registers hold", "launch.py", "(4096, 16) if backward", "(16384, 64) if backward",
              f"{LAUNCH}::test_norm_tiles"),
     Mutation("more programs than the bytes allow", "rms_norm.py", "ROWS_PER_PROGRAM = 32", "ROWS_PER_PROGRAM = 2",

@@ -83,9 +83,13 @@ def test_compiled_without_a_graph_break() -> None:
 
 
 def test_in_place_operators_count_versions() -> None:
+    """Called as operators; without the dispatcher: test_plans.py."""
     logits = normal(2, 9, grad=False)
-    kernels.cross_entropy_(logits, torch.tensor([0, 1]), torch.ones(2))
+    torch.ops.lumina.cross_entropy_(logits, torch.tensor([0, 1]), torch.ones(2))
     assert logits._version == 1
+    q, k, *others = rope_arguments(grad=False)
+    torch.ops.lumina.rope_(q, k, *others)
+    assert (q._version, k._version) == (1, 1)
 
 
 def test_refusals() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +20,11 @@ from lumina.plan.workload import Shape
 
 
 @pytest.fixture
-def triton_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("LUMINA_KERNELS", "triton")
-    ops._choice.cache_clear()
+    monkeypatch.setattr(ops, "_chosen", None)  # read anew, and afterwards what it was
     monkeypatch.setattr(transformer, "attention", lambda q, k, v, docs: q)  # one launch, three backward: not counted
-    yield
-    ops._choice.cache_clear()
 
 
 class Counted(TorchDispatchMode):

@@ -213,7 +213,8 @@ class _Values:
 
     def _go_on(self) -> bool:
         """After broken text: move to the next line that begins a value. False when there is none."""
-        following = re.compile(rf"\n{self.indent}(?=[{{\[])")  # not what stands deeper, a part of the broken value
+        # Not what stands deeper, which is a part of the broken value.
+        following = re.compile(rf"\n[ \t]{{0,{len(self.indent)}}}(?=[{{\[])")
         while True:
             found = following.search(self.text, self.at + 1)
             if found is not None:

@@ -158,7 +158,9 @@ def _opens(line: bytes, following: bytes, sound: bool) -> bool:
     """Whether a line begins a value that goes on in the next one, as a pretty-printed object or array does."""
     line = line.strip()
     begins = line.startswith((b"{", b"[")) and line.endswith((b"{", b"[", b",", b":"))
-    return begins and not sound and following.startswith((b"{", b"[", b" ", b"\t", b'"', b"]", b"}"))
+    if WRAPPED.fullmatch(line.decode("utf-8", "replace")) or line == b"[":
+        return not sound  # records may follow at the margin
+    return begins and not sound and following.startswith((b" ", b"\t", b'"', b"]", b"}"))
 
 
 def read_items(path: str, layout: Layout, start: int = 0, stop: int | None = None) -> Iterator[Item]:

@@ -38,18 +38,20 @@ def direct(first: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether these are plain tensors that a kernel can run on, outside of anything that must see an operator."""
     if torch.compiler.is_compiling():
         return False
+    for tensor in others:  # no generator: this runs before every operator
+        if type(tensor) not in _PLAIN:
+            return False
     return (
         (first.is_cuda or (launch.INTERPRETED and first.is_cpu))
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and type(first) in _PLAIN
-        and all(type(tensor) in _PLAIN for tensor in others)
     )
 
 
 def signature(*tensors: torch.Tensor) -> tuple[Any, ...]:
     """What a plan depends on: shape, strides, type and device of each tensor."""
-    return tuple((t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors)
+    return tuple([(t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors])
 
 
 def distinct(*tensors: torch.Tensor) -> list[torch.Tensor]:

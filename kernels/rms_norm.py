@@ -318,7 +318,7 @@ _FORWARD, _BACKWARD = Plans(), Plans()
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    y = x.new_empty(x.shape)
+    y = launch.like(x)
     key = (plans.signature(x, weight), eps)
     plan = _FORWARD.get(key)
     if plan is not None and plan(x, weight, y):
@@ -335,7 +335,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def _add_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y, total = x.new_empty(x.shape), x.new_empty(x.shape)
+    y, total = launch.like(x), launch.like(x)
     key = (plans.signature(x, residual, weight), eps)
     plan = _FORWARD.get(key)
     if plan is not None and plan(x, residual, weight, y, total):
@@ -354,7 +354,7 @@ def _add_norm(
 def _norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dsum: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    dx, dweight = launch.like(x), launch.like(weight)
     given = (dy, x, weight) if dsum is None else (dy, x, weight, dsum)
     key = (plans.signature(*given), eps)
     plan = _BACKWARD.get(key)
@@ -371,10 +371,6 @@ def _norm_backward(
     launches = backward_launches(dy_NW, x_NW, weight_W, dsums[0] if dsums else None, dx_NW, dweight_W, eps)
     _BACKWARD.run(key, launches, rows, (*given, dx, dweight))
     return dx, dweight
-
-
-def _like(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape)
 
 
 def _run_backward(
@@ -416,19 +412,19 @@ def _differentiate_add_norm(
 norm_backward_op = launch.register(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? dsum, float eps) -> (Tensor, Tensor)",
     _norm_backward,
-    lambda dy, x, weight, dsum, eps: (_like(x), _like(weight)),
+    lambda dy, x, weight, dsum, eps: (launch.like(x), launch.like(weight)),
 )
 norm_op = launch.register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     _norm,
-    lambda x, weight, eps: _like(x),
+    lambda x, weight, eps: launch.like(x),
     setup=_save_norm,
     backward=_differentiate_norm,
 )
 add_norm_op = launch.register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     _add_norm,
-    lambda x, residual, weight, eps: (_like(x), _like(x)),
+    lambda x, residual, weight, eps: (launch.like(x), launch.like(x)),
     setup=_save_add_norm,
     backward=_differentiate_add_norm,
 )

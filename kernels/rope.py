@@ -158,7 +158,7 @@ _NEW, _IN_PLACE = Plans(), Plans()
 def _rope_new(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q_out, k_out = _like(q), _like(k)
+    q_out, k_out = launch.like(q), launch.like(k)
     given = (q, k, cos, sin, positions)
     key = (plans.signature(*given), inverse)
     plan = _NEW.get(key)
@@ -191,10 +191,6 @@ def _rope_in_place(
         _IN_PLACE.run(key, [rope_launch(q4, k4, q4, k4, cos4, sin4, places, False)], arguments, given)
 
 
-def _like(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, cos, sin, positions, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin, positions)
@@ -222,7 +218,7 @@ def _differentiate(ctx: Any, dq: torch.Tensor | None, dk: torch.Tensor | None) -
 rope_op = launch.register(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions, bool inverse) -> (Tensor, Tensor)",
     _rope_new,
-    lambda q, k, cos, sin, positions, inverse: (_like(q), _like(k)),
+    lambda q, k, cos, sin, positions, inverse: (launch.like(q), launch.like(k)),
     setup=_save,
     backward=_differentiate,
 )

@@ -114,7 +114,7 @@ def _swiglu(x: torch.Tensor) -> torch.Tensor:
 
 
 def _swiglu_backward(dh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    dx = x.new_empty(x.shape)
+    dx = launch.like(x)
     key = plans.signature(dh, x)
     plan = _BACKWARD.get(key)
     if plan is not None and plan(dh, x, dx):
@@ -148,7 +148,7 @@ def _differentiate(ctx: Any, dh: torch.Tensor) -> torch.Tensor:
 
 
 swiglu_backward_op = launch.register(
-    "swiglu_backward(Tensor dh, Tensor x) -> Tensor", _swiglu_backward, lambda dh, x: x.new_empty(x.shape)
+    "swiglu_backward(Tensor dh, Tensor x) -> Tensor", _swiglu_backward, lambda dh, x: launch.like(x)
 )
 swiglu_op = launch.register("swiglu(Tensor x) -> Tensor", _swiglu, _half, setup=_save, backward=_differentiate)
 

@@ -209,7 +209,7 @@ Figures for offload to the host rest on assumptions that no run here has tested.
 
 A step cannot be faster than the host queues it: {forward} launches a layer forward and {backward} backward, at the
 host time of one layer that `python benchmarks/host_time.py` measures without a card ({forward_us:.0f} and
-{backward_us:.0f} us on one core of an AMD EPYC; `--host-us F B` gives another host's). It is a floor: no wait of the
+{backward_us:.0f} us on one core of an Intel Xeon; `--host-us F B` gives another host's). It is a floor: no wait of the
 host is in it, no hook of DeepSpeed's, and nothing that `--compile` saves. It moves none of the published runs above:
 their models and micro-batches are large. Small models at small micro-batches wait for the host: `debug` as it stands on
 one H100 is predicted at {share:.0%} of what the card alone would do.

@@ -132,7 +132,7 @@ MUTATIONS = (
              f"{PLANS}::test_in_place_without_the_dispatcher_counts_versions"),
     Mutation("a mode that listens is not asked", "plans.py", "and torch._C._len_torch_dispatch_stack() == 0", "",
              f"{PLANS}::test_without_the_dispatcher_the_same_bits"),
-    Mutation("tensors of other kinds taken for plain ones", "plans.py", "type(tensor) in _PLAIN for", "True for",
+    Mutation("tensors of other kinds taken for plain ones", "plans.py", "if type(tensor) not in _PLAIN", "if False",
              f"{PLANS}::test_who_must_see_an_operator_does"),
     Mutation("more per thread than registers hold", "launch.py", "(4096, 16) if backward", "(16384, 64) if backward",
              f"{LAUNCH}::test_norm_tiles"),

@@ -76,17 +76,18 @@ class Shipped(NamedTuple):
 
 class Shipper:
     """Copies of batches to a GPU on a stream of its own, for the thread that makes them: they arrive while the device
-    computes an earlier step. `TorchBatch.to` then orders the step's work after the copy."""
+    computes an earlier step. `TorchBatch.to` then orders the step's work after the copy. To be made in that thread."""
 
     def __init__(self, device: torch.device) -> None:
+        # A new thread's current device is the machine's first. Leaving a stream's context goes back to it, and pinned
+        # memory is taken there: each begins a context of some 500 MB on it, for every rank.
+        torch.cuda.set_device(device)
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, batch: TorchBatch) -> TorchBatch:
         """The batch on the device; as it was, for `to` to copy, where the device has no room for it now."""
         try:
-            # Makes the device current as well: a new thread's is the first of the machine, and pinning memory there
-            # would begin a context of some 500 MB on it for every rank.
             with torch.cuda.stream(self._stream):
                 moved = _copied(batch, self._device)
                 return moved._replace(shipped=Shipped(moved.ids_T, self._stream.record_event()))

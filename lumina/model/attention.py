@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lumina.config import UserError
@@ -79,8 +80,14 @@ class Documents:
                 row[: end - start] = np.arange(start, end)
                 back[start:end] = np.arange(first, first + end - start)
                 first += longest
-            groups.append(torch.from_numpy(rows_nL).to(device, non_blocking=True))
-        return groups, torch.from_numpy(back).to(device, non_blocking=True)
+            groups.append(_sent(rows_nL, device))
+        return groups, _sent(back, device)
+
+
+def _sent(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """The array on a device; the host does not wait for it: from pageable memory it would."""
+    host = torch.from_numpy(array)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def attention(

@@ -124,7 +124,8 @@ class Answers:
         rule, reason = verdict or (NOT_FINITE, f"loss {loss:.4g}, gradient norm {norm:.4g}")
         action = "reported only" if applied else "update skipped on all ranks"
         run.events.add(step, "answer", "warn", rule, reason, action, data.samples, loss=loss, grad_norm=norm)
-        if applied or (run.engine.fp16 and rule == NOT_FINITE):  # fp16 looks for its loss scale that way
+        # fp16 looks for its loss scale by gradients that are not finite; a loss that is not has another cause.
+        if applied or (run.engine.fp16 and rule == NOT_FINITE and math.isfinite(loss)):
             return
         refused = run.guard.refuse(step)
         if run.config.rollback_after and len(refused) >= run.config.rollback_after:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lumina.data import StepData
 from lumina.data.order import samples_id
+from lumina.train.engine import scale_exhausted
 from lumina.train.recording import record_step
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ class Readback:
 
 @dataclass
 class StepTaken:
-    """A step whose numbers are under way: norm, applied, loss scale, and what `put` is given. split: its time by phase;
-    ended: seconds since 1970."""
+    """A step whose numbers are under way: norm, applied, loss scale, whether that is exhausted, and what `put` is
+    given. split: its time by phase; ended: seconds since 1970."""
 
     data: StepData
     lr: float
@@ -94,9 +95,12 @@ class Deferred:
         scale = engine.gradient_scale()  # fp16's under stage 0 is on the device
         if not isinstance(scale, Tensor):
             scale = torch.full_like(norm, scale)
-        own = torch.stack((norm.double(), applied.double(), scale.double()))
-        numbers = Readback(torch.cat((own, shared)))
-        self._taken = StepTaken(data, lr, numbers, engine.timer.cut(), time.time())
+        exhausted = engine.exhausted()
+        if exhausted is None:
+            exhausted = torch.zeros_like(applied)
+        own = torch.stack((norm.double(), applied.double(), scale.double(), exhausted.double()))
+        split = engine.timer.cut()  # before the numbers: once they are there, the device has come past its last event
+        self._taken = StepTaken(data, lr, Readback(torch.cat((own, shared))), split, time.time())
 
     def settle(self, rebuild: Callable[[], None] = lambda: None) -> str | None:
         """Read the step's numbers and act upon them. Returns why the run must stop, if it must, agreed between all
@@ -107,7 +111,7 @@ class Deferred:
             return None
         self._taken = None
         numbers = taken.numbers.read()
-        stopping, resizing, busy, asked, backup, corrupt = numbers[4:10]
+        stopping, resizing, busy, asked, backup, corrupt = numbers[5:11]
         run.saves.agree(busy, asked, backup)
         if corrupt:
             run.answers.note_corrupt(taken.data)
@@ -127,12 +131,15 @@ class Deferred:
 
     def _note(self, taken: StepTaken, numbers: list[float]) -> None:
         """The step's record, its health, and its place in the baselines or among the refused ones."""
-        run, split, sums = self._run, taken.split.read(), numbers[10:]
-        norm, made, scale, loss = numbers[:4]
+        run, split, sums = self._run, taken.split.read(), numbers[11:]
+        norm, made, scale, exhausted, loss = numbers[:5]
         applied, loss_scale = bool(made), scale if run.engine.fp16 else None
         run.stragglers.add(split["forward"] + split["backward"], split["communication"] + split["optimizer"])
         anomaly = run.answers.judge(loss, norm)
-        record_step(
-            run, taken.data, loss, taken.lr, norm, applied, anomaly, split, samples_id(*sums), taken.ended, loss_scale
-        )
-        run.answers.after_update(taken.data, loss, norm, applied, anomaly)
+        data, samples = taken.data, samples_id(*sums)
+        try:
+            record_step(run, data, loss, taken.lr, norm, applied, anomaly, split, samples, taken.ended, loss_scale)
+        finally:  # the update was made, whatever became of its record: a checkpoint's baselines know of it
+            run.answers.after_update(data, loss, norm, applied, anomaly)
+        if exhausted:
+            raise scale_exhausted(f"step {data.step + 1}: ")

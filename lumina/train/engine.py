@@ -21,12 +21,11 @@ import torch
 from lumina.cluster import topology
 from lumina.cluster.identity import identify, parent_signal
 from lumina.cluster.signals import end_with_parent
-from lumina.config import Config
+from lumina.config import Config, UserError
 from lumina.config.visible import explain_duplicate, take_device
 from lumina.model import Transformer
 from lumina.train import half_precision
 from lumina.train.optimizer import AdamW, build_optimizer
-from lumina.train.overlap import wait_on_the_device
 from lumina.train.release import release
 from lumina.train.timing import StepTimer
 from lumina.train.veto import Veto, refusal
@@ -141,12 +140,19 @@ def end_process(code: int) -> int:
     return code
 
 
+def scale_exhausted(where: str = "") -> UserError:
+    """What ends an fp16 run whose gradients are not finite at the smallest loss scale."""
+    return UserError(
+        f"{where}fp16's loss scale is at its smallest and the gradients are still not finite",
+        "Train in bf16 or fp32 (precision), lower learning_rate, or go on from an earlier checkpoint (--resume PATH).",
+    )
+
+
 class Engine:
     """A DeepSpeed engine with the gradient clipped, its norm known and a bad step skipped under every stage."""
 
     def __init__(self, model: Transformer, config: Config, ds_config: dict[str, Any]) -> None:
         import deepspeed
-        from deepspeed.accelerator import get_accelerator
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
         if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # by type, which a subclass is not
@@ -175,7 +181,6 @@ class Engine:
         self._stepping = False  # whether the optimizer proper has been called in this step
         self.optimizer.step = self._noted(self.optimizer.step)  # type: ignore[method-assign]
         self._veto = Veto(self.ds.optimizer, self.optimizer, self.device, self.fp16)
-        wait_on_the_device(self.ds.optimizer, get_accelerator())
         if self.stage == 0 and torch.distributed.get_world_size() == 1:
             # Alone there is nothing to reduce, but DeepSpeed would flatten all gradients and copy them back.
             self.ds.enable_backward_allreduce = False
@@ -274,6 +279,7 @@ class Engine:
         """Update the weights. Returns the gradient norm before clipping and whether the step was applied (bool): a norm
         that is above `limit` or not finite leaves the weights as they are, on every rank alike. Both are 0-dimensional
         tensors on the device, as `limit` may be, and nothing here waits for it: lumina.train.veto says where it does.
+        Raises UserError where fp16's loss scale is at its smallest and overflows under stages 1 to 3; see `exhausted`.
         """
         self._accumulated = self._stepping = False
         scaler = vars(self._scaler()) if self.fp16 and self._own is None else {}
@@ -283,6 +289,15 @@ class Engine:
         except torch.OutOfMemoryError:
             scaler.update(before)  # the step will be taken again
             raise
+        except Exception as error:
+            if self.fp16 and "loss scale already at minimum" in str(error):  # DeepSpeed's, of no type of its own
+                raise scale_exhausted() from None
+            raise
+
+    def exhausted(self) -> torch.Tensor | None:
+        """Whether the last step overflowed at fp16's smallest loss scale (bool, on the device), where `step` does not
+        raise for it: under stage 0, whose scale the host does not know."""
+        return self._own.loss_scale.exhausted if self._own is not None and self._own.loss_scale is not None else None
 
     def _step(self, limit: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._own is not None:

@@ -41,6 +41,8 @@ class LossScale:
     ) -> None:
         self._window, self._hysteresis, self._refill, self._least = window, hysteresis, refill, least
         self._state = torch.tensor([scale, 0.0, -1.0, hysteresis], dtype=torch.float64, device=device)
+        self.exhausted = torch.zeros((), dtype=torch.bool, device=device)
+        """Whether the last step overflowed where the scale cannot shrink: DeepSpeed's scaler raises there."""
 
     @property
     def scale(self) -> Tensor:
@@ -54,6 +56,7 @@ class LossScale:
             return
         scale, step, last, left = self._state.unbind()
         spent = left <= 1
+        self.exhausted = overflow & spent & (scale <= self._least)
         shrunk = torch.where(spent, (scale / 2).clamp(min=self._least), scale)
         stable = step - last - 1
         due = (stable > 0) & (stable % self._window == 0)

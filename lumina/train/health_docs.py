@@ -120,7 +120,9 @@ How often the host waits for the device in a steady step of two micro-batches (c
 The one is for numbers of the step before. Two kinds of run need a decision on the host and wait once more, in the
 update: fp16 under ZeRO 1 to 3, whose dynamic loss scale DeepSpeed keeps there, and an optimizer on the host
 (`offload_optimizer`), which waits for its gradients anyway. Not counted: ZeRO-3 holds the host back when more than two
-buckets of gradients, or two gathers, are under way, which bounds its memory and leaves the device work to do.
+buckets of gradients, or two gathers, are under way, which bounds its memory and leaves the device work to do. And
+with a second copy of the shards within a node (`zero_hpz_partition_size` above 1) DeepSpeed waits for the stream once
+a step for every weight, when it is divided again after its first gather.
 
 ## Saving and backups
 

@@ -124,6 +124,13 @@ def _step(run: Run, data: StepData) -> str | None:
     with timer.phase("optimizer"):
         norm, applied = _update(run, data, run.answers.limit(shared[0]))
     run.deferred.put(data, lr, shared, norm, applied)
+    # From here on a checkpoint of this step can be made: what its guard and its record need is under way.
+    run.progress.step, run.sound = step, True
+    stats = run.layer_stats(step)
+    if stats is not None:
+        with timer.phase("optimizer"):
+            if bool(applied):
+                run.record_layers(step, stats.after())
     return None
 
 
@@ -139,6 +146,7 @@ def _accumulate(run: Run, data: StepData) -> tuple[torch.Tensor, str | None]:
         for number, batch in enumerate(data.micro_batches, 1):
             run.watchdog.beat(f"step {step}, micro-batch {number}")
             loss += run.engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
+            batch.made = None  # its memory on the device, which a step's record would keep to the next update
     except torch.OutOfMemoryError as error:
         if not run.config.answer_out_of_memory:
             raise
@@ -157,8 +165,8 @@ def _draw(seed: int, step: int, rank: int) -> int:
 
 
 def _update(run: Run, data: StepData, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The optimizer's step, and the layers' statistics around it where they are due."""
-    step = data.step + 1
+    """The optimizer's step; before it, the first half of the layers' statistics where they are due."""
+    step, failure = data.step + 1, None
     stats = run.layer_stats(step)
     if stats is not None:
         stats.before()
@@ -169,10 +177,10 @@ def _update(run: Run, data: StepData, limit: torch.Tensor) -> tuple[torch.Tensor
     except torch.OutOfMemoryError as error:
         if not run.config.answer_out_of_memory:
             raise
-        run.answers.update_ran_out(step, data.samples, str(error).splitlines()[0])
-    run.progress.step, run.sound = step, True
-    if stats is not None and bool(applied):
-        run.record_layers(step, stats.after())
+        failure = str(error).splitlines()[0]
+    if failure is not None:  # here, where no traceback and no statistics hold the engine that is to be given up
+        stats = None
+        run.answers.update_ran_out(step, data.samples, failure)
     return norm, applied
 
 

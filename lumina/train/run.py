@@ -300,7 +300,10 @@ class Run:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.deferred.note(wait=False)
+        try:
+            self.deferred.note(wait=False)
+        except Exception as error:  # what ended the run is what the user must hear of, and the rest is to be closed
+            log.error("the record of the last step is lost: %s: %s", type(error).__name__, error)
         self.watchdog.__exit__(*exception)
         self.console.__exit__(*exception)
         self.saves.stop_waiting(5.0)

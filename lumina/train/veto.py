@@ -15,6 +15,12 @@ queued on any of them comes before what is queued on any of them later, which is
 wait. Offloaded state is read by the host itself, which does have to wait: nothing of this there. The waits are counted
 in tests/train/test_host_waits.py; on a card the order of the streams has not been tried.
 
+History of overlap_comm under stages 1 and 2, read before it became the default (DeepSpeed's issues): a bucket was
+refilled while it was being reduced (7188, 7804; fixed by not resetting the index of the pair of buckets), copies from
+several autograd streams were not waited for (8061), stage 3 waited for the wrong stream (pull request 7898). The fixes
+are in 0.19.8. A gradient larger than the bucket is still reduced where it lies, and freed under stage 2 without a word
+to the allocator: the bucket is therefore never smaller than the largest tensor (lumina.config.deepspeed).
+
 This is the one file that replaces DeepSpeed's private functions of a step.
 """
 
@@ -140,6 +146,7 @@ class _Order:
         self._accelerator: Any = get_accelerator()
         self._streams: list[Any] = []
         self._modules: list[Any] = []
+        self._gathers = False  # whether weights are put together from the ranks' shards: stage 3
         offloaded = any(getattr(wrapper, name, False) for name in ("cpu_offload", "offload_optimizer", "offload_param"))
         if offloaded or self._accelerator.resolves_data_dependency():
             return
@@ -147,6 +154,7 @@ class _Order:
             self._streams = [wrapper.reduction_stream]
             self._modules = [sys.modules[type(wrapper).__module__]]
         elif hasattr(wrapper, "reduce_and_partition_stream"):  # stage 3
+            self._gathers = True
             gathering = vars(wrapper.parameter_offload)["_DeepSpeedZeRoOffload__allgather_stream"]
             self._streams = [wrapper.reduce_and_partition_stream, gathering]
             self._modules = [sys.modules["deepspeed.runtime.zero.partition_parameters"]]
@@ -159,8 +167,9 @@ class _Order:
         self.join()
 
     def resolves_data_dependency(self) -> bool:
-        """Alone, a rank gathers nothing, and stage 3 would wait for its own shards all the same."""
-        return dist.get_world_size() == 1
+        """Alone, a rank gathers nothing, and stage 3 would wait for its own shards all the same. Not so under stages 1
+        and 2, which ask here whether a stream has to wait for the one that fills its bucket: alone it does too."""
+        return self._gathers and dist.get_world_size() == 1
 
     def join(self) -> None:
         if self._streams:

@@ -154,6 +154,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(log, "side"))
     monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: log.append(f"device {device}"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(log, "main"))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.append(f"kept for {stream.name}"))
     monkeypatch.setattr(tensors, "_copied", copy)
@@ -163,6 +164,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_step_is_ordered_after_its_copy_and_the_host_waits_for_neither(streams: list[str]) -> None:
     device = torch.device("cuda:0")
     shipped = tensors.Shipper(device)(batch([40, 7, 33]).torch())
+    assert streams.pop(0) == "device cuda:0", "leaving the stream would go back to the machine's first device"
     assert streams == ["on side", "copy", "side records", "off side"]
     streams.clear()
     ready = shipped.to(device)

@@ -199,6 +199,27 @@ def test_documents_of_like_lengths_at_once(
     assert docs.groups(torch.device("cpu")) is docs.groups(torch.device("cpu")), "made by the first layer for all"
 
 
+def test_places_go_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any other the host would wait until the device has them."""
+    pinned, sent = [], []
+
+    def pin(self: Tensor) -> Tensor:
+        pinned.append(self.clone())
+        return pinned[-1]
+
+    def to(self: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
+        sent.append((any(self is one for one in pinned), non_blocking))
+        return self
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    documents([3, 9, 12]).groups(torch.device("cuda"))
+    assert sent == [(True, True)] * 3
+    pinned.clear()
+    documents([3, 9, 12]).groups(torch.device("cpu"))
+    assert not pinned
+
+
 @pytest.mark.parametrize(
     ("card", "dtype", "masked_", "repeated"),
     [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from lumina.monitor.events import read_events
 from lumina.monitor.run_file import read_run
 from lumina.train import checkpoint, loop, store
 from lumina.train.engine import Engine
+from lumina.train.run import Run
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
@@ -146,6 +149,59 @@ def _die_in_rollback(rank: int) -> None:
     checkpoint.load = lambda *given: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
 
+def _half_precision(rank: int, *, nan: tuple[int, ...], loss: bool) -> None:
+    """fp16 on a CPU, from these steps on with a NaN: in the gradients, or in the weights and so in the loss."""
+    sys.path.append(str(Path(__file__).parent))
+    from tiny_engines import fp16_on_a_cpu
+
+    from lumina.config import precision
+
+    precision.resolve = lambda *given, **named: "fp16"  # type: ignore[assignment]
+    contexts.append(fp16_on_a_cpu())
+    contexts[-1].__enter__()
+    if not loss:
+        _spoil(rank, nan=nan)
+        return
+    original = loop._accumulate
+
+    def spoiled(run: Any, data: StepData) -> Any:
+        if data.step + 1 not in nan:
+            return original(run, data)
+        handle = run.engine.model.norm.register_forward_hook(
+            lambda module, given, output: tuple(math.nan * one for one in output)
+        )
+        found = original(run, data)
+        handle.remove()
+        return found
+
+    loop._accumulate = spoiled
+
+
+contexts: list[Any] = []  # kept open for the life of a rank's process
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("loss", [False, True])
+def test_fp16_without_end(loss: bool, stage: int, runs: Runs, conversations: Path, place: Path) -> None:
+    """Gradients that are not finite at the smallest loss scale end the run where DeepSpeed's scaler gives up, under
+    every stage; a loss that is not finite is no matter of the scale, and is answered as in any precision."""
+    document = json.loads((real.ROOT / f"ds_configs/zero{stage}.json").read_text())
+    document["fp16"] = {"enabled": True, "initial_scale_power": 12 if loss else 2, "hysteresis": 1}
+    document["bf16"] = {"enabled": False}
+    (place / "ds.json").write_text(json.dumps(document))
+    settings = {**SETTINGS, "precision": "fp16", "max_steps": 30, "max_rollbacks": 1, "save_async": False}
+    argv = [*arguments(place / "run", conversations, **settings), "--ds_config", str(place / "ds.json")]
+    job = runs.start(argv, patch=partial(_half_precision, nan=tuple(range(5, 31)), loss=loss))
+    assert job.wait() == [2], job.stderr()
+    assert "Traceback" not in job.stderr()
+    if loss:
+        assert "after 1 rollbacks" in job.stderr()
+        return
+    assert "loss scale is at its smallest" in job.stderr()
+    # Scales of 4, 2 and 1 at the steps 5, 6 and 7; under ZeRO the last one fails before it has a record.
+    assert [record["step"] for record in real.steps(place / "run")][-1] == (6 if stage else 7)
+
+
 def test_spikes_without_end(runs: Runs, conversations: Path, place: Path) -> None:
     """The rollbacks are bounded; then the run fails and says so, and its last good checkpoint is there."""
     run = place / "run"
@@ -162,9 +218,28 @@ def test_spikes_without_end(runs: Runs, conversations: Path, place: Path) -> Non
 # --- Out of memory --------------------------------------------------------------------------------
 
 
+def _watch_rebuilds(most: int = 3) -> None:
+    """Fails a rank where the engine before is still held when the next one is built: both would have to fit. `most`:
+    the highest ZeRO stage that this is asked of."""
+    build, earlier = Run._build_engine, []
+
+    def watched(self: Run, drawn: bool) -> Engine:
+        held = [engine for engine in earlier if engine() is not None]
+        assert not held, "the old engine is alive while the new one is built"
+        made = build(self, drawn)
+        if made.stage <= most:
+            earlier.append(weakref.ref(made.ds))
+        return made
+
+    Run._build_engine = watched  # type: ignore[method-assign]
+
+
 def _run_out(rank: int, *, steps: dict[int, str]) -> None:
     """torch's out-of-memory error at the first try of these steps: before the first micro-batch, or in the middle of a
     backward pass."""
+    _watch_rebuilds(
+        most=2
+    )  # a graph of ZeRO-3 whose backward pass failed half way outlives its engine (DeepSpeed 0.19.8)
     original, tried = loop._accumulate, set()
 
     def full(gradient: Any) -> Any:
@@ -293,6 +368,7 @@ def test_out_of_memory_amid_a_collective_ends_the_start(
 
 def _run_out_in_update(rank: int, *, step: int, only: int | None, late: bool) -> None:
     """Out of memory at the first try of a step's update: before it has changed anything, or when it has."""
+    _watch_rebuilds()
     original, tried = Engine._step, set()
 
     def failing(self: Any, limit: Any) -> Any:
@@ -313,8 +389,10 @@ def _run_out_in_update(rank: int, *, step: int, only: int | None, late: bool) ->
 def test_out_of_memory_in_an_update_that_nobody_began(
     world: int, stage: int, runs: Runs, conversations: Path, place: Path
 ) -> None:
-    """The step is taken again with half the micro-batch; the losses are those of a run that was never disturbed."""
+    """The step is taken again with half the micro-batch; the losses are those of a run that was never disturbed. The
+    layers' statistics, begun before the update, hold the old engine no longer than anything else."""
     settings = {**SETTINGS, "batch_size": 4, "global_batch_size": 8, "max_steps": 4, "precision": "bf16"}
+    settings["layer_stats_every"] = 3
     whole, run = place / "whole", place / "run"
     patch = partial(_run_out_in_update, step=3, only=None, late=False)
     job = runs.start(arguments(run, conversations, stage=stage, **settings), world, patch)

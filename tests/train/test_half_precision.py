@@ -11,6 +11,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from tiny_engines import make_engine, same_state, state_of, train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lumina.config import UserError
 from lumina.train import engine, half_precision
 from lumina.train.half_precision import HalfPrecisionAdamW, LossScale
 
@@ -124,6 +125,45 @@ def test_the_loss_scale_is_deepspeeds(hysteresis: int, refill: bool) -> None:
             ours = fresh
     assert min(seen) == 4.0
     assert max(seen) > 256.0
+
+
+@pytest.mark.parametrize("hysteresis", [1, 2])
+def test_the_loss_scale_is_exhausted_where_deepspeeds_raises(hysteresis: int) -> None:
+    engine.join()
+    ours = LossScale(16.0, torch.device("cpu"), window=3, hysteresis=hysteresis, least=4.0)
+    theirs = DynamicLossScaler(16.0, 3, 4.0, hysteresis, False)
+    torch.manual_seed(2)
+    raised = []
+    for _ in range(100):
+        overflow = torch.rand(()) < 0.6
+        try:
+            theirs.update_scale(bool(overflow))
+            raised.append(False)
+        except Exception:  # DeepSpeed's, of no type of its own
+            theirs.last_overflow_iter, theirs.cur_iter = theirs.cur_iter, theirs.cur_iter + 1  # as if it had not
+            raised.append(True)
+        ours.update(overflow, overflow)
+        assert bool(ours.exhausted) == raised[-1]
+        assert ours.state() == {name: vars(theirs)[name] for name in LossScale.NAMES}
+    assert 10 < sum(raised) < 60
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_no_scale_makes_finite(stage: int) -> None:
+    """One clear failure under ZeRO, and one that the loop can see without asking the device under stage 0."""
+    json = {"fp16": {"initial_scale_power": 1, "hysteresis": 1}}
+    made = make_engine(stage, "fp16", json=json)
+    assert not train_step(made, 0, bad=True)[2]  # to the smallest scale, 1
+    if stage:
+        assert made.exhausted() is None
+        with pytest.raises(UserError, match="loss scale is at its smallest"):
+            train_step(made, 1, bad=True)
+        return
+    assert not made.exhausted()
+    train_step(made, 1, bad=True)
+    assert made.exhausted()
+    assert train_step(made, 2)[2]
+    assert not made.exhausted()
 
 
 def test_a_loss_scale_saved_by_deepspeeds_wrapper_of_stage_0() -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lumina.config import load
 from lumina.config.deepspeed import largest_tensor, resolve
-from lumina.train.overlap import wait_on_the_device
 
 if TYPE_CHECKING:
     from runs import Runs
@@ -76,36 +76,83 @@ def test_overlap_changes_nothing(runs: Runs, tmp_path: Path) -> None:
             assert found[off]["weights"] == found[on]["weights"]
 
 
-def test_the_device_waits_and_not_the_host() -> None:
-    events: list[str] = []
+def _order(rank: int, *, out: Path) -> None:
+    """For every case: which stream waits for which, before the one that reduces is used each time."""
+    sys.path.append(str(Path(__file__).parent))
+    from deepspeed.accelerator import get_accelerator
+    from host_waits import Recorder
+    from tiny_engines import batch, make_config
 
-    class Accelerator:
-        def synchronize(self, device_index: Any = None) -> None:
-            events.append("host waits")
+    from lumina.config import deepspeed as ds_json
+    from lumina.model import Transformer
+    from lumina.train import engine
 
-        def resolves_data_dependency(self) -> bool:
-            return False
+    Recorder().install()
+    events: list[list[str]] = []
 
-        def current_stream(self) -> Any:
-            return SimpleNamespace(wait_stream=lambda stream: events.append(f"waits for {stream}"))
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
 
-    accelerator = Accelerator()
+        def synchronize(self) -> None:
+            events.append(["host waits", self.name])
 
-    def wrapper(**changes: Any) -> Any:
-        made = SimpleNamespace(overlap_comm=True, reduction_stream="reduction", cpu_offload=False)
-        made.independent_gradient_partition_epilogue = lambda: (accelerator.synchronize(), events.append("gathers"))
-        vars(made).update(changes)
-        wait_on_the_device(made, accelerator)
-        return made
+        def wait_stream(self, other: Stream) -> None:
+            events.append(["waits", self.name, other.name])
 
-    wrapper().independent_gradient_partition_epilogue()
-    accelerator.synchronize()
-    assert events == ["waits for reduction", "gathers", "host waits"]  # others' waits stay what they were
-    for changes in ({"overlap_comm": False}, {"cpu_offload": True}):
+        def wait_event(self, event: Any) -> None: ...
+
+    kind: Any = type(get_accelerator())
+    current = [Stream("main")]
+    main = current[0]
+
+    @contextmanager
+    def entered(self: Any, stream: Stream) -> Iterator[None]:
+        events.append(["enter", stream.name])
+        current.append(stream)
+        yield
+        current.pop()
+
+    kind.Stream, kind.stream = Stream, entered
+    kind.current_stream = lambda self, index=None: current[-1]
+    kind.default_stream = lambda self, index=None: main
+    kind.synchronize = lambda self, index=None: events.append(["host waits", "device"])
+    world, found = engine.join().world, {}
+    for stage in (1, 2):
+        config = make_config("bf16", vocab_size=128)
+        document = ds_json.default_json(world, stage)
+        document["zero_optimization"] |= {"overlap_comm": True, "reduce_bucket_size": 9000}
+        resolved = ds_json.resolve(config, world, "cpu", bf16_supported=True, document=document)
+        made = engine.Engine(Transformer(config), resolved.config, resolved.json)
+        made.set_lr(1e-2)
         events.clear()
-        wrapper(**changes).independent_gradient_partition_epilogue()
-        assert events == ["host waits", "gathers"]
-    wait_on_the_device(None, accelerator)  # stage 0 in float32 has no wrapper
+        for number in range(2):
+            made.accumulate(batch(number), 1 / 80, last=number == 1)
+        passes = list(events)
+        made.step()
+        found[str(stage)] = [passes, events[len(passes) :]]
+        made.close()
+    if rank == 0:
+        out.write_text(json.dumps(found), encoding="utf-8")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_streams_wait_and_not_the_host(world: int, runs: Runs, tmp_path: Path) -> None:
+    """The stream that reduces a bucket comes after the one that filled it, each time; and the update after both."""
+    job = runs.start([], world, patch=partial(_order, out=tmp_path / "out"))
+    assert job.wait() == [0] * world, job.stderr()[-3000:]
+    for stage, (passes, update) in json.loads((tmp_path / "out").read_text(encoding="utf-8")).items():
+        assert not [event for event in passes + update if event[0] == "host waits"]
+        used, ordered = 0, False
+        for event in passes:
+            ordered = ordered or event == ["waits", "side", "main"]
+            if event == ["enter", "side"]:  # twice for a bucket: to reduce it, and to take apart what came of it
+                assert ordered or used % 2, f"stage {stage}: bucket {used // 2} may be reduced before it is filled"
+                used, ordered = used + 1, False
+        assert used > 4, "nothing was reduced beside the backward pass"
+        last = len(passes) - 1 - passes[::-1].index(["enter", "side"])
+        assert ["waits", "main", "side"] in passes[last:], f"stage {stage}: the update may overtake the reduction"
 
 
 @pytest.mark.parametrize(("device", "world", "on"), [("cuda", 2, True), ("cuda", 1, None), ("cpu", 2, None)])

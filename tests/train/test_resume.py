@@ -17,6 +17,7 @@ import runs as real
 from runs import Runs, State, arguments, differing, final, losses, newest
 
 from lumina.train import checkpoint, writing
+from lumina.train.save_policy import Saves
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
@@ -94,8 +95,16 @@ def test_killed_and_resumed(
 
 
 def _die(rank: int, *, whom: int, where: str, first: int) -> None:
-    """Makes rank `whom` kill itself when the save after that of step `first` reaches the function `where`. Which step's
-    it is hangs on the disk: a save is put off while the one before it is still being written."""
+    """Makes rank `whom` kill itself when the save after that of step `first` reaches the function `where`. All wait
+    for the first one: while it is being written the second is put off, and might be the run's last, whose writer
+    nothing but a launcher tells of a rank that is gone."""
+    at_step = Saves.at_step
+
+    def settled(self: Saves) -> None:
+        at_step(self)
+        assert self._run.progress.step != first or self._saver.wait(60)
+
+    Saves.at_step = settled  # type: ignore[method-assign]
     original = getattr(writing, where)
 
     def dies(path: Path, *rest: Any) -> Any:

@@ -13,16 +13,26 @@ Shapes: T tokens in whole tiles, D documents, N supervised positions in whole ti
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lumina.config.rows import round_up
 
-if TYPE_CHECKING:
-    from lumina.data.dataset import Batch
+
+class Arrays(Protocol):
+    """What is read of a batch on the host: lumina.data.dataset.Batch says what each is."""
+
+    ids_T: NDArray[np.int64]
+    targets_T: NDArray[np.int64]
+    weights_T: NDArray[np.float32]
+    positions_T: NDArray[np.int64]
+    cu_seqlens_D: NDArray[np.int32]
+    max_seqlen: int
+    pairs_P2: NDArray[np.float32] | None
 
 
 class TorchBatch(NamedTuple):
@@ -115,7 +125,7 @@ def _view(block: Tensor, start: int, like: Tensor) -> Tensor:
     return block[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def tensors(batch: Batch) -> TorchBatch:
+def tensors(batch: Arrays) -> TorchBatch:
     """The tensors of a batch, on the host."""
     tokens = len(batch.ids_T)
     extra = round_up(tokens) - tokens

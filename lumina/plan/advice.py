@@ -11,9 +11,10 @@ from typing import Any
 from lumina.config import Config, UserError
 from lumina.config.deepspeed import AUTO, resolve
 from lumina.plan.devices import Cluster
-from lumina.plan.estimate import TOKENS_PER_PARAMETER, Data, estimate_shape
+from lumina.plan.estimate import TOKENS_PER_PARAMETER, estimate_shape
 from lumina.plan.report import choose_clusters, gather_data, model_lines, run_lines
 from lumina.plan.search import NOISE, Candidate, buffers_for, candidates, choose
+from lumina.plan.shape import Data
 
 FEW, MANY = TOKENS_PER_PARAMETER / 4, TOKENS_PER_PARAMETER * 10
 

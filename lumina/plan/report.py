@@ -11,10 +11,11 @@ from lumina.config import Config, UserError
 from lumina.config.deepspeed import default_json
 from lumina.plan import host
 from lumina.plan.devices import Cluster, find_device, local_device
-from lumina.plan.estimate import Data, Estimate, assumed_data, data_of_files, estimate_run, total_steps
+from lumina.plan.estimate import Estimate, assumed_data, data_of_files, estimate_run, total_steps
 from lumina.plan.launches import Host
 from lumina.plan.memory import PARTS, peak_memory
 from lumina.plan.search import buffers_for
+from lumina.plan.shape import Data
 from lumina.plan.speed import UNCERTAINTY
 from lumina.plan.workload import flops_per_token
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from lumina.config import Config
 from lumina.config.deepspeed import zero_sizes
 from lumina.plan.devices import Cluster
-from lumina.plan.estimate import Data
 from lumina.plan.memory import Buffers, Memory, peak_memory
+from lumina.plan.shape import Data
 from lumina.plan.speed import Speed, predict
 from lumina.plan.workload import Shape
 

@@ -13,8 +13,8 @@ from typing import Any
 from lumina.config import Config, UserError
 from lumina.config.deepspeed import default_json, resolve
 from lumina.plan.devices import find_device
-from lumina.plan.estimate import Data, shape_of
 from lumina.plan.memory import peak_memory
+from lumina.plan.shape import Data, shape_of
 
 ROOMY = 0.9  # of the device's memory: the estimate of activations is the model's, not the allocator's
 _FULL = Data(0.0, None, 1.0, 1.0, "windows full of supervised tokens: the most that a batch can take")

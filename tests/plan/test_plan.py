@@ -14,8 +14,9 @@ from lumina.config import load
 from lumina.config.deepspeed import resolve
 from lumina.plan.advice import ds_document
 from lumina.plan.devices import Cluster, find_device
-from lumina.plan.estimate import Data, assumed_data, estimate_shape, shape_of
+from lumina.plan.estimate import assumed_data, estimate_shape
 from lumina.plan.search import NOISE, buffers_for, candidates, choose
+from lumina.plan.shape import Data, shape_of
 
 ROOT = Path(__file__).parents[2]
 DATA = Data(1e9, None, 1.0, 1.0, "given")

@@ -9,8 +9,9 @@ import pytest
 from lumina.config import load
 from lumina.config.deepspeed import resolve
 from lumina.plan.devices import Cluster, find_device
-from lumina.plan.estimate import Data, assumed_data, estimate_run, shape_of
+from lumina.plan.estimate import assumed_data, estimate_run
 from lumina.plan.memory import peak_memory
+from lumina.plan.shape import Data, shape_of
 from lumina.plan.stage import ROOMY, default_document
 
 FULL = Data(0, None, 1.0, 1.0, "")

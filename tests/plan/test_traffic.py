@@ -30,7 +30,7 @@ def counted(stage: int) -> dict[str, float]:
 
     from lumina.config import deepspeed as ds_json
     from lumina.model import Transformer
-    from lumina.plan.estimate import Data, shape_of
+    from lumina.plan.shape import Data, shape_of
     from lumina.plan.workload import traffic
     from lumina.train.engine import Engine
 

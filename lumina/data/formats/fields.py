@@ -1,7 +1,7 @@
 """The vocabulary of fields: what every key of a record or message is for, and the count of what was met (law 4).
 
 A key is *used* by the format that reads it, *harmless* (ids, scores, times: nothing that a model could learn),
-*content* (it holds words or says how they are to be learned), or unknown. Content that a format has no place for is
+*content* (it holds words or says what is supervised), or unknown. Content that a format has no place for is
 never left out in silence: a record that holds some is refused under the key's name, unless the field is empty or
 repeats what is used. Unknown keys are counted, with an example of each.
 """

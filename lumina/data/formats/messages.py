@@ -1,6 +1,6 @@
 """`{"messages": [{"role", "content"}, …]}`, and what every other format of conversations is turned into.
 
-A message may carry a flag that says whether it is learned (`weight`, as OpenAI's fine-tuning has it, `train`,
+A message may carry a flag that says whether it is supervised (`weight`, as OpenAI's fine-tuning has it, `train`,
 `training`, `trainable`, `loss`, `loss_mask` …), or `train_detail`, spans of its text that are not (axolotl's form, both
 ends counted).
 """
@@ -201,7 +201,7 @@ def content_text(content: Any) -> str | Fault | None:
 
 
 def _flag(item: dict[str, Any]) -> bool | Fault:
-    """Whether the message is to be learned: not when any of its flags says no."""
+    """Whether the message is to be supervised: not when any of its flags says no."""
     learn = True
     for name in FLAGS:
         value = item.get(name)
@@ -214,7 +214,7 @@ def _flag(item: dict[str, Any]) -> bool | Fault:
 
 
 def _masked(detail: Any, content: str) -> tuple[tuple[int, int], ...] | Fault:
-    """The spans [start, end) of `content`, in characters, that `train_detail` says are not learned."""
+    """The spans [start, end) of `content`, in characters, that `train_detail` says are masked."""
     if is_empty(detail):
         return ()
     spans = []

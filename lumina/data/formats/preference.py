@@ -27,7 +27,7 @@ _RECORDS = {name: Vocabulary("a preference pair", _USED | {name}) for name in ("
 
 
 class Pair(NamedTuple):
-    """Two conversations that begin with the same prompt, whose messages are not learned."""
+    """Two conversations that begin with the same prompt, whose messages are masked."""
 
     chosen: Conversation
     rejected: Conversation

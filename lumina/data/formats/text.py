@@ -1,4 +1,4 @@
-"""`{"text"}`: a plain text, all of it learned."""
+"""`{"text"}`: a plain text, all of it supervised."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from lumina.config.visible import explain_duplicate, take_device
 from lumina.model import Transformer
 from lumina.train import half_precision
 from lumina.train.optimizer import AdamW, build_optimizer
-from lumina.train.release import release
+from lumina.train.release import forget_failed_passes, older_node, release
 from lumina.train.timing import StepTimer
 from lumina.train.veto import Veto, refusal
 
@@ -157,6 +157,7 @@ class Engine:
 
         if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # by type, which a subclass is not
             ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
+        self._older_node = older_node()  # than any pass
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.half = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
         self.fp16 = bool(ds_config.get("fp16", {}).get("enabled"))
@@ -197,6 +198,7 @@ class Engine:
     def close(self) -> None:
         """Give up what it holds, before another engine of the same process takes its place."""
         self.timer.close()
+        forget_failed_passes(self._older_node)
         self.ds.destroy()
         if self.stage == 3:
             release(self.model)

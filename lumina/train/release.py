@@ -1,15 +1,32 @@
-"""What DeepSpeed (0.19.8) keeps of a ZeRO-3 engine after its `destroy`, given up.
+"""What DeepSpeed (0.19.8) and torch keep of an engine after its `destroy`, given up.
 
-Two places in its modules hold the model, and with it weights, gradients and optimizer: a list of the modules that a
-forward pass is in, which the model itself never leaves, nor what a failed forward pass was in; and a cache of which
-parameters to release after a module, whose keys are the modules. Of stages 0 to 2 nothing is kept.
+A backward pass on a CPU that fails half way leaves its tasks in the queue of the thread that called it, and with them
+the graph, its activations and, through DeepSpeed's nodes, the engine. Tasks of a pass that is over are thrown away when
+they come up, but those of younger nodes come up first: they stay for good, unless a pass runs through an older node.
+(The queues of a GPU belong to threads of torch, which empty them.)
+
+Of a ZeRO-3 engine two places in DeepSpeed's modules hold the model, and with it weights, gradients and optimizer: a
+list of the modules that a forward pass is in, which the model itself never leaves, nor what a failed forward pass was
+in; and a cache of which parameters to release after a module, whose keys are the modules.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+
+def older_node() -> Tensor:
+    """The end of a graph of one node, older than every graph that this thread makes from now on."""
+    with torch.enable_grad():
+        return torch.zeros((), requires_grad=True) * 1.0
+
+
+def forget_failed_passes(older: Tensor) -> None:
+    """Throw away what failed backward passes of this thread left, all of it younger than `older`."""
+    torch.autograd.backward(older, retain_graph=True)
 
 
 def release(model: nn.Module) -> None:

@@ -173,13 +173,18 @@ def live_bytes() -> int:
 
 @pytest.mark.parametrize(("stage", "precision"), EVERY)
 def test_nothing_of_a_closed_engine_lives_on(stage: int, precision: str) -> None:
-    """Not even of one whose forward pass failed, which is why engines are closed: DeepSpeed keeps a list of modules."""
+    """Not even of one whose passes failed, which is why engines are closed: DeepSpeed keeps a list of modules, and
+    torch the tasks of a backward pass that failed half way."""
     before = live_bytes()
     made = make_engine(stage, precision, hidden_size=64)
     train_step(made, 1)
     handle = made.model.blocks[1].register_forward_pre_hook(raise_out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         train_step(made, 2)
+    handle.remove()
+    handle = made.model.blocks[0].register_forward_hook(fail_in_backward)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(made, 3)
     handle.remove()
     kept = [weakref.ref(one) for one in (made, made.ds, made.ds.optimizer, made.model, *made.model.parameters())]
     made.close()
@@ -188,6 +193,10 @@ def test_nothing_of_a_closed_engine_lives_on(stage: int, precision: str) -> None
     left = live_bytes() - before
     assert [ref() for ref in kept if ref() is not None] == []
     assert left <= 0.02 * full
+
+
+def fail_in_backward(module: object, given: object, output: tuple[Tensor, Tensor]) -> None:
+    output[0].register_hook(raise_out_of_memory)
 
 
 def raise_out_of_memory(*given: object, **named: object) -> None:

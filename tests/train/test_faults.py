@@ -218,17 +218,15 @@ def test_spikes_without_end(runs: Runs, conversations: Path, place: Path) -> Non
 # --- Out of memory --------------------------------------------------------------------------------
 
 
-def _watch_rebuilds(most: int = 3) -> None:
-    """Fails a rank where the engine before is still held when the next one is built: both would have to fit. `most`:
-    the highest ZeRO stage that this is asked of."""
+def _watch_rebuilds() -> None:
+    """Fails a rank where the engine before is still held when the next one is built: both would have to fit."""
     build, earlier = Run._build_engine, []
 
     def watched(self: Run, drawn: bool) -> Engine:
         held = [engine for engine in earlier if engine() is not None]
         assert not held, "the old engine is alive while the new one is built"
         made = build(self, drawn)
-        if made.stage <= most:
-            earlier.append(weakref.ref(made.ds))
+        earlier.append(weakref.ref(made.ds))
         return made
 
     Run._build_engine = watched  # type: ignore[method-assign]
@@ -237,9 +235,7 @@ def _watch_rebuilds(most: int = 3) -> None:
 def _run_out(rank: int, *, steps: dict[int, str]) -> None:
     """torch's out-of-memory error at the first try of these steps: before the first micro-batch, or in the middle of a
     backward pass."""
-    _watch_rebuilds(
-        most=2
-    )  # a graph of ZeRO-3 whose backward pass failed half way outlives its engine (DeepSpeed 0.19.8)
+    _watch_rebuilds()
     original, tried = loop._accumulate, set()
 
     def full(gradient: Any) -> Any:

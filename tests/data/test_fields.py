@@ -410,6 +410,14 @@ def test_lists_kept_as_json_in_text_columns() -> None:
     assert read({"prompt": "q", "completion": '{"a": 1}'})[-1].content == '{"a": 1}'  # JSON that is the answer
 
 
+def test_a_given_format_sets_the_keys_of_others_aside_and_counts_each_once() -> None:
+    tally = FieldTally()
+    assert isinstance(convert({**chat("q", "a"), "text": "another"}, "messages", tally), Conversation)
+    totals = tally.totals()
+    assert totals["set aside"] == {"text": 1}
+    assert "empty or repeated" not in totals
+
+
 def test_emptiness() -> None:
     assert all(map(is_empty, (None, "", " \n", [], {}, [None, ""], {"a": []}, False)))
     assert not any(map(is_empty, ("x", [0], {"a": "b"}, 0.5, True)))

@@ -121,6 +121,7 @@ class FieldTally:
                 continue
             if self.format_given and name in OF_FORMATS:
                 self._add("set aside", name)
+                self._add("empty or repeated", name, -1)  # as which the shape counts it
                 continue
             if not repeats(value, messages, rendering=name in RENDERINGS):
                 self._add("refused", name)
@@ -174,7 +175,8 @@ class FieldTally:
             if count:
                 self._add("used", name, count)
         self.plain_messages = self.plain_turns = 0
-        return {sort: dict(names) for sort, names in self._counts.items() if names}
+        counted = {sort: {name: n for name, n in names.items() if n} for sort, names in self._counts.items()}
+        return {sort: names for sort, names in counted.items() if names}
 
 
 def is_empty(value: Any) -> bool:

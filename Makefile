@@ -65,7 +65,7 @@ cluster-packages browser-packages:
 
 # DeepSpeed's CPU Adam, which the first run with an offloaded optimizer would compile: minutes, beside other tests.
 extensions: $(STAMP)
-	$(BIN)/python -c "from deepspeed.ops.op_builder import CPUAdamBuilder; from lumina.train import extensions; \
+	$(BIN)/python -c "from deepspeed.ops.op_builder import CPUAdamBuilder; from lumina.train.deepspeed import extensions; \
 	  extensions.build([CPUAdamBuilder()])" >/dev/null
 
 gpu-rehearsal: $(STAMP)

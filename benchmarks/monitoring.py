@@ -30,10 +30,10 @@ def main() -> None:
     from lumina.config import load
     from lumina.monitor import MetricsFile, StepRecord
     from lumina.monitor.events import EventLog
+    from lumina.train.deepspeed.layers import LayerStats
     from lumina.train.guard import Guard
     from lumina.train.health import Health
     from lumina.train.health_rules import LayersSeen, StepSeen
-    from lumina.train.layers import LayerStats
 
     draw = random.Random(0)
     config = load("debug")

@@ -60,7 +60,7 @@ def update_traffic(own: bool, precision: str, clip: float) -> tuple[Counter[str]
     from lumina.config import Config
     from lumina.config import deepspeed as ds_json
     from lumina.model import Transformer
-    from lumina.train import engine, half_precision
+    from lumina.train.deepspeed import engine, half_precision
 
     engine.join()
     shape: dict[str, Any] = {

@@ -50,7 +50,7 @@ class Parts:
 _MEET = """
 import time
 import deepspeed
-from lumina.train import engine
+from lumina.train.deepspeed import engine
 began = time.perf_counter()
 engine.join()
 print(f"met {time.perf_counter() - began:.3f}", flush=True)

@@ -17,7 +17,7 @@ def debug_trainer(tokens: int, preset: str = "debug") -> tuple[Any, Any]:
     from lumina.config import load
     from lumina.data import Batch
     from lumina.model import Transformer
-    from lumina.train import engine
+    from lumina.train.deepspeed import engine
 
     ranks = engine.join()
     config = load(preset, {"batch_size": 1, "gradient_accumulation_steps": 1})

@@ -87,11 +87,12 @@ def build(options: argparse.Namespace, start: str, base: Path, peak: Peak) -> An
     import torch
 
     from lumina.model import Transformer, lora
-    from lumina.train import checkpoint, engine, reading, shards
+    from lumina.train import checkpoint, reading
+    from lumina.train.deepspeed import engine, partitioned_init
 
     config, document = make(options, 3, **({"lora_rank": 8} if start == "adapts" else {}))
     torch.manual_seed(config.seed)
-    with shards.divided(document, drawn=start != "loads"):
+    with partitioned_init.divided(document, drawn=start != "loads"):
         model = Transformer(config)
         if start == "adapts":
             lora.attach(model, config)
@@ -111,7 +112,7 @@ def digest(made: Any) -> str:
 
     hashed = hashlib.sha256()
     masters: dict[str, Any] = {}
-    from lumina.train.state import fragments
+    from lumina.train.deepspeed.fragments import fragments
 
     for piece in fragments(made):
         masters[piece.name] = piece.view(piece.owner)
@@ -127,10 +128,10 @@ def digest(made: Any) -> str:
 
 def one_rank(rank: int, world: int, port: int, options: Any, start: str, base: Path, whole: bool, out: Any) -> None:
     begin(rank, world, port)
-    from lumina.train import shards
+    from lumina.train.deepspeed import partitioned_init
 
     if whole:
-        shards.divisible = lambda _: False
+        partitioned_init.divisible = lambda _: False
     began = time.perf_counter()
     with Peak() as peak:
         made = build(options, start, base, peak)
@@ -147,9 +148,9 @@ def write_base(port: int, options: argparse.Namespace, folder: Path) -> None:
     import torch
 
     from lumina.model import Transformer
-    from lumina.train import engine
     from lumina.train.beginning import shape
     from lumina.train.checkpoint import Progress, take
+    from lumina.train.deepspeed import engine
     from lumina.train.save_thread import Job, Saver, Target
     from lumina.train.store import Retention
 

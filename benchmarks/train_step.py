@@ -28,7 +28,7 @@ def worker(arguments: argparse.Namespace) -> None:
     """Train for a few steps on random tokens through Lumina's own engine and print tokens/s."""
     from lumina.kernels import model_step
 
-    from lumina.train import engine
+    from lumina.train.deepspeed import engine
 
     arguments.sets.append(f"seq_length={arguments.seq}")
     trainer = model_step.Trainer(model_step.options_of(arguments))

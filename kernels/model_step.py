@@ -82,7 +82,7 @@ class Trainer:
     """The engine of a run, and random batches for it. Joins the process group; `close` before another is made."""
 
     def __init__(self, options: Options) -> None:
-        engines = importlib.import_module("lumina.train.engine")
+        engines = importlib.import_module("lumina.train.deepspeed.engine")
         ds_json = importlib.import_module("lumina.config.deepspeed")
         model = importlib.import_module("lumina.model")
         model.keep_heap()
@@ -102,7 +102,8 @@ class Trainer:
         settings, _, self.config = ds_json.resolve(config, self.ranks.world, device, document=document)
         self.precision = next((n for n in ("bf16", "fp16") if settings.get(n, {}).get("enabled")), "fp32")
         torch.manual_seed(0)
-        divided = importlib.import_module("lumina.train.shards").divided(settings, True)  # as the run does it
+        partitioned_init = importlib.import_module("lumina.train.deepspeed.partitioned_init")
+        divided = partitioned_init.divided(settings, True)  # as the run does it
         with torch.device(options.drawn_on), divided:
             transformer = model.Transformer(self.config)
         if self.config.float8 is not None:

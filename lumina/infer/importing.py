@@ -28,7 +28,7 @@ from lumina.infer.hf_config import to_model_config
 from lumina.model import Transformer
 from lumina.train import beginning
 from lumina.train.checkpoint import FORMAT, MANIFEST, TRAINER, Progress, digest, name_of, write_json
-from lumina.train.state import MASTER
+from lumina.train.deepspeed.fragments import MASTER
 
 _SHARD = 2 * 10**9  # bytes of float32 weights in memory and in a file at a time
 _IGNORED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they follow from rope_theta

@@ -30,8 +30,8 @@ from lumina.train.checkpoint import (
     newest_sound,
     read_progress,
 )
+from lumina.train.deepspeed.fragments import MASTER
 from lumina.train.reading import base_of, open_weights
-from lumina.train.state import MASTER
 
 log = logging.getLogger("lumina")
 

@@ -12,7 +12,7 @@ class StepRecord:
     rank's device (CPU: resident set); samples says which samples all ranks together trained on
     (lumina.data.order.samples_id); mfu is None where the device's peak is unknown; time in seconds since 1970.
     tokens_per_s and supervised_tokens_per_s count the step and its wait for data; seconds is what the time since the
-    step before went to (lumina.train.timing)."""
+    step before went to (lumina.train.deepspeed.timing)."""
 
     step: int
     epoch: int

@@ -1,9 +1,9 @@
-"""Host memory of one rank of a run on GPUs, in bytes: at the start, and for snapshots (lumina.train.slabs).
+"""Host memory of one rank of a run on GPUs, in bytes: at the start, and for snapshots (lumina.train.deepspeed.slabs).
 
 A model is built in float32 on the host and cast to the engine's type there. Under ZeRO-3 that happens to one matrix at
-a time (lumina.train.shards), after which DeepSpeed brings the rank's share to the host once, to lay it out anew
-(`defragment` in zero/utils.py). benchmarks/start_memory.py measures the first; what imports take, 0.3 GB and more
-with CUDA, comes on top.
+a time (lumina.train.deepspeed.partitioned_init), after which DeepSpeed brings the rank's share to the host once, to lay
+it out anew (`defragment` in zero/utils.py). benchmarks/start_memory.py measures the first; what imports take, 0.3 GB
+and more with CUDA, comes on top.
 """
 
 from __future__ import annotations

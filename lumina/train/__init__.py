@@ -11,8 +11,8 @@ def train(config: Config) -> int:
 
 
 def end_process(code: int) -> int:
-    """End the process of a rank whose training returned `code`. See lumina.train.engine."""
-    from lumina.train.engine import end_process as end
+    """End the process of a rank whose training returned `code`. See lumina.train.deepspeed.engine."""
+    from lumina.train.deepspeed.engine import end_process as end
 
     return end(code)
 

@@ -15,7 +15,7 @@ from lumina.chat.hf_files import copy_files
 from lumina.config import Config, ModelConfig, UserError
 from lumina.data import PairDataset, Samples, prepare_pairs, prepare_parts
 from lumina.train import checkpoint
-from lumina.train.engine import Engine, Ranks
+from lumina.train.deepspeed.engine import Engine, Ranks
 from lumina.train.reading import adapters, sound_base
 
 _MODEL_KEYS = (

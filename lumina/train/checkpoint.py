@@ -13,10 +13,18 @@ import torch
 import torch.distributed as dist
 
 from lumina.config import UserError
-from lumina.train.engine import Engine
+from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed.fragments import (
+    MASTER,
+    fragments,
+    moments,
+    prepare_moments,
+    publish,
+    raw_step_count,
+    to_load,
+)
+from lumina.train.deepspeed.slabs import HostCopies
 from lumina.train.reading import Reader, open_weights
-from lumina.train.slabs import HostCopies
-from lumina.train.state import MASTER, fragments, moments, prepare_moments, publish, raw_step_count, to_load
 from lumina.train.store import (
     BEST,
     FORMAT,

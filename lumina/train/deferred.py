@@ -25,12 +25,12 @@ from torch import Tensor
 
 from lumina.data import StepData
 from lumina.data.order import samples_id
-from lumina.train.engine import scale_exhausted
+from lumina.train.deepspeed.engine import scale_exhausted
 from lumina.train.recording import record_step
 
 if TYPE_CHECKING:
+    from lumina.train.deepspeed.timing import Split
     from lumina.train.run import Run
-    from lumina.train.timing import Split
 
 
 def send(values: list[float], device: torch.device) -> Tensor:

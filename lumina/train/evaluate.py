@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lumina.data import Samples
 from lumina.data.order import deal
-from lumina.train.engine import Engine, Ranks
+from lumina.train.deepspeed.engine import Engine, Ranks
 
 
 @torch.no_grad()

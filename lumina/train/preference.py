@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lumina.data import PairDataset
 from lumina.data.order import PADDING, deal
 from lumina.train import store
-from lumina.train.engine import Engine, Ranks
+from lumina.train.deepspeed.engine import Engine, Ranks
 
 log = logging.getLogger("lumina")
 

@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from lumina.config import Config, LoraConfig, ModelConfig, UserError
 from lumina.model import lora
-from lumina.train.shards import forget_copies, own_part
-from lumina.train.state import MASTER
+from lumina.train.deepspeed.fragments import MASTER
+from lumina.train.deepspeed.partitioned_init import forget_copies, own_part
 from lumina.train.store import MANIFEST, Progress, damage, digest, read_progress
 
 
@@ -192,7 +192,7 @@ def open_weights(checkpoint: Path) -> Weights:
 
 def fill(model: torch.nn.Module, base: Path) -> None:
     """Copy a checkpoint's weights, merged, into the frozen parameters of a model with adapters: of divided ones
-    (lumina.train.shards) this rank reads its own part alone."""
+    (lumina.train.deepspeed.partitioned_init) this rank reads its own part alone."""
     weights = open_weights(base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

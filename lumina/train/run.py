@@ -24,7 +24,7 @@ from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.plan.stage import default_document, smallest_memory
 from lumina.plan.versions import refuse_untried
-from lumina.train import checkpoint, engine, lease, shards
+from lumina.train import checkpoint, lease
 from lumina.train.answers import FILE as ANSWERS
 from lumina.train.answers import Answers, Memory
 from lumina.train.beginning import (
@@ -39,12 +39,14 @@ from lumina.train.beginning import (
     start_from,
 )
 from lumina.train.checkpoint import Progress
+from lumina.train.deepspeed import engine, partitioned_init
+from lumina.train.deepspeed.fragments import hold, reserve, restore
+from lumina.train.deepspeed.layers import LayerStats
 from lumina.train.deferred import Deferred
 from lumina.train.determinism import set_deterministic
 from lumina.train.guard import Guard
 from lumina.train.health import Health
 from lumina.train.health_rules import LayerFigures, LayersSeen
-from lumina.train.layers import LayerStats
 from lumina.train.loop import fit
 from lumina.train.machine import MachineWatch
 from lumina.train.preference import give_references
@@ -53,7 +55,6 @@ from lumina.train.reading import adapters, fill, reference, trained_parameters
 from lumina.train.samples import answers
 from lumina.train.save_policy import Saves
 from lumina.train.schedule import schedule
-from lumina.train.state import hold, reserve, restore
 from lumina.train.stragglers import Stragglers
 from lumina.train.throughput import Utilisation
 from lumina.train.watchdog import Watchdog
@@ -145,7 +146,7 @@ class Run:
     def _build_engine(self, drawn: bool) -> engine.Engine:
         """`drawn`: False where every trained weight is loaded next; adapters are drawn after the weights under them."""
         drawn = drawn or self.base is not None
-        with shards.divided(self.ds_config, drawn):
+        with partitioned_init.divided(self.ds_config, drawn):
             model = Transformer(self.config)
             if self.base is not None:  # before the engine is made: what is frozen has no place in its optimizer
                 lora.attach(model, self.config)

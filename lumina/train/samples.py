@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from lumina.chat import AnyTokenizer, Conversation, Message, prompt_ids
 from lumina.model.cache import KVCache
-from lumina.train.engine import Engine
+from lumina.train.deepspeed.engine import Engine
 
 log = logging.getLogger("lumina")
 

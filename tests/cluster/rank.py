@@ -31,7 +31,7 @@ def fault(kind: str) -> None:
 
 def main() -> int:
     from lumina.cli import main as command
-    from lumina.train import engine
+    from lumina.train.deepspeed import engine
 
     pause = float(os.environ.get("PAUSE", "0"))
     kind, rank, step = (os.environ.get("FAULT") or "none:0:0").split(":")

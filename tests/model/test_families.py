@@ -13,7 +13,7 @@ from tiny_models import SHAPE, make_model, pack
 
 from lumina.config import ModelConfig, RopeScaling
 from lumina.model import Transformer, ops
-from lumina.train.optimizer import parameter_groups
+from lumina.train.deepspeed.optimizer import parameter_groups
 
 LLAMA_3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_window": 16}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -39,7 +39,7 @@ def allocated(stage: int, precision: str, tied: bool) -> dict[str, int]:
 
     from lumina.config import ModelConfig
     from lumina.model import Transformer
-    from lumina.train.optimizer import parameter_groups
+    from lumina.train.deepspeed.optimizer import parameter_groups
 
     shape = {"hidden_size": 72, "num_layers": 3, "num_heads": 6, "num_kv_heads": 3, "intermediate_size": 101}
     model = Transformer(ModelConfig(**shape, seq_length=16, vocab_size=257, tie_word_embeddings=tied))
@@ -71,7 +71,7 @@ def _probe(rank: int, *, out: Path, pretended: int = 0) -> None:
     collectives do nothing."""
     import torch
 
-    from lumina.train import engine
+    from lumina.train.deepspeed import engine
 
     if pretended:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -113,7 +113,7 @@ def test_tensors_are_the_models() -> None:
     import torch
 
     from lumina.model import Transformer
-    from lumina.train.optimizer import parameter_groups as real_groups
+    from lumina.train.deepspeed.optimizer import parameter_groups as real_groups
 
     families = (["family=qwen2"], ["family=qwen3", "head_size=96"])
     for sets in ([], ["tie_word_embeddings=false"], *families):

@@ -32,7 +32,7 @@ def counted(stage: int) -> dict[str, float]:
     from lumina.model import Transformer
     from lumina.plan.shape import Data, shape_of
     from lumina.plan.workload import traffic
-    from lumina.train.engine import Engine
+    from lumina.train.deepspeed.engine import Engine
 
     received: Counter[str] = Counter()
     share = (WORLD - 1) / WORLD

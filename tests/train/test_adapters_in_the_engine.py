@@ -12,8 +12,8 @@ from tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, 
 from lumina.model import lora
 from lumina.train import checkpoint
 from lumina.train.checkpoint import Progress
-from lumina.train.engine import Engine
-from lumina.train.layers import LayerStats, layer_of
+from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed.layers import LayerStats, layer_of
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 

@@ -18,7 +18,7 @@ from lumina.config import UserError
 from lumina.train import checkpoint as room
 from lumina.train import store
 from lumina.train.checkpoint import MANIFEST, TRAINER, Progress, damage, newest_sound
-from lumina.train.engine import Engine
+from lumina.train.deepspeed.engine import Engine
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from lumina.config import UserError
 from lumina.model import Transformer
-from lumina.train.engine import Engine
-from lumina.train.optimizer import parameter_groups
-from lumina.train.state import fragments, moments, reserve, step_count
+from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed.fragments import fragments, moments, reserve, step_count
+from lumina.train.deepspeed.optimizer import parameter_groups
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lumina.train.extensions import _alone, _remove_stale_locks, build, is_open
+from lumina.train.deepspeed.extensions import _alone, _remove_stale_locks, build, is_open
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 

@@ -21,7 +21,7 @@ from lumina.data import StepData
 from lumina.monitor.events import read_events
 from lumina.monitor.run_file import read_run
 from lumina.train import checkpoint, loop, store
-from lumina.train.engine import Engine
+from lumina.train.deepspeed.engine import Engine
 from lumina.train.run import Run
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators

@@ -12,8 +12,8 @@ from tiny_engines import make_engine, same_state, state_of, train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config import UserError
-from lumina.train import engine, half_precision
-from lumina.train.half_precision import HalfPrecisionAdamW, LossScale
+from lumina.train.deepspeed import engine, half_precision
+from lumina.train.deepspeed.half_precision import HalfPrecisionAdamW, LossScale
 
 SHAPES = [(7, 5), (40,), (3, 4, 5)]
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6}

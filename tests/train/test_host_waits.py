@@ -28,7 +28,8 @@ def _measure(rank: int, *, runs: dict[str, list[str]], out: Path) -> None:
     from host_waits import Recorder
 
     from lumina.cli import main
-    from lumina.train import engine, loop
+    from lumina.train import loop
+    from lumina.train.deepspeed import engine
     from lumina.train.deferred import Readback
 
     recorder = Recorder()

@@ -7,7 +7,7 @@ import torch
 from tiny_engines import EVERY, arrays, batch, make_config, make_engine, state_of, whole
 
 from lumina.model import Transformer
-from lumina.train.layers import LayerStats, layer_of
+from lumina.train.deepspeed.layers import LayerStats, layer_of
 
 LAYERS = ["embedding", "blocks.0", "blocks.1", "norm"]
 

@@ -10,7 +10,7 @@ import torch
 from tiny_engines import make_config
 
 from lumina.model import Transformer
-from lumina.train.optimizer import build_optimizer, parameter_groups
+from lumina.train.deepspeed.optimizer import build_optimizer, parameter_groups
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -58,7 +58,7 @@ def test_settings_reach_adam() -> None:
 
 UPDATES = """
 import sys, torch
-from lumina.train.optimizer import AdamW
+from lumina.train.deepspeed.optimizer import AdamW
 torch.manual_seed(3)
 ours, theirs = ([torch.nn.Parameter(torch.randn(40, generator=torch.Generator().manual_seed(1)))] for _ in range(2))
 groups = lambda parameters: [{"params": parameters, "weight_decay": 0.1}]

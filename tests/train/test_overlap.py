@@ -30,7 +30,7 @@ def _probe(rank: int, *, out: Path) -> None:
 
     from lumina.config import deepspeed as ds_json
     from lumina.model import Transformer
-    from lumina.train import engine
+    from lumina.train.deepspeed import engine
 
     engine.join()
     found = []
@@ -85,7 +85,7 @@ def _order(rank: int, *, out: Path) -> None:
 
     from lumina.config import deepspeed as ds_json
     from lumina.model import Transformer
-    from lumina.train import engine
+    from lumina.train.deepspeed import engine
 
     Recorder().install()
     events: list[list[str]] = []

@@ -14,7 +14,7 @@ from runs import Runs, arguments, newest, steps, write_conversations
 
 from lumina.chat import Conversation, Message
 from lumina.infer import Sampling, generate, load
-from lumina.train.timing import PHASES
+from lumina.train.deepspeed.timing import PHASES
 
 PROMPTS = ["How is the weather?", "Say something long about my sister, please."]
 

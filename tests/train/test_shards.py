@@ -15,9 +15,10 @@ from torch import nn
 from lumina.config import deepspeed as ds_json
 from lumina.model import Transformer
 from lumina.model.lora import attach
-from lumina.train import reading, shards
-from lumina.train.engine import join
-from lumina.train.state import publish
+from lumina.train import reading
+from lumina.train.deepspeed import partitioned_init
+from lumina.train.deepspeed.engine import join
+from lumina.train.deepspeed.fragments import publish
 
 ADAPTERS: dict[str, Any] = {"lora_rank": 3, "lora_targets": ["q_proj", "o_proj", "down_proj"]}
 
@@ -41,7 +42,7 @@ def test_the_weights_are_those_of_a_whole_model(
     made = make_engine(3, precision, **changes)
     random = torch.get_rng_state()
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "divisible", lambda _: False)
+        patch.setattr(partitioned_init, "divisible", lambda _: False)
         whole = make_engine(3, precision, **changes)
     assert torch.equal(torch.get_rng_state(), random)
     assert same_state(state_of(made), state_of(whole))
@@ -71,7 +72,7 @@ def test_no_two_matrices_are_whole_at_once(lora: bool, monkeypatch: pytest.Monke
             most = max(most, sum(p.numel() for p in living))
 
     monkeypatch.setattr(nn.Module, "register_parameter", watched)
-    with shards.divided(settings()):
+    with partitioned_init.divided(settings()):
         model = Transformer(config)
         if lora:
             attach(model, config)
@@ -85,10 +86,10 @@ def test_nothing_is_drawn_where_all_is_loaded() -> None:
     join()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    with shards.divided(settings(), drawn=False):
+    with partitioned_init.divided(settings(), drawn=False):
         Transformer(make_config(tie_word_embeddings=False))
     assert torch.equal(torch.get_rng_state(), before)
-    with shards.divided(settings(stage=2), drawn=False):
+    with partitioned_init.divided(settings(stage=2), drawn=False):
         model = Transformer(make_config())
     assert not torch.equal(torch.get_rng_state(), before), "other stages draw as ever"
     assert all(p.numel() for p in model.parameters())
@@ -106,8 +107,8 @@ def test_nothing_is_drawn_where_all_is_loaded() -> None:
     ids=str,
 )
 def test_when_weights_are_divided(zero: dict[str, Any], expected: bool) -> None:
-    assert shards.divisible({"zero_optimization": {"stage": 3} | zero}) == expected
-    assert not shards.divisible({})
+    assert partitioned_init.divisible({"zero_optimization": {"stage": 3} | zero}) == expected
+    assert not partitioned_init.divisible({})
 
 
 def test_loading_drops_the_second_copies_of_hpz() -> None:
@@ -125,7 +126,7 @@ def test_loading_drops_the_second_copies_of_hpz() -> None:
 
 def built_whole(rank: int) -> None:
     """In a rank's process: as it was before weights were divided while they are drawn."""
-    shards.divisible = lambda _: False
+    partitioned_init.divisible = lambda _: False
 
 
 def reads(place: Path, rank: int) -> None:

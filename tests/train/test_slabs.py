@@ -18,10 +18,11 @@ from tiny_engines import make_engine, state_of, train_step
 
 from lumina.config import load
 from lumina.plan.memory import parameter_groups
-from lumina.train import loop, slabs
+from lumina.train import loop
 from lumina.train.checkpoint import Progress, Reader, Snapshot, take
+from lumina.train.deepspeed import slabs
+from lumina.train.deepspeed.slabs import SLAB, HostCopies, Slabs, slab_sizes
 from lumina.train.save_thread import Job, Saver, Target
-from lumina.train.slabs import SLAB, HostCopies, Slabs, slab_sizes
 from lumina.train.store import Retention
 
 # --- Memory ---

@@ -11,8 +11,8 @@ from tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, 
 
 from lumina.train import checkpoint
 from lumina.train.checkpoint import Progress
-from lumina.train.engine import Engine
-from lumina.train.state import MASTER, fragments, moments, step_count, to_load
+from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed.fragments import MASTER, fragments, moments, step_count, to_load
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lumina.train import timing
-from lumina.train.timing import StepTimer
+from lumina.train.deepspeed import timing
+from lumina.train.deepspeed.timing import StepTimer
 
 
 class Clock:
@@ -87,7 +87,7 @@ def backend() -> Iterator[object]:
     import deepspeed
     from deepspeed.comm import comm
 
-    from lumina.train import engine
+    from lumina.train.deepspeed import engine
 
     engine.join()
     yield comm.cdb

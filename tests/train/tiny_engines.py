@@ -18,11 +18,11 @@ from lumina.config import deepspeed as ds_json
 from lumina.data import Batch
 from lumina.data.tensors import TorchBatch
 from lumina.model import Transformer, float8, lora
-from lumina.train import engine, shards
 from lumina.train.checkpoint import Progress, take
-from lumina.train.engine import Engine
+from lumina.train.deepspeed import engine, partitioned_init
+from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed.fragments import MASTER, fragments, moments
 from lumina.train.save_thread import Job, Saver, Target
-from lumina.train.state import MASTER, fragments, moments
 from lumina.train.store import Retention
 from lumina.train.writing import SaveError
 
@@ -69,7 +69,7 @@ def make_engine(
     resolved = ds_json.resolve(config, 1, "cuda", bf16_supported=True, document=document)  # a CPU's fp16 is refused
     torch.manual_seed(seed)
     with fp16_on_a_cpu():
-        with shards.divided(resolved.json):
+        with partitioned_init.divided(resolved.json):
             model = Transformer(config)
             if config.lora_rank:
                 lora.attach(model, config)

@@ -24,11 +24,11 @@ from lumina.cluster.signals import end_with_parent
 from lumina.config import Config, UserError
 from lumina.config.visible import explain_duplicate, take_device
 from lumina.model import Transformer
-from lumina.train import half_precision
-from lumina.train.optimizer import AdamW, build_optimizer
-from lumina.train.release import forget_failed_passes, older_node, release
-from lumina.train.timing import StepTimer
-from lumina.train.veto import Veto, refusal
+from lumina.train.deepspeed import half_precision
+from lumina.train.deepspeed.gradient_gate import Veto, refusal
+from lumina.train.deepspeed.optimizer import AdamW, build_optimizer
+from lumina.train.deepspeed.release import forget_failed_passes, older_node, release
+from lumina.train.deepspeed.timing import StepTimer
 
 if TYPE_CHECKING:
     from lumina.data.tensors import TorchBatch
@@ -280,7 +280,7 @@ class Engine:
     def step(self, limit: float | torch.Tensor = math.inf) -> tuple[torch.Tensor, torch.Tensor]:
         """Update the weights. Returns the gradient norm before clipping and whether the step was applied (bool): a norm
         that is above `limit` or not finite leaves the weights as they are, on every rank alike. Both are 0-dimensional
-        tensors on the device, as `limit` may be, and nothing here waits for it: lumina.train.veto says where it does.
+        tensors on the device, as `limit` may be, and nothing here waits for it: gradient_gate.py says where it does.
         Raises UserError where fp16's loss scale is at its smallest and overflows under stages 1 to 3; see `exhausted`.
         """
         self._accumulated = self._stepping = False

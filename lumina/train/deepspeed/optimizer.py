@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lumina.config import Config
-from lumina.train import extensions
+from lumina.train.deepspeed import extensions
 
 
 class AdamW(torch.optim.AdamW):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lumina.config import UserError
-from lumina.train.engine import Engine
-from lumina.train.shards import forget_copies
+from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed.partitioned_init import forget_copies
 
 MASTER = "master"
 

@@ -1,6 +1,6 @@
 """Per-layer norms of gradient, weights and update, the same under every ZeRO stage.
 
-Each rank sums the squares of what it owns (lumina.train.state), and one reduction of three numbers a layer makes the
+Each rank sums the squares of what it owns (fragments.py), and one reduction of three numbers a layer makes the
 norms. The gradient is read between the last backward pass and the update, in whatever place DeepSpeed keeps it then.
 The update is not the difference of two copies, which would cost another float32 copy of the weights, but what AdamW
 computes from the moments that it has just written (arXiv:1711.05101, without the decay of the weights).
@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumina.train.engine import Engine
+from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed.fragments import Fragment, fragments, moments, step_count
 from lumina.train.health_rules import LayerFigures
-from lumina.train.state import Fragment, fragments, moments, step_count
 
 _CHUNK = 4 * 2**20  # elements worked on at once: bounds the scratch memory to a few tens of MB
 

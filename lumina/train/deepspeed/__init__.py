@@ -1,0 +1,1 @@
+"""DeepSpeed: the only place of Lumina that touches its private names."""

@@ -31,9 +31,9 @@ def main() -> None:
     from lumina.monitor import MetricsFile, StepRecord
     from lumina.monitor.events import EventLog
     from lumina.train.deepspeed.layers import LayerStats
-    from lumina.train.guard import Guard
     from lumina.train.health import Health
     from lumina.train.health_rules import LayersSeen, StepSeen
+    from lumina.train.recovery.spikes import Guard
 
     draw = random.Random(0)
     config = load("debug")

@@ -148,9 +148,9 @@ def write_base(port: int, options: argparse.Namespace, folder: Path) -> None:
     import torch
 
     from lumina.model import Transformer
-    from lumina.train.beginning import shape
     from lumina.train.checkpoint import Progress, take
     from lumina.train.deepspeed import engine
+    from lumina.train.initialise import shape
     from lumina.train.save_thread import Job, Saver, Target
     from lumina.train.store import Retention
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from lumina.data import StepData
 from lumina.data.order import samples_id
 from lumina.train.deepspeed.engine import scale_exhausted
-from lumina.train.recording import record_step
+from lumina.train.outputs.step_record import record_step
 
 if TYPE_CHECKING:
     from lumina.train.deepspeed.timing import Split

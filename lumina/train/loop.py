@@ -19,9 +19,9 @@ from lumina.config import UserError
 from lumina.data import StepData
 from lumina.data.order import sample_sums
 from lumina.monitor.record import perplexity
-from lumina.train.answers import Rewind, StartAgainError
 from lumina.train.deferred import send
 from lumina.train.evaluate import evaluate
+from lumina.train.recovery.recovery import Rewind, StartAgainError
 from lumina.train.watchdog import report_failure
 
 if TYPE_CHECKING:

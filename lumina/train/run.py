@@ -25,9 +25,15 @@ from lumina.monitor.events import EventLog
 from lumina.plan.stage import default_document, smallest_memory
 from lumina.plan.versions import refuse_untried
 from lumina.train import checkpoint, lease
-from lumina.train.answers import FILE as ANSWERS
-from lumina.train.answers import Answers, Memory
-from lumina.train.beginning import (
+from lumina.train.checkpoint import Progress
+from lumina.train.deepspeed import engine, partitioned_init
+from lumina.train.deepspeed.fragments import hold, reserve, restore
+from lumina.train.deepspeed.layers import LayerStats
+from lumina.train.deferred import Deferred
+from lumina.train.determinism import set_deterministic
+from lumina.train.health import Health
+from lumina.train.health_rules import LayerFigures, LayersSeen
+from lumina.train.initialise import (
     agree,
     base,
     choose,
@@ -38,25 +44,19 @@ from lumina.train.beginning import (
     shape,
     start_from,
 )
-from lumina.train.checkpoint import Progress
-from lumina.train.deepspeed import engine, partitioned_init
-from lumina.train.deepspeed.fragments import hold, reserve, restore
-from lumina.train.deepspeed.layers import LayerStats
-from lumina.train.deferred import Deferred
-from lumina.train.determinism import set_deterministic
-from lumina.train.guard import Guard
-from lumina.train.health import Health
-from lumina.train.health_rules import LayerFigures, LayersSeen
 from lumina.train.loop import fit
 from lumina.train.machine import MachineWatch
+from lumina.train.outputs.profiling import Profile
+from lumina.train.outputs.samples import answers
+from lumina.train.outputs.throughput import Utilisation
 from lumina.train.preference import give_references
-from lumina.train.profiling import Profile
 from lumina.train.reading import adapters, fill, reference, trained_parameters
-from lumina.train.samples import answers
-from lumina.train.save_policy import Saves
+from lumina.train.recovery.recovery import FILE as ANSWERS
+from lumina.train.recovery.recovery import Answers, Memory
+from lumina.train.recovery.spikes import Guard
+from lumina.train.saves import Saves
 from lumina.train.schedule import schedule
 from lumina.train.stragglers import Stragglers
-from lumina.train.throughput import Utilisation
 from lumina.train.watchdog import Watchdog
 
 log = logging.getLogger("lumina")

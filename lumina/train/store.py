@@ -42,7 +42,7 @@ class Progress:
     precision: str = ""
     zero_stage: int = 0
     world: int = 1
-    guard: dict[str, Any] = field(default_factory=dict)  # baselines of lumina.train.guard
+    guard: dict[str, Any] = field(default_factory=dict)  # baselines of lumina.train.recovery.spikes
     lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha and targets of the adapters that are all it holds
     base: dict[str, str] = field(default_factory=dict)  # the checkpoint under them (lumina.train.reading.reference)
 

@@ -22,7 +22,7 @@ from lumina.config import UserError
 from lumina.config import load as load_config
 from lumina.data import prepare_parts
 from lumina.infer import export, import_hf, load
-from lumina.train.beginning import weights_of
+from lumina.train.initialise import weights_of
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from lumina.config import Config
 from lumina.monitor.events import EventLog
 from lumina.train import health_docs
 from lumina.train import health_rules as rules
-from lumina.train.guard import GRAD_EXPLOSION, LOSS_SPIKE, Guard
 from lumina.train.health import Health
 from lumina.train.health_rules import (
     EvaluationSeen,
@@ -28,6 +27,7 @@ from lumina.train.health_rules import (
     Rule,
     StepSeen,
 )
+from lumina.train.recovery.spikes import GRAD_EXPLOSION, LOSS_SPIKE, Guard
 
 CONFIG = make_config()
 GIB = 2**30

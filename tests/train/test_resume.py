@@ -17,7 +17,7 @@ import runs as real
 from runs import Runs, State, arguments, differing, final, losses, newest
 
 from lumina.train import checkpoint, writing
-from lumina.train.save_policy import Saves
+from lumina.train.saves import Saves
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 

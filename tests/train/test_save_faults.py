@@ -20,7 +20,7 @@ from tiny_engines import make_engine, save, train_step
 
 from lumina.monitor import read_metrics
 from lumina.monitor.events import read_events
-from lumina.train import loop, save_policy, store, writing
+from lumina.train import loop, saves, store, writing
 from lumina.train.checkpoint import HostCopies, Progress, take
 from lumina.train.save_thread import Job as SaveJob
 from lumina.train.save_thread import Saver, Target
@@ -213,7 +213,7 @@ def _stop_in(rank: int, *, phase: str) -> None:
     elif phase == "evaluation":
         before(loop, "evaluate", lambda *given: True)
     elif phase == "saving":
-        before(save_policy.Saves, "_begin", lambda *given: True)
+        before(saves.Saves, "_begin", lambda *given: True)
     else:
         before(writing, "sync", lambda *given: True)
 

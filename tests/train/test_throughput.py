@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lumina.config import ModelConfig
 from lumina.data import Batch
 from lumina.model import Transformer
-from lumina.train.throughput import Utilisation, step_flops
+from lumina.train.outputs.throughput import Utilisation, step_flops
 
 MODEL = ModelConfig(hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, seq_length=64, vocab_size=512)
 

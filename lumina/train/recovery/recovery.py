@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lumina.config import UserError
 from lumina.train import checkpoint, store
-from lumina.train.guard import GRAD_EXPLOSION, LOSS_SPIKE, NOT_FINITE, Guard
+from lumina.train.recovery.spikes import GRAD_EXPLOSION, LOSS_SPIKE, NOT_FINITE, Guard
 
 if TYPE_CHECKING:
     from lumina.data import StepData

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from lumina.train import commands, store
-from lumina.train.answers import agreed
 from lumina.train.checkpoint import HostCopies, take
+from lumina.train.recovery.recovery import agreed
 from lumina.train.save_thread import Job, Outcome, Place, Saver, Target
 from lumina.train.store import Retention
 

@@ -9,9 +9,9 @@ import torch
 
 from lumina.data import StepData
 from lumina.monitor import StepRecord
-from lumina.train.answers import Verdict
 from lumina.train.deepspeed.timing import PHASES
 from lumina.train.health_rules import StepSeen
+from lumina.train.recovery.recovery import Verdict
 
 if TYPE_CHECKING:
     from lumina.train.run import Run

@@ -26,7 +26,7 @@ from lumina.config import ModelConfig, UserError
 from lumina.infer import hf_names
 from lumina.infer.hf_config import to_model_config
 from lumina.model import Transformer
-from lumina.train import beginning
+from lumina.train import initialise
 from lumina.train.checkpoint import FORMAT, MANIFEST, TRAINER, Progress, digest, name_of, write_json
 from lumina.train.deepspeed.fragments import MASTER
 
@@ -162,7 +162,7 @@ def _write_checkpoint(checkpoint: Path, tensors: _Tensors, shapes: dict[str, tor
         ranges = {name: [0, shapes[name].numel()] for name in names}
         path = checkpoint / f"rank-{rank:05d}-of-{len(groups):05d}.safetensors"
         save_file({"rng/cpu": torch.get_rng_state(), **held}, path, metadata={"ranges": json.dumps(ranges)})
-    progress = Progress(model=beginning.shape(config), world=len(groups))
+    progress = Progress(model=initialise.shape(config), world=len(groups))
     write_json(checkpoint / TRAINER, {**asdict(progress), "optimizer_step": 0, "loss_scale": {}})
     entries = [{"name": p.name, "bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(checkpoint.iterdir())]
     write_json(checkpoint / MANIFEST, {"format": FORMAT, "files": entries})

@@ -21,8 +21,7 @@ from pathlib import Path
 import psutil
 
 from lumina.chat import Tokenizer
-from lumina.data import GlobalOrder, Loader, PackedDataset, prepare
-from lumina.data.validation import validate
+from lumina.data import GlobalOrder, Loader, PackedDataset, prepare, validate
 
 MIB = 1 << 20
 

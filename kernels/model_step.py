@@ -120,7 +120,7 @@ class Trainer:
     def batch(self, seed: int) -> Any:
         """A micro-batch of random tokens: documents that fill the window, the share of them supervised."""
         numpy = importlib.import_module("numpy")
-        batch = importlib.import_module("lumina.data.dataset").Batch
+        batch = importlib.import_module("lumina.data").Batch
         draw, window = numpy.random.default_rng(seed), self.config.seq_length
         tokens = self.options.batch * window
         ids = draw.integers(self.config.vocab_size, size=tokens)

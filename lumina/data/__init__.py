@@ -9,44 +9,62 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lumina.data.baseline import unigram_baseline
-    from lumina.data.dataset import Batch, PackedDataset, Samples
-    from lumina.data.loader import Loader, StepData
-    from lumina.data.order import GlobalOrder
-    from lumina.data.pairs import PairDataset, prepare_pairs
-    from lumina.data.parts import prepare_parts
-    from lumina.data.preparation import prepare
+    from lumina.data.formats import BLANK, Fault, Tree, convert
+    from lumina.data.loading.baseline import unigram_baseline
+    from lumina.data.loading.dataset import Batch, PackedDataset, Samples
+    from lumina.data.loading.loader import Loader, StepData
+    from lumina.data.loading.order import PADDING, GlobalOrder, deal, sample_sums, samples_id
+    from lumina.data.loading.tensors import TorchBatch
+    from lumina.data.preference.pairs import PairDataset, prepare_pairs
+    from lumina.data.preparing.preparation import prepare
+    from lumina.data.preparing.splits import prepare_parts
+    from lumina.data.reading.sources import detect, expand, read_items
+    from lumina.data.reports.validation import validate
 
 _HOMES = {
-    "Batch": "dataset",
-    "GlobalOrder": "order",
-    "Loader": "loader",
-    "PackedDataset": "dataset",
-    "PairDataset": "pairs",
-    "Samples": "dataset",
-    "StepData": "loader",
-    "prepare": "preparation",
-    "prepare_pairs": "pairs",
-    "prepare_parts": "parts",
-    "unigram_baseline": "baseline",
+    "formats": ("BLANK", "Fault", "Tree", "convert"),
+    "loading.baseline": ("unigram_baseline",),
+    "loading.dataset": ("Batch", "PackedDataset", "Samples"),
+    "loading.loader": ("Loader", "StepData"),
+    "loading.order": ("PADDING", "GlobalOrder", "deal", "sample_sums", "samples_id"),
+    "loading.tensors": ("TorchBatch",),
+    "preference.pairs": ("PairDataset", "prepare_pairs"),
+    "preparing.preparation": ("prepare",),
+    "preparing.splits": ("prepare_parts",),
+    "reading.sources": ("detect", "expand", "read_items"),
+    "reports.validation": ("validate",),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BLANK",
+    "PADDING",
     "Batch",
+    "Fault",
     "GlobalOrder",
     "Loader",
     "PackedDataset",
     "PairDataset",
     "Samples",
     "StepData",
+    "TorchBatch",
+    "Tree",
+    "convert",
+    "deal",
+    "detect",
+    "expand",
     "prepare",
     "prepare_pairs",
     "prepare_parts",
+    "read_items",
+    "sample_sums",
+    "samples_id",
     "unigram_baseline",
+    "validate",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"lumina.data.{_HOMES[name]}"), name)
+    return getattr(import_module(f"lumina.data.{_HOME_OF[name]}"), name)

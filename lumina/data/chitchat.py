@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from lumina.config.errors import UserError
-from lumina.data.files import replace_durably
+from lumina.data.cache.files import replace_durably
 
 EVAL_SHARE = 20
 TRAIN_FILE, EVAL_FILE = "chitchat.train.jsonl", "chitchat.eval.jsonl"

@@ -19,11 +19,11 @@ from rich.console import Console
 from lumina.chat.template import open_tokenizer
 from lumina.chat.tokenizer import Tokenizer
 from lumina.config.errors import UserError
-from lumina.data.building import Progress
-from lumina.data.dataset import PackedDataset
-from lumina.data.oasst import THREADS, Options
-from lumina.data.parts import PartSettings, Source, prepare_parts
-from lumina.data.preparation import prepare
+from lumina.data.loading.dataset import PackedDataset
+from lumina.data.oasst.extraction import THREADS, Options
+from lumina.data.preparing.building import Progress
+from lumina.data.preparing.preparation import prepare
+from lumina.data.preparing.splits import PartSettings, Source, prepare_parts
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def prepare_command(files: Sequence[str], config: CommandSettings, *, dry_run: b
     With an eval_fraction, the set held out is prepared too. `dry_run` says what it would come to, from a sample.
     """
     if dry_run:
-        from lumina.data.forecast import forecast
+        from lumina.data.reports.estimate import forecast
 
         expected = forecast(files, config, open_tokenizer(config.tokenizer))
         if json:
@@ -141,9 +141,9 @@ def validate_command(
     Returns:
         0, or 1 when no record is usable.
     """
-    from lumina.data.report import render_report
-    from lumina.data.validation import fix as write_fixed
-    from lumina.data.validation import validate
+    from lumina.data.reports.html import render_report
+    from lumina.data.reports.validation import fix as write_fixed
+    from lumina.data.reports.validation import validate
 
     files = [file] if isinstance(file, str) else list(file)
     tokenizer = Tokenizer.load()
@@ -209,9 +209,9 @@ def process_oasst_command(
     """Extracts conversations from OASST trees or flat messages, or with `pairs` preference pairs; prints how many, and
     every discard with its reason.
 
-    `lang` and `tree_state` are comma-separated. The options are those of lumina.data.oasst.Options.
+    `lang` and `tree_state` are comma-separated. The options are those of lumina.data.oasst.extraction.Options.
     """
-    from lumina.data.oasst_files import process
+    from lumina.data.converting.oasst_files import process
 
     if threads not in THREADS:
         raise UserError(f"--threads {threads} is none of {', '.join(THREADS)}")
@@ -247,7 +247,7 @@ def inspect_command(
     Raises:
         UserError: there is no such sample.
     """
-    from lumina.data.inspection import describe, render_sample
+    from lumina.data.reports.inspection import describe, render_sample
 
     tokenizer = open_tokenizer(config.tokenizer)
     with _progress_bar("preparing") as progress:

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from lumina.chat import Conversation
 from lumina.config import UserError
-from lumina.data.formats import BLANK, Fault, Tree, convert
-from lumina.data.sources import detect, expand, read_items
+from lumina.data import BLANK, Fault, Tree, convert, detect, expand, read_items
 from lumina.infer.loading import Loaded
 from lumina.infer.voice import Span
 from lumina.model import Transformer, ops

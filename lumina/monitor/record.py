@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 class StepRecord:
     """step and epoch count from 1; loss in nats per supervised token; tokens over all ranks; memory in bytes of this
     rank's device (CPU: resident set); samples says which samples all ranks together trained on
-    (lumina.data.order.samples_id); mfu is None where the device's peak is unknown; time in seconds since 1970.
+    (lumina.data.samples_id); mfu is None where the device's peak is unknown; time in seconds since 1970.
     tokens_per_s and supervised_tokens_per_s count the step and its wait for data; seconds is what the time since the
     step before went to (lumina.train.deepspeed.timing)."""
 

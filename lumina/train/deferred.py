@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lumina.data import StepData
-from lumina.data.order import samples_id
+from lumina.data import StepData, samples_id
 from lumina.train.deepspeed.engine import scale_exhausted
 from lumina.train.outputs.step_record import record_step
 

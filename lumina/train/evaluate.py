@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from lumina.data import Samples
-from lumina.data.order import deal
+from lumina.data import Samples, deal
 from lumina.train.deepspeed.engine import Engine, Ranks
 
 

@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from lumina.cluster.signals import EXIT_RESIZE, EXIT_STOPPED
 from lumina.config import UserError
-from lumina.data import StepData
-from lumina.data.order import sample_sums
+from lumina.data import StepData, sample_sums
 from lumina.monitor.record import perplexity
 from lumina.train.deferred import send
 from lumina.train.evaluate import evaluate

@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from lumina.data import PairDataset
-from lumina.data.order import PADDING, deal
+from lumina.data import PADDING, PairDataset, deal
 from lumina.train import store
 from lumina.train.deepspeed.engine import Engine, Ranks
 

@@ -10,8 +10,7 @@ from runs import steps
 
 from lumina.chat import open_tokenizer
 from lumina.config import load
-from lumina.data import GlobalOrder, prepare
-from lumina.data.order import sample_sums, samples_id
+from lumina.data import GlobalOrder, prepare, sample_sums, samples_id
 
 RANK = Path(__file__).with_name("rank.py")
 SAVE_EVERY = 5

@@ -13,7 +13,7 @@ from helpers import chat, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.data import arrow
+from lumina.data.cache import arrow
 
 KINDS = {pa.int32(): np.int32, pa.int64(): np.int64, pa.uint8(): np.uint8}
 

@@ -14,8 +14,8 @@ from helpers import TOKENIZER, Settings, chat, write_jsonl
 from lumina.chat import Conversation, Message, render
 from lumina.config.errors import UserError
 from lumina.data.commands import inspect_command, prepare_command
-from lumina.data.inspection import describe
-from lumina.data.preparation import prepare
+from lumina.data.preparing.preparation import prepare
+from lumina.data.reports.inspection import describe
 
 
 def test_prepare_prints_the_account_or_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ from lumina.chat.template import render
 from lumina.data import prepare
 from lumina.data.account import Account
 from lumina.data.formats import Fault, FieldTally, Tree, convert
-from lumina.data.formats.fields import CONTENT, HARMLESS, MOST_NAMES, is_empty
-from lumina.data.formats.preference import OTHER_PROMPT, Pair, from_pair
+from lumina.data.formats._fields import CONTENT, HARMLESS, MOST_NAMES, is_empty
+from lumina.data.preference.records import OTHER_PROMPT, Pair, from_pair
 
 U, A = Message("user", "q"), Message("assistant", "a")
 

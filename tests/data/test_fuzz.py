@@ -13,8 +13,8 @@ from helpers import TOKENIZER, Settings, chat, write_jsonl
 from lumina.config.errors import UserError
 from lumina.data import prepare
 from lumina.data.account import Account
-from lumina.data.sources import detect, read_items
-from lumina.data.validation import fix, validate
+from lumina.data.reading.sources import detect, read_items
+from lumina.data.reports.validation import fix, validate
 
 LINES = 100_000
 SEEDS = [
@@ -63,7 +63,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_mutated_line_is_accounted_for(fuzzed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumina.data.pool.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("lumina.data.preparing.pool.BYTES_PER_WORKER", 1)
     account = Account.from_dict(prepare([fuzzed], Settings(seq_length=512), TOKENIZER, workers=2).account)
     account.check()
     # A line may hold an array of records: each is counted, and no line is passed over.

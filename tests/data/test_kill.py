@@ -13,8 +13,8 @@ from helpers import chat, write_jsonl
 
 SCRIPT = """
 import sys
-import lumina.data.pool as pool
-import lumina.data.preparation as preparation
+import lumina.data.preparing.pool as pool
+import lumina.data.preparing.preparation as preparation
 sys.path.insert(0, {tests!r})
 from helpers import TOKENIZER, Settings
 pool.BYTES_PER_WORKER = 1

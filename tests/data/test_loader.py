@@ -10,7 +10,7 @@ import torch
 from helpers import TOKENIZER, Settings, chat, write_jsonl
 
 from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare, tensors
-from lumina.data.tensors import TorchBatch
+from lumina.data.loading.tensors import TorchBatch
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from lumina.config.errors import UserError
 from lumina.data import GlobalOrder, Loader, PackedDataset, parts, preparation
 from lumina.data.account import Account
-from lumina.data.mixing import repeats
-from lumina.data.parts import prepare_parts
+from lumina.data.preparing.mixing import repeats
+from lumina.data.preparing.splits import prepare_parts
 
 weights = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.3, 2.0, 3.0])
 

@@ -35,7 +35,7 @@ from helpers import TOKENIZER, Settings, learned_targets, write_jsonl
 from lumina.config.errors import UserError
 from lumina.data import prepare
 from lumina.data.commands import process_oasst_command
-from lumina.data.oasst import Options, extract
+from lumina.data.oasst.extraction import Options, extract
 
 
 def node(name: str, replies: list[dict[str, Any]] | None = None, **fields: Any) -> dict[str, Any]:

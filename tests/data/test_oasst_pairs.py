@@ -11,8 +11,8 @@ from helpers import write_jsonl
 from test_oasst import labels, node, the_tree
 
 from lumina.cli import main
-from lumina.data.oasst import Options
-from lumina.data.oasst_pairs import extract_pairs
+from lumina.data.oasst.extraction import Options
+from lumina.data.oasst.pairs import extract_pairs
 
 
 def pairs(tree: dict[str, Any], **options: Any) -> tuple[list[str], dict[str, int]]:

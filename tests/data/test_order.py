@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumina.data import GlobalOrder
-from lumina.data.order import PADDING, Permutation, deal, sample_sums, samples_id
+from lumina.data.loading.order import PADDING, Permutation, deal, sample_sums, samples_id
 
 sizes = st.integers(1, 300)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.data.packing import pack, rows_to_pieces
+from lumina.data.preparing.packing import pack, rows_to_pieces
 
 
 def slow_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:

@@ -18,8 +18,8 @@ from lumina.chat import Conversation, Message
 from lumina.config.errors import UserError
 from lumina.data import PackedDataset
 from lumina.data.account import Account
-from lumina.data.curation import DUPLICATE, EVAL, TRAIN, decide, near_pairs, signs_of
-from lumina.data.parts import prepare_parts
+from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, decide, near_pairs, signs_of
+from lumina.data.preparing.splits import prepare_parts
 
 
 def learned(*datasets: PackedDataset | None) -> Counter[int]:
@@ -142,9 +142,9 @@ def test_files_with_duplicates_across_train_and_eval(tmp_path: Path) -> None:
 
 
 def test_decisions_line_up_across_tasks_trees_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 700)
-    monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 700)
-    monkeypatch.setattr("lumina.data.pool.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MIN_TASK_BYTES", 700)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MAX_TASK_BYTES", 700)
+    monkeypatch.setattr("lumina.data.preparing.pool.BYTES_PER_WORKER", 1)
     reply = lambda name: {"message_id": name, "role": "assistant", "text": f"reply {name}", "replies": []}
     trees = [
         {
@@ -178,6 +178,6 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         prepare_parts(Settings(train_data=(path,), eval_data=(path,), eval_fraction=0.1), TOKENIZER)
     with pytest.raises(UserError, match="nothing is left to learn from of the 1 conv"):
         prepare_parts(Settings(train_data=(path,), eval_fraction=1e-9), TOKENIZER)
-    monkeypatch.setattr("lumina.data.parts.near_available", lambda: False)
+    monkeypatch.setattr("lumina.data.preparing.splits.near_available", lambda: False)
     with pytest.raises(UserError, match="rensa"):
         prepare_parts(Settings(train_data=(path,), dedup="near"), TOKENIZER)

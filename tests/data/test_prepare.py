@@ -141,9 +141,9 @@ def test_bad_lines_are_skipped_and_counted_with_their_line_numbers(tmp_path: Pat
 
 
 def test_line_numbers_hold_across_tasks_workers_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 1000)
-    monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 1000)
-    monkeypatch.setattr("lumina.data.pool.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MIN_TASK_BYTES", 1000)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MAX_TASK_BYTES", 1000)
+    monkeypatch.setattr("lumina.data.preparing.pool.BYTES_PER_WORKER", 1)
     lines: list[Any] = [chat("question " * (i % 7), f"answer {i}") for i in range(1, 200)]
     lines[150] = lines[20] = b"broken"
     first = write_jsonl(tmp_path / "one.jsonl", lines)
@@ -173,7 +173,7 @@ def test_a_second_start_reuses_the_cache_without_reading_the_input(tmp_path: Pat
     before = {path: path.stat().st_mtime_ns for path in dataset.folder.iterdir()}
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr("lumina.data.files.sha256_of", lambda path: pytest.fail("the input was read again"))
+        patch.setattr("lumina.data.cache.files.sha256_of", lambda path: pytest.fail("the input was read again"))
         again = prepare([tmp_path / "in.jsonl"], Settings(), TOKENIZER)
     assert again.fingerprint == dataset.fingerprint
     assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == before
@@ -203,10 +203,10 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
 
 
 def test_finished_tasks_are_kept_over_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lumina.data import pool
+    from lumina.data.preparing import pool
 
-    monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 500)
-    monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 500)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MIN_TASK_BYTES", 500)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MAX_TASK_BYTES", 500)
     path = write_jsonl(tmp_path / "in.jsonl", [chat("question", f"answer {i}") for i in range(60)])
     undisturbed = prepare([path], Settings(cache_dir=str(tmp_path / "a")), TOKENIZER)
     real, done = pool.run_task, []
@@ -282,7 +282,7 @@ def test_a_cache_that_cannot_be_written_is_the_users_error(tmp_path: Path, monke
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lumina.data.building.write_plan", full)
+    monkeypatch.setattr("lumina.data.preparing.building.write_plan", full)
     with pytest.raises(UserError, match="No space left on device"):
         prepare([path], Settings(), TOKENIZER)
 
@@ -291,15 +291,15 @@ def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytes
     import subprocess
     import sys
 
-    from lumina.data import pool
+    from lumina.data.preparing import pool
 
     def stillborn(_: object) -> subprocess.Popen[bytes]:
         code = "import sys; sys.stdin.readline(); sys.exit(9)"
         return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     monkeypatch.setattr(pool, "_start", stillborn)
-    monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 100)
-    monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 100)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MIN_TASK_BYTES", 100)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MAX_TASK_BYTES", 100)
     monkeypatch.setattr(pool, "BYTES_PER_WORKER", 1)
     path = write_jsonl(tmp_path / "in.jsonl", [chat("question", f"answer {i}") for i in range(20)])
     with pytest.raises(UserError, match=r"worker process died \(exit code 9\)"):

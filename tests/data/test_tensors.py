@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config.rows import ROW_TILE, round_up
 from lumina.data import Batch, tensors
-from lumina.data.dataset import join
-from lumina.data.tensors import TorchBatch
+from lumina.data.loading.dataset import join
+from lumina.data.loading.tensors import TorchBatch
 
 
 def batch(lengths: list[int], supervised: float = 0.5, seed: int = 0) -> Batch:

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from lumina.chat import Conversation, Message, render
 from lumina.config.errors import UserError
 from lumina.data.commands import validate_command
-from lumina.data.report import render_report
-from lumina.data.survey import PATTERNS, Survey, percentiles, windows
-from lumina.data.validation import fix, validate
+from lumina.data.preparing.statistics import PATTERNS, Survey, percentiles, windows
+from lumina.data.reports.html import render_report
+from lumina.data.reports.validation import fix, validate
 
 KEY = "sk-" + "a1B2c3D4e5F6g7H8i9J0"
 LINES: list[Any] = [

@@ -105,7 +105,7 @@ def test_params_change_or_are_refused_whole(chat: Chat) -> None:
 
 
 def test_save_and_load_in_the_form_that_training_reads(chat: Chat, tmp_path: Path) -> None:
-    from lumina.data.formats import convert
+    from lumina.data import convert
 
     file = tmp_path / "talk.jsonl"
     chat.system = "S"

@@ -166,12 +166,12 @@ def test_prepared_data_follow_the_template(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_workers_prepare_the_same(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumina.data.preparation.MIN_TASK_BYTES", 2000)
-    monkeypatch.setattr("lumina.data.preparation.MAX_TASK_BYTES", 2000)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MIN_TASK_BYTES", 2000)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MAX_TASK_BYTES", 2000)
     tokenizer = open_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
     made = []
     for name, enough in (("here", 1 << 30), ("workers", 1)):
-        monkeypatch.setattr("lumina.data.pool.BYTES_PER_WORKER", enough)
+        monkeypatch.setattr("lumina.data.preparing.pool.BYTES_PER_WORKER", enough)
         sets = ["seq_length=64", f"cache_dir={tmp_path / name}", "num_workers=2"]
         made.append(prepare_parts(load_config("nano", {"train_data": [str(data)]}, sets), tokenizer)[0])
     here, there = ([path.read_bytes() for path in sorted(d.folder.glob("*.arrow"))] for d in made)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lumina.config import Config
 from lumina.config import deepspeed as ds_json
-from lumina.data import Batch
-from lumina.data.tensors import TorchBatch
+from lumina.data import Batch, TorchBatch
 from lumina.model import Transformer, float8, lora
 from lumina.train.checkpoint import Progress, take
 from lumina.train.deepspeed import engine, partitioned_init

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from lumina.chat.template import Conversation
-from lumina.data.formats.fault import (
+from lumina.data.formats._fault import (
     BLANK,
     BROKEN_JSON,
     OTHER_FORMAT,
@@ -21,10 +21,10 @@ from lumina.data.formats.fault import (
     Tree,
     kind,
 )
-from lumina.data.formats.fields import FieldTally
-from lumina.data.formats.instruction import from_instruction, has_answer
+from lumina.data.formats._fields import FieldTally
+from lumina.data.formats._instruction import from_instruction, has_answer
 from lumina.data.formats.messages import from_messages
-from lumina.data.formats.oasst_tree import from_tree, is_flat_oasst
+from lumina.data.formats.oasst import from_tree, is_flat_oasst
 from lumina.data.formats.sharegpt import KEYS as SHAREGPT_KEYS
 from lumina.data.formats.sharegpt import from_sharegpt
 from lumina.data.formats.text import from_text

@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 
 from lumina.chat.template import ROLE_ALIASES, Conversation, Message
-from lumina.data.formats.fault import EMPTY, NO_ASSISTANT, TWICE, UNKNOWN_ROLE, WRONG_TYPE, Fault, kind
-from lumina.data.formats.fields import FLAGS, HARMLESS, FieldTally, Vocabulary, is_empty, one_of
+from lumina.data.formats._fault import EMPTY, NO_ASSISTANT, TWICE, UNKNOWN_ROLE, WRONG_TYPE, Fault, kind
+from lumina.data.formats._fields import FLAGS, HARMLESS, FieldTally, Vocabulary, is_empty, one_of
 
 RECORD = Vocabulary("messages", frozenset({"messages", "system"}))
 MESSAGE = Vocabulary(

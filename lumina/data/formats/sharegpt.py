@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lumina.chat.template import Conversation
-from lumina.data.formats.fault import TWICE, WRONG_TYPE, Fault, kind
-from lumina.data.formats.fields import FieldTally, Vocabulary, one_of
+from lumina.data.formats._fault import TWICE, WRONG_TYPE, Fault, kind
+from lumina.data.formats._fields import FieldTally, Vocabulary, one_of
 from lumina.data.formats.messages import conversation, listed, settle
 
 KEYS = ("conversations", "conversation")

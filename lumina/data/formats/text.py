@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lumina.chat.template import TEXT_ROLE, Conversation, Message
-from lumina.data.formats.fault import EMPTY, UNKNOWN_FORMAT, WRONG_TYPE, Fault, kind
-from lumina.data.formats.fields import FieldTally, Vocabulary
+from lumina.data.formats._fault import EMPTY, UNKNOWN_FORMAT, WRONG_TYPE, Fault, kind
+from lumina.data.formats._fields import FieldTally, Vocabulary
 from lumina.data.formats.messages import identity
 
 RECORD = Vocabulary("text", frozenset({"text"}))

@@ -31,7 +31,7 @@ from lumina.train.deepspeed.release import forget_failed_passes, older_node, rel
 from lumina.train.deepspeed.timing import StepTimer
 
 if TYPE_CHECKING:
-    from lumina.data.tensors import TorchBatch
+    from lumina.data import TorchBatch
 
 
 log = logging.getLogger("lumina")

@@ -40,7 +40,7 @@ def record_step(
     loss_scale: float | None,
 ) -> None:
     """Show a step to the health rules, and write it down on rank 0. split: its seconds by phase; samples:
-    lumina.data.order.samples_id; ended: when, in seconds since 1970; loss_scale: fp16's. The speed counts all of a
+    lumina.data.samples_id; ended: when, in seconds since 1970; loss_scale: fp16's. The speed counts all of a
     step's time but what saving and evaluating took."""
     if run.metrics is None:
         return

@@ -1,0 +1,1 @@
+"""Files -> JSON lines of conversations: `process-oasst`, `validate-data --fix`."""

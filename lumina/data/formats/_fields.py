@@ -1,0 +1,223 @@
+"""The vocabulary of fields: what every key of a record or message is for, and the count of what was met (law 4).
+
+A key is *used* by the format that reads it, *harmless* (ids, scores, times: nothing that a model could learn),
+*content* (it holds words or says what is supervised), or unknown. Content that a format has no place for is
+never left out in silence: a record that holds some is refused under the key's name, unless the field is empty or
+repeats what is used. Unknown keys are counted, with an example of each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lumina.chat.template import Message
+from lumina.data.formats._fault import NOT_TO_BE_TAUGHT, Fault
+
+NOT_USED = "field not used"
+FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "learn", "supervised")
+
+CONTENT = frozenset(
+    {
+        *("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat", "history", "system"),
+        *("system_prompt", "instruction", "input", "output", "context", "prompt", "response", "completion", "question"),
+        *("query", "answer", "answers", "text", "content", "value", "chosen", "rejected", "tools", "functions"),
+        *("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking", "thoughts", "refusal"),
+        *("documents", "passages", "image", "images", "audio", "audios", "video", "videos", "mask", "train_detail"),
+        *("choices", "options", "document", "passage", "article", "persona", "system_message", "instructions"),
+        *("chat_history", "available_tools", "thought", "think", "cot", "chain_of_thought", "reasoning_details"),
+        *("tool_call", "masked", "loss_weight", "train_on_turn", "chat_template_kwargs", *FLAGS),
+    }
+)
+# What tells formats apart: where a source's format is given, those of the others are set aside on purpose.
+OF_FORMATS = frozenset(
+    {
+        *("messages", "conversations", "conversation", "text", "prompt", "instruction", "question", "query"),
+        *("output", "response", "completion", "answer", "chosen", "rejected"),
+    }
+)
+HARMLESS = frozenset(
+    {
+        *("id", "_id", "idx", "index", "uuid", "uid", "guid", "key", "hash", "name", "title", "url", "link", "source"),
+        *("dataset", "origin", "split", "subset", "category", "categories", "task", "topic", "topics", "tags", "tag"),
+        *("domain", "subject", "difficulty", "license", "model", "model_name", "generator", "provider", "author"),
+        *("lang", "language", "languages", "timestamp", "date", "time", "created", "created_at", "created_date"),
+        *("create_time", "update_time", "updated_at", "score", "scores", "rank", "ranks", "rating", "ratings", "votes"),
+        *("likes", "upvotes", "quality", "toxicity", "toxic", "perplexity", "meta", "metadata", "info", "extra"),
+        *("usage", "finish_reason", "stop_reason", "logprobs", "token_count", "num_tokens", "num_turns", "turn"),
+        *("length", "n_tokens", "status", "version", "user_id", "annotator", "worker_id", "session_id", "thread_id"),
+        *("conversation_id", "conv_id", "dialog_id", "dialogue_id", "prompt_id", "message_id", "message_ids"),
+        *("parent_id", "tree_id", "message_tree_id", "tool_call_id", "label", "redacted", "moderation"),
+        *("openai_moderation", "detoxify", "country", "state", "hashed_ip", "header", "sender", "type",
+        "__index_level_0__"),
+    }
+)  # fmt: skip
+
+_PLAIN = {name.replace("_", ""): name for name in sorted(HARMLESS | CONTENT)}
+RENDERINGS = ("text", "prompt")  # may hold a conversation's messages with a template's words around them
+
+MOST_SHAPES = 1000  # sets of keys remembered at a time: records may have any
+MOST_NAMES = 200  # unknown names counted by themselves
+OTHERS = "(others)"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The keys that one format's records, or messages, use."""
+
+    name: str
+    used: frozenset[str]
+
+    def sort(self, key: str) -> str:
+        """used, harmless, content or unknown."""
+        if key in self.used:
+            return "used"
+        plain = _PLAIN.get(key.lower().replace("_", ""), key)  # toolCalls, System
+        return "content" if plain in CONTENT else "harmless" if plain in HARMLESS else "unknown"
+
+
+@dataclass
+class _Shape:
+    """One set of keys: which of them are content without a place or unknown, and how often it was met."""
+
+    sorts: dict[str, str]
+    content: tuple[str, ...]
+    unknown: tuple[str, ...]
+    plain: bool  # every key is used or harmless, whatever its value
+    count: int = 0
+
+
+@dataclass
+class FieldTally:
+    """What one reader met: by sort, name -> count. `dropped`: messages left out of records that are used, by reason;
+    `left_out` those of the record being read, whose number is `line`. `format_given`: the user says what the records
+    are."""
+
+    line: int = 0
+    format_given: bool = False
+    dropped: Counter[str] = field(default_factory=Counter)
+    left_out: list[str] = field(default_factory=list)
+    examples: dict[str, tuple[int, str]] = field(default_factory=dict)  # of unknown keys: record, value
+    # Messages of two keys, role and content or from and value: too many to look their keys up.
+    plain_messages: int = 0
+    plain_turns: int = 0
+    _counts: dict[str, Counter[str]] = field(default_factory=dict)
+    _shapes: dict[tuple[Any, ...], _Shape] = field(default_factory=dict)
+
+    def count(self, vocabulary: Vocabulary, held: Mapping[str, Any], messages: Sequence[Message] = ()) -> Fault | None:
+        """Count the keys of a record or message, or say why it cannot be used. `messages` are what it became: a field
+        that only repeats them loses nothing."""
+        shape = self._shapes.get((id(vocabulary), *held))
+        if shape is None:
+            shape = self._shape(vocabulary, held)
+        if shape.plain:  # by far the most frequent
+            shape.count += 1
+            return None
+        for name in shape.content:
+            value = held[name]
+            if is_empty(value) if name not in FLAGS or value is None else value in (1, True):
+                continue
+            if self.format_given and name in OF_FORMATS:
+                self._add("set aside", name)
+                self._add("empty or repeated", name, -1)  # as which the shape counts it
+                continue
+            if not repeats(value, messages, rendering=name in RENDERINGS):
+                self._add("refused", name)
+                what = f"`{name}` has no place in {vocabulary.name}"
+                what += "; a source's `format` sets it aside" if name in OF_FORMATS else ""
+                return Fault(f"{NOT_USED}: {name}", what, len(messages))
+        for name in shape.unknown:
+            if len(self.examples) < MOST_NAMES and name not in self.examples:
+                self.examples[name] = self.line, repr(str(held[name])[:60])
+        if str(held.get("label")).strip().lower() == "false":
+            self._add("refused", "label")
+            return Fault(NOT_TO_BE_TAUGHT, "`label` is false", len(messages))
+        shape.count += 1
+        return None
+
+    def end_record(self, used: bool) -> None:
+        """The record is read: what was left out of it counts if it is used; else the whole of it is skipped."""
+        if self.left_out:
+            if used:
+                self.dropped.update(self.left_out)
+            self.left_out.clear()
+
+    def _shape(self, vocabulary: Vocabulary, held: Mapping[str, Any]) -> _Shape:
+        """A set of keys that was not met before, or not lately."""
+        if len(self._shapes) >= MOST_SHAPES:
+            self._fold()
+        sorts = {str(name): vocabulary.sort(str(name)) for name in held}
+        content = tuple(name for name, sort in sorts.items() if sort == "content")
+        unknown = tuple(name for name, sort in sorts.items() if sort == "unknown")
+        shape = _Shape(sorts, content, unknown, plain=not content and not unknown and "label" not in sorts)
+        self._shapes[(id(vocabulary), *held)] = shape
+        return shape
+
+    def _add(self, sort: str, name: str, count: int = 1) -> None:
+        names = self._counts.setdefault(sort, Counter())
+        names[name if name in names or len(names) < MOST_NAMES else OTHERS] += count
+
+    def _fold(self) -> None:
+        for shape in self._shapes.values():
+            for name, sort in shape.sorts.items():
+                if shape.count:
+                    self._add("empty or repeated" if sort == "content" else sort, name, shape.count)
+        self._shapes.clear()
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Counts by sort and name: used, harmless, empty or repeated, unknown, refused."""
+        self._fold()
+        for name, count in zip(
+            ("role", "content", "from", "value"), (self.plain_messages,) * 2 + (self.plain_turns,) * 2, strict=True
+        ):
+            if count:
+                self._add("used", name, count)
+        self.plain_messages = self.plain_turns = 0
+        counted = {sort: {name: n for name, n in names.items() if n} for sort, names in self._counts.items()}
+        return {sort: names for sort, names in counted.items() if names}
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field says nothing: null, no text, or lists and objects of nothing else."""
+    if value is None or value is False:
+        return True
+    if isinstance(value, str):
+        return not value or value.isspace()
+    if isinstance(value, list | tuple):
+        return all(map(is_empty, value))
+    return isinstance(value, dict) and all(map(is_empty, value.values()))
+
+
+def repeats(value: Any, messages: Sequence[Message], rendering: bool = False) -> bool:
+    """Whether a field holds nothing but what the messages say: a message's text, as a `prompt` beside a conversation
+    does; or, for a `rendering` of several messages, all of them in one text."""
+    if isinstance(value, str):
+        text = value.strip()
+        if any(text == message.content.strip() for message in messages):
+            return True
+        return rendering and len(messages) > 1 and all(message.content.strip() in text for message in messages)
+    if isinstance(value, list | tuple):
+        return bool(messages) and all(is_empty(part) or repeats(part, messages) for part in value)
+    if isinstance(value, dict) and set(value) <= {"role", "from", "content", "value"}:
+        said = value.get("content", value.get("value"))
+        return isinstance(said, str) and repeats(said, messages)
+    return False
+
+
+def one_of(record: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None, bool]:
+    """The first of several keys for one thing that a record has a value for, null and nothing aside; and whether
+    another of them has a different one, so that what is meant cannot be told."""
+    first: str | None = None
+    for name in names:
+        value = record.get(name)
+        if value is None:
+            continue
+        if first is None:
+            first = name
+        elif is_empty(record[first]):
+            first = name if not is_empty(value) else first
+        elif not is_empty(value) and value != record[first]:
+            return first, True
+    return first, False

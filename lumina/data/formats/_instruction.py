@@ -1,0 +1,102 @@
+"""One question and its answer: Alpaca (`instruction`, `input`, `output`, `history`), Dolly (`instruction`, `context`,
+`response`), `prompt` with `response` or `completion` (TRL), `question` with `answer`.
+
+What a question is about (`input`, `context`) follows it after a blank line; earlier questions and answers (`history`)
+come before it as turns, and their answers are the assistant's words like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lumina.chat.template import Conversation, Message
+from lumina.data.formats._fault import EMPTY, TWICE, WRONG_TYPE, Fault, kind
+from lumina.data.formats._fields import FieldTally, Vocabulary, is_empty, one_of
+from lumina.data.formats.messages import conversation, listed, settle
+
+ABOUT = ("input", "context")
+ANSWERS = ("output", "response", "completion", "answer")
+QUESTIONS = ("instruction", "prompt", "question", "query")
+RECORD = Vocabulary("question and answer", frozenset({*QUESTIONS, *ABOUT, *ANSWERS, "system", "history"}))
+
+
+def has_answer(record: dict[str, Any]) -> bool:
+    return any(record.get(name) is not None for name in ANSWERS)
+
+
+def from_instruction(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault:
+    """A record with one of QUESTIONS. A prompt that is a list of messages is answered by a list, or by a text."""
+    question, answer = one_of(record, QUESTIONS), one_of(record, ANSWERS)
+    if question[1] or answer[1]:
+        return Fault(TWICE, f"{'questions' if question[1] else 'answers'} in several fields differ", 2)
+    assert question[0] is not None
+    reply = None if answer[0] is None else listed(record[answer[0]])
+    replies = reply if type(reply) is list else [{"role": "assistant", "content": reply}]
+    asked = prompt_messages(record, tally)
+    if isinstance(asked, Fault):
+        return asked
+    said = conversation(replies, tally)
+    if isinstance(said, Fault):
+        return said
+    if not said:
+        return Fault(EMPTY, "no answer", len(asked) + 1)
+    return settle(record, [*asked, *said], tally, RECORD)
+
+
+def prompt_messages(record: dict[str, Any], tally: FieldTally) -> list[Message] | Fault:
+    """What a record asks: its history and question."""
+    name, _ = one_of(record, QUESTIONS)
+    assert name is not None
+    question = listed(record[name])
+    about, differs = one_of(record, ABOUT)
+    if differs:
+        return Fault(TWICE, "`input` and `context` differ", 2)
+    if type(question) is str and about is None and question and not question.isspace():
+        messages: list[Message] | Fault = [Message("user", question)]
+    elif type(question) is list:
+        messages = conversation(question, tally)
+        if about is not None and record[about]:
+            return Fault(f"field not used: {about}", f"`{about}` beside a list of messages has no place", len(question))
+    else:
+        parts = [question] if about is None else [question, record[about]]
+        wrong = next((part for part in parts if type(part) is not str), None)
+        if any(type(part) is not str for part in parts):
+            return Fault(WRONG_TYPE, f"the question is {kind(wrong)}", 2)
+        text = "\n\n".join(part for part in parts if part.strip())
+        messages = conversation([{"role": "user", "content": text}], tally)
+    if isinstance(messages, Fault):
+        return messages
+    if record.get("history") is None:
+        return messages
+    earlier = _history(record["history"], tally)
+    return earlier if isinstance(earlier, Fault) else [*earlier, *messages]
+
+
+def _history(history: Any, tally: FieldTally) -> list[Message] | Fault:
+    """`[[question, answer], …]`, or messages."""
+    history = listed(history)
+    if is_empty(history):
+        return []
+    if type(history) is not list:
+        return Fault(WRONG_TYPE, f"`history` is {kind(history)}, not a list")
+    turns: list[Any] = []
+    for part in history:
+        if type(part) is list and len(part) == 2:
+            turns += [{"role": "user", "content": part[0]}, {"role": "assistant", "content": part[1]}]
+        else:
+            turns.append(part)
+    return conversation(turns, tally)
+
+
+def answer_messages(value: Any, tally: FieldTally) -> list[Message] | Fault:
+    """An answer: a text, a message, or messages."""
+    turns: Sequence[Any]
+    value = listed(value)
+    if type(value) is str:
+        turns = [{"role": "assistant", "content": value}]
+    else:
+        turns = [value] if type(value) is dict else value
+    if type(turns) is not list:
+        return Fault(WRONG_TYPE, f"an answer is {kind(value)}")
+    return conversation(turns, tally)

@@ -1,0 +1,55 @@
+"""OASST message trees as training data: every thread that the default options take (`lumina process-oasst` has
+more)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lumina.chat.template import Conversation
+from lumina.data.formats._fault import EMPTY, WRONG_TYPE, Fault, Tree
+from lumina.data.formats._fields import FieldTally, Vocabulary
+from lumina.data.formats.messages import from_messages
+from lumina.data.oasst.extraction import Options, extract, malformed
+
+RECORD = Vocabulary("an OASST tree", frozenset({"prompt", "message_tree_id", "tree_state", "origin"}))
+# What selects messages is used too; the rest of what an export says of a message is about people and the platform.
+MESSAGE = Vocabulary(
+    "an OASST message",
+    frozenset({"text", "role", "replies", "rank", "deleted", "synthetic", "review_result", "lang", "labels"}),
+)
+
+
+def is_flat_oasst(record: Any) -> bool:
+    """Whether a record is a single OASST message, linked to its tree by parent_id."""
+    return (
+        type(record) is dict
+        and type(record.get("message_id")) is str
+        and type(record.get("text")) is str
+        and type(record.get("role")) is str
+        and "replies" not in record
+    )
+
+
+def from_tree(record: dict[str, Any], tally: FieldTally) -> Tree | Fault:
+    reason = malformed(record)
+    if reason is not None:
+        return Fault(WRONG_TYPE, f"an OASST tree with {reason}")
+    fault = tally.count(RECORD, record)
+    stack = [record["prompt"]]
+    while stack and fault is None:
+        node = stack.pop()
+        fault = tally.count(MESSAGE, node)
+        stack.extend(node.get("replies") or [])
+    if fault is not None:
+        return fault
+    extraction = extract(record, Options())
+    conversations: list[Conversation] = []
+    own = FieldTally()  # the fields of these records are extraction's own
+    for thread in extraction.records:
+        found = from_messages(thread, own)
+        if isinstance(found, Fault) or own.left_out:
+            extraction.discarded[found.reason if isinstance(found, Fault) and not own.left_out else EMPTY] += 1
+        else:
+            conversations.append(found)
+        own.end_record(used=False)
+    return Tree(conversations, extraction.discarded)

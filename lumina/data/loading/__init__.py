@@ -1,0 +1,1 @@
+"""The prepared data set -> batches in a fixed global order."""

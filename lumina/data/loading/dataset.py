@@ -1,0 +1,203 @@
+"""The prepared data set over memory maps, and the padding-free batch.
+
+Shapes: T tokens of a batch, D documents of a batch, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lumina.chat.tokenizer import Tokenizer
+from lumina.data.account import Account
+from lumina.data.cache import arrow
+from lumina.data.cache.shards import open_batches
+from lumina.data.loading.order import PADDING
+from lumina.data.preparing.chunking import ranges
+
+if TYPE_CHECKING:
+    from lumina.data.loading.tensors import TorchBatch
+
+
+@dataclass
+class Batch:
+    """Samples one after another without padding; attention and positions stay inside a document.
+
+    ids_T, targets_T int64: a token and the next one of the same document; weights_T float32: 1 where the target is
+    learned (0 at every document's last token, whose target is its own id); positions_T int64 from 0 in each document;
+    cu_seqlens_D int32[D+1]: document bounds, 0 first and T last; max_seqlen: the longest document. Of preference pairs
+    (lumina.data.preference) every two documents are one, and pairs_P2 float32 is what the reference model prefers the
+    first by, in nats, and the pair's weight: 1, or 0 for padding.
+    """
+
+    ids_T: NDArray[np.int64]
+    targets_T: NDArray[np.int64]
+    weights_T: NDArray[np.float32]
+    positions_T: NDArray[np.int64]
+    cu_seqlens_D: NDArray[np.int32]
+    max_seqlen: int
+    pairs_P2: NDArray[np.float32] | None = None
+    made: TorchBatch | None = field(default=None, repr=False, compare=False)
+    """What `torch` returns, where the loader has made it ahead of the step."""
+
+    def torch(self) -> TorchBatch:
+        """The same as tensors for the model, in whole tiles of rows."""
+        from lumina.data.loading.tensors import tensors
+
+        return self.made if self.made is not None else tensors(self)
+
+
+class Samples(Protocol):
+    """What training asks of a data set: packed conversations, or preference pairs."""
+
+    fingerprint: str
+    tokens_per_sample: NDArray[np.int32]
+    supervised_per_sample: NDArray[np.int32]
+
+    @property
+    def num_samples(self) -> int: ...
+    def account_lines(self) -> list[str]: ...
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch: ...
+
+
+class Piece(NamedTuple):
+    """ids_T int32 and mask_T uint8 of one document as stored; context: its first token is a repeated one."""
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    context: bool
+    source: str
+    line: int
+
+
+class _Block(NamedTuple):
+    """One record batch as arrays over the memory map."""
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    offsets: NDArray[np.int32]
+    context: NDArray[np.bool_]
+    line: NDArray[np.int64]
+
+
+class PackedDataset:
+    """A finished cache folder. Opening reads meta.json and maps the plan; tokens are mapped when first used."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder = folder
+        self.meta = meta
+        self.fingerprint: str = meta["fingerprint"]
+        self.window: int = meta["window"]
+        self.account: dict[str, Any] = meta["account"]
+        (plan,) = open_batches(folder / "plan.arrow")
+        self.tokens_per_sample: NDArray[np.int32] = arrow.numpy(plan.column("tokens"))
+        self.supervised_per_sample: NDArray[np.int32] = arrow.numpy(plan.column("supervised"))
+        self._sample_pieces: NDArray[np.int64] = arrow.numpy(plan.column("pieces").values)
+        self._sample_offsets: NDArray[np.int64] = arrow.numpy(plan.column("pieces").offsets)
+        self._pad_id = int(meta.get("pad_id", Tokenizer.load().pad_id))  # caches from before imports were trained
+        rows = [
+            (shard, batch, count) for shard, s in enumerate(meta["shards"]) for batch, count in enumerate(s["rows"])
+        ]
+        self._block_homes = [(shard, batch) for shard, batch, _ in rows]
+        self._block_starts = np.concatenate([[0], np.cumsum([count for _, _, count in rows], dtype=np.int64)])
+        self._shards: dict[int, list[_Block]] = {}
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.tokens_per_sample)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an epoch, repeated context included."""
+        return self._totals[0]
+
+    @property
+    def num_supervised(self) -> int:
+        """Learned tokens of an epoch."""
+        return self._totals[1]
+
+    @cached_property
+    def _totals(self) -> tuple[int, int]:
+        tokens, supervised = self.tokens_per_sample, self.supervised_per_sample
+        return int(tokens.sum(dtype=np.int64)), int(supervised.sum(dtype=np.int64))
+
+    def account_lines(self) -> list[str]:
+        """Law 4's account as lines of text."""
+        return Account.from_dict(self.account).report()
+
+    def _block(self, number: int) -> _Block:
+        shard, index = self._block_homes[number]
+        if shard not in self._shards:
+            self._shards[shard] = [
+                _Block(
+                    arrow.numpy(batch.column("ids").values),
+                    arrow.numpy(batch.column("mask").values),
+                    arrow.numpy(batch.column("ids").offsets),
+                    arrow.numpy(batch.column("context")),
+                    arrow.numpy(batch.column("line")),
+                )
+                for batch in open_batches(self.folder / self.meta["shards"][shard]["file"])
+            ]
+        return self._shards[shard][index]
+
+    def pieces_of(self, sample: int) -> list[Piece]:
+        """The documents of one sample, with where each was read."""
+        first, last = self._sample_offsets[sample], self._sample_offsets[sample + 1]
+        pieces = []
+        for piece in self._sample_pieces[first:last]:
+            number = int(np.searchsorted(self._block_starts, piece, side="right")) - 1
+            block, row = self._block(number), int(piece - self._block_starts[number])
+            shard = self.meta["shards"][self._block_homes[number][0]]
+            start, stop = block.offsets[row], block.offsets[row + 1]
+            line = int(block.line[row]) + shard["line_base"]
+            pieces.append(
+                Piece(block.ids[start:stop], block.mask[start:stop], bool(block.context[row]), shard["source"], line)
+            )
+        return pieces
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The samples `indices` in that order; index -1 is a padding sample: one token of weight 0."""
+        index_S = np.asarray(indices, dtype=np.int64)
+        if index_S.size == 0:
+            raise ValueError("a batch needs at least one sample index")
+        if index_S.min() < PADDING or index_S.max() >= self.num_samples:
+            raise IndexError(f"sample indices must lie in [-1, {self.num_samples})")
+        ids, masks = [], []
+        for sample in index_S.tolist():
+            if sample == PADDING:
+                ids.append(np.array([self._pad_id], dtype=np.int32))
+                masks.append(np.zeros(1, dtype=np.uint8))
+                continue
+            first, last = self._sample_offsets[sample], self._sample_offsets[sample + 1]
+            piece_D = self._sample_pieces[first:last]
+            block_D = np.searchsorted(self._block_starts, piece_D, side="right") - 1
+            row_D = piece_D - self._block_starts[block_D]
+            for number, row in zip(block_D.tolist(), row_D.tolist(), strict=True):
+                block = self._block(number)
+                start, stop = block.offsets[row], block.offsets[row + 1]
+                ids.append(block.ids[start:stop])
+                masks.append(block.mask[start:stop])
+        return join(ids, masks)
+
+
+def join(ids: list[NDArray[np.int32]], masks: list[NDArray[np.uint8]]) -> Batch:
+    """Documents -> one padding-free batch. A target's weight is the mask of the next token of the same document."""
+    lengths_D = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    bounds = np.concatenate([[0], np.cumsum(lengths_D)])
+    ids_T = np.concatenate(ids).astype(np.int64)
+    last_D = bounds[1:] - 1
+    targets_T = np.empty_like(ids_T)
+    targets_T[:-1] = ids_T[1:]
+    targets_T[last_D] = ids_T[last_D]
+    mask_T = np.concatenate(masks)
+    weights_T = np.zeros(len(ids_T), dtype=np.float32)
+    weights_T[:-1] = mask_T[1:]
+    weights_T[last_D] = 0.0
+    positions_T = ranges(np.zeros_like(lengths_D), lengths_D)
+    return Batch(ids_T, targets_T, weights_T, positions_T, bounds.astype(np.int32), int(lengths_D.max()))

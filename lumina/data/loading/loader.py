@@ -1,0 +1,181 @@
+"""Batches of one rank, step by step, made ahead of the training loop by one thread.
+
+The memory held is `prefetch` steps' batches, whatever the size of the data. The state is the step number alone.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lumina.data.loading.dataset import Batch, Samples
+from lumina.data.loading.order import PADDING, GlobalOrder, deal
+
+if TYPE_CHECKING:
+    import torch
+
+    from lumina.data.loading.tensors import TorchBatch
+
+
+@dataclass
+class StepData:
+    """One global step as one rank sees it.
+
+    step, epoch and batch_in_epoch count from 0; micro_batches are this rank's; tokens and samples int64[n] are those of
+    the whole global batch, and so is supervised_tokens, the step's true weight sum (law 2): of preference pairs, their
+    number. It is at least 1: a batch in which nothing is learned has gradient 0, not 0 / 0. own_samples int64[m] are
+    those in `micro_batches`; corrupt: this rank's samples that could not be read and are of weight zero here, though
+    supervised_tokens counts them.
+    """
+
+    step: int
+    epoch: int
+    batch_in_epoch: int
+    micro_batches: list[Batch]
+    supervised_tokens: float
+    tokens: int
+    samples: NDArray[np.int64]
+    own_samples: NDArray[np.int64]
+    corrupt: list[int] = field(default_factory=list)
+
+
+class _Failure:
+    """An exception on its way from the making thread to the loop."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class Loader:
+    """Iterates over StepData for steps [start_step, stop_step). Each iteration starts anew, with its own thread."""
+
+    def __init__(
+        self,
+        dataset: Samples,
+        order: GlobalOrder,
+        *,
+        rank: int,
+        world: int,
+        micro_batch_size: int,
+        start_step: int,
+        stop_step: int,
+        prefetch: int = 2,
+        replace_corrupt: bool = False,
+        vocab_size: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device`: where the model is; to a GPU the thread copies each batch ahead of its step. `replace_corrupt`: a
+        sample that cannot be read, or that holds tokens outside `vocab_size`, becomes padding and is named in
+        StepData.corrupt; else reading it raises."""
+        assert order.num_samples == dataset.num_samples
+        assert 0 <= rank < world
+        assert prefetch >= 1
+        self.dataset = dataset
+        self.order = order
+        self.rank = rank
+        self.world = world
+        self.micro_batch_size = micro_batch_size
+        self.start_step = start_step
+        self.stop_step = stop_step
+        self.prefetch = prefetch
+        self.replace_corrupt = replace_corrupt
+        self.vocab_size = vocab_size
+        self.device = device
+
+    def __len__(self) -> int:
+        return max(0, self.stop_step - self.start_step)
+
+    def step_data(self, step: int) -> StepData:
+        """Global step `step`, made now."""
+        samples = self.order.indices(step)
+        shares = deal(samples, self.rank, self.world, self.micro_batch_size)
+        corrupt: list[int] = []
+        micro_batches = [self._read(share, corrupt) for share in shares]
+        return StepData(
+            step=step,
+            epoch=self.order.epoch_of(step),
+            batch_in_epoch=self.order.batch_in_epoch(step),
+            micro_batches=micro_batches,
+            supervised_tokens=float(max(1, self.dataset.supervised_per_sample[samples].sum(dtype=np.int64))),
+            tokens=int(self.dataset.tokens_per_sample[samples].sum(dtype=np.int64)),
+            samples=samples,
+            own_samples=np.concatenate([share[share != PADDING] for share in shares]),
+            corrupt=corrupt,
+        )
+
+    def _read(self, share: NDArray[np.int64], corrupt: list[int]) -> Batch:
+        """A micro-batch; what is corrupt in it is replaced and added to `corrupt`."""
+        if not self.replace_corrupt:
+            return self.dataset.batch(share)
+        try:
+            whole = self.dataset.batch(share)
+        except Exception:  # found out sample by sample
+            whole = None
+        if whole is not None and self._sound(whole):
+            return whole
+        bad = [int(sample) for sample in share if sample != PADDING and not self._readable(int(sample))]
+        corrupt += bad
+        return self.dataset.batch(np.where(np.isin(share, bad), PADDING, share))
+
+    def _readable(self, sample: int) -> bool:
+        try:
+            return self._sound(self.dataset.batch([sample]))
+        except Exception:
+            return False
+
+    def _sound(self, batch: Batch) -> bool:
+        """Whether every token exists and every weight is 0 or 1: what a damaged cache file breaks."""
+        ids, weights = batch.ids_T, batch.weights_T
+        inside = ids.min() >= 0 and (self.vocab_size is None or ids.max() < self.vocab_size)
+        return bool(inside and ((weights == 0) | (weights == 1)).all())
+
+    def _shipper(self) -> Callable[[TorchBatch], TorchBatch]:
+        """What puts a batch where the model is; on a CPU it is there."""
+        if self.device is None or self.device.type != "cuda":
+            return lambda batch: batch
+        from lumina.data.loading.tensors import Shipper
+
+        return Shipper(self.device)
+
+    def __iter__(self) -> Iterator[StepData]:
+        ready: queue.Queue[StepData | _Failure | None] = queue.Queue(maxsize=self.prefetch)
+        stop = threading.Event()
+
+        def put(item: StepData | _Failure | None) -> bool:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def make() -> None:
+            try:
+                ship = self._shipper()
+                for step in range(self.start_step, self.stop_step):
+                    data = self.step_data(step)
+                    for batch in data.micro_batches:
+                        batch.made = ship(batch.torch())
+                    if not put(data):
+                        return
+                put(None)
+            except BaseException as error:  # raised again in the loop that waits for this step
+                put(_Failure(error))
+
+        thread = threading.Thread(target=make, name="lumina-loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, _Failure):
+                    raise item.error
+                yield item
+        finally:
+            stop.set()
+            thread.join()

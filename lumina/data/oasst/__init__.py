@@ -1,0 +1,1 @@
+"""OpenAssistant message trees -> conversations and preference pairs."""

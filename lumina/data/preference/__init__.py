@@ -1,0 +1,1 @@
+"""Preference pairs: records, their data set and its batches."""

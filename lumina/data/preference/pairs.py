@@ -1,0 +1,246 @@
+"""Files of preference pairs -> a memory-mapped data set of (chosen, rejected) documents, and batches of whole pairs.
+
+    {"prompt": "…" or [messages], "chosen": "…" or [messages], "rejected": "…" or [messages]}      one a line, as TRL's
+
+A pair is one sample: laws 1 and 2 hold for pairs as they do for packed conversations, with pairs in the place of
+supervised tokens. Both answers are rendered by the one template after the same prompt; learned from is what comes
+after the prompt. A pair of which a side is longer than the window is dropped and counted: a cut answer is another one.
+
+    CACHE/FINGERPRINT/    ids.npy int32[T], mask.npy uint8[T], offsets.npy int64[2P+1], meta.json
+
+Shapes: P pairs, T tokens, D documents (two a pair, the chosen one first).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from lumina.chat.template import AnyTokenizer, render_sound, template_version
+from lumina.chat.tokenizer import Tokenizer
+from lumina.config.errors import UserError
+from lumina.data.account import FIRST_LINES, field_details, field_sums
+from lumina.data.cache.files import content_digests, write_json
+from lumina.data.formats import BLANK, Fault, FieldTally
+from lumina.data.loading.dataset import Batch, join
+from lumina.data.loading.order import PADDING
+from lumina.data.preference.records import Pair, from_pair
+from lumina.data.preparing.building import Settings
+from lumina.data.preparing.preparation import check_inputs, make_root, only_one
+from lumina.data.reading.sources import detect, read_items
+
+FORMAT_VERSION = 2
+EARLIER_FORMATS = (1,)  # 1: version 0.1.0, which read fewer shapes of pairs
+TOO_LONG, NOTHING = "longer than the window", "nothing to learn from"
+_AT_ONCE = 512  # pairs rendered together
+
+
+class PairDataset:
+    """A finished cache folder. `reference_P` is set before training: log-probability of the chosen minus that of the
+    rejected answer under the reference model (lumina.train.preference)."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder, self.account = folder, meta["account"]
+        self.fingerprint: str = meta["fingerprint"]
+        self._pad_id = int(meta["pad_id"])
+        self._ids_T, self._mask_T = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "mask"))
+        self._offsets: NDArray[np.int64] = np.load(folder / "offsets.npy")
+        self.tokens_per_sample: NDArray[np.int32] = np.diff(self._offsets[::2]).astype(np.int32)
+        # What a step's loss is divided by is its number of pairs (law 2).
+        self.supervised_per_sample: NDArray[np.int32] = np.ones(self.num_samples, dtype=np.int32)
+        self.reference_P: NDArray[np.float32] = np.zeros(self.num_samples, dtype=np.float32)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.tokens_per_sample)
+
+    def account_lines(self) -> list[str]:
+        return account_lines(self.account)
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The pairs `indices` in that order; index -1 is a padding pair of weight 0, two documents of one token."""
+        index_P = np.asarray(indices, dtype=np.int64)
+        if index_P.size == 0:
+            raise ValueError("a batch needs at least one sample index")
+        if index_P.min() < PADDING or index_P.max() >= self.num_samples:
+            raise IndexError(f"sample indices must lie in [-1, {self.num_samples})")
+        ids, masks = [], []
+        for pair in index_P.tolist():
+            for document in (2 * pair, 2 * pair + 1):
+                if pair == PADDING:
+                    ids.append(np.array([self._pad_id], dtype=np.int32))
+                    masks.append(np.zeros(1, dtype=np.uint8))
+                else:
+                    start, stop = self._offsets[document], self._offsets[document + 1]
+                    ids.append(self._ids_T[start:stop])
+                    masks.append(self._mask_T[start:stop])
+        real_P = index_P != PADDING
+        batch = join(ids, masks)
+        batch.pairs_P2 = np.stack([np.where(real_P, self.reference_P[index_P], 0), real_P], 1).astype(np.float32)
+        return batch
+
+
+def prepare_pairs(
+    paths: Sequence[str | os.PathLike[str]],
+    config: Settings,
+    tokenizer: AnyTokenizer,
+    wait_seconds: float = 3600.0,
+    earlier: bool = False,
+) -> PairDataset:
+    """The data set of these files, from the cache when nothing has changed. `earlier` as in `prepare`.
+
+    Raises:
+        UserError: a file is missing or empty, or none of them holds a pair that can be used.
+    """
+    files = check_inputs(paths)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer.check_trainable()
+    root = make_root(config, files)
+    parts = [content_digests(files, root / "sources.json"), config.seq_length]
+    parts += [tokenizer.fingerprint, template_version(tokenizer)]
+    for version in (*(EARLIER_FORMATS if earlier else ()), FORMAT_VERSION):
+        fingerprint = hashlib.sha256(orjson.dumps(["pairs", version, *parts])).hexdigest()
+        final = root / f"pairs-{fingerprint[:32]}"
+        found = _open(final, fingerprint)
+        if found is not None:
+            return found
+    with only_one(root / f"{final.name}.lock", final, wait_seconds):
+        found = _open(final, fingerprint)
+        if found is None:
+            partial = final.with_name(f"{final.name}.partial")
+            try:
+                for old in (partial, final):  # what a kill left, or a cache that is damaged
+                    shutil.rmtree(old, ignore_errors=True)
+                partial.mkdir()
+                _build(files, partial, fingerprint, config.seq_length, tokenizer)
+                os.replace(partial, final)
+            except OSError as error:
+                raise UserError(f"cannot make the cache {final}: {error.strerror or error}") from error
+            found = _open(final, fingerprint)
+    assert found is not None
+    return found
+
+
+def _open(folder: Path, fingerprint: str) -> PairDataset | None:
+    try:
+        meta = orjson.loads((folder / "meta.json").read_bytes())
+        whole = all((folder / name).stat().st_size == size for name, size in meta["sizes"].items())
+        return PairDataset(folder, meta) if whole and meta["fingerprint"] == fingerprint else None
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        return None
+
+
+# --- Building -------------------------------------------------------------------------------------
+
+
+def _build(files: list[Path], folder: Path, fingerprint: str, window: int, tokenizer: AnyTokenizer) -> None:
+    account: dict[str, Any] = {"lines": 0, "blank_lines": 0, "pairs": 0, "skipped": {}, "window": window}
+    ids, masks, lengths = [], [], []
+    block: list[tuple[Pair, str]] = []
+
+    def flush() -> None:
+        for (_, place), sides in zip(block, _rendered(tokenizer, [pair for pair, _ in block]), strict=True):
+            reason = sides if isinstance(sides, str) else _unusable(sides, window)
+            if reason is not None:
+                _skip(account, reason, place)
+                continue
+            assert not isinstance(sides, str)
+            account["pairs"] += 1
+            for side_ids, side_mask in sides:
+                ids.append(side_ids)
+                masks.append(side_mask)
+                lengths.append(len(side_ids))
+        block.clear()
+
+    tally = FieldTally()
+    for place, record in _records(files):
+        account["lines"] += 1
+        pair = record if record is BLANK else from_pair(record, tally)
+        tally.end_record(used=isinstance(pair, Pair))
+        if pair is BLANK:
+            account["blank_lines"] += 1
+        elif isinstance(pair, Fault):
+            _skip(account, pair.reason, place)
+        else:
+            assert isinstance(pair, Pair)
+            block.append((pair, place))
+        if len(block) == _AT_ONCE:
+            flush()
+    flush()
+    account["fields"], account["left_out"] = tally.totals(), dict(tally.dropped)
+    skipped = sum(entry["count"] for entry in account["skipped"].values())
+    assert account["lines"] == account["blank_lines"] + account["pairs"] + skipped  # law 4
+    if not account["pairs"]:
+        why = "\n  ".join(account_lines(account))
+        raise UserError(
+            f"no preference pair in {', '.join(map(str, files))}", f"{why}\n  process-oasst --pairs makes them."
+        )
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    arrays: dict[str, np.ndarray[Any, Any]] = {"ids": np.concatenate(ids), "mask": np.concatenate(masks)}
+    for name, value in {**arrays, "offsets": offsets}.items():
+        with (folder / f"{name}.npy").open("wb") as file:
+            np.save(file, value)
+            file.flush()
+            os.fsync(file.fileno())
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    pad = tokenizer.pad_id
+    write_json(folder / "meta.json", {"fingerprint": fingerprint, "pad_id": pad, "account": account, "sizes": sizes})
+
+
+def _records(files: list[Path]) -> Iterator[tuple[str, Any]]:
+    for path in files:
+        for item in read_items(str(path), detect(str(path))._replace(flat=False)):
+            yield f"{path.name}:{item.number}", item.record
+
+
+def _skip(account: dict[str, Any], reason: str, place: str) -> None:
+    entry = account["skipped"].setdefault(reason, {"count": 0, "first": []})
+    entry["count"] += 1
+    if len(entry["first"]) < FIRST_LINES:
+        entry["first"].append(place)
+
+
+Side = tuple[NDArray[np.int32], NDArray[np.uint8]]
+
+
+def _rendered(tokenizer: AnyTokenizer, pairs: list[Pair]) -> Iterator[tuple[Side, Side] | str]:
+    """Ids and mask of both sides of each pair, or why the template does not take it."""
+    if not pairs:
+        return
+    rendered, refused = render_sound(tokenizer, [side for pair in pairs for side in pair])
+    bounds = rendered.message_offsets[rendered.conversation_offsets]
+    taken = iter(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
+    for number in range(len(pairs)):
+        sides = []
+        for side in (2 * number, 2 * number + 1):
+            if side not in refused:
+                start, stop = next(taken)
+                sides.append((rendered.ids[start:stop], rendered.mask[start:stop]))
+        if len(sides) == 2:
+            yield sides[0], sides[1]
+        else:
+            yield next(refused[side] for side in (2 * number, 2 * number + 1) if side in refused)
+
+
+def _unusable(sides: tuple[Side, Side], window: int) -> str | None:
+    if any(len(ids) > window for ids, _ in sides):
+        return TOO_LONG
+    return None if all(mask[1:].any() for _, mask in sides) else NOTHING
+
+
+def account_lines(account: dict[str, Any]) -> list[str]:
+    """Law 4's account as lines of text."""
+    lines = [f"{account['lines']:,} lines: {account['pairs']:,} preference pairs, {account['blank_lines']:,} blank"]
+    for reason, entry in sorted(account["skipped"].items()):
+        window = f" of {account['window']} tokens" if reason == TOO_LONG else ""
+        lines.append(f"skipped, {reason}{window}: {entry['count']:,} ({', '.join(entry['first'])})")
+    lines.append(f"fields: {field_sums(account.get('fields', {}))}")
+    return [*lines, *field_details(account.get("fields", {}))]

@@ -1,0 +1,132 @@
+"""Preference pairs: `chosen` and `rejected`, each a text, a message or messages, after one prompt.
+
+The prompt is `prompt`, `instruction` (with `input`, `history`) or `question`, a text or messages, or `conversations`; a
+`system` comes before it. Where the sides are whole chats, the prompt is what both begin with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+from lumina.chat.template import Conversation, Message
+from lumina.data.formats._fault import TWICE, WRONG_TYPE, Fault, kind
+from lumina.data.formats._fields import FieldTally, Vocabulary, one_of
+from lumina.data.formats._instruction import ABOUT, QUESTIONS, answer_messages, prompt_messages
+from lumina.data.formats.messages import ROLES, conversation, identity, listed, system_message
+from lumina.data.formats.sharegpt import KEYS
+
+SAME, NO_PAIR = "chosen and rejected are the same", "no prompt, chosen and rejected"
+OTHER_PROMPT = "chosen and rejected answer different prompts"
+_CHATS = (*KEYS, "messages")
+_USED = frozenset({"chosen", "rejected", "system"})
+# By where the prompt stands: what is not read then has to repeat what is.
+_ASKED = Vocabulary("a preference pair", _USED | {"history", *QUESTIONS, *ABOUT})
+_RECORDS = {name: Vocabulary("a preference pair", _USED | {name}) for name in ("", *_CHATS)}
+
+
+class Pair(NamedTuple):
+    """Two conversations that begin with the same prompt, whose messages are masked."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+def from_pair(record: Any, tally: FieldTally | None = None) -> Pair | Fault:
+    """A parsed record, or why it cannot be used."""
+    tally = FieldTally() if tally is None else tally
+    try:
+        return _pair(record, tally)
+    except RecursionError:
+        return Fault(WRONG_TYPE, "nested too deep")
+
+
+def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
+    if isinstance(record, Fault):
+        return record
+    if type(record) is not dict or any(record.get(key) is None for key in ("chosen", "rejected")):
+        return Fault(NO_PAIR, "a pair has the keys chosen and rejected")
+    sides = []
+    for key in ("chosen", "rejected"):
+        side = answer_messages(record[key], tally)
+        if isinstance(side, Fault):
+            return Fault(side.reason, f"{key}: {side.detail}")
+        sides.append(side)
+    prompt = _prompt(record, tally)
+    if isinstance(prompt, Fault):
+        return prompt
+    answers = _without(prompt, sides) if prompt is not None else None
+    if prompt is None:  # implicit: what both sides begin with, but for the answers
+        prompt = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))]
+        while prompt and any(len(side) == len(prompt) for side in sides):
+            prompt.pop()
+        answers = [side[len(prompt) :] for side in sides]
+        opening = system_message(record, prompt)
+        if isinstance(opening, Fault):
+            return opening
+        prompt = [*opening, *prompt]
+    if answers is None or any(answer[0].role != "assistant" for answer in answers if answer):
+        return Fault(OTHER_PROMPT, "the sides are whole chats that do not begin alike")
+    if not prompt:
+        return Fault(NO_PAIR, "no prompt, and the sides do not begin with one")
+    if any(not answer or answer[-1].role != "assistant" for answer in answers):
+        return Fault(WRONG_TYPE, "chosen and rejected must end with the assistant's answer")
+    if answers[0] == answers[1]:
+        return Fault(SAME, "the two answers are the same")
+    vocabulary = _RECORDS.get(_source(record) or "", _ASKED)
+    fault = tally.count(vocabulary, record, [*prompt, *answers[0], *answers[1]])
+    if fault is not None:
+        return fault
+    masked = [message._replace(learn=False) for message in prompt]
+    chosen, rejected = (Conversation([*masked, *answer], identity(record)) for answer in answers)
+    return Pair(chosen, rejected)
+
+
+def _source(record: dict[str, Any]) -> str | None:
+    """The field that states the prompt. A chat that ends with an answer is none: datasets keep the chosen one so."""
+    name, _ = one_of(record, QUESTIONS)
+    if name is not None:
+        return name
+    for name in _CHATS:
+        chat = listed(record.get(name))
+        last = chat[-1] if type(chat) is list and chat else None
+        role = last.get("role", last.get("from")) if type(last) is dict else None
+        if chat is not None and ROLES.get(str(role).lower()) != "assistant":
+            return name
+    return None
+
+
+def _prompt(record: dict[str, Any], tally: FieldTally) -> list[Message] | Fault | None:
+    """The prompt that a record states, its system message included; None when it states none."""
+    name = _source(record)
+    if name is None:
+        return None
+    if name in QUESTIONS:
+        if one_of(record, QUESTIONS)[1]:
+            return Fault(TWICE, "its prompt stands in two fields that differ")
+        messages = prompt_messages(record, tally)
+    elif type(listed(record[name])) is not list:
+        return Fault(WRONG_TYPE, f"`{name}` is {kind(record[name])}, not a list")
+    else:
+        messages = conversation(listed(record[name]), tally)
+    if isinstance(messages, Fault):
+        return messages
+    opening = system_message(record, messages)
+    return opening if isinstance(opening, Fault) else [*opening, *messages]
+
+
+def _without(prompt: Sequence[Message], sides: Sequence[list[Message]]) -> list[list[Message]] | None:
+    """The sides without the prompt that they may repeat, with or without its system message; None when a side begins
+    with another one."""
+    answers = []
+    turns = [message for message in prompt if message.role != "system"]
+    for side in sides:
+        if side and side[0].role == "assistant" and (not turns or turns[0].role != "assistant"):
+            answers.append(side)
+            continue
+        start = next((start for start in (list(prompt), turns) if side[: len(start)] == start), None)
+        if start is None:
+            return None
+        answers.append(side[len(start) :])
+    return answers

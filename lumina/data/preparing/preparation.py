@@ -1,0 +1,257 @@
+"""Conversation files -> the packed cache: found again by fingerprint, built in parallel, named only when whole.
+
+    CACHE/FINGERPRINT/        pieces-00000.arrow …, plan.arrow, meta.json
+    CACHE/FINGERPRINT.partial the same while it is being made: finished tasks are kept over a kill and not done again
+    CACHE/sources.json        content hashes of the inputs by path, size and time, so that reuse reads no input
+
+The tasks depend on the input alone, never on the number of workers, so the result is byte-identical however it came
+about.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from lumina.chat.template import AnyTokenizer, template_version
+from lumina.chat.tokenizer import Tokenizer
+from lumina.config.errors import UserError
+from lumina.data.cache.files import cache_root, content_digests
+from lumina.data.loading.dataset import PackedDataset
+from lumina.data.preparing.building import Progress, Settings, build
+from lumina.data.preparing.chunking import MIN_WINDOW, POLICIES
+from lumina.data.preparing.pool import usable_cores
+from lumina.data.preparing.worker import Task
+from lumina.data.reading.sources import detect, expand
+
+log = logging.getLogger("lumina.data")
+
+FORMAT_VERSION = 3
+EARLIER_FORMATS = (2,)  # 2: version 0.1.0, which left fields out in silence
+# A task is a 16th of the input within these bounds: small files still feed several workers, large ones make few files.
+MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 64 << 20
+
+
+def prepare(
+    paths: Sequence[str | os.PathLike[str]],
+    config: Settings,
+    tokenizer: AnyTokenizer,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    wait_seconds: float = 3600.0,
+    selection: Selection | None = None,
+    weights: Mapping[str, float] | None = None,
+    formats: Mapping[str, str] | None = None,
+    earlier: bool = False,
+) -> PackedDataset:
+    """The packed data set of these files, from the cache when nothing has changed.
+
+    Args:
+        paths: files of conversations, read in this order.
+        workers: processes; None takes config.num_workers, else the usable cores (at most 16).
+        wait_seconds: how long to wait for another process that is preparing the same data.
+        selection: the part of the conversations to take; None takes all.
+        weights: how often an epoch takes the conversations of a file; 1 for files not named. See mixing.py.
+        formats: what every record of a file has to be (formats.NAMED); files not named are looked at record by record.
+        earlier: take the cache that an earlier version of the reader made of these files and settings, if it is there:
+        a
+            run is resumed on what it was trained on.
+
+    Raises:
+        UserError: a file is missing or empty, no line of any file is a usable conversation, or the chat template of an
+            imported model cannot be trained with.
+    """
+    files = check_inputs(paths)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer.check_trainable()
+    assert config.overlong in POLICIES
+    if config.seq_length < MIN_WINDOW:
+        raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_WINDOW} tokens")
+    root = make_root(config, files)
+    by_file = [(weights or {}).get(str(path), 1.0) for path in files]
+    digests = content_digests(files, root / "sources.json")
+    fixed = [(formats or {}).get(str(path), "") for path in files]
+    fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed)
+    for version in EARLIER_FORMATS if earlier else ():
+        before = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed, version)
+        found = open_cached(root / before[:32], before)
+        if found is not None:
+            return found
+    final = root / fingerprint[:32]
+    found = open_cached(final, fingerprint)
+    if found is not None:
+        return found
+    with only_one(root / f"{final.name}.lock", final, wait_seconds):
+        found = open_cached(final, fingerprint)  # another process may have made it while we waited
+        if found is None:
+            count = workers or config.num_workers or min(usable_cores(), 16)
+            try:
+                partial = final.with_name(f"{final.name}.partial")
+                partial.mkdir(exist_ok=True)
+                if selection is None:
+                    tasks = plan_tasks(files, "pieces", partial, config, formats)
+                else:
+                    tasks = selection.tasks(files, partial, config)
+                build(tasks, config, tokenizer, fingerprint, final, count, progress, weights)
+            except OSError as error:
+                raise UserError(f"cannot make the cache {final}: {error.strerror or error}") from error
+            found = open_cached(final, fingerprint)
+    assert found is not None
+    return found
+
+
+def make_root(config: Settings, files: Sequence[Path]) -> Path:
+    """The cache's folder, made if need be."""
+    root = cache_root(config.cache_dir, files[0])
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the cache folder {root}: {error.strerror}", "Set cache_dir.") from error
+    return root
+
+
+def fingerprint_of(
+    digests: Sequence[str],
+    config: Settings,
+    tokenizer: AnyTokenizer,
+    selection: Selection | None = None,
+    weights: Sequence[float] = (),
+    formats: Sequence[str] = (),
+    version: int = FORMAT_VERSION,
+) -> str:
+    """SHA-256 over the inputs' contents, the tokenizer, the template and every setting that changes the result."""
+    parts: dict[str, Any] = {
+        "format": version,
+        "inputs": list(digests),
+        "tokenizer": tokenizer.fingerprint,
+        "template": template_version(tokenizer),
+        "window": config.seq_length,
+        "packing": config.packing,
+        "overlong": config.overlong,
+    }
+    if selection is not None:
+        chosen = selection.fingerprint if version == FORMAT_VERSION else selection.earlier
+        parts["selection"] = [chosen, selection.part]
+    if any(weight != 1 for weight in weights):
+        parts["weights"] = list(weights)
+    if any(formats):
+        parts["formats"] = list(formats)
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def open_cached(folder: Path, fingerprint: str) -> PackedDataset | None:
+    """The finished cache in `folder`, or None when there is none or a file is missing or cut short."""
+    try:
+        meta = orjson.loads((folder / "meta.json").read_bytes())
+        if meta["fingerprint"] != fingerprint:
+            return None
+        for name, size in meta["sizes"].items():
+            if (folder / name).stat().st_size != size:
+                return None
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    return PackedDataset(folder, meta)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A part of some files' conversations: the decisions on all `files`, in `folder`, and the part to take."""
+
+    files: tuple[Path, ...]
+    folder: Path
+    fingerprint: str
+    part: int
+    formats: Mapping[str, str]
+    earlier: str = ""  # the decisions' fingerprint in the version of EARLIER_FORMATS
+
+    def tasks(self, own: Sequence[Path], folder: Path, config: Settings) -> list[Task]:
+        """The tasks of the files `own`, each with its decisions: those of planning all files together."""
+        planned = enumerate(plan_tasks(self.files, "pieces", folder, config, self.formats))
+        return [
+            replace(task, decisions=str(self.folder / decisions_name(i)), part=self.part)
+            for i, task in planned
+            if Path(task.path) in own
+        ]
+
+
+def decisions_name(task: int) -> str:
+    """The file of the decisions on the conversations of a task."""
+    return f"decisions-{task:05d}.npy"
+
+
+def plan_tasks(
+    files: Sequence[Path], kind: str, folder: Path | None, config: Settings, formats: Mapping[str, str] | None = None
+) -> list[Task]:
+    """What there is to do, from the files' sizes and layouts alone. A survey needs no folder."""
+    sizes = [path.stat().st_size for path in files]
+    step = min(max(-(-sum(sizes) // 16), MIN_TASK_BYTES), MAX_TASK_BYTES)
+    tasks: list[Task] = []
+    for path, size in zip(files, sizes, strict=True):
+        layout, given = detect(str(path)), (formats or {}).get(str(path), "")
+        layout = layout._replace(flat=layout.flat and given in ("", "oasst"))
+        for start in range(0, size, step if layout.splittable else size):
+            stop = min(start + step, size) if layout.splittable else size
+            suffix = "arrow" if kind == "pieces" else "npz"
+            out = "" if folder is None else str(folder / f"pieces-{len(tasks):05d}.{suffix}")
+            how = (layout.container, layout.compression, layout.flat, layout.encoding)
+            tasks.append(Task(kind, str(path), how, start, stop, out, config.seq_length, config.overlong, format=given))
+    return tasks
+
+
+def check_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    files = [Path(path) for path in expand([os.fspath(path) for path in paths])]
+    if not files:
+        raise UserError("no data files given")
+    for path in files:
+        if not path.is_file():
+            what = "is a folder, not a file" if path.is_dir() else "does not exist"
+            raise UserError(f"data file {path} {what}")
+        if path.stat().st_size == 0:
+            raise UserError(f"data file {path} is empty", "It should hold one conversation a line.")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"data file {path} may not be read by this user")
+    return files
+
+
+@contextmanager
+def only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
+    """Holds the lock file, so that one process at a time makes a cache; the kernel frees it when its holder dies.
+
+    Raises:
+        UserError: the folder cannot be written, or another process holds the lock for longer than `wait_seconds`.
+    """
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(lock, "w"))
+        except OSError as error:
+            raise UserError(f"cannot write the cache: {error.strerror}: {lock}", "Set cache_dir.") from error
+        deadline, told = time.monotonic() + wait_seconds, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"another process has been preparing {final} for over {wait_seconds:.0f} s",
+                        "Wait for it to end, or end it, and start again: finished parts are kept.",
+                    ) from None
+                if not told:
+                    log.warning("waiting for another process that prepares %s, at most %.0f s", final, wait_seconds)
+                    told = True
+                time.sleep(0.1)
+            except OSError as error:  # a network file system without locks
+                log.warning("no lock on %s (%s): do not prepare it from two processes at once", final, error.strerror)
+                break
+        yield

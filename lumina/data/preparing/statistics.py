@@ -1,0 +1,238 @@
+"""What is in the data: mergeable counts over conversations, gathered in the same pass that training's reader makes.
+
+Lengths are kept as exact histograms ({length: count}), so percentiles over any number of workers are exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from operator import eq
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from lumina.chat.template import Conversation, RenderedBlock
+from lumina.chat.tokenizer import CONTROL_TOKENS
+from lumina.data.account import FIRST_LINES, add_counts
+from lumina.data.cache import arrow
+from lumina.data.preparing.packing import pack
+
+WINDOWS = (512, 1024, 2048, 4096, 8192)
+SAMPLES_PER_TASK = 3
+SAMPLE_CHARS = 4000
+
+_NAMES = "|".join(re.escape(name[2:-2]) for name in CONTROL_TOKENS)
+PATTERNS: dict[str, re.Pattern[str]] = {
+    "control-token text": re.compile(rf"<\|(?:{_NAMES}|endofprompt|fim_[a-z]+)\|>"),
+    # C0 and C1 controls, zero-width and direction marks, private use, replacement character.
+    "suspicious characters": re.compile(
+        "[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ue000-\uf8ff\ufeff\ufffd]"
+    ),
+    "email address": re.compile(
+        r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b", re.ASCII
+    ),
+    "phone number": re.compile(r"(?<![\w.])\+?\d{1,3}[ .-]?\(?\d{2,4}\)?[ .-]\d{3,4}[ .-]?\d{3,4}(?![\w.])", re.ASCII),
+    "secret key": re.compile(
+        r"\b(?:sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,}|xox[abprs]-[A-Za-z0-9-]{10,})"
+        r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    ),
+}
+# One pass of RE2 (linear, an order of magnitude faster than `re`) over a block finds the few messages worth a closer
+# look: every message that a pattern above matches is among them.
+_CANDIDATE = (
+    r"<\||[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x{9f}\x{200b}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2060}-\x{206f}"
+    r"\x{e000}-\x{f8ff}\x{feff}\x{fffd}]|[A-Za-z0-9._%+-]@[A-Za-z0-9-]|[0-9][ .)-]{1,2}\(?[0-9]{2}"
+    r"|sk-[A-Za-z0-9_-]{20}|AKIA|gh[pousr]_|xox[abprs]-|-----BEGIN"
+)
+_SCRIPTS = {
+    "Latin": re.compile("[A-Za-z\u00c0-\u024f]"),
+    "Cyrillic": re.compile("[\u0400-\u052f]"),
+    "Greek": re.compile("[\u0370-\u03ff]"),
+    "Hebrew": re.compile("[\u0590-\u05ff]"),
+    "Arabic": re.compile("[\u0600-\u06ff]"),
+    "Devanagari": re.compile("[\u0900-\u097f]"),
+    "Thai": re.compile("[\u0e00-\u0e7f]"),
+    "Kana": re.compile("[\u3040-\u30ff]"),
+    "Hangul": re.compile("[\uac00-\ud7af]"),
+    "Han": re.compile("[\u4e00-\u9fff]"),
+}
+
+
+@dataclass
+class Finding:
+    """Something to look at: how many messages or conversations, and the first places."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Survey:
+    """Counts over conversations; histograms map a length (as text, for JSON) to a count."""
+
+    formats: dict[str, int] = field(default_factory=dict)
+    roles: dict[str, int] = field(default_factory=dict)
+    languages: dict[str, int] = field(default_factory=dict)  # the records' own `lang`
+    scripts: dict[str, int] = field(default_factory=dict)  # of conversations, by the script most of a sample is in
+    turns: dict[str, int] = field(default_factory=dict)
+    message_tokens: dict[str, int] = field(default_factory=dict)
+    conversation_tokens: dict[str, int] = field(default_factory=dict)
+    supervised_tokens: dict[str, int] = field(default_factory=dict)
+    findings: dict[str, Finding] = field(default_factory=dict)
+    hashes: list[int] = field(default_factory=list)  # 63 bits a conversation, for exact duplicates
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def find(self, what: str, line: int, count: int = 1) -> None:
+        entry = self.findings.setdefault(what, Finding())
+        entry.count += count
+        if len(entry.first) < FIRST_LINES and (not entry.first or entry.first[-1] != str(line)):
+            entry.first.append(str(line))
+
+    def add_record(self, kind: str | None, record: Any, lines: int) -> None:
+        """Enters a used record's format, and its language where it names one."""
+        add_counts(self.formats, {kind or "": lines})
+        if isinstance(record, dict) and isinstance(record.get("lang"), str):
+            add_counts(self.languages, {record["lang"]: 1})
+
+    def add(self, conversations: Sequence[Conversation], lines: Sequence[int], block: RenderedBlock) -> None:
+        """Enters a block of conversations, the lines they come from and their rendering."""
+        sizes = np.diff(block.message_offsets)
+        bounds = block.message_offsets[block.conversation_offsets]
+        learned_before = np.concatenate([[0], np.cumsum(block.mask, dtype=np.int64)])
+        _tally(self.message_tokens, sizes)
+        _tally(self.conversation_tokens, np.diff(bounds))
+        _tally(self.supervised_tokens, np.diff(learned_before[bounds]))
+        _tally(self.turns, np.diff(block.conversation_offsets))
+        roles: Counter[str] = Counter()
+        for conversation, line in zip(conversations, lines, strict=True):
+            roles.update(self._look(conversation, line))
+        add_counts(self.roles, roles)
+        self._search(conversations, lines)
+        if len(self.samples) < SAMPLES_PER_TASK:
+            for n in range(min(len(conversations), SAMPLES_PER_TASK - len(self.samples))):
+                self.samples.append(_sample(conversations[n], lines[n]))
+
+    def _look(self, conversation: Conversation, line: int) -> list[str]:
+        """One conversation's structure, script and hash. Returns its roles."""
+        messages = conversation.messages
+        roles = [message.role for message in messages]
+        if any(map(eq, roles, roles[1:])):
+            self.find("roles that do not alternate", line)
+            if any(map(eq, messages, messages[1:])):
+                self.find("a turn repeated at once", line)
+        if roles[-1] == "user":
+            self.find("ends with an unanswered user turn", line)
+        head = messages[0].content[:200]
+        script = "Latin" if head.isascii() else max(_SCRIPTS, key=lambda name: len(_SCRIPTS[name].findall(head)))
+        self.scripts[script] = self.scripts.get(script, 0) + 1
+        whole = "\x00".join([*roles, *(message.content for message in messages)]).encode("utf-8", "surrogatepass")
+        self.hashes.append(int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "big") >> 1)
+        return roles
+
+    def _search(self, conversations: Sequence[Conversation], lines: Sequence[int]) -> None:
+        """Enters the messages of the block that a pattern matches."""
+        texts = [message.content for conversation in conversations for message in conversation.messages]
+        line_of = [line for c, line in zip(conversations, lines, strict=True) for _ in c.messages]
+        found = pc.match_substring_regex(arrow.strings(texts), _CANDIDATE)
+        candidates = np.flatnonzero(arrow.numpy(found))
+        for message in candidates.tolist():
+            for what, pattern in PATTERNS.items():
+                if pattern.search(texts[message]):
+                    self.find(what, line_of[message])
+
+    def merge(self, other: Survey, source: str, line_base: int) -> None:
+        """Adds a worker's survey of part of `source`, whose first line is number `line_base` + 1."""
+        for name in ("formats", "roles", "languages", "scripts", "turns", *LENGTHS):
+            add_counts(getattr(self, name), getattr(other, name))
+        for what, theirs in other.findings.items():
+            entry = self.findings.setdefault(what, Finding())
+            entry.count += theirs.count
+            room = FIRST_LINES - len(entry.first)
+            entry.first += [f"{source}:{int(line) + line_base}" for line in theirs.first[:room]]
+        self.hashes += other.hashes
+        self.samples += [{**sample, "line": f"{source}:{sample['line'] + line_base}"} for sample in other.samples]
+
+    def duplicates(self) -> int:
+        """Conversations equal to an earlier one, message for message."""
+        return len(self.hashes) - len(np.unique(np.array(self.hashes, dtype=np.int64)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Survey:
+        findings = {what: Finding(**entry) for what, entry in data["findings"].items()}
+        return cls(**{**data, "findings": findings})
+
+
+LENGTHS = ("message_tokens", "conversation_tokens", "supervised_tokens")
+
+
+def _tally(histogram: dict[str, int], values: NDArray[np.int64]) -> None:
+    lengths, counts = np.unique(values, return_counts=True)
+    add_counts(histogram, {str(int(k)): int(n) for k, n in zip(lengths, counts, strict=True)})
+
+
+def _sample(conversation: Conversation, line: int) -> dict[str, Any]:
+    """A conversation for the report, long messages cut for display and marked so."""
+    return {
+        "line": line,
+        "messages": [
+            {
+                "role": message.role,
+                "content": message.content[:SAMPLE_CHARS] + ("…" if len(message.content) > SAMPLE_CHARS else ""),
+                "learned": message.learn and message.role in ("assistant", "text"),
+            }
+            for message in conversation.messages[:12]
+        ],
+        "more": max(0, len(conversation.messages) - 12),
+    }
+
+
+def expand_histogram(histogram: dict[str, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(lengths ascending, counts), int64 each."""
+    lengths = np.array(sorted(map(int, histogram)), dtype=np.int64)
+    return lengths, np.array([histogram[str(length)] for length in lengths], dtype=np.int64)
+
+
+def percentiles(histogram: dict[str, int]) -> dict[str, float]:
+    """Minimum, 50, 90, 99 percent, maximum and mean of a histogram (nearest rank)."""
+    lengths, counts = expand_histogram(histogram)
+    if not len(lengths):
+        return {}
+    cumulated = np.cumsum(counts)
+    total = int(cumulated[-1])
+    at = {p: int(lengths[np.searchsorted(cumulated, -(-total * p // 100))]) for p in (50, 90, 99)}
+    mean = float((lengths * counts).sum() / total)
+    ends = {"min": int(lengths[0]), "max": int(lengths[-1])}
+    return {"min": ends["min"], **{f"p{p}": v for p, v in at.items()}, "max": ends["max"], "mean": round(mean, 2)}
+
+
+def windows(histogram: dict[str, int]) -> list[dict[str, float]]:
+    """For each window: the share of conversations longer than it, the share of tokens that cutting there would lose,
+    and about how full packed rows would be (conversations cut at the window, not at message boundaries)."""
+    lengths, counts = expand_histogram(histogram)
+    out = []
+    for window in WINDOWS:
+        total = int((lengths * counts).sum())
+        over = int(counts[lengths > window].sum())
+        lost = int((np.maximum(lengths - window, 0) * counts).sum())
+        rests = np.repeat(lengths % window, counts)
+        rests = rests[rests > 0]
+        full = int((lengths // window * counts).sum())
+        rows = full + (int(pack(rests.astype(np.int32), window).max()) + 1 if len(rests) else 0)
+        out.append(
+            {
+                "window": window,
+                "longer": round(over / max(1, int(counts.sum())), 6),
+                "lost": round(lost / max(1, total), 6),
+                "fill": round(total / max(1, rows * window), 6),
+            }
+        )
+    return out

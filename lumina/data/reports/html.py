@@ -1,0 +1,196 @@
+"""The validation report: one HTML file without scripts, fonts or links, so that it opens offline and asks for nothing.
+
+Plots are inline SVG; colours follow the reader's light or dark setting; the layout narrows to a phone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from lumina.data.preparing.statistics import LENGTHS, expand_histogram
+from lumina.data.reports.validation import Validation
+
+TITLES = {
+    "message_tokens": "Tokens of a message",
+    "conversation_tokens": "Tokens of a conversation",
+    "supervised_tokens": "Learned tokens of a conversation",
+    "turns": "Turns of a conversation",
+}
+MAX_SAMPLES = 20
+BINS = 40
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c636b; --page: #fbfbf9; --card: #fff; --line: #dcdfe2;
+  --bar: #2f6db3; --learned: #d8f0dc; --learned-edge: #2b8a3e;
+  --masked: #eef0f2; --masked-edge: #a7adb4; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e4; --soft: #a4abb3; --page: #16181b; --card: #1e2125;
+  --line: #363b41; --bar: #6ea8e6; --learned: #17381f; --learned-edge: #51cf66; --masked: #25292e;
+  --masked-edge: #6a7279; --bad: #ff8a80; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 70rem; padding: 1.2rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.tiles, .plots { display: grid; gap: .8rem; margin: .8rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.tile, figure { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem;
+  margin: 0; }
+.tile b { display: block; font-size: 1.35rem; } .tile span, figcaption, .soft { color: var(--soft); font-size: .85rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } .bad { color: var(--bad); }
+svg { width: 100%; height: auto; display: block; } rect.bar { fill: var(--bar); }
+svg text { fill: var(--soft); font: 11px system-ui, sans-serif; } svg line { stroke: var(--line); }
+details { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .8rem;
+  margin: .5rem 0; }
+.turn { white-space: pre-wrap; overflow-wrap: anywhere; border-left: .25rem solid; border-radius: .2rem;
+  margin: .4rem 0; padding: .3rem .6rem; }
+.learned { background: var(--learned); border-color: var(--learned-edge); }
+.masked { background: var(--masked); border-color: var(--masked-edge); }
+"""
+
+
+def render_report(validation: Validation) -> str:
+    """The report as one HTML document."""
+    account, survey = validation.account, validation.survey
+    figures = validation.to_dict()
+    tiles = {
+        "conversations": account.conversations,
+        "messages": account.messages,
+        "tokens": account.tokens,
+        "learned tokens": account.tokens_trained,
+        "bad lines": account.bad_lines,
+        "duplicates": figures["duplicates"],
+    }
+    files = [[path, layout] for path, layout in validation.layouts.items()]
+    body = [
+        "<h1>Data report</h1>",
+        _table(["file", "read as"], files),
+        '<div class="tiles">',
+        *[f'<div class="tile"><b>{count:,}</b><span>{what}</span></div>' for what, count in tiles.items()],
+        "</div>",
+        "<h2>Every line accounted for</h2>",
+        f"<pre class='scroll'>{escape(chr(10).join(account.sums()))}</pre>",
+        "<h2>Bad lines</h2>",
+        _faults(validation),
+        "<h2>Lengths</h2>",
+        '<div class="plots">' + "".join(_plot(TITLES[name], getattr(survey, name)) for name in (*LENGTHS, "turns")),
+        "</div>",
+        _percentiles(figures),
+        "<h2>What a window would cost</h2>",
+        _windows(figures),
+        "<h2>Worth a look</h2>",
+        _findings(validation),
+        "<h2>Composition</h2>",
+        _composition(figures),
+        "<h2>A sample, as the model sees it</h2>",
+        '<p class="soft"><span class="turn learned">learned</span> '
+        '<span class="turn masked">context, not learned</span> Control tokens are not shown.</p>',
+        *[_conversation(sample) for sample in survey.samples[:MAX_SAMPLES]],
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data report</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'  # without it a browser asks the server for /favicon.ico
+        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    """A table; numbers right-aligned with separators."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, int | float):
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+            return f'<td class="n">{shown}</td>'
+        return f"<td>{escape(str(value))}</td>"
+
+    numeric = [isinstance(value, int | float) for value in rows[0]] if rows else []
+    kinds = [' class="n"' if i < len(numeric) and numeric[i] else "" for i in range(len(head))]
+    top = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
+    lines = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _faults(validation: Validation) -> str:
+    faults = validation.account.faults
+    if not faults:
+        return "<p>None.</p>"
+    rows: list[list[Any]] = [
+        [reason, entry.lines, ", ".join(entry.first), entry.example] for reason, entry in sorted(faults.items())
+    ]
+    return _table(["reason", "lines", "first at", "the first of them"], rows)
+
+
+def _findings(validation: Validation) -> str:
+    found = validation.survey.findings
+    if not found:
+        return "<p>Nothing.</p>"
+    return _table(["what", "count", "first at"], [[w, f.count, ", ".join(f.first)] for w, f in sorted(found.items())])
+
+
+def _percentiles(figures: Mapping[str, Any]) -> str:
+    names = [name for name in TITLES if figures[name]]
+    if not names:
+        return ""
+    keys = list(figures[names[0]])
+    return _table(["", *keys], [[TITLES[name], *(figures[name][key] for key in keys)] for name in names])
+
+
+def _windows(figures: Mapping[str, Any]) -> str:
+    rows: list[list[Any]] = [
+        [w["window"], f"{100 * w['longer']:.2f} %", f"{100 * w['lost']:.2f} %", f"{100 * w['fill']:.2f} %"]
+        for w in figures["windows"]
+    ]
+    head = ["window", "conversations longer", "tokens lost if truncated (none if split)", "packed rows full, about"]
+    return _table(head, rows)
+
+
+def _composition(figures: Mapping[str, Any]) -> str:
+    rows: list[list[Any]] = []
+    for what in ("formats", "roles", "languages", "scripts"):
+        rows += [[what, name, count] for name, count in sorted(figures[what].items(), key=lambda kv: -kv[1])[:12]]
+    return _table(["", "", "count"], rows)
+
+
+def _plot(title: str, histogram: dict[str, int]) -> str:
+    """A histogram on a logarithmic axis of lengths, as SVG."""
+    lengths, counts = expand_histogram(histogram)
+    if not len(lengths):
+        return ""
+    low, high = max(1, int(lengths[0])), max(2, int(lengths[-1]))
+    edges = np.unique(np.round(np.geomspace(low, high + 1, BINS + 1)).astype(np.int64))
+    bins = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, max(0, len(edges) - 2))
+    heights = np.bincount(bins, weights=counts, minlength=max(1, len(edges) - 1))
+    tallest = float(heights.max())
+    step = 400 / len(heights)
+    bars = []
+    for i, height in enumerate(heights.tolist()):
+        tall = 130 * height / tallest
+        label = f"{edges[i]:,}-{edges[min(i + 1, len(edges) - 1)] - 1:,}: {int(height):,}"
+        bars.append(
+            f'<rect class="bar" x="{i * step + 30:.1f}" y="{145 - tall:.1f}" width="{max(1.0, step - 1):.1f}" '
+            f'height="{tall:.1f}"><title>{label}</title></rect>'
+        )
+    ticks = "".join(
+        f'<text x="{30 + 400 * k / 4:.0f}" y="162" text-anchor="middle">{edges[(len(edges) - 1) * k // 4]:,}</text>'
+        for k in range(5)
+    )
+    return (
+        f'<figure><svg viewBox="0 0 450 168" role="img" aria-label="{escape(title)}">'
+        f'<line x1="30" y1="145.5" x2="430" y2="145.5"/><text x="30" y="11">{int(tallest):,}</text>'
+        f"{''.join(bars)}{ticks}</svg><figcaption>{escape(title)}, logarithmic</figcaption></figure>"
+    )
+
+
+def _conversation(sample: Mapping[str, Any]) -> str:
+    turns = "".join(
+        f'<div class="turn {"learned" if message["learned"] else "masked"}"><b>{escape(message["role"])}</b> '
+        f"{escape(message['content'])}</div>"
+        for message in sample["messages"]
+    )
+    more = f'<p class="soft">… and {sample["more"]} more</p>' if sample["more"] else ""
+    return f"<details open><summary>{escape(str(sample['line']))}</summary>{turns}{more}</details>"

@@ -86,7 +86,7 @@ setup(
             "py.typed",
             "**/*.html",
             "monitor/assets/*",
-            "infer/assets/*",
+            "infer/serve/assets/*",
             "model/*.c",
             "config/presets/*.yaml",
             "plan/*.yaml",

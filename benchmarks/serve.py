@@ -24,10 +24,10 @@ from lumina.config import load
 from lumina.infer import Loaded, LuminaVoice
 from lumina.infer.loading import choose_dtype
 from lumina.infer.serve.app import Service, make_app
-from lumina.infer.serve.engine import Engine
-from lumina.infer.serve.guard import Guard, Rules
+from lumina.infer.serve.batcher import Engine
 from lumina.infer.serve.metrics import Metrics
-from lumina.infer.serve.running import STALL_SECONDS, make_server
+from lumina.infer.serve.middleware import Guard, Rules
+from lumina.infer.serve.server import STALL_SECONDS, make_server
 from lumina.model import Transformer, keep_heap
 
 

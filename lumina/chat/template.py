@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from lumina.chat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lumina.chat.foreign import ForeignTokenizer
+    from lumina.chat.hf_tokenizer import ForeignTokenizer
 
 AnyTokenizer: TypeAlias = "Tokenizer | ForeignTokenizer"
 
@@ -154,7 +154,7 @@ def open_tokenizer(folder: str | Path | None) -> AnyTokenizer:
     """
     if folder is None:
         return Tokenizer.load()
-    from lumina.chat.foreign import ForeignTokenizer  # not at the top: prepare's workers must start fast
+    from lumina.chat.hf_tokenizer import ForeignTokenizer  # not at the top: prepare's workers must start fast
 
     return ForeignTokenizer(Path(folder))
 

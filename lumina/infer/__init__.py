@@ -8,11 +8,11 @@ from lumina.infer.commands import (
     import_command,
     serve_command,
 )
-from lumina.infer.exporting import export
-from lumina.infer.generation import Answer, generate, stream
-from lumina.infer.importing import import_hf
+from lumina.infer.generation.generate import Answer, generate, stream
+from lumina.infer.generation.sampling import Sampling
+from lumina.infer.hf.exporting import export
+from lumina.infer.hf.importing import import_hf
 from lumina.infer.loading import Loaded, find_checkpoint, load
-from lumina.infer.sampling import Sampling
 from lumina.infer.voice import LuminaVoice, Voice
 
 __all__ = [

@@ -12,13 +12,13 @@ from typing import Any
 
 from lumina.chat import Conversation, Message
 from lumina.config import UserError
-from lumina.infer.evaluating import evaluate, read_conversations, table
-from lumina.infer.exporting import export
-from lumina.infer.generation import Answer, printable, speak
-from lumina.infer.importing import import_hf
+from lumina.infer.evaluation.loss import evaluate, read_conversations, table
+from lumina.infer.generation.generate import Answer, printable, speak
+from lumina.infer.generation.sampling import Sampling
+from lumina.infer.hf.exporting import export
+from lumina.infer.hf.importing import import_hf
 from lumina.infer.loading import find_checkpoint, foreign_tokenizer, load, read_config
 from lumina.infer.repl import Chat, converse
-from lumina.infer.sampling import Sampling
 
 log = logging.getLogger("lumina")
 
@@ -116,7 +116,7 @@ def evaluate_command(
         raise UserError("nothing to evaluate on", "Give --data FILE … (conversations), --tasks NAME …, or both.")
     if tasks:
         try:
-            from lumina.infer.tasks import run_tasks, task_table
+            from lumina.infer.evaluation.tasks import run_tasks, task_table
         except ModuleNotFoundError as error:
             raise UserError(
                 f"tasks need {error.name}, which is not installed", "Install it with `pip install 'lumina[tasks]'`."
@@ -147,7 +147,7 @@ def evaluate_command(
 def serve_command(*, run: str, api_key: str | None, **options: Any) -> int:
     """Serve a model over HTTP until SIGTERM or SIGINT. Raises UserError."""
     try:
-        from lumina.infer.serve.running import serve
+        from lumina.infer.serve.server import serve
     except ModuleNotFoundError as error:
         raise UserError(
             f"serving needs {error.name}, which is not installed", "Install it with `pip install 'lumina[serve]'`."

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from lumina.chat import ROLE_ALIASES, Conversation, Message
 from lumina.config import UserError
-from lumina.infer.generation import Answer, check_prompt, printable, speak
-from lumina.infer.sampling import Sampling
+from lumina.infer.generation.generate import Answer, check_prompt, printable, speak
+from lumina.infer.generation.sampling import Sampling
 from lumina.infer.voice import Voice
 from lumina.model import Transformer
 

@@ -1,7 +1,7 @@
 """How a model is spoken to: its tokenizer and template behind the few questions that generation asks.
 
 A model trained here speaks Lumina's template. An imported one (lumina import) keeps the tokenizer.json and the Jinja
-chat template that it was trained with, in RUN/tokenizer/ (lumina.chat.foreign).
+chat template that it was trained with, in RUN/tokenizer/ (lumina.chat.hf_tokenizer).
 
 Two laws hold for both: control tokens come from the template and never from text a user typed, and the model itself
 says only text and its stop token.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lumina.chat import Conversation, Tokenizer, open_tokenizer, prompt_ids, render_many
-from lumina.chat.foreign import ForeignTokenizer
+from lumina.chat.hf_tokenizer import ForeignTokenizer
 
 
 class TextStream(Protocol):

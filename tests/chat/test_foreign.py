@@ -25,7 +25,7 @@ from lumina.chat import (
     render_sound,
     template_version,
 )
-from lumina.chat.foreign import ENDLESS, FOLDED, REWRITES, ForeignTokenizer
+from lumina.chat.hf_tokenizer import ENDLESS, FOLDED, REWRITES, ForeignTokenizer
 from lumina.chat.jinja import RefusalError
 from lumina.config import UserError
 
@@ -145,7 +145,7 @@ def test_ids_are_transformers_own_and_only_answers_are_learned(folders: dict[str
 
 def test_luminas_own_tokenizer_read_back_makes_the_very_same_data(tmp_path: Path) -> None:
     """Our fast path and this one are two implementations of one template: ids, masks and messages agree."""
-    from lumina.infer import hf_tokenizer
+    from lumina.chat import hf_export as hf_tokenizer
 
     own = Tokenizer.load()
     (tmp_path / "tokenizer.json").write_text(json.dumps(hf_tokenizer.tokenizer_json(own)))

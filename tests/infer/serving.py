@@ -15,8 +15,8 @@ from openai import OpenAI
 
 from lumina.infer import Loaded
 from lumina.infer.serve.app import Service, make_app
-from lumina.infer.serve.guard import LOOPBACK, Guard, Rules
-from lumina.infer.serve.running import make_server, make_service
+from lumina.infer.serve.middleware import LOOPBACK, Guard, Rules
+from lumina.infer.serve.server import make_server, make_service
 
 
 @dataclass

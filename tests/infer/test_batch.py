@@ -12,8 +12,9 @@ from small_models import as_transformers, make_model
 from small_tokenizer import VOCABULARY, write_tokenizer
 
 from lumina.chat import Conversation, Message
-from lumina.infer import Answer, Sampling, Voice, batch, generate
-from lumina.infer.batch import Batch, Sequence, Token
+from lumina.infer import Answer, Sampling, Voice, generate
+from lumina.infer.generation import batch
+from lumina.infer.generation.batch import Batch, Sequence, Token
 from lumina.infer.voice import voice_of
 from lumina.model import Transformer
 from lumina.model.decode import Decoder

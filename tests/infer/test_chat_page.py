@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lumina.chat import Tokenizer
 from lumina.infer import load
-from lumina.infer.batch import Batch, Sequence, Token
+from lumina.infer.generation.batch import Batch, Sequence, Token
 
 TOKENIZER = Tokenizer.load()
 BUSY = "document.querySelector('[aria-busy]') !== null"

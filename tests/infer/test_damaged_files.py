@@ -26,7 +26,7 @@ from small_tokenizer import VOCABULARY, write_tokenizer
 from test_loading import Payload
 
 from lumina.chat import Conversation, Message
-from lumina.chat.foreign import ForeignTokenizer
+from lumina.chat.hf_tokenizer import ForeignTokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.infer import export, import_hf, load
 from lumina.model import Transformer

@@ -14,7 +14,7 @@ from small_models import as_transformers, make_model, write_run
 from lumina.chat import Conversation, Message, Tokenizer, render
 from lumina.cli import main
 from lumina.infer import Loaded, LuminaVoice
-from lumina.infer.evaluating import evaluate, read_conversations
+from lumina.infer.evaluation.loss import evaluate, read_conversations
 
 TOKENIZER = Tokenizer.load()
 TALKS = [
@@ -63,8 +63,8 @@ def test_sums_equal_a_plain_pass_over_each_conversation(loaded: Loaded) -> None:
 def test_the_batch_does_not_change_the_result(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     talks = TALKS * 5
     together = evaluate(loaded, talks).to_dict()
-    monkeypatch.setattr("lumina.infer.evaluating._TOKENS_AT_ONCE", 20)
-    monkeypatch.setattr("lumina.infer.evaluating._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("lumina.infer.evaluation.loss._TOKENS_AT_ONCE", 20)
+    monkeypatch.setattr("lumina.infer.evaluation.loss._ROWS_AT_ONCE", 7)
     apart = evaluate(loaded, talks).to_dict()
     assert apart["loss"] == pytest.approx(together["loss"], rel=1e-6)
     assert apart["by_turn"]["1"]["tokens"] == together["by_turn"]["1"]["tokens"]

@@ -17,12 +17,12 @@ from small_tokenizer import VOCABULARY, write_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 
 from lumina.chat import Conversation, Message, Tokenizer, prompt_ids, render
+from lumina.chat.hf_export import tokenizer_json
 from lumina.cli import main
 from lumina.config import ModelConfig, UserError
 from lumina.config import load as load_config
 from lumina.infer import LuminaVoice, Sampling, export, generate
-from lumina.infer.exporting import parse_size
-from lumina.infer.hf_tokenizer import tokenizer_json
+from lumina.infer.hf.exporting import parse_size
 
 TOKENIZER = Tokenizer.load()
 CHATS = [
@@ -190,7 +190,7 @@ def test_the_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     def fails(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("lumina.infer.exporting._card", fails)
+    monkeypatch.setattr("lumina.infer.hf.exporting._card", fails)
     with pytest.raises(OSError, match="no space left"):
         export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "run"]

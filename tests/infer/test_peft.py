@@ -16,7 +16,7 @@ from test_importing import make_hf
 from lumina.cli import main
 from lumina.config import LoraConfig, UserError
 from lumina.infer import export, import_hf, load
-from lumina.infer.peft import _description
+from lumina.infer.hf.peft import _description
 from lumina.model import Transformer, lora
 from lumina.train import store
 from lumina.train.reading import adapters, reference

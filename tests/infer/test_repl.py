@@ -15,7 +15,7 @@ from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
 from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import LuminaVoice, Sampling
-from lumina.infer.generation import Answer, printable
+from lumina.infer.generation.generate import Answer, printable
 from lumina.infer.repl import Chat, converse
 
 TOKENIZER = Tokenizer.load()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lumina.config import UserError
 from lumina.infer import Sampling
-from lumina.infer.sampling import choose, penalised, probabilities
+from lumina.infer.generation.sampling import choose, penalised, probabilities
 
 VOCABULARY, DRAWS = 40, 20_000
 

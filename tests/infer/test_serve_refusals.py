@@ -25,7 +25,7 @@ from starlette.types import Message
 
 from lumina.cli import main
 from lumina.infer import Loaded, load
-from lumina.infer.serve.listening import EventStream
+from lumina.infer.serve.streaming import EventStream
 
 KEY = "open sesame 123"
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -307,7 +307,7 @@ def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, capsys: pytest.
 def test_open_to_others_without_a_key_is_warned_of(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from lumina.infer.serve import running as module
+    from lumina.infer.serve import server as module
 
     class Server:
         def run(self, sockets: list[socket.socket]) -> None:

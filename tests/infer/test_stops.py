@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.infer.stops import Teller
+from lumina.infer.generation.detokenizer import Teller
 
 
 class Letters:

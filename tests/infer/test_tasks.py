@@ -17,7 +17,7 @@ from lumina.chat import Conversation, Message
 from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import import_hf, load
-from lumina.infer.tasks import Examinee, run_tasks
+from lumina.infer.evaluation.tasks import Examinee, run_tasks
 
 WORDS = ["the weather", "our dog", "my sister", "that film", "a long train ride", "your garden"]
 

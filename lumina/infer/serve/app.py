@@ -18,18 +18,18 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from lumina.config import UserError
-from lumina.infer.batch import Sequence
-from lumina.infer.generation import check_prompt
+from lumina.infer.generation.batch import Sequence
+from lumina.infer.generation.generate import check_prompt
 from lumina.infer.loading import Loaded
-from lumina.infer.serve.answers import ChatShape, Choice, Shape, TextShape, by_choice
-from lumina.infer.serve.engine import Engine, Piece
+from lumina.infer.serve.batcher import Engine, Piece
 from lumina.infer.serve.errors import ApiError
-from lumina.infer.serve.listening import EventStream, listen
 from lumina.infer.serve.metrics import Metrics
-from lumina.infer.serve.schemas import CHOICES, ChatRequest, CompletionRequest
+from lumina.infer.serve.requests import CHOICES, ChatRequest, CompletionRequest
+from lumina.infer.serve.responses import ChatShape, Choice, Shape, TextShape, by_choice
+from lumina.infer.serve.streaming import EventStream, listen
 from lumina.infer.voice import Voice
 
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = Path(__file__).parent / "assets"
 _FILES = {"/": "chat.html"} | {f"/{name}": name for name in ("chat.js", "markdown.js", "chat.css", "icon.svg")}
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lumina.infer.batch import Token
-from lumina.infer.serve.engine import Piece
+from lumina.infer.generation.batch import Token
+from lumina.infer.serve.batcher import Piece
 from lumina.infer.voice import Voice
 
 _LEAST = -9999.0  # JSON has no minus infinity

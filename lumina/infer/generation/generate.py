@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lumina.config import UserError
-from lumina.infer import batch as batches
-from lumina.infer.batch import Batch, Finish, Token
-from lumina.infer.sampling import Sampling
-from lumina.infer.stops import Teller
+from lumina.infer.generation import batch as batches
+from lumina.infer.generation.batch import Batch, Finish, Token
+from lumina.infer.generation.detokenizer import Teller
+from lumina.infer.generation.sampling import Sampling
 from lumina.infer.voice import Voice
 from lumina.model import Transformer
 

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lumina.chat import Tokenizer, hf_files, open_tokenizer
+from lumina.chat import Tokenizer, hf_export, hf_files, open_tokenizer
 from lumina.config import ModelConfig, UserError
-from lumina.infer import hf_names, hf_tokenizer
+from lumina.infer import hf_names
+from lumina.infer.hf.peft import USAGE as PEFT_USAGE
+from lumina.infer.hf.peft import write_adapter
 from lumina.infer.loading import (
     check_size,
     find_checkpoint,
@@ -30,8 +32,6 @@ from lumina.infer.loading import (
     read_config,
     weights,
 )
-from lumina.infer.peft import USAGE as PEFT_USAGE
-from lumina.infer.peft import write_adapter
 from lumina.infer.voice import LuminaVoice
 from lumina.train.store import sync
 
@@ -153,8 +153,8 @@ def _description(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return {
         "config.json": hf_names.to_hf_config(config, dtype, tokenizer.stop_id, tokenizer.pad_id),
         "generation_config.json": generation,
-        "tokenizer.json": hf_tokenizer.tokenizer_json(tokenizer),
-        "tokenizer_config.json": hf_tokenizer.tokenizer_config(tokenizer, config.seq_length),
+        "tokenizer.json": hf_export.tokenizer_json(tokenizer),
+        "tokenizer_config.json": hf_export.tokenizer_config(tokenizer, config.seq_length),
     }
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from lumina.chat import CONTROL_TOKENS, ROLE_ALIASES, Tokenizer
-from lumina.chat.tokenizer import find_ranks
+from lumina.chat.template import ROLE_ALIASES
+from lumina.chat.tokenizer import CONTROL_TOKENS, Tokenizer, find_ranks
 
 # cl100k_base's published pattern without possessive quantifiers, which Oniguruma (inside `tokenizers`) reads otherwise:
 # there `{1,3}+` repeats the whole. Both forms cut every text the same way.

@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumina.chat import hf_files
+from lumina.chat.escaping import Encoded, SealedEncoder, boundaries, clean, is_failure
 from lumina.chat.jinja import INSTALL, JinjaTemplate, RefusalError
-from lumina.chat.sealed import Encoded, SealedEncoder, boundaries, clean, is_failure
 from lumina.chat.template import TEXT_ROLE, Conversation, Message, RenderedBlock, is_learned
 from lumina.config.errors import UserError
 

@@ -14,9 +14,9 @@ from starlette.types import ASGIApp
 from lumina.config import UserError
 from lumina.infer.loading import Loaded, load, read_voice
 from lumina.infer.serve.app import Service, make_app
-from lumina.infer.serve.engine import Engine
-from lumina.infer.serve.guard import LOOPBACK, Guard, Rules
+from lumina.infer.serve.batcher import Engine
 from lumina.infer.serve.metrics import Metrics
+from lumina.infer.serve.middleware import LOOPBACK, Guard, Rules
 
 log = logging.getLogger("lumina")
 

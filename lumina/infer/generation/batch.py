@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lumina.config import UserError
-from lumina.infer.sampling import Sampling, choose, generator, penalised
+from lumina.infer.generation.sampling import Sampling, choose, generator, penalised
 from lumina.infer.voice import Voice
 from lumina.model import Transformer
 from lumina.model.cache import KVCache

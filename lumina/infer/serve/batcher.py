@@ -4,7 +4,7 @@ Every pass of its loop takes in waiting sequences as slots are free, feeds up to
 decoding step for all sequences that are past their prompt. So a request joins and leaves between any two tokens of the
 others, and a long prompt holds up the others' tokens by one chunk at most.
 
-Prompts are prefilled one sequence a pass, in chunks that depend on the prompt alone: see infer/batch.py for why.
+Prompts are prefilled one sequence a pass, in chunks that depend on the prompt alone; generation/batch.py says why.
 
 The thread never waits for a client. What it makes is handed over at once, and a client that reads slowly finds it
 waiting: at most its own max_tokens, a few hundred bytes each at worst. Its slot is free as soon as its answer is done.
@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lumina.config import UserError
-from lumina.infer.batch import Batch, Finish, Sequence, Token
+from lumina.infer.generation.batch import Batch, Finish, Sequence, Token
+from lumina.infer.generation.detokenizer import Teller
 from lumina.infer.loading import Loaded
 from lumina.infer.serve.errors import ApiError, closing
 from lumina.infer.serve.metrics import Metrics
-from lumina.infer.stops import Teller
 
 log = logging.getLogger("lumina")
 

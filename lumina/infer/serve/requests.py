@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lumina.chat import Conversation, Message
-from lumina.infer.sampling import Sampling
+from lumina.infer.generation.sampling import Sampling
 
 CHOICES = 16  # answers to one request at most
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from lumina.chat import ROLE_ALIASES, Conversation, Message
 from lumina.config import UserError
-from lumina.infer.evaluating import Window, predict
-from lumina.infer.generation import generate
+from lumina.infer.evaluation.loss import Window, predict
+from lumina.infer.generation.generate import generate
+from lumina.infer.generation.sampling import LENGTHS, Sampling
 from lumina.infer.loading import Loaded
-from lumina.infer.sampling import LENGTHS, Sampling
 
 log = logging.getLogger("lumina")
 

@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from lumina.infer.batch import Sequence
-from lumina.infer.serve.engine import Engine, Job, Piece
+from lumina.infer.generation.batch import Sequence
+from lumina.infer.serve.batcher import Engine, Job, Piece
 from lumina.infer.serve.errors import ApiError
-from lumina.infer.serve.guard import left
+from lumina.infer.serve.middleware import left
 
 
 class ClientGoneError(ApiError):

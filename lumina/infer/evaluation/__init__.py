@@ -1,0 +1,1 @@
+"""Measuring a model: loss on conversations held out, and benchmark tasks."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lumina.data.formats._fields import FieldTally
+    from lumina.data.records.fields import FieldTally
 
 FIRST_LINES = 5  # how many line numbers are kept for each reason
 MOST_FIELDS = 20  # names shown of a sort
@@ -25,7 +25,7 @@ def add_counts(own: dict[str, int], more: Mapping[str, int]) -> None:
 
 
 def field_sums(fields: Mapping[str, Mapping[str, int]]) -> str:
-    """How many fields there were of each sort (lumina.data.formats._fields)."""
+    """How many fields there were of each sort (lumina.data.records.fields)."""
     return ", ".join(f"{sum(fields.get(sort, {}).values()):,} {sort}" for sort in FIELD_SORTS)
 
 
@@ -83,7 +83,7 @@ class Account:
     samples: int = 0
     epoch_tokens: int = 0  # in the samples: with sources' weights, a conversation's tokens as often as it is taken
     notes: list[str] = field(default_factory=list)
-    fields: dict[str, dict[str, int]] = field(default_factory=dict)  # by sort and name: lumina.data.formats._fields
+    fields: dict[str, dict[str, int]] = field(default_factory=dict)  # by sort and name: lumina.data.records.fields
     unknown_fields: dict[str, str] = field(default_factory=dict)  # an example of each: where, and its value
 
     def fault(self, reason: str, line: int | str, messages: int = 0, example: str = "") -> None:

@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import orjson
 from rich.console import Console
 
-from lumina.chat.template import open_tokenizer
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat import Tokenizer, open_tokenizer
 from lumina.config.errors import UserError
 from lumina.data.loading.dataset import PackedDataset
 from lumina.data.oasst.extraction import THREADS, Options

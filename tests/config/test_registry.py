@@ -41,7 +41,8 @@ def test_own_things_are_a_folders_files() -> None:
         OWN.summary("errors") == "The one exception for a user's mistake, and the hint that goes with a misspelt name."
     )
     assert (
-        Registry("rule", "lumina.test_rules", "data", "x", separator="-").own()["oasst-files"].name == "oasst_files.py"
+        Registry("rule", "lumina.test_rules", "data/converting", "x", separator="-").own()["oasst-files"].name
+        == "oasst_files.py"
     )
 
 

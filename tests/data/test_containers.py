@@ -17,15 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.config.errors import UserError
-from lumina.data import prepare, sources
+from lumina.data import prepare
 from lumina.data.account import Account
-from lumina.data.formats import BLANK, Fault
+from lumina.data.reading import streams
+from lumina.data.reading.items import read_items
+from lumina.data.reading.layout import detect
+from lumina.data.reading.paths import expand
+from lumina.data.records.fault import BLANK, Fault
 
 RECORDS = [{**chat("q", f"answer {i}"), "id": str(i)} for i in range(7)]
 
 
 def items(path: Path) -> list[Any]:
-    found = (item.record for item in sources.read_items(str(path), sources.detect(str(path))))
+    found = (item.record for item in read_items(str(path), detect(str(path))))
     return [record for record in found if record is not BLANK]
 
 
@@ -59,7 +63,7 @@ LAYOUTS = {
 def test_json_in_any_layout_is_read_to_its_end(
     tmp_path: Path, layout: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "READ_BYTES", chunk)
+    monkeypatch.setattr(streams, "READ_BYTES", chunk)
     path = tmp_path / "data.json"
     path.write_text(LAYOUTS[layout])
     assert items(path) == RECORDS
@@ -98,7 +102,7 @@ def test_tables_are_read_by_their_headers(tmp_path: Path, delimiter: str) -> Non
     found = items(path)
     assert found[:-1] == [{**row, "system": None} for row in rows]  # an empty field is none
     assert isinstance(found[-1], Fault)
-    table = sources.detect(str(path)).describe()
+    table = detect(str(path)).describe()
     assert table == path.suffix[1:].upper()
 
 
@@ -121,12 +125,12 @@ def test_arrow_streams_and_saved_data_sets(tmp_path: Path) -> None:
             writer.write_table(part)
     state = {"_data_files": [{"filename": "data-0.arrow"}, {"filename": "data-1.arrow"}]}
     (folder / "state.json").write_text(json.dumps(state))
-    files = sources.expand([str(folder)])
+    files = expand([str(folder)])
     assert [record for file in files for record in items(Path(file))] == RECORDS
     (tmp_path / "both").mkdir()
     (tmp_path / "both/dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
     with pytest.raises(UserError, match="both/train or"):
-        sources.expand([str(tmp_path / "both")])
+        expand([str(tmp_path / "both")])
 
 
 def test_not_a_number_costs_nothing_where_nobody_uses_it(tmp_path: Path) -> None:
@@ -188,7 +192,7 @@ def test_drawn_layouts_give_every_record(drawn: list[tuple[int, str]], between: 
             }[layout]
         )
     with tempfile.NamedTemporaryFile(suffix=".json") as file, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "READ_BYTES", chunk)
+        patch.setattr(streams, "READ_BYTES", chunk)
         file.write(between.join(parts).encode())
         file.flush()
         found = items(Path(file.name))

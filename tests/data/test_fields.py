@@ -12,13 +12,13 @@ from helpers import TOKENIZER, Settings, chat, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lumina.chat import Conversation, Message
-from lumina.chat.template import render
+from lumina.chat import Conversation, Message, render
 from lumina.data import prepare
 from lumina.data.account import Account
-from lumina.data.formats import Fault, FieldTally, Tree, convert
-from lumina.data.formats._fields import CONTENT, HARMLESS, MOST_NAMES, is_empty
-from lumina.data.preference.records import OTHER_PROMPT, Pair, from_pair
+from lumina.data.formats import convert
+from lumina.data.preference.pair import OTHER_PROMPT, Pair, from_pair
+from lumina.data.records.fault import Fault, Tree
+from lumina.data.records.fields import CONTENT, HARMLESS, MOST_NAMES, FieldTally, is_empty
 
 U, A = Message("user", "q"), Message("assistant", "a")
 

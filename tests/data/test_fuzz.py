@@ -13,7 +13,8 @@ from helpers import TOKENIZER, Settings, chat, write_jsonl
 from lumina.config.errors import UserError
 from lumina.data import prepare
 from lumina.data.account import Account
-from lumina.data.reading.sources import detect, read_items
+from lumina.data.reading.items import read_items
+from lumina.data.reading.layout import detect
 from lumina.data.reports.validation import fix, validate
 
 LINES = 100_000

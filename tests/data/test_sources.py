@@ -16,9 +16,15 @@ from hypothesis import strategies as st
 
 from lumina.chat import Conversation, Message
 from lumina.config.errors import UserError
-from lumina.data import prepare, sources
+from lumina.data import prepare
 from lumina.data.account import Account
-from lumina.data.formats import Fault, Tree, convert, format_of
+from lumina.data.formats import convert, format_of
+from lumina.data.reading import streams
+from lumina.data.reading.items import read_items
+from lumina.data.reading.layout import detect
+from lumina.data.reading.paths import expand
+from lumina.data.reading.streams import read_lines
+from lumina.data.records.fault import Fault, Tree
 
 USER, ANSWER, SYSTEM = Message("user", "q"), Message("assistant", "a"), Message("system", "s")
 
@@ -160,11 +166,11 @@ def write_container(folder: Path, container: str) -> Path:
 def test_each_container_gives_every_record_once_in_order(
     tmp_path: Path, container: str, described: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "READ_BYTES", 777)  # so that chunks end inside records
+    monkeypatch.setattr(streams, "READ_BYTES", 777)  # so that chunks end inside records
     path = str(write_container(tmp_path, container))
-    layout = sources.detect(path)
+    layout = detect(path)
     assert layout.describe() == described
-    items = list(sources.read_items(path, layout))
+    items = list(read_items(path, layout))
     assert [item.record for item in items] == RECORDS
     assert [item.number for item in items] == list(range(1, len(RECORDS) + 1))
 
@@ -180,7 +186,7 @@ def test_byte_ranges_share_the_lines_out_exactly(lines: list[bytes], step: int) 
             parts = [
                 line
                 for start in range(0, max(1, len(whole)), step)
-                for line in sources.read_lines(file.name, start, min(start + step, len(whole)))
+                for line in read_lines(file.name, start, min(start + step, len(whole)))
             ]
         assert parts == whole.splitlines(keepends=True) if b"\r" not in whole else b"".join(parts) == whole
 
@@ -190,7 +196,7 @@ def test_a_truncated_array_is_read_up_to_where_it_breaks(tmp_path: Path, keep: i
     whole = orjson.dumps(RECORDS)
     path = tmp_path / "cut.json"
     path.write_bytes(whole[:keep])
-    items = list(sources.read_items(str(path), sources.detect(str(path))))
+    items = list(read_items(str(path), detect(str(path))))
     complete = [i for i in range(len(RECORDS)) if len(orjson.dumps(RECORDS[: i + 1])) - 1 <= keep]
     assert [item.record for item in items[:-1]] == RECORDS[: len(complete)]
     assert items[-1].record.reason == "truncated array"
@@ -214,7 +220,7 @@ def test_a_sharegpt_file_with_a_truncated_end_prepares(tmp_path: Path) -> None:
 def test_a_torn_compressed_file_is_read_up_to_where_it_breaks(tmp_path: Path, container: str) -> None:
     path = write_container(tmp_path, container)
     path.write_bytes(path.read_bytes()[:-1000])
-    items = list(sources.read_items(str(path), sources.detect(str(path))))
+    items = list(read_items(str(path), detect(str(path))))
     assert [item.record for item in items[:-1]] == RECORDS[: len(items) - 1]
     assert len(items) < len(RECORDS)
     assert isinstance(items[-1].record, Fault)
@@ -233,7 +239,7 @@ def test_globs_and_several_files(tmp_path: Path) -> None:
 
 def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path) -> None:
     odd = write_jsonl(tmp_path / "a[1].jsonl", [chat("q", "a")])
-    assert sources.expand([str(odd)]) == [str(odd)]
+    assert expand([str(odd)]) == [str(odd)]
 
 
 def test_plain_text_is_learned_whole(tmp_path: Path) -> None:

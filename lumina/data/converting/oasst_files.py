@@ -12,11 +12,13 @@ import orjson
 from lumina.config.errors import UserError
 from lumina.data.account import FIRST_LINES
 from lumina.data.cache.files import replace_durably
-from lumina.data.formats import BLANK, Fault
-from lumina.data.oasst.extraction import Options, extract, malformed
+from lumina.data.oasst.extraction import Options, extract
 from lumina.data.oasst.pairs import extract_pairs
-from lumina.data.preparing.preparation import check_inputs
-from lumina.data.reading.sources import detect, read_items
+from lumina.data.oasst.trees import malformed
+from lumina.data.reading.items import read_items
+from lumina.data.reading.layout import detect
+from lumina.data.reading.paths import check_inputs
+from lumina.data.records.fault import BLANK, Fault
 
 NOT_A_TREE = "not an OASST tree or message"
 

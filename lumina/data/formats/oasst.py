@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lumina.chat.template import Conversation
-from lumina.data.formats._fault import EMPTY, WRONG_TYPE, Fault, Tree
-from lumina.data.formats._fields import FieldTally, Vocabulary
+from lumina.chat import Conversation
+from lumina.data.formats._format import DataFormat
 from lumina.data.formats.messages import from_messages
-from lumina.data.oasst.extraction import Options, extract, malformed
+from lumina.data.oasst.extraction import Options, extract
+from lumina.data.oasst.trees import malformed
+from lumina.data.records.fault import EMPTY, WRONG_TYPE, Fault, Tree
+from lumina.data.records.fields import FieldTally, Vocabulary
 
 RECORD = Vocabulary("an OASST tree", frozenset({"prompt", "message_tree_id", "tree_state", "origin"}))
 # What selects messages is used too; the rest of what an export says of a message is about people and the platform.
@@ -17,17 +19,6 @@ MESSAGE = Vocabulary(
     "an OASST message",
     frozenset({"text", "role", "replies", "rank", "deleted", "synthetic", "review_result", "lang", "labels"}),
 )
-
-
-def is_flat_oasst(record: Any) -> bool:
-    """Whether a record is a single OASST message, linked to its tree by parent_id."""
-    return (
-        type(record) is dict
-        and type(record.get("message_id")) is str
-        and type(record.get("text")) is str
-        and type(record.get("role")) is str
-        and "replies" not in record
-    )
 
 
 def from_tree(record: dict[str, Any], tally: FieldTally) -> Tree | Fault:
@@ -53,3 +44,10 @@ def from_tree(record: dict[str, Any], tally: FieldTally) -> Tree | Fault:
             conversations.append(found)
         own.end_record(used=False)
     return Tree(conversations, extraction.discarded)
+
+
+def _has_tree(record: dict[str, Any]) -> bool:
+    return type(record.get("prompt")) is dict
+
+
+FORMAT = DataFormat("OASST tree", from_tree, recognise=((20, _has_tree),), required=_has_tree)

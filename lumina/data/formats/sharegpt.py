@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lumina.chat.template import Conversation
-from lumina.data.formats._fault import TWICE, WRONG_TYPE, Fault, kind
-from lumina.data.formats._fields import FieldTally, Vocabulary, one_of
-from lumina.data.formats.messages import conversation, listed, settle
+from lumina.chat import Conversation
+from lumina.data.formats._format import DataFormat, has
+from lumina.data.records.fault import TWICE, WRONG_TYPE, Fault, kind
+from lumina.data.records.fields import FieldTally, Vocabulary, one_of
+from lumina.data.records.turns import decoded, to_conversation, to_messages
 
 KEYS = ("conversations", "conversation")
 RECORD = Vocabulary("ShareGPT", frozenset({*KEYS, "system"}))
@@ -19,10 +20,13 @@ def from_sharegpt(record: dict[str, Any], tally: FieldTally) -> Conversation | F
     assert name is not None
     if twice:
         return Fault(TWICE, "`conversations` and `conversation` differ")
-    raw = listed(record[name])
+    raw = decoded(record[name])
     if type(raw) is not list:
         return Fault(WRONG_TYPE, f"`{name}` is {kind(raw)}, not a list")
-    messages = conversation(raw, tally)
+    messages = to_messages(raw, tally)
     if isinstance(messages, Fault):
         return messages
-    return settle(record, messages, tally, RECORD)
+    return to_conversation(record, messages, tally, RECORD)
+
+
+FORMAT = DataFormat("ShareGPT", from_sharegpt, recognise=((50, has(*KEYS)),), required=has(*KEYS))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lumina.chat.template import TEXT_ROLE, Conversation, Message
-from lumina.data.formats._fault import EMPTY, UNKNOWN_FORMAT, WRONG_TYPE, Fault, kind
-from lumina.data.formats._fields import FieldTally, Vocabulary
-from lumina.data.formats.messages import identity
+from lumina.chat import TEXT_ROLE, Conversation, Message
+from lumina.data.formats._format import DataFormat, has
+from lumina.data.records.fault import EMPTY, UNKNOWN_FORMAT, WRONG_TYPE, Fault, kind
+from lumina.data.records.fields import FieldTally, Vocabulary
+from lumina.data.records.turns import group_id
 
 RECORD = Vocabulary("text", frozenset({"text"}))
 
@@ -22,4 +23,7 @@ def from_text(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault
         return Fault(EMPTY, "no text", 1)
     messages = [Message(TEXT_ROLE, text)]
     fault = tally.count(RECORD, record, messages)
-    return fault if fault is not None else Conversation(messages, identity(record))
+    return fault if fault is not None else Conversation(messages, group_id(record))
+
+
+FORMAT = DataFormat("text", from_text, recognise=((80, has("text")),), required=has("text"))

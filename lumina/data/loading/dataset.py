@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat import Tokenizer
 from lumina.data.account import Account
 from lumina.data.cache import arrow
 from lumina.data.cache.shards import open_batches

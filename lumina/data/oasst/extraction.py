@@ -21,15 +21,15 @@ candidate that is not taken is counted under the first of these reasons that app
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from lumina.data.oasst.trees import Node
+
 THREADS = ("all", "best", "prefixes")
 ROLES = {"prompter": "user", "assistant": "assistant"}
-
-Node = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,29 +70,6 @@ def label(node: Node, name: str) -> float | None:
         entry = labels.get(name)
         value = entry.get("value") if isinstance(entry, dict) else None
     return float(value) if isinstance(value, int | float) else None
-
-
-def is_message(node: Any) -> bool:
-    """Whether a value has what extraction needs of a message."""
-    return (
-        isinstance(node, dict)
-        and isinstance(node.get("text"), str)
-        and isinstance(node.get("role"), str)
-        and isinstance(node.get("replies") or [], list)
-    )
-
-
-def malformed(tree: Any) -> str | None:
-    """Why a tree cannot be used, or None: every node must be a message."""
-    if not isinstance(tree, dict) or not isinstance(tree.get("prompt"), dict):
-        return "no `prompt` message"
-    stack = [tree["prompt"]]
-    while stack:
-        node = stack.pop()
-        if not is_message(node):
-            return "a message without text, role or a list of replies"
-        stack.extend(node.get("replies") or [])
-    return None
 
 
 def leaf_paths(root: Node) -> Iterator[list[Node]]:
@@ -202,41 +179,3 @@ def _record(tree: dict[str, Any], path: list[Node], last_only: bool) -> dict[str
         "ranks": [node.get("rank") for node in path],
         "lang": path[0].get("lang"),
     }
-
-
-def trees_of(rows: Iterable[Node]) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-    """Flat messages in any order -> trees, in the order of their roots; replies in the order of their rows.
-
-    All rows are in memory: a flat export can name a parent anywhere. Rows carry their `_number`. Returns the trees,
-    and number and reason of every row left over ("duplicate message_id", "parent missing" for those without a way to
-    a root).
-    """
-    nodes: dict[Any, Node] = {}
-    left: list[tuple[int, str]] = []
-    for row in rows:
-        if row["message_id"] in nodes:
-            left.append((row["_number"], "duplicate message_id"))
-        else:
-            nodes[row["message_id"]] = {**row, "replies": []}
-    roots = []
-    for node in nodes.values():
-        if node.get("parent_id") is None:
-            roots.append(node)
-        elif node["parent_id"] in nodes:
-            nodes[node["parent_id"]]["replies"].append(node)
-    reached: set[int] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        reached.add(node["_number"])
-        stack.extend(node["replies"])
-    left += [(node["_number"], "parent missing") for node in nodes.values() if node["_number"] not in reached]
-    trees = [
-        {
-            "message_tree_id": root.get("message_tree_id") or root["message_id"],
-            "tree_state": root.get("tree_state"),
-            "prompt": root,
-        }
-        for root in roots
-    ]
-    return trees, sorted(left)

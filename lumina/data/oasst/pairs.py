@@ -17,7 +17,8 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
-from lumina.data.oasst.extraction import ROLES, Extraction, Node, Options, objection
+from lumina.data.oasst.extraction import ROLES, Extraction, Options, objection
+from lumina.data.oasst.trees import Node
 
 
 def extract_pairs(tree: dict[str, Any], options: Options) -> Extraction:

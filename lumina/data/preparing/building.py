@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from lumina.chat.template import AnyTokenizer
+from lumina.chat import AnyTokenizer
 from lumina.config.errors import UserError
 from lumina.data.account import Account
 from lumina.data.cache import arrow

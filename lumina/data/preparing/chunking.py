@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.chat.template import RenderedBlock
+from lumina.chat import RenderedBlock
 from lumina.data.account import Account
 
 POLICIES = ("split", "truncate", "drop")

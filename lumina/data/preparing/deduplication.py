@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.chat.template import Conversation
+from lumina.chat import Conversation
 
 TRAIN, EVAL, DUPLICATE = 0, 1, 2
 DEDUP = ("none", "exact", "near")

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from lumina.chat.template import AnyTokenizer
+from lumina.chat import AnyTokenizer
 from lumina.config.errors import UserError
 from lumina.data.preparing.worker import Task, run_task
 

@@ -23,8 +23,7 @@ from typing import Any
 
 import orjson
 
-from lumina.chat.template import AnyTokenizer, template_version
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat import AnyTokenizer, Tokenizer, template_version
 from lumina.config.errors import UserError
 from lumina.data.cache.files import cache_root, content_digests
 from lumina.data.loading.dataset import PackedDataset
@@ -32,7 +31,8 @@ from lumina.data.preparing.building import Progress, Settings, build
 from lumina.data.preparing.chunking import MIN_WINDOW, POLICIES
 from lumina.data.preparing.pool import usable_cores
 from lumina.data.preparing.worker import Task
-from lumina.data.reading.sources import detect, expand
+from lumina.data.reading.layout import detect
+from lumina.data.reading.paths import check_inputs
 
 log = logging.getLogger("lumina.data")
 
@@ -207,21 +207,6 @@ def plan_tasks(
             how = (layout.container, layout.compression, layout.flat, layout.encoding)
             tasks.append(Task(kind, str(path), how, start, stop, out, config.seq_length, config.overlong, format=given))
     return tasks
-
-
-def check_inputs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    files = [Path(path) for path in expand([os.fspath(path) for path in paths])]
-    if not files:
-        raise UserError("no data files given")
-    for path in files:
-        if not path.is_file():
-            what = "is a folder, not a file" if path.is_dir() else "does not exist"
-            raise UserError(f"data file {path} {what}")
-        if path.stat().st_size == 0:
-            raise UserError(f"data file {path} is empty", "It should hold one conversation a line.")
-        if not os.access(path, os.R_OK):
-            raise UserError(f"data file {path} may not be read by this user")
-    return files
 
 
 @contextmanager

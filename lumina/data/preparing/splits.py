@@ -12,23 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 import orjson
 
-from lumina.chat.template import AnyTokenizer
+from lumina.chat import AnyTokenizer
 from lumina.config.errors import UserError
 from lumina.data.cache.files import content_digests
 from lumina.data.loading.dataset import PackedDataset
 from lumina.data.preparing.building import Progress, Settings
 from lumina.data.preparing.deduplication import DEDUP, EVAL, TRAIN, Signs, decide, join_signs, near_available
 from lumina.data.preparing.pool import run_tasks, usable_cores
-from lumina.data.preparing.preparation import (
-    Selection,
-    check_inputs,
-    decisions_name,
-    make_root,
-    only_one,
-    plan_tasks,
-    prepare,
-)
-from lumina.data.reading.sources import expand
+from lumina.data.preparing.preparation import Selection, decisions_name, make_root, only_one, plan_tasks, prepare
+from lumina.data.reading.paths import check_inputs, expand
 
 CURATION_VERSION = 2
 EARLIER_CURATION = 1  # of version 0.1.0

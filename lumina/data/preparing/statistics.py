@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lumina.chat.template import Conversation, RenderedBlock
-from lumina.chat.tokenizer import CONTROL_TOKENS
+from lumina.chat import CONTROL_TOKENS, Conversation, RenderedBlock
 from lumina.data.account import FIRST_LINES, add_counts
 from lumina.data.cache import arrow
 from lumina.data.preparing.packing import pack

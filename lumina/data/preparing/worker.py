@@ -21,15 +21,17 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from lumina.chat.template import AnyTokenizer, Conversation, RenderedBlock, open_tokenizer, render_many, render_sound
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat import AnyTokenizer, Conversation, RenderedBlock, Tokenizer, open_tokenizer, render_many, render_sound
 from lumina.data.account import Account, add_counts
 from lumina.data.cache.shards import PieceWriter
-from lumina.data.formats import BLANK, Fault, FieldTally, Tree, convert, format_of
+from lumina.data.formats import convert, format_of
 from lumina.data.preparing.chunking import cut
 from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, join_signs, signs_of
 from lumina.data.preparing.statistics import Survey
-from lumina.data.reading.sources import Layout, read_items
+from lumina.data.reading.items import read_items
+from lumina.data.reading.streams import FileLayout
+from lumina.data.records.fault import BLANK, Fault, Tree
+from lumina.data.records.fields import FieldTally
 
 ELSEWHERE = {TRAIN: "left for training", EVAL: "held out for evaluation", DUPLICATE: "duplicate"}
 BLOCK_BYTES = 1 << 20  # input turned into arrays at a time: bounds a worker's memory
@@ -40,8 +42,8 @@ class Task:
     """Records that begin in bytes [start, stop) of the file at `path`, all when it cannot be split.
 
     `kind` says what becomes of them: "pieces" are written to `out`, "signs" for curation too ("near signs" with
-    MinHash), a "survey" is returned. `layout` holds the fields of sources.Layout. With `decisions`, a file of one uint8
-    for each conversation, only those equal to `part` are taken. `format` is what every record has to be, if given.
+    MinHash), a "survey" is returned. `layout` holds the fields of FileLayout. With `decisions`, a file of one uint8 for
+    each conversation, only those equal to `part` are taken. `format` is what every record has to be, if given.
     """
 
     kind: str
@@ -69,7 +71,7 @@ def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> I
     the used ones' formats into `survey`."""
     block, held, tally = Block([], []), 0, FieldTally()
     decided = np.load(task.decisions) if task.decisions else None
-    for item in read_items(task.path, Layout(*task.layout), task.start, task.stop):
+    for item in read_items(task.path, FileLayout(*task.layout), task.start, task.stop):
         account.lines += item.lines
         tally.line = item.number
         if item.record is BLANK:

@@ -14,15 +14,33 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lumina.data.formats import Fault, format_of, parse_json
-from lumina.data.formats._fault import BROKEN_JSON, WRONG_TYPE
-from lumina.data.formats._fields import CONTENT, HARMLESS, is_empty
+import orjson
+
+from lumina.data.formats import format_of
+from lumina.data.records.fault import BROKEN_JSON, PYTHON_LITERAL, WRONG_TYPE, Fault
+from lumina.data.records.fields import CONTENT, HARMLESS, is_empty
 
 TRUNCATED_ARRAY = "truncated array"
 MAX_ELEMENT_CHARS = 1 << 26  # a value that does not end within this is broken, not long
 WRAPPERS = ("data", "rows", "records", "train")
 WRAPPED = re.compile(rf'\{{\s*"(?:{"|".join(WRAPPERS)})"\s*:\s*\[')
 _LONGEST_OPENING = 256  # characters in which `{"data": [` has to stand
+
+
+def parse_json(line: bytes) -> Any:
+    """The line's value, or a Fault. JSON, where NaN and infinities are read as null; lone surrogates and invalid UTF-8
+    are faults."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        if b"NaN" in line or b"Infinity" in line:
+            try:  # Python's reader knows them; written and read again they are null, and a lone surrogate is an error
+                return orjson.loads(orjson.dumps(json.loads(line.decode("utf-8"))))
+            except (ValueError, TypeError, RecursionError):
+                pass
+        if line.lstrip()[:2] in (b"{'", b"['"):
+            return Fault(PYTHON_LITERAL, "write lines with json.dumps, not print or str", raw=line)
+        return Fault(BROKEN_JSON, str(error), raw=line)
 
 
 def is_message(value: Any) -> bool:
@@ -126,7 +144,7 @@ class _Values:
                 if not self._go_on():
                     return
                 continue
-            yield from self._records(found)
+            yield from self.read_records(found)
         if self.inside:
             yield self._next(0, self.failure or Fault(TRUNCATED_ARRAY, f"after element {self.number}"))
         elif self.failure is not None:
@@ -136,7 +154,7 @@ class _Values:
         self.number += 1
         return self.number, size, record
 
-    def _records(self, element: str) -> Iterator[tuple[int, int, Any]]:
+    def read_records(self, element: str) -> Iterator[tuple[int, int, Any]]:
         size = len(element)
         value = parse_json(element.encode("utf-8", "surrogateescape"))
         if self.inside and is_message(value):

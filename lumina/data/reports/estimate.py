@@ -10,14 +10,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from lumina.chat.template import AnyTokenizer
+from lumina.chat import AnyTokenizer
 from lumina.data.account import Account
 from lumina.data.preparing.building import Settings
 from lumina.data.preparing.chunking import cut
 from lumina.data.preparing.pool import BYTES_PER_WORKER, usable_cores
-from lumina.data.preparing.preparation import check_inputs
 from lumina.data.preparing.worker import BLOCK_BYTES, Task, read_blocks, rendered
-from lumina.data.reading.sources import Layout, count_bytes, detect
+from lumina.data.reading.layout import detect
+from lumina.data.reading.paths import check_inputs
+from lumina.data.reading.streams import FileLayout, count_bytes
 
 RANGES, RANGE_BYTES = 8, 1 << 19  # read of each file: 4 MiB, from all over it where it can be split
 TOKEN_BYTES = 5  # on disk: an int32 id and a uint8 mask
@@ -98,7 +99,7 @@ def forecast(paths: Sequence[str], config: Settings, tokenizer: AnyTokenizer) ->
     )
 
 
-def _sample(path: Path, layout: Layout, config: Settings, tokenizer: AnyTokenizer) -> tuple[Account, float, float]:
+def _sample(path: Path, layout: FileLayout, config: Settings, tokenizer: AnyTokenizer) -> tuple[Account, float, float]:
     """(account of what was read, seconds, share of the file that it is)."""
     account = Account(overlong=config.overlong, window=config.seq_length)
     size, began, blocks, whole = path.stat().st_size, time.perf_counter(), 0, True
@@ -117,14 +118,14 @@ def _sample(path: Path, layout: Layout, config: Settings, tokenizer: AnyTokenize
     return account, seconds, 1.0 if whole else _share(path, layout, blocks, account.lines)
 
 
-def _ranges(size: int, layout: Layout) -> list[tuple[int, int]]:
+def _ranges(size: int, layout: FileLayout) -> list[tuple[int, int]]:
     if not layout.splittable or size <= RANGES * RANGE_BYTES:
         return [(0, size)]
     step = size // RANGES
     return [(number * step, number * step + RANGE_BYTES) for number in range(RANGES)]
 
 
-def _share(path: Path, layout: Layout, blocks: int, rows: int) -> float:
+def _share(path: Path, layout: FileLayout, blocks: int, rows: int) -> float:
     """The share of a file that its first blocks, or rows, are."""
     if layout.container == "parquet":
         import pyarrow.parquet as pq

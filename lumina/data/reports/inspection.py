@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from lumina.chat.template import AnyTokenizer
+from lumina.chat import AnyTokenizer
 from lumina.data.loading.dataset import PackedDataset
 
 LEARNED, CONTEXT, CONTROL = "green", "default", "magenta"

@@ -12,17 +12,19 @@ from typing import Any
 
 import orjson
 
-from lumina.chat.template import TEXT_ROLE, Conversation
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat import TEXT_ROLE, Conversation, Tokenizer
 from lumina.config.errors import UserError
 from lumina.data.account import Account
 from lumina.data.cache.files import replace_durably
-from lumina.data.formats import BLANK, Fault, Tree, convert
+from lumina.data.formats import convert
 from lumina.data.preparing.building import Progress, line_bases, merge_accounts
 from lumina.data.preparing.pool import run_tasks, usable_cores
-from lumina.data.preparing.preparation import check_inputs, plan_tasks
+from lumina.data.preparing.preparation import plan_tasks
 from lumina.data.preparing.statistics import LENGTHS, Survey, percentiles, windows
-from lumina.data.reading.sources import detect, read_items
+from lumina.data.reading.items import read_items
+from lumina.data.reading.layout import detect
+from lumina.data.reading.paths import check_inputs
+from lumina.data.records.fault import BLANK, Fault, Tree
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lumina.chat.template import Conversation, Message
-from lumina.data.formats._fault import EMPTY, TWICE, WRONG_TYPE, Fault, kind
-from lumina.data.formats._fields import FieldTally, Vocabulary, is_empty, one_of
-from lumina.data.formats.messages import conversation, listed, settle
+from lumina.chat import Conversation, Message
+from lumina.data.records.fault import EMPTY, TWICE, WRONG_TYPE, Fault, kind
+from lumina.data.records.fields import FieldTally, Vocabulary, is_empty, one_of
+from lumina.data.records.turns import decoded, to_conversation, to_messages
 
 ABOUT = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
@@ -31,31 +31,31 @@ def from_instruction(record: dict[str, Any], tally: FieldTally) -> Conversation 
     if question[1] or answer[1]:
         return Fault(TWICE, f"{'questions' if question[1] else 'answers'} in several fields differ", 2)
     assert question[0] is not None
-    reply = None if answer[0] is None else listed(record[answer[0]])
+    reply = None if answer[0] is None else decoded(record[answer[0]])
     replies = reply if type(reply) is list else [{"role": "assistant", "content": reply}]
     asked = prompt_messages(record, tally)
     if isinstance(asked, Fault):
         return asked
-    said = conversation(replies, tally)
+    said = to_messages(replies, tally)
     if isinstance(said, Fault):
         return said
     if not said:
         return Fault(EMPTY, "no answer", len(asked) + 1)
-    return settle(record, [*asked, *said], tally, RECORD)
+    return to_conversation(record, [*asked, *said], tally, RECORD)
 
 
 def prompt_messages(record: dict[str, Any], tally: FieldTally) -> list[Message] | Fault:
     """What a record asks: its history and question."""
     name, _ = one_of(record, QUESTIONS)
     assert name is not None
-    question = listed(record[name])
+    question = decoded(record[name])
     about, differs = one_of(record, ABOUT)
     if differs:
         return Fault(TWICE, "`input` and `context` differ", 2)
     if type(question) is str and about is None and question and not question.isspace():
         messages: list[Message] | Fault = [Message("user", question)]
     elif type(question) is list:
-        messages = conversation(question, tally)
+        messages = to_messages(question, tally)
         if about is not None and record[about]:
             return Fault(f"field not used: {about}", f"`{about}` beside a list of messages has no place", len(question))
     else:
@@ -64,7 +64,7 @@ def prompt_messages(record: dict[str, Any], tally: FieldTally) -> list[Message] 
         if any(type(part) is not str for part in parts):
             return Fault(WRONG_TYPE, f"the question is {kind(wrong)}", 2)
         text = "\n\n".join(part for part in parts if part.strip())
-        messages = conversation([{"role": "user", "content": text}], tally)
+        messages = to_messages([{"role": "user", "content": text}], tally)
     if isinstance(messages, Fault):
         return messages
     if record.get("history") is None:
@@ -75,7 +75,7 @@ def prompt_messages(record: dict[str, Any], tally: FieldTally) -> list[Message] 
 
 def _history(history: Any, tally: FieldTally) -> list[Message] | Fault:
     """`[[question, answer], …]`, or messages."""
-    history = listed(history)
+    history = decoded(history)
     if is_empty(history):
         return []
     if type(history) is not list:
@@ -86,17 +86,17 @@ def _history(history: Any, tally: FieldTally) -> list[Message] | Fault:
             turns += [{"role": "user", "content": part[0]}, {"role": "assistant", "content": part[1]}]
         else:
             turns.append(part)
-    return conversation(turns, tally)
+    return to_messages(turns, tally)
 
 
 def answer_messages(value: Any, tally: FieldTally) -> list[Message] | Fault:
     """An answer: a text, a message, or messages."""
     turns: Sequence[Any]
-    value = listed(value)
+    value = decoded(value)
     if type(value) is str:
         turns = [{"role": "assistant", "content": value}]
     else:
         turns = [value] if type(value) is dict else value
     if type(turns) is not list:
         return Fault(WRONG_TYPE, f"an answer is {kind(value)}")
-    return conversation(turns, tally)
+    return to_messages(turns, tally)

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lumina.chat.template import Message
-from lumina.data.formats._fault import NOT_TO_BE_TAUGHT, Fault
+from lumina.chat import Message
+from lumina.data.records.fault import NOT_TO_BE_TAUGHT, Fault
 
 NOT_USED = "field not used"
 FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "learn", "supervised")

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from lumina.chat.template import Conversation, Message
-from lumina.data.formats._fault import TWICE, WRONG_TYPE, Fault, kind
-from lumina.data.formats._fields import FieldTally, Vocabulary, one_of
-from lumina.data.formats._instruction import ABOUT, QUESTIONS, answer_messages, prompt_messages
-from lumina.data.formats.messages import ROLES, conversation, identity, listed, system_message
+from lumina.chat import Conversation, Message
 from lumina.data.formats.sharegpt import KEYS
+from lumina.data.records.fault import TWICE, WRONG_TYPE, Fault, kind
+from lumina.data.records.fields import FieldTally, Vocabulary, one_of
+from lumina.data.records.questions import ABOUT, QUESTIONS, answer_messages, prompt_messages
+from lumina.data.records.turns import ROLES, decoded, group_id, system_message, to_messages
 
 SAME, NO_PAIR = "chosen and rejected are the same", "no prompt, chosen and rejected"
 OTHER_PROMPT = "chosen and rejected answer different prompts"
@@ -79,7 +79,7 @@ def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
     if fault is not None:
         return fault
     masked = [message._replace(learn=False) for message in prompt]
-    chosen, rejected = (Conversation([*masked, *answer], identity(record)) for answer in answers)
+    chosen, rejected = (Conversation([*masked, *answer], group_id(record)) for answer in answers)
     return Pair(chosen, rejected)
 
 
@@ -89,7 +89,7 @@ def _source(record: dict[str, Any]) -> str | None:
     if name is not None:
         return name
     for name in _CHATS:
-        chat = listed(record.get(name))
+        chat = decoded(record.get(name))
         last = chat[-1] if type(chat) is list and chat else None
         role = last.get("role", last.get("from")) if type(last) is dict else None
         if chat is not None and ROLES.get(str(role).lower()) != "assistant":
@@ -106,10 +106,10 @@ def _prompt(record: dict[str, Any], tally: FieldTally) -> list[Message] | Fault 
         if one_of(record, QUESTIONS)[1]:
             return Fault(TWICE, "its prompt stands in two fields that differ")
         messages = prompt_messages(record, tally)
-    elif type(listed(record[name])) is not list:
+    elif type(decoded(record[name])) is not list:
         return Fault(WRONG_TYPE, f"`{name}` is {kind(record[name])}, not a list")
     else:
-        messages = conversation(listed(record[name]), tally)
+        messages = to_messages(decoded(record[name]), tally)
     if isinstance(messages, Fault):
         return messages
     opening = system_message(record, messages)

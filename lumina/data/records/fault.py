@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lumina.chat.template import Conversation
+from lumina.chat import Conversation
 
 BROKEN_JSON = "broken JSON"
 PYTHON_LITERAL = "a Python literal, not JSON"

@@ -24,18 +24,20 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from lumina.chat.template import AnyTokenizer, render_sound, template_version
-from lumina.chat.tokenizer import Tokenizer
+from lumina.chat import AnyTokenizer, Tokenizer, render_sound, template_version
 from lumina.config.errors import UserError
 from lumina.data.account import FIRST_LINES, field_details, field_sums
 from lumina.data.cache.files import content_digests, write_json
-from lumina.data.formats import BLANK, Fault, FieldTally
 from lumina.data.loading.dataset import Batch, join
 from lumina.data.loading.order import PADDING
-from lumina.data.preference.records import Pair, from_pair
+from lumina.data.preference.pair import Pair, from_pair
 from lumina.data.preparing.building import Settings
-from lumina.data.preparing.preparation import check_inputs, make_root, only_one
-from lumina.data.reading.sources import detect, read_items
+from lumina.data.preparing.preparation import make_root, only_one
+from lumina.data.reading.items import read_items
+from lumina.data.reading.layout import detect
+from lumina.data.reading.paths import check_inputs
+from lumina.data.records.fault import BLANK, Fault
+from lumina.data.records.fields import FieldTally
 
 FORMAT_VERSION = 2
 EARLIER_FORMATS = (1,)  # 1: version 0.1.0, which read fewer shapes of pairs

@@ -1,0 +1,123 @@
+"""Files -> numbered records: JSON in lines, arrays and any other layout, CSV and TSV, Parquet, Arrow; plain, gzip or
+zstd; UTF-8, 16 or 32; streamed.
+
+Plain JSON lines are read by byte ranges, so that several workers share a file; everything else is read from its start
+by one. An item's number is its line (JSON lines), record (other JSON) or row (CSV, Parquet, Arrow), from 1.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from lumina.data.oasst.trees import is_flat_oasst, trees_of
+from lumina.data.reading.json_values import WRAPPERS, parse_json, read_values, records_in, several
+from lumina.data.reading.streams import FileLayout, lines_of, read_lines, text_of
+from lumina.data.reading.tables import read_table
+from lumina.data.records.fault import BLANK, EMPTY, Fault
+
+ROWS_AT_ONCE = 512
+_WRAPPERS = frozenset(WRAPPERS)
+
+
+class Item(NamedTuple):
+    """A record: `number` says where it begins, `lines` how many of the file's records it takes up, `size` its bytes
+    (an estimate for records that were never text)."""
+
+    number: int
+    lines: int
+    size: int
+    record: Any
+
+
+def read_items(path: str, layout: FileLayout, start: int = 0, stop: int | None = None) -> Iterator[Item]:
+    """The file's records; of a splittable file those whose line begins in bytes [start, stop).
+
+    A blank line is the record BLANK. A record that is no JSON is a Fault.
+    """
+    if layout.flat:
+        yield from _trees(read_records(path, layout))
+    elif layout.splittable and stop is not None:
+        yield from _lines_to_items(read_lines(path, start, stop))
+    else:
+        yield from read_records(path, layout)
+
+
+def read_records(path: str, layout: FileLayout) -> Generator[Item, None, None]:
+    if layout.container == "parquet":
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path, memory_map=True) as file:
+            yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE))
+    elif layout.container == "arrow":
+        with pa.memory_map(path) as source:
+            reader = pa.ipc.open_file(source)
+            yield from _rows(reader.get_batch(i) for i in range(reader.num_record_batches))
+    elif layout.container == "arrow stream":
+        with pa.memory_map(path) as source:
+            yield from _rows(pa.ipc.open_stream(source))
+    elif layout.container == "json":
+        for number, size, record in read_values(text_of(path, layout)):
+            yield Item(number, 1, size, record)
+    elif layout.container in ("csv", "tsv"):
+        delimiter = "\t" if layout.container == "tsv" else ","
+        for number, size, record in read_table(text_of(path, layout), delimiter):
+            yield Item(number, 1, size, record)
+    else:
+        yield from _lines_to_items(lines_of(text_of(path, layout)))
+
+
+def _lines_to_items(lines: Iterator[bytes | Fault] | Iterator[bytes]) -> Iterator[Item]:
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, Fault):
+            yield Item(number, 1, 0, line)
+            continue
+        if line.startswith(codecs.BOM_UTF8):
+            line = line[3:]
+        if not line or line.isspace():
+            yield Item(number, 1, len(line), BLANK)
+            continue
+        value = parse_json(line)
+        if isinstance(value, Fault):
+            value = several(line) or value
+        if type(value) is dict and _WRAPPERS.isdisjoint(value):  # by far the most frequent
+            yield Item(number, 1, len(line), value)
+            continue
+        size = len(line)
+        for record in [value] if isinstance(value, Fault) else records_in(value) or [Fault(EMPTY, "an empty list")]:
+            yield Item(number, 1, size, record)
+            size = 0
+
+
+def _rows(batches: Any) -> Iterator[Item]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+            part = batch.slice(start, ROWS_AT_ONCE)
+            size = part.nbytes // max(1, part.num_rows)
+            for record in part.to_pylist():
+                number += 1
+                yield Item(number, 1, size, record)
+
+
+def _trees(items: Iterator[Item]) -> Iterator[Item]:
+    """Single messages -> trees. An item counts the rows of its tree; a row left over is a fault of its own."""
+    rows = []
+    for item in items:
+        if is_flat_oasst(item.record):
+            rows.append({**item.record, "_number": item.number, "_size": item.size})
+        else:
+            yield item
+    trees, left = trees_of(rows)
+    for tree in trees:
+        numbers, size, stack = 0, 0, [tree["prompt"]]
+        while stack:
+            node = stack.pop()
+            numbers, size = numbers + 1, size + node["_size"]
+            stack.extend(node["replies"])
+        yield Item(tree["prompt"]["_number"], numbers, size, tree)
+    for number, reason in left:
+        yield Item(number, 1, 0, Fault(reason, "a reply whose tree cannot be found", 1))

@@ -31,8 +31,7 @@ def main() -> None:
     from lumina.monitor import MetricsFile, StepRecord
     from lumina.monitor.events import EventLog
     from lumina.train.deepspeed.layers import LayerStats
-    from lumina.train.health import Health
-    from lumina.train.health_rules import LayersSeen, StepSeen
+    from lumina.train.health import Health, LayerObservation, StepObservation
     from lumina.train.recovery.spikes import Guard
 
     draw = random.Random(0)
@@ -45,7 +44,7 @@ def main() -> None:
             loss, norm = draw.gauss(2, 0.1), draw.gauss(1, 0.1)
             if guard.judge_loss(loss) is None and guard.judge_norm(norm) is None and norm < guard.norm_limit():
                 guard.accept(loss, norm)
-            word = health.step(StepSeen(step, loss, norm, True, draw.gauss(1000, 9), 0.0, 1.0, 2**30))
+            word = health.step(StepObservation(step, loss, norm, True, draw.gauss(1000, 9), 0.0, 1.0, 2**30))
             list((Path(folder) / "requests").glob("save-*.json"))
             metrics.step(
                 StepRecord(step, 1, 1, 1, loss, 1e-4, norm, 512, 512, 1e3, 2**30, 2**34, "Mem", word, time.time())
@@ -64,7 +63,7 @@ def main() -> None:
             read = time.perf_counter()
             trainer.step()
             stepped = time.perf_counter()
-            health.layers(LayersSeen(number, stats.after()))
+            health.layers(LayerObservation(number, stats.after()))
             ended = time.perf_counter()
             for extra in range(400):
                 monitor(5000 + 400 * number + extra)

@@ -31,8 +31,7 @@ from lumina.train.deepspeed.fragments import hold, reserve, restore
 from lumina.train.deepspeed.layers import LayerStats
 from lumina.train.deferred import Deferred
 from lumina.train.determinism import set_deterministic
-from lumina.train.health import Health
-from lumina.train.health_rules import LayerFigures, LayersSeen
+from lumina.train.health import Health, LayerFigures, LayerObservation, MachineWatch
 from lumina.train.initialise import (
     agree,
     base,
@@ -45,7 +44,6 @@ from lumina.train.initialise import (
     start_from,
 )
 from lumina.train.loop import fit
-from lumina.train.machine import MachineWatch
 from lumina.train.outputs.profiling import Profile
 from lumina.train.outputs.samples import answers
 from lumina.train.outputs.throughput import Utilisation
@@ -360,7 +358,7 @@ class Run:
     def record_layers(self, step: int, figures: dict[str, LayerFigures]) -> None:
         if self.metrics is not None:
             self.metrics.write("layers", step, {"layers": {name: asdict(value) for name, value in figures.items()}})
-            self.health.layers(LayersSeen(step, figures))
+            self.health.layers(LayerObservation(step, figures))
 
     def rewind_records(self) -> None:
         """The run went back: later steps will be recorded again."""

@@ -11,8 +11,7 @@ from tiny_engines import make_config
 
 from lumina.config import UserError
 from lumina.monitor.events import EventLog, read_events
-from lumina.train.health import Health
-from lumina.train.health_rules import StepSeen
+from lumina.train.health import Health, StepObservation
 
 
 def make(tmp_path: Path, window: int = 100, **changes: object) -> Health:
@@ -20,7 +19,7 @@ def make(tmp_path: Path, window: int = 100, **changes: object) -> Health:
 
 
 def see(health: Health, step: int, loss: float = 2.0, applied: bool = True) -> str:
-    return health.step(StepSeen(step, loss, 1.0 if applied else math.nan, applied, seconds=1.0))
+    return health.step(StepObservation(step, loss, 1.0 if applied else math.nan, applied, seconds=1.0))
 
 
 def test_ok(tmp_path: Path) -> None:

@@ -14,19 +14,18 @@ import pytest
 from tiny_engines import make_config
 
 from lumina.config import Config
+from lumina.config.registry import HEALTH_RULES
 from lumina.monitor.events import EventLog
-from lumina.train import health_docs
-from lumina.train import health_rules as rules
-from lumina.train.health import Health
-from lumina.train.health_rules import (
-    EvaluationSeen,
+from lumina.train.health import (
+    EvaluationObservation,
     GpuFigures,
+    Health,
     LayerFigures,
-    LayersSeen,
-    MachineSeen,
-    Rule,
-    StepSeen,
+    LayerObservation,
+    MachineObservation,
+    StepObservation,
 )
+from lumina.train.health import docs as health_docs
 from lumina.train.recovery.spikes import GRAD_EXPLOSION, LOSS_SPIKE, Guard
 
 CONFIG = make_config()
@@ -37,7 +36,7 @@ def noise(seed: int = 0) -> Callable[[float, float], float]:
     return random.Random(seed).gauss
 
 
-def steps(count: int, **series: Callable[[int], Any]) -> list[StepSeen]:
+def steps(count: int, **series: Callable[[int], Any]) -> list[StepObservation]:
     """`count` steps of an ordinary run (loss 2 and norm 1 with noise, 1000 tokens/s) but for the given series."""
     gauss = noise()
     usual: dict[str, Callable[[int], Any]] = {
@@ -50,35 +49,38 @@ def steps(count: int, **series: Callable[[int], Any]) -> list[StepSeen]:
         "memory": lambda n: 4 * GIB + n,
     }
     made = usual | series
-    return [StepSeen(step=n, **{key: make(n) for key, make in made.items()}) for n in range(1, count + 1)]
+    return [StepObservation(step=n, **{key: make(n) for key, make in made.items()}) for n in range(1, count + 1)]
 
 
-def layers(count: int, **changed: Callable[[int], LayerFigures]) -> list[LayersSeen]:
+def layers(count: int, **changed: Callable[[int], LayerFigures]) -> list[LayerObservation]:
     gauss = noise()
     usual = lambda: LayerFigures(math.exp(gauss(0, 0.5)), 10.0, 0.01)
     names = [f"layers.{n}" for n in range(4)]
     found = []
     for n in range(count):
         special = {name.replace("_", "."): figures(n) for name, figures in changed.items()}
-        found.append(LayersSeen(100 * n, {name: usual() for name in names} | special))
+        found.append(LayerObservation(100 * n, {name: usual() for name in names} | special))
     return found
 
 
-def gpus(count: int, **series: Callable[[int], Any]) -> list[MachineSeen]:
+def gpus(count: int, **series: Callable[[int], Any]) -> list[MachineObservation]:
     usual: dict[str, Callable[[int], Any]] = {"temperature": lambda n: 70.0 + n % 10}
-    return [MachineSeen(gpus=(GpuFigures(0, **{k: f(n) for k, f in (usual | series).items()}),)) for n in range(count)]
+    return [
+        MachineObservation(gpus=(GpuFigures(0, **{k: f(n) for k, f in (usual | series).items()}),))
+        for n in range(count)
+    ]
 
 
-def disk(*free: int) -> list[MachineSeen]:
-    return [MachineSeen(free={"checkpoints": value}, checkpoint_bytes=GIB) for value in free]
+def disk(*free: int) -> list[MachineObservation]:
+    return [MachineObservation(free={"checkpoints": value}, checkpoint_bytes=GIB) for value in free]
 
 
-def evaluations(losses: Iterable[float], train: Iterable[float]) -> list[EvaluationSeen]:
-    return [EvaluationSeen(100 * n, a, b) for n, (a, b) in enumerate(zip(losses, train, strict=True))]
+def evaluations(losses: Iterable[float], train: Iterable[float]) -> list[EvaluationObservation]:
+    return [EvaluationObservation(100 * n, a, b) for n, (a, b) in enumerate(zip(losses, train, strict=True))]
 
 
-def fp16(scale: Callable[[int], float]) -> list[StepSeen]:
-    return [StepSeen(n, 2.0, 1.0, True, loss_scale=scale(n)) for n in range(40)]
+def fp16(scale: Callable[[int], float]) -> list[StepObservation]:
+    return [StepObservation(n, 2.0, 1.0, True, loss_scale=scale(n)) for n in range(40)]
 
 
 FALLING = lambda n: 3.0 - 0.0002 * n + 0.1 * ((n * 7919) % 13 - 6) / 6
@@ -89,50 +91,51 @@ DEAD_ONCE = lambda n: LayerFigures(0.0 if n == 5 else 1.0, 10.0, 0.01)
 SMALL = lambda n: LayerFigures(1e-4, 10.0, 0.01)
 
 # rule, what must raise it, what must not
-PLANTED: list[tuple[type[Rule[Any]], list[Any], list[Any]]] = [
-    (rules.LossNotFinite, steps(60, loss=NAN_AT_50), steps(60)),
-    (rules.NotFinite, steps(60, applied=lambda n: n != 50), steps(60)),
-    (rules.SkippedInARow, steps(60, applied=lambda n: not 50 <= n < 53), steps(60, applied=lambda n: n % 3 != 0)),
-    (rules.GradVanishing, steps(90, grad_norm=lambda n: 1.0 if n < 60 else 1e-5),
+PLANTED: list[tuple[str, list[Any], list[Any]]] = [
+    ("loss-not-finite", steps(60, loss=NAN_AT_50), steps(60)),
+    ("not-finite", steps(60, applied=lambda n: n != 50), steps(60)),
+    ("skipped-in-a-row", steps(60, applied=lambda n: not 50 <= n < 53), steps(60, applied=lambda n: n % 3 != 0)),
+    ("grad-vanishing", steps(90, grad_norm=lambda n: 1.0 if n < 60 else 1e-5),
      steps(90, grad_norm=lambda n: 0.9**n)),
-    (rules.Plateau, steps(9000, loss=FLAT), steps(9000, loss=FALLING)),
-    (rules.LossScaleCollapse, fp16(lambda n: 65536 / 2**n), fp16(lambda n: 65536 / 2 ** (n % 8))),
-    (rules.ThroughputFall, steps(90, tokens_per_s=lambda n: 1000.0 if n < 60 else 400.0),
+    ("plateau", steps(9000, loss=FLAT), steps(9000, loss=FALLING)),
+    ("loss-scale-collapse", fp16(lambda n: 65536 / 2**n), fp16(lambda n: 65536 / 2 ** (n % 8))),
+    ("throughput-fall", steps(90, tokens_per_s=lambda n: 1000.0 if n < 60 else 400.0),
      steps(90, tokens_per_s=lambda n: 400.0 if n % 10 == 0 else 1000.0)),
-    (rules.DataStarvation, steps(90, wait=lambda n: 0.3), steps(90, wait=lambda n: 0.9 if n % 10 == 0 else 0.02)),
-    (rules.MemoryGrowth, steps(900, memory=lambda n: GIB + n * 2**20),
+    ("data-starvation", steps(90, wait=lambda n: 0.3), steps(90, wait=lambda n: 0.9 if n % 10 == 0 else 0.02)),
+    ("memory-growth", steps(900, memory=lambda n: GIB + n * 2**20),
      steps(900, memory=lambda n: GIB * (1 + (n > 9)))),
-    (rules.Divergence, evaluations((3, 2.5, 2.6, 2.7, 2.8), (3, 2.4, 2.3, 2.2, 2.1)),
+    ("divergence", evaluations((3, 2.5, 2.6, 2.7, 2.8), (3, 2.4, 2.3, 2.2, 2.1)),
      evaluations((3, 2.5, 2.6, 2.5, 2.6), (3, 2.4, 2.3, 2.2, 2.1))),
-    (rules.LayerDead, layers(10, layers_1=DEAD), layers(10, layers_1=DEAD_ONCE, layers_2=SMALL)),
-    (rules.LayerExploding, layers(10, layers_3=lambda n: LayerFigures(1.0 if n < 8 else 400.0, 10.0, 0.01)),
+    ("layer-dead", layers(10, layers_1=DEAD), layers(10, layers_1=DEAD_ONCE, layers_2=SMALL)),
+    ("layer-exploding", layers(10, layers_3=lambda n: LayerFigures(1.0 if n < 8 else 400.0, 10.0, 0.01)),
      layers(50)),
-    (rules.LayerExploding, layers(3, layers_3=lambda n: LayerFigures(1.0, 10.0, 6.0)), layers(3)),
-    (rules.DiskFull, disk(9 * GIB, 2 * GIB), disk(9 * GIB, 4 * GIB)),
-    (rules.GpuTemperature, gpus(9, temperature=lambda n: 85.0 + n), gpus(9)),
-    (rules.GpuThrottled, gpus(9, throttled=lambda n: "power brake" if n == 5 else ""), gpus(9)),
-    (rules.GpuEcc, gpus(9, ecc_errors=lambda n: 3 + (n > 5)), gpus(9, ecc_errors=lambda n: 3)),
+    ("layer-exploding", layers(3, layers_3=lambda n: LayerFigures(1.0, 10.0, 6.0)), layers(3)),
+    ("disk-full", disk(9 * GIB, 2 * GIB), disk(9 * GIB, 4 * GIB)),
+    ("gpu-temperature", gpus(9, temperature=lambda n: 85.0 + n), gpus(9)),
+    ("gpu-throttled", gpus(9, throttled=lambda n: "power brake" if n == 5 else ""), gpus(9)),
+    ("gpu-ecc", gpus(9, ecc_errors=lambda n: 3 + (n > 5)), gpus(9, ecc_errors=lambda n: 3)),
 ]  # fmt: skip
 
 
-def raised(kind: type[Rule[Any]], seen: list[Any]) -> list[str]:
-    rule = kind(CONFIG)
+def raised(name: str, seen: list[Any]) -> list[str]:
+    rule = HEALTH_RULES.get(name)(CONFIG)
     return [reason for one in seen if (reason := rule.check(one)) is not None]
 
 
-@pytest.mark.parametrize(("kind", "planted", "clean"), PLANTED, ids=[kind.name for kind, *_ in PLANTED])
-def test_raised_by_its_signal_only(kind: type[Rule[Any]], planted: list[Any], clean: list[Any]) -> None:
-    assert raised(kind, planted)
-    assert raised(kind, clean) == []
+@pytest.mark.parametrize(("name", "planted", "clean"), PLANTED, ids=[name for name, *_ in PLANTED])
+def test_raised_by_its_signal_only(name: str, planted: list[Any], clean: list[Any]) -> None:
+    assert {type(one) for one in planted} == {HEALTH_RULES.get(name).observes}
+    assert raised(name, planted)
+    assert raised(name, clean) == []
 
 
 def test_every_rule_has_a_planted_signal() -> None:
-    by_guard = {rules.LossSpike, rules.GradExplosion}  # below
-    every = {*rules.STEP_RULES, *rules.EVALUATION_RULES, *rules.LAYER_RULES, *rules.MACHINE_RULES}
-    assert {kind for kind, *_ in PLANTED} == every - by_guard
+    by_detector = {LOSS_SPIKE, GRAD_EXPLOSION}  # below
+    checked = {name for name in HEALTH_RULES.own() if HEALTH_RULES.get(name).observes is not None}
+    assert {name for name, *_ in PLANTED} == checked - by_detector
 
 
-def judge(config: Config, seen: Iterable[StepSeen]) -> list[tuple[int, str]]:
+def judge(config: Config, seen: Iterable[StepObservation]) -> list[tuple[int, str]]:
     """The steps that the guard refuses, as the loop asks it."""
     guard, refused = Guard(config), []
     for one in seen:
@@ -144,10 +147,9 @@ def judge(config: Config, seen: Iterable[StepSeen]) -> list[tuple[int, str]]:
             guard.accept(one.loss, one.grad_norm)
         else:
             refused.append((one.step, rule))
-            watching = rules.LossSpike if rule == LOSS_SPIKE else rules.GradExplosion
-            as_seen = StepSeen(one.step, one.loss, one.grad_norm, False, refused=(rule, reason))
-            assert watching(config).check(as_seen) == f"step {one.step}: {reason}"
-            assert rules.NotFinite(config).check(as_seen) is None
+            as_seen = StepObservation(one.step, one.loss, one.grad_norm, False, refused=(rule, reason))
+            assert HEALTH_RULES.get(rule)(config).check(as_seen) == f"step {one.step}: {reason}"
+            assert HEALTH_RULES.get("not-finite")(config).check(as_seen) is None
     return refused
 
 
@@ -202,10 +204,10 @@ def test_silent_over_a_clean_recorded_run() -> None:
             assert guard.judge_norm(norm) is None, record
             guard.accept(loss, norm)
             speed = {key: record[key] for key in ("tokens_per_s", "wait", "seconds", "memory")}
-            seen = StepSeen(record["step"], loss, norm, True, **speed)
+            seen = StepObservation(record["step"], loss, norm, True, **speed)
             assert health.step(seen) == "OK", record
         elif record["kind"] == "layers":
-            health.layers(LayersSeen(record["step"], {k: LayerFigures(*v) for k, v in record["layers"].items()}))
+            health.layers(LayerObservation(record["step"], {k: LayerFigures(*v) for k, v in record["layers"].items()}))
         elif record["kind"] == "eval":
             health.evaluation(record["step"], record["loss"])
     assert health.word() == "OK"
@@ -214,8 +216,7 @@ def test_silent_over_a_clean_recorded_run() -> None:
 
 
 def test_the_page_of_rules_is_written_from_them() -> None:
-    assert set(health_docs.RULES) == set(rules.rule_names())
-    named = {setting for _, settings in health_docs.RULES.values() for setting in settings}
+    named = {setting for name in HEALTH_RULES.own() for setting in HEALTH_RULES.get(name).settings}
     assert named <= set(Config.model_fields)
     page = Path(__file__).parents[2] / "docs" / "health.md"
-    assert page.read_text() == health_docs.page(), "python -m lumina.train.health_docs > docs/health.md"
+    assert page.read_text() == health_docs.page(), "python -m lumina.train.health.docs > docs/health.md"

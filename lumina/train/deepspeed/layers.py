@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.fragments import Fragment, fragments, moments, step_count
-from lumina.train.health_rules import LayerFigures
+from lumina.train.health import LayerFigures
 
 _CHUNK = 4 * 2**20  # elements worked on at once: bounds the scratch memory to a few tens of MB
 

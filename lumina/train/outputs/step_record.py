@@ -10,7 +10,7 @@ import torch
 from lumina.data import StepData
 from lumina.monitor import StepRecord
 from lumina.train.deepspeed.timing import PHASES
-from lumina.train.health_rules import StepSeen
+from lumina.train.health import StepObservation
 from lumina.train.recovery.recovery import Verdict
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def record_step(
         run.health.machine(machine)
     seconds = sum(split.get(phase, 0.0) for phase in PHASES if phase not in ("saving", "evaluation"))
     used, total, kind = used_memory(run.engine.device)
-    seen = StepSeen(
+    seen = StepObservation(
         data.step + 1,
         loss,
         grad_norm,

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from lumina.config import Config
-from lumina.train.statistics import Window
+from lumina.train.health import RollingWindow
 
 NOT_FINITE, LOSS_SPIKE, GRAD_EXPLOSION = "not-finite", "loss-spike", "grad-explosion"
 
@@ -21,8 +21,8 @@ class Guard:
 
     def __init__(self, config: Config, state: dict[str, Any] | None = None) -> None:
         state = state or {}
-        self._losses = Window(config.health_window, state.get("losses", ()))
-        self._norms = Window(config.health_window, state.get("norms", ()))
+        self._losses = RollingWindow(config.health_window, state.get("losses", ()))
+        self._norms = RollingWindow(config.health_window, state.get("norms", ()))
         self._refused: list[int] = [int(step) for step in state.get("refused", ())]
         self._warmup = min(config.health_warmup, config.health_window)
         self._deviations = config.spike_deviations

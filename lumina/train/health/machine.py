@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.config.visible import VisibleGpu, visible_gpus
-from lumina.train.health_rules import GpuFigures, MachineSeen
+from lumina.train.health.observations import GpuFigures, MachineObservation
 
 _SECONDS = 20.0
 # NVML's clock-event reasons that mean trouble; those that are ordinary (idle, the user's own clocks) are left out.
@@ -45,10 +45,10 @@ class MachineWatch:
             if self._closed.wait(self._seconds):
                 return
 
-    def latest(self) -> MachineSeen | None:
+    def latest(self) -> MachineObservation | None:
         """What was measured since the last call, None for nothing new."""
         found, self._found = self._found, None
-        return None if found is None else MachineSeen(found[0], self._checkpoint_bytes, found[1])
+        return None if found is None else MachineObservation(found[0], self._checkpoint_bytes, found[1])
 
     def close(self) -> None:
         self._closed.set()

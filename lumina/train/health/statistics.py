@@ -19,7 +19,7 @@ def median(values: Iterable[float]) -> float:
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
-class Window:
+class RollingWindow:
     """The last `size` finite values. It speaks only of values already added: whoever judges a value adds it after."""
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:

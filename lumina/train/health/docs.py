@@ -1,52 +1,15 @@
-"""docs/health.md's tables, from the rules and the configuration's schema: `python -m lumina.train.health_docs` prints
+"""docs/health.md's tables, from the rules and the configuration's schema: `python -m lumina.train.health.docs` prints
 the page, and a test holds the file to it."""
 
 from __future__ import annotations
 
-from typing import Any
-
+from lumina.config.registry import HEALTH_RULES
 from lumina.config.schema import HealthConfig, SavingConfig
-from lumina.train import health_rules as rules
-
-# rule: what it means, the settings that it is decided by
-RULES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "loss-not-finite": ("the loss is NaN or infinite", ()),
-    "skipped-in-a-row": ("three or more updates skipped in a row", ()),
-    "not-finite": ("an update was skipped because the gradient was not finite", ("health_check_interval",)),
-    "loss-spike": ("the loss is far above its baseline", ("spike_deviations", "health_window", "health_warmup")),
-    "grad-explosion": (
-        "the gradient norm is far above its median and its spread",
-        ("grad_explosion_factor", "spike_deviations"),
-    ),
-    "grad-vanishing": ("the gradient norm is next to nothing for 8 steps", ("grad_vanishing_factor",)),
-    "plateau": ("the median loss does not fall any more", ("plateau_steps", "plateau_gain")),
-    "loss-scale-collapse": ("fp16's loss scale has collapsed", ("loss_scale_floor",)),
-    "throughput-fall": ("tokens/s are far below their median for 16 steps", ("throughput_fall",)),
-    "data-starvation": ("a good part of the time is spent waiting for data", ("data_wait_fraction",)),
-    "memory-growth": ("memory grows beyond the level after warm-up, and by 256 MiB", ("memory_growth",)),
-    "divergence": ("evaluation loss rises while training loss falls", ("divergence_evaluations",)),
-    "layer-dead": (
-        "a layer gets no gradient in two measurements in a row",
-        ("layer_dead_fraction", "layer_stats_every"),
-    ),
-    "layer-exploding": (
-        "a layer's update is large beside its weights, or its gradient beside its own median",
-        ("layer_update_ratio", "layer_gradient_factor", "layer_stats_every"),
-    ),
-    "disk-full": ("little room is left for checkpoints or backups", ("disk_free_checkpoints",)),
-    "gpu-temperature": ("a GPU is hot (NVML)", ("gpu_temperature",)),
-    "gpu-throttled": ("a GPU's clocks are held down by heat or power (NVML)", ()),
-    "gpu-ecc": ("new uncorrected memory errors on a GPU since the start (NVML)", ()),
-    "save-failed": ("a checkpoint could not be written; the older ones stay", ("save_timeout_minutes",)),
-    "backup-failed": ("a backup could not be written", ("save_timeout_minutes",)),
-    "corrupt-sample": ("samples could not be read", ("answer_corrupt_sample",)),
-    "straggler": ("a rank is slower than the others", ()),
-}
 
 _HEAD = """\
 # Health of a run
 
-<!-- Written by `python -m lumina.train.health_docs`; a test compares. -->
+<!-- Written by `python -m lumina.train.health.docs`; a test compares. -->
 
 The console line ends in `Health: OK`, `WARN(reason)` or `CRIT(reason)`. Behind it, rules watch the steps, evaluations,
 layers and the machine. A baseline is the median and the median absolute deviation over the last `health_window` steps;
@@ -163,13 +126,12 @@ def _comments() -> dict[str, str]:
 
 def page() -> str:
     """The whole of docs/health.md."""
-    every: list[type[rules.Rule[Any]]] = [*rules.STEP_RULES, *rules.EVALUATION_RULES]
-    every += [*rules.LAYER_RULES, *rules.MACHINE_RULES]
-    levels = {str(rule.name): rule.level for rule in every}
     lines = []
-    for name, (when, settings) in RULES.items():
-        critical = " (CRIT)" if levels.get(name) == "crit" else ""
-        lines.append(f"| `{name}` | {when}{critical} | {', '.join(f'`{s}`' for s in settings)} |")
+    for name in HEALTH_RULES.own():
+        rule, summary = HEALTH_RULES.get(name), HEALTH_RULES.summary(name).removesuffix(".")
+        when = summary[:1].lower() + summary[1:]
+        critical = " (CRIT)" if rule.level == "crit" else ""
+        lines.append(f"| `{name}` | {when}{critical} | {', '.join(f'`{key}`' for key in rule.settings)} |")
     comments = _comments()
     rows = []
     for group in (HealthConfig, SavingConfig):

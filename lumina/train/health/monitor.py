@@ -1,0 +1,127 @@
+"""The health of a run: rules are asked, and what they find becomes one episode each.
+
+An episode begins when a rule first gives a reason and ends when it has been silent for health_check_interval steps (or
+at once, for rules whose cause is plainly gone). Its beginning and end go to the event log, its beginning to the log;
+while it lasts, the console line says WARN(reason) or CRIT(reason), the gravest and latest one.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from lumina.config import Config, UserError
+from lumina.config.registry import HEALTH_RULES
+from lumina.monitor.events import EventLog, Level
+from lumina.train.health.observations import (
+    EvaluationObservation,
+    LayerObservation,
+    MachineObservation,
+    StepObservation,
+)
+from lumina.train.health.rule import Rule
+from lumina.train.health.statistics import RollingWindow
+
+log = logging.getLogger("lumina")
+
+_WORD = {"warn": "WARN", "crit": "CRIT"}
+
+
+@dataclass
+class _Episode:
+    level: Level
+    reason: str
+    began: int
+    last: int  # the step of the latest sign
+    firing: bool
+    hold: bool
+
+
+class Health:
+    """Asks the rules. Rank 0 has one that writes; the other ranks' event log has no file."""
+
+    def __init__(self, config: Config, events: EventLog) -> None:
+        names = HEALTH_RULES.names()
+        unknown = sorted(set(config.health_off) - set(names))
+        if unknown:
+            raise UserError(f"health_off: no rule is called {unknown[0]}", f"Rules: {', '.join(names)}.")
+        self._events = events
+        self._interval = config.health_check_interval
+        self._off = set(config.health_off)
+        self._rules: dict[str, Rule[Any]] = {
+            name: HEALTH_RULES.get(name)(config) for name in names if name not in self._off
+        }
+        self._open: dict[str, _Episode] = {}
+        self._step = 0
+        self._since_evaluation = RollingWindow(10_000)
+
+    # --- What is shown to the rules ---
+
+    def step(self, seen: StepObservation) -> str:
+        """Judge a step; returns the console's word."""
+        self._step = seen.step
+        self._since_evaluation.add(seen.loss)
+        self._ask(seen)
+        for name, episode in list(self._open.items()):
+            silent = not episode.firing and (not episode.hold or seen.step - episode.last >= self._interval)
+            if silent:
+                self._end(name)
+        return self.word()
+
+    def evaluation(self, step: int, loss: float) -> None:
+        train = self._since_evaluation.median()
+        self._since_evaluation.clear()
+        self._ask(EvaluationObservation(step, loss, train))
+
+    def layers(self, seen: LayerObservation) -> None:
+        self._ask(seen)
+
+    def machine(self, seen: MachineObservation) -> None:
+        self._ask(seen)
+
+    def _ask(self, seen: object) -> None:
+        for name, rule in self._rules.items():
+            if rule.observes is not type(seen):
+                continue
+            reason = rule.check(seen)
+            if reason is not None:
+                self._note(name, rule.level, reason, rule.hold)
+            elif name in self._open:
+                self._open[name].firing = False
+
+    # --- What others report ---
+
+    def report(self, name: str, level: Level, reason: str, *, lasting: bool = False, **values: Any) -> None:
+        """Something that no rule here watches. It lasts health_check_interval steps, or until `clear` if `lasting`."""
+        if name not in self._off:
+            self._note(name, level, reason, hold=True, **values)
+            self._open[name].firing = lasting
+
+    def clear(self, name: str) -> None:
+        """What was reported is over."""
+        if name in self._open:
+            self._end(name)
+
+    # --- Episodes ---
+
+    def _note(self, name: str, level: Level, reason: str, hold: bool, **values: Any) -> None:
+        episode = self._open.get(name)
+        if episode is None or (episode.level, level) == ("warn", "crit"):
+            self._open[name] = _Episode(level, reason, self._step, self._step, True, hold)
+            self._events.add(self._step, "health", level, name, reason, **values)
+            log.log(logging.ERROR if level == "crit" else logging.WARNING, "step %d: %s: %s", self._step, name, reason)
+        else:
+            episode.reason, episode.last, episode.firing = reason, self._step, True
+
+    def _end(self, name: str) -> None:
+        episode = self._open.pop(name)
+        lasted = episode.last - episode.began + 1
+        self._events.add(self._step, "health", "info", name, "over", steps=lasted, began=episode.began)
+
+    def word(self) -> str:
+        """OK, WARN(reason) or CRIT(reason)."""
+        if not self._open:
+            return "OK"
+        worst = max(self._open.values(), key=lambda e: (e.level == "crit", e.last, e.began))
+        return f"{_WORD[worst.level]}({worst.reason})"

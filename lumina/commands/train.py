@@ -21,6 +21,8 @@ def train(arguments: Arguments) -> int:
 
 
 def train_options(parser: Parser) -> None:
+    from lumina.config.registry import SCHEDULES, TRACKERS
+
     config_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--experiment-name", metavar="NAME", help="the run's folder is OUTPUT_DIR/NAME (experiment)")
@@ -37,8 +39,8 @@ def train_options(parser: Parser) -> None:
         "--tracker",
         dest="trackers",
         action="append",
-        choices=["wandb", "tensorboard", "mlflow"],
-        help="also send the curves there; may be given several times",
+        metavar="NAME",
+        help=f"also send the curves to {TRACKERS.choices()}; may be given several times",
     )
     run.add_argument("--profile", action="store_true", default=None, help="trace a few early steps (RUN/profile)")
     run.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
@@ -54,7 +56,7 @@ def train_options(parser: Parser) -> None:
     optim.add_argument("--epochs", type=int, metavar="N", help="passes over the training data (10)")
     optim.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps, whatever the epochs say")
     optim.add_argument("--lr", dest="learning_rate", type=float, metavar="LR", help="peak learning rate (1e-4)")
-    optim.add_argument("--lr-scheduler", choices=["cosine", "linear", "onecycle", "constant"], help="(cosine)")
+    optim.add_argument("--lr-scheduler", metavar="NAME", help=f"{SCHEDULES.choices()} (cosine)")
     optim.add_argument("--batch-size", type=int, metavar="N", help="samples per device and micro-batch (2)")
     optim.add_argument(
         "--grad-accum", dest="gradient_accumulation_steps", type=int, metavar="N", help="micro-batches per step (4)"

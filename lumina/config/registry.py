@@ -40,8 +40,7 @@ class Registry:
 
     def own(self) -> dict[str, Path]:
         """Our own: name -> file, sorted by name."""
-        files = sorted((_ROOT / self._folder).glob("*.py"))
-        return {file.stem.replace("_", self._separator): file for file in files if not file.stem.startswith("_")}
+        return _own(self._folder, self._separator)
 
     def added(self) -> dict[str, EntryPoint]:
         """Those of other installed packages. Raises UserError where two have one name."""
@@ -75,6 +74,11 @@ class Registry:
                 f"Install {_package(point)} anew, or choose another {self.kind}.",
             ) from error
 
+    def choices(self) -> str:
+        """Every name, for help texts: "cosine, linear or onecycle"."""
+        *others, last = self.names()
+        return f"{', '.join(others)} or {last}" if others else last
+
     def summary(self, name: str) -> str:
         """The first line of the thing's file, for help texts and documents; of another package, its name."""
         if name in self.own():
@@ -82,8 +86,19 @@ class Registry:
         return f"of {_package(self.added()[name])}"
 
 
+def forget() -> None:
+    """Look for packages anew: one was installed, or put on the path, after the first look."""
+    _added.cache_clear()
+
+
 def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.module
+
+
+@cache
+def _own(folder: str, separator: str) -> dict[str, Path]:
+    files = sorted((_ROOT / folder).glob("*.py"))
+    return {file.stem.replace("_", separator): file for file in files if not file.stem.startswith("_")}
 
 
 @cache

@@ -12,7 +12,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from lumina.config.registry import OBJECTIVES, SCHEDULES, TRACKERS
 
 # What the tokenizer needs: cl100k_base and the control tokens above it, padded to a multiple of 128. lumina.chat owns
 # the number; it is repeated here so that reading a configuration loads no tokenizer (a test holds the two together).
@@ -25,6 +27,9 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+ScheduleName = Annotated[str, AfterValidator(SCHEDULES.check)]
+ObjectiveName = Annotated[str, AfterValidator(OBJECTIVES.check)]
+TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
 
 
 class _Strict(BaseModel):
@@ -132,7 +137,7 @@ class OptimConfig(_Strict):
     adam_eps: PositiveFloat = 1e-8
     epochs: PositiveInt = 10
     max_steps: PositiveInt | None = None
-    lr_scheduler: Literal["cosine", "linear", "onecycle", "constant"] = "cosine"
+    lr_scheduler: ScheduleName = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     min_lr: NonNegativeFloat = 1e-6
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -286,7 +291,7 @@ class SavingConfig(_Strict):
 class MonitorConfig(_Strict):
     """What is shown and kept of a run (docs/monitoring.md)."""
 
-    trackers: list[Literal["wandb", "tensorboard", "mlflow"]] = []
+    trackers: list[TrackerName] = []
     system_metrics_seconds: NonNegativeFloat = 15.0  # between measurements of processor, memory, disk, network; 0: none
     sample_prompts: list[str] = []  # answered at each evaluation, greedily
     sample_tokens: PositiveInt = 32  # longest answer

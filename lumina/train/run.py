@@ -53,7 +53,7 @@ from lumina.train.recovery.recovery import FILE as ANSWERS
 from lumina.train.recovery.recovery import Answers, Memory
 from lumina.train.recovery.spikes import Guard
 from lumina.train.saves import Saves
-from lumina.train.schedule import schedule
+from lumina.train.schedules import schedule
 from lumina.train.stragglers import Stragglers
 from lumina.train.watchdog import Watchdog
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler as theirs
 
 from lumina.config import OptimConfig
-from lumina.train.schedule import schedule
+from lumina.train.schedules import schedule
 
 drawn = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 steps = st.integers(1, 120)

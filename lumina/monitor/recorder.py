@@ -13,7 +13,7 @@ from lumina.monitor import run_file
 from lumina.monitor.events import Event
 from lumina.monitor.metrics import MetricsFile
 from lumina.monitor.system import Sampler
-from lumina.monitor.trackers import Facts, Trackers
+from lumina.monitor.tracking import RunInfo, Trackers
 
 log = logging.getLogger("lumina")
 
@@ -28,7 +28,7 @@ class Recorder:
             run_file.add_start(folder, config.values(), fingerprint, **facts)
         except OSError as error:
             log.warning("run.json could not be written: %s", error)
-        self._trackers = Trackers(config.trackers, Facts(folder, config.experiment_name, config.values(), self._step))
+        self._trackers = Trackers(config.trackers, RunInfo(folder, config.experiment_name, config.values(), self._step))
         metrics.listeners.append(self._heard)
         every = config.system_metrics_seconds
         self._sampler = Sampler(folder, every, self._measured) if every else None

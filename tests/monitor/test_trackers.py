@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from lumina.monitor import MetricsFile, read_metrics
-from lumina.monitor import trackers as following
-from lumina.monitor.trackers import Facts, Trackers, scalars
+from lumina.monitor.tracking import RunInfo, Trackers, scalars
 
 pytest.importorskip("wandb")
 pytest.importorskip("tensorboard")
@@ -29,12 +28,11 @@ START = """
 import math, os, signal, sys, time
 from pathlib import Path
 from lumina.monitor import MetricsFile
-from lumina.monitor import trackers as following
-from lumina.monitor.trackers import Facts, Trackers
+from lumina.monitor.tracking import RunInfo, Trackers
 
 folder, begin, end, killed, names = Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5].split(",")
 metrics = MetricsFile(folder / "metrics.jsonl", begin)
-trackers = Trackers(names, Facts(folder, "tested", {"learning_rate": 1e-4}, begin))
+trackers = Trackers(names, RunInfo(folder, "tested", {"learning_rate": 1e-4}, begin))
 metrics.listeners.append(trackers.record)
 for step in range(begin + 1, end + 1):
     loss = math.nan if step == 5 else 3 / step
@@ -75,7 +73,7 @@ def truth(folder: Path) -> Points:
 
 
 def from_wandb(folder: Path) -> Points:
-    from lumina.monitor.wandb_tracker import offline_rows
+    from lumina.monitor.trackers.wandb import offline_rows
 
     points: Points = {}
     for row in offline_rows(folder, (folder / "wandb-run").read_text()):
@@ -158,7 +156,7 @@ def test_a_service_that_cannot_be_reached_stops_nothing(tmp_path: Path) -> None:
 def test_a_tracker_that_fails_is_left_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "tensorboard").write_text("a file where its folder should be")
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
-    trackers = Trackers(["tensorboard"], Facts(tmp_path, "name", {}, 0))
+    trackers = Trackers(["tensorboard"], RunInfo(tmp_path, "name", {}, 0))
     metrics.listeners.append(trackers.record)
     metrics.evaluation(3, 1.0, 2.7, 0.1)
     trackers.close()
@@ -167,7 +165,7 @@ def test_a_tracker_that_fails_is_left_behind(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_tensorboard_takes_back_what_a_rollback_takes_back(tmp_path: Path) -> None:
-    trackers = Trackers(["tensorboard"], Facts(tmp_path, "name", {}, 0))
+    trackers = Trackers(["tensorboard"], RunInfo(tmp_path, "name", {}, 0))
     for first, last, loss in ((1, 9, 1.0), (5, 12, 2.0)):
         if first > 1:
             trackers.rewind(first - 1)
@@ -193,8 +191,9 @@ class Flaky:
     def __init__(self, failures: int = 0, hang: threading.Event | None = None) -> None:
         self.failures, self.hang = failures, hang
         self.taken: list[int] = []
+        self.abandoned = False
 
-    def open(self, facts: Facts) -> dict[str, int]:
+    def open(self, run: RunInfo) -> dict[str, int]:
         return {}
 
     def scalars(self, group: str, step: int, values: Mapping[str, float], time: float | None) -> None:
@@ -212,12 +211,13 @@ class Flaky:
         if self.hang is not None:
             self.hang.wait()
 
+    def abandon(self) -> None:
+        self.abandoned = True
 
-def follow(monkeypatch: pytest.MonkeyPatch, folder: Path, service: Flaky) -> None:
-    monkeypatch.setattr(following, "_make", lambda name: service)
-    monkeypatch.setattr(following, "_PAUSE", 0.01)
-    monkeypatch.setattr(following, "_CLOSING", 0.5)
-    trackers = Trackers(["tensorboard"], Facts(folder, "name", {}, 0))
+
+def follow(folder: Path, service: Flaky) -> None:
+    run = RunInfo(folder, "name", {}, 0)
+    trackers = Trackers(["flaky"], run, make=lambda name: service, pause=0.01, closing=0.5)
     for step in (1, 2, 3):
         trackers.record({"kind": "step", "step": step, "loss": 1.0})
     while service.failures and trackers._feeds[0].failed is None:
@@ -225,23 +225,21 @@ def follow(monkeypatch: pytest.MonkeyPatch, folder: Path, service: Flaky) -> Non
     trackers.close()
 
 
-def test_a_service_that_comes_back_misses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_comes_back_misses_nothing(tmp_path: Path) -> None:
     service = Flaky(failures=3)
-    follow(monkeypatch, tmp_path, service)
+    follow(tmp_path, service)
     assert service.taken == [1, 2, 3]
 
 
-def test_a_service_that_stays_away_is_left_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    follow(monkeypatch, tmp_path, Flaky(failures=100))
+def test_a_service_that_stays_away_is_left_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    follow(tmp_path, Flaky(failures=100))
     assert "no longer followed, the run goes on: ConnectionError: away" in caplog.text
 
 
-def test_a_service_that_hangs_does_not_hold_up_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_service_that_hangs_does_not_hold_up_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hang = threading.Event()
-    follow(monkeypatch, tmp_path, Flaky(hang=hang))  # returns
+    service = Flaky(hang=hang)
+    follow(tmp_path, service)  # returns
+    assert service.abandoned
     assert "had not sent everything" in caplog.text
     hang.set()

@@ -76,7 +76,7 @@ def _out_of_reach(rank: int) -> None:
 def test_wandb_out_of_reach(runs: Runs, tmp_path: Path) -> None:
     """The run ends well with its metrics whole, and what wandb was to have is in its folder, to be sent later."""
     pytest.importorskip("wandb")
-    from lumina.monitor.wandb_tracker import offline_rows
+    from lumina.monitor.trackers.wandb import offline_rows
 
     data = write_conversations(tmp_path / "train.jsonl", 40, seed=1)
     run = tmp_path / "experiments" / "run"

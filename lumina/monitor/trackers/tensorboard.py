@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from lumina.monitor.trackers import GROUPS, Facts
+from lumina.monitor.tracking import GROUPS, RunInfo
 
 _SECONDS_BETWEEN_FLUSHES = 5.0
 
@@ -19,15 +19,15 @@ class TensorBoard:
     everything is; a new start purges what is later and writes it again.
     """
 
-    def open(self, facts: Facts) -> Mapping[str, int]:
-        self._folder = facts.folder / "tensorboard"
+    def open(self, run: RunInfo) -> Mapping[str, int]:
+        self._folder = run.folder / "tensorboard"
         self._mark = self._folder / "complete"
         complete = 0
         with suppress(FileNotFoundError, ValueError):
-            complete = min(int(self._mark.read_text()), facts.step)
+            complete = min(int(self._mark.read_text()), run.step)
         self._writer = self._start(complete)
         self._flushed = clock.monotonic()
-        settings = "\n".join(f"    {name}: {value}" for name, value in facts.config.items())  # Markdown's verbatim
+        settings = "\n".join(f"    {name}: {value}" for name, value in run.config.items())  # Markdown's verbatim
         self._writer.add_text("config", settings, complete)
         return dict.fromkeys(GROUPS.values(), complete)
 
@@ -59,10 +59,8 @@ class TensorBoard:
     def close(self) -> None:
         self._writer.close()
 
+    def abandon(self) -> None:
+        """Nothing outside this process is left running."""
 
-def make() -> TensorBoard:
-    return TensorBoard()
 
-
-def abandon() -> None:
-    """Nothing outside this process is left running."""
+TRACKER = TensorBoard

@@ -7,7 +7,7 @@ import time as clock
 from collections.abc import Mapping
 from typing import Any
 
-from lumina.monitor.trackers import GROUPS, Facts
+from lumina.monitor.tracking import GROUPS, RunInfo
 
 _MAX_PARAMETER = 500  # characters that MLflow takes
 
@@ -15,25 +15,25 @@ _MAX_PARAMETER = 500  # characters that MLflow takes
 class MLflow:
     """The run's id is kept in RUN/mlflow-run, so that a run that goes on does so there too."""
 
-    def open(self, facts: Facts) -> Mapping[str, int]:
+    def open(self, run: RunInfo) -> Mapping[str, int]:
         given = os.environ.get("MLFLOW_TRACKING_URI")
         if not given:
             # Since 3.7 MLflow asks that plain files be wanted; its databases need more than mlflow-skinny.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.tracking import MlflowClient
 
-        self._client: Any = MlflowClient(tracking_uri=given or (facts.folder.resolve() / "mlflow").as_uri())
-        remembered = facts.folder / "mlflow-run"
-        if facts.step and remembered.exists():
+        self._client: Any = MlflowClient(tracking_uri=given or (run.folder.resolve() / "mlflow").as_uri())
+        remembered = run.folder / "mlflow-run"
+        if run.step and remembered.exists():
             self._run = remembered.read_text().strip()
             self._client.update_run(self._run, status="RUNNING")
             return {group: self._last(group) for group in GROUPS.values()}
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "lumina")
         experiment = self._client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        self._run = self._client.create_run(number, run_name=facts.name).info.run_id
+        self._run = self._client.create_run(number, run_name=run.name).info.run_id
         remembered.write_text(self._run)
-        for key, value in facts.config.items():
+        for key, value in run.config.items():
             self._client.log_param(self._run, key, str(value)[:_MAX_PARAMETER])
         return {}
 
@@ -58,10 +58,8 @@ class MLflow:
     def close(self) -> None:
         self._client.set_terminated(self._run)
 
+    def abandon(self) -> None:
+        """Nothing outside this process is left running."""
 
-def make() -> MLflow:
-    return MLflow()
 
-
-def abandon() -> None:
-    """Nothing outside this process is left running."""
+TRACKER = MLflow

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lumina.monitor.trackers import GROUPS, Facts
+from lumina.monitor.tracking import GROUPS, RunInfo
 
 log = logging.getLogger("lumina")
 
@@ -26,20 +26,20 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 class Wandb:
-    def open(self, facts: Facts) -> Mapping[str, int]:
+    def open(self, run: RunInfo) -> Mapping[str, int]:
         import wandb
 
-        remembered = facts.folder / "wandb-run"
-        again = facts.step > 0 and remembered.exists()
+        remembered = run.folder / "wandb-run"
+        again = run.step > 0 and remembered.exists()
         identity = remembered.read_text().strip() if again else secrets.token_hex(4)
         remembered.write_text(identity)
-        self._run = self._start(wandb, facts, identity)
+        self._run = self._start(wandb, run, identity)
         for group in GROUPS.values():
             self._run.define_metric(f"{group}/step", hidden=True)
             self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
-        return self._reached(facts.folder, identity) if again else {}
+        return self._reached(run.folder, identity) if again else {}
 
-    def _start(self, wandb: Any, facts: Facts, identity: str) -> Any:
+    def _start(self, wandb: Any, run: RunInfo, identity: str) -> Any:
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -48,11 +48,11 @@ class Wandb:
         )
         given: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", "lumina"),
-            "name": os.environ.get("WANDB_NAME", facts.name),
+            "name": os.environ.get("WANDB_NAME", run.name),
             "id": identity,
             "resume": "allow",
-            "dir": str(facts.folder),
-            "config": dict(facts.config),
+            "dir": str(run.folder),
+            "config": dict(run.config),
             "settings": settings,
         }
         if os.environ.get("WANDB_MODE", "online") != "online":
@@ -62,7 +62,7 @@ class Wandb:
                 raise ConnectionError("not logged in")
             return wandb.init(**given)
         except Exception as error:
-            kept = facts.folder / "wandb"
+            kept = run.folder / "wandb"
             log.warning("wandb: %s; recorded in %s, send it later with `wandb sync`", error or "no login", kept)
             return wandb.init(mode="offline", **given)
 
@@ -85,6 +85,15 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+    def abandon(self) -> None:
+        """End wandb's own process: Python would wait for it, and it for the network. Its file stays in RUN/wandb."""
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if child.name().startswith("wandb-core"):
+                    child.kill()
 
 
 def _raise(last: dict[str, int], row: Mapping[str, Any]) -> None:
@@ -128,15 +137,4 @@ def _records(data: bytes) -> Iterator[bytes]:
             yield parts
 
 
-def make() -> Wandb:
-    return Wandb()
-
-
-def abandon() -> None:
-    """End wandb's own process: Python would wait for it, and it for the network. Its file stays in RUN/wandb."""
-    import psutil
-
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if child.name().startswith("wandb-core"):
-                child.kill()
+TRACKER = Wandb

@@ -13,10 +13,10 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from lumina.config.registry import TRACKERS
 from lumina.monitor.metrics import read_metrics
 
 log = logging.getLogger("lumina")
@@ -24,12 +24,11 @@ log = logging.getLogger("lumina")
 # The group of curves that a kind of record is drawn in. Their x axis is the record's step.
 GROUPS = {"step": "train", "eval": "eval", "system": "system", "layers": "layers", "ranks": "ranks"}
 _ATTEMPTS = 5
-_PAUSE = 5.0  # seconds before the second attempt, doubling
-_CLOSING = 30.0  # seconds that a tracker gets to send the rest when the run ends
+_PAUSE, _CLOSING = 5.0, 30.0  # seconds
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunInfo:
     """What a tracker is told of the run: its folder, name, settings, and the step it goes on from."""
 
     folder: Path
@@ -41,7 +40,7 @@ class Facts:
 class Tracker(Protocol):
     """One service. All calls come from one thread; any of them may raise."""
 
-    def open(self, facts: Facts) -> Mapping[str, int]:
+    def open(self, run: RunInfo) -> Mapping[str, int]:
         """Start, or go on with the run that RUN's folder remembers. Returns the last step already there, by group."""
 
     def scalars(self, group: str, step: int, values: Mapping[str, float], time: float | None) -> None: ...
@@ -53,11 +52,13 @@ class Tracker(Protocol):
 
     def close(self) -> None: ...
 
+    def abandon(self) -> None:
+        """Called from another thread when `close` takes too long: end whatever would keep the process from ending."""
+
 
 def _make(name: str) -> Tracker:
-    """Imports the tracker's module, and with it the library, in the tracker's own thread."""
-    tracker: Tracker = import_module(f"lumina.monitor.{name}_tracker").make()
-    return tracker
+    made: Tracker = TRACKERS.get(name)()
+    return made
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -79,13 +80,22 @@ class _Rewind:
 class _Feed:
     """A tracker and its thread."""
 
-    def __init__(self, name: str, facts: Facts, missed: Callable[[], Iterator[Mapping[str, Any]]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        run: RunInfo,
+        missed: Callable[[], Iterator[Mapping[str, Any]]],
+        make: Callable[[str], Tracker],
+        pause: float,
+    ) -> None:
         self.name = name
-        self._facts = facts
+        self._make, self._pause = make, pause
+        self._run = run
         self._missed = missed
         self._queue: queue.SimpleQueue[Mapping[str, Any] | _Rewind | None] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._last: dict[str, int] = {}
+        self._tracker: Tracker | None = None
         self.failed: str | None = None
         self.thread = threading.Thread(target=self._follow, name=f"lumina-{name}", daemon=True)
 
@@ -95,10 +105,18 @@ class _Feed:
         if self.failed is None:
             self._queue.put(item)
 
+    def abandon(self) -> None:
+        """Let go of a tracker that does not end by itself."""
+        try:
+            if self._tracker is not None:
+                self._tracker.abandon()
+        except Exception as error:
+            log.warning("%s could not be let go of: %s: %s", self.name, type(error).__name__, error)
+
     def _follow(self) -> None:
         try:
-            tracker = _make(self.name)
-            self._last = dict(tracker.open(self._facts))
+            tracker = self._tracker = self._make(self.name)  # in this thread, with the library that it imports
+            self._last = dict(tracker.open(self._run))
             for record in self._missed():
                 self._send(tracker, record)
             while (item := self._queue.get()) is not None:
@@ -108,7 +126,8 @@ class _Feed:
                     self._last = {group: min(last, item.step) for group, last in self._last.items()}
             tracker.close()
         except ImportError as error:
-            self._give_up(f"{error}; install it with: pip install 'lumina[tracking]'")
+            where = "pip install 'lumina[tracking]'" if self.name in TRACKERS.own() else f"pip install {error.name}"
+            self._give_up(f"it needs the package {error.name}: {where}" if error.name else str(error))
         except BaseException as error:  # a tracker's library may even call sys.exit
             self._give_up(f"{type(error).__name__}: {error}")
 
@@ -139,16 +158,29 @@ class _Feed:
                     raise
                 if attempt == 0:
                     log.warning("%s did not take a record, trying again: %s", self.name, error)
-                self._ending.wait(_PAUSE * 2**attempt)
+                self._ending.wait(self._pause * 2**attempt)
 
 
 class Trackers:
     """The trackers of a run. `record` never blocks and never raises."""
 
-    def __init__(self, names: Sequence[str], facts: Facts) -> None:
-        metrics = facts.folder / "metrics.jsonl"
+    def __init__(
+        self,
+        names: Sequence[str],
+        run: RunInfo,
+        *,
+        make: Callable[[str], Tracker] = _make,
+        pause: float = _PAUSE,
+        closing: float = _CLOSING,
+    ) -> None:
+        """`make`: a tracker by its name. `pause`: seconds before the second attempt at a record, doubling. `closing`:
+        seconds that each gets to send the rest when the run ends."""
+        self._closing = closing
+        metrics = run.folder / "metrics.jsonl"
         until = metrics.stat().st_size if metrics.exists() else 0  # later records come through `record`
-        self._feeds = [_Feed(name, facts, lambda: read_metrics(metrics, until)) for name in dict.fromkeys(names)]
+        self._feeds = [
+            _Feed(name, run, lambda: read_metrics(metrics, until), make, pause) for name in dict.fromkeys(names)
+        ]
         for feed in self._feeds:
             feed.thread.start()
 
@@ -167,7 +199,7 @@ class Trackers:
         for feed in self._feeds:
             feed.put(None)
         for feed in self._feeds:
-            feed.thread.join(_CLOSING)
+            feed.thread.join(self._closing)
             if feed.thread.is_alive():
-                log.warning("%s had not sent everything %.0f s after the run's end", feed.name, _CLOSING)
-                import_module(f"lumina.monitor.{feed.name}_tracker").abandon()
+                log.warning("%s had not sent everything %.0f s after the run's end", feed.name, self._closing)
+                feed.abandon()

@@ -27,9 +27,8 @@ def main() -> None:
 
     trainer, batch = debug_trainer(arguments.tokens)
 
-    from lumina.train.checkpoint import HostCopies, Progress, take
-    from lumina.train.save_thread import Job, Saver, Target
-    from lumina.train.store import Retention
+    from lumina.checkpoint import HostCopies, Job, Progress, Retention, Saver, Target
+    from lumina.train.snapshot import take
 
     def train() -> float:
         began = time.perf_counter()

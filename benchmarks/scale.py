@@ -62,8 +62,7 @@ engine.end_process(0)
 def measure(folder: Path, megabytes: int) -> Parts:
     import torch
 
-    from lumina.train.checkpoint import Reader, Snapshot, digest
-    from lumina.train.writing import write_part
+    from lumina.checkpoint import Reader, Snapshot, digest, write_part
 
     count = megabytes * 2**20 // BYTES
     tensors = {f"{key}/w": torch.randn(count) for key in ("master", "exp_avg", "exp_avg_sq")}

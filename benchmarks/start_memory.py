@@ -87,7 +87,7 @@ def build(options: argparse.Namespace, start: str, base: Path, peak: Peak) -> An
     import torch
 
     from lumina.model import Transformer, lora
-    from lumina.train import checkpoint, reading
+    from lumina.train import snapshot
     from lumina.train.deepspeed import engine, partitioned_init
 
     config, document = make(options, 3, **({"lora_rank": 8} if start == "adapts" else {}))
@@ -97,11 +97,11 @@ def build(options: argparse.Namespace, start: str, base: Path, peak: Peak) -> An
         if start == "adapts":
             lora.attach(model, config)
     if start == "adapts":
-        reading.fill(model, base)
+        snapshot.fill(model, base)
     peak.built = peak.anonymous
     made = engine.Engine(model, config, document)
     if start == "loads":
-        checkpoint.load_weights(base, made)
+        snapshot.load_weights(base, made)
     return made
 
 
@@ -147,12 +147,10 @@ def write_base(port: int, options: argparse.Namespace, folder: Path) -> None:
     begin(0, 1, port)
     import torch
 
+    from lumina.checkpoint import Job, Progress, Retention, Saver, Target, shape
     from lumina.model import Transformer
-    from lumina.train.checkpoint import Progress, take
     from lumina.train.deepspeed import engine
-    from lumina.train.initialise import shape
-    from lumina.train.save_thread import Job, Saver, Target
-    from lumina.train.store import Retention
+    from lumina.train.snapshot import take
 
     config, document = make(options, 0, precision="fp32")
     torch.manual_seed(7)

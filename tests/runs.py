@@ -30,8 +30,8 @@ from unittest import mock
 import torch
 from small_tokenizer import small_vocabulary, write_tokenizer
 
+from lumina import checkpoint
 from lumina.monitor import read_metrics
-from lumina.train import checkpoint
 
 ROOT = Path(__file__).parents[1]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")

@@ -85,7 +85,7 @@ def train_options(parser: Parser) -> None:
 
 def checkpoints(arguments: Arguments) -> int:
     """List, verify, prune or restore a run's checkpoints and backups, or ask a running job for one."""
-    from lumina.train import commands
+    from lumina.checkpoint import maintenance as commands
 
     run = arguments.run
     if arguments.action == "list":

@@ -15,23 +15,24 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from lumina.config import ModelConfig, UserError
-from lumina.config import precision as precisions
-from lumina.config.load import parse_yaml
-from lumina.infer.voice import Voice, voice_of
-from lumina.model import Transformer, keep_heap
-from lumina.train.checkpoint import (
+from lumina.checkpoint import (
+    MASTER,
     TRAINER,
     Progress,
+    base_of,
     best_step,
     candidates,
     checkpoints,
     name_of,
     newest_sound,
+    open_weights,
     read_progress,
 )
-from lumina.train.deepspeed.fragments import MASTER
-from lumina.train.reading import base_of, open_weights
+from lumina.config import ModelConfig, UserError
+from lumina.config import precision as precisions
+from lumina.config.load import parse_yaml
+from lumina.infer.voice import Voice, voice_of
+from lumina.model import Transformer, keep_heap
 
 log = logging.getLogger("lumina")
 

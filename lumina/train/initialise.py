@@ -10,25 +10,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lumina import checkpoint
 from lumina.chat import AnyTokenizer
 from lumina.chat.hf_files import copy_files
-from lumina.config import Config, ModelConfig, UserError
+from lumina.config import Config, UserError
 from lumina.data import PairDataset, Samples, prepare_pairs, prepare_parts
-from lumina.train import checkpoint
 from lumina.train.deepspeed.engine import Engine, Ranks
-from lumina.train.reading import adapters, sound_base
-
-_MODEL_KEYS = (
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "vocab_size",
-    "ffn_size",
-    "tie_word_embeddings",
-)
-# Checkpoints from before there were other families do not name these.
-_LATER_KEYS = {"family": "llama", "head_size": None}
+from lumina.train.snapshot import load_weights
 
 
 def agree(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
@@ -81,8 +69,8 @@ def start_from(given: str, config: Config, ranks: Ranks, engine: Engine) -> None
     """Begin with another run's weights: step 0, no optimizer state; collective."""
     source = agree(ranks, lambda: weights_of(given, config.tokenizer))
     assert source is not None
-    same_model(checkpoint.read_progress(source)[0].model, shape(config), source)
-    checkpoint.load_weights(source, engine)
+    checkpoint.same_model(checkpoint.read_progress(source)[0].model, checkpoint.shape(config), source)
+    load_weights(source, engine)
 
 
 def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint.Progress) -> Path | None:
@@ -95,7 +83,7 @@ def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint
 
     def chosen() -> Path | None:
         if source is not None:
-            return sound_base(source, progress)
+            return checkpoint.sound_base(source, progress)
         if config.init_from is None:
             raise UserError(
                 f"lora_rank {config.lora_rank} trains adapters over the weights of another run, and none is given",
@@ -105,12 +93,12 @@ def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint
 
     found = agree(ranks, chosen)
     assert found is not None
-    same_model(checkpoint.read_progress(found)[0].model, shape(config), found)
+    checkpoint.same_model(checkpoint.read_progress(found)[0].model, checkpoint.shape(config), found)
     return found
 
 
 def _same_adapters(progress: checkpoint.Progress, config: Config, source: Path) -> None:
-    own = adapters(config)
+    own = checkpoint.adapters(config)
     if progress.lora != own:
         there, here = (", ".join(f"{k} {v}" for k, v in one.items()) or "none" for one in (progress.lora, own))
         raise UserError(
@@ -187,18 +175,3 @@ def same_batch(config: Config, size: int) -> Config:
             "Drop global_batch_size to go on, or start another run: the order of samples depends on it.",
         )
     return config.replace(global_batch_size=size)
-
-
-def shape(config: ModelConfig) -> dict[str, Any]:
-    """What a checkpoint's parameters depend on."""
-    return {key: getattr(config, key) for key in (*_MODEL_KEYS, *_LATER_KEYS)}
-
-
-def same_model(saved: dict[str, Any], own: dict[str, Any], source: Path) -> None:
-    saved = _LATER_KEYS | saved
-    differing = [f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]]
-    if differing:
-        raise UserError(
-            f"{source} is a checkpoint of another shape: {'; '.join(differing)}",
-            "Resume with the run's own configuration (its folder has config.yaml).",
-        )

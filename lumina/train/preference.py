@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from lumina import checkpoint
 from lumina.data import PADDING, PairDataset, deal
-from lumina.train import store
 from lumina.train.deepspeed.engine import Engine, Ranks
 
 log = logging.getLogger("lumina")
@@ -85,8 +85,8 @@ def _write(folder: Path, dataset: PairDataset, margins_P: NDArray[np.float32]) -
     values.parent.mkdir(parents=True, exist_ok=True)
     with values.open("wb") as file:
         np.save(file, margins_P)
-    store.sync(values)
-    store.write_json(facts, {"fingerprint": dataset.fingerprint, "sha256": store.digest(values)})
+    checkpoint.sync(values)
+    checkpoint.write_json(facts, {"fingerprint": dataset.fingerprint, "sha256": checkpoint.digest(values)})
 
 
 def _agreed(ranks: Ranks, folder: Path, dataset: PairDataset) -> NDArray[np.float32] | None:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lumina import checkpoint
 from lumina.chat import AnyTokenizer, open_tokenizer
+from lumina.checkpoint import Progress, same_model, shape
 from lumina.cluster.signals import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
@@ -24,8 +26,6 @@ from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.plan.stage import default_document, smallest_memory
 from lumina.plan.versions import refuse_untried
-from lumina.train import checkpoint, lease
-from lumina.train.checkpoint import Progress
 from lumina.train.deepspeed import engine, partitioned_init
 from lumina.train.deepspeed.fragments import hold, reserve, restore
 from lumina.train.deepspeed.layers import LayerStats
@@ -39,8 +39,6 @@ from lumina.train.initialise import (
     keep_tokenizer,
     prepare_data,
     same_batch,
-    same_model,
-    shape,
     start_from,
 )
 from lumina.train.loop import fit
@@ -48,12 +46,12 @@ from lumina.train.outputs.profiling import Profile
 from lumina.train.outputs.samples import answers
 from lumina.train.outputs.throughput import Utilisation
 from lumina.train.preference import give_references
-from lumina.train.reading import adapters, fill, reference, trained_parameters
 from lumina.train.recovery.recovery import FILE as ANSWERS
 from lumina.train.recovery.recovery import Answers, Memory
 from lumina.train.recovery.spikes import Guard
 from lumina.train.saves import Saves
 from lumina.train.schedules import schedule
+from lumina.train.snapshot import fill, load
 from lumina.train.stragglers import Stragglers
 from lumina.train.watchdog import Watchdog
 
@@ -125,8 +123,8 @@ class Run:
             self._resume(source, trainer)
         else:
             self._start_from()
-        self.progress.lora = adapters(config)
-        self.progress.base = {} if self.base is None else reference(self.base, self.folder)
+        self.progress.lora = checkpoint.adapters(config)
+        self.progress.base = {} if self.base is None else checkpoint.reference(self.base, self.folder)
         self.progress.model, self.progress.data_fingerprint = shape(config), self.train_data.fingerprint
         self.start_step = self.progress.step
         self.guard = Guard(config, self.progress.guard)
@@ -136,7 +134,7 @@ class Run:
         self.answers = Answers(self, memory)
         self.deferred = Deferred(self)
         self.layers: LayerStats | None = None
-        self.machine = MachineWatch(self._disks(), 12 * trained_parameters(config)) if ranks.main else None
+        self.machine = MachineWatch(self._disks(), 12 * checkpoint.trained_parameters(config)) if ranks.main else None
         self.sound = True  # False while an update is being made
 
     # --- Building ---
@@ -207,7 +205,7 @@ class Run:
         checkpoint, with the global batch of its first start, whatever the world size is now."""
         found: list[Any] = [None]
         if self.ranks.main:
-            found = [lease.global_batch(self.folder, os.environ.get("LUMINA_JOB"))]
+            found = [checkpoint.global_batch(self.folder, os.environ.get("LUMINA_JOB"))]
         dist.broadcast_object_list(found)
         return config if found[0] is None else same_batch(config.replace(resume="auto"), found[0])
 
@@ -243,7 +241,7 @@ class Run:
                 f"the training data is not what {source} was trained on, so its position in the data means nothing",
                 "Resume with the same files and data settings, or start a run with another --experiment-name.",
             )
-        checkpoint.load(source, self.engine, trainer)
+        load(source, self.engine, trainer)
 
     def _open_folder(self, report: Iterable[str], precision: str) -> None:
         """The run's folder with its resolved configuration, log and metrics. Rank 0 writes."""
@@ -257,7 +255,7 @@ class Run:
         kernel = report_kernel(self.engine.device, precision)  # on every rank: chosen here, not in its first step
         if not self.ranks.main:
             return
-        self.lease = lease.Lease(self.folder, os.environ.get("LUMINA_JOB"), self.global_batch)
+        self.lease = checkpoint.Lease(self.folder, os.environ.get("LUMINA_JOB"), self.global_batch)
         for name in ("checkpoints", "backups"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(keep_tokenizer(self.config, self.folder).to_yaml())
@@ -267,7 +265,7 @@ class Run:
         for logger in (log, record_log):
             logger.addHandler(self._handler)
         config, data = self.config, self.train_data
-        millions, trained = config.num_parameters() / 1e6, trained_parameters(config)
+        millions, trained = config.num_parameters() / 1e6, checkpoint.trained_parameters(config)
         over = f", {trained:,} of adapters trained over {self.base}" if self.base is not None else ""
         at = f", resumed at step {self.start_step}" if self.start_step else ""
         self._say(

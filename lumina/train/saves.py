@@ -17,18 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from lumina.train import commands, store
-from lumina.train.checkpoint import HostCopies, take
+from lumina import checkpoint
+from lumina.checkpoint import REQUESTS, HostCopies, Job, Outcome, Place, Retention, Saver, Target
 from lumina.train.recovery.recovery import agreed
-from lumina.train.save_thread import Job, Outcome, Place, Saver, Target
-from lumina.train.store import Retention
+from lumina.train.snapshot import take
 
 if TYPE_CHECKING:
     from lumina.train.run import Run
 
 log = logging.getLogger("lumina")
 
-REQUESTS = commands.REQUESTS
 _BACK_OFF = 5.0  # seconds to the first retry; doubled each time
 _RETRIES = 5
 # Seconds for which a rank with an exception waits for the others'. What all ranks meet with, they meet with within a
@@ -63,7 +61,7 @@ class Saves:
             self._saver.owns = run.lease.held
             for target in filter(None, (self._checkpoints, self._backups)):
                 with suppress(OSError):
-                    store.clear_leftovers(target.folder)
+                    checkpoint.clear_leftovers(target.folder)
 
     # --- Agreement ---
 
@@ -134,7 +132,7 @@ class Saves:
             self._begin({"checkpoint", *self._wanted})
             tried = True
         for request in self._requests:
-            path = self._checkpoints.folder / store.name_of(self._run.progress.step)
+            path = self._checkpoints.folder / checkpoint.name_of(self._run.progress.step)
             error = "" if named else "the run ended and could not save"
             _answer(self._run.folder, request, {"step": self._run.progress.step, "path": str(path), "error": error})
         return bool(named)
@@ -142,7 +140,7 @@ class Saves:
     def _named(self) -> bool:
         """Whether the checkpoint of this step was written by this start and is there."""
         step = self._run.progress.step
-        there = (self._checkpoints.folder / store.name_of(step)).is_dir()
+        there = (self._checkpoints.folder / checkpoint.name_of(step)).is_dir()
         return there and self._begun == step and not self._retry.pending("checkpoint")
 
     def _settled(self) -> bool:
@@ -288,7 +286,7 @@ class Saves:
             snapshot.trainer["emergency"] = why
             if not snapshot.finite():
                 refusal = "the weights are not finite"
-        saved = (self._checkpoints.folder / store.name_of(run.progress.step)).is_dir() or run.progress.step == 0
+        saved = (self._checkpoints.folder / checkpoint.name_of(run.progress.step)).is_dir() or run.progress.step == 0
         own = {"step": run.progress.step, "refusal": refusal, "saved": ranks.main and saved}
         told = agreed("lumina/emergency", own, ranks.rank, ranks.world, min(seconds, _MEETING))
         if told is None or any(one["step"] != run.progress.step for one in told):
@@ -313,7 +311,7 @@ class Saves:
 
 def _answer(folder: Path, request: str, answer: dict[str, Any]) -> None:
     with suppress(OSError):
-        store.write_json(folder / REQUESTS / f"{request}.answer.json", answer)
+        checkpoint.write_json(folder / REQUESTS / f"{request}.answer.json", answer)
 
 
 class _Retry:
@@ -349,6 +347,3 @@ class _Retry:
     def pending(self, place: str) -> bool:
         """Whether the last try failed."""
         return place in self._at
-
-
-__all__ = ["REQUESTS", "Saves"]

@@ -10,8 +10,8 @@ from cluster import Cluster, until
 from elastic import SAVE_EVERY, SETTINGS, alive_and, at, expect_every_sample, expect_nobody, launch, worlds
 from runs import Runs, arguments, newest, steps
 
+from lumina import checkpoint
 from lumina.monitor import read_metrics
-from lumina.train import checkpoint
 
 
 @pytest.mark.timeout(600)

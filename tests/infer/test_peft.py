@@ -13,13 +13,13 @@ from small_models import as_transformers, make_model, write_run
 from small_tokenizer import VOCABULARY, write_tokenizer
 from test_importing import make_hf
 
+from lumina import checkpoint
+from lumina.checkpoint import adapters, reference
 from lumina.cli import main
 from lumina.config import LoraConfig, UserError
 from lumina.infer import export, import_hf, load
 from lumina.infer.hf.peft import _description
 from lumina.model import Transformer, lora
-from lumina.train import store
-from lumina.train.reading import adapters, reference
 
 SOME = LoraConfig(lora_rank=4, lora_alpha=6.0, lora_targets=["q_proj", "v_proj", "down_proj", "up_proj"])
 ALL = LoraConfig(lora_rank=3)
@@ -61,23 +61,23 @@ def write_adapters(run: Path, base: Path, model: Transformer, settings: LoraConf
     if (base / "tokenizer").is_dir() and not run.exists():
         write_tokenizer(run / "tokenizer")
     write_run(run, model)
-    saved = run / "checkpoints" / store.name_of(5)
+    saved = run / "checkpoints" / checkpoint.name_of(5)
     shape = {k: getattr(model.config, k) for k in ("hidden_size", "num_layers", "num_heads", "num_kv_heads")}
     shape |= {k: getattr(model.config, k) for k in ("vocab_size", "ffn_size", "tie_word_embeddings", "family")}
     facts = {
         "step": 5,
         "model": shape | {"head_size": model.config.head_size},
         "lora": adapters(settings),
-        "base": reference(store.checkpoints(base / "checkpoints")[0], run),
+        "base": reference(checkpoint.checkpoints(base / "checkpoints")[0], run),
     }
-    store.write_json(saved / "trainer.json", facts)
+    checkpoint.write_json(saved / "trainer.json", facts)
     rehash(saved)
     return run
 
 
 def rehash(saved: Path) -> None:
-    files = [store.entry(path) for path in sorted(saved.iterdir()) if path.name != "manifest.json"]
-    store.write_json(saved / "manifest.json", {"format": 1, "files": files})
+    files = [checkpoint.entry(path) for path in sorted(saved.iterdir()) if path.name != "manifest.json"]
+    checkpoint.write_json(saved / "manifest.json", {"format": 1, "files": files})
 
 
 @pytest.mark.parametrize("settings", [SOME, ALL], ids=["some", "all"])
@@ -182,7 +182,7 @@ def test_adapters_are_merged_with_what_they_were_trained_over_or_not_at_all(tmp_
     found = dict(load(run, precision="fp32").model.named_parameters())
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
-    saved = base / "checkpoints" / store.name_of(5)
+    saved = base / "checkpoints" / checkpoint.name_of(5)
     weights = next(saved.glob("rank-*"))
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -212,9 +212,9 @@ def test_adapters_are_merged_with_what_they_were_trained_over_or_not_at_all(tmp_
 def test_a_wrong_description_is_one_message(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     base = write_base(tmp_path / "base")
     run = write_adapters(tmp_path / "run", base, adapt(make_model(vocab_size=VOCABULARY), ALL), ALL)
-    saved = run / "checkpoints" / store.name_of(5)
+    saved = run / "checkpoints" / checkpoint.name_of(5)
     facts = json.loads((saved / "trainer.json").read_text())
-    store.write_json(saved / "trainer.json", facts | change)
+    checkpoint.write_json(saved / "trainer.json", facts | change)
     rehash(saved)
     with pytest.raises(UserError, match=message):
         load(run, precision="fp32")

@@ -14,9 +14,10 @@ import yaml
 from runs import Runs, differing, final, losses, newest, write_conversations
 from test_importing import make_hf
 
+from lumina import checkpoint
 from lumina.cli import main
 from lumina.infer import import_hf, load
-from lumina.train import loop, store
+from lumina.train import loop
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
@@ -122,7 +123,7 @@ def test_trained_used_and_trained_on(
     assert facts["lora"] == {"lora_rank": 4, "lora_alpha": 16.0, "lora_targets": ["q_proj", "up_proj", "v_proj"]}
     of_base = base / "checkpoints/step-00000000"
     assert facts["base"]["checkpoint"] == str(of_base)
-    assert facts["base"]["manifest_sha256"] == store.digest(of_base / "manifest.json")
+    assert facts["base"]["manifest_sha256"] == checkpoint.digest(of_base / "manifest.json")
     size = lambda folder: sum(path.stat().st_size for path in folder.glob("rank-*"))
     trained = sum(v.numel() for (kind, _), v in final(run, 20).items() if kind == "master")
     assert size(saved) < 3 * 4 * trained + 30_000, (

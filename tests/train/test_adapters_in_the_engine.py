@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
+from lumina import checkpoint
+from lumina.checkpoint import Progress
 from lumina.model import lora
-from lumina.train import checkpoint
-from lumina.train.checkpoint import Progress
+from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.layers import LayerStats, layer_of
 
@@ -47,7 +48,7 @@ def test_only_adapters_move_and_are_saved(stage: int, precision: str, tmp_path: 
 
     path = save(tmp_path, made, Progress(step=12))
     fresh = make_engine(stage, precision, seed=0, **SETTINGS)
-    checkpoint.load(path, fresh, checkpoint.read_progress(path)[1])
+    snapshot.load(path, fresh, checkpoint.read_progress(path)[1])
     assert same_state(state_of(fresh), state)
     assert train_step(made, 5) == train_step(fresh, 5)
     assert same_state(state_of(fresh), state_of(made))

@@ -14,10 +14,10 @@ import pytest
 import torch
 from tiny_engines import make_engine, save, train_step
 
+from lumina import checkpoint
+from lumina.checkpoint import MANIFEST, TRAINER, Progress, damage, integrity, newest_sound
 from lumina.config import UserError
-from lumina.train import checkpoint as room
-from lumina.train import store
-from lumina.train.checkpoint import MANIFEST, TRAINER, Progress, damage, newest_sound
+from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
 
 
@@ -60,7 +60,7 @@ def test_what_a_checkpoint_holds(folder: Path) -> None:
 
 
 def test_progress_comes_back(folder: Path) -> None:
-    progress, trainer = room.read_progress(newest(folder))
+    progress, trainer = checkpoint.read_progress(newest(folder))
     assert progress == Progress(step=10, best_loss=1.5, global_batch_size=4, data_fingerprint="abc")
     assert trainer["optimizer_step"] == 1
 
@@ -90,10 +90,10 @@ def test_nothing_in_it_is_pickle(folder: Path, engine: Engine, monkeypatch: pyte
         monkeypatch.setattr(pickle, name, None)
     monkeypatch.setattr(torch, "load", None)
     shapes = {name: p.shape for name, p in engine.model.named_parameters()}
-    weights = room.read_weights(newest(folder), shapes)
+    weights = checkpoint.read_weights(newest(folder), shapes)
     for name, parameter in engine.model.named_parameters():
         assert torch.equal(weights[name], parameter.detach())
-    room.load(newest(folder), engine, room.read_progress(newest(folder))[1])
+    snapshot.load(newest(folder), engine, checkpoint.read_progress(newest(folder))[1])
 
 
 # --- Damage ---
@@ -106,7 +106,7 @@ def falls_back(folder: Path, caplog: pytest.LogCaptureFixture, name: str) -> Non
     assert name in found
     caplog.clear()
     with caplog.at_level(logging.WARNING, "lumina"):
-        assert newest_sound(room.checkpoints(folder)) == folder / "step-00000005"
+        assert newest_sound(checkpoint.checkpoints(folder)) == folder / "step-00000005"
     assert len(caplog.records) == 1
     assert "step-00000010" in caplog.text
     assert name in caplog.text
@@ -124,7 +124,7 @@ def test_a_flipped_byte_in_each_file(folder: Path, caplog: pytest.LogCaptureFixt
             name = path.name if path.name != MANIFEST else ""
             falls_back(folder, caplog, name)
         path.write_bytes(whole)
-    assert newest_sound(room.checkpoints(folder)) == newest(folder)
+    assert newest_sound(checkpoint.checkpoints(folder)) == newest(folder)
 
 
 def test_every_byte_of_the_manifest(folder: Path) -> None:
@@ -132,8 +132,8 @@ def test_every_byte_of_the_manifest(folder: Path) -> None:
     path = newest(folder) / MANIFEST
     whole = path.read_bytes()
     meaning = json.loads(whole)
-    sizes = {p.name: room.digest(p) for p in newest(folder).iterdir()}
-    whole_digest, store.digest = store.digest, lambda p: sizes[p.name]  # hashing is not what is tested here
+    sizes = {p.name: checkpoint.digest(p) for p in newest(folder).iterdir()}
+    whole_digest, integrity.digest = integrity.digest, lambda p: sizes[p.name]  # hashing is not what is tested here
     try:
         for place in range(len(whole)):
             spoiled = bytearray(whole)
@@ -145,7 +145,7 @@ def test_every_byte_of_the_manifest(folder: Path) -> None:
                 harmless = False
             assert (damage(newest(folder)) is None) == harmless, (place, bytes(spoiled[place - 20 : place + 20]))
     finally:
-        store.digest = whole_digest
+        integrity.digest = whole_digest
 
 
 def remove(path: Path) -> None:
@@ -214,15 +214,15 @@ def test_names_that_lead_outside(absolute: bool, folder: Path, caplog: pytest.Lo
     path = newest(folder) / MANIFEST
     manifest = json.loads(path.read_text())
     name = str(outside) if absolute else "../secret"
-    manifest["files"].append({"name": name, "bytes": 9, "sha256": room.digest(outside)})
+    manifest["files"].append({"name": name, "bytes": 9, "sha256": checkpoint.digest(outside)})
     path.write_text(json.dumps(manifest))
     falls_back(folder, caplog, "secret")
 
 
 def test_none_is_sound(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for checkpoint in room.checkpoints(folder):
-        (checkpoint / TRAINER).unlink()
-    assert newest_sound(room.checkpoints(folder)) is None
+    for path in checkpoint.checkpoints(folder):
+        (path / TRAINER).unlink()
+    assert newest_sound(checkpoint.checkpoints(folder)) is None
     assert len(caplog.records) == 2
     assert newest_sound([]) is None
 
@@ -234,29 +234,29 @@ def test_only_named_folders_count(folder: Path) -> None:
     for name in (".step-00000020.partial", ".step-00000005.doomed", "step-20", "step-0000002x", "step-00000020.old"):
         shutil.copytree(newest(folder), folder / name)
     (folder / "step-00000030").write_text("a file")
-    assert [p.name for p in room.checkpoints(folder)] == ["step-00000010", "step-00000005"]
-    assert room.checkpoints(folder / "nowhere") == []
+    assert [p.name for p in checkpoint.checkpoints(folder)] == ["step-00000010", "step-00000005"]
+    assert checkpoint.checkpoints(folder / "nowhere") == []
 
 
 def test_newest_is_by_number(folder: Path) -> None:
     """Not by name: beyond 99,999,999 steps a name grows longer."""
     for step in (99_999_999, 100_000_000):
-        (folder / room.name_of(step)).mkdir()
-    found = [p.name for p in room.checkpoints(folder)]
+        (folder / checkpoint.name_of(step)).mkdir()
+    found = [p.name for p in checkpoint.checkpoints(folder)]
     assert found[:2] == ["step-100000000", "step-99999999"]
-    assert [p.name for p in room.candidates(folder / "step-100000000")] == found
-    assert [p.name for p in room.candidates(folder / "step-99999999")] == found[1:]
+    assert [p.name for p in checkpoint.candidates(folder / "step-100000000")] == found
+    assert [p.name for p in checkpoint.candidates(folder / "step-99999999")] == found[1:]
 
 
 def test_what_a_users_path_means(folder: Path) -> None:
     both = [newest(folder), folder / "step-00000005"]
-    assert room.candidates(folder.parent) == both
-    assert room.candidates(str(folder)) == both
-    assert room.candidates(newest(folder)) == both
-    assert room.candidates(folder / "step-00000005") == both[1:]
+    assert checkpoint.candidates(folder.parent) == both
+    assert checkpoint.candidates(str(folder)) == both
+    assert checkpoint.candidates(newest(folder)) == both
+    assert checkpoint.candidates(folder / "step-00000005") == both[1:]
     for nothing in (folder / "step-00000007", folder.parent / "typo"):
         with pytest.raises(UserError, match="no checkpoint at"):
-            room.candidates(nothing)
+            checkpoint.candidates(nothing)
 
 
 # --- Retention ---
@@ -264,20 +264,20 @@ def test_what_a_users_path_means(folder: Path) -> None:
 
 def fill(folder: Path, steps: range) -> None:
     for step in steps:
-        (folder / room.name_of(step)).mkdir(parents=True)
-        (folder / room.name_of(step) / "file").write_text("x")
+        (folder / checkpoint.name_of(step)).mkdir(parents=True)
+        (folder / checkpoint.name_of(step) / "file").write_text("x")
 
 
 @pytest.mark.parametrize(("best", "kept"), [(None, [8, 9]), (3, [3, 8, 9]), (9, [8, 9]), (77, [8, 9])])
 def test_the_last_and_the_best_are_kept(best: int | None, kept: list[int], tmp_path: Path) -> None:
     fill(tmp_path, range(1, 10))
     if best is not None:
-        room.mark_best(tmp_path, best, 1.0)
-    room.prune(tmp_path, 2)
-    assert [int(p.name.split("-")[1]) for p in room.checkpoints(tmp_path)] == kept[::-1]
-    assert room.best_step(tmp_path) == best
-    room.prune(tmp_path, 2)
-    assert len(room.checkpoints(tmp_path)) == len(kept)
+        checkpoint.mark_best(tmp_path, best, 1.0)
+    checkpoint.prune(tmp_path, 2)
+    assert [int(p.name.split("-")[1]) for p in checkpoint.checkpoints(tmp_path)] == kept[::-1]
+    assert checkpoint.best_step(tmp_path) == best
+    checkpoint.prune(tmp_path, 2)
+    assert len(checkpoint.checkpoints(tmp_path)) == len(kept)
 
 
 def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
@@ -287,9 +287,9 @@ def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank").write_text("x")
     (tmp_path / ".best.json.partial").write_text("{")
-    room.prune(tmp_path, 5)
+    checkpoint.prune(tmp_path, 5)
     assert (tmp_path / ".step-00000003.0a-1.partial" / "rank").exists()
-    store.clear_leftovers(tmp_path)
+    checkpoint.clear_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
@@ -298,11 +298,11 @@ def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
     [(2, None, None, {8, 9}), (1, 4, None, {4, 8, 9}), (1, None, 3, {3, 9}), (1, 5, 3, {3, 5, 9})],
 )
 def test_what_a_retention_keeps(last: int, every: int | None, best: int | None, kept: set[int]) -> None:
-    assert store.Retention(last, every).kept(list(range(1, 10)), best) == kept
-    assert store.Retention(last, every, best=False).kept(list(range(1, 10)), best) == kept - ({3} & {best})
+    assert checkpoint.Retention(last, every).kept(list(range(1, 10)), best) == kept
+    assert checkpoint.Retention(last, every, best=False).kept(list(range(1, 10)), best) == kept - ({3} & {best})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"loss": 1}', '{"step": "x"}', '{"step": null}'])
 def test_a_spoiled_note_of_the_best_is_no_error(text: str, tmp_path: Path) -> None:
-    (tmp_path / room.BEST).write_text(text)
-    assert room.best_step(tmp_path) is None
+    (tmp_path / checkpoint.BEST).write_text(text)
+    assert checkpoint.best_step(tmp_path) is None

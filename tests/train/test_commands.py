@@ -13,9 +13,9 @@ import pytest
 import runs as real
 from runs import ROOT, Runs, arguments, clean_environment, differing
 
+from lumina import checkpoint
 from lumina.cli import main
 from lumina.monitor.events import read_events
-from lumina.train import store
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -51,7 +51,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def names(folder: Path) -> list[int]:
-    return [store.step_of(path) for path in store.checkpoints(folder)]
+    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(folder)]
 
 
 def lumina(*words: object) -> int:
@@ -62,8 +62,8 @@ def test_backups_are_kept_by_their_own_rule_and_equal_the_checkpoints(run: Path)
     backups = run.parent / "disk" / "run"
     assert names(run / "checkpoints") == [9, 8]
     assert names(backups) == [8, 6, 4]
-    assert all(store.damage(path) is None for path in store.checkpoints(backups))
-    one, other = (real.state(folder / store.name_of(8)) for folder in (run / "checkpoints", backups))
+    assert all(checkpoint.damage(path) is None for path in checkpoint.checkpoints(backups))
+    one, other = (real.state(folder / checkpoint.name_of(8)) for folder in (run / "checkpoints", backups))
     assert differing(one, other) == []
     places = [event["rule"] for event in read_events(run / "events.jsonl") if event["kind"] == "save"]
     assert places.count("backup") == 4
@@ -93,7 +93,7 @@ def test_list_and_prune_load_no_torch(run: Path) -> None:
 
 def test_verify_and_restore(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lumina("verify", run) == 0
-    weights = run / "checkpoints" / store.name_of(8) / "rank-00001-of-00002.safetensors"
+    weights = run / "checkpoints" / checkpoint.name_of(8) / "rank-00001-of-00002.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     capsys.readouterr()
     assert lumina("verify", run) == 1
@@ -101,7 +101,7 @@ def test_verify_and_restore(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert line.startswith("checkpoint step-00000008: DAMAGED: rank-00001")
 
     assert lumina("restore", run) == 0
-    assert store.damage(run / "checkpoints" / store.name_of(8)) is None
+    assert checkpoint.damage(run / "checkpoints" / checkpoint.name_of(8)) is None
     assert "--resume auto would take the newer step-00000009" in capsys.readouterr().out
     assert lumina("restore", run, "--step", 4) == 0
     assert names(run / "checkpoints") == [9, 8, 4]
@@ -112,9 +112,9 @@ def test_verify_and_restore(run: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_damaged_backup_is_not_restored(run: Path) -> None:
-    newest = run.parent / "disk" / "run" / store.name_of(8)
-    (newest / store.TRAINER).write_text("{}")
-    shutil.rmtree(run / "checkpoints" / store.name_of(8))
+    newest = run.parent / "disk" / "run" / checkpoint.name_of(8)
+    (newest / checkpoint.TRAINER).write_text("{}")
+    shutil.rmtree(run / "checkpoints" / checkpoint.name_of(8))
     assert lumina("restore", run) == 0
     assert names(run / "checkpoints") == [9, 6]
     assert lumina("restore", run, "--step", 8) == 2
@@ -126,7 +126,7 @@ def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lumina("prune", run, "--backups", "--keep-last", 1, "--keep-every", 4) == 0
     assert names(run.parent / "disk" / "run") == [8, 4]
     assert lumina("prune", run, "--keep-last", 0) == 2
-    (run / "checkpoints" / store.name_of(9) / store.TRAINER).write_text("{}")
+    (run / "checkpoints" / checkpoint.name_of(9) / checkpoint.TRAINER).write_text("{}")
     assert lumina("prune", run, "--keep-last", 1) == 2
     assert names(run / "checkpoints") == [9, 8], "the only whole one is not removed"
 
@@ -143,9 +143,9 @@ def test_save_asks_a_running_job(
     job = runs.start(arguments(run, conversations, stage=2, **settings), 2)
     job.wait_for_step(2)
     assert lumina("save", run, "--timeout", 120) == 0
-    (saved,) = store.checkpoints(run / "checkpoints")
+    (saved,) = checkpoint.checkpoints(run / "checkpoints")
     assert str(saved) in capsys.readouterr().out
-    assert store.damage(saved) is None
+    assert checkpoint.damage(saved) is None
     job.signal(signal.SIGTERM)
     assert job.wait() == [75, 75]
     assert lumina("save", run, "--timeout", 0.5) == 2

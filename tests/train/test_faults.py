@@ -17,10 +17,11 @@ import runs as real
 import torch
 from runs import Runs, State, arguments, differing, final
 
+from lumina import checkpoint
 from lumina.data import StepData
 from lumina.monitor.events import read_events
 from lumina.monitor.run_file import read_run
-from lumina.train import checkpoint, loop, store
+from lumina.train import loop, snapshot
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.run import Run
 
@@ -146,7 +147,7 @@ def _die_in_rollback(rank: int) -> None:
     import os
 
     _spoil(rank, **BAD)
-    checkpoint.load = lambda *given: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    snapshot.load = lambda *given: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
 
 def _half_precision(rank: int, *, nan: tuple[int, ...], loss: bool) -> None:
@@ -211,7 +212,7 @@ def test_spikes_without_end(runs: Runs, conversations: Path, place: Path) -> Non
     assert job.wait() == [2]
     assert "after 2 rollbacks" in job.stderr()
     assert "Traceback" not in job.stderr()
-    assert store.damage(real.newest(run)) is None
+    assert checkpoint.damage(real.newest(run)) is None
     assert finite(real.state(real.newest(run)))
 
 
@@ -283,7 +284,7 @@ def test_out_of_memory_halves_the_micro_batch(
         (3, "micro-batch 2 -> "[:16]),
     ]
     for step, tolerance in ((1, 1e-6), (4, 1e-4)):
-        one, other = (real.state(run / "checkpoints" / store.name_of(step)) for run in (full, small))
+        one, other = (real.state(run / "checkpoints" / checkpoint.name_of(step)) for run in (full, small))
         for (kind, name), value in one.items():
             if kind == "exp_avg" or step == 4:
                 error = float((value - other[kind, name]).double().norm())
@@ -349,8 +350,8 @@ def test_out_of_memory_amid_a_collective_ends_the_start(
     assert codes[1] == 2, job.stderr()  # the user's turn: UserError
     assert codes[0] == 2 if only is None else codes[0] not in (0, 75), codes
     assert "Start the run again with --resume auto: it then takes micro-batches of 1" in job.stderr()
-    assert store.damage(real.newest(run)) is None
-    assert real.newest(run).name == store.name_of(EVERY)
+    assert checkpoint.damage(real.newest(run)) is None
+    assert real.newest(run).name == checkpoint.name_of(EVERY)
 
     runs.train([*argv, "--resume", "auto"], 2)
     _first, second = read_run(run)["starts"]
@@ -417,7 +418,7 @@ def test_out_of_memory_in_an_update_that_was_begun(
     assert codes[-1] == 2, job.stderr()
     assert all(code not in (0, 75) for code in codes), codes
     assert "ran out of memory inside the update" in job.stderr()
-    assert real.newest(run).name == store.name_of(2)
+    assert real.newest(run).name == checkpoint.name_of(2)
     runs.train([*argv, "--resume", "auto"], world)
     assert [record["step"] for record in real.steps(run)] == [1, 2, 3, 4, 5, 6]
     assert read_run(run)["starts"][1]["changed"]["batch_size"] == 1
@@ -510,9 +511,9 @@ def test_an_exception_leaves_an_emergency_checkpoint(
     assert all(code not in (0, 75) for code in codes), codes
     assert "planted in" in job.stderr()
     saved = real.newest(broken)
-    assert saved.name == store.name_of(step)
-    assert store.damage(saved) is None
-    assert store.read_progress(saved)[1]["emergency"].startswith("RuntimeError: planted in")
+    assert saved.name == checkpoint.name_of(step)
+    assert checkpoint.damage(saved) is None
+    assert checkpoint.read_progress(saved)[1]["emergency"].startswith("RuntimeError: planted in")
     (told,) = events(broken, rule="exception")
     assert told["action"] == f"emergency checkpoint of step {step}"
     assert [record["step"] for record in real.steps(broken)] == list(range(1, step + 1))
@@ -532,6 +533,6 @@ def test_an_emergency_of_one_rank_alone_saves_nothing(
     argv = [*arguments(run, conversations, stage=2, **settings), "--eval-data", str(held_out)]
     job = runs.start(argv, 2, partial(_raise_in_evaluation, step=5, only=0))
     assert all(code not in (0, 75) for code in job.wait())
-    assert [path.name for path in store.checkpoints(run / "checkpoints")] == [store.name_of(EVERY)]
-    assert store.damage(real.newest(run)) is None
+    assert [path.name for path in checkpoint.checkpoints(run / "checkpoints")] == [checkpoint.name_of(EVERY)]
+    assert checkpoint.damage(real.newest(run)) is None
     assert events(run, rule="exception")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lumina.checkpoint.lock import NAME, Lease, global_batch
 from lumina.config import UserError
-from lumina.train.lease import NAME, Lease, global_batch
 
 
 def test_a_later_claim_takes_it(tmp_path: Path) -> None:

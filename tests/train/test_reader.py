@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from lumina.checkpoint import Reader, read_weights
 from lumina.config import UserError
-from lumina.train.checkpoint import Reader, read_weights
 
 NAMES = {"a.weight": 24, "b": 7}
 

@@ -16,7 +16,8 @@ import pytest
 import runs as real
 from runs import Runs, State, arguments, differing, final, losses, newest
 
-from lumina.train import checkpoint, writing
+from lumina import checkpoint
+from lumina.checkpoint import write
 from lumina.train.saves import Saves
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
@@ -105,14 +106,14 @@ def _die(rank: int, *, whom: int, where: str, first: int) -> None:
         assert self._run.progress.step != first or self._saver.wait(60)
 
     Saves.at_step = settled  # type: ignore[method-assign]
-    original = getattr(writing, where)
+    original = getattr(write, where)
 
     def dies(path: Path, *rest: Any) -> Any:
         if rank == whom and "checkpoints/" in str(path) and checkpoint.name_of(first) not in str(path):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(path, *rest)
 
-    setattr(writing, where, dies)
+    setattr(write, where, dies)
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,13 @@ import torch
 from runs import Job, Runs, arguments
 from tiny_engines import make_engine, save, train_step
 
+from lumina import checkpoint
+from lumina.checkpoint import HostCopies, Progress, Retention, SaveError, Saver, Target, write
+from lumina.checkpoint import Job as SaveJob
 from lumina.monitor import read_metrics
 from lumina.monitor.events import read_events
-from lumina.train import loop, saves, store, writing
-from lumina.train.checkpoint import HostCopies, Progress, take
-from lumina.train.save_thread import Job as SaveJob
-from lumina.train.save_thread import Saver, Target
-from lumina.train.store import Retention
-from lumina.train.writing import SaveError
+from lumina.train import loop, saves
+from lumina.train.snapshot import take
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -37,7 +36,7 @@ def rules(run: Path) -> list[str]:
 
 
 def names(run: Path) -> list[int]:
-    return [store.step_of(path) for path in store.checkpoints(run / "checkpoints")]
+    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(run / "checkpoints")]
 
 
 # --- The saver alone ------------------------------------------------------------------------------
@@ -68,7 +67,7 @@ def test_a_rank_that_never_writes_its_part_fails_the_save_in_time(tmp_path: Path
 
 def test_a_rank_that_failed_fails_the_save_at_once(tmp_path: Path) -> None:
     saver, began = make_saver(world=2, timeout=300), time.monotonic()
-    partial_folder = tmp_path / writing.partial_name(1, "a", 1)
+    partial_folder = tmp_path / write.partial_name(1, "a", 1)
     partial_folder.mkdir()
     (partial_folder / "failed-00001").touch()
     begin(saver, tmp_path)
@@ -82,8 +81,8 @@ def test_two_ranks_write_one_checkpoint(tmp_path: Path) -> None:
     begin(one, tmp_path)
     assert outcome(one)[0]
     assert outcome(other)[0]
-    (saved,) = store.checkpoints(tmp_path)
-    assert store.damage(saved) is None
+    (saved,) = checkpoint.checkpoints(tmp_path)
+    assert checkpoint.damage(saved) is None
     assert len(list(saved.iterdir())) == 4
 
 
@@ -91,7 +90,7 @@ def test_two_ranks_write_one_checkpoint(tmp_path: Path) -> None:
     ("number", "retry"), [(errno.ENOSPC, True), (errno.EIO, True), (errno.EROFS, False), (errno.EACCES, False)]
 )
 def test_what_is_tried_again(number: int, retry: bool) -> None:
-    assert writing._as_save_error(OSError(number, os.strerror(number), "file")).retry is retry
+    assert write._as_save_error(OSError(number, os.strerror(number), "file")).retry is retry
 
 
 def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
@@ -106,8 +105,8 @@ def test_a_start_that_lost_the_run_names_and_removes_nothing(tmp_path: Path) -> 
     stale = make_saver("stale")
     stale.owns = lambda: False
     for step in range(1, 6):
-        (tmp_path / store.name_of(step)).mkdir()
-    theirs = tmp_path / writing.partial_name(9, "new", 1)
+        (tmp_path / checkpoint.name_of(step)).mkdir()
+    theirs = tmp_path / write.partial_name(9, "new", 1)
     theirs.mkdir()
     before = sorted(tmp_path.iterdir())
     begin(stale, tmp_path, step=9)
@@ -139,14 +138,14 @@ def test_the_snapshot_is_of_the_step_it_was_taken_at(tmp_path: Path) -> None:
 
 def _slow(rank: int, *, metrics: Path) -> None:
     """The save of step 3 hangs until step 8 has been trained."""
-    original = writing.sync
+    original = write.sync
 
     def sync(path: Path) -> None:
-        while store.name_of(3) in str(path) and not any(r["step"] >= 8 for r in read_metrics(metrics)):
+        while checkpoint.name_of(3) in str(path) and not any(r["step"] >= 8 for r in read_metrics(metrics)):
             time.sleep(0.02)
         original(path)
 
-    writing.sync = sync
+    write.sync = sync
 
 
 def test_a_slow_disk_puts_saves_off(runs: Runs, conversations: Path, place: Path) -> None:
@@ -158,20 +157,20 @@ def test_a_slow_disk_puts_saves_off(runs: Runs, conversations: Path, place: Path
     assert job.wait() == [0, 0], job.stderr()
     assert 6 not in names(run)
     assert {3, 13} < set(names(run))
-    assert all(store.damage(path) is None for path in store.checkpoints(run / "checkpoints"))
+    assert all(checkpoint.damage(path) is None for path in checkpoint.checkpoints(run / "checkpoints"))
 
 
 def _writer_dies(rank: int) -> None:
     """The first save's thread ends by an exception that no code foresaw."""
-    original, tried = writing._write_tensors, []
+    original, tried = write._write_tensors, []
 
-    def write(path: Path, snapshot: Any) -> str:
+    def fails_once(path: Path, snapshot: Any) -> str:
         if not tried and rank == 1:
             tried.append(path)
             raise MemoryError("planted in the writer")
         return original(path, snapshot)
 
-    writing._write_tensors = write
+    write._write_tensors = fails_once
 
 
 def test_a_writer_that_dies(runs: Runs, conversations: Path, place: Path) -> None:
@@ -215,7 +214,7 @@ def _stop_in(rank: int, *, phase: str) -> None:
     elif phase == "saving":
         before(saves.Saves, "_begin", lambda *given: True)
     else:
-        before(writing, "sync", lambda *given: True)
+        before(write, "sync", lambda *given: True)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +235,7 @@ def test_sigterm_in_each_phase(phase: str, world: int, runs: Runs, conversations
     stopped = real.steps(run)[-1]["step"]
     assert stopped < 9
     assert names(run)[0] == stopped
-    assert store.damage(real.newest(run)) is None
+    assert checkpoint.damage(real.newest(run)) is None
     runs.train([*argv, "--resume", "auto"], world)
     assert names(run)[0] == 9
 
@@ -287,13 +286,13 @@ def test_a_full_disk(runs: Runs, conversations: Path, place: Path, tmpfs: Path) 
     assert "could not write its part" in failure["reason"] or "No space left" in failure["reason"]
     kept = names(run)
     assert kept
-    assert store.damage(real.newest(run)) is None
+    assert checkpoint.damage(real.newest(run)) is None
     ballast.unlink()
     until(lambda: names(run)[0] > kept[0], job)
     job.signal(signal.SIGTERM)
     assert job.wait() == [75, 75], job.stderr()
     assert "WARN(save-failed" in job.stdout()
-    assert store.damage(real.newest(run)) is None
+    assert checkpoint.damage(real.newest(run)) is None
 
 
 @pytest.mark.cluster
@@ -310,7 +309,7 @@ def test_a_read_only_disk(runs: Runs, conversations: Path, place: Path, tmpfs: P
     assert "Traceback" not in job.stderr()
     assert "could not be written; the newest one is older" in job.stderr()
     assert names(run) == kept
-    assert store.damage(real.newest(run)) is None
+    assert checkpoint.damage(real.newest(run)) is None
     failures = [e for e in read_events(run / "events.jsonl") if e["rule"] == "save-failed" and e["kind"] == "save"]
     assert all("not tried again" in e["action"] for e in failures)
     assert real.steps(run)[-1]["step"] == 12

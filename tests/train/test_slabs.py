@@ -16,14 +16,24 @@ import pytest
 import torch
 from tiny_engines import make_engine, state_of, train_step
 
+from lumina.checkpoint import (
+    SLAB,
+    HostCopies,
+    Job,
+    Progress,
+    Reader,
+    Retention,
+    Saver,
+    Slabs,
+    Snapshot,
+    Target,
+    slab_sizes,
+    slabs,
+)
 from lumina.config import load
 from lumina.plan.memory import parameter_groups
 from lumina.train import loop
-from lumina.train.checkpoint import Progress, Reader, Snapshot, take
-from lumina.train.deepspeed import slabs
-from lumina.train.deepspeed.slabs import SLAB, HostCopies, Slabs, slab_sizes
-from lumina.train.save_thread import Job, Saver, Target
-from lumina.train.store import Retention
+from lumina.train.snapshot import take
 
 # --- Memory ---
 

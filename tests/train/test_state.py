@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
-from lumina.train import checkpoint
-from lumina.train.checkpoint import Progress
+from lumina import checkpoint
+from lumina.checkpoint import MASTER, Progress
+from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import MASTER, fragments, moments, step_count, to_load
+from lumina.train.deepspeed.fragments import fragments, moments, step_count, to_load
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,7 +58,7 @@ def test_weights_alone_start_a_new_run(tmp_path: Path, stage: int, precision: st
     """Another run's weights to the bit, under whatever stage, and no trace of its optimizer."""
     path, old = saved(tmp_path, 1)
     fresh = make_engine(stage, precision)
-    checkpoint.load_weights(path, fresh)
+    snapshot.load_weights(path, fresh)
     given, taken = state_of(old), state_of(fresh)
     masters = [key for key in given if key.startswith(f"{MASTER}/")]
     assert masters
@@ -77,7 +78,7 @@ def saved(folder: Path, stage: int, precision: str = "fp32") -> tuple[Path, Engi
 def loaded(source: Path, stage: int, precision: str = "fp32") -> Engine:
     """Another engine, of other weights, with the checkpoint loaded into it."""
     made = make_engine(stage, precision, seed=77)
-    checkpoint.load(source, made, checkpoint.read_progress(source)[1])
+    snapshot.load(source, made, checkpoint.read_progress(source)[1])
     return made
 
 
@@ -87,7 +88,7 @@ def test_loading_at_the_same_stage(stage: int, precision: str, tmp_path: Path) -
     source, first = saved(tmp_path, stage, precision)
     assert step_count(first) == 2
     torch.manual_seed(4)
-    checkpoint.load(source, first, checkpoint.read_progress(source)[1])
+    snapshot.load(source, first, checkpoint.read_progress(source)[1])
     random = torch.get_rng_state()
     before = state_of(first)
     assert len(before) == 3 * len(shapes(first))

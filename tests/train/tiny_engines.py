@@ -13,17 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumina.checkpoint import MASTER, Job, Progress, Retention, SaveError, Saver, Target
 from lumina.config import Config
 from lumina.config import deepspeed as ds_json
 from lumina.data import Batch, TorchBatch
 from lumina.model import Transformer, float8, lora
-from lumina.train.checkpoint import Progress, take
 from lumina.train.deepspeed import engine, partitioned_init
 from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import MASTER, fragments, moments
-from lumina.train.save_thread import Job, Saver, Target
-from lumina.train.store import Retention
-from lumina.train.writing import SaveError
+from lumina.train.deepspeed.fragments import fragments, moments
+from lumina.train.snapshot import take
 
 VOCABULARY = 61
 SHAPE: dict[str, Any] = {

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from lumina.chat import Tokenizer, hf_export, hf_files, open_tokenizer
+from lumina.checkpoint import sync
 from lumina.config import ModelConfig, UserError
 from lumina.infer import hf_names
 from lumina.infer.hf.peft import USAGE as PEFT_USAGE
@@ -33,7 +34,6 @@ from lumina.infer.loading import (
     weights,
 )
 from lumina.infer.voice import LuminaVoice
-from lumina.train.store import sync
 
 log = logging.getLogger("lumina")
 

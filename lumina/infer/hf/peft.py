@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from lumina.checkpoint import Merged, open_weights, saved_adapters
 from lumina.config import LoraConfig, UserError
 from lumina.infer.loading import progress_of
 from lumina.model import lora
-from lumina.train.reading import Merged, open_weights, saved_adapters
 
 USAGE = """```python
 from peft import PeftModel

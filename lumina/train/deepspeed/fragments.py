@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumina.checkpoint import MASTER
 from lumina.config import UserError
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.partitioned_init import forget_copies
-
-MASTER = "master"
 
 
 @dataclass

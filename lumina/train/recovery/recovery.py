@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lumina import checkpoint
 from lumina.config import UserError
-from lumina.train import checkpoint, store
+from lumina.train import snapshot
 from lumina.train.recovery.spikes import GRAD_EXPLOSION, LOSS_SPIKE, NOT_FINITE, Guard
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Answers:
     def _keep(self, any_rank: bool = False) -> None:
         if self._run.ranks.main or any_rank:
             try:
-                store.write_json(self._run.folder / FILE, asdict(self.memory))
+                checkpoint.write_json(self._run.folder / FILE, asdict(self.memory))
             except OSError as error:
                 log.warning("%s could not be written: %s", FILE, error)
 
@@ -167,7 +168,7 @@ class Answers:
         self._keep()
         progress, trainer = checkpoint.read_progress(target)
         run.engine.discard()  # the step after them has been begun
-        checkpoint.load(target, run.engine, trainer)
+        snapshot.load(target, run.engine, trainer)
         progress.world, progress.precision = run.progress.world, run.progress.precision
         progress.zero_stage = run.progress.zero_stage
         run.progress, run.guard = progress, Guard(config, progress.guard)
@@ -193,23 +194,23 @@ class Answers:
         """The newest sound checkpoint from before step `first` was tried, chosen by rank 0."""
         found: list[Any] = [None]
         if self._run.ranks.main:
-            saved = store.checkpoints(self._run.checkpoints)
-            found = [store.newest_sound([path for path in saved if store.step_of(path) < first])]
+            saved = checkpoint.checkpoints(self._run.checkpoints)
+            found = [checkpoint.newest_sound([path for path in saved if checkpoint.step_of(path) < first])]
         dist.broadcast_object_list(found)
         target: Path | None = found[0]
         return target
 
-    def _forget_after(self, target: Path, progress: store.Progress) -> None:
+    def _forget_after(self, target: Path, progress: checkpoint.Progress) -> None:
         """Checkpoints made amid the trouble would be resumed from: they lose their names."""
         folder = target.parent
-        for path in store.checkpoints(folder):
-            if store.step_of(path) > progress.step:
-                store.doom(path)
+        for path in checkpoint.checkpoints(folder):
+            if checkpoint.step_of(path) > progress.step:
+                checkpoint.doom(path)
         best = progress.best_step
-        if best is not None and progress.best_loss is not None and (folder / store.name_of(best)).is_dir():
-            store.mark_best(folder, best, progress.best_loss)
+        if best is not None and progress.best_loss is not None and (folder / checkpoint.name_of(best)).is_dir():
+            checkpoint.mark_best(folder, best, progress.best_loss)
         else:
-            (folder / store.BEST).unlink(missing_ok=True)
+            (folder / checkpoint.BEST).unlink(missing_ok=True)
 
     # --- Samples that cannot be read ---
 

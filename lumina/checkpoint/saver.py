@@ -1,6 +1,6 @@
 """The thread that writes checkpoints and backups beside the training.
 
-The loop hands over a snapshot (lumina.train.checkpoint.take) and goes on; one thread at a time writes it. What came of
+The loop hands over a snapshot (lumina.train.snapshot.take) and goes on; one thread at a time writes it. What came of
 it is fetched at a later step boundary. A save that fails, or that takes too long, is an outcome, never an exception in
 the loop.
 """
@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lumina.train.checkpoint import Snapshot
-from lumina.train.store import Retention, mark_best, name_of, prune
-from lumina.train.writing import SaveError, assemble, partial_name, write_part
+from lumina.checkpoint.format import name_of
+from lumina.checkpoint.retention import Retention, mark_best, prune
+from lumina.checkpoint.snapshot import Snapshot
+from lumina.checkpoint.write import SaveError, assemble, partial_name, write_part
 
 Place = Literal["checkpoint", "backup"]
 

@@ -1,4 +1,4 @@
-"""Reading the weights of a checkpoint: whatever world size wrote them, and adapters merged into the weights under them.
+"""Checkpoints of adapters: the checkpoint under them, and its weights with the adapters merged in.
 
 A run that trains adapters (lumina.model.lora) saves only these. Its trainer.json names the checkpoint that they were
 trained over and the hash of that one's manifest, which has the hashes of its files: what is merged is what was trained
@@ -7,73 +7,18 @@ over, or an error.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
 
+from lumina.checkpoint.format import MANIFEST, MASTER, Progress, read_progress
+from lumina.checkpoint.integrity import damage, digest
+from lumina.checkpoint.read import Reader, Weights
 from lumina.config import Config, LoraConfig, ModelConfig, UserError
 from lumina.model import lora
-from lumina.train.deepspeed.fragments import MASTER
-from lumina.train.deepspeed.partitioned_init import forget_copies, own_part
-from lumina.train.store import MANIFEST, Progress, damage, digest, read_progress
-
-
-class Weights(Protocol):
-    """Ranges of named float32 parameters."""
-
-    def names(self) -> set[str]: ...
-
-    def numel(self, name: str) -> int: ...
-
-    def read(self, key: str, name: str, start: int, out: torch.Tensor) -> None: ...
-
-
-class Reader:
-    """Reads ranges of parameters and moments from a checkpoint's rank files, whatever world size wrote them."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self._files: list[Any] = [
-            safe_open(path, framework="pt") for path in sorted(checkpoint.glob("rank-*.safetensors"))
-        ]
-        self._homes: dict[str, list[tuple[int, int, Any]]] = {}
-        self.keys: list[str] = []
-        for file in self._files:
-            metadata: dict[str, str] = file.metadata()
-            for name, (start, numel) in json.loads(metadata["ranges"]).items():
-                self._homes.setdefault(name, []).append((start, numel, file))
-            stored: list[str] = file.keys()
-            self.keys = sorted({*self.keys, *(key.split("/", 1)[0] for key in stored)} - {"rng", MASTER})
-
-    @property
-    def world(self) -> int:
-        return len(self._files)
-
-    def names(self) -> set[str]:
-        return set(self._homes)
-
-    def numel(self, name: str) -> int:
-        return max(start + numel for start, numel, _ in self._homes[name])
-
-    def read(self, key: str, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` (1-D) with elements [start, start + len(out)) of `key` (master or a moment) of a parameter."""
-        end, done = start + out.numel(), 0
-        for home, numel, file in self._homes[name]:
-            low, high = max(start, home), min(end, home + numel)
-            if low < high:
-                out[low - start : high - start] = file.get_slice(f"{key}/{name}")[low - home : high - home]
-                done += high - low
-        assert done == out.numel(), f"the checkpoint covers {done} of {out.numel()} elements of {key}/{name}"
-
-    def rng(self, rank: int) -> torch.Tensor:
-        return self._files[rank].get_tensor("rng/cpu")  # type: ignore[no-any-return]
-
-
-# --- Adapters over another run's checkpoint -------------------------------------------------------
 
 
 def adapters(config: LoraConfig) -> dict[str, Any]:
@@ -190,18 +135,20 @@ def open_weights(checkpoint: Path) -> Weights:
     return Merged(open_weights(base), Reader(checkpoint), *saved_adapters(checkpoint, progress))
 
 
-def fill(model: torch.nn.Module, base: Path) -> None:
-    """Copy a checkpoint's weights, merged, into the frozen parameters of a model with adapters: of divided ones
-    (lumina.train.deepspeed.partitioned_init) this rank reads its own part alone."""
-    weights = open_weights(base)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            forget_copies(parameter)
-            if not parameter.requires_grad:
-                own, start = own_part(parameter)
-                flat = torch.empty(own.numel())
-                weights.read(MASTER, name, start, flat)
-                own.copy_(flat)
+def read_weights(checkpoint: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """The float32 weights by name, whole, for generation and export: no engine, no process group, no pickle."""
+    reader = open_weights(checkpoint)
+    missing = set(shapes) - reader.names()
+    if missing:
+        raise UserError(f"{checkpoint} has no weights for {sorted(missing)[0]}", "It was written by another model.")
+    weights = {}
+    for name, shape in shapes.items():
+        if reader.numel(name) != shape.numel():
+            raise UserError(f"{checkpoint}: {name} has {reader.numel(name)} elements, the model has {shape.numel()}")
+        weights[name] = torch.empty(shape.numel(), dtype=torch.float32)
+        reader.read(MASTER, name, 0, weights[name])
+        weights[name] = weights[name].view(shape)
+    return weights
 
 
 def trained_parameters(config: Config) -> int:

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from lumina.train.checkpoint import Snapshot
-from lumina.train.store import FORMAT, MANIFEST, TRAINER, digest, entry, name_of, sync, write_json
+from lumina.checkpoint.format import FORMAT, MANIFEST, TRAINER, name_of
+from lumina.checkpoint.integrity import digest, entry, sync, write_json
+from lumina.checkpoint.snapshot import Snapshot
 
 _CHUNK = 16 * 2**20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}

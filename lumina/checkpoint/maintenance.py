@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from lumina.checkpoint import format, integrity, retention
 from lumina.config import UserError
-from lumina.train import store
 
 REQUESTS = "requests"  # folder in the run's: save-ID.json asks, save-ID.answer.json answers
 
@@ -43,7 +43,7 @@ def _places(run: Path) -> list[tuple[str, Path]]:
 
 
 def _found(run: Path) -> list[tuple[str, Path]]:
-    return [(place, path) for place, folder in _places(run) for path in store.checkpoints(folder)]
+    return [(place, path) for place, folder in _places(run) for path in format.checkpoints(folder)]
 
 
 def list_checkpoints(path: str) -> int:
@@ -57,15 +57,15 @@ def list_checkpoints(path: str) -> int:
     for place, checkpoint in found:
         size = sum(file.stat().st_size for file in checkpoint.iterdir())
         written = datetime.fromtimestamp(checkpoint.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-        step = store.step_of(checkpoint)
+        step = format.step_of(checkpoint)
         print(f"{step:>10}  {place:<10}  {size / 2**20:>7.1f} MB  {written:<16}  {', '.join(_notes(checkpoint, step))}")
     return 0
 
 
 def _notes(checkpoint: Path, step: int) -> list[str]:
-    notes = ["best"] if store.best_step(checkpoint.parent) == step else []
+    notes = ["best"] if retention.best_step(checkpoint.parent) == step else []
     try:
-        progress, trainer = store.read_progress(checkpoint)
+        progress, trainer = format.read_progress(checkpoint)
     except (OSError, ValueError, TypeError):
         return [*notes, "trainer.json cannot be read"]
     if progress.best_loss is not None and progress.best_step == step:
@@ -80,7 +80,7 @@ def verify(path: str) -> int:
     """Read every file of every checkpoint and backup against its hash; 1 when one is damaged."""
     damaged = 0
     for place, checkpoint in _found(run_folder(path)):
-        wrong = store.damage(checkpoint)
+        wrong = integrity.damage(checkpoint)
         damaged += wrong is not None
         print(f"{place} {checkpoint.name}: {'DAMAGED: ' + wrong if wrong is not None else 'whole'}")
     return 1 if damaged else 0
@@ -94,16 +94,16 @@ def prune(path: str, last: int, every: int | None, backups: bool, dry_run: bool)
     folder = places.get("backup" if backups else "checkpoint")
     if folder is None:
         raise UserError(f"{path} has no backup_dir", "Its config.yaml says where backups go.")
-    keep = store.Retention(last, every)
-    found = store.checkpoints(folder)
-    kept = keep.kept([store.step_of(checkpoint) for checkpoint in found], store.best_step(folder))
-    removed = [checkpoint for checkpoint in found if store.step_of(checkpoint) not in kept]
-    if removed and all(store.damage(checkpoint) is not None for checkpoint in found if checkpoint not in removed):
+    keep = retention.Retention(last, every)
+    found = format.checkpoints(folder)
+    kept = keep.kept([format.step_of(checkpoint) for checkpoint in found], retention.best_step(folder))
+    removed = [checkpoint for checkpoint in found if format.step_of(checkpoint) not in kept]
+    if removed and all(integrity.damage(checkpoint) is not None for checkpoint in found if checkpoint not in removed):
         raise UserError("none of the checkpoints that would stay is whole", f"See lumina checkpoints verify {path}.")
     for checkpoint in removed:
         print(f"{'would remove' if dry_run else 'removed'} {checkpoint}")
     if not dry_run:
-        store.prune(folder, keep)
+        retention.prune(folder, keep)
     print(f"{len(found) - len(removed)} kept")
     return 0
 
@@ -114,30 +114,30 @@ def restore(path: str, step: int | None, source: str | None) -> int:
     folder = Path(source) if source is not None else backup_folder(run)
     if folder is None:
         raise UserError(f"{run}/config.yaml names no backup_dir", "Give the folder with --from.")
-    choices = [c for c in store.checkpoints(folder) if step is None or store.step_of(c) == step]
-    chosen = store.newest_sound(choices)
+    choices = [c for c in format.checkpoints(folder) if step is None or format.step_of(c) == step]
+    chosen = integrity.newest_sound(choices)
     if chosen is None:
         wanted = "" if step is None else f" of step {step}"
         raise UserError(f"no whole backup{wanted} in {folder}", f"lumina checkpoints list {path} shows what there is.")
     final = run / "checkpoints" / chosen.name
-    if final.is_dir() and store.damage(final) is None:
+    if final.is_dir() and integrity.damage(final) is None:
         print(f"{final} is there and whole: nothing to restore")
         return 0
     partial = final.with_name(f".{chosen.name}.restored-{secrets.token_hex(4)}.partial")
     shutil.copytree(chosen, partial)
     for file in partial.iterdir():
-        store.sync(file)
-    wrong = store.damage(partial)
+        integrity.sync(file)
+    wrong = integrity.damage(partial)
     if wrong is not None:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"the copy of {chosen} is damaged: {wrong}", "Is the disk full? Nothing was changed.")
-    store.sync(partial)
+    integrity.sync(partial)
     if final.is_dir():
-        store.doom(final)
+        retention.doom(final)
     os.replace(partial, final)
-    store.sync(final.parent)
+    integrity.sync(final.parent)
     print(f"restored {final} from {chosen}")
-    newer = [c.name for c in store.checkpoints(final.parent) if store.step_of(c) > store.step_of(final)]
+    newer = [c.name for c in format.checkpoints(final.parent) if format.step_of(c) > format.step_of(final)]
     if newer:
         print(f"--resume auto would take the newer {newer[0]}; to go on from this one: --resume {final}")
     return 0
@@ -150,7 +150,7 @@ def save(path: str, timeout: float) -> int:
     folder.mkdir(exist_ok=True)
     request = f"save-{secrets.token_hex(6)}"
     asked, answered = folder / f"{request}.json", folder / f"{request}.answer.json"
-    store.write_json(asked, {"time": time.time()})
+    integrity.write_json(asked, {"time": time.time()})
     deadline = time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:

@@ -1,0 +1,59 @@
+"""The form of a checkpoint: names of folders and files, the manifest, and the record of trainer.json. Loads no torch.
+
+A checkpoint is a folder `step-00000120` of one safetensors file per rank, `trainer.json` and `manifest.json`. It is
+written under a name of its own that begins with a dot (lumina.checkpoint.write), flushed, hashed into the manifest, and
+only then named. A kill at any moment leaves either the folder without its name, which is ignored, or the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST, TRAINER, BEST = "manifest.json", "trainer.json", "best.json"
+MASTER = "master"  # the key of the float32 weights; the others are the optimizer's moments
+NAME = re.compile(r"^step-(\d{8,})$")
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `step` counts optimizer steps done, which is also the data position (law 1)."""
+
+    step: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    global_batch_size: int = 0
+    data_fingerprint: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
+    precision: str = ""
+    zero_stage: int = 0
+    world: int = 1
+    guard: dict[str, Any] = field(default_factory=dict)  # baselines of x
+    lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha and targets of the adapters that are all it holds
+    base: dict[str, str] = field(default_factory=dict)  # the checkpoint under them (lumina.checkpoint.reference)
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Named checkpoints, newest first."""
+    found = [path for path in folder.glob("step-*") if NAME.match(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
+    """The progress and the whole of trainer.json."""
+    trainer = json.loads((checkpoint / TRAINER).read_text())
+    known = {name: trainer[name] for name in Progress.__dataclass_fields__ if name in trainer}
+    return Progress(**known), trainer

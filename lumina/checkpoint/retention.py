@@ -1,0 +1,68 @@
+"""Retention: which checkpoints of a folder are kept, and how the others are removed. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lumina.checkpoint.format import BEST, checkpoints, step_of
+from lumina.checkpoint.integrity import write_json
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is kept: the newest `last`, every one whose step is a multiple of `every`, and the best one."""
+
+    last: int
+    every: int | None = None
+    best: bool = True
+
+    def kept(self, steps: list[int], best: int | None) -> set[int]:
+        """The steps to keep of `steps`."""
+        newest = set(sorted(steps, reverse=True)[: self.last])
+        multiples = {step for step in steps if self.every is not None and step % self.every == 0}
+        return newest | multiples | ({best} & set(steps) if self.best and best is not None else set())
+
+
+def prune(folder: Path, keep: Retention | int) -> list[Path]:
+    """Remove the checkpoints that are not to be kept, and what earlier removals left; returns the removed ones. Rank 0
+    only."""
+    keep = Retention(keep) if isinstance(keep, int) else keep
+    found = checkpoints(folder)
+    kept = keep.kept([step_of(path) for path in found], best_step(folder))
+    removed = [path for path in found if step_of(path) not in kept]
+    for path in removed:
+        doom(path)
+    for leftover in folder.glob(".*.doomed"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return removed
+
+
+def doom(checkpoint: Path) -> None:
+    """Take a checkpoint's name away, then its files: a kill while deleting leaves no half checkpoint behind."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.doomed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what earlier starts of the run left unfinished. Only for the start that owns the run now."""
+    for leftover in [*folder.glob(".*.doomed"), *folder.glob(".*.partial")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    for scratch in folder.glob(".*.partial"):
+        scratch.unlink(missing_ok=True)
+
+
+def mark_best(folder: Path, step: int, loss: float) -> None:
+    write_json(folder / BEST, {"step": step, "loss": loss})
+
+
+def best_step(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / BEST).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None

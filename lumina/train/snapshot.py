@@ -1,0 +1,89 @@
+"""Between an engine and a checkpoint: the snapshot of this rank's state, and loading one into an engine of any world
+size and ZeRO stage."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lumina.checkpoint import MASTER, HostCopies, Progress, Reader, Snapshot, open_weights
+from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed.fragments import fragments, moments, prepare_moments, publish, raw_step_count, to_load
+from lumina.train.deepspeed.partitioned_init import forget_copies, own_part
+
+
+def take(engine: Engine, progress: Progress, copies: HostCopies | None = None) -> Snapshot:
+    """Begin to copy this rank's state; not collective, and the host does not wait for a GPU. `copies` holds the memory
+    of earlier snapshots, of which nobody may need the last one any more; `copies.before_update()` must be called before
+    the next update."""
+    copies = HostCopies(engine.device) if copies is None else copies
+    values: dict[str, torch.Tensor] = {}
+    ranges: dict[str, list[int]] = {}
+    for piece in fragments(engine):
+        ranges[piece.name] = [piece.start, piece.numel]
+        for key, value in {MASTER: piece.view(piece.owner), **moments(engine, piece)}.items():
+            values[f"{key}/{piece.name}"] = value
+    steps = raw_step_count(engine)  # on a GPU reading it would wait for the update
+    counter = {"": steps.detach().view(1)} if isinstance(steps, torch.Tensor) else {}
+    tensors, copied = copies.copy(values | counter)
+    trainer = {**asdict(progress), "loss_scale": engine.loss_scale()}
+    if not counter:
+        trainer["optimizer_step"] = int(steps)
+    return Snapshot(
+        progress.step,
+        {"rng/cpu": [torch.get_rng_state()], **{name: tensors[name] for name in values}},
+        ranges,
+        trainer,
+        copied,
+        tensors[""][0] if counter else None,
+        [*values.values(), *counter.values()],
+    )
+
+
+@torch.no_grad()
+def load(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -> None:
+    """Load weights and optimizer state into an engine of any world size and ZeRO stage; collective."""
+    reader = Reader(checkpoint)
+    prepare_moments(engine, reader.keys, int(trainer["optimizer_step"]))
+    for piece in to_load(engine):
+        targets = {MASTER: piece.view(piece.owner)}
+        targets |= {key: piece.view(engine.optimizer.state[piece.owner][key]) for key in reader.keys}
+        for key, view in targets.items():
+            host = torch.empty(piece.numel, dtype=torch.float32)
+            reader.read(key, piece.name, piece.start, host)
+            view.copy_(host)
+    engine.set_loss_scale(trainer["loss_scale"])
+    if reader.world == dist.get_world_size():
+        torch.set_rng_state(reader.rng(dist.get_rank()))
+    publish(engine)
+    dist.barrier()
+
+
+@torch.no_grad()
+def load_weights(checkpoint: Path, engine: Engine) -> None:
+    """Load the weights alone into a fresh engine, adapters merged; collective."""
+    reader = open_weights(checkpoint)
+    for piece in to_load(engine):
+        host = torch.empty(piece.numel, dtype=torch.float32)
+        reader.read(MASTER, piece.name, piece.start, host)
+        piece.view(piece.owner).copy_(host)
+    publish(engine)
+    dist.barrier()
+
+
+def fill(model: torch.nn.Module, base: Path) -> None:
+    """Copy a checkpoint's weights, merged, into the frozen parameters of a model with adapters: of divided ones
+    (lumina.train.deepspeed.partitioned_init) this rank reads its own part alone."""
+    weights = open_weights(base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            forget_copies(parameter)
+            if not parameter.requires_grad:
+                own, start = own_part(parameter)
+                flat = torch.empty(own.numel())
+                weights.read(MASTER, name, start, flat)
+                own.copy_(flat)

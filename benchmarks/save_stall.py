@@ -27,8 +27,8 @@ def main() -> None:
 
     trainer, batch = debug_trainer(arguments.tokens)
 
-    from lumina.checkpoint import HostCopies, Job, Progress, Retention, Saver, Target
-    from lumina.train.snapshot import take
+    from lumina.checkpoint import Retention, SaveJob, Saver, SaveTarget, StagingBuffer, TrainerState
+    from lumina.train.snapshot import take_snapshot
 
     def train() -> float:
         began = time.perf_counter()
@@ -38,7 +38,7 @@ def main() -> None:
         return time.perf_counter() - began
 
     seconds: dict[str, list[float]] = {"async": [], "sync": [], "alone": [], "beside": []}
-    copies = HostCopies(trainer.device)
+    copies = StagingBuffer(trainer.device)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         saver = Saver(0, 1, "bench", 600)
         train()
@@ -46,8 +46,8 @@ def main() -> None:
             way = "async" if step % 2 else "sync"
             seconds["alone"].append(train())
             began = time.perf_counter()
-            snapshot = take(trainer, Progress(step=step), copies)
-            saver.begin(Job(snapshot, [Target("checkpoint", Path(folder), Retention(1))]))
+            snapshot = take_snapshot(trainer, TrainerState(step=step), copies)
+            saver.begin(SaveJob(snapshot, [SaveTarget("checkpoint", Path(folder), Retention(1))]))
             if way == "sync":
                 saver.wait()
             took = time.perf_counter() - began

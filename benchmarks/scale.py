@@ -62,7 +62,7 @@ engine.end_process(0)
 def measure(folder: Path, megabytes: int) -> Parts:
     import torch
 
-    from lumina.checkpoint import Reader, Snapshot, digest, write_part
+    from lumina.checkpoint import CheckpointReader, Snapshot, file_sha256, write_rank_file
 
     count = megabytes * 2**20 // BYTES
     tensors = {f"{key}/w": torch.randn(count) for key in ("master", "exp_avg", "exp_avg_sq")}
@@ -78,10 +78,10 @@ def measure(folder: Path, megabytes: int) -> Parts:
         return snapshot.bytes / best
 
     aside = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-    write = rate(lambda: write_part(part, snapshot, 0, 1))
+    write = rate(lambda: write_rank_file(part, snapshot, 0, 1))
     (file,) = part.glob("*.safetensors")
-    verify = rate(lambda: digest(file))
-    reader, out = Reader(part), torch.empty(count)
+    verify = rate(lambda: file_sha256(file))
+    reader, out = CheckpointReader(part), torch.empty(count)
     read = rate(lambda: [reader.read(key, "w", 0, out) for key in ("master", "exp_avg", "exp_avg_sq")])
     copy = rate(lambda: [aside[name].copy_(tensor) for name, tensor in tensors.items()])
     entries = [folder / f"entry-{n:05d}.json" for n in range(500)]
@@ -93,9 +93,9 @@ def measure(folder: Path, megabytes: int) -> Parts:
     entry = (time.perf_counter() - began) / len(entries)
     small = Snapshot(1, {"master/w": torch.zeros(1)}, {"w": [0, 1]})
     for rank in range(len(entries)):
-        write_part(folder / "many", small, rank, len(entries))
+        write_rank_file(folder / "many", small, rank, len(entries))
     began = time.perf_counter()
-    Reader(folder / "many")
+    CheckpointReader(folder / "many")
     opened = (time.perf_counter() - began) / len(entries)
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import lumina.train.run, deepspeed"], check=True, capture_output=True)

@@ -97,7 +97,7 @@ def build(options: argparse.Namespace, start: str, base: Path, peak: Peak) -> An
         if start == "adapts":
             lora.attach(model, config)
     if start == "adapts":
-        snapshot.fill(model, base)
+        snapshot.load_frozen_weights(model, base)
     peak.built = peak.anonymous
     made = engine.Engine(model, config, document)
     if start == "loads":
@@ -147,16 +147,21 @@ def write_base(port: int, options: argparse.Namespace, folder: Path) -> None:
     begin(0, 1, port)
     import torch
 
-    from lumina.checkpoint import Job, Progress, Retention, Saver, Target, shape
+    from lumina.checkpoint import Retention, SaveJob, Saver, SaveTarget, TrainerState, model_shape
     from lumina.model import Transformer
     from lumina.train.deepspeed import engine
-    from lumina.train.snapshot import take
+    from lumina.train.snapshot import take_snapshot
 
     config, document = make(options, 0, precision="fp32")
     torch.manual_seed(7)
     made = engine.Engine(Transformer(config), config, document)
     saver = Saver(0, 1, "base", 600)
-    saver.begin(Job(take(made, Progress(step=1, model=shape(config))), [Target("checkpoint", folder, Retention(1))]))
+    saver.begin(
+        SaveJob(
+            take_snapshot(made, TrainerState(step=1, model=model_shape(config))),
+            [SaveTarget("checkpoint", folder, Retention(1))],
+        )
+    )
     saver.wait()
     os._exit(0)
 

@@ -233,12 +233,12 @@ State = dict[tuple[str, str], torch.Tensor]
 
 def newest(run: Path) -> Path:
     """The newest named checkpoint of a run."""
-    return checkpoint.checkpoints(run / "checkpoints")[0]
+    return checkpoint.list_checkpoints(run / "checkpoints")[0]
 
 
 def state(saved: Path) -> State:
     """Weights and moments of a checkpoint, whole, by (kind, parameter's name)."""
-    reader = checkpoint.Reader(saved)
+    reader = checkpoint.CheckpointReader(saved)
     values = {}
     for name in reader.names():
         for kind in (checkpoint.MASTER, *reader.keys):
@@ -252,7 +252,7 @@ def final(run: Path, steps: int) -> State:
     """The state of a run that must have ended at `steps`."""
     saved = newest(run)
     assert saved.name == checkpoint.name_of(steps)
-    assert checkpoint.damage(saved) is None
+    assert checkpoint.integrity_error(saved) is None
     return state(saved)
 
 

@@ -15,53 +15,61 @@ from lumina.checkpoint.format import (
     MANIFEST,
     MASTER,
     TRAINER,
-    Progress,
-    checkpoints,
+    TrainerState,
+    list_checkpoints,
     name_of,
-    read_progress,
+    read_trainer_state,
     step_of,
 )
-from lumina.checkpoint.integrity import candidates, damage, digest, entry, newest_sound, sync, write_json
-from lumina.checkpoint.lock import Lease, global_batch
+from lumina.checkpoint.integrity import (
+    candidates,
+    file_sha256,
+    fsync,
+    integrity_error,
+    latest_valid,
+    manifest_entry,
+    write_json,
+)
+from lumina.checkpoint.lock import RunLock, last_global_batch
 from lumina.checkpoint.maintenance import REQUESTS
-from lumina.checkpoint.model_shape import same_model, shape
-from lumina.checkpoint.retention import Retention, best_step, clear_leftovers, doom, mark_best, prune
+from lumina.checkpoint.model_shape import check_same_model, model_shape
+from lumina.checkpoint.retention import Retention, best_step, clear_leftovers, discard, prune, record_best
 
 if TYPE_CHECKING:
     from lumina.checkpoint.merge import (
-        Merged,
-        adapters,
-        base_of,
+        MergedWeights,
+        adapter_settings,
+        base_checkpoint,
+        base_reference,
         open_weights,
         read_weights,
-        reference,
-        saved_adapters,
-        sound_base,
+        saved_adapter_settings,
         trained_parameters,
+        valid_base,
     )
-    from lumina.checkpoint.read import Reader, Weights
-    from lumina.checkpoint.saver import Job, Outcome, Place, Saver, Target
-    from lumina.checkpoint.slabs import SLAB, HostCopies, Slabs, slab_sizes
+    from lumina.checkpoint.read import CheckpointReader, WeightReader
+    from lumina.checkpoint.saver import SaveJob, SaveKind, SaveOutcome, Saver, SaveTarget
+    from lumina.checkpoint.slabs import SLAB, Slabs, StagingBuffer, slab_sizes
     from lumina.checkpoint.snapshot import Snapshot
-    from lumina.checkpoint.write import SaveError, assemble, partial_name, write_part
+    from lumina.checkpoint.write import SaveError, commit, partial_name, write_rank_file
 
 _WITH_TORCH = {
     "merge": (
-        "Merged",
-        "adapters",
-        "base_of",
+        "MergedWeights",
+        "adapter_settings",
+        "base_checkpoint",
         "open_weights",
         "read_weights",
-        "reference",
-        "saved_adapters",
-        "sound_base",
+        "base_reference",
+        "saved_adapter_settings",
+        "valid_base",
         "trained_parameters",
     ),
-    "read": ("Reader", "Weights"),
-    "saver": ("Job", "Outcome", "Place", "Saver", "Target"),
-    "slabs": ("SLAB", "HostCopies", "Slabs", "slab_sizes"),
+    "read": ("CheckpointReader", "WeightReader"),
+    "saver": ("SaveJob", "SaveOutcome", "SaveKind", "Saver", "SaveTarget"),
+    "slabs": ("SLAB", "StagingBuffer", "Slabs", "slab_sizes"),
     "snapshot": ("Snapshot",),
-    "write": ("SaveError", "assemble", "partial_name", "write_part"),
+    "write": ("SaveError", "commit", "partial_name", "write_rank_file"),
 }
 _HOMES = {name: module for module, names in _WITH_TORCH.items() for name in names}
 
@@ -73,52 +81,52 @@ __all__ = [
     "REQUESTS",
     "SLAB",
     "TRAINER",
-    "HostCopies",
-    "Job",
-    "Lease",
-    "Merged",
-    "Outcome",
-    "Place",
-    "Progress",
-    "Reader",
+    "CheckpointReader",
+    "MergedWeights",
     "Retention",
+    "RunLock",
     "SaveError",
+    "SaveJob",
+    "SaveKind",
+    "SaveOutcome",
+    "SaveTarget",
     "Saver",
     "Slabs",
     "Snapshot",
-    "Target",
-    "Weights",
-    "adapters",
-    "assemble",
-    "base_of",
+    "StagingBuffer",
+    "TrainerState",
+    "WeightReader",
+    "adapter_settings",
+    "base_checkpoint",
+    "base_reference",
     "best_step",
     "candidates",
-    "checkpoints",
+    "check_same_model",
     "clear_leftovers",
-    "damage",
-    "digest",
-    "doom",
-    "entry",
-    "global_batch",
-    "mark_best",
+    "commit",
+    "discard",
+    "file_sha256",
+    "fsync",
+    "integrity_error",
+    "last_global_batch",
+    "latest_valid",
+    "list_checkpoints",
+    "manifest_entry",
+    "model_shape",
     "name_of",
-    "newest_sound",
     "open_weights",
     "partial_name",
     "prune",
-    "read_progress",
+    "read_trainer_state",
     "read_weights",
-    "reference",
-    "same_model",
-    "saved_adapters",
-    "shape",
+    "record_best",
+    "saved_adapter_settings",
     "slab_sizes",
-    "sound_base",
     "step_of",
-    "sync",
     "trained_parameters",
+    "valid_base",
     "write_json",
-    "write_part",
+    "write_rank_file",
 ]
 
 

@@ -20,7 +20,7 @@ NAME = re.compile(r"^step-(\d{8,})$")
 
 
 @dataclass
-class Progress:
+class TrainerState:
     """Where a run stands. `step` counts optimizer steps done, which is also the data position (law 1)."""
 
     step: int = 0
@@ -35,7 +35,7 @@ class Progress:
     world: int = 1
     guard: dict[str, Any] = field(default_factory=dict)  # baselines of x
     lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha and targets of the adapters that are all it holds
-    base: dict[str, str] = field(default_factory=dict)  # the checkpoint under them (lumina.checkpoint.reference)
+    base: dict[str, str] = field(default_factory=dict)  # the checkpoint under them (lumina.checkpoint.base_reference)
 
 
 def name_of(step: int) -> str:
@@ -46,14 +46,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Named checkpoints, newest first."""
     found = [path for path in folder.glob("step-*") if NAME.match(path.name) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
-def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
+def read_trainer_state(checkpoint: Path) -> tuple[TrainerState, dict[str, Any]]:
     """The progress and the whole of trainer.json."""
     trainer = json.loads((checkpoint / TRAINER).read_text())
-    known = {name: trainer[name] for name in Progress.__dataclass_fields__ if name in trainer}
-    return Progress(**known), trainer
+    known = {name: trainer[name] for name in TrainerState.__dataclass_fields__ if name in trainer}
+    return TrainerState(**known), trainer

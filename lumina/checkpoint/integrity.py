@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lumina.checkpoint.format import FORMAT, MANIFEST, NAME, TRAINER, checkpoints, step_of
+from lumina.checkpoint.format import FORMAT, MANIFEST, NAME, TRAINER, list_checkpoints, step_of
 from lumina.config import UserError
 
 log = logging.getLogger("lumina")
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -28,13 +28,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def entry(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
+def manifest_entry(path: Path) -> dict[str, Any]:
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,7 +47,7 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(scratch, path)
 
 
-def damage(checkpoint: Path) -> str | None:
+def integrity_error(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None when every size and hash is right."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -67,7 +67,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
     # One rank checks for all of them, who wait: so with all its cores (hashlib lets other threads run).
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        hashes = pool.map(lambda file: digest(checkpoint / file[0]), files)
+        hashes = pool.map(lambda file: file_sha256(checkpoint / file[0]), files)
         for (name, _, sha256), found in zip(files, hashes, strict=True):
             if found != sha256:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -75,10 +75,10 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_sound(candidates: list[Path]) -> Path | None:
+def latest_valid(candidates: list[Path]) -> Path | None:
     """The first candidate without damage; the damaged ones before it are reported."""
     for checkpoint in candidates:
-        wrong = damage(checkpoint)
+        wrong = integrity_error(checkpoint)
         if wrong is None:
             return checkpoint
         log.warning("checkpoint %s is damaged: %s; trying the one before it", checkpoint, wrong)
@@ -93,10 +93,10 @@ def candidates(path: str | Path) -> list[Path]:
     """
     given = Path(path)
     if NAME.match(given.name) and given.is_dir():
-        older = [c for c in checkpoints(given.parent) if step_of(c) < step_of(given)]
+        older = [c for c in list_checkpoints(given.parent) if step_of(c) < step_of(given)]
         return [given, *older]
     for folder in (given / "checkpoints", given):
-        if folder.is_dir() and (found := checkpoints(folder)):
+        if folder.is_dir() and (found := list_checkpoints(folder)):
             return found
     raise UserError(
         f"no checkpoint at {given}", "Give a run's folder (experiments/NAME) or one of its checkpoints/step-… folders."

@@ -19,7 +19,7 @@ from lumina.config import UserError
 NAME = ".owner.json"
 
 
-class Lease:
+class RunLock:
     """Rank 0's claim on a run's folder, made when the run starts."""
 
     def __init__(self, folder: Path, job: str | None, global_batch: int) -> None:
@@ -43,7 +43,7 @@ class Lease:
             )
 
 
-def global_batch(folder: Path, job: str | None) -> int | None:
+def last_global_batch(folder: Path, job: str | None) -> int | None:
     """The global batch of the run in `folder` if the launch `job` made its last start, else None."""
     found = _read(folder / NAME)
     return int(found["global_batch_size"]) if job is not None and found.get("job") == job else None

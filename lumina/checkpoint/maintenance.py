@@ -43,10 +43,10 @@ def _places(run: Path) -> list[tuple[str, Path]]:
 
 
 def _found(run: Path) -> list[tuple[str, Path]]:
-    return [(place, path) for place, folder in _places(run) for path in format.checkpoints(folder)]
+    return [(place, path) for place, folder in _places(run) for path in format.list_checkpoints(folder)]
 
 
-def list_checkpoints(path: str) -> int:
+def print_checkpoints(path: str) -> int:
     """Print every checkpoint and backup of a run, newest first."""
     run = run_folder(path)
     found = _found(run)
@@ -65,7 +65,7 @@ def list_checkpoints(path: str) -> int:
 def _notes(checkpoint: Path, step: int) -> list[str]:
     notes = ["best"] if retention.best_step(checkpoint.parent) == step else []
     try:
-        progress, trainer = format.read_progress(checkpoint)
+        progress, trainer = format.read_trainer_state(checkpoint)
     except (OSError, ValueError, TypeError):
         return [*notes, "trainer.json cannot be read"]
     if progress.best_loss is not None and progress.best_step == step:
@@ -80,7 +80,7 @@ def verify(path: str) -> int:
     """Read every file of every checkpoint and backup against its hash; 1 when one is damaged."""
     damaged = 0
     for place, checkpoint in _found(run_folder(path)):
-        wrong = integrity.damage(checkpoint)
+        wrong = integrity.integrity_error(checkpoint)
         damaged += wrong is not None
         print(f"{place} {checkpoint.name}: {'DAMAGED: ' + wrong if wrong is not None else 'whole'}")
     return 1 if damaged else 0
@@ -95,10 +95,12 @@ def prune(path: str, last: int, every: int | None, backups: bool, dry_run: bool)
     if folder is None:
         raise UserError(f"{path} has no backup_dir", "Its config.yaml says where backups go.")
     keep = retention.Retention(last, every)
-    found = format.checkpoints(folder)
+    found = format.list_checkpoints(folder)
     kept = keep.kept([format.step_of(checkpoint) for checkpoint in found], retention.best_step(folder))
     removed = [checkpoint for checkpoint in found if format.step_of(checkpoint) not in kept]
-    if removed and all(integrity.damage(checkpoint) is not None for checkpoint in found if checkpoint not in removed):
+    if removed and all(
+        integrity.integrity_error(checkpoint) is not None for checkpoint in found if checkpoint not in removed
+    ):
         raise UserError("none of the checkpoints that would stay is whole", f"See lumina checkpoints verify {path}.")
     for checkpoint in removed:
         print(f"{'would remove' if dry_run else 'removed'} {checkpoint}")
@@ -114,30 +116,30 @@ def restore(path: str, step: int | None, source: str | None) -> int:
     folder = Path(source) if source is not None else backup_folder(run)
     if folder is None:
         raise UserError(f"{run}/config.yaml names no backup_dir", "Give the folder with --from.")
-    choices = [c for c in format.checkpoints(folder) if step is None or format.step_of(c) == step]
-    chosen = integrity.newest_sound(choices)
+    choices = [c for c in format.list_checkpoints(folder) if step is None or format.step_of(c) == step]
+    chosen = integrity.latest_valid(choices)
     if chosen is None:
         wanted = "" if step is None else f" of step {step}"
         raise UserError(f"no whole backup{wanted} in {folder}", f"lumina checkpoints list {path} shows what there is.")
     final = run / "checkpoints" / chosen.name
-    if final.is_dir() and integrity.damage(final) is None:
+    if final.is_dir() and integrity.integrity_error(final) is None:
         print(f"{final} is there and whole: nothing to restore")
         return 0
     partial = final.with_name(f".{chosen.name}.restored-{secrets.token_hex(4)}.partial")
     shutil.copytree(chosen, partial)
     for file in partial.iterdir():
-        integrity.sync(file)
-    wrong = integrity.damage(partial)
+        integrity.fsync(file)
+    wrong = integrity.integrity_error(partial)
     if wrong is not None:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"the copy of {chosen} is damaged: {wrong}", "Is the disk full? Nothing was changed.")
-    integrity.sync(partial)
+    integrity.fsync(partial)
     if final.is_dir():
-        retention.doom(final)
+        retention.discard(final)
     os.replace(partial, final)
-    integrity.sync(final.parent)
+    integrity.fsync(final.parent)
     print(f"restored {final} from {chosen}")
-    newer = [c.name for c in format.checkpoints(final.parent) if format.step_of(c) > format.step_of(final)]
+    newer = [c.name for c in format.list_checkpoints(final.parent) if format.step_of(c) > format.step_of(final)]
     if newer:
         print(f"--resume auto would take the newer {newer[0]}; to go on from this one: --resume {final}")
     return 0

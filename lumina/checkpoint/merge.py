@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from lumina.checkpoint.format import MANIFEST, MASTER, Progress, read_progress
-from lumina.checkpoint.integrity import damage, digest
-from lumina.checkpoint.read import Reader, Weights
+from lumina.checkpoint.format import MANIFEST, MASTER, TrainerState, read_trainer_state
+from lumina.checkpoint.integrity import file_sha256, integrity_error
+from lumina.checkpoint.read import CheckpointReader, WeightReader
 from lumina.config import Config, LoraConfig, ModelConfig, UserError
 from lumina.model import lora
 
 
-def adapters(config: LoraConfig) -> dict[str, Any]:
+def adapter_settings(config: LoraConfig) -> dict[str, Any]:
     """What trainer.json says of a run's adapters: the settings that their values depend on. Nothing without any."""
     if not config.lora_rank:
         return {}
@@ -29,18 +29,18 @@ def adapters(config: LoraConfig) -> dict[str, Any]:
     return {"lora_rank": rank, "lora_alpha": config.lora_scale * rank, "lora_targets": targets}
 
 
-def reference(base: Path, folder: Path) -> dict[str, str]:
+def base_reference(base: Path, folder: Path) -> dict[str, str]:
     """How trainer.json of a run in `folder` names the checkpoint under its adapters: from the run's folder, so that
     both may be moved together; from the root, so that the run alone may; and by its manifest's hash."""
     base = base.resolve()
     return {
         "checkpoint": str(base),
         "from_run": os.path.relpath(base, folder.resolve()),
-        "manifest_sha256": digest(base / MANIFEST),
+        "manifest_sha256": file_sha256(base / MANIFEST),
     }
 
 
-def base_of(checkpoint: Path, progress: Progress) -> Path | None:
+def base_checkpoint(checkpoint: Path, progress: TrainerState) -> Path | None:
     """The checkpoint under a checkpoint of adapters, None for one that holds whole weights.
 
     Raises:
@@ -53,7 +53,7 @@ def base_of(checkpoint: Path, progress: Progress) -> Path | None:
     places = [run / named.get("from_run", ""), Path(named.get("checkpoint", ""))]
     found = [place for place in places if (place / MANIFEST).is_file()]
     for place in found:
-        if digest(place / MANIFEST) == named.get("manifest_sha256"):
+        if file_sha256(place / MANIFEST) == named.get("manifest_sha256"):
             return place
     raise UserError(
         f"{checkpoint} holds adapters over {places[1]}, which {'has other contents now' if found else 'is not there'}",
@@ -61,10 +61,10 @@ def base_of(checkpoint: Path, progress: Progress) -> Path | None:
     )
 
 
-def sound_base(checkpoint: Path, progress: Progress) -> Path | None:
+def valid_base(checkpoint: Path, progress: TrainerState) -> Path | None:
     """The same, every hash of it checked."""
-    base = base_of(checkpoint, progress)
-    wrong = damage(base) if base is not None else None
+    base = base_checkpoint(checkpoint, progress)
+    wrong = integrity_error(base) if base is not None else None
     if wrong is not None:
         raise UserError(
             f"{base}, which the adapters of {checkpoint} belong to, is damaged: {wrong}",
@@ -73,7 +73,7 @@ def sound_base(checkpoint: Path, progress: Progress) -> Path | None:
     return base
 
 
-def saved_adapters(checkpoint: Path, progress: Progress) -> tuple[LoraConfig, ModelConfig]:
+def saved_adapter_settings(checkpoint: Path, progress: TrainerState) -> tuple[LoraConfig, ModelConfig]:
     """The adapters' settings and the shape of the model that they belong to. Raises UserError when trainer.json does
     not say them."""
     shape = dict(progress.model)
@@ -85,10 +85,10 @@ def saved_adapters(checkpoint: Path, progress: Progress) -> tuple[LoraConfig, Mo
         raise UserError(f"{checkpoint}: trainer.json does not describe its adapters: {error}") from None
 
 
-class Merged:
+class MergedWeights:
     """A base's weights with adapters added; reads like a checkpoint of whole weights."""
 
-    def __init__(self, base: Weights, own: Reader, settings: LoraConfig, shape: ModelConfig) -> None:
+    def __init__(self, base: WeightReader, own: CheckpointReader, settings: LoraConfig, shape: ModelConfig) -> None:
         self._base, self._own = base, own
         self._settings, self._shape = settings, shape
         self._shapes = lora.shapes(shape, settings)
@@ -114,7 +114,7 @@ class Merged:
         return flat.view(shape)
 
     def read(self, key: str, name: str, start: int, out: torch.Tensor) -> None:
-        """As Reader.read, of the weights alone."""
+        """As CheckpointReader.read, of the weights alone."""
         assert key == MASTER, "merged weights have no moments"
         self._base.read(key, name, start, out)
         if self._newest[0] != name:
@@ -125,14 +125,16 @@ class Merged:
             out += gain.flatten()[start : start + out.numel()]
 
 
-def open_weights(checkpoint: Path) -> Weights:
+def open_weights(checkpoint: Path) -> WeightReader:
     """A checkpoint's weights, merged with those under it where it holds adapters. The files of `checkpoint` itself have
     been checked by whoever chose it; those under it are checked here. Raises UserError."""
-    progress, _ = read_progress(checkpoint)
-    base = sound_base(checkpoint, progress)
+    progress, _ = read_trainer_state(checkpoint)
+    base = valid_base(checkpoint, progress)
     if base is None:
-        return Reader(checkpoint)
-    return Merged(open_weights(base), Reader(checkpoint), *saved_adapters(checkpoint, progress))
+        return CheckpointReader(checkpoint)
+    return MergedWeights(
+        open_weights(base), CheckpointReader(checkpoint), *saved_adapter_settings(checkpoint, progress)
+    )
 
 
 def read_weights(checkpoint: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:

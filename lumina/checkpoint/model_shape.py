@@ -20,12 +20,12 @@ _MODEL_KEYS = (
 _LATER_KEYS = {"family": "llama", "head_size": None}
 
 
-def shape(config: ModelConfig) -> dict[str, Any]:
+def model_shape(config: ModelConfig) -> dict[str, Any]:
     """What a checkpoint's parameters depend on."""
     return {key: getattr(config, key) for key in (*_MODEL_KEYS, *_LATER_KEYS)}
 
 
-def same_model(saved: dict[str, Any], own: dict[str, Any], source: Path) -> None:
+def check_same_model(saved: dict[str, Any], own: dict[str, Any], source: Path) -> None:
     saved = _LATER_KEYS | saved
     differing = [f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]]
     if differing:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from lumina.checkpoint.format import MASTER
 
 
-class Weights(Protocol):
+class WeightReader(Protocol):
     """Ranges of named float32 parameters."""
 
     def names(self) -> set[str]: ...
@@ -22,7 +22,7 @@ class Weights(Protocol):
     def read(self, key: str, name: str, start: int, out: torch.Tensor) -> None: ...
 
 
-class Reader:
+class CheckpointReader:
     """Reads ranges of parameters and moments from a checkpoint's rank files, whatever world size wrote them."""
 
     def __init__(self, checkpoint: Path) -> None:

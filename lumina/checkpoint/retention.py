@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from lumina.checkpoint.format import BEST, checkpoints, step_of
+from lumina.checkpoint.format import BEST, list_checkpoints, step_of
 from lumina.checkpoint.integrity import write_json
 
 
@@ -31,17 +31,17 @@ def prune(folder: Path, keep: Retention | int) -> list[Path]:
     """Remove the checkpoints that are not to be kept, and what earlier removals left; returns the removed ones. Rank 0
     only."""
     keep = Retention(keep) if isinstance(keep, int) else keep
-    found = checkpoints(folder)
+    found = list_checkpoints(folder)
     kept = keep.kept([step_of(path) for path in found], best_step(folder))
     removed = [path for path in found if step_of(path) not in kept]
     for path in removed:
-        doom(path)
+        discard(path)
     for leftover in folder.glob(".*.doomed"):
         shutil.rmtree(leftover, ignore_errors=True)
     return removed
 
 
-def doom(checkpoint: Path) -> None:
+def discard(checkpoint: Path) -> None:
     """Take a checkpoint's name away, then its files: a kill while deleting leaves no half checkpoint behind."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.doomed")
     shutil.rmtree(doomed, ignore_errors=True)
@@ -57,7 +57,7 @@ def clear_leftovers(folder: Path) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def mark_best(folder: Path, step: int, loss: float) -> None:
+def record_best(folder: Path, step: int, loss: float) -> None:
     write_json(folder / BEST, {"step": step, "loss": loss})
 
 

@@ -1,8 +1,7 @@
-"""The thread that writes checkpoints and backups beside the training.
+"""Asynchronous saver: a thread of each rank that writes checkpoints and backups beside the training.
 
-The loop hands over a snapshot (lumina.train.snapshot.take) and goes on; one thread at a time writes it. What came of
-it is fetched at a later step boundary. A save that fails, or that takes too long, is an outcome, never an exception in
-the loop.
+The loop hands over a snapshot and goes on; one thread at a time writes it. What came of it is fetched at a later step
+boundary. A save that fails, or that takes too long, is an outcome, never an exception in the loop.
 """
 
 from __future__ import annotations
@@ -19,41 +18,41 @@ from pathlib import Path
 from typing import Literal
 
 from lumina.checkpoint.format import name_of
-from lumina.checkpoint.retention import Retention, mark_best, prune
+from lumina.checkpoint.retention import Retention, prune, record_best
 from lumina.checkpoint.snapshot import Snapshot
-from lumina.checkpoint.write import SaveError, assemble, partial_name, write_part
+from lumina.checkpoint.write import SaveError, commit, partial_name, write_rank_file
 
-Place = Literal["checkpoint", "backup"]
+SaveKind = Literal["checkpoint", "backup"]
 
 
 @dataclass(frozen=True)
-class Target:
+class SaveTarget:
     """Where a snapshot goes: a folder of checkpoints, what is kept there, and whether it is read back."""
 
-    place: Place
+    kind: SaveKind
     folder: Path
     keep: Retention
     verify: bool = False
 
 
 @dataclass
-class Job:
+class SaveJob:
     """One snapshot and its targets. best_loss: set when this is the best evaluation so far; requests: who asked for it;
     stall: seconds for which the training waited."""
 
     snapshot: Snapshot
-    targets: Sequence[Target]
+    targets: Sequence[SaveTarget]
     best_loss: float | None = None
     requests: list[str] = field(default_factory=list)
     stall: float = 0.0
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """What came of one target: a path, or an error and whether trying again can help. seconds: writing it."""
 
-    job: Job
-    place: Place
+    job: SaveJob
+    kind: SaveKind
     path: Path | None
     seconds: float
     error: str = ""
@@ -68,16 +67,16 @@ class Saver:
         self._rank, self._world, self._start, self._timeout = rank, world, start, timeout
         self._attempt = 0
         self._thread: threading.Thread | None = None
-        self._done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[SaveOutcome] = queue.SimpleQueue()
         # THE fence: asked by rank 0 right before a checkpoint gets its name and before older ones are removed. False
-        # means that a later start of the run owns the folder. lumina.train.run sets it to the lease's `held`.
+        # means that a later start of the run owns the folder. lumina.train.run sets it to the run lock's `held`.
         self.owns: Callable[[], bool] = lambda: True
 
     @property
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: SaveJob) -> None:
         """Start writing; the snapshot must not change until it is done. Not to be called while busy."""
         assert not self.busy
         self._attempt += 1
@@ -92,7 +91,7 @@ class Saver:
             self._thread.join(self._timeout * 1.1 + 5 if seconds is None else seconds)
         return not self.busy
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[SaveOutcome]:
         """What was finished since the last call."""
         found = []
         while not self._done.empty():
@@ -101,7 +100,7 @@ class Saver:
 
     # --- The thread ---
 
-    def _write(self, job: Job, attempt: int) -> None:
+    def _write(self, job: SaveJob, attempt: int) -> None:
         if sys.platform == "linux":  # a thread's own priority there: the training goes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         for target in job.targets:
@@ -115,22 +114,22 @@ class Saver:
                 error = SaveError(f"{type(unexpected).__name__}: {unexpected}", retry=True)
             seconds = time.monotonic() - began
             said = (str(error), error.retry) if error is not None else ("", False)
-            self._done.put(Outcome(job, target.place, path, seconds, *said))
+            self._done.put(SaveOutcome(job, target.kind, path, seconds, *said))
 
-    def _write_to(self, target: Target, job: Job, attempt: int, deadline: float) -> Path | None:
+    def _write_to(self, target: SaveTarget, job: SaveJob, attempt: int, deadline: float) -> Path | None:
         partial = target.folder / partial_name(job.snapshot.step, self._start, attempt)
         try:
-            write_part(partial, job.snapshot, self._rank, self._world)
+            write_rank_file(partial, job.snapshot, self._rank, self._world)
         except SaveError:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         if self._rank != 0:
             return partial.with_name(name_of(job.snapshot.step))
-        path = assemble(partial, job.snapshot, self._world, deadline, target.verify, self.owns)
+        path = commit(partial, job.snapshot, self._world, deadline, target.verify, self.owns)
         if self.owns():
             if job.best_loss is not None:
-                mark_best(target.folder, job.snapshot.step, job.best_loss)
+                record_best(target.folder, job.snapshot.step, job.best_loss)
             self._clear(target.folder, attempt)
             prune(target.folder, target.keep)
         return path

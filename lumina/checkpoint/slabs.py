@@ -79,7 +79,7 @@ class _Places:
                 self._slab, self._at = self._slab + 1, 0
 
 
-class HostCopies:
+class StagingBuffer:
     """The one place that snapshots of a rank are copied to. `device`: where the training computes."""
 
     def __init__(self, device: torch.device) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lumina.checkpoint.format import FORMAT, MANIFEST, TRAINER, name_of
-from lumina.checkpoint.integrity import digest, entry, sync, write_json
+from lumina.checkpoint.integrity import file_sha256, fsync, manifest_entry, write_json
 from lumina.checkpoint.snapshot import Snapshot
 
 _CHUNK = 16 * 2**20
@@ -47,14 +47,14 @@ def partial_name(step: int, start: str, attempt: int) -> str:
 # --- Every rank -----------------------------------------------------------------------------------
 
 
-def write_part(partial: Path, snapshot: Snapshot, rank: int, world: int) -> None:
+def write_rank_file(partial: Path, snapshot: Snapshot, rank: int, world: int) -> None:
     """Write this rank's file and its entry. Raises SaveError."""
     try:
         snapshot.wait()
         partial.mkdir(parents=True, exist_ok=True)
         own = partial / f"rank-{rank:05d}-of-{world:05d}.safetensors"
         sha256 = _write_tensors(own, snapshot)
-        sync(own)
+        fsync(own)
         write_json(_entry_path(partial, rank), {"name": own.name, "bytes": own.stat().st_size, "sha256": sha256})
     except Exception as error:
         with suppress(OSError):  # an empty file needs no room on a full disk
@@ -119,11 +119,11 @@ def _write_all(file: Any, data: memoryview) -> None:
 # --- Rank 0 ---------------------------------------------------------------------------------------
 
 
-def assemble(
-    partial: Path, snapshot: Snapshot, world: int, deadline: float, verify: bool, may_name: Callable[[], bool]
+def commit(
+    partial: Path, snapshot: Snapshot, world: int, deadline: float, verify: bool, may_commit: Callable[[], bool]
 ) -> Path:
     """Wait for every rank's entry until `deadline` (time.monotonic()), write the manifest and name the checkpoint;
-    returns its path. `verify`: read every file back from the disk first. `may_name`: asked right before; False means
+    returns its path. `verify`: read every file back from the disk first. `may_commit`: asked right before; False means
     that another start owns the run now. Raises SaveError, and then the partial folder is gone."""
     final = partial.parent / name_of(snapshot.step)
     try:
@@ -131,19 +131,19 @@ def assemble(
         for rank in range(world):
             _entry_path(partial, rank).unlink()
         write_json(partial / TRAINER, snapshot.trainer)
-        entries.append(entry(partial / TRAINER))
+        entries.append(manifest_entry(partial / TRAINER))
         write_json(partial / MANIFEST, {"format": FORMAT, "files": entries})
-        sync(partial)
+        fsync(partial)
         if verify:
             _verify(partial, entries)
-        if not may_name():
+        if not may_commit():
             raise SaveError("another start of this run owns its folder now", retry=False)
         if final.exists():  # left by an earlier life of the run: damaged, or passed over when resuming from before it
             doomed = final.with_name(f".{final.name}.doomed")
             shutil.rmtree(doomed, ignore_errors=True)
             os.replace(final, doomed)
         os.replace(partial, final)
-        sync(partial.parent)
+        fsync(partial.parent)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _as_save_error(error) from error
@@ -175,5 +175,5 @@ def _verify(partial: Path, entries: list[dict[str, Any]]) -> None:
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
-        if digest(path) != found["sha256"]:
+        if file_sha256(path) != found["sha256"]:
             raise SaveError(f"{path.name} reads back otherwise than it was written", retry=True)

@@ -89,7 +89,7 @@ def checkpoints(arguments: Arguments) -> int:
 
     run = arguments.run
     if arguments.action == "list":
-        return commands.list_checkpoints(run)
+        return commands.print_checkpoints(run)
     if arguments.action == "verify":
         return commands.verify(run)
     if arguments.action == "prune":

@@ -18,15 +18,15 @@ from safetensors import SafetensorError
 from lumina.checkpoint import (
     MASTER,
     TRAINER,
-    Progress,
-    base_of,
+    TrainerState,
+    base_checkpoint,
     best_step,
     candidates,
-    checkpoints,
+    latest_valid,
+    list_checkpoints,
     name_of,
-    newest_sound,
     open_weights,
-    read_progress,
+    read_trainer_state,
 )
 from lumina.config import ModelConfig, UserError
 from lumina.config import precision as precisions
@@ -84,7 +84,7 @@ def find_checkpoint(path: str | Path) -> Path:
             choices = sorted(choices, key=lambda choice: choice.name != name_of(best))
         elif wants_best:
             log.warning("no checkpoint of %s was evaluated: using its newest", run)
-    sound = newest_sound(choices)
+    sound = latest_valid(choices)
     if sound is None:
         raise UserError(f"no checkpoint under {choices[0].parent} is whole", "See the warnings above for each one.")
     return sound
@@ -92,7 +92,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def _newest_run() -> Path | None:
     """The run whose newest checkpoint was written last."""
-    newest = {run: found[0] for run in RUNS.glob("*") if (found := checkpoints(run / "checkpoints"))}
+    newest = {run: found[0] for run in RUNS.glob("*") if (found := list_checkpoints(run / "checkpoints"))}
     return max(newest, key=lambda run: newest[run].stat().st_mtime, default=None)
 
 
@@ -114,7 +114,7 @@ def read_config(checkpoint: Path) -> ModelConfig:
 def check_size(checkpoint: Path, config: ModelConfig) -> None:
     """Nothing is made in a size that only config.yaml says: raises UserError where the checkpoint's files are far too
     small for the model. Those of adapters are as small as they are: the checkpoint under them is looked at."""
-    while (base := base_of(checkpoint, progress_of(checkpoint))) is not None:
+    while (base := base_checkpoint(checkpoint, progress_of(checkpoint))) is not None:
         checkpoint = base
     held = sum(path.stat().st_size for path in checkpoint.glob("rank-*.safetensors"))
     wanted = 4 * config.num_parameters()
@@ -154,11 +154,11 @@ def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.
         raise UserError(f"{checkpoint} cannot be read: {error}") from None
 
 
-def progress_of(checkpoint: Path) -> Progress:
+def progress_of(checkpoint: Path) -> TrainerState:
     """Where the run stood, from trainer.json. Raises UserError when it is not what training writes."""
     try:
-        progress, _ = read_progress(checkpoint)
-        return TypeAdapter(Progress).validate_python(asdict(progress))
+        progress, _ = read_trainer_state(checkpoint)
+        return TypeAdapter(TrainerState).validate_python(asdict(progress))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{checkpoint / TRAINER} cannot be read: {error}") from None
 

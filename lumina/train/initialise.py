@@ -36,7 +36,7 @@ def agree(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
 
 def choose(config: Config, folder: Path) -> Path | None:
     """The newest sound checkpoint that --resume means; None to start anew."""
-    saved = checkpoint.checkpoints(folder / "checkpoints")
+    saved = checkpoint.list_checkpoints(folder / "checkpoints")
     if config.resume is None:
         if saved:
             raise UserError(
@@ -45,7 +45,7 @@ def choose(config: Config, folder: Path) -> Path | None:
             )
         return None
     choices = saved if config.resume == "auto" else checkpoint.candidates(config.resume)
-    sound = checkpoint.newest_sound(choices)
+    sound = checkpoint.latest_valid(choices)
     if choices and sound is None:
         raise UserError(f"no checkpoint under {choices[0].parent} is whole", "See the warnings above for each one.")
     return sound
@@ -53,7 +53,7 @@ def choose(config: Config, folder: Path) -> Path | None:
 
 def weights_of(given: str, tokenizer: str | None) -> Path:
     """The newest sound checkpoint that --init-from means, whose model reads the tokens that it will be trained on."""
-    sound = checkpoint.newest_sound(checkpoint.candidates(given))
+    sound = checkpoint.latest_valid(checkpoint.candidates(given))
     if sound is None:
         raise UserError(f"no checkpoint of {given} is whole", "See the warnings above for each one.")
     own = sound.parent.parent / "tokenizer"  # as lumina import leaves it
@@ -69,11 +69,11 @@ def start_from(given: str, config: Config, ranks: Ranks, engine: Engine) -> None
     """Begin with another run's weights: step 0, no optimizer state; collective."""
     source = agree(ranks, lambda: weights_of(given, config.tokenizer))
     assert source is not None
-    checkpoint.same_model(checkpoint.read_progress(source)[0].model, checkpoint.shape(config), source)
+    checkpoint.check_same_model(checkpoint.read_trainer_state(source)[0].model, checkpoint.model_shape(config), source)
     load_weights(source, engine)
 
 
-def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint.Progress) -> Path | None:
+def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint.TrainerState) -> Path | None:
     """The checkpoint under the adapters that the run trains, chosen by rank 0 for all: what a resumed run's checkpoint
     `source` names, else what --init-from means. None for a run that trains every weight; collective."""
     if source is not None:
@@ -83,7 +83,7 @@ def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint
 
     def chosen() -> Path | None:
         if source is not None:
-            return checkpoint.sound_base(source, progress)
+            return checkpoint.valid_base(source, progress)
         if config.init_from is None:
             raise UserError(
                 f"lora_rank {config.lora_rank} trains adapters over the weights of another run, and none is given",
@@ -93,12 +93,12 @@ def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint
 
     found = agree(ranks, chosen)
     assert found is not None
-    checkpoint.same_model(checkpoint.read_progress(found)[0].model, checkpoint.shape(config), found)
+    checkpoint.check_same_model(checkpoint.read_trainer_state(found)[0].model, checkpoint.model_shape(config), found)
     return found
 
 
-def _same_adapters(progress: checkpoint.Progress, config: Config, source: Path) -> None:
-    own = checkpoint.adapters(config)
+def _same_adapters(progress: checkpoint.TrainerState, config: Config, source: Path) -> None:
+    own = checkpoint.adapter_settings(config)
     if progress.lora != own:
         there, here = (", ".join(f"{k} {v}" for k, v in one.items()) or "none" for one in (progress.lora, own))
         raise UserError(

@@ -85,8 +85,8 @@ def _write(folder: Path, dataset: PairDataset, margins_P: NDArray[np.float32]) -
     values.parent.mkdir(parents=True, exist_ok=True)
     with values.open("wb") as file:
         np.save(file, margins_P)
-    checkpoint.sync(values)
-    checkpoint.write_json(facts, {"fingerprint": dataset.fingerprint, "sha256": checkpoint.digest(values)})
+    checkpoint.fsync(values)
+    checkpoint.write_json(facts, {"fingerprint": dataset.fingerprint, "sha256": checkpoint.file_sha256(values)})
 
 
 def _agreed(ranks: Ranks, folder: Path, dataset: PairDataset) -> NDArray[np.float32] | None:

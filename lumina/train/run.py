@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lumina import checkpoint
 from lumina.chat import AnyTokenizer, open_tokenizer
-from lumina.checkpoint import Progress, same_model, shape
+from lumina.checkpoint import TrainerState, check_same_model, model_shape
 from lumina.cluster.signals import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
@@ -51,7 +51,7 @@ from lumina.train.recovery.recovery import Answers, Memory
 from lumina.train.recovery.spikes import Guard
 from lumina.train.saves import Saves
 from lumina.train.schedules import schedule
-from lumina.train.snapshot import fill, load
+from lumina.train.snapshot import load_checkpoint, load_frozen_weights
 from lumina.train.stragglers import Stragglers
 from lumina.train.watchdog import Watchdog
 
@@ -123,9 +123,9 @@ class Run:
             self._resume(source, trainer)
         else:
             self._start_from()
-        self.progress.lora = checkpoint.adapters(config)
-        self.progress.base = {} if self.base is None else checkpoint.reference(self.base, self.folder)
-        self.progress.model, self.progress.data_fingerprint = shape(config), self.train_data.fingerprint
+        self.progress.lora = checkpoint.adapter_settings(config)
+        self.progress.base = {} if self.base is None else checkpoint.base_reference(self.base, self.folder)
+        self.progress.model, self.progress.data_fingerprint = model_shape(config), self.train_data.fingerprint
         self.start_step = self.progress.step
         self.guard = Guard(config, self.progress.guard)
         self.utilisation = Utilisation(config, precision, device == "cuda")
@@ -147,7 +147,7 @@ class Run:
             if self.base is not None:  # before the engine is made: what is frozen has no place in its optimizer
                 lora.attach(model, self.config)
         if self.base is not None:
-            fill(model, self.base)
+            load_frozen_weights(model, self.base)
         if self.config.float8 is not None:
             float8.check(self.config)
             float8.convert(model, self.config.float8)
@@ -205,14 +205,14 @@ class Run:
         checkpoint, with the global batch of its first start, whatever the world size is now."""
         found: list[Any] = [None]
         if self.ranks.main:
-            found = [checkpoint.global_batch(self.folder, os.environ.get("LUMINA_JOB"))]
+            found = [checkpoint.last_global_batch(self.folder, os.environ.get("LUMINA_JOB"))]
         dist.broadcast_object_list(found)
         return config if found[0] is None else same_batch(config.replace(resume="auto"), found[0])
 
-    def _find_checkpoint(self, config: Config) -> tuple[Path | None, Progress, dict[str, Any]]:
+    def _find_checkpoint(self, config: Config) -> tuple[Path | None, TrainerState, dict[str, Any]]:
         """The checkpoint to go on from, chosen by rank 0 for all."""
         source = agree(self.ranks, lambda: choose(config, self.folder))
-        progress, trainer = checkpoint.read_progress(source) if source is not None else (Progress(), {})
+        progress, trainer = checkpoint.read_trainer_state(source) if source is not None else (TrainerState(), {})
         return source, progress, trainer
 
     def _open_tokenizer(self) -> AnyTokenizer:
@@ -235,13 +235,13 @@ class Run:
         give_references(own, self.folder, self.engine, self.ranks, size, fresh, begin, beat)
 
     def _resume(self, source: Path, trainer: dict[str, Any]) -> None:
-        same_model(self.progress.model, shape(self.config), source)
+        check_same_model(self.progress.model, model_shape(self.config), source)
         if self.progress.data_fingerprint != self.train_data.fingerprint:
             raise UserError(
                 f"the training data is not what {source} was trained on, so its position in the data means nothing",
                 "Resume with the same files and data settings, or start a run with another --experiment-name.",
             )
-        load(source, self.engine, trainer)
+        load_checkpoint(source, self.engine, trainer)
 
     def _open_folder(self, report: Iterable[str], precision: str) -> None:
         """The run's folder with its resolved configuration, log and metrics. Rank 0 writes."""
@@ -255,7 +255,7 @@ class Run:
         kernel = report_kernel(self.engine.device, precision)  # on every rank: chosen here, not in its first step
         if not self.ranks.main:
             return
-        self.lease = checkpoint.Lease(self.folder, os.environ.get("LUMINA_JOB"), self.global_batch)
+        self.lock = checkpoint.RunLock(self.folder, os.environ.get("LUMINA_JOB"), self.global_batch)
         for name in ("checkpoints", "backups"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(keep_tokenizer(self.config, self.folder).to_yaml())

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from lumina import checkpoint
-from lumina.checkpoint import REQUESTS, HostCopies, Job, Outcome, Place, Retention, Saver, Target
+from lumina.checkpoint import REQUESTS, Retention, SaveJob, SaveKind, SaveOutcome, Saver, SaveTarget, StagingBuffer
 from lumina.train.recovery.recovery import agreed
-from lumina.train.snapshot import take
+from lumina.train.snapshot import take_snapshot
 
 if TYPE_CHECKING:
     from lumina.train.run import Run
@@ -42,15 +42,15 @@ class Saves:
         start = [secrets.token_hex(4)]
         dist.broadcast_object_list(start)
         self._saver = Saver(run.ranks.rank, run.ranks.world, start[0], 60 * config.save_timeout_minutes)
-        self._checkpoints = Target("checkpoint", run.folder / "checkpoints", Retention(config.keep_last))
-        self._backups: Target | None = None
+        self._checkpoints = SaveTarget("checkpoint", run.folder / "checkpoints", Retention(config.keep_last))
+        self._backups: SaveTarget | None = None
         if config.backup_dir is not None:
             keep = Retention(config.backup_keep_last, config.backup_keep_every, config.backup_keep_best)
             folder = Path(config.backup_dir) / config.experiment_name
-            self._backups = Target("backup", folder, keep, verify=True)
-        self._copies = HostCopies(run.engine.device)
+            self._backups = SaveTarget("backup", folder, keep, verify=True)
+        self._copies = StagingBuffer(run.engine.device)
         self._begun = run.progress.step  # the step of the last checkpoint begun
-        self._wanted: set[Place] = set()
+        self._wanted: set[SaveKind] = set()
         self._busy_anywhere = False
         self._retry = _Retry()
         self._last_backup = time.monotonic()
@@ -58,7 +58,7 @@ class Saves:
         self._requests: list[str] = []
         self.stall = 0.0  # seconds that this step's saving took from the training
         if run.ranks.main:
-            self._saver.owns = run.lease.held
+            self._saver.owns = run.lock.held
             for target in filter(None, (self._checkpoints, self._backups)):
                 with suppress(OSError):
                     checkpoint.clear_leftovers(target.folder)
@@ -161,25 +161,25 @@ class Saves:
         self.stall += took
         return took
 
-    def _begin(self, places: set[Place], best_loss: float | None = None) -> None:
+    def _begin(self, places: set[SaveKind], best_loss: float | None = None) -> None:
         began = time.perf_counter()
         wanted, self._wanted = set(places), set()
-        targets = [t for t in (self._checkpoints, self._backups) if t is not None and t.place in wanted]
+        targets = [t for t in (self._checkpoints, self._backups) if t is not None and t.kind in wanted]
         if not targets:
             return
         run = self._run
         assert not run.deferred.pending, "the step's numbers belong to its checkpoint"
         run.progress.guard = run.guard.state()
-        snapshot = take(run.engine, run.progress, self._copies)
+        snapshot = take_snapshot(run.engine, run.progress, self._copies)
         requests, self._requests = self._requests, []
-        job = Job(snapshot, targets, best_loss, requests)
+        job = SaveJob(snapshot, targets, best_loss, requests)
         self._saver.begin(job)
         if "checkpoint" in wanted:
             self._begun = run.progress.step
         if "backup" in wanted:
             self._last_backup = time.monotonic()
         for target in targets:
-            self._retry.begun(target.place)
+            self._retry.begun(target.kind)
         self._busy_anywhere = True
         job.stall = time.perf_counter() - began
         self.stall += job.stall
@@ -195,17 +195,17 @@ class Saves:
             if self._run.ranks.main:
                 self._tell(outcome)
 
-    def _tell(self, outcome: Outcome) -> None:
+    def _tell(self, outcome: SaveOutcome) -> None:
         run, step = self._run, outcome.job.snapshot.step
-        rule = "save-failed" if outcome.place == "checkpoint" else "backup-failed"
+        rule = "save-failed" if outcome.kind == "checkpoint" else "backup-failed"
         if outcome.path is not None:
-            self._retry.succeeded(outcome.place)
+            self._retry.succeeded(outcome.kind)
             run.health.clear(rule)
             run.events.add(
                 step,
                 "save",
                 "info",
-                outcome.place,
+                outcome.kind,
                 f"step {step} written",
                 str(outcome.path),
                 seconds=round(outcome.seconds, 3),
@@ -213,10 +213,10 @@ class Saves:
                 stall=round(outcome.job.stall, 4),
             )
         else:
-            wait = self._retry.failed(outcome.place, outcome.retry)
+            wait = self._retry.failed(outcome.kind, outcome.retry)
             then = f"tried again in {wait:.0f} s" if wait is not None else "not tried again before the next is due"
-            self._failed(rule, f"{outcome.place} of step {step}: {outcome.error}", then)
-        if outcome.place == "checkpoint":
+            self._failed(rule, f"{outcome.kind} of step {step}: {outcome.error}", then)
+        if outcome.kind == "checkpoint":
             for request in outcome.job.requests:
                 answer = {"step": step, "path": str(outcome.path or ""), "error": outcome.error}
                 _answer(self._run.folder, request, answer)
@@ -282,7 +282,7 @@ class Saves:
         snapshot = None
         if not refusal:
             run.progress.guard = run.guard.state()
-            snapshot = take(run.engine, run.progress, self._copies)
+            snapshot = take_snapshot(run.engine, run.progress, self._copies)
             snapshot.trainer["emergency"] = why
             if not snapshot.finite():
                 refusal = "the weights are not finite"
@@ -296,7 +296,7 @@ class Saves:
         )
         if refusals or snapshot is None:
             return str(refusals[0])
-        self._saver.begin(Job(snapshot, [self._checkpoints]))
+        self._saver.begin(SaveJob(snapshot, [self._checkpoints]))
         if not self._saver.wait(seconds):
             return "the disk is too slow"
         error = next((outcome.error for outcome in self._saver.outcomes()), "")

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lumina.checkpoint import MASTER, HostCopies, Progress, Reader, Snapshot, open_weights
+from lumina.checkpoint import MASTER, CheckpointReader, Snapshot, StagingBuffer, TrainerState, open_weights
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.fragments import fragments, moments, prepare_moments, publish, raw_step_count, to_load
 from lumina.train.deepspeed.partitioned_init import forget_copies, own_part
 
 
-def take(engine: Engine, progress: Progress, copies: HostCopies | None = None) -> Snapshot:
+def take_snapshot(engine: Engine, progress: TrainerState, copies: StagingBuffer | None = None) -> Snapshot:
     """Begin to copy this rank's state; not collective, and the host does not wait for a GPU. `copies` holds the memory
     of earlier snapshots, of which nobody may need the last one any more; `copies.before_update()` must be called before
     the next update."""
-    copies = HostCopies(engine.device) if copies is None else copies
+    copies = StagingBuffer(engine.device) if copies is None else copies
     values: dict[str, torch.Tensor] = {}
     ranges: dict[str, list[int]] = {}
     for piece in fragments(engine):
@@ -45,9 +45,9 @@ def take(engine: Engine, progress: Progress, copies: HostCopies | None = None) -
 
 
 @torch.no_grad()
-def load(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -> None:
+def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -> None:
     """Load weights and optimizer state into an engine of any world size and ZeRO stage; collective."""
-    reader = Reader(checkpoint)
+    reader = CheckpointReader(checkpoint)
     prepare_moments(engine, reader.keys, int(trainer["optimizer_step"]))
     for piece in to_load(engine):
         targets = {MASTER: piece.view(piece.owner)}
@@ -75,7 +75,7 @@ def load_weights(checkpoint: Path, engine: Engine) -> None:
     dist.barrier()
 
 
-def fill(model: torch.nn.Module, base: Path) -> None:
+def load_frozen_weights(model: torch.nn.Module, base: Path) -> None:
     """Copy a checkpoint's weights, merged, into the frozen parameters of a model with adapters: of divided ones
     (lumina.train.deepspeed.partitioned_init) this rank reads its own part alone."""
     weights = open_weights(base)

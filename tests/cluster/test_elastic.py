@@ -53,7 +53,7 @@ def test_lost_nodes_are_done_without_and_taken_in_again(
     expect_nobody(cluster)
     expect_every_sample(run, conversations)
 
-    end = checkpoint.read_progress(newest(run))[0].step + 1
+    end = checkpoint.read_trainer_state(newest(run))[0].step + 1
     runs.train([*words, "--set", f"max_steps={end}", "--resume", "auto"])
     calm = place / "calm"
     calm_words = [word.replace(str(run.name), calm.name) if word == run.name else word for word in words]

@@ -14,7 +14,7 @@ from small_tokenizer import VOCABULARY, write_tokenizer
 from test_importing import make_hf
 
 from lumina import checkpoint
-from lumina.checkpoint import adapters, reference
+from lumina.checkpoint import adapter_settings, base_reference
 from lumina.cli import main
 from lumina.config import LoraConfig, UserError
 from lumina.infer import export, import_hf, load
@@ -67,8 +67,8 @@ def write_adapters(run: Path, base: Path, model: Transformer, settings: LoraConf
     facts = {
         "step": 5,
         "model": shape | {"head_size": model.config.head_size},
-        "lora": adapters(settings),
-        "base": reference(checkpoint.checkpoints(base / "checkpoints")[0], run),
+        "lora": adapter_settings(settings),
+        "base": base_reference(checkpoint.list_checkpoints(base / "checkpoints")[0], run),
     }
     checkpoint.write_json(saved / "trainer.json", facts)
     rehash(saved)
@@ -76,7 +76,7 @@ def write_adapters(run: Path, base: Path, model: Transformer, settings: LoraConf
 
 
 def rehash(saved: Path) -> None:
-    files = [checkpoint.entry(path) for path in sorted(saved.iterdir()) if path.name != "manifest.json"]
+    files = [checkpoint.manifest_entry(path) for path in sorted(saved.iterdir()) if path.name != "manifest.json"]
     checkpoint.write_json(saved / "manifest.json", {"format": 1, "files": files})
 
 

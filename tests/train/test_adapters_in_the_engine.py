@@ -10,7 +10,7 @@ import torch
 from tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 from lumina import checkpoint
-from lumina.checkpoint import Progress
+from lumina.checkpoint import TrainerState
 from lumina.model import lora
 from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
@@ -46,9 +46,9 @@ def test_only_adapters_move_and_are_saved(stage: int, precision: str, tmp_path: 
     ), "something else has optimizer state"
     assert all(not torch.equal(state[key], begun[key]) for key in begun if key.startswith("master"))
 
-    path = save(tmp_path, made, Progress(step=12))
+    path = save(tmp_path, made, TrainerState(step=12))
     fresh = make_engine(stage, precision, seed=0, **SETTINGS)
-    snapshot.load(path, fresh, checkpoint.read_progress(path)[1])
+    snapshot.load_checkpoint(path, fresh, checkpoint.read_trainer_state(path)[1])
     assert same_state(state_of(fresh), state)
     assert train_step(made, 5) == train_step(fresh, 5)
     assert same_state(state_of(fresh), state_of(made))

@@ -15,7 +15,7 @@ import torch
 from tiny_engines import make_engine, save, train_step
 
 from lumina import checkpoint
-from lumina.checkpoint import MANIFEST, TRAINER, Progress, damage, integrity, newest_sound
+from lumina.checkpoint import MANIFEST, TRAINER, TrainerState, integrity, integrity_error, latest_valid
 from lumina.config import UserError
 from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
@@ -32,7 +32,7 @@ def engine() -> Engine:
 def original(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     for step in (5, 10):
-        save(folder, engine, Progress(step=step, best_loss=1.5, global_batch_size=4, data_fingerprint="abc"))
+        save(folder, engine, TrainerState(step=step, best_loss=1.5, global_batch_size=4, data_fingerprint="abc"))
     return folder
 
 
@@ -56,12 +56,12 @@ def test_what_a_checkpoint_holds(folder: Path) -> None:
     manifest = json.loads((newest(folder) / MANIFEST).read_text())
     assert manifest["format"] == 1
     assert sorted(f["name"] for f in manifest["files"]) == files[1:]
-    assert damage(newest(folder)) is None
+    assert integrity_error(newest(folder)) is None
 
 
 def test_progress_comes_back(folder: Path) -> None:
-    progress, trainer = checkpoint.read_progress(newest(folder))
-    assert progress == Progress(step=10, best_loss=1.5, global_batch_size=4, data_fingerprint="abc")
+    progress, trainer = checkpoint.read_trainer_state(newest(folder))
+    assert progress == TrainerState(step=10, best_loss=1.5, global_batch_size=4, data_fingerprint="abc")
     assert trainer["optimizer_step"] == 1
 
 
@@ -70,8 +70,8 @@ def test_saving_over_a_damaged_one(folder: Path, engine: Engine) -> None:
     (newest(folder) / TRAINER).write_text("torn")
     (folder / ".step-00000010.partial").mkdir()
     (folder / ".step-00000010.partial" / "rank-00001-of-00002.safetensors").write_bytes(b"from an earlier life")
-    assert save(folder, engine, Progress(step=10)) == newest(folder)
-    assert damage(newest(folder)) is None
+    assert save(folder, engine, TrainerState(step=10)) == newest(folder)
+    assert integrity_error(newest(folder)) is None
     assert len(list(newest(folder).iterdir())) == 3
 
 
@@ -93,7 +93,7 @@ def test_nothing_in_it_is_pickle(folder: Path, engine: Engine, monkeypatch: pyte
     weights = checkpoint.read_weights(newest(folder), shapes)
     for name, parameter in engine.model.named_parameters():
         assert torch.equal(weights[name], parameter.detach())
-    snapshot.load(newest(folder), engine, checkpoint.read_progress(newest(folder))[1])
+    snapshot.load_checkpoint(newest(folder), engine, checkpoint.read_trainer_state(newest(folder))[1])
 
 
 # --- Damage ---
@@ -101,12 +101,12 @@ def test_nothing_in_it_is_pickle(folder: Path, engine: Engine, monkeypatch: pyte
 
 def falls_back(folder: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     """The newest is found damaged, by the file's name; the one before is chosen, with a warning that says so."""
-    found = damage(newest(folder))
+    found = integrity_error(newest(folder))
     assert found is not None
     assert name in found
     caplog.clear()
     with caplog.at_level(logging.WARNING, "lumina"):
-        assert newest_sound(checkpoint.checkpoints(folder)) == folder / "step-00000005"
+        assert latest_valid(checkpoint.list_checkpoints(folder)) == folder / "step-00000005"
     assert len(caplog.records) == 1
     assert "step-00000010" in caplog.text
     assert name in caplog.text
@@ -124,7 +124,7 @@ def test_a_flipped_byte_in_each_file(folder: Path, caplog: pytest.LogCaptureFixt
             name = path.name if path.name != MANIFEST else ""
             falls_back(folder, caplog, name)
         path.write_bytes(whole)
-    assert newest_sound(checkpoint.checkpoints(folder)) == newest(folder)
+    assert latest_valid(checkpoint.list_checkpoints(folder)) == newest(folder)
 
 
 def test_every_byte_of_the_manifest(folder: Path) -> None:
@@ -132,8 +132,11 @@ def test_every_byte_of_the_manifest(folder: Path) -> None:
     path = newest(folder) / MANIFEST
     whole = path.read_bytes()
     meaning = json.loads(whole)
-    sizes = {p.name: checkpoint.digest(p) for p in newest(folder).iterdir()}
-    whole_digest, integrity.digest = integrity.digest, lambda p: sizes[p.name]  # hashing is not what is tested here
+    sizes = {p.name: checkpoint.file_sha256(p) for p in newest(folder).iterdir()}
+    whole_digest, integrity.file_sha256 = (
+        integrity.file_sha256,
+        lambda p: sizes[p.name],
+    )  # hashing is not what is tested here
     try:
         for place in range(len(whole)):
             spoiled = bytearray(whole)
@@ -143,9 +146,12 @@ def test_every_byte_of_the_manifest(folder: Path) -> None:
                 harmless = json.loads(spoiled) == meaning
             except ValueError:
                 harmless = False
-            assert (damage(newest(folder)) is None) == harmless, (place, bytes(spoiled[place - 20 : place + 20]))
+            assert (integrity_error(newest(folder)) is None) == harmless, (
+                place,
+                bytes(spoiled[place - 20 : place + 20]),
+            )
     finally:
-        integrity.digest = whole_digest
+        integrity.file_sha256 = whole_digest
 
 
 def remove(path: Path) -> None:
@@ -214,17 +220,17 @@ def test_names_that_lead_outside(absolute: bool, folder: Path, caplog: pytest.Lo
     path = newest(folder) / MANIFEST
     manifest = json.loads(path.read_text())
     name = str(outside) if absolute else "../secret"
-    manifest["files"].append({"name": name, "bytes": 9, "sha256": checkpoint.digest(outside)})
+    manifest["files"].append({"name": name, "bytes": 9, "sha256": checkpoint.file_sha256(outside)})
     path.write_text(json.dumps(manifest))
     falls_back(folder, caplog, "secret")
 
 
 def test_none_is_sound(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for path in checkpoint.checkpoints(folder):
+    for path in checkpoint.list_checkpoints(folder):
         (path / TRAINER).unlink()
-    assert newest_sound(checkpoint.checkpoints(folder)) is None
+    assert latest_valid(checkpoint.list_checkpoints(folder)) is None
     assert len(caplog.records) == 2
-    assert newest_sound([]) is None
+    assert latest_valid([]) is None
 
 
 # --- Finding ---
@@ -234,15 +240,15 @@ def test_only_named_folders_count(folder: Path) -> None:
     for name in (".step-00000020.partial", ".step-00000005.doomed", "step-20", "step-0000002x", "step-00000020.old"):
         shutil.copytree(newest(folder), folder / name)
     (folder / "step-00000030").write_text("a file")
-    assert [p.name for p in checkpoint.checkpoints(folder)] == ["step-00000010", "step-00000005"]
-    assert checkpoint.checkpoints(folder / "nowhere") == []
+    assert [p.name for p in checkpoint.list_checkpoints(folder)] == ["step-00000010", "step-00000005"]
+    assert checkpoint.list_checkpoints(folder / "nowhere") == []
 
 
 def test_newest_is_by_number(folder: Path) -> None:
     """Not by name: beyond 99,999,999 steps a name grows longer."""
     for step in (99_999_999, 100_000_000):
         (folder / checkpoint.name_of(step)).mkdir()
-    found = [p.name for p in checkpoint.checkpoints(folder)]
+    found = [p.name for p in checkpoint.list_checkpoints(folder)]
     assert found[:2] == ["step-100000000", "step-99999999"]
     assert [p.name for p in checkpoint.candidates(folder / "step-100000000")] == found
     assert [p.name for p in checkpoint.candidates(folder / "step-99999999")] == found[1:]
@@ -272,12 +278,12 @@ def fill(folder: Path, steps: range) -> None:
 def test_the_last_and_the_best_are_kept(best: int | None, kept: list[int], tmp_path: Path) -> None:
     fill(tmp_path, range(1, 10))
     if best is not None:
-        checkpoint.mark_best(tmp_path, best, 1.0)
+        checkpoint.record_best(tmp_path, best, 1.0)
     checkpoint.prune(tmp_path, 2)
-    assert [int(p.name.split("-")[1]) for p in checkpoint.checkpoints(tmp_path)] == kept[::-1]
+    assert [int(p.name.split("-")[1]) for p in checkpoint.list_checkpoints(tmp_path)] == kept[::-1]
     assert checkpoint.best_step(tmp_path) == best
     checkpoint.prune(tmp_path, 2)
-    assert len(checkpoint.checkpoints(tmp_path)) == len(kept)
+    assert len(checkpoint.list_checkpoints(tmp_path)) == len(kept)
 
 
 def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:

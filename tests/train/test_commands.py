@@ -51,7 +51,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def names(folder: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(folder)]
+    return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder)]
 
 
 def lumina(*words: object) -> int:
@@ -62,7 +62,7 @@ def test_backups_are_kept_by_their_own_rule_and_equal_the_checkpoints(run: Path)
     backups = run.parent / "disk" / "run"
     assert names(run / "checkpoints") == [9, 8]
     assert names(backups) == [8, 6, 4]
-    assert all(checkpoint.damage(path) is None for path in checkpoint.checkpoints(backups))
+    assert all(checkpoint.integrity_error(path) is None for path in checkpoint.list_checkpoints(backups))
     one, other = (real.state(folder / checkpoint.name_of(8)) for folder in (run / "checkpoints", backups))
     assert differing(one, other) == []
     places = [event["rule"] for event in read_events(run / "events.jsonl") if event["kind"] == "save"]
@@ -101,7 +101,7 @@ def test_verify_and_restore(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert line.startswith("checkpoint step-00000008: DAMAGED: rank-00001")
 
     assert lumina("restore", run) == 0
-    assert checkpoint.damage(run / "checkpoints" / checkpoint.name_of(8)) is None
+    assert checkpoint.integrity_error(run / "checkpoints" / checkpoint.name_of(8)) is None
     assert "--resume auto would take the newer step-00000009" in capsys.readouterr().out
     assert lumina("restore", run, "--step", 4) == 0
     assert names(run / "checkpoints") == [9, 8, 4]
@@ -143,9 +143,9 @@ def test_save_asks_a_running_job(
     job = runs.start(arguments(run, conversations, stage=2, **settings), 2)
     job.wait_for_step(2)
     assert lumina("save", run, "--timeout", 120) == 0
-    (saved,) = checkpoint.checkpoints(run / "checkpoints")
+    (saved,) = checkpoint.list_checkpoints(run / "checkpoints")
     assert str(saved) in capsys.readouterr().out
-    assert checkpoint.damage(saved) is None
+    assert checkpoint.integrity_error(saved) is None
     job.signal(signal.SIGTERM)
     assert job.wait() == [75, 75]
     assert lumina("save", run, "--timeout", 0.5) == 2

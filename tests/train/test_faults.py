@@ -147,7 +147,7 @@ def _die_in_rollback(rank: int) -> None:
     import os
 
     _spoil(rank, **BAD)
-    snapshot.load = lambda *given: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    snapshot.load_checkpoint = lambda *given: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
 
 
 def _half_precision(rank: int, *, nan: tuple[int, ...], loss: bool) -> None:
@@ -212,7 +212,7 @@ def test_spikes_without_end(runs: Runs, conversations: Path, place: Path) -> Non
     assert job.wait() == [2]
     assert "after 2 rollbacks" in job.stderr()
     assert "Traceback" not in job.stderr()
-    assert checkpoint.damage(real.newest(run)) is None
+    assert checkpoint.integrity_error(real.newest(run)) is None
     assert finite(real.state(real.newest(run)))
 
 
@@ -350,7 +350,7 @@ def test_out_of_memory_amid_a_collective_ends_the_start(
     assert codes[1] == 2, job.stderr()  # the user's turn: UserError
     assert codes[0] == 2 if only is None else codes[0] not in (0, 75), codes
     assert "Start the run again with --resume auto: it then takes micro-batches of 1" in job.stderr()
-    assert checkpoint.damage(real.newest(run)) is None
+    assert checkpoint.integrity_error(real.newest(run)) is None
     assert real.newest(run).name == checkpoint.name_of(EVERY)
 
     runs.train([*argv, "--resume", "auto"], 2)
@@ -512,8 +512,8 @@ def test_an_exception_leaves_an_emergency_checkpoint(
     assert "planted in" in job.stderr()
     saved = real.newest(broken)
     assert saved.name == checkpoint.name_of(step)
-    assert checkpoint.damage(saved) is None
-    assert checkpoint.read_progress(saved)[1]["emergency"].startswith("RuntimeError: planted in")
+    assert checkpoint.integrity_error(saved) is None
+    assert checkpoint.read_trainer_state(saved)[1]["emergency"].startswith("RuntimeError: planted in")
     (told,) = events(broken, rule="exception")
     assert told["action"] == f"emergency checkpoint of step {step}"
     assert [record["step"] for record in real.steps(broken)] == list(range(1, step + 1))
@@ -533,6 +533,6 @@ def test_an_emergency_of_one_rank_alone_saves_nothing(
     argv = [*arguments(run, conversations, stage=2, **settings), "--eval-data", str(held_out)]
     job = runs.start(argv, 2, partial(_raise_in_evaluation, step=5, only=0))
     assert all(code not in (0, 75) for code in job.wait())
-    assert [path.name for path in checkpoint.checkpoints(run / "checkpoints")] == [checkpoint.name_of(EVERY)]
-    assert checkpoint.damage(real.newest(run)) is None
+    assert [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")] == [checkpoint.name_of(EVERY)]
+    assert checkpoint.integrity_error(real.newest(run)) is None
     assert events(run, rule="exception")

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from lumina.checkpoint.lock import NAME, Lease, global_batch
+from lumina.checkpoint.lock import NAME, RunLock, last_global_batch
 from lumina.config import UserError
 
 
 def test_a_later_claim_takes_it(tmp_path: Path) -> None:
-    first = Lease(tmp_path / "run", "job", 8)
+    first = RunLock(tmp_path / "run", "job", 8)
     first.assert_held()
-    second = Lease(tmp_path / "run", "job", 8)
+    second = RunLock(tmp_path / "run", "job", 8)
     assert second.held()
     assert not first.held(), "a node that wakes up must find that it has lost the folder"
     with pytest.raises(UserError, match="another start of this run owns"):
@@ -22,27 +22,27 @@ def test_a_later_claim_takes_it(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_meet(tmp_path: Path) -> None:
-    one, other = Lease(tmp_path / "a", "job", 8), Lease(tmp_path / "b", "job", 8)
+    one, other = RunLock(tmp_path / "a", "job", 8), RunLock(tmp_path / "b", "job", 8)
     assert one.held()
     assert other.held()
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", '{"token": "x"', "{}"])
 def test_a_lost_or_torn_file_is_not_held(text: str | None, tmp_path: Path) -> None:
-    lease = Lease(tmp_path, "job", 8)
+    lock = RunLock(tmp_path, "job", 8)
     (tmp_path / NAME).unlink()
     if text is not None:
         (tmp_path / NAME).write_text(text)
-    assert not lease.held()
-    assert global_batch(tmp_path, "job") is None
+    assert not lock.held()
+    assert last_global_batch(tmp_path, "job") is None
 
 
 def test_only_the_same_launch_goes_on(tmp_path: Path) -> None:
-    assert global_batch(tmp_path, "job") is None, "there was no start"
-    Lease(tmp_path, "job", 24)
-    assert global_batch(tmp_path, "job") == 24
-    assert global_batch(tmp_path, "another") is None
-    assert global_batch(tmp_path, None) is None, "a run started by hand must be told to resume"
-    Lease(tmp_path, None, 24)
-    assert global_batch(tmp_path, "job") is None, "the last start was somebody else's"
-    assert global_batch(tmp_path, None) is None
+    assert last_global_batch(tmp_path, "job") is None, "there was no start"
+    RunLock(tmp_path, "job", 24)
+    assert last_global_batch(tmp_path, "job") == 24
+    assert last_global_batch(tmp_path, "another") is None
+    assert last_global_batch(tmp_path, None) is None, "a run started by hand must be told to resume"
+    RunLock(tmp_path, None, 24)
+    assert last_global_batch(tmp_path, "job") is None, "the last start was somebody else's"
+    assert last_global_batch(tmp_path, None) is None

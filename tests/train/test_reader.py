@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lumina.checkpoint import Reader, read_weights
+from lumina.checkpoint import CheckpointReader, read_weights
 from lumina.config import UserError
 
 NAMES = {"a.weight": 24, "b": 7}
@@ -48,7 +48,7 @@ def splits(numel: int, world: int) -> st.SearchStrategy[list[int]]:
 def test_any_range_from_any_split(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     world = data.draw(st.integers(1, 6))
     cuts = {name: data.draw(splits(numel, world)) for name, numel in NAMES.items()}
-    reader = Reader(write(tmp_path_factory.mktemp("ranks"), cuts))
+    reader = CheckpointReader(write(tmp_path_factory.mktemp("ranks"), cuts))
     assert reader.world == world
     assert reader.keys == ["exp_avg"]
     assert reader.names() == set(NAMES)
@@ -64,7 +64,7 @@ def test_any_range_from_any_split(tmp_path_factory: pytest.TempPathFactory, data
 
 
 def test_a_gap_is_noticed(tmp_path: Path) -> None:
-    reader = Reader(write(tmp_path, {"a.weight": [0, 12, 24], "b": [0, 3, 7]}))
+    reader = CheckpointReader(write(tmp_path, {"a.weight": [0, 12, 24], "b": [0, 3, 7]}))
     out = torch.empty(9)
     with pytest.raises(AssertionError, match="covers 7 of 9 elements of master/b"):
         reader.read("master", "b", 0, out)

@@ -119,9 +119,9 @@ def _die(rank: int, *, whom: int, where: str, first: int) -> None:
 @pytest.mark.parametrize(
     ("whom", "where"),
     [
-        (1, "sync"),  # its file written, not yet flushed
+        (1, "fsync"),  # its file written, not yet flushed
         (1, "write_json"),  # flushed, no entry yet: rank 0 waits for it
-        (0, "entry"),  # every file whole, no manifest
+        (0, "manifest_entry"),  # every file whole, no manifest
     ],
 )
 def test_killed_in_the_middle_of_a_save(
@@ -133,7 +133,7 @@ def test_killed_in_the_middle_of_a_save(
     codes = job.wait()
     assert codes[whom] == -signal.SIGKILL
     assert codes[1 - whom] not in (0, 75), "the other rank went on or called it a success"
-    assert [path.name for path in checkpoint.checkpoints(run / "checkpoints")] == [checkpoint.name_of(EVERY)]
+    assert [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")] == [checkpoint.name_of(EVERY)]
     assert list((run / "checkpoints").glob(".*.partial")), "the kill came before the save"
 
     runs.train([*argv, "--resume", "auto"], 2)

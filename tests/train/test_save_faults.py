@@ -19,12 +19,11 @@ from runs import Job, Runs, arguments
 from tiny_engines import make_engine, save, train_step
 
 from lumina import checkpoint
-from lumina.checkpoint import HostCopies, Progress, Retention, SaveError, Saver, Target, write
-from lumina.checkpoint import Job as SaveJob
+from lumina.checkpoint import Retention, SaveError, SaveJob, Saver, SaveTarget, StagingBuffer, TrainerState, write
 from lumina.monitor import read_metrics
 from lumina.monitor.events import read_events
 from lumina.train import loop, saves
-from lumina.train.snapshot import take
+from lumina.train.snapshot import take_snapshot
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -36,7 +35,7 @@ def rules(run: Path) -> list[str]:
 
 
 def names(run: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(run / "checkpoints")]
+    return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
 
 
 # --- The saver alone ------------------------------------------------------------------------------
@@ -49,7 +48,7 @@ def make_saver(start: str = "a", rank: int = 0, world: int = 1, timeout: float =
 def begin(saver: Saver, folder: Path, step: int = 1) -> None:
     made = make_engine(0)
     train_step(made, 0)
-    saver.begin(SaveJob(take(made, Progress(step=step)), [Target("checkpoint", folder, Retention(3))]))
+    saver.begin(SaveJob(take_snapshot(made, TrainerState(step=step)), [SaveTarget("checkpoint", folder, Retention(3))]))
 
 
 def outcome(saver: Saver) -> tuple[bool, str, bool]:
@@ -81,8 +80,8 @@ def test_two_ranks_write_one_checkpoint(tmp_path: Path) -> None:
     begin(one, tmp_path)
     assert outcome(one)[0]
     assert outcome(other)[0]
-    (saved,) = checkpoint.checkpoints(tmp_path)
-    assert checkpoint.damage(saved) is None
+    (saved,) = checkpoint.list_checkpoints(tmp_path)
+    assert checkpoint.integrity_error(saved) is None
     assert len(list(saved.iterdir())) == 4
 
 
@@ -96,7 +95,7 @@ def test_what_is_tried_again(number: int, retry: bool) -> None:
 def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(SaveError) as failure:
-        save(tmp_path / "file", make_engine(0), Progress(step=1))
+        save(tmp_path / "file", make_engine(0), TrainerState(step=1))
     assert not failure.value.retry
 
 
@@ -118,13 +117,13 @@ def test_the_snapshot_is_of_the_step_it_was_taken_at(tmp_path: Path) -> None:
     """Training goes on while it is written."""
     made = make_engine(2)
     train_step(made, 0)
-    memory = HostCopies(made.device)
-    snapshot = take(made, Progress(step=1), memory)
+    memory = StagingBuffer(made.device)
+    snapshot = take_snapshot(made, TrainerState(step=1), memory)
     copies = {name: torch.cat(parts) for name, parts in snapshot.tensors.items()}
     train_step(made, 1)
     assert all(torch.equal(copies[name], torch.cat(parts)) for name, parts in snapshot.tensors.items())
     places = {name: [part.data_ptr() for part in parts] for name, parts in snapshot.tensors.items()}
-    again, held = take(made, Progress(step=2), memory), memory.bytes
+    again, held = take_snapshot(made, TrainerState(step=2), memory), memory.bytes
     for name in snapshot.ranges:
         key = f"master/{name}"
         assert [part.data_ptr() for part in again.tensors[key]] == places[key], "the memory is used again"
@@ -138,14 +137,14 @@ def test_the_snapshot_is_of_the_step_it_was_taken_at(tmp_path: Path) -> None:
 
 def _slow(rank: int, *, metrics: Path) -> None:
     """The save of step 3 hangs until step 8 has been trained."""
-    original = write.sync
+    original = write.fsync
 
-    def sync(path: Path) -> None:
+    def fsync(path: Path) -> None:
         while checkpoint.name_of(3) in str(path) and not any(r["step"] >= 8 for r in read_metrics(metrics)):
             time.sleep(0.02)
         original(path)
 
-    write.sync = sync
+    write.fsync = fsync
 
 
 def test_a_slow_disk_puts_saves_off(runs: Runs, conversations: Path, place: Path) -> None:
@@ -157,7 +156,7 @@ def test_a_slow_disk_puts_saves_off(runs: Runs, conversations: Path, place: Path
     assert job.wait() == [0, 0], job.stderr()
     assert 6 not in names(run)
     assert {3, 13} < set(names(run))
-    assert all(checkpoint.damage(path) is None for path in checkpoint.checkpoints(run / "checkpoints"))
+    assert all(checkpoint.integrity_error(path) is None for path in checkpoint.list_checkpoints(run / "checkpoints"))
 
 
 def _writer_dies(rank: int) -> None:
@@ -214,7 +213,7 @@ def _stop_in(rank: int, *, phase: str) -> None:
     elif phase == "saving":
         before(saves.Saves, "_begin", lambda *given: True)
     else:
-        before(write, "sync", lambda *given: True)
+        before(write, "fsync", lambda *given: True)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +234,7 @@ def test_sigterm_in_each_phase(phase: str, world: int, runs: Runs, conversations
     stopped = real.steps(run)[-1]["step"]
     assert stopped < 9
     assert names(run)[0] == stopped
-    assert checkpoint.damage(real.newest(run)) is None
+    assert checkpoint.integrity_error(real.newest(run)) is None
     runs.train([*argv, "--resume", "auto"], world)
     assert names(run)[0] == 9
 
@@ -286,13 +285,13 @@ def test_a_full_disk(runs: Runs, conversations: Path, place: Path, tmpfs: Path) 
     assert "could not write its part" in failure["reason"] or "No space left" in failure["reason"]
     kept = names(run)
     assert kept
-    assert checkpoint.damage(real.newest(run)) is None
+    assert checkpoint.integrity_error(real.newest(run)) is None
     ballast.unlink()
     until(lambda: names(run)[0] > kept[0], job)
     job.signal(signal.SIGTERM)
     assert job.wait() == [75, 75], job.stderr()
     assert "WARN(save-failed" in job.stdout()
-    assert checkpoint.damage(real.newest(run)) is None
+    assert checkpoint.integrity_error(real.newest(run)) is None
 
 
 @pytest.mark.cluster
@@ -309,7 +308,7 @@ def test_a_read_only_disk(runs: Runs, conversations: Path, place: Path, tmpfs: P
     assert "Traceback" not in job.stderr()
     assert "could not be written; the newest one is older" in job.stderr()
     assert names(run) == kept
-    assert checkpoint.damage(real.newest(run)) is None
+    assert checkpoint.integrity_error(real.newest(run)) is None
     failures = [e for e in read_events(run / "events.jsonl") if e["rule"] == "save-failed" and e["kind"] == "save"]
     assert all("not tried again" in e["action"] for e in failures)
     assert real.steps(run)[-1]["step"] == 12

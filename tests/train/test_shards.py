@@ -12,7 +12,7 @@ from runs import Runs, arguments, differing, final
 from tiny_engines import make_config, make_engine, same_state, state_of, train_step
 from torch import nn
 
-from lumina.checkpoint import Reader
+from lumina.checkpoint import CheckpointReader
 from lumina.config import deepspeed as ds_json
 from lumina.model import Transformer
 from lumina.model.lora import attach
@@ -131,14 +131,14 @@ def built_whole(rank: int) -> None:
 
 def reads(place: Path, rank: int) -> None:
     """In a rank's process: note how many elements are read from checkpoints."""
-    read = Reader.read
+    read = CheckpointReader.read
 
-    def noted(self: Reader, key: str, name: str, start: int, out: torch.Tensor) -> None:
+    def noted(self: CheckpointReader, key: str, name: str, start: int, out: torch.Tensor) -> None:
         with (place / f"reads-{rank}").open("a") as file:
             file.write(f"{name} {start} {out.numel()} {self.numel(name)}\n")
         read(self, key, name, start, out)
 
-    Reader.read = noted  # type: ignore[method-assign]
+    CheckpointReader.read = noted  # type: ignore[method-assign]
 
 
 @pytest.mark.timeout(600)

@@ -18,22 +18,22 @@ from tiny_engines import make_engine, state_of, train_step
 
 from lumina.checkpoint import (
     SLAB,
-    HostCopies,
-    Job,
-    Progress,
-    Reader,
+    CheckpointReader,
     Retention,
+    SaveJob,
     Saver,
+    SaveTarget,
     Slabs,
     Snapshot,
-    Target,
+    StagingBuffer,
+    TrainerState,
     slab_sizes,
     slabs,
 )
 from lumina.config import load
 from lumina.plan.memory import parameter_groups
 from lumina.train import loop
-from lumina.train.snapshot import take
+from lumina.train.snapshot import take_snapshot
 
 # --- Memory ---
 
@@ -177,7 +177,7 @@ def play(device: Device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def snapshots(device: Device, fenced: bool) -> list[tuple[int, float]]:
     """(step, value found) of snapshots after steps 1 to 4, an update a step; `fenced`: whether updates wait."""
     weights, found = torch.zeros(1000), list[tuple[int, float]]()
-    copies = HostCopies(torch.device("cuda"))
+    copies = StagingBuffer(torch.device("cuda"))
     writer: Callable[[], None] = lambda: None
     for step in range(1, 5):
         if fenced:
@@ -212,17 +212,17 @@ def test_the_loop_does_not_wait_and_the_file_is_the_same(tmp_path: Path, monkeyp
     slabs, and what is written is what was there, optimizer's step count included."""
     made = make_engine(2)
     train_step(made, 0)
-    plain = take(made, Progress(step=1))
+    plain = take_snapshot(made, TrainerState(step=1))
     plain.wait()
     saver = Saver(0, 1, "test", timeout=60)
     with monkeypatch.context() as patch:
         pinned = play(device := Device(1), patch)
-        copies = HostCopies(torch.device("cuda"))
-        snapshot = take(made, Progress(step=1), copies)
+        copies = StagingBuffer(torch.device("cuda"))
+        snapshot = take_snapshot(made, TrainerState(step=1), copies)
         copies.before_update()
         assert "optimizer_step" not in snapshot.trainer
         assert device.waited_by == []
-        saver.begin(Job(snapshot, [Target("checkpoint", tmp_path, Retention(1))]))
+        saver.begin(SaveJob(snapshot, [SaveTarget("checkpoint", tmp_path, Retention(1))]))
         assert saver.wait()
     (outcome,) = saver.outcomes()
     assert outcome.path is not None, outcome.error
@@ -230,7 +230,7 @@ def test_the_loop_does_not_wait_and_the_file_is_the_same(tmp_path: Path, monkeyp
     assert 0 < len(pinned) <= 7
     assert snapshot.trainer == plain.trainer
     assert snapshot.trainer["optimizer_step"] == 1
-    reader = Reader(outcome.path)
+    reader = CheckpointReader(outcome.path)
     for key, value in state_of(made).items():
         kind, name = key.split("/")
         found = torch.empty(value.numel())

@@ -10,7 +10,7 @@ import torch
 from tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 from lumina import checkpoint
-from lumina.checkpoint import MASTER, Progress
+from lumina.checkpoint import MASTER, TrainerState
 from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.fragments import fragments, moments, step_count, to_load
@@ -72,13 +72,13 @@ def saved(folder: Path, stage: int, precision: str = "fp32") -> tuple[Path, Engi
     made = make_engine(stage, precision)
     for seed in (0, 1):
         train_step(made, seed)
-    return save(folder, made, Progress(step=2)), made
+    return save(folder, made, TrainerState(step=2)), made
 
 
 def loaded(source: Path, stage: int, precision: str = "fp32") -> Engine:
     """Another engine, of other weights, with the checkpoint loaded into it."""
     made = make_engine(stage, precision, seed=77)
-    snapshot.load(source, made, checkpoint.read_progress(source)[1])
+    snapshot.load_checkpoint(source, made, checkpoint.read_trainer_state(source)[1])
     return made
 
 
@@ -88,7 +88,7 @@ def test_loading_at_the_same_stage(stage: int, precision: str, tmp_path: Path) -
     source, first = saved(tmp_path, stage, precision)
     assert step_count(first) == 2
     torch.manual_seed(4)
-    snapshot.load(source, first, checkpoint.read_progress(source)[1])
+    snapshot.load_checkpoint(source, first, checkpoint.read_trainer_state(source)[1])
     random = torch.get_rng_state()
     before = state_of(first)
     assert len(before) == 3 * len(shapes(first))
@@ -115,7 +115,7 @@ def test_from_stage_to_stage(precision: str, tmp_path: Path) -> None:
         made = loaded(source, stage, precision)
         assert same_state(expected, state_of(made)), stage
         assert step_count(made) == 2
-        source = save(tmp_path / f"to-{stage}", made, Progress(step=2))
+        source = save(tmp_path / f"to-{stage}", made, TrainerState(step=2))
         engines.append(made)
     wanted = train_step(first, 5)
     for made in engines:
@@ -138,7 +138,7 @@ def test_weights_for_generation(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_moments(tmp_path: Path) -> None:
     """Saved before the first step: there are none, and loading it is a fresh start."""
-    source = save(tmp_path, make_engine(0), Progress(step=0))
+    source = save(tmp_path, make_engine(0), TrainerState(step=0))
     second = loaded(source, 0)
     assert same_state(state_of(make_engine(0)), state_of(second))
     clean = make_engine(0)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumina.checkpoint import MASTER, Job, Progress, Retention, SaveError, Saver, Target
+from lumina.checkpoint import MASTER, Retention, SaveError, SaveJob, Saver, SaveTarget, TrainerState
 from lumina.config import Config
 from lumina.config import deepspeed as ds_json
 from lumina.data import Batch, TorchBatch
@@ -21,7 +21,7 @@ from lumina.model import Transformer, float8, lora
 from lumina.train.deepspeed import engine, partitioned_init
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.fragments import fragments, moments
-from lumina.train.snapshot import take
+from lumina.train.snapshot import take_snapshot
 
 VOCABULARY = 61
 SHAPE: dict[str, Any] = {
@@ -126,10 +126,10 @@ def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def save(folder: Path, made: Engine, progress: Progress) -> Path:
+def save(folder: Path, made: Engine, progress: TrainerState) -> Path:
     """Write a checkpoint of a world of one and wait for it; raises what made it fail."""
     saver = Saver(0, 1, "test", timeout=60)
-    saver.begin(Job(take(made, progress), [Target("checkpoint", folder, Retention(100))]))
+    saver.begin(SaveJob(take_snapshot(made, progress), [SaveTarget("checkpoint", folder, Retention(100))]))
     assert saver.wait()
     (outcome,) = saver.outcomes()
     if outcome.path is None:

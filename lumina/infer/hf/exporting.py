@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from lumina.chat import Tokenizer, hf_export, hf_files, open_tokenizer
-from lumina.checkpoint import sync
+from lumina.checkpoint import fsync
 from lumina.config import ModelConfig, UserError
 from lumina.infer import hf_names
 from lumina.infer.hf.peft import USAGE as PEFT_USAGE
@@ -108,7 +108,7 @@ def export(
             _write_json(scratch / "lumina.json", config.model_dump())
         _write(scratch / "README.md", _card(checkpoint, config, dtype, form, foreign))
         for path in scratch.iterdir():
-            sync(path)
+            fsync(path)
         if out.exists():
             out.rmdir()
         os.replace(scratch, out)

@@ -22,8 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lumina.chat import Tokenizer, hf_files, open_tokenizer
-from lumina.checkpoint import FORMAT, MANIFEST, MASTER, TRAINER, Progress, digest, name_of, write_json
-from lumina.checkpoint import shape as model_shape
+from lumina.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    MASTER,
+    TRAINER,
+    TrainerState,
+    file_sha256,
+    model_shape,
+    name_of,
+    write_json,
+)
 from lumina.config import ModelConfig, UserError
 from lumina.infer import hf_names
 from lumina.infer.hf_config import to_model_config
@@ -161,9 +170,11 @@ def _write_checkpoint(checkpoint: Path, tensors: _Tensors, shapes: dict[str, tor
         ranges = {name: [0, shapes[name].numel()] for name in names}
         path = checkpoint / f"rank-{rank:05d}-of-{len(groups):05d}.safetensors"
         save_file({"rng/cpu": torch.get_rng_state(), **held}, path, metadata={"ranges": json.dumps(ranges)})
-    progress = Progress(model=model_shape(config), world=len(groups))
+    progress = TrainerState(model=model_shape(config), world=len(groups))
     write_json(checkpoint / TRAINER, {**asdict(progress), "optimizer_step": 0, "loss_scale": {}})
-    entries = [{"name": p.name, "bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(checkpoint.iterdir())]
+    entries = [
+        {"name": p.name, "bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(checkpoint.iterdir())
+    ]
     write_json(checkpoint / MANIFEST, {"format": FORMAT, "files": entries})
 
 

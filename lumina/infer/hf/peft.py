@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lumina.checkpoint import Merged, open_weights, saved_adapters
+from lumina.checkpoint import MergedWeights, open_weights, saved_adapter_settings
 from lumina.config import LoraConfig, UserError
 from lumina.infer.loading import progress_of
 from lumina.model import lora
@@ -36,10 +36,10 @@ def write_adapter(folder: Path, checkpoint: Path, dtype: torch.dtype) -> tuple[l
         raise UserError(
             f"{checkpoint} holds a whole model, no adapters", "Export it with --format hf, or train with --lora-rank."
         )
-    settings, shape = saved_adapters(checkpoint, progress)
+    settings, shape = saved_adapter_settings(checkpoint, progress)
     try:
         weights = open_weights(checkpoint)
-        assert isinstance(weights, Merged)
+        assert isinstance(weights, MergedWeights)
         tensors = {theirs: weights.adapter(ours).to(dtype) for ours, theirs in lora.peft_names(shape, settings)}
     except (SafetensorError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{checkpoint} cannot be read: {error}") from None

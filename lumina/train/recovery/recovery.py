@@ -166,9 +166,9 @@ class Answers:
         self.memory.rollbacks += 1
         self.memory.past = sorted({*self.memory.past, *refused})
         self._keep()
-        progress, trainer = checkpoint.read_progress(target)
+        progress, trainer = checkpoint.read_trainer_state(target)
         run.engine.discard()  # the step after them has been begun
-        snapshot.load(target, run.engine, trainer)
+        snapshot.load_checkpoint(target, run.engine, trainer)
         progress.world, progress.precision = run.progress.world, run.progress.precision
         progress.zero_stage = run.progress.zero_stage
         run.progress, run.guard = progress, Guard(config, progress.guard)
@@ -194,21 +194,21 @@ class Answers:
         """The newest sound checkpoint from before step `first` was tried, chosen by rank 0."""
         found: list[Any] = [None]
         if self._run.ranks.main:
-            saved = checkpoint.checkpoints(self._run.checkpoints)
-            found = [checkpoint.newest_sound([path for path in saved if checkpoint.step_of(path) < first])]
+            saved = checkpoint.list_checkpoints(self._run.checkpoints)
+            found = [checkpoint.latest_valid([path for path in saved if checkpoint.step_of(path) < first])]
         dist.broadcast_object_list(found)
         target: Path | None = found[0]
         return target
 
-    def _forget_after(self, target: Path, progress: checkpoint.Progress) -> None:
+    def _forget_after(self, target: Path, progress: checkpoint.TrainerState) -> None:
         """Checkpoints made amid the trouble would be resumed from: they lose their names."""
         folder = target.parent
-        for path in checkpoint.checkpoints(folder):
+        for path in checkpoint.list_checkpoints(folder):
             if checkpoint.step_of(path) > progress.step:
-                checkpoint.doom(path)
+                checkpoint.discard(path)
         best = progress.best_step
         if best is not None and progress.best_loss is not None and (folder / checkpoint.name_of(best)).is_dir():
-            checkpoint.mark_best(folder, best, progress.best_loss)
+            checkpoint.record_best(folder, best, progress.best_loss)
         else:
             (folder / checkpoint.BEST).unlink(missing_ok=True)
 

@@ -18,9 +18,9 @@ import torch
 
 from lumina.chat import Tokenizer
 from lumina.config import load
-from lumina.infer import LuminaVoice, Sampling, generate, hf_names
-from lumina.model import Transformer, keep_heap
-from lumina.model.cache import KVCache
+from lumina.infer import LuminaVoice, Sampling, generate
+from lumina.model import KVCache, Transformer, keep_heap
+from lumina.model.families import family_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -30,9 +30,9 @@ def peer(model: Transformer, dtype: torch.dtype) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = model.config
-    values = hf_names.to_hf_config(config, "float32", 0, 0)
+    values = family_of(config).hf_config(config, "float32", 0, 0)
     llama = LlamaForCausalLM(LlamaConfig(**values))
-    state = dict(pair for name, p in model.named_parameters() for pair in hf_names.split(name, p, config))
+    state = dict(pair for name, p in model.named_parameters() for pair in family_of(config).split(name, p, config))
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     llama.load_state_dict(state)

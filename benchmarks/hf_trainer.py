@@ -22,7 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lumina.config import load
-from lumina.infer import hf_names
+from lumina.model.families import family_of
 
 WARM = 2
 ZERO_2 = {
@@ -87,7 +87,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
     with torch.device("cuda" if cuda else "cpu"):  # drawing a billion weights on the host takes half a minute
-        model = LlamaForCausalLM(LlamaConfig(**hf_names.to_hf_config(config, "float32", 0, 0)))
+        model = LlamaForCausalLM(LlamaConfig(**family_of(config).hf_config(config, "float32", 0, 0)))
     clock = Clock(options.steps)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

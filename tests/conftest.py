@@ -1,9 +1,10 @@
-"""Fixtures of the tests that start training runs (tests/runs.py)."""
+"""Fixtures that several rooms' tests use: training runs (tests/runs.py), and packages with an entry point."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,3 +37,28 @@ def place(tmp_path: Path) -> Iterator[Path]:
     """A folder for runs, emptied afterwards: pytest keeps the last sessions' folders, and checkpoints are large."""
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.fixture
+def install(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Installs a package of one module with one entry point, as pip would leave it: install(group, name, source). The
+    entry point is the module's THING."""
+    from lumina.config import registry
+
+    installed: list[str] = []
+
+    def install(group: str, name: str, source: str, package: str = "staircase") -> None:
+        folder = tmp_path_factory.mktemp(package)
+        (folder / f"{package}.py").write_text(source)
+        info = folder / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {package}:THING\n")
+        monkeypatch.syspath_prepend(folder)
+        registry._added.cache_clear()
+        installed.append(package)
+
+    yield install
+    registry._added.cache_clear()
+    for package in installed:
+        sys.modules.pop(package, None)

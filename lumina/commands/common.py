@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -25,6 +26,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n  See: {self.prog} --help\n")
+
+    def format_help(self) -> str:
+        """The help text. `{FAMILIES}` in an option's becomes the names of that registry of lumina.config.registry,
+        which is asked only here: importing it takes longer than all the rest of the command line."""
+        for action in self._actions:
+            if action.help:
+                action.help = re.sub(r"\{([A-Z_]+)\}", _names, action.help)
+        return super().format_help()
+
+
+def _names(registry: re.Match[str]) -> str:
+    from lumina.config import registry as registries
+
+    return ", ".join(getattr(registries, registry[1]).names())
 
 
 class Command(NamedTuple):

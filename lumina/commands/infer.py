@@ -100,7 +100,8 @@ def import_(arguments: Arguments) -> int:
 
 
 def _import_options(parser: Parser) -> None:
-    parser.add_argument("source", metavar="HF_DIR", help="folder with config.json, safetensors and tokenizer.json")
+    described = "folder with config.json (model_type {FAMILIES}), safetensors and tokenizer.json"
+    parser.add_argument("source", metavar="HF_DIR", help=described)
     parser.add_argument("out", metavar="OUT", help="run's folder to write, such as experiments/NAME")
     json_option(parser)
 

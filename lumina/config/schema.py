@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from lumina.config.registry import OBJECTIVES, SCHEDULES, TRACKERS
+from lumina.config.registry import FAMILIES, OBJECTIVES, SCHEDULES, TRACKERS
 
 # What the tokenizer needs: cl100k_base and the control tokens above it, padded to a multiple of 128. lumina.chat owns
 # the number; it is repeated here so that reading a configuration loads no tokenizer (a test holds the two together).
@@ -66,9 +66,8 @@ class ModelConfig(_Strict):
     seq_length: Annotated[int, Field(ge=2)]
     vocab_size: PositiveInt = MIN_VOCAB
     intermediate_size: PositiveInt | None = None
-    # What transformers calls a model of this shape. Mistral is Llama; qwen2 adds biases to queries, keys and values,
-    # qwen3 a norm over each head's queries and keys.
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    # transformers' model_type: in what the model differs from Llama's (lumina/model/families, or another package's).
+    family: Annotated[str, AfterValidator(FAMILIES.check)] = "llama"
     head_size: PositiveInt | None = None  # None: hidden_size / num_heads
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -93,11 +92,13 @@ class ModelConfig(_Strict):
 
     @property
     def qkv_bias(self) -> bool:
-        return self.family == "qwen2"
+        """Whether queries, keys and values have biases."""
+        return bool(FAMILIES.get(self.family).qkv_bias)
 
     @property
     def qk_norm(self) -> bool:
-        return self.family == "qwen3"
+        """Whether each head's queries and keys are normed."""
+        return bool(FAMILIES.get(self.family).qk_norm)
 
     @property
     def ffn_size(self) -> int:

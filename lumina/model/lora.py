@@ -11,32 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina.config import LoraConfig, ModelConfig
+from lumina.model.fused import RowSlice, projections
 from lumina.model.transformer import Transformer
-
-
-class Part(NamedTuple):
-    """One projection's place in a fused matrix: its name in transformers, and how many rows are its own."""
-
-    name: str
-    rows: int
-
-
-def fused(config: ModelConfig) -> dict[str, list[Part]]:
-    """The matrices of a block that take adapters, by name within the block, and what they are made of."""
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "attention.qkv": [Part("q_proj", queries), Part("k_proj", keys), Part("v_proj", keys)],
-        "attention.out": [Part("o_proj", config.hidden_size)],
-        "feed_forward.gate_up": [Part("gate_proj", config.ffn_size), Part("up_proj", config.ffn_size)],
-        "feed_forward.down": [Part("down_proj", config.hidden_size)],
-    }
 
 
 def shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, int]]:
@@ -49,7 +31,7 @@ def shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, int]]:
     }
     found = {}
     for layer in range(config.num_layers):
-        for place, parts in fused(config).items():
+        for place, parts in projections(config).items():
             for part in parts:
                 if part.name in lora.lora_targets:
                     name = f"blocks.{layer}.{place}.adapters.{part.name}"
@@ -77,7 +59,7 @@ class AdaptedLinear(nn.Linear):
     """A linear layer whose own weights stay as they are, with an adapter for each projection that has one. Adapters are
     modules because ZeRO-3 gathers a weight around its owner's forward."""
 
-    def __init__(self, base: nn.Linear, parts: list[Part], lora: LoraConfig) -> None:
+    def __init__(self, base: nn.Linear, parts: list[RowSlice], lora: LoraConfig) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
@@ -101,7 +83,7 @@ def attach(model: Transformer, lora: LoraConfig) -> None:
     The weights keep their names."""
     model.requires_grad_(False)
     for block in model.blocks:
-        for place, parts in fused(model.config).items():
+        for place, parts in projections(model.config).items():
             if any(part.name in lora.lora_targets for part in parts):
                 owner, name = place.split(".")
                 within = block.get_submodule(owner)
@@ -114,7 +96,7 @@ def gain(weight: str, config: ModelConfig, lora: LoraConfig, read: Callable[[str
     if not weight.startswith("blocks.") or not weight.endswith(".weight"):
         return None
     _, layer, place = weight.removesuffix(".weight").split(".", 2)
-    parts = fused(config).get(place, [])
+    parts = projections(config).get(place, [])
     if not any(part.name in lora.lora_targets for part in parts):
         return None
     pieces: list[Tensor | None] = []

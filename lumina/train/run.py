@@ -20,8 +20,7 @@ from lumina.cluster.signals import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
 from lumina.data import GlobalOrder, Loader, PairDataset
-from lumina.model import Transformer, float8, keep_heap, lora
-from lumina.model.attention import report_kernel
+from lumina.model import Transformer, float8, keep_heap, lora, report_kernel
 from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.plan.stage import default_document, smallest_memory

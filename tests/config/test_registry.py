@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-from lumina.config import UserError, registry
+from lumina.config import UserError
 from lumina.config.registry import Registry
-
-
-@pytest.fixture
-def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Installs a package with one entry point, as pip would leave it."""
-
-    def install(group: str, name: str, source: str, package: str = "staircase") -> None:
-        (tmp_path / f"{package}.py").write_text(source)
-        info = tmp_path / f"{package}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {package}:THING\n")
-        monkeypatch.syspath_prepend(tmp_path)
-        registry._added.cache_clear()
-
-    yield install
-    registry._added.cache_clear()
-    for package in ("staircase", "second"):
-        sys.modules.pop(package, None)
-
 
 # Any folder of files with one attribute in common serves: here the package's own configuration.
 OWN = Registry("setting", "lumina.test_settings", "config", "UserError")
@@ -51,21 +28,21 @@ def test_a_misspelt_name_is_told_the_near_one() -> None:
         OWN.check("erors")
 
 
-def test_another_packages_thing_is_found_by_entry_point(outside) -> None:
-    outside("lumina.test_settings", "steps", '"""Steps."""\nTHING = 7\n')
+def test_another_packages_thing_is_found_by_entry_point(install) -> None:
+    install("lumina.test_settings", "steps", '"""Steps."""\nTHING = 7\n')
     assert "steps" in OWN.names()
     assert OWN.check("steps") == "steps"
     assert OWN.get("steps") == 7
     assert OWN.summary("steps") == "of staircase"
 
 
-def test_one_that_does_not_load_names_its_package(outside) -> None:
-    outside("lumina.test_settings", "steps", "import nothing_of_this_name\n")
+def test_one_that_does_not_load_names_its_package(install) -> None:
+    install("lumina.test_settings", "steps", "import nothing_of_this_name\n")
     with pytest.raises(UserError, match=r"the setting steps \(staircase:THING, of staircase\) does not load"):
         OWN.get("steps")
 
 
-def test_a_name_taken_twice_is_refused(outside) -> None:
-    outside("lumina.test_settings", "errors", "THING = 1\n")
+def test_a_name_taken_twice_is_refused(install) -> None:
+    install("lumina.test_settings", "errors", "THING = 1\n")
     with pytest.raises(UserError, match="two packages have a setting called errors: lumina and staircase"):
         OWN.names()

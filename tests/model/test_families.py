@@ -146,7 +146,10 @@ def test_slowed_angles_are_transformers_bits(type: str) -> None:
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "llama3 needs original_window"),
         ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, "Input should be 'linear' or 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "greater than or equal to 1"),
-        ({"family": "gemma"}, "Input should be 'llama', 'mistral', 'qwen2' or 'qwen3'"),
+        (
+            {"family": "qwen"},
+            r"no such model family: qwen. Did you mean qwen\d\? There are: llama, mistral, qwen2, qwen3",
+        ),
     ],
 )
 def test_settings_are_checked(changes: dict[str, Any], reason: str) -> None:

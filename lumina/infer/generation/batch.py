@@ -28,9 +28,7 @@ from torch import Tensor
 from lumina.config import UserError
 from lumina.infer.generation.sampling import Sampling, choose, generator, penalised
 from lumina.infer.voice import Voice
-from lumina.model import Transformer
-from lumina.model.cache import KVCache
-from lumina.model.decode import Decoder
+from lumina.model import Decoder, KVCache, Transformer
 
 TIE = (
     1e-4  # of 1 + |logit|. Orders of summation moved logits by at most 7e-7 of that at nano's shape, 1.3e-6 at debug's

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from lumina.chat import Tokenizer, hf_export, hf_files, open_tokenizer
 from lumina.checkpoint import fsync
 from lumina.config import ModelConfig, UserError
-from lumina.infer import hf_names
 from lumina.infer.hf.peft import USAGE as PEFT_USAGE
 from lumina.infer.hf.peft import write_adapter
 from lumina.infer.loading import (
@@ -34,6 +33,7 @@ from lumina.infer.loading import (
     weights,
 )
 from lumina.infer.voice import LuminaVoice
+from lumina.model.families import family_of
 
 log = logging.getLogger("lumina")
 
@@ -100,7 +100,7 @@ def export(
         if form == "peft":
             shards, total = write_adapter(scratch, checkpoint, DTYPES[dtype])
         else:
-            rename = hf_names.split if form == "hf" else _own_names
+            rename = family_of(config).split if form == "hf" else _own_names
             shards, total = _write_weights(scratch, checkpoint, config, DTYPES[dtype], limit, rename)
         if form == "hf":
             _describe_hf(scratch, config, dtype, foreign)
@@ -132,9 +132,8 @@ def _describe_hf(folder: Path, config: ModelConfig, dtype: str, foreign: Path | 
             _write_json(folder / name, value)
         return
     stops = sorted(open_tokenizer(foreign).stop_ids)
-    _write_json(
-        folder / "config.json", hf_names.to_hf_config(config, dtype, stops if len(stops) > 1 else stops[0], None)
-    )
+    written = family_of(config).hf_config(config, dtype, stops if len(stops) > 1 else stops[0], None)
+    _write_json(folder / "config.json", written)
     for name in hf_files.FILES:
         if name != hf_files.STOPS and (foreign / name).is_file():
             shutil.copyfile(foreign / name, folder / name)
@@ -151,7 +150,7 @@ def _description(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "max_length": config.seq_length,
     }
     return {
-        "config.json": hf_names.to_hf_config(config, dtype, tokenizer.stop_id, tokenizer.pad_id),
+        "config.json": family_of(config).hf_config(config, dtype, tokenizer.stop_id, tokenizer.pad_id),
         "generation_config.json": generation,
         "tokenizer.json": hf_export.tokenizer_json(tokenizer),
         "tokenizer_config.json": hf_export.tokenizer_config(tokenizer, config.seq_length),

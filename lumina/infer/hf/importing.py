@@ -34,9 +34,8 @@ from lumina.checkpoint import (
     write_json,
 )
 from lumina.config import ModelConfig, UserError
-from lumina.infer import hf_names
-from lumina.infer.hf_config import to_model_config
 from lumina.model import Transformer
+from lumina.model.families import family_of, read_hf_config
 
 _SHARD = 2 * 10**9  # bytes of float32 weights in memory and in a file at a time
 _IGNORED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry; they follow from rope_theta
@@ -52,7 +51,7 @@ def import_hf(source: str | Path, out: str | Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
     values = hf_files.read_json(source / "config.json")[1]
-    config = to_model_config(values)
+    config = read_hf_config(values)
     scratch = out.parent / f".{out.name}.partial"
     with ExitStack() as files:
         tensors = _Tensors(source, files)
@@ -127,7 +126,7 @@ class _Tensors:
         """Raise UserError unless the files hold exactly the model's tensors in their shapes."""
         expected: dict[str, tuple[int, ...]] = {}
         for ours, shape in shapes.items():
-            expected |= {part.name: (part.rows, *shape[1:]) for part in hf_names.parts(ours, config)}
+            expected |= {t.name: (t.rows, *shape[1:]) for t in family_of(config).tensors(ours, config)}
         for name, wanted in expected.items():
             if name not in self._homes:
                 raise UserError(f"{self._source} has no tensor {name}")
@@ -145,7 +144,7 @@ class _Tensors:
 
     def read(self, ours: str, config: ModelConfig) -> torch.Tensor:
         """One of our parameters, float32."""
-        pieces = [self._homes[p.name].get_tensor(p.name).float() for p in hf_names.parts(ours, config)]
+        pieces = [self._homes[p.name].get_tensor(p.name).float() for p in family_of(config).tensors(ours, config)]
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lumina.chat import AnyTokenizer, Conversation, Message, prompt_ids
-from lumina.model.cache import KVCache
+from lumina.model import KVCache
 from lumina.train.deepspeed.engine import Engine
 
 log = logging.getLogger("lumina")

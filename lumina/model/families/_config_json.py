@@ -1,4 +1,4 @@
-"""A config.json of transformers as our configuration; what this model cannot represent exactly is refused by name."""
+"""config.json of transformers' Llama and its like, both ways; what this model cannot represent exactly is refused."""
 
 from __future__ import annotations
 
@@ -7,28 +7,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lumina.config import ModelConfig, UserError
+from lumina.config import ModelConfig, RopeScaling, UserError
 
 _WIDEST = 2**24  # no width is beyond this but in a damaged file
-_SUPPORTED = (
-    "Supported: llama (Llama 2 and 3 with linear or llama3 rope scaling, TinyLlama, SmolLM2), mistral without a "
-    "window, qwen2 (and 2.5) and qwen3."
-)
-# What transformers takes for a key that the file leaves out; a null is another thing.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-}
 
 
-def to_model_config(given: dict[str, Any]) -> ModelConfig:
-    """Our configuration of a config.json. Raises UserError, naming what this model cannot represent."""
-    family = given.get("model_type")
-    if not isinstance(family, str) or family not in _DEFAULTS:
-        raise UserError(f"model_type {family} is not supported", _SUPPORTED)
-    values = _DEFAULTS[family] | given
+def read(values: dict[str, Any]) -> ModelConfig:
+    """Our configuration of a config.json with its family's defaults filled in. Raises UserError, naming what this model
+    cannot represent."""
+    family = values["model_type"]
     _refuse_unsupported(values)
     theta, scaling = _rope(values)
     hidden, heads, head = (values.get(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
@@ -66,10 +53,8 @@ def to_model_config(given: dict[str, Any]) -> ModelConfig:
 def _refuse_unsupported(values: dict[str, Any]) -> None:
     layers = values.get("layer_types")
     windows = layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers))
-    # Qwen's files name a window that is not used unless they say so.
-    window = (
-        values.get("sliding_window") if values.get("use_sliding_window", values["model_type"] == "mistral") else None
-    )
+    # Files may name a window that the model does not use.
+    window = values.get("sliding_window") if values.get("use_sliding_window") else None
     refused = {
         "attention_bias": values.get("attention_bias"),
         "mlp_bias": values.get("mlp_bias"),
@@ -115,3 +100,36 @@ def _rope(values: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
             ),
         }
     return theta, ours
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of the model in every family."""
+    return {
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.seq_length,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else _scaling_out(config.rope_scaling),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.init_std,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+    }
+
+
+def _scaling_out(scaling: RopeScaling) -> dict[str, Any]:
+    theirs: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
+    if scaling.type == "llama3":
+        theirs |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_window,
+        }
+    return theirs

@@ -1,0 +1,104 @@
+"""What a model family is, and which one a configuration or a config.json names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lumina.config import ModelConfig, UserError
+from lumina.config.registry import FAMILIES
+from lumina.model.families import _config_json
+from lumina.model.fused import RowSlice, projections
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OUTSIDE = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_NORMS = {
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention_norm": "input_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+}
+_OWNERS = {"attention": "self_attn", "feed_forward": "mlp"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A decoder of Llama's shape but for what is said here, under the names that transformers uses.
+
+    model_class: transformers' class for it. defaults: what transformers takes for a key that config.json leaves out
+    (a null is another thing). keys: what its config.json says beside the common part; all of it means "as this model
+    does it".
+    """
+
+    model_class: str
+    qkv_bias: bool = False  # biases of queries, keys and values
+    qk_norm: bool = False  # a norm over each head's queries and keys
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+    # --- Weights ----------------------------------------------------------------------------------
+
+    def tensors(self, ours: str, config: ModelConfig) -> list[RowSlice]:
+        """transformers' tensors that make up our parameter `ours`, in order of rows."""
+        if ours in _OUTSIDE:
+            return [RowSlice(_OUTSIDE[ours], config.hidden_size if ours == "norm.weight" else config.vocab_size)]
+        _, layer, rest = ours.split(".", 2)
+        place, kind = rest.rsplit(".", 1)
+        prefix = f"model.layers.{layer}"
+        if place in _NORMS:
+            width = config.head_dim if place.startswith("attention.") else config.hidden_size
+            return [RowSlice(f"{prefix}.{_NORMS[place]}.{kind}", width)]
+        owner = _OWNERS[place.partition(".")[0]]
+        return [RowSlice(f"{prefix}.{owner}.{name}.{kind}", rows) for name, rows in projections(config)[place]]
+
+    def split(self, ours: str, weight: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        """One of our parameters as (name, tensor) pairs of transformers; the tensors are views."""
+        theirs = self.tensors(ours, config)
+        pieces = weight.split([t.rows for t in theirs])  # type: ignore[no-untyped-call]
+        yield from zip((t.name for t in theirs), pieces, strict=True)
+
+    # --- config.json ------------------------------------------------------------------------------
+
+    def from_hf(self, values: dict[str, Any]) -> ModelConfig:
+        """Our configuration of a config.json. Raises UserError, naming what this model cannot represent."""
+        return _config_json.read(dict(self.defaults) | values)
+
+    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        """What config.json says of the model, as every release of transformers that knows the family reads it."""
+        return _config_json.write(config) | {"architectures": [self.model_class], **self.keys}
+
+    def hf_config(
+        self, config: ModelConfig, dtype: str, stop_id: int | list[int], pad_id: int | None
+    ) -> dict[str, Any]:
+        """All of config.json: the model, the type of its weights and the tokens that end and pad a text."""
+        return self.to_hf(config) | {
+            "bos_token_id": None,
+            "eos_token_id": stop_id,
+            "pad_token_id": pad_id,
+            "torch_dtype": dtype,
+            "use_cache": True,
+        }
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The configuration's family."""
+    found: Family = FAMILIES.get(config.family)
+    return found
+
+
+def read_hf_config(values: dict[str, Any]) -> ModelConfig:
+    """Our configuration of any family's config.json. Raises UserError: a family that is not known, or what this model
+    cannot represent."""
+    name = values.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES.names():
+        known = "\n".join(f"  {each}: {FAMILIES.summary(each)}" for each in FAMILIES.names())
+        raise UserError(f"model_type {name} is not supported", f"Supported are\n{known}")
+    family: Family = FAMILIES.get(name)
+    return family.from_hf(values)

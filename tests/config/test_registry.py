@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lumina.config import UserError
@@ -17,10 +19,13 @@ def test_own_things_are_a_folders_files() -> None:
     assert (
         OWN.summary("errors") == "The one exception for a user's mistake, and the hint that goes with a misspelt name."
     )
-    assert (
-        Registry("rule", "lumina.test_rules", "data/converting", "x", separator="-").own()["oasst-files"].name
-        == "oasst_files.py"
-    )
+
+
+def test_a_name_may_be_written_with_another_separator(tmp_path: Path) -> None:
+    for name in ("one_cycle", "_helper", "cosine"):
+        (tmp_path / f"{name}.py").touch()
+    rules = Registry("rule", "lumina.test_rules", str(tmp_path), "x", separator="-")
+    assert list(rules.own()) == ["cosine", "one-cycle"]
 
 
 def test_a_misspelt_name_is_told_the_near_one() -> None:

@@ -21,9 +21,7 @@ from datetime import timedelta
 from typing import Any
 
 import psutil
-from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -33,6 +31,8 @@ from lumina.cluster import topology
 from lumina.cluster.board import AgentBoard, Order, connect
 from lumina.cluster.failures import USER_ERROR, Failure, oom_kills
 from lumina.cluster.signals import EXIT_RESIZE, EXIT_STOPPED
+from lumina.cluster.torch_agent import RankAgent
+from lumina.cluster.torch_store import PrefixStore
 from lumina.cluster.transport import Spec
 
 _POLL = 0.2  # seconds between looks at the ranks and the orders
@@ -116,7 +116,7 @@ class Rendezvous(RendezvousHandler):
         return True
 
 
-class Agent(LocalElasticAgent):
+class Agent(RankAgent):
     """torch's agent with the launcher's orders in its monitoring, and failures reported to the launcher."""
 
     def __init__(self, worker_spec: WorkerSpec, orders: Orders, spec: Spec, logs: str) -> None:
@@ -132,15 +132,14 @@ class Agent(LocalElasticAgent):
 
     def codes(self) -> list[int | None]:
         """The ranks' exit codes, None for one that runs."""
-        handlers = getattr(self._pcontext, "subprocess_handlers", {}) if self._pcontext else {}
-        return [handler.proc.poll() for handler in handlers.values()]
+        return [process.poll() for process in self.processes()]
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    def look(self, worker_group: WorkerGroup) -> RunResult:
         self._orders.poll()
         if self._orders.stop and not self._told_to_stop:
             self._told_to_stop = True
             self.signal_ranks(signal.SIGTERM)
-        result: RunResult = super()._monitor_workers(worker_group)
+        result = super().look(worker_group)
         if result.state == WorkerState.FAILED:
             codes = {failure.exitcode for failure in result.failures.values()}
             if EXIT_STOPPED in codes:
@@ -155,10 +154,9 @@ class Agent(LocalElasticAgent):
         return result
 
     def signal_ranks(self, number: signal.Signals) -> None:
-        handlers = getattr(self._pcontext, "subprocess_handlers", {}) if self._pcontext else {}
-        for handler in handlers.values():
-            if handler.proc.poll() is None:
-                handler.proc.send_signal(number)
+        for process in self.processes():
+            if process.poll() is None:
+                process.send_signal(number)
 
     def _describe(self, rank: int, failure: ProcessFailure) -> Failure:
         data: Any = failure.error_file_data.get("message")
@@ -177,22 +175,22 @@ class Agent(LocalElasticAgent):
             out_of_memory=killed,
         )
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+    def stop_ranks(self) -> None:
         """Ranks whose group is broken can only be ended. When a node joins, they save first and lose no step."""
         order = self._orders.regroup
         if order is not None and order.reason == "joined":
-            self._shutdown(signal.SIGUSR2, timeout=int(self._spec.stop_timeout) + 10)
+            self.end_ranks(signal.SIGUSR2, timeout=int(self._spec.stop_timeout) + 10)
         else:
-            self._shutdown(signal.SIGKILL, timeout=10)
+            self.end_ranks(signal.SIGKILL, timeout=10)
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+    def end_ranks(self, number: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         if self._orders.failed:
-            death_sig = signal.SIGKILL
-        super()._shutdown(death_sig, timeout)
+            number = signal.SIGKILL
+        super().end_ranks(number, timeout)
         _end_children()
 
-    def _exit_barrier(self) -> None:
-        """The launcher closes the job once every node has told it of its success."""
+    def await_others(self) -> None:
+        """Blocks until the launcher closes the job, once every node has succeeded; replaces torch's exit barrier."""
         self._orders.board.tell("succeeded", round=self._orders.joined)
         while True:
             self._orders.poll()
@@ -279,7 +277,7 @@ def _until_over(agent: Agent, board: AgentBoard, spec: Spec) -> int:
     except JobOverError as over:
         code = over.code
     except SignalException as caught:
-        agent._shutdown(caught.sigval, timeout=int(spec.stop_timeout) + 10)
+        agent.end_ranks(caught.sigval, timeout=int(spec.stop_timeout) + 10)
         # A rank that the signal itself ended had not begun to train: there was nothing to save.
         ended = {EXIT_STOPPED, *(-number for number in _SIGNALS)}
         stopped = ended >= {code for code in agent.codes() if code is not None}
@@ -288,7 +286,7 @@ def _until_over(agent: Agent, board: AgentBoard, spec: Spec) -> int:
     finally:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        agent._shutdown(signal.SIGTERM if code == EXIT_STOPPED else signal.SIGKILL, timeout=int(spec.stop_timeout))
+        agent.end_ranks(signal.SIGTERM if code == EXIT_STOPPED else signal.SIGKILL, timeout=int(spec.stop_timeout))
     return code
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from lumina.cluster.torch_store import PrefixStore, Store, TCPStore
 
 Answer = Literal["hello", "ready", "failed", "stopped", "succeeded"]
 

@@ -189,7 +189,7 @@ class Probe:
 
     def meet(self, world: int, port: int) -> Answer:
         """Hold the store at which the ranks of the all-reduce find each other."""
-        from torch._C._distributed_c10d import TCPStore
+        from lumina.cluster.torch_store import TCPStore
 
         if self._listener is not None:
             self._listener.close()
@@ -200,7 +200,8 @@ class Probe:
         """Latency (s) of the smallest message, and bandwidth (B/s) of the largest that takes about a quarter of a
         second, counted as nccl-tests' bus bandwidth: bytes * 2 (n-1)/n / seconds."""
         import torch.distributed as dist
-        from torch._C._distributed_c10d import TCPStore
+
+        from lumina.cluster.torch_store import TCPStore
 
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, self._interface)

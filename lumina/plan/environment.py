@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lumina.config.precision import cpu_has_bf16
-from lumina.plan.versions import untried
+from lumina.config.versions import untried
 
 Level = Literal["OK", "WARN", "FAIL"]
 

@@ -19,12 +19,12 @@ from lumina.checkpoint import TrainerState, check_same_model, model_shape
 from lumina.cluster.signals import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
+from lumina.config.versions import refuse_untried
 from lumina.data import GlobalOrder, Loader, PairDataset
 from lumina.model import Transformer, float8, keep_heap, lora, report_kernel
 from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.plan.stage import default_document, smallest_memory
-from lumina.plan.versions import refuse_untried
 from lumina.train.deepspeed import engine, partitioned_init
 from lumina.train.deepspeed.fragments import hold, reserve, restore
 from lumina.train.deepspeed.layers import LayerStats

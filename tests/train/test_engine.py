@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from lumina.config import UserError
 from lumina.model import Transformer
+from lumina.train.deepspeed import half_precision
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.fragments import fragments, moments, reserve, step_count
 from lumina.train.deepspeed.optimizer import parameter_groups
@@ -218,7 +219,7 @@ def test_out_of_memory_inside_an_update(stage: int, precision: str, monkeypatch:
     if stage or precision == "fp32":
         monkeypatch.setattr(made.optimizer, "step", made._noted(raise_out_of_memory))
     else:
-        monkeypatch.setattr(torch, "_fused_adamw_", raise_out_of_memory)
+        monkeypatch.setattr(half_precision, "fused_adamw", raise_out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         train_step(made, 3)
     assert made.begun

@@ -58,7 +58,7 @@ def test_settings_reach_adam() -> None:
 
 UPDATES = """
 import sys, torch
-from lumina.train.deepspeed.optimizer import AdamW
+from lumina.train.torch_private import AdamW
 torch.manual_seed(3)
 ours, theirs = ([torch.nn.Parameter(torch.randn(40, generator=torch.Generator().manual_seed(1)))] for _ in range(2))
 groups = lambda parameters: [{"params": parameters, "weight_decay": 0.1}]

@@ -26,9 +26,10 @@ from lumina.config.visible import explain_duplicate, take_device
 from lumina.model import Transformer
 from lumina.train.deepspeed import half_precision
 from lumina.train.deepspeed.gradient_gate import Veto, refusal
-from lumina.train.deepspeed.optimizer import AdamW, build_optimizer
+from lumina.train.deepspeed.optimizer import build_optimizer
 from lumina.train.deepspeed.release import forget_failed_passes, older_node, release
 from lumina.train.deepspeed.timing import StepTimer
+from lumina.train.torch_private import AdamW
 
 if TYPE_CHECKING:
     from lumina.data import TorchBatch

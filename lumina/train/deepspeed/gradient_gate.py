@@ -36,6 +36,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lumina.train.torch_private import foreach_multiply
+
 
 def refusal(norm: Tensor, limit: float | Tensor) -> Tensor:
     """Whether an update of this gradient norm is refused: bool, 0-dimensional, on the norm's device."""
@@ -208,4 +210,4 @@ def _norm(tensors: list[Tensor]) -> Tensor:
 
 def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, **_: Any) -> None:
     """Scale gradients of this norm down to `max_norm`, where it is above; DeepSpeed's arithmetic."""
-    torch._foreach_mul_(input_tensors, (max_norm / (global_norm + 1e-6)).clamp(max=1.0))
+    foreach_multiply(input_tensors, (max_norm / (global_norm + 1e-6)).clamp(max=1.0))

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumina.train.torch_private import foreach_copy, foreach_norm, fused_adamw
+
 _BUCKET = 64 * 2**20  # elements whose gradients exist in float32 at one time: 256 MiB, whatever the model's size
 
 
@@ -199,7 +201,7 @@ class HalfPrecisionAdamW:
         grads = [p.grad for group in self.fp16_groups for p in group if p.grad is not None]
         if not grads:
             return torch.zeros_like(self.norm)
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))  # type: ignore[no-any-return]
+        return torch.linalg.vector_norm(torch.stack(foreach_norm(grads, 2, dtype=torch.float32)))  # type: ignore[no-any-return]
 
     def _update(self, bucket: _Bucket, space: Tensor, divisor: Tensor | None, skip: Tensor) -> None:
         """torch's fused AdamW takes gradients of the weights' own type alone: float32, in `space` for one bucket."""
@@ -208,7 +210,7 @@ class HalfPrecisionAdamW:
             torch.zeros_like(weight) if p.grad is None else p.grad.reshape(-1)[span]
             for p, weight, span in zip(bucket.parameters, bucket.weights, bucket.spans, strict=True)
         ]
-        torch._foreach_copy_(parts, halves)
+        foreach_copy(parts, halves)
         firsts, seconds = (
             [
                 self.optimizer.state[owner][key].view(-1)[span]
@@ -218,7 +220,7 @@ class HalfPrecisionAdamW:
         )
         group = bucket.settings
         beta1, beta2 = group["betas"]
-        torch._fused_adamw_(
+        fused_adamw(
             bucket.masters,
             parts,
             firsts,
@@ -235,13 +237,13 @@ class HalfPrecisionAdamW:
             grad_scale=divisor,
             found_inf=skip,
         )
-        torch._foreach_copy_(bucket.weights, bucket.masters)
+        foreach_copy(bucket.weights, bucket.masters)
 
     @torch.no_grad()
     def update_lp_params(self) -> None:
         """Make the half-precision weights follow the masters."""
         for weights, masters in zip(self.fp16_groups, self.fp32_groups, strict=True):
-            torch._foreach_copy_(weights, masters)
+            foreach_copy(weights, masters)
 
 
 @contextmanager

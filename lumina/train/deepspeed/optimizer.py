@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from inspect import unwrap
 from typing import Any
 
 import torch
@@ -10,14 +9,7 @@ from torch import nn
 
 from lumina.config import Config
 from lumina.train.deepspeed import extensions
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW without the wrappers for compiled optimizers: they import torch's compiler, whose modules take
-    2.5 s of every rank's start (torch 2.13)."""
-
-    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
-    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+from lumina.train.torch_private import AdamW
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from lumina import checkpoint
 from lumina.config import UserError
 from lumina.train import snapshot
 from lumina.train.recovery.spikes import GRAD_EXPLOSION, LOSS_SPIKE, NOT_FINITE, Guard
+from lumina.train.torch_private import default_store
 
 if TYPE_CHECKING:
     from lumina.data import StepData
@@ -337,13 +338,6 @@ class Answers:
             samples,
         )
         log.warning("step %d: out of memory: micro-batch %d -> %d", step, size, half)
-
-
-def default_store() -> Any:
-    """The process group's key-value store: reachable while a collective cannot be."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()
 
 
 def agreed(key: str, value: dict[str, Any], rank: int, world: int, seconds: float) -> list[dict[str, Any]] | None:

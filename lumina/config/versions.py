@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from lumina.config import UserError
+from lumina.config.errors import UserError
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +39,10 @@ def untried() -> list[Untried]:
     Older ones are refused, and so is a newer DeepSpeed, whose private names Lumina uses. A newer torch or Triton is
     allowed: a local build's label (2.11.0a0+nv) counts as its release.
     """
-    from packaging.requirements import Requirement
     from packaging.version import Version
 
-    try:
-        stated = [Requirement(line) for line in importlib.metadata.requires("lumina") or []]
-    except importlib.metadata.PackageNotFoundError:
-        return []
     found = []
-    for requirement in stated:
+    for requirement in _stated():
         if requirement.name not in GUARDED:
             continue
         try:
@@ -58,6 +56,21 @@ def untried() -> list[Untried]:
             refused = older or requirement.name == "deepspeed"
             found.append(Untried(requirement.name, version, str(requirement.specifier), refused))
     return found
+
+
+def bounds(package: str) -> str:
+    """setup.py's bounds of a package as pip takes them (">=0.19.8,<0.20"); empty where Lumina is not installed."""
+    return next((str(one.specifier) for one in _stated() if one.name == package), "")
+
+
+def _stated() -> list[Requirement]:
+    """The requirements of the installed Lumina, in setup.py's words."""
+    from packaging.requirements import Requirement
+
+    try:
+        return [Requirement(line) for line in importlib.metadata.requires("lumina") or []]
+    except importlib.metadata.PackageNotFoundError:
+        return []
 
 
 def refuse_untried() -> None:

@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from lumina.config import UserError
-from lumina.plan import environment, versions
+from lumina.config import UserError, versions
+from lumina.plan import environment
 
 STATED = ["torch<2.14,>=2.11", "deepspeed<0.20,>=0.19.8", 'triton<3.10,>=3.6; platform_system == "Linux"', "numpy>=99"]
 

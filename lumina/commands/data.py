@@ -1,15 +1,105 @@
-"""Commands of the data room."""
+"""Commands of the data room: plain arguments in, an exit code out.
+
+Text goes to stdout; with --json exactly one JSON object does. A bar goes to stderr, on a terminal only. Nothing heavy
+is imported before a command runs: `lumina --help` reads the options of all of them.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from lumina.commands.common import Arguments, Command, Parser, config_options, data_options, json_option, load_config
+
+if TYPE_CHECKING:
+    from lumina.config import Config
+    from lumina.data import PackedDataset
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    import orjson
+
+    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+def _say(lines: Sequence[str]) -> None:
+    """Plain lines: file names may hold what rich would take for markup."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for line in lines:
+        console.print(line)
+
+
+@contextmanager
+def _progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar over bytes of input, on a terminal's stderr; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn(title),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def prepare(arguments: Arguments) -> int:
     """Tokenise, mask and pack conversations into the memory-mapped files that training reads."""
-    from lumina.data.commands import prepare_command
+    return prepare_files(arguments.files, load_config(arguments), dry_run=arguments.dry_run, json=arguments.json)
 
-    return prepare_command(arguments.files, load_config(arguments), dry_run=arguments.dry_run, json=arguments.json)
+
+def prepare_files(files: Sequence[str], config: Config, *, dry_run: bool = False, json: bool = False) -> int:
+    """Prepares the files as training would and prints the account. Exit code 0; UserError when nothing is usable.
+
+    With an eval_fraction, the set held out is prepared too. `dry_run` says what it would come to, from a sample.
+    """
+    from lumina.chat import open_tokenizer
+    from lumina.data import estimate, prepare_splits
+
+    if dry_run:
+        expected = estimate(files, config, open_tokenizer(config.tokenizer))
+        if json:
+            _print_json(expected.to_dict())
+        else:
+            _say(expected.report())
+        return 0
+    given = config.model_copy(update={"train_data": list(files), "data": [], "eval_data": []})
+    start = time.perf_counter()
+    with _progress_bar("preparing") as progress:
+        train, evaluation = prepare_splits(given, open_tokenizer(config.tokenizer), progress=progress)
+    seconds = time.perf_counter() - start
+    if json:
+        held_out = {} if evaluation is None else {"held_out": _figures(evaluation)}
+        _print_json({**_figures(train), **held_out, "seconds": round(seconds, 3)})
+        return 0
+    rate = train.account["tokens"] / seconds
+    _say([*train.account_lines(), f"cache          {train.folder} ({seconds:.2f} s, {rate:,.0f} tokens/s)"])
+    if evaluation is not None:
+        _say(["", "held out for evaluation", *evaluation.account_lines(), f"cache          {evaluation.folder}"])
+    return 0
+
+
+def _figures(dataset: PackedDataset) -> dict[str, Any]:
+    return {
+        "cache": str(dataset.folder),
+        "fingerprint": dataset.fingerprint,
+        "samples": dataset.num_samples,
+        "tokens": dataset.num_tokens,
+        "supervised_tokens": dataset.num_supervised,
+        "account": dataset.account,
+    }
 
 
 def _prepare_options(parser: Parser) -> None:
@@ -22,11 +112,46 @@ def _prepare_options(parser: Parser) -> None:
 
 def validate_data(arguments: Arguments) -> int:
     """Check conversations line by line: what would be trained on, masked or dropped, and why."""
-    from lumina.data.commands import validate_command
-
-    return validate_command(
+    return validate_files(
         arguments.files, create_report=arguments.create_report, json=arguments.json, fix=arguments.fix
     )
+
+
+def validate_files(
+    file: str | Sequence[str], *, create_report: bool = False, json: bool = False, fix: str | None = None
+) -> int:
+    """Reads whole files as training would and prints what is in them.
+
+    Args:
+        create_report: also write FILE.report.html beside the (first) file.
+        fix: write the sound records to this path, and the rest beside it.
+
+    Returns:
+        0, or 1 when no record is usable.
+    """
+    from lumina.chat import Tokenizer
+    from lumina.data import render_report, validate, validation_lines, write_fixed
+
+    files = [file] if isinstance(file, str) else list(file)
+    tokenizer = Tokenizer.load()
+    with _progress_bar("validating") as progress:
+        validation = validate(files, tokenizer, progress=progress)
+    figures = validation.to_dict()
+    extra: list[str] = []
+    if create_report:
+        report = Path(f"{next(iter(validation.layouts))}.report.html")
+        report.write_text(render_report(validation), encoding="utf-8")
+        figures["report"] = str(report)
+        extra.append(f"report         {report}")
+    if fix is not None:
+        written, rejected, rejects = write_fixed(files, Path(fix))
+        figures["fixed"] = {"file": fix, "written": written, "rejected": rejected, "rejects": str(rejects)}
+        extra.append(f"fixed          {fix}: {written:,} conversations; {rejects}: {rejected:,} records")
+    if json:
+        _print_json(figures)
+    else:
+        _say([*validation_lines(validation), *extra])
+    return 0 if validation.account.conversations else 1
 
 
 def _validate_data_options(parser: Parser) -> None:
@@ -37,16 +162,44 @@ def _validate_data_options(parser: Parser) -> None:
 
 
 def inspect_data(arguments: Arguments) -> int:
-    """Show what the model will see of one sample: tokens, what is learned, where documents begin."""
-    from lumina.data.commands import inspect_command
-
-    return inspect_command(
+    """Show what the model will see of one sample: tokens, what is supervised, where documents begin."""
+    return inspect_sample(
         arguments.files,
         load_config(arguments),
         sample=arguments.sample,
         table=arguments.table,
         json=arguments.json,
     )
+
+
+def inspect_sample(
+    files: Sequence[str], config: Config, *, sample: int = 0, table: bool = False, json: bool = False
+) -> int:
+    """Shows what the model will see of one sample: text coloured by what is supervised, with `table` every token.
+
+    Raises:
+        UserError: there is no such sample.
+    """
+    from rich.console import Console
+
+    from lumina.chat import open_tokenizer
+    from lumina.config import UserError
+    from lumina.data import describe_sample, render_sample
+    from lumina.data import prepare as prepare_data
+
+    tokenizer = open_tokenizer(config.tokenizer)
+    with _progress_bar("preparing") as progress:
+        dataset = prepare_data(files, config, tokenizer, progress=progress)
+    if not 0 <= sample < dataset.num_samples:
+        raise UserError(f"there is no sample {sample}", f"They are numbered from 0 to {dataset.num_samples - 1:,}.")
+    description = describe_sample(dataset, sample, tokenizer)
+    if json:
+        _print_json(description)
+        return 0
+    console = Console(soft_wrap=True, highlight=False)
+    for line in render_sample(description, tokenizer, table):
+        console.print(line)
+    return 0
 
 
 def _inspect_data_options(parser: Parser) -> None:
@@ -60,10 +213,58 @@ def _inspect_data_options(parser: Parser) -> None:
 
 def process_oasst(arguments: Arguments) -> int:
     """Turn OpenAssistant message trees into conversations, or into preference pairs."""
-    from lumina.data.commands import process_oasst_command
-
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "input", "output")}
-    return process_oasst_command(arguments.input, arguments.output, **given)
+    return extract_oasst(arguments.input, arguments.output, **given)
+
+
+def extract_oasst(
+    input: str,
+    output: str,
+    *,
+    max_conversations: int | None = None,
+    threads: str = "all",
+    top_k: int | None = None,
+    lang: str | None = None,
+    tree_state: str = "ready_for_export",
+    include_deleted: bool = False,
+    include_synthetic: bool = False,
+    min_quality: float | None = None,
+    max_toxicity: float | None = None,
+    pairs: bool = False,
+    json: bool = False,
+) -> int:
+    """Extracts conversations from OASST trees or flat messages, or with `pairs` preference pairs; prints how many, and
+    every discard with its reason.
+
+    `lang` and `tree_state` are comma-separated. The options are those of lumina.data.OasstOptions.
+    """
+    from lumina.config import UserError
+    from lumina.data import THREADS, OasstOptions, process_oasst_file
+
+    if threads not in THREADS:
+        raise UserError(f"--threads {threads} is none of {', '.join(THREADS)}")
+    if top_k is not None and (threads != "all" or top_k < 1):
+        raise UserError("--top-k is a number from 1 and goes with --threads all")
+    if max_conversations is not None and max_conversations < 1:
+        raise UserError(f"--max-conversations is {max_conversations}; it must be at least 1")
+    if pairs and (threads != "all" or top_k is not None):
+        raise UserError("--pairs takes every pair of ranked replies: it goes without --threads and --top-k")
+    options = OasstOptions(
+        threads=threads,
+        top_k=top_k,
+        languages=frozenset(filter(None, (lang or "").split(","))),
+        tree_states=frozenset(tree_state.split(",")),
+        include_deleted=include_deleted,
+        include_synthetic=include_synthetic,
+        min_quality=min_quality,
+        max_toxicity=max_toxicity,
+    )
+    summary = process_oasst_file(Path(input), Path(output), options, max_conversations, pairs)
+    if json:
+        _print_json(summary.to_dict())
+    else:
+        _say(summary.lines())
+    return 0
 
 
 def _process_oasst_options(parser: Parser) -> None:

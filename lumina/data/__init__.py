@@ -9,35 +9,75 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lumina.data.converting.fixing import write_fixed
+    from lumina.data.converting.oasst_files import process_oasst_file
     from lumina.data.formats import convert
     from lumina.data.loading.baseline import unigram_baseline
     from lumina.data.loading.dataset import Batch, PackedDataset, Samples
     from lumina.data.loading.loader import Loader, StepData
     from lumina.data.loading.order import PADDING, GlobalOrder, deal, sample_sums, samples_id
     from lumina.data.loading.tensors import TorchBatch
+    from lumina.data.oasst.extraction import THREADS, OasstOptions
     from lumina.data.preference.dataset import PairDataset, prepare_pairs
     from lumina.data.preparing.preparation import prepare
-    from lumina.data.preparing.splits import prepare_parts
+    from lumina.data.preparing.splits import prepare_splits
     from lumina.data.reading.items import read_items
     from lumina.data.reading.layout import detect
     from lumina.data.reading.paths import expand
     from lumina.data.records.fault import BLANK, Fault, Tree
+    from lumina.data.reports.estimate import estimate
+    from lumina.data.reports.html import render_report
+    from lumina.data.reports.inspection import describe_sample, render_sample
+    from lumina.data.reports.text import validation_lines
     from lumina.data.reports.validation import validate
 
 _HOMES = {
+    "converting.fixing": ("write_fixed",),
+    "converting.oasst_files": ("process_oasst_file",),
     "formats": ("convert",),
     "loading.baseline": ("unigram_baseline",),
-    "loading.dataset": ("Batch", "PackedDataset", "Samples"),
-    "loading.loader": ("Loader", "StepData"),
-    "loading.order": ("PADDING", "GlobalOrder", "deal", "sample_sums", "samples_id"),
+    "loading.dataset": (
+        "Batch",
+        "PackedDataset",
+        "Samples",
+    ),
+    "loading.loader": (
+        "Loader",
+        "StepData",
+    ),
+    "loading.order": (
+        "PADDING",
+        "GlobalOrder",
+        "deal",
+        "sample_sums",
+        "samples_id",
+    ),
     "loading.tensors": ("TorchBatch",),
-    "preference.dataset": ("PairDataset", "prepare_pairs"),
-    "records.fault": ("BLANK", "Fault", "Tree"),
+    "oasst.extraction": (
+        "THREADS",
+        "OasstOptions",
+    ),
+    "preference.dataset": (
+        "PairDataset",
+        "prepare_pairs",
+    ),
     "preparing.preparation": ("prepare",),
-    "preparing.splits": ("prepare_parts",),
+    "preparing.splits": ("prepare_splits",),
     "reading.items": ("read_items",),
     "reading.layout": ("detect",),
     "reading.paths": ("expand",),
+    "records.fault": (
+        "BLANK",
+        "Fault",
+        "Tree",
+    ),
+    "reports.estimate": ("estimate",),
+    "reports.html": ("render_report",),
+    "reports.inspection": (
+        "describe_sample",
+        "render_sample",
+    ),
+    "reports.text": ("validation_lines",),
     "reports.validation": ("validate",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -45,10 +85,12 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BLANK",
     "PADDING",
+    "THREADS",
     "Batch",
     "Fault",
     "GlobalOrder",
     "Loader",
+    "OasstOptions",
     "PackedDataset",
     "PairDataset",
     "Samples",
@@ -57,16 +99,23 @@ __all__ = [
     "Tree",
     "convert",
     "deal",
+    "describe_sample",
     "detect",
+    "estimate",
     "expand",
     "prepare",
     "prepare_pairs",
-    "prepare_parts",
+    "prepare_splits",
+    "process_oasst_file",
     "read_items",
+    "render_report",
+    "render_sample",
     "sample_sums",
     "samples_id",
     "unigram_baseline",
     "validate",
+    "validation_lines",
+    "write_fixed",
 ]
 
 

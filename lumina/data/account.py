@@ -1,12 +1,12 @@
-"""Law 4: every message of every input line is trained on, masked, or dropped with a counted reason.
+"""Law 4: every message of every input line is supervised, context (masked), or dropped with a counted reason.
 
-An `Account` is filled by whoever reads, cuts and packs, merged over workers, checked (`check`: the sums add up) and
-printed (`lines`). It is plain data, kept in the cache's meta.json.
+An `Account` is filled by whoever reads, splits and packs, merged over workers, checked (`check`: the sums add up) and
+printed (`report`). It is plain data, kept in the cache's meta.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,21 @@ if TYPE_CHECKING:
 
 FIRST_LINES = 5  # how many line numbers are kept for each reason
 MOST_FIELDS = 20  # names shown of a sort
+# Reasons as every version has stored them in its caches, and how they are shown.
+DROPPED_OVERLONG = "longer than the window (overlong: drop)"
+DROPPED_TRUNCATED = "past the window (overlong: truncate)"
+_SHOWN = {
+    DROPPED_OVERLONG: "longer than seq_length (overlong: drop)",
+    DROPPED_TRUNCATED: "past seq_length (overlong: truncate)",
+}
+# The names of these counts in caches and reports since version 0.1.0, which are read and written as they were.
+_STORED = {
+    "messages_supervised": "messages_trained",
+    "tokens_supervised": "tokens_trained",
+    "seq_length": "window",
+    "chunks": "pieces",
+}
+_FIELDS = {stored: name for name, stored in _STORED.items()}
 FIELD_SORTS = ("used", "harmless", "empty or repeated", "unknown", "set aside", "refused")
 
 
@@ -54,8 +69,8 @@ class FaultCount:
 class Account:
     """Counts in lines (records of any format), conversations, messages and tokens.
 
-    `*_dropped` map a reason to a count. Tokens are those of the template's rendering, control tokens included;
-    `tokens_repeated` are the context tokens put before a piece that begins inside a message, on top of those.
+    `*_dropped` map a reason to a count. Tokens are those of the template's rendering, special tokens included;
+    `tokens_repeated` are the context tokens put before a chunk that begins inside a message, on top of those.
     """
 
     lines: int = 0
@@ -67,19 +82,19 @@ class Account:
     faults: dict[str, FaultCount] = field(default_factory=dict)
     conversations_dropped: dict[str, int] = field(default_factory=dict)
     messages: int = 0
-    messages_trained: int = 0
+    messages_supervised: int = 0
     messages_masked: int = 0
     messages_dropped: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
-    tokens_trained: int = 0
+    tokens_supervised: int = 0
     tokens_masked: int = 0
     tokens_dropped: dict[str, int] = field(default_factory=dict)
     tokens_repeated: int = 0
     overlong: str = "split"
-    window: int = 0
+    seq_length: int = 0
     overlong_conversations: int = 0
     cut_messages: int = 0
-    pieces: int = 0
+    chunks: int = 0
     samples: int = 0
     epoch_tokens: int = 0  # in the samples: with sources' weights, a conversation's tokens as often as it is taken
     notes: list[str] = field(default_factory=list)
@@ -135,7 +150,7 @@ class Account:
             line, _, value = example.partition(": ")
             self.unknown_fields.setdefault(name, f"{source}:{int(line) + line_base}: {value}")
         for name, value in vars(other).items():
-            if name in ("faults", "fields", "unknown_fields", "last_line", "overlong", "window"):
+            if name in ("faults", "fields", "unknown_fields", "last_line", "overlong", "seq_length"):
                 continue
             own = getattr(self, name)
             if isinstance(value, int):
@@ -152,46 +167,50 @@ class Account:
     @property
     def fill(self) -> float:
         """The share of the rows' room that holds tokens; 0 without rows."""
-        return self.epoch_tokens / (self.samples * self.window) if self.samples else 0.0
+        return self.epoch_tokens / (self.samples * self.seq_length) if self.samples else 0.0
 
     def check(self) -> None:
         """Asserts that lines, messages and tokens add up."""
         assert self.lines == self.blank_lines + self.records + self.bad_lines, "lines do not add up"
         dropped = sum(self.messages_dropped.values())
-        assert self.messages == self.messages_trained + self.messages_masked + dropped, "messages do not add up"
+        assert self.messages == self.messages_supervised + self.messages_masked + dropped, "messages do not add up"
         dropped = sum(self.tokens_dropped.values())
-        assert self.tokens == self.tokens_trained + self.tokens_masked + dropped, "tokens do not add up"
+        assert self.tokens == self.tokens_supervised + self.tokens_masked + dropped, "tokens do not add up"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data, with the derived `bad_lines` and `fill`."""
-        return {**asdict(self), "bad_lines": self.bad_lines, "fill": round(self.fill, 6)}
+        """Plain JSON data under the stored names, with the derived `bad_lines` and `fill`."""
+        counts = {_STORED.get(name, name): value for name, value in asdict(self).items()}
+        return {**counts, "bad_lines": self.bad_lines, "fill": round(self.fill, 6)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Account:
-        fields = {name: value for name, value in data.items() if name in cls.__dataclass_fields__}
+        """From `to_dict`, of this version or an earlier one."""
+        named = {_FIELDS.get(name, name): value for name, value in data.items()}
+        fields = {name: value for name, value in named.items() if name in cls.__dataclass_fields__}
         faults = {reason: FaultCount(**entry) for reason, entry in data["faults"].items()}
         return cls(**{**fields, "faults": faults})
 
-    def report(self) -> list[str]:
-        """The account as lines of text, every drop with its reason."""
-        return [*self.sums(), *self.details()]
+    def report(self, without: Collection[str] = ()) -> list[str]:
+        """The account as lines of text, every drop with its reason; `without` the sums of these names."""
+        return [*(line for name, line in self.sums().items() if name not in without), *self.details()]
 
-    def sums(self) -> list[str]:
-        """What adds up: lines, messages, tokens; then fields, and how they were split and packed."""
+    def sums(self) -> dict[str, str]:
+        """A line of text each: what adds up (lines, messages, tokens), fields, how it was split and packed."""
         dropped_messages = sum(self.messages_dropped.values())
         dropped_tokens = sum(self.tokens_dropped.values())
-        return [
-            f"lines          {self.lines:,} = {self.records:,} used + {self.bad_lines:,} bad"
-            f" + {self.blank_lines:,} blank; {self.conversations:,} conversations",
-            f"messages       {self.messages:,} = {self.messages_trained:,} trained + {self.messages_masked:,} masked"
-            f" + {dropped_messages:,} dropped",
-            f"tokens         {self.tokens:,} = {self.tokens_trained:,} trained + {self.tokens_masked:,} masked"
-            f" + {dropped_tokens:,} dropped",
-            f"over {self.window:,} tokens {self.overlong_conversations:,} conversations ({self.overlong}),"
-            f" {self.cut_messages:,} messages cut, {self.tokens_repeated:,} context tokens repeated",
-            f"fields         {field_sums(self.fields)}",
-            f"samples        {self.samples:,} from {self.pieces:,} pieces, {100 * self.fill:.2f}% full",
-        ]
+        lines = f"{self.lines:,} = {self.records:,} used + {self.bad_lines:,} bad + {self.blank_lines:,} blank"
+        messages = f"{self.messages:,} = {self.messages_supervised:,} supervised + {self.messages_masked:,} masked"
+        tokens = f"{self.tokens:,} = {self.tokens_supervised:,} supervised + {self.tokens_masked:,} masked"
+        overlong = f"{self.overlong_conversations:,} conversations ({self.overlong})"
+        return {
+            "lines": f"lines          {lines}; {self.conversations:,} conversations",
+            "messages": f"messages       {messages} + {dropped_messages:,} dropped",
+            "tokens": f"tokens         {tokens} + {dropped_tokens:,} dropped",
+            "splitting": f"over {self.seq_length:,} tokens {overlong}, {self.cut_messages:,} messages cut,"
+            f" {self.tokens_repeated:,} context tokens repeated",
+            "fields": f"fields         {field_sums(self.fields)}",
+            "packing": f"samples        {self.samples:,} from {self.chunks:,} chunks, {100 * self.fill:.2f}% full",
+        }
 
     def details(self) -> list[str]:
         """Every reason for which something was left out, the fields by name, and notes."""
@@ -206,7 +225,9 @@ class Account:
             ("messages", self.messages_dropped),
             ("tokens", self.tokens_dropped),
         ):
-            out += [f"  dropped {what}: {reason}: {count:,}" for reason, count in sorted(counts.items())]
+            out += [
+                f"  dropped {what}: {_SHOWN.get(reason, reason)}: {count:,}" for reason, count in sorted(counts.items())
+            ]
         out += field_details(self.fields)
         out += [f"  unknown field {name}: {text}" for name, text in sorted(self.unknown_fields.items())[:MOST_FIELDS]]
         return out + [f"  note: {note}" for note in self.notes]

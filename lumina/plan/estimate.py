@@ -62,9 +62,9 @@ def data_of_files(config: Config) -> Data:
     import numpy as np
 
     from lumina.chat import open_tokenizer
-    from lumina.data import prepare_parts
+    from lumina.data import prepare_splits
 
-    dataset, _ = prepare_parts(config, open_tokenizer(config.tokenizer))
+    dataset, _ = prepare_splits(config, open_tokenizer(config.tokenizer))
     # A thousand samples say how long documents are: dataset.batch reads them from the memory map.
     some = dataset.batch(range(0, dataset.num_samples, max(1, dataset.num_samples // 1000)))
     lengths = np.diff(some.cu_seqlens_D).astype(np.float64)

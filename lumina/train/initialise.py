@@ -14,7 +14,7 @@ from lumina import checkpoint
 from lumina.chat import AnyTokenizer
 from lumina.chat.hf_files import copy_files
 from lumina.config import Config, UserError
-from lumina.data import PairDataset, Samples, prepare_pairs, prepare_parts
+from lumina.data import PairDataset, Samples, prepare_pairs, prepare_splits
 from lumina.train.deepspeed.engine import Engine, Ranks
 from lumina.train.snapshot import load_weights
 
@@ -110,7 +110,7 @@ def _same_adapters(progress: checkpoint.TrainerState, config: Config, source: Pa
 def pairs_of(
     config: Config, tokenizer: AnyTokenizer, *, resumed: str | None = None
 ) -> tuple[PairDataset, PairDataset | None]:
-    """The preference pairs to train and to evaluate on; `resumed` as in `prepare_parts`. Raises UserError."""
+    """The preference pairs to train and to evaluate on; `resumed` as in `prepare_splits`. Raises UserError."""
     if config.init_from is None:
         raise UserError(
             "objective dpo moves a model away from what it began as, and none is given", "Add --init-from RUN."
@@ -133,7 +133,7 @@ def prepare_data(
     each node prepares; the others find the cache it left."""
 
     def both() -> tuple[Samples, Samples | None]:
-        take = pairs_of if config.objective == "dpo" else prepare_parts
+        take = pairs_of if config.objective == "dpo" else prepare_splits
         return take(config, tokenizer, resumed=resumed)
 
     failure: list[Any] = [None] * ranks.world

@@ -12,7 +12,7 @@ def summarise(folder: Path) -> int:
     """Print the unigram baseline and the best evaluation loss, and draw RUN/loss.png. Returns 0 when the run beats the
     baseline, 1 when it does not."""
     from lumina.chat import open_tokenizer
-    from lumina.data import prepare_parts, unigram_baseline
+    from lumina.data import prepare_splits, unigram_baseline
     from lumina.monitor.curve import plot_loss
     from lumina.monitor.metrics import read_metrics
 
@@ -28,7 +28,7 @@ def summarise(folder: Path) -> int:
     if not losses:
         raise UserError(f"{folder} has no evaluation yet", "Train it to its first evaluation.")
     tokenizer = open_tokenizer(config.tokenizer)
-    train_data, eval_data = prepare_parts(config, tokenizer)
+    train_data, eval_data = prepare_splits(config, tokenizer)
     assert eval_data is not None
     baseline, best = unigram_baseline(train_data, eval_data, config.vocab_size), min(losses)
     plot_loss(folder, folder / "loss.png", baseline)

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from lumina.chat import Tokenizer
+from lumina.config import Config, load
 from lumina.data import PackedDataset
 
 TOKENIZER = Tokenizer.load()
@@ -41,6 +42,11 @@ class Settings:
     tokenizer: str | None = None
 
 
+def config_of(**changes: Any) -> Config:
+    """A whole configuration, for the commands."""
+    return load("nano", {"seq_length": 64, "num_workers": 1, **changes})
+
+
 def write_jsonl(path: Path, records: list[Any]) -> Path:
     """Writes records as JSON lines; bytes go in as they are."""
     path.write_bytes(b"".join((r if isinstance(r, bytes) else orjson.dumps(r)) + b"\n" for r in records))
@@ -53,7 +59,7 @@ def chat(*turns: str, first: str = "user") -> dict[str, Any]:
     return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]}
 
 
-def learned_targets(dataset: PackedDataset) -> Counter[int]:
+def supervised_targets(dataset: PackedDataset) -> Counter[int]:
     """How often each id is a target of weight 1 over the whole set, sample by sample."""
     counts: Counter[int] = Counter()
     for sample in range(dataset.num_samples):
@@ -63,7 +69,7 @@ def learned_targets(dataset: PackedDataset) -> Counter[int]:
 
 
 def expected_targets(records: list[dict[str, Any]]) -> Counter[int]:
-    """The tokens of every assistant content and a stop token each: what must be learned, straight from the input."""
+    """The tokens of every assistant content and a stop token each: what must be supervised, straight from the input."""
     counts: Counter[int] = Counter()
     for record in records:
         for message in record["messages"]:

@@ -228,7 +228,7 @@ def test_messages_left_out_of_a_used_record_are_counted(tmp_path: Path) -> None:
     account = Account.from_dict(prepare([write_jsonl(tmp_path / "d.jsonl", records)], Settings(), TOKENIZER).account)
     account.check()
     assert account.messages_dropped == {"empty system message": 1, "empty last answer": 1}
-    assert (account.messages, account.messages_trained, account.messages_masked) == (4, 1, 1)
+    assert (account.messages, account.messages_supervised, account.messages_masked) == (4, 1, 1)
 
 
 def test_the_tally_is_bounded_whatever_the_keys_are() -> None:

@@ -13,9 +13,10 @@ from helpers import TOKENIZER, Settings, chat, write_jsonl
 from lumina.config.errors import UserError
 from lumina.data import prepare
 from lumina.data.account import Account
+from lumina.data.converting.fixing import write_fixed
 from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
-from lumina.data.reports.validation import fix, validate
+from lumina.data.reports.validation import validate
 
 LINES = 100_000
 SEEDS = [
@@ -82,16 +83,17 @@ def test_every_mutated_line_is_accounted_for(fuzzed: Path, monkeypatch: pytest.M
 def test_validation_sees_what_training_sees_and_fix_leaves_only_sound_lines(fuzzed: Path, tmp_path: Path) -> None:
     dataset = prepare([fuzzed], Settings(seq_length=512), TOKENIZER, workers=2)
     validation = validate([str(fuzzed)], TOKENIZER, workers=2)
-    for name in ("lines", "records", "conversations", "messages", "tokens", "tokens_trained"):
+    for name in ("lines", "records", "conversations", "messages", "tokens"):
         assert getattr(validation.account, name) == dataset.account[name]
-    written, rejected, rejects = fix([str(fuzzed)], tmp_path / "sound.jsonl", TOKENIZER)
+    assert validation.account.tokens_supervised == dataset.account["tokens_trained"]
+    written, rejected, rejects = write_fixed([str(fuzzed)], tmp_path / "sound.jsonl")
     assert written == validation.account.conversations
     assert rejected == validation.account.bad_lines
     assert len(rejects.read_bytes().splitlines()) == rejected
     again = validate([str(tmp_path / "sound.jsonl")], TOKENIZER, workers=1)
     assert again.account.bad_lines == 0
-    assert again.account.tokens_trained == validation.account.tokens_trained
-    assert sorted(again.survey.hashes) == sorted(validation.survey.hashes)
+    assert again.account.tokens_supervised == validation.account.tokens_supervised
+    assert sorted(again.statistics.hashes) == sorted(validation.statistics.hashes)
 
 
 def test_arrays_of_garbage_end(tmp_path: Path) -> None:

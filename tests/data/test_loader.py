@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import TOKENIZER, Settings, chat, write_jsonl
 
-from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare, tensors
+from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare
+from lumina.data.loading import tensors
 from lumina.data.loading.tensors import TorchBatch
 
 

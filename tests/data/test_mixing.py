@@ -9,22 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TOKENIZER, Settings, Source, chat, learned_targets, write_jsonl
+from helpers import TOKENIZER, Settings, Source, chat, supervised_targets, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.config.errors import UserError
-from lumina.data import GlobalOrder, Loader, PackedDataset, parts, preparation
+from lumina.data import GlobalOrder, Loader, PackedDataset
 from lumina.data.account import Account
+from lumina.data.preparing import preparation, splits
 from lumina.data.preparing.mixing import repeats
-from lumina.data.preparing.splits import prepare_parts
+from lumina.data.preparing.splits import prepare_splits
 
 weights = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.3, 2.0, 3.0])
 
 
 def taken(dataset: PackedDataset) -> Counter[str]:
     """How often an epoch takes each record's first piece, by place."""
-    pieces = [piece for sample in range(dataset.num_samples) for piece in dataset.pieces_of(sample)]
+    pieces = [piece for sample in range(dataset.num_samples) for piece in dataset.chunks_of(sample)]
     return Counter(f"{piece.source}:{piece.line}" for piece in pieces if not piece.context)
 
 
@@ -40,9 +41,9 @@ def test_each_conversation_is_taken_as_often_as_its_weight_says(files: list[tupl
         expected = [int(w) * count + round((w - int(w)) * count) for count, w in files]
         if sum(expected) == 0:
             with pytest.raises(UserError, match="weight"):
-                prepare_parts(config, TOKENIZER)
+                prepare_splits(config, TOKENIZER)
             return
-        dataset, _ = prepare_parts(config, TOKENIZER)
+        dataset, _ = prepare_splits(config, TOKENIZER)
         counts = taken(dataset)
         for source, (count, weight), times in zip(sources, files, expected, strict=True):
             own = [counts[f"{source.path}:{line}"] for line in range(1, count + 1)]
@@ -61,20 +62,20 @@ def test_each_conversation_is_taken_as_often_as_its_weight_says(files: list[tupl
         steps = order.steps_per_epoch
         loader = Loader(dataset, order, rank=0, world=1, micro_batch_size=3, start_step=0, stop_step=steps)
         learned = np.concatenate([b.targets_T[b.weights_T > 0] for data in loader for b in data.micro_batches])
-        assert Counter(learned.tolist()) == learned_targets(dataset)
+        assert Counter(learned.tolist()) == supervised_targets(dataset)
 
 
 def test_the_realised_shares_are_reported(tmp_path: Path) -> None:
     one = write_jsonl(tmp_path / "one.jsonl", [chat("q", "a")] * 30)
     two = write_jsonl(tmp_path / "two.jsonl", [chat("q", "a")] * 10)
     config = Settings(train_data=(str(one),), data=(Source(str(two), 3.0),))
-    dataset, _ = prepare_parts(config, TOKENIZER)
+    dataset, _ = prepare_splits(config, TOKENIZER)
     assert dataset.account["notes"] == [
-        f"{one}: weight 1, 60 learned tokens an epoch, 50.00%",
-        f"{two}: weight 3, 60 learned tokens an epoch, 50.00%",
+        f"{one}: weight 1, 60 supervised tokens an epoch, 50.00%",
+        f"{two}: weight 3, 60 supervised tokens an epoch, 50.00%",
     ]
     assert dataset.num_supervised == 120
-    other, _ = prepare_parts(Settings(train_data=(str(one),), data=(Source(str(two), 2.0),)), TOKENIZER)
+    other, _ = prepare_splits(Settings(train_data=(str(one),), data=(Source(str(two), 2.0),)), TOKENIZER)
     assert other.fingerprint != dataset.fingerprint
 
 
@@ -88,7 +89,7 @@ def test_pieces_of_one_record_go_together() -> None:
 def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
     path = str(write_jsonl(tmp_path / "one.jsonl", [chat("q", "a")]))
     with pytest.raises(UserError, match="given twice"):
-        prepare_parts(Settings(train_data=(path,), data=(Source(path, 2.0),)), TOKENIZER)
+        prepare_splits(Settings(train_data=(path,), data=(Source(path, 2.0),)), TOKENIZER)
 
 
 @pytest.mark.parametrize("how", [{}, {"dedup": "exact"}])
@@ -99,7 +100,7 @@ def test_a_sources_format_is_what_every_record_has_to_be(tmp_path: Path, how: di
     path = str(write_jsonl(tmp_path / "in.jsonl", [both, chat("q", "a"), {"text": "more words"}]))
     learned = {}
     for name in (None, "text", "messages"):
-        dataset, _ = prepare_parts(Settings(data=(Source(path, format=name),), **how), TOKENIZER)
+        dataset, _ = prepare_splits(Settings(data=(Source(path, format=name),), **how), TOKENIZER)
         Account.from_dict(dataset.account).check()
         faults = {reason: fault["lines"] for reason, fault in dataset.account["faults"].items()}
         learned[name] = dataset.num_supervised, faults
@@ -123,11 +124,11 @@ def test_a_run_goes_on_with_the_data_that_an_earlier_version_read(
     with monkeypatch.context() as patch:
         patch.setattr(preparation.fingerprint_of, "__defaults__", (None, (), (), preparation.EARLIER_FORMATS[0]))
         patch.setattr(preparation, "FORMAT_VERSION", preparation.EARLIER_FORMATS[0])
-        patch.setattr(parts, "CURATION_VERSION", parts.EARLIER_CURATION)
-        before = prepare_parts(config, TOKENIZER)
-    now = prepare_parts(config, TOKENIZER)
+        patch.setattr(splits, "DECISIONS_VERSION", splits.EARLIER_DECISIONS)
+        before = prepare_splits(config, TOKENIZER)
+    now = prepare_splits(config, TOKENIZER)
     assert now[0].fingerprint != before[0].fingerprint
-    again = prepare_parts(config, TOKENIZER, resumed=before[0].fingerprint)
+    again = prepare_splits(config, TOKENIZER, resumed=before[0].fingerprint)
     assert [part and part.fingerprint for part in again] == [part and part.fingerprint for part in before]
-    other = prepare_parts(config, TOKENIZER, resumed="of something else")
+    other = prepare_splits(config, TOKENIZER, resumed="of something else")
     assert [part and part.fingerprint for part in other] == [part and part.fingerprint for part in now]

@@ -30,12 +30,12 @@ from typing import Any
 
 import orjson
 import pytest
-from helpers import TOKENIZER, Settings, learned_targets, write_jsonl
+from helpers import TOKENIZER, Settings, supervised_targets, write_jsonl
 
+from lumina.commands.data import extract_oasst
 from lumina.config.errors import UserError
 from lumina.data import prepare
-from lumina.data.commands import process_oasst_command
-from lumina.data.oasst.extraction import Options, extract
+from lumina.data.oasst.extraction import OasstOptions, extract
 
 
 def node(name: str, replies: list[dict[str, Any]] | None = None, **fields: Any) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def the_tree() -> dict[str, Any]:
 
 
 def paths(tree: dict[str, Any], **options: Any) -> tuple[list[str], dict[str, int]]:
-    extraction = extract(tree, Options(**options))
+    extraction = extract(tree, OasstOptions(**options))
     return [" ".join(record["message_ids"]) for record in extraction.records], dict(extraction.discarded)
 
 
@@ -117,7 +117,7 @@ def test_best_loses_an_unanswered_prompter_too() -> None:
 
 
 def test_prefixes_learn_only_the_last_reply() -> None:
-    extraction = extract(the_tree(), Options(threads="prefixes"))
+    extraction = extract(the_tree(), OasstOptions(threads="prefixes"))
     taken = [" ".join(record["message_ids"]) for record in extraction.records]
     assert taken == ["P0 A1", "P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A10", "P0 A12", "P0 A13", "P0 A16"]
     assert extraction.discarded == {
@@ -176,7 +176,7 @@ def test_a_deep_tree_needs_no_recursion() -> None:
     for i in range(1, 3000):
         tip["replies"] = [node(("A" if i % 2 else "P") + str(i))]
         tip = tip["replies"][0]
-    (record,) = extract({"prompt": root}, Options()).records
+    (record,) = extract({"prompt": root}, OasstOptions()).records
     assert len(record["messages"]) == 3000
 
 
@@ -201,7 +201,7 @@ def flat_rows(tree: dict[str, Any], hub_labels: bool = False) -> list[dict[str, 
 
 def processed(source: Path, **options: Any) -> list[str]:
     out = source.with_name("out.jsonl")
-    assert process_oasst_command(str(source), str(out), **options) == 0
+    assert extract_oasst(str(source), str(out), **options) == 0
     return [" ".join(orjson.loads(line)["message_ids"]) for line in out.read_bytes().splitlines()]
 
 
@@ -238,7 +238,7 @@ def test_orphans_and_duplicates_of_flat_messages_are_counted(
     orphan = {**rows[1], "message_id": "X", "parent_id": "nobody"}
     below = {**rows[2], "message_id": "Y", "parent_id": "X"}
     source = write_jsonl(tmp_path / "in", [*rows, orphan, below, rows[0], b"{"])
-    assert process_oasst_command(str(source), str(tmp_path / "out"), json=True) == 0
+    assert extract_oasst(str(source), str(tmp_path / "out"), json=True) == 0
     summary = orjson.loads(capsys.readouterr().out)
     n = len(rows)
     assert summary["bad"] == {
@@ -264,7 +264,7 @@ def test_what_process_writes_trains_with_only_the_last_reply_of_a_prefix(tmp_pat
     source = write_jsonl(tmp_path / "in", [the_tree()])
     processed(source, threads="prefixes")
     dataset = prepare([tmp_path / "out.jsonl"], Settings(), TOKENIZER)
-    counts = learned_targets(dataset)
+    counts = supervised_targets(dataset)
     assert counts[TOKENIZER.stop_id] == 7  # one for each prefix
     assert dataset.account["messages_trained"] == 7
 
@@ -275,7 +275,7 @@ def test_trees_can_be_trained_on_directly_and_their_discards_are_in_the_account(
     flat = prepare([write_jsonl(tmp_path / "flat", flat_rows(the_tree()))], Settings(), TOKENIZER)
     processed(source)
     through = prepare([tmp_path / "out.jsonl"], Settings(), TOKENIZER)
-    assert learned_targets(direct) == learned_targets(through) == learned_targets(flat)
+    assert supervised_targets(direct) == supervised_targets(through) == supervised_targets(flat)
     assert direct.account["paths_discarded"] == paths(the_tree())[1]
     assert flat.account["lines"] == flat.account["records"] == len(flat_rows(the_tree()))
 
@@ -293,7 +293,7 @@ def test_trees_can_be_trained_on_directly_and_their_discards_are_in_the_account(
 def test_what_cannot_work_is_said(tmp_path: Path, lines: list[Any], options: dict[str, Any], message: str) -> None:
     source = write_jsonl(tmp_path / "in", lines)
     with pytest.raises(UserError, match=message):
-        process_oasst_command(str(source), str(tmp_path / "out"), **options)
+        extract_oasst(str(source), str(tmp_path / "out"), **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -301,6 +301,6 @@ def test_malformed_trees_are_bad_lines(tmp_path: Path, capsys: pytest.CaptureFix
     broken = copy.deepcopy(the_tree())
     broken["prompt"]["replies"][3]["text"] = None
     source = write_jsonl(tmp_path / "in", [broken, the_tree(), {"prompt": {"replies": 7, "text": "", "role": ""}}])
-    assert process_oasst_command(str(source), str(tmp_path / "out"), json=True) == 0
+    assert extract_oasst(str(source), str(tmp_path / "out"), json=True) == 0
     summary = orjson.loads(capsys.readouterr().out)
     assert summary["bad"] == {"not an OASST tree or message": {"count": 2, "first": [1, 3]}}

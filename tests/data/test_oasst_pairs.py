@@ -11,12 +11,12 @@ from helpers import write_jsonl
 from test_oasst import labels, node, the_tree
 
 from lumina.cli import main
-from lumina.data.oasst.extraction import Options
+from lumina.data.oasst.extraction import OasstOptions
 from lumina.data.oasst.pairs import extract_pairs
 
 
 def pairs(tree: dict[str, Any], **options: Any) -> tuple[list[str], dict[str, int]]:
-    found = extract_pairs(tree, Options(**options))
+    found = extract_pairs(tree, OasstOptions(**options))
     return [" ".join(record["message_ids"]) for record in found.records], dict(found.discarded)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.data.preparing.packing import pack, rows_to_pieces
+from lumina.data.preparing.packing import pack, rows_to_chunks
 
 
 def slow_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
@@ -43,7 +43,7 @@ def test_large_random_lengths_against_the_slow_way() -> None:
 @given(st.lists(st.integers(0, 9), min_size=1))
 def test_rows_to_pieces_groups_every_piece_once(rows: list[int]) -> None:
     row_of = np.unique(rows, return_inverse=True)[1]  # rows numbered without gaps
-    pieces, offsets = rows_to_pieces(row_of)
+    pieces, offsets = rows_to_chunks(row_of)
     for row, (first, last) in enumerate(itertools.pairwise(offsets)):
         assert pieces[first:last].tolist() == [piece for piece, its_row in enumerate(row_of) if its_row == row]
 

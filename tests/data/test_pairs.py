@@ -74,7 +74,7 @@ def test_account(tmp_path: Path) -> None:
     assert sum(counts.values()) == 8
     assert counts["longer than the window"] == counts["chosen and rejected are the same"] == counts["broken JSON"] == 1
     assert account["skipped"]["longer than the window"]["first"] == ["pairs.jsonl:5"]
-    assert "skipped, longer than the window of 64 tokens: 1 (pairs.jsonl:5)" in dataset.account_lines()
+    assert "skipped, longer than seq_length, 64 tokens: 1 (pairs.jsonl:5)" in dataset.account_lines()
     with pytest.raises(UserError, match="no preference pair in"):
         prepared(tmp_path, records[1:7])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TOKENIZER, Settings, chat, expected_targets, learned_targets, write_jsonl
+from helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +18,12 @@ from lumina.chat import Conversation, Message
 from lumina.config.errors import UserError
 from lumina.data import PackedDataset
 from lumina.data.account import Account
-from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, decide, near_pairs, signs_of
-from lumina.data.preparing.splits import prepare_parts
+from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, decide, near_pairs, signatures_of
+from lumina.data.preparing.splits import prepare_splits
 
 
 def learned(*datasets: PackedDataset | None) -> Counter[int]:
-    return sum((learned_targets(dataset) for dataset in datasets if dataset), Counter())
+    return sum((supervised_targets(dataset) for dataset in datasets if dataset), Counter())
 
 
 @settings(max_examples=25)
@@ -41,23 +41,23 @@ def test_every_answer_is_learned_or_held_out_once(drawn: list[tuple[int, int]], 
         )
         if len(set(sides)) < 2:  # all on one side, as few groups may be
             with pytest.raises(UserError, match="nothing is left to learn"):
-                prepare_parts(config, TOKENIZER)
+                prepare_splits(config, TOKENIZER)
             return
-        train, held_out = prepare_parts(config, TOKENIZER)
+        train, held_out = prepare_splits(config, TOKENIZER)
         assert held_out is not None
         assert learned(train, held_out) == expected_targets(lines)
         for dataset in (train, held_out):
             Account.from_dict(dataset.account).check()
             assert dataset.account["messages"] == 2 * len(lines)
         ids = [
-            {lines[piece.line - 1]["id"] for s in range(d.num_samples) for piece in d.pieces_of(s)}
+            {lines[piece.line - 1]["id"] for s in range(d.num_samples) for piece in d.chunks_of(s)}
             for d in (train, held_out)
         ]
         assert not ids[0] & ids[1], "an id is on both sides"
 
 
 def decided(conversations: list[Conversation], given: list[int] | None = None, **how: Any) -> list[int]:
-    signs = signs_of(conversations, near=how.get("dedup") == "near")
+    signs = signatures_of(conversations, near=how.get("dedup") == "near")
     part = np.array(given or [TRAIN] * len(conversations), dtype=np.uint8)
     return decide(signs, part, how.get("eval_fraction", 0.0), how.get("dedup", "none")).tolist()
 
@@ -89,7 +89,7 @@ LONG = "the quick brown fox jumps over the lazy dog and runs through the deep da
 def test_near_duplicates_of_a_prompt_stay_on_one_side() -> None:
     for i in range(40):
         pair = [talk(f"{LONG} number {i}", "one answer"), talk(f"{LONG} number {i}!!  Thanks", "quite another")]
-        signs = signs_of(pair, near=True)
+        signs = signatures_of(pair, near=True)
         sides = decide(signs, np.zeros(2, dtype=np.uint8), 0.5, "near").tolist()
         assert sides[0] == sides[1] or DUPLICATE in sides
 
@@ -116,7 +116,7 @@ def test_near_pairs_against_true_jaccard_similarity() -> None:
         texts.append(words)
     shingles = [{tuple(words[i : i + 5]) for i in range(196)} for words in texts]
     true = lambda a, b: len(shingles[a] & shingles[b]) / len(shingles[a] | shingles[b])
-    signs = signs_of([talk("q", " ".join(words)) for words in texts], near=True)
+    signs = signatures_of([talk("q", " ".join(words)) for words in texts], near=True)
     found = near_pairs(signs.text_minhash)
     assert all(true(a, b) > 0.5 for a, b in found)
     joined = {b for _, b in found}
@@ -128,15 +128,15 @@ def test_files_with_duplicates_across_train_and_eval(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "t.jsonl", [chat("a", "one"), chat("b", "two"), b"bad", chat("a", "one")])
     evaluation = write_jsonl(tmp_path / "e.jsonl", [chat("b", "two"), chat("c", "three")])
     config = Settings(train_data=(str(train),), eval_data=(str(evaluation),), dedup="exact")
-    datasets = prepare_parts(config, TOKENIZER)
+    datasets = prepare_splits(config, TOKENIZER)
     assert datasets[1] is not None
-    assert learned_targets(datasets[0]) == expected_targets([chat("a", "one")])
-    assert learned_targets(datasets[1]) == expected_targets([chat("b", "two"), chat("c", "three")])
+    assert supervised_targets(datasets[0]) == expected_targets([chat("a", "one")])
+    assert supervised_targets(datasets[1]) == expected_targets([chat("b", "two"), chat("c", "three")])
     assert datasets[0].account["conversations_dropped"] == {"duplicate": 2}
     assert datasets[0].account["messages_dropped"] == {"duplicate": 4}
-    again = prepare_parts(config, TOKENIZER)
+    again = prepare_splits(config, TOKENIZER)
     assert again[0].fingerprint == datasets[0].fingerprint
-    plain = prepare_parts(Settings(train_data=(str(train),)), TOKENIZER)
+    plain = prepare_splits(Settings(train_data=(str(train),)), TOKENIZER)
     assert plain[1] is None
     assert plain[0].fingerprint != datasets[0].fingerprint
 
@@ -161,13 +161,13 @@ def test_decisions_line_up_across_tasks_trees_and_workers(tmp_path: Path, monkey
         config = Settings(
             train_data=(path,), eval_fraction=0.3, cache_dir=str(tmp_path / str(workers)), num_workers=workers
         )
-        parts[workers] = prepare_parts(config, TOKENIZER)
+        parts[workers] = prepare_splits(config, TOKENIZER)
     train, held_out = parts[1]
     assert [d.fingerprint for d in parts[1] if d] == [d.fingerprint for d in parts[2] if d]
     answers = [chat("q", f"reply {i}{side}") for i in range(30) for side in "ab"]
     answers += [chat("q", f"answer {i}") for i in range(30)]
     assert learned(train, held_out) == learned(*parts[2]) == expected_targets(answers)
-    text = lambda d: " ".join(TOKENIZER.decode(p.ids) for s in range(d.num_samples) for p in d.pieces_of(s))
+    text = lambda d: " ".join(TOKENIZER.decode(p.ids) for s in range(d.num_samples) for p in d.chunks_of(s))
     for i in range(30):
         assert (f"reply {i}a<" in text(train)) == (f"reply {i}b<" in text(train)), "a tree is on both sides"
 
@@ -175,9 +175,9 @@ def test_decisions_line_up_across_tasks_trees_and_workers(tmp_path: Path, monkey
 def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(write_jsonl(tmp_path / "in.jsonl", [chat("a", "one")]))
     with pytest.raises(UserError, match="both eval_data and eval_fraction"):
-        prepare_parts(Settings(train_data=(path,), eval_data=(path,), eval_fraction=0.1), TOKENIZER)
+        prepare_splits(Settings(train_data=(path,), eval_data=(path,), eval_fraction=0.1), TOKENIZER)
     with pytest.raises(UserError, match="nothing is left to learn from of the 1 conv"):
-        prepare_parts(Settings(train_data=(path,), eval_fraction=1e-9), TOKENIZER)
+        prepare_splits(Settings(train_data=(path,), eval_fraction=1e-9), TOKENIZER)
     monkeypatch.setattr("lumina.data.preparing.splits.near_available", lambda: False)
     with pytest.raises(UserError, match="rensa"):
-        prepare_parts(Settings(train_data=(path,), dedup="near"), TOKENIZER)
+        prepare_splits(Settings(train_data=(path,), dedup="near"), TOKENIZER)

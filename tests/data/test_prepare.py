@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TOKENIZER, Settings, chat, expected_targets, learned_targets, write_jsonl
+from helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,12 +43,12 @@ def test_every_answer_is_learned_exactly_once(lines: list[dict[str, Any]], windo
     with tempfile.TemporaryDirectory() as folder:
         dataset = prepared(Path(folder), lines, seq_length=window, packing=packing)
         expected = expected_targets(lines)
-        assert learned_targets(dataset) == expected
+        assert supervised_targets(dataset) == expected
         assert dataset.num_supervised == expected.total()
         account = Account.from_dict(dataset.account)
         account.check()
         assert account.messages == sum(len(line["messages"]) for line in lines)
-        assert account.tokens_trained == expected.total()
+        assert account.tokens_supervised == expected.total()
         assert account.tokens_dropped == {}
         assert dataset.tokens_per_sample.max() <= window
         assert dataset.num_tokens == account.tokens + account.tokens_repeated
@@ -78,11 +78,11 @@ def test_truncate_and_drop_against_a_slow_reference(lines: list[dict[str, Any]],
                 prepared(Path(folder), lines, seq_length=window, overlong=policy)
             return
         dataset = prepared(Path(folder), lines, seq_length=window, overlong=policy, packing=False)
-        pieces = [(p.ids.tolist(), p.mask.tolist()) for s in range(dataset.num_samples) for p in dataset.pieces_of(s)]
+        pieces = [(p.ids.tolist(), p.mask.tolist()) for s in range(dataset.num_samples) for p in dataset.chunks_of(s)]
         assert sorted(pieces) == sorted(kept)
         account = Account.from_dict(dataset.account)
         account.check()
-        counted = (account.messages_trained, account.messages_masked, sum(account.messages_dropped.values()))
+        counted = (account.messages_supervised, account.messages_masked, sum(account.messages_dropped.values()))
         assert counted == (trained, masked, dropped)
 
 
@@ -162,7 +162,7 @@ def test_line_numbers_hold_across_tasks_workers_and_files(tmp_path: Path, monkey
     texts = {
         (piece.source, piece.line): TOKENIZER.decode(piece.ids)
         for sample in range(alone.num_samples)
-        for piece in alone.pieces_of(sample)
+        for piece in alone.chunks_of(sample)
     }
     assert "answer 131" in texts[(str(first), 131)]
     assert "answer 104" in texts[(str(second), 5)]

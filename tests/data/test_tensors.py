@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config.rows import ROW_TILE, round_up
-from lumina.data import Batch, tensors
+from lumina.data import Batch
+from lumina.data.loading import tensors
 from lumina.data.loading.dataset import join
 from lumina.data.loading.tensors import TorchBatch
 

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.chat import Conversation, Message, render
+from lumina.commands.data import validate_files
 from lumina.config.errors import UserError
-from lumina.data.commands import validate_command
-from lumina.data.preparing.statistics import PATTERNS, Survey, percentiles, windows
+from lumina.data.converting.fixing import write_fixed
+from lumina.data.preparing.statistics import PATTERNS, Statistics, context_lengths, percentiles
 from lumina.data.reports.html import render_report
-from lumina.data.reports.validation import fix, validate
+from lumina.data.reports.validation import validate
 
 KEY = "sk-" + "a1B2c3D4e5F6g7H8i9J0"
 LINES: list[Any] = [
@@ -43,7 +44,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_the_figures_of_a_small_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validate_command(str(path), json=True) == 0
+    assert validate_files(str(path), json=True) == 0
     figures = orjson.loads(capsys.readouterr().out)
     at = lambda *lines: [f"{path}:{line}" for line in lines]
     assert figures["files"] == {str(path): "JSON lines"}
@@ -62,7 +63,7 @@ def test_the_figures_of_a_small_file(path: Path, capsys: pytest.CaptureFixture[s
         "email address": {"count": 1, "first": at(3)},
         "phone number": {"count": 1, "first": at(3)},
         "secret key": {"count": 1, "first": at(4)},
-        "control-token text": {"count": 1, "first": at(5)},
+        "special-token text": {"count": 1, "first": at(5)},
         "suspicious characters": {"count": 1, "first": at(5)},
     }
     faults = figures["account"]["faults"]
@@ -74,17 +75,20 @@ def test_the_figures_of_a_small_file(path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_text_output_names_everything_and_prints_no_secret(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validate_command(str(path), create_report=True) == 0
+    assert validate_files(str(path), create_report=True) == 0
     out = capsys.readouterr().out
     for phrase in (
         "secret key: 1",
         "email address: 1",
         "broken JSON: 1",
         "duplicates     1",
-        "window    512",
+        "seq_length    512",
+        "fields   ",
         "report",
     ):
         assert phrase in out
+    assert "samples   " not in out, "nothing was packed"
+    assert "over " not in out, "nothing was split"
     assert KEY not in out
     assert "someone@example.org" not in out
 
@@ -94,13 +98,13 @@ def test_text_output_names_everything_and_prints_no_secret(path: Path, capsys: p
 @given(data=st.data())
 def test_the_quick_pass_misses_nothing_that_a_pattern_matches(what: str, data: st.DataObject) -> None:
     text = "see " + data.draw(st.from_regex(PATTERNS[what], fullmatch=True)) + " here"
-    survey = Survey()
+    statistics = Statistics()
     conversations = [Conversation([Message("user", "nothing"), Message("assistant", text)])]
-    survey._search(conversations, [7])
-    assert survey.findings[what].first == ["7"]
+    statistics._search(conversations, [7])
+    assert statistics.findings[what].first == ["7"]
 
 
-def test_percentiles_and_windows_against_numpy() -> None:
+def test_percentiles_and_context_lengths_against_numpy() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 3000, 501)
     histogram = {str(length): int((lengths == length).sum()) for length in np.unique(lengths)}
@@ -109,23 +113,23 @@ def test_percentiles_and_windows_against_numpy() -> None:
         assert spread[f"p{p}"] == np.percentile(lengths, p, method="inverted_cdf")
     assert (spread["min"], spread["max"]) == (lengths.min(), lengths.max())
     assert spread["mean"] == pytest.approx(lengths.mean(), abs=0.005)
-    for row in windows(histogram):
-        window = row["window"]
-        assert row["longer"] == pytest.approx((lengths > window).mean(), abs=1e-6)
-        assert row["lost"] == pytest.approx(np.maximum(lengths - window, 0).sum() / lengths.sum(), abs=1e-6)
+    for row in context_lengths(histogram):
+        length = row["seq_length"]
+        assert row["longer"] == pytest.approx((lengths > length).mean(), abs=1e-6)
+        assert row["lost"] == pytest.approx(np.maximum(lengths - length, 0).sum() / lengths.sum(), abs=1e-6)
         assert 0.9 < row["fill"] <= 1
     assert percentiles({}) == {}
 
 
 def test_a_file_without_a_usable_line_exits_1_and_still_reports(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "bad.jsonl", [b"x", b"y"])
-    assert validate_command(str(path), create_report=True) == 1
+    assert validate_files(str(path), create_report=True) == 1
     assert "broken JSON" in (tmp_path / "bad.jsonl.report.html").read_text()
 
 
 def test_fix_writes_the_sound_and_keeps_the_rest_word_for_word(path: Path, tmp_path: Path) -> None:
     out = tmp_path / "fixed.jsonl"
-    assert fix([str(path)], out, TOKENIZER)[:2] == (8, 2)
+    assert write_fixed([str(path)], out)[:2] == (8, 2)
     sound = [orjson.loads(line) for line in out.read_bytes().splitlines()]
     assert sound[0] == LINES[0]
     assert sound[5]["messages"][2] == {"role": "assistant", "content": "y"}
@@ -138,7 +142,7 @@ def test_fix_writes_the_sound_and_keeps_the_rest_word_for_word(path: Path, tmp_p
     assert rejected[0]["record"].strip() == "{oops"
     assert rejected[1]["record"] == LINES[8]
     with pytest.raises(UserError, match="one of the inputs"):
-        fix([str(path)], path, TOKENIZER)
+        write_fixed([str(path)], path)
 
 
 def test_the_report_is_self_contained_and_escapes_what_people_typed(tmp_path: Path) -> None:
@@ -147,7 +151,7 @@ def test_the_report_is_self_contained_and_escapes_what_people_typed(tmp_path: Pa
     assert "&lt;script&gt;alert(1)" in html
     assert not re.search(r"<script|<img|<b>bad|@import|url\(|(?:src|href)=\"(?!data:,)", html)
     assert html.count("<svg") == 4
-    assert html.count('<div class="turn learned">') == 1
+    assert html.count('<div class="turn supervised">') == 1
     assert html.count('<div class="turn masked">') == 1
 
 

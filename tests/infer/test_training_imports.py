@@ -20,7 +20,7 @@ from lumina.chat import open_tokenizer
 from lumina.cli import main
 from lumina.config import UserError
 from lumina.config import load as load_config
-from lumina.data import prepare_parts
+from lumina.data import prepare_splits
 from lumina.infer import export, import_hf, load
 from lumina.train.initialise import weights_of
 
@@ -139,7 +139,7 @@ def test_prepared_data_follow_the_template(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "in.jsonl").write_bytes(b"".join(orjson.dumps(c) + b"\n" for c in chats))
     sets = [f"tokenizer={folder}", "vocab_size=512", "seq_length=64", f"cache_dir={tmp_path / 'cache'}"]
     config = load_config("nano", {"train_data": [str(tmp_path / "in.jsonl")]}, sets)
-    dataset, _ = prepare_parts(config, tokenizer)
+    dataset, _ = prepare_splits(config, tokenizer)
     account = dataset.account
     turns = sum(len(c.get("messages", ["text"])) for c in chats)
     assert account["messages"] == turns
@@ -150,14 +150,14 @@ def test_prepared_data_follow_the_template(tmp_path: Path, capsys: pytest.Captur
         batch = dataset.batch([sample, -1])
         assert batch.ids_T.max() < 400
         learned += batch.targets_T[batch.weights_T == 1].tolist()
-        for piece in dataset.pieces_of(sample):
+        for piece in dataset.chunks_of(sample):
             assert piece.context or int(piece.ids[0]) in (1, 2)  # cut where a message begins, or a text
     answers = sum(len(c["messages"]) // 2 for c in chats[:60])
     own = [*tokenizer.encode("how <|im_end|> are you?"), 2]
     assert sorted(learned) == sorted(own * answers + [*tokenizer.encode("our dog was a surprise"), 2])
 
     changed = write_tokenizer(tmp_path / "other", CHATML.replace("<|im_end|>\n", "<|im_end|>\n\n"))
-    assert prepare_parts(config, open_tokenizer(changed))[0].fingerprint != dataset.fingerprint
+    assert prepare_splits(config, open_tokenizer(changed))[0].fingerprint != dataset.fingerprint
     line = ["inspect", str(tmp_path / "in.jsonl"), "--config", "nano", *(word for s in sets for word in ("--set", s))]
     capsys.readouterr()
     assert main([*line, "--json"]) == 0
@@ -173,7 +173,7 @@ def test_workers_prepare_the_same(tmp_path: Path, data: Path, monkeypatch: pytes
     for name, enough in (("here", 1 << 30), ("workers", 1)):
         monkeypatch.setattr("lumina.data.preparing.pool.BYTES_PER_WORKER", enough)
         sets = ["seq_length=64", f"cache_dir={tmp_path / name}", "num_workers=2"]
-        made.append(prepare_parts(load_config("nano", {"train_data": [str(data)]}, sets), tokenizer)[0])
+        made.append(prepare_splits(load_config("nano", {"train_data": [str(data)]}, sets), tokenizer)[0])
     here, there = ([path.read_bytes() for path in sorted(d.folder.glob("*.arrow"))] for d in made)
     assert here == there
 

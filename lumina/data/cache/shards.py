@@ -1,14 +1,17 @@
-"""The cache on disk: one Arrow IPC file of pieces per task, and one of the packing plan. Read through memory maps.
+"""The cache on disk: one Arrow IPC file of chunks per task, and one of the packing plan. Read through memory maps.
 
-Pieces, a record batch per block of input:
-    ids list<int32>, mask list<uint8>           the tokens and which of them are learned as targets
+The names of files and columns are those of version 0.1.0, whose caches are read: `pieces` are chunks, `trained` are
+supervised messages.
+
+Chunks, a record batch per block of input:
+    ids list<int32>, mask list<uint8>           the tokens and which of them are supervised as targets
     tokens, supervised int32                    how many of each
-    trained, masked int32                       messages that begin in it: learned from, context
-    context bool                                the first token is one repeated from the piece before
+    trained, masked int32                       messages that begin in it: supervised, context
+    context bool                                the first token is one repeated from the chunk before
     line int64                                  the record's line within its task, from 1
 Plan, one record batch:
-    tokens, supervised int32                    of a sample (a packed row, or one piece)
-    pieces list<int64>                          global piece numbers, in the order of tasks and rows
+    tokens, supervised int32                    of a sample (a packed row, or one chunk)
+    pieces list<int64>                          global chunk numbers, in the order of tasks and rows
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lumina.data.cache.arrow import booleans, integers
+from lumina.data.cache.chunks import Chunks
 from lumina.data.cache.files import replace_durably
-from lumina.data.preparing.chunking import Pieces
 
-PIECES = pa.schema(
+CHUNKS = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
         ("mask", pa.list_(pa.uint8())),
@@ -41,38 +44,38 @@ PIECES = pa.schema(
 PLAN = pa.schema([("tokens", pa.int32()), ("supervised", pa.int32()), ("pieces", pa.large_list(pa.int64()))])
 
 
-class PieceWriter:
-    """Writes one task's pieces to PATH, whole or not at all: the name appears when everything is on disk."""
+class ChunkWriter:
+    """Writes one task's chunks to PATH, whole or not at all: the name appears when everything is on disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # A worker left over from a killed run may still be writing the same piece: each writes its own file.
+        # A worker left over from a killed run may still be writing the same task: each writes its own file.
         self._partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._sink = pa.OSFile(str(self._partial), "wb")
-        self._writer = pa.ipc.new_file(self._sink, PIECES)
+        self._writer = pa.ipc.new_file(self._sink, CHUNKS)
         self.rows: list[int] = []  # per record batch
 
-    def write(self, pieces: Pieces, lines: NDArray[np.int64]) -> None:
-        """Appends the pieces as one record batch. `lines` int64[P]."""
-        count = len(pieces.context)
+    def write(self, chunks: Chunks, lines: NDArray[np.int64]) -> None:
+        """Appends the chunks as one record batch. `lines` int64[C]: the record number of each."""
+        count = len(chunks.context)
         if not count:
             return
-        offsets = integers(pa.int32(), pieces.offsets.astype(np.int32))
-        learned = np.add.reduceat(pieces.mask, pieces.offsets[:-1], dtype=np.int32)
+        offsets = integers(pa.int32(), chunks.offsets.astype(np.int32))
+        supervised = np.add.reduceat(chunks.mask, chunks.offsets[:-1], dtype=np.int32)
         columns = [
-            pa.ListArray.from_arrays(offsets, integers(pa.int32(), pieces.ids)),
-            pa.ListArray.from_arrays(offsets, integers(pa.uint8(), pieces.mask)),
-            integers(pa.int32(), np.diff(pieces.offsets).astype(np.int32)),
-            integers(pa.int32(), learned),
-            integers(pa.int32(), pieces.trained.astype(np.int32)),
-            integers(pa.int32(), pieces.masked.astype(np.int32)),
-            booleans(pieces.context),
+            pa.ListArray.from_arrays(offsets, integers(pa.int32(), chunks.ids)),
+            pa.ListArray.from_arrays(offsets, integers(pa.uint8(), chunks.mask)),
+            integers(pa.int32(), np.diff(chunks.offsets).astype(np.int32)),
+            integers(pa.int32(), supervised),
+            integers(pa.int32(), chunks.messages_supervised.astype(np.int32)),
+            integers(pa.int32(), chunks.messages_masked.astype(np.int32)),
+            booleans(chunks.context),
             integers(pa.int64(), lines),
         ]
-        self._writer.write_batch(pa.record_batch(columns, schema=PIECES))
+        self._writer.write_batch(pa.record_batch(columns, schema=CHUNKS))
         self.rows.append(count)
 
-    def __enter__(self) -> PieceWriter:
+    def __enter__(self) -> ChunkWriter:
         return self
 
     def __exit__(
@@ -90,11 +93,11 @@ def write_plan(
     path: Path,
     tokens: NDArray[np.int32],
     supervised: NDArray[np.int32],
-    pieces: NDArray[np.int64],
+    chunks: NDArray[np.int64],
     offsets: NDArray[np.int64],
 ) -> None:
-    """Writes the samples: tokens, supervised int32[S]; pieces int64[P] grouped by offsets int64[S+1]."""
-    lists = pa.LargeListArray.from_arrays(integers(pa.int64(), offsets), integers(pa.int64(), pieces))
+    """Writes the samples: tokens, supervised int32[S]; chunks int64[C] grouped by offsets int64[S+1]."""
+    lists = pa.LargeListArray.from_arrays(integers(pa.int64(), offsets), integers(pa.int64(), chunks))
     counts = [integers(pa.int32(), column) for column in (tokens, supervised)]
     batch = pa.record_batch([*counts, lists], schema=PLAN)
     partial = path.with_name(path.name + ".tmp")

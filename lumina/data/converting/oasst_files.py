@@ -12,7 +12,7 @@ import orjson
 from lumina.config.errors import UserError
 from lumina.data.account import FIRST_LINES
 from lumina.data.cache.files import replace_durably
-from lumina.data.oasst.extraction import Options, extract
+from lumina.data.oasst.extraction import OasstOptions, extract
 from lumina.data.oasst.pairs import extract_pairs
 from lumina.data.oasst.trees import malformed
 from lumina.data.reading.items import read_items
@@ -63,7 +63,9 @@ class Summary:
         return out
 
 
-def process(source: Path, output: Path, options: Options, limit: int | None, pairs: bool = False) -> Summary:
+def process_oasst_file(
+    source: Path, output: Path, options: OasstOptions, limit: int | None, pairs: bool = False
+) -> Summary:
     """Extracts conversations, or preference pairs, into `output`, which appears when it is whole.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 from lumina.chat import Conversation
 from lumina.data.formats._format import DataFormat
 from lumina.data.formats.messages import from_messages
-from lumina.data.oasst.extraction import Options, extract
+from lumina.data.oasst.extraction import OasstOptions, extract
 from lumina.data.oasst.trees import malformed
 from lumina.data.records.fault import EMPTY, WRONG_TYPE, Fault, Tree
 from lumina.data.records.fields import FieldTally, Vocabulary
@@ -33,7 +33,7 @@ def from_tree(record: dict[str, Any], tally: FieldTally) -> Tree | Fault:
         stack.extend(node.get("replies") or [])
     if fault is not None:
         return fault
-    extraction = extract(record, Options())
+    extraction = extract(record, OasstOptions())
     conversations: list[Conversation] = []
     own = FieldTally()  # the fields of these records are extraction's own
     for thread in extraction.records:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from lumina.chat import Tokenizer
 from lumina.data.account import Account
 from lumina.data.cache import arrow
+from lumina.data.cache.chunks import ranges
 from lumina.data.cache.shards import open_batches
 from lumina.data.loading.order import PADDING
-from lumina.data.preparing.chunking import ranges
 
 if TYPE_CHECKING:
     from lumina.data.loading.tensors import TorchBatch
@@ -30,10 +30,10 @@ class Batch:
     """Samples one after another without padding; attention and positions stay inside a document.
 
     ids_T, targets_T int64: a token and the next one of the same document; weights_T float32: 1 where the target is
-    learned (0 at every document's last token, whose target is its own id); positions_T int64 from 0 in each document;
-    cu_seqlens_D int32[D+1]: document bounds, 0 first and T last; max_seqlen: the longest document. Of preference pairs
-    (lumina.data.preference) every two documents are one, and pairs_P2 float32 is what the reference model prefers the
-    first by, in nats, and the pair's weight: 1, or 0 for padding.
+    supervised (0 at every document's last token, whose target is its own id); positions_T int64 from 0 in each
+    document; cu_seqlens_D int32[D+1]: document bounds, 0 first and T last; max_seqlen: the longest document. Of
+    preference pairs (lumina.data.preference) every two documents are one, and pairs_P2 float32 is what the reference
+    model prefers the first by, in nats, and the pair's weight: 1, or 0 for padding.
     """
 
     ids_T: NDArray[np.int64]
@@ -66,7 +66,7 @@ class Samples(Protocol):
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch: ...
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """ids_T int32 and mask_T uint8 of one document as stored; context: its first token is a repeated one."""
 
     ids: NDArray[np.int32]
@@ -93,14 +93,14 @@ class PackedDataset:
         self.folder = folder
         self.meta = meta
         self.fingerprint: str = meta["fingerprint"]
-        self.window: int = meta["window"]
+        self.seq_length: int = meta["window"]
         self.account: dict[str, Any] = meta["account"]
         (plan,) = open_batches(folder / "plan.arrow")
         self.tokens_per_sample: NDArray[np.int32] = arrow.numpy(plan.column("tokens"))
         self.supervised_per_sample: NDArray[np.int32] = arrow.numpy(plan.column("supervised"))
-        self._sample_pieces: NDArray[np.int64] = arrow.numpy(plan.column("pieces").values)
+        self._sample_chunks: NDArray[np.int64] = arrow.numpy(plan.column("pieces").values)
         self._sample_offsets: NDArray[np.int64] = arrow.numpy(plan.column("pieces").offsets)
-        self._pad_id = int(meta.get("pad_id", Tokenizer.load().pad_id))  # caches from before imports were trained
+        self._pad_id = int(meta.get("pad_id", Tokenizer.load().pad_id))  # caches from before imported models were
         rows = [
             (shard, batch, count) for shard, s in enumerate(meta["shards"]) for batch, count in enumerate(s["rows"])
         ]
@@ -119,7 +119,7 @@ class PackedDataset:
 
     @property
     def num_supervised(self) -> int:
-        """Learned tokens of an epoch."""
+        """Supervised tokens of an epoch."""
         return self._totals[1]
 
     @cached_property
@@ -146,20 +146,20 @@ class PackedDataset:
             ]
         return self._shards[shard][index]
 
-    def pieces_of(self, sample: int) -> list[Piece]:
+    def chunks_of(self, sample: int) -> list[Chunk]:
         """The documents of one sample, with where each was read."""
         first, last = self._sample_offsets[sample], self._sample_offsets[sample + 1]
-        pieces = []
-        for piece in self._sample_pieces[first:last]:
-            number = int(np.searchsorted(self._block_starts, piece, side="right")) - 1
-            block, row = self._block(number), int(piece - self._block_starts[number])
+        chunks = []
+        for chunk in self._sample_chunks[first:last]:
+            number = int(np.searchsorted(self._block_starts, chunk, side="right")) - 1
+            block, row = self._block(number), int(chunk - self._block_starts[number])
             shard = self.meta["shards"][self._block_homes[number][0]]
             start, stop = block.offsets[row], block.offsets[row + 1]
             line = int(block.line[row]) + shard["line_base"]
-            pieces.append(
-                Piece(block.ids[start:stop], block.mask[start:stop], bool(block.context[row]), shard["source"], line)
+            chunks.append(
+                Chunk(block.ids[start:stop], block.mask[start:stop], bool(block.context[row]), shard["source"], line)
             )
-        return pieces
+        return chunks
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """The samples `indices` in that order; index -1 is a padding sample: one token of weight 0."""
@@ -175,9 +175,9 @@ class PackedDataset:
                 masks.append(np.zeros(1, dtype=np.uint8))
                 continue
             first, last = self._sample_offsets[sample], self._sample_offsets[sample + 1]
-            piece_D = self._sample_pieces[first:last]
-            block_D = np.searchsorted(self._block_starts, piece_D, side="right") - 1
-            row_D = piece_D - self._block_starts[block_D]
+            chunk_D = self._sample_chunks[first:last]
+            block_D = np.searchsorted(self._block_starts, chunk_D, side="right") - 1
+            row_D = chunk_D - self._block_starts[block_D]
             for number, row in zip(block_D.tolist(), row_D.tolist(), strict=True):
                 block = self._block(number)
                 start, stop = block.offsets[row], block.offsets[row + 1]

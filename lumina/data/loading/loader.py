@@ -29,7 +29,7 @@ class StepData:
 
     step, epoch and batch_in_epoch count from 0; micro_batches are this rank's; tokens and samples int64[n] are those of
     the whole global batch, and so is supervised_tokens, the step's true weight sum (law 2): of preference pairs, their
-    number. It is at least 1: a batch in which nothing is learned has gradient 0, not 0 / 0. own_samples int64[m] are
+    number. It is at least 1: a batch in which nothing is supervised has gradient 0, not 0 / 0. own_samples int64[m] are
     those in `micro_batches`; corrupt: this rank's samples that could not be read and are of weight zero here, though
     supervised_tokens counts them.
     """

@@ -33,7 +33,7 @@ ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True)
-class Options:
+class OasstOptions:
     """What to take; see the module's list of reasons."""
 
     threads: str = "all"
@@ -93,7 +93,7 @@ def assistant_prefixes(root: Node) -> Iterator[list[Node]]:
         stack.extend([*path, reply] for reply in reversed(path[-1].get("replies") or []))
 
 
-def objection(path: list[Node], options: Options) -> str | None:
+def objection(path: list[Node], options: OasstOptions) -> str | None:
     """The first reason why a path cannot be taken as it stands, or None."""
     if not options.include_deleted and any(node.get("deleted") for node in path):
         return "deleted"
@@ -124,7 +124,7 @@ def objection(path: list[Node], options: Options) -> str | None:
     return None
 
 
-def extract(tree: dict[str, Any], options: Options) -> Extraction:
+def extract(tree: dict[str, Any], options: OasstOptions) -> Extraction:
     """The conversations of one well-formed tree (`malformed` says None)."""
     result = Extraction()
     root, prefixes = tree["prompt"], options.threads == "prefixes"

@@ -17,11 +17,11 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
-from lumina.data.oasst.extraction import ROLES, Extraction, Options, objection
+from lumina.data.oasst.extraction import ROLES, Extraction, OasstOptions, objection
 from lumina.data.oasst.trees import Node
 
 
-def extract_pairs(tree: dict[str, Any], options: Options) -> Extraction:
+def extract_pairs(tree: dict[str, Any], options: OasstOptions) -> Extraction:
     """The pairs of one well-formed tree (extraction.malformed says None), depth first.
 
     The records are as TRL has them: `prompt`, `chosen` and `rejected` are lists of messages.

@@ -3,8 +3,9 @@
     {"prompt": "…" or [messages], "chosen": "…" or [messages], "rejected": "…" or [messages]}      one a line, as TRL's
 
 A pair is one sample: laws 1 and 2 hold for pairs as they do for packed conversations, with pairs in the place of
-supervised tokens. Both answers are rendered by the one template after the same prompt; learned from is what comes
-after the prompt. A pair of which a side is longer than the window is dropped and counted: a cut answer is another one.
+supervised tokens. Both answers are rendered by the one template after the same prompt; supervised is what comes
+after the prompt. A pair of which a side is longer than `seq_length` is dropped and counted: a truncated answer is
+another one.
 
     CACHE/FINGERPRINT/    ids.npy int32[T], mask.npy uint8[T], offsets.npy int64[2P+1], meta.json
 
@@ -31,7 +32,7 @@ from lumina.data.cache.files import content_digests, write_json
 from lumina.data.loading.dataset import Batch, join
 from lumina.data.loading.order import PADDING
 from lumina.data.preference.pair import Pair, from_pair
-from lumina.data.preparing.building import Settings
+from lumina.data.preparing.building import PrepareSettings
 from lumina.data.preparing.preparation import make_root, only_one
 from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
@@ -41,7 +42,8 @@ from lumina.data.records.fields import FieldTally
 
 FORMAT_VERSION = 2
 EARLIER_FORMATS = (1,)  # 1: version 0.1.0, which read fewer shapes of pairs
-TOO_LONG, NOTHING = "longer than the window", "nothing to learn from"
+TOO_LONG = "longer than the window"  # as every version has stored it; shown as "longer than seq_length"
+NOTHING = "nothing to learn from"
 _AT_ONCE = 512  # pairs rendered together
 
 
@@ -92,7 +94,7 @@ class PairDataset:
 
 def prepare_pairs(
     paths: Sequence[str | os.PathLike[str]],
-    config: Settings,
+    config: PrepareSettings,
     tokenizer: AnyTokenizer,
     wait_seconds: float = 3600.0,
     earlier: bool = False,
@@ -106,10 +108,10 @@ def prepare_pairs(
     if not isinstance(tokenizer, Tokenizer):
         tokenizer.check_trainable()
     root = make_root(config, files)
-    parts = [content_digests(files, root / "sources.json"), config.seq_length]
-    parts += [tokenizer.fingerprint, template_version(tokenizer)]
+    inputs = [content_digests(files, root / "sources.json"), config.seq_length]
+    inputs += [tokenizer.fingerprint, template_version(tokenizer)]
     for version in (*(EARLIER_FORMATS if earlier else ()), FORMAT_VERSION):
-        fingerprint = hashlib.sha256(orjson.dumps(["pairs", version, *parts])).hexdigest()
+        fingerprint = hashlib.sha256(orjson.dumps(["pairs", version, *inputs])).hexdigest()
         final = root / f"pairs-{fingerprint[:32]}"
         found = _open(final, fingerprint)
         if found is not None:
@@ -143,14 +145,14 @@ def _open(folder: Path, fingerprint: str) -> PairDataset | None:
 # --- Building -------------------------------------------------------------------------------------
 
 
-def _build(files: list[Path], folder: Path, fingerprint: str, window: int, tokenizer: AnyTokenizer) -> None:
-    account: dict[str, Any] = {"lines": 0, "blank_lines": 0, "pairs": 0, "skipped": {}, "window": window}
+def _build(files: list[Path], folder: Path, fingerprint: str, seq_length: int, tokenizer: AnyTokenizer) -> None:
+    account: dict[str, Any] = {"lines": 0, "blank_lines": 0, "pairs": 0, "skipped": {}, "window": seq_length}
     ids, masks, lengths = [], [], []
     block: list[tuple[Pair, str]] = []
 
     def flush() -> None:
         for (_, place), sides in zip(block, _rendered(tokenizer, [pair for pair, _ in block]), strict=True):
-            reason = sides if isinstance(sides, str) else _unusable(sides, window)
+            reason = sides if isinstance(sides, str) else _unusable(sides, seq_length)
             if reason is not None:
                 _skip(account, reason, place)
                 continue
@@ -232,8 +234,8 @@ def _rendered(tokenizer: AnyTokenizer, pairs: list[Pair]) -> Iterator[tuple[Side
             yield next(refused[side] for side in (2 * number, 2 * number + 1) if side in refused)
 
 
-def _unusable(sides: tuple[Side, Side], window: int) -> str | None:
-    if any(len(ids) > window for ids, _ in sides):
+def _unusable(sides: tuple[Side, Side], seq_length: int) -> str | None:
+    if any(len(ids) > seq_length for ids, _ in sides):
         return TOO_LONG
     return None if all(mask[1:].any() for _, mask in sides) else NOTHING
 
@@ -242,7 +244,7 @@ def account_lines(account: dict[str, Any]) -> list[str]:
     """Law 4's account as lines of text."""
     lines = [f"{account['lines']:,} lines: {account['pairs']:,} preference pairs, {account['blank_lines']:,} blank"]
     for reason, entry in sorted(account["skipped"].items()):
-        window = f" of {account['window']} tokens" if reason == TOO_LONG else ""
-        lines.append(f"skipped, {reason}{window}: {entry['count']:,} ({', '.join(entry['first'])})")
+        shown = f"longer than seq_length, {account['window']} tokens" if reason == TOO_LONG else reason
+        lines.append(f"skipped, {shown}: {entry['count']:,} ({', '.join(entry['first'])})")
     lines.append(f"fields: {field_sums(account.get('fields', {}))}")
     return [*lines, *field_details(account.get("fields", {}))]

@@ -19,14 +19,14 @@ from lumina.data.cache import arrow
 from lumina.data.cache.files import write_json
 from lumina.data.cache.shards import open_batches, write_plan
 from lumina.data.preparing.mixing import LEFT_OUT, repeats, shares
-from lumina.data.preparing.packing import pack, rows_to_pieces
+from lumina.data.preparing.packing import pack, rows_to_chunks
 from lumina.data.preparing.pool import run_tasks
 from lumina.data.preparing.worker import Task
 
-Progress = Callable[[int, int], None]  # bytes of input done, bytes of input in all
+OnProgress = Callable[[int, int], None]  # bytes of input done, bytes of input in all
 
 
-class Settings(Protocol):
+class PrepareSettings(Protocol):
     """What prepare reads from the configuration."""
 
     @property
@@ -43,12 +43,12 @@ class Settings(Protocol):
 
 def build(
     tasks: Sequence[Task],
-    config: Settings,
+    config: PrepareSettings,
     tokenizer: AnyTokenizer,
     fingerprint: str,
     final: Path,
     workers: int,
-    progress: Progress | None,
+    progress: OnProgress | None,
     weights: Mapping[str, float] | None,
 ) -> None:
     """Runs the tasks that are not done yet, packs, and gives the folder its name.
@@ -105,7 +105,7 @@ def build(
     os.replace(partial, final)
 
 
-def _refuse_nothing(account: Account, files: Sequence[str], config: Settings, partial: Path) -> None:
+def _refuse_nothing(account: Account, files: Sequence[str], config: PrepareSettings, partial: Path) -> None:
     """Raises a UserError that says why, when there is nothing to learn from."""
     if not account.conversations:
         shutil.rmtree(partial)
@@ -113,7 +113,7 @@ def _refuse_nothing(account: Account, files: Sequence[str], config: Settings, pa
             f"no usable conversation in {', '.join(files)}: all {account.bad_lines:,} lines are bad",
             "\n  ".join(account.details()) or "Every line is blank.",
         )
-    if not account.tokens_trained:
+    if not account.tokens_supervised:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in account.conversations_dropped.items())
         why = dropped or f"no answer lies within the first {config.seq_length:,} tokens"
         raise UserError(
@@ -123,8 +123,8 @@ def _refuse_nothing(account: Account, files: Sequence[str], config: Settings, pa
         )
 
 
-def _report_path(pieces: Path) -> Path:
-    return pieces.with_suffix(".json")
+def _report_path(chunks: Path) -> Path:
+    return chunks.with_suffix(".json")
 
 
 def _finished(task: Task) -> dict[str, Any] | None:
@@ -147,36 +147,36 @@ def line_bases(tasks: Sequence[Task], reports: Sequence[dict[str, Any]]) -> list
     return bases
 
 
-def merge_accounts(tasks: Sequence[Task], reports: Sequence[dict[str, Any]], overlong: str, window: int) -> Account:
+def merge_accounts(tasks: Sequence[Task], reports: Sequence[dict[str, Any]], overlong: str, seq_length: int) -> Account:
     """The tasks' accounts as one, with file names and true line numbers."""
-    account = Account(overlong=overlong, window=window)
+    account = Account(overlong=overlong, seq_length=seq_length)
     for task, report, base in zip(tasks, reports, line_bases(tasks, reports), strict=True):
         account.merge(Account.from_dict(report["account"]), task.path, base)
     return account
 
 
 def _column(tasks: Sequence[Task], name: str) -> np.ndarray[Any, Any]:
-    """One integer column over all pieces, in order."""
+    """One integer column over all chunks, in order."""
     batches = [batch for task in tasks for batch in open_batches(Path(task.out))]
-    parts = [arrow.numpy(batch.column(name)) for batch in batches]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+    columns = [arrow.numpy(batch.column(name)) for batch in batches]
+    return np.concatenate(columns) if columns else np.empty(0, dtype=np.int32)
 
 
 def _pack(
-    tasks: Sequence[Task], config: Settings, account: Account, folder: Path, weights: Mapping[str, float]
+    tasks: Sequence[Task], config: PrepareSettings, account: Account, folder: Path, weights: Mapping[str, float]
 ) -> None:
-    """Packs the pieces into samples and writes the plan; only lengths are in memory, some 24 bytes a piece."""
-    tokens_P, supervised_P = _column(tasks, "tokens"), _column(tasks, "supervised")
-    chosen = np.arange(len(tokens_P), dtype=np.int64)
+    """Packs the chunks into samples and writes the plan; only lengths are in memory, some 24 bytes a chunk."""
+    tokens_C, supervised_C = _column(tasks, "tokens"), _column(tasks, "supervised")
+    chosen = np.arange(len(tokens_C), dtype=np.int64)
     if any(weights.get(task.path, 1.0) != 1.0 for task in tasks):
-        chosen = _mix(tasks, account, weights, tokens_P, supervised_P)
-    tokens_C, supervised_C = tokens_P[chosen], supervised_P[chosen]
-    row_C = pack(tokens_C, config.seq_length) if config.packing else np.arange(len(tokens_C), dtype=np.int64)
-    order, offsets = rows_to_pieces(row_C)
-    tokens_S = np.add.reduceat(tokens_C[order], offsets[:-1], dtype=np.int32)
-    supervised_S = np.add.reduceat(supervised_C[order], offsets[:-1], dtype=np.int32)
+        chosen = _mix(tasks, account, weights, tokens_C, supervised_C)
+    tokens_E, supervised_E = tokens_C[chosen], supervised_C[chosen]
+    row_E = pack(tokens_E, config.seq_length) if config.packing else np.arange(len(tokens_E), dtype=np.int64)
+    order, offsets = rows_to_chunks(row_E)
+    tokens_S = np.add.reduceat(tokens_E[order], offsets[:-1], dtype=np.int32)
+    supervised_S = np.add.reduceat(supervised_E[order], offsets[:-1], dtype=np.int32)
     account.samples = len(tokens_S)
-    account.epoch_tokens = int(tokens_C.sum(dtype=np.int64))
+    account.epoch_tokens = int(tokens_E.sum(dtype=np.int64))
     write_plan(folder / "plan.arrow", tokens_S, supervised_S, chosen[order], offsets)
 
 
@@ -184,27 +184,27 @@ def _mix(
     tasks: Sequence[Task],
     account: Account,
     weights: Mapping[str, float],
-    tokens_P: NDArray[np.int32],
-    supervised_P: NDArray[np.int32],
+    tokens_C: NDArray[np.int32],
+    supervised_C: NDArray[np.int32],
 ) -> NDArray[np.int64]:
-    """The pieces of an epoch under the files' weights; what a weight leaves out is entered as dropped."""
+    """The chunks of an epoch under the files' weights; what a weight leaves out is entered as dropped."""
     counts = [sum(batch.num_rows for batch in open_batches(Path(task.out))) for task in tasks]
-    task_P = np.repeat(np.arange(len(tasks)), counts)
+    task_C = np.repeat(np.arange(len(tasks)), counts)
     names = list(dict.fromkeys(task.path for task in tasks))
-    file_P = np.array([names.index(task.path) for task in tasks])[task_P]
-    repeats_P = repeats(file_P, task_P, _column(tasks, "line"), [weights.get(name, 1.0) for name in names])
-    gone_P = repeats_P == 0
-    trained, masked, context = (_column(tasks, name)[gone_P] for name in ("trained", "masked", "context"))
-    learned, repeated = int(supervised_P[gone_P].sum()), int(context.sum())
-    other = int(tokens_P[gone_P].sum(dtype=np.int64)) - learned - repeated
-    account.messages_trained -= int(trained.sum())
+    file_C = np.array([names.index(task.path) for task in tasks])[task_C]
+    repeats_C = repeats(file_C, task_C, _column(tasks, "line"), [weights.get(name, 1.0) for name in names])
+    gone_C = repeats_C == 0
+    supervised, masked, context = (_column(tasks, name)[gone_C] for name in ("trained", "masked", "context"))
+    supervised_tokens, repeated = int(supervised_C[gone_C].sum()), int(context.sum())
+    other = int(tokens_C[gone_C].sum(dtype=np.int64)) - supervised_tokens - repeated
+    account.messages_supervised -= int(supervised.sum())
     account.messages_masked -= int(masked.sum())
-    account.drop_messages(LEFT_OUT, int(trained.sum() + masked.sum()))
-    account.tokens_trained -= learned
+    account.drop_messages(LEFT_OUT, int(supervised.sum() + masked.sum()))
+    account.tokens_supervised -= supervised_tokens
     account.tokens_masked -= other
     account.tokens_repeated -= repeated
-    account.drop_tokens(LEFT_OUT, learned + other)
-    account.notes += shares(names, [weights.get(name, 1.0) for name in names], file_P, repeats_P, supervised_P)
-    if gone_P.all():
+    account.drop_tokens(LEFT_OUT, supervised_tokens + other)
+    account.notes += shares(names, [weights.get(name, 1.0) for name in names], file_C, repeats_C, supervised_C)
+    if gone_C.all():
         raise UserError("every source has weight 0", "Give at least one a weight above 0.")
-    return np.repeat(np.arange(len(tokens_P), dtype=np.int64), repeats_P)
+    return np.repeat(np.arange(len(tokens_C), dtype=np.int64), repeats_C)

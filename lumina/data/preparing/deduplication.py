@@ -1,6 +1,6 @@
-"""Which conversation belongs to which part: hold-out by group, duplicates removed across both parts.
+"""Deduplication and split: hold-out by group, duplicates removed across both splits.
 
-One pass over all files gathers a few numbers for each conversation; one decision in memory follows; preparing a part
+One pass over all files gathers a signature of each conversation; one decision in memory follows; preparing a split
 then skips what is not its own and counts it. Split and duplicates are decided over conversations, whatever file,
 format or line they come from.
 
@@ -40,9 +40,12 @@ UInt64 = NDArray[np.uint64]
 UInt32 = NDArray[np.uint32]
 
 
-class Signs(NamedTuple):
-    """What tells N conversations: exact_N, group_N, prompt_N uint64 (0: none); text_NV, words_NV uint32 MinHash values
-    of the conversation and of its prompt (no columns without `near`)."""
+class Signatures(NamedTuple):
+    """Signatures of N conversations, equal for equal ones and alike for near-duplicates.
+
+    exact_N, group_N, prompt_N uint64 (0: none); text_NV, prompt_NV uint32: MinHash values of the conversation and of
+    its prompt (no columns without `near`).
+    """
 
     exact: UInt64
     group: UInt64
@@ -56,8 +59,8 @@ def near_available() -> bool:
     return importlib.util.find_spec("rensa") is not None
 
 
-def signs_of(conversations: Sequence[Conversation], near: bool) -> Signs:
-    """The signs of a block of conversations."""
+def signatures_of(conversations: Sequence[Conversation], near: bool) -> Signatures:
+    """The signatures of a block of conversations."""
     rows: list[tuple[int, int, int]] = []
     texts: list[list[int]] = []
     prompts: list[list[int]] = []
@@ -74,22 +77,22 @@ def signs_of(conversations: Sequence[Conversation], near: bool) -> Signs:
     table = np.array(rows, dtype=np.uint64).reshape(-1, 3)
     shape = (len(rows), VALUES if near else 0)
     minhashes = (np.array(values, dtype=np.uint32).reshape(shape) for values in (texts, prompts))
-    return Signs(table[:, 0], table[:, 1], table[:, 2], *minhashes)
+    return Signatures(table[:, 0], table[:, 1], table[:, 2], *minhashes)
 
 
-def join_signs(parts: Sequence[Signs]) -> Signs:
+def join_signatures(blocks: Sequence[Signatures]) -> Signatures:
     """Blocks one after another."""
-    return Signs(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return Signatures(*(np.concatenate(columns) for columns in zip(*blocks, strict=True)))
 
 
-def decide(signs: Signs, given_N: NDArray[np.uint8], eval_fraction: float, dedup: str) -> NDArray[np.uint8]:
+def decide(signs: Signatures, given_N: NDArray[np.uint8], eval_fraction: float, dedup: str) -> NDArray[np.uint8]:
     """TRAIN, EVAL or DUPLICATE for each conversation: uint8[N].
 
     Args:
-        given_N: the part of the file it is in. With an eval_fraction all are TRAIN, and groups are held out.
+        given_N: the split of the file it is in. With an eval_fraction all are TRAIN, and groups are held out.
     """
     count = len(signs.exact)
-    part_N = given_N.copy()
+    split_N = given_N.copy()
     if eval_fraction > 0:
         groups = _Union(count)
         for key_N in (signs.group, signs.prompt, signs.exact):
@@ -101,19 +104,19 @@ def decide(signs: Signs, given_N: NDArray[np.uint8], eval_fraction: float, dedup
         # A root is its group's first conversation; its own hash, not its place, chooses the side.
         salted = signs.exact[root_N] ^ np.uint64(0x9E3779B97F4A7C15)
         share_N = (salted * np.uint64(0xD1342543DE82EF95) >> np.uint64(11)).astype(np.float64) / 2.0**53
-        part_N[share_N < eval_fraction] = EVAL
+        split_N[share_N < eval_fraction] = EVAL
     if dedup != "none":
         twins = _Union(count)
         twins.join_equal(signs.exact)
         for one, other in near_pairs(signs.text_minhash):
             twins.join(one, other)
         root_N = twins.roots()
-        order_N = np.lexsort((np.arange(count), part_N != EVAL))  # evaluation first, then as read
+        order_N = np.lexsort((np.arange(count), split_N != EVAL))  # evaluation first, then as read
         _, first = np.unique(root_N[order_N], return_index=True)
         stays_N = np.zeros(count, dtype=np.bool_)
         stays_N[order_N[first]] = True
-        part_N[~stays_N] = DUPLICATE
-    return part_N
+        split_N[~stays_N] = DUPLICATE
+    return split_N
 
 
 def near_pairs(minhash_NV: UInt32) -> list[tuple[int, int]]:

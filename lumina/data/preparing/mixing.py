@@ -19,40 +19,40 @@ LEFT_OUT = "left out by its source's weight"
 
 
 def repeats(
-    file_P: NDArray[np.int64], task_P: NDArray[np.int64], line_P: NDArray[np.int64], weights: Sequence[float]
+    file_C: NDArray[np.int64], task_C: NDArray[np.int64], line_C: NDArray[np.int64], weights: Sequence[float]
 ) -> NDArray[np.int64]:
-    """How often an epoch takes each piece: int64[P]. Pieces of one record (a task's line) go together.
+    """How often an epoch takes each chunk: int64[C]. Chunks of one record (a task's line) go together.
 
     Args:
-        file_P, task_P, line_P: each piece's file, task and line within the task.
+        file_C, task_C, line_C: each chunk's file, task and line within the task.
         weights: of each file, at least 0.
     """
-    out_P = np.zeros(len(file_P), dtype=np.int64)
+    out_C = np.zeros(len(file_C), dtype=np.int64)
     for number, weight in enumerate(weights):
-        own = np.flatnonzero(file_P == number)
+        own = np.flatnonzero(file_C == number)
         if not len(own):
             continue
-        _, record_of = np.unique(np.stack([task_P[own], line_P[own]]), axis=1, return_inverse=True)
+        _, record_of = np.unique(np.stack([task_C[own], line_C[own]]), axis=1, return_inverse=True)
         records = int(record_of.max()) + 1
         whole = int(weight)
         times = np.full(records, whole, dtype=np.int64)
         extra = round((weight - whole) * records)
         times[Permutation(records, b"lumina mixing")(np.arange(extra))] += 1
-        out_P[own] = times[record_of]
-    return out_P
+        out_C[own] = times[record_of]
+    return out_C
 
 
 def shares(
     names: Sequence[str],
     weights: Sequence[float],
-    file_P: NDArray[np.int64],
-    repeats_P: NDArray[np.int64],
-    supervised_P: NDArray[np.int32],
+    file_C: NDArray[np.int64],
+    repeats_C: NDArray[np.int64],
+    supervised_C: NDArray[np.int32],
 ) -> list[str]:
-    """A line for each source: its weight and its realised share of an epoch's learned tokens."""
-    learned = np.bincount(file_P, weights=repeats_P * supervised_P, minlength=len(names))
-    total = max(1.0, float(learned.sum()))
+    """A line for each source: its weight and its realised share of an epoch's supervised tokens."""
+    supervised = np.bincount(file_C, weights=repeats_C * supervised_C, minlength=len(names))
+    total = max(1.0, float(supervised.sum()))
     return [
-        f"{name}: weight {weight:g}, {tokens:,.0f} learned tokens an epoch, {100 * tokens / total:.2f}%"
-        for name, weight, tokens in zip(names, weights, learned.tolist(), strict=True)
+        f"{name}: weight {weight:g}, {tokens:,.0f} supervised tokens an epoch, {100 * tokens / total:.2f}%"
+        for name, weight, tokens in zip(names, weights, supervised.tolist(), strict=True)
     ]

@@ -1,11 +1,11 @@
 """Best-fit decreasing bin packing, exact and in bulk.
 
-Pieces are taken longest first; each goes into the fullest row that still holds it (Johnson, 1973). Equal lengths are
-placed together: if c is the smallest room that takes length L, a row with room c takes c // L pieces of that length one
-after another, since after each its room is the smaller one and so still the best fit. That turns the loop over pieces
-into one over (length, room) pairs, each an array operation, with the same result as the loop over pieces.
+Chunks are taken longest first; each goes into the fullest row that still holds it (Johnson, 1973). Equal lengths are
+placed together: if c is the smallest room that takes length L, a row with room c takes c // L chunks of that length one
+after another, since after each its room is the smaller one and so still the best fit. That turns the loop over chunks
+into one over (length, room) pairs, each an array operation, with the same result as the loop over chunks.
 
-Memory is a few bytes per piece; the token data is never touched.
+Memory is a few bytes per chunk; the token data is never touched.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ class _Rooms:
         return np.concatenate(taken)
 
 
-def pack(lengths_P: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
-    """The row of every piece: row_P int64, rows numbered from 0, none holding more than `capacity` tokens.
+def pack(lengths_C: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
+    """The row of every chunk: row_C int64, rows numbered from 0, none holding more than `capacity` tokens.
 
     Args:
-        lengths_P: piece lengths, each in [1, capacity].
+        lengths_C: chunk lengths, each in [1, capacity].
     """
-    row_P = np.empty(len(lengths_P), dtype=np.int64)
-    if not len(lengths_P):
-        return row_P
-    assert lengths_P.min() >= 1
-    assert lengths_P.max() <= capacity
+    row_C = np.empty(len(lengths_C), dtype=np.int64)
+    if not len(lengths_C):
+        return row_C
+    assert lengths_C.min() >= 1
+    assert lengths_C.max() <= capacity
     rooms, next_row = _Rooms(capacity), 0
-    order_P = np.argsort(-lengths_P.astype(np.int64), kind="stable")
-    sorted_P = lengths_P[order_P]
-    bounds = np.flatnonzero(np.diff(sorted_P)) + 1
-    for group in np.split(order_P, bounds):
-        length, placed = int(lengths_P[group[0]]), 0
+    order_C = np.argsort(-lengths_C.astype(np.int64), kind="stable")
+    sorted_C = lengths_C[order_C]
+    bounds = np.flatnonzero(np.diff(sorted_C)) + 1
+    for group in np.split(order_C, bounds):
+        length, placed = int(lengths_C[group[0]]), 0
         while placed < group.size:
             left = group.size - placed
             room = rooms.smallest_at_least(length)
@@ -77,18 +77,18 @@ def pack(lengths_P: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
             else:
                 rows = rooms.take(room, wanted)
             count = min(left, rows.size * each)
-            row_P[group[placed : placed + count]] = np.repeat(rows, each)[:count]
+            row_C[group[placed : placed + count]] = np.repeat(rows, each)[:count]
             placed += count
             full, rest = divmod(count, each)
             rooms.put(room - each * length, rows[:full])
             if rest:
                 rooms.put(room - rest * length, rows[full : full + 1])
-    return row_P
+    return row_C
 
 
-def rows_to_pieces(row_P: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(pieces_P, offsets_R1): the pieces of row r are pieces_P[offsets[r] : offsets[r + 1]], in ascending order."""
-    pieces_P = np.argsort(row_P, kind="stable")
-    offsets = np.zeros(int(row_P.max()) + 2 if len(row_P) else 1, dtype=np.int64)
-    np.cumsum(np.bincount(row_P), out=offsets[1:])
-    return pieces_P, offsets
+def rows_to_chunks(row_C: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(chunks_C, offsets_R1): the chunks of row r are chunks_C[offsets[r] : offsets[r + 1]], in ascending order."""
+    chunks_C = np.argsort(row_C, kind="stable")
+    offsets = np.zeros(int(row_C.max()) + 2 if len(row_C) else 1, dtype=np.int64)
+    np.cumsum(np.bincount(row_C), out=offsets[1:])
+    return chunks_C, offsets

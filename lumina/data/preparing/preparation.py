@@ -1,6 +1,6 @@
 """Conversation files -> the packed cache: found again by fingerprint, built in parallel, named only when whole.
 
-    CACHE/FINGERPRINT/        pieces-00000.arrow …, plan.arrow, meta.json
+    CACHE/FINGERPRINT/        pieces-00000.arrow … (chunks), plan.arrow, meta.json
     CACHE/FINGERPRINT.partial the same while it is being made: finished tasks are kept over a kill and not done again
     CACHE/sources.json        content hashes of the inputs by path, size and time, so that reuse reads no input
 
@@ -27,8 +27,8 @@ from lumina.chat import AnyTokenizer, Tokenizer, template_version
 from lumina.config.errors import UserError
 from lumina.data.cache.files import cache_root, content_digests
 from lumina.data.loading.dataset import PackedDataset
-from lumina.data.preparing.building import Progress, Settings, build
-from lumina.data.preparing.chunking import MIN_WINDOW, POLICIES
+from lumina.data.preparing.building import OnProgress, PrepareSettings, build
+from lumina.data.preparing.chunking import MIN_SEQ_LENGTH, POLICIES
 from lumina.data.preparing.pool import usable_cores
 from lumina.data.preparing.worker import Task
 from lumina.data.reading.layout import detect
@@ -44,11 +44,11 @@ MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 64 << 20
 
 def prepare(
     paths: Sequence[str | os.PathLike[str]],
-    config: Settings,
+    config: PrepareSettings,
     tokenizer: AnyTokenizer,
     *,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     wait_seconds: float = 3600.0,
     selection: Selection | None = None,
     weights: Mapping[str, float] | None = None,
@@ -61,12 +61,11 @@ def prepare(
         paths: files of conversations, read in this order.
         workers: processes; None takes config.num_workers, else the usable cores (at most 16).
         wait_seconds: how long to wait for another process that is preparing the same data.
-        selection: the part of the conversations to take; None takes all.
+        selection: the split of the conversations to take; None takes all.
         weights: how often an epoch takes the conversations of a file; 1 for files not named. See mixing.py.
-        formats: what every record of a file has to be (formats.NAMED); files not named are looked at record by record.
+        formats: what every record of a file has to be (a name of FORMATS); files not named are told record by record.
         earlier: take the cache that an earlier version of the reader made of these files and settings, if it is there:
-        a
-            run is resumed on what it was trained on.
+            a run is resumed on what it was trained on.
 
     Raises:
         UserError: a file is missing or empty, no line of any file is a usable conversation, or the chat template of an
@@ -76,8 +75,8 @@ def prepare(
     if not isinstance(tokenizer, Tokenizer):
         tokenizer.check_trainable()
     assert config.overlong in POLICIES
-    if config.seq_length < MIN_WINDOW:
-        raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_WINDOW} tokens")
+    if config.seq_length < MIN_SEQ_LENGTH:
+        raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_SEQ_LENGTH} tokens")
     root = make_root(config, files)
     by_file = [(weights or {}).get(str(path), 1.0) for path in files]
     digests = content_digests(files, root / "sources.json")
@@ -100,7 +99,7 @@ def prepare(
                 partial = final.with_name(f"{final.name}.partial")
                 partial.mkdir(exist_ok=True)
                 if selection is None:
-                    tasks = plan_tasks(files, "pieces", partial, config, formats)
+                    tasks = plan_tasks(files, "chunks", partial, config, formats)
                 else:
                     tasks = selection.tasks(files, partial, config)
                 build(tasks, config, tokenizer, fingerprint, final, count, progress, weights)
@@ -111,7 +110,7 @@ def prepare(
     return found
 
 
-def make_root(config: Settings, files: Sequence[Path]) -> Path:
+def make_root(config: PrepareSettings, files: Sequence[Path]) -> Path:
     """The cache's folder, made if need be."""
     root = cache_root(config.cache_dir, files[0])
     try:
@@ -123,7 +122,7 @@ def make_root(config: Settings, files: Sequence[Path]) -> Path:
 
 def fingerprint_of(
     digests: Sequence[str],
-    config: Settings,
+    config: PrepareSettings,
     tokenizer: AnyTokenizer,
     selection: Selection | None = None,
     weights: Sequence[float] = (),
@@ -131,7 +130,7 @@ def fingerprint_of(
     version: int = FORMAT_VERSION,
 ) -> str:
     """SHA-256 over the inputs' contents, the tokenizer, the template and every setting that changes the result."""
-    parts: dict[str, Any] = {
+    determinants: dict[str, Any] = {
         "format": version,
         "inputs": list(digests),
         "tokenizer": tokenizer.fingerprint,
@@ -142,12 +141,12 @@ def fingerprint_of(
     }
     if selection is not None:
         chosen = selection.fingerprint if version == FORMAT_VERSION else selection.earlier
-        parts["selection"] = [chosen, selection.part]
+        determinants["selection"] = [chosen, selection.split]
     if any(weight != 1 for weight in weights):
-        parts["weights"] = list(weights)
+        determinants["weights"] = list(weights)
     if any(formats):
-        parts["formats"] = list(formats)
-    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        determinants["formats"] = list(formats)
+    return hashlib.sha256(orjson.dumps(determinants, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def open_cached(folder: Path, fingerprint: str) -> PackedDataset | None:
@@ -166,20 +165,20 @@ def open_cached(folder: Path, fingerprint: str) -> PackedDataset | None:
 
 @dataclass(frozen=True)
 class Selection:
-    """A part of some files' conversations: the decisions on all `files`, in `folder`, and the part to take."""
+    """A split of some files' conversations: the decisions on all `files`, in `folder`, and the split to take."""
 
     files: tuple[Path, ...]
     folder: Path
     fingerprint: str
-    part: int
+    split: int
     formats: Mapping[str, str]
     earlier: str = ""  # the decisions' fingerprint in the version of EARLIER_FORMATS
 
-    def tasks(self, own: Sequence[Path], folder: Path, config: Settings) -> list[Task]:
+    def tasks(self, own: Sequence[Path], folder: Path, config: PrepareSettings) -> list[Task]:
         """The tasks of the files `own`, each with its decisions: those of planning all files together."""
-        planned = enumerate(plan_tasks(self.files, "pieces", folder, config, self.formats))
+        planned = enumerate(plan_tasks(self.files, "chunks", folder, config, self.formats))
         return [
-            replace(task, decisions=str(self.folder / decisions_name(i)), part=self.part)
+            replace(task, decisions=str(self.folder / decisions_name(i)), split=self.split)
             for i, task in planned
             if Path(task.path) in own
         ]
@@ -191,9 +190,13 @@ def decisions_name(task: int) -> str:
 
 
 def plan_tasks(
-    files: Sequence[Path], kind: str, folder: Path | None, config: Settings, formats: Mapping[str, str] | None = None
+    files: Sequence[Path],
+    kind: str,
+    folder: Path | None,
+    config: PrepareSettings,
+    formats: Mapping[str, str] | None = None,
 ) -> list[Task]:
-    """What there is to do, from the files' sizes and layouts alone. A survey needs no folder."""
+    """What there is to do, from the files' sizes and layouts alone. Statistics need no folder."""
     sizes = [path.stat().st_size for path in files]
     step = min(max(-(-sum(sizes) // 16), MIN_TASK_BYTES), MAX_TASK_BYTES)
     tasks: list[Task] = []
@@ -202,7 +205,7 @@ def plan_tasks(
         layout = layout._replace(flat=layout.flat and given in ("", "oasst"))
         for start in range(0, size, step if layout.splittable else size):
             stop = min(start + step, size) if layout.splittable else size
-            suffix = "arrow" if kind == "pieces" else "npz"
+            suffix = "arrow" if kind == "chunks" else "npz"
             out = "" if folder is None else str(folder / f"pieces-{len(tasks):05d}.{suffix}")
             how = (layout.container, layout.compression, layout.flat, layout.encoding)
             tasks.append(Task(kind, str(path), how, start, stop, out, config.seq_length, config.overlong, format=given))

@@ -16,14 +16,22 @@ from lumina.chat import AnyTokenizer
 from lumina.config.errors import UserError
 from lumina.data.cache.files import content_digests
 from lumina.data.loading.dataset import PackedDataset
-from lumina.data.preparing.building import Progress, Settings
-from lumina.data.preparing.deduplication import DEDUP, EVAL, TRAIN, Signs, decide, join_signs, near_available
+from lumina.data.preparing.building import OnProgress, PrepareSettings
+from lumina.data.preparing.deduplication import (
+    DEDUP,
+    EVAL,
+    TRAIN,
+    Signatures,
+    decide,
+    join_signatures,
+    near_available,
+)
 from lumina.data.preparing.pool import run_tasks, usable_cores
 from lumina.data.preparing.preparation import Selection, decisions_name, make_root, only_one, plan_tasks, prepare
 from lumina.data.reading.paths import check_inputs, expand
 
-CURATION_VERSION = 2
-EARLIER_CURATION = 1  # of version 0.1.0
+DECISIONS_VERSION = 2
+EARLIER_DECISIONS = 1  # of version 0.1.0
 
 
 class Source(Protocol):
@@ -37,8 +45,8 @@ class Source(Protocol):
     def format(self) -> str | None: ...
 
 
-class PartSettings(Settings, Protocol):
-    """What the parts need of the configuration."""
+class SplitSettings(PrepareSettings, Protocol):
+    """What the splits need of the configuration."""
 
     @property
     def train_data(self) -> Sequence[str]: ...
@@ -52,8 +60,8 @@ class PartSettings(Settings, Protocol):
     def dedup(self) -> str: ...
 
 
-def prepare_parts(
-    config: PartSettings, tokenizer: AnyTokenizer, *, progress: Progress | None = None, resumed: str | None = None
+def prepare_splits(
+    config: SplitSettings, tokenizer: AnyTokenizer, *, progress: OnProgress | None = None, resumed: str | None = None
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """(training set, evaluation set or None). `resumed`: fingerprint of the training set of a run to go on with; the
     caches that an earlier version made for it are taken where they are the ones.
@@ -73,7 +81,7 @@ def prepare_parts(
 
 
 def _prepare_parts(
-    config: PartSettings, tokenizer: AnyTokenizer, progress: Progress | None, earlier: bool
+    config: SplitSettings, tokenizer: AnyTokenizer, progress: OnProgress | None, earlier: bool
 ) -> tuple[PackedDataset, PackedDataset | None]:
     assert config.dedup in DEDUP
     common: dict[str, Any] = {"progress": progress, "earlier": earlier}
@@ -90,7 +98,7 @@ def _prepare_parts(
         raise UserError("near-duplicates need the package rensa", "pip install rensa, or use --dedup exact.")
     train_files = check_inputs(train_paths)
     eval_files = check_inputs(config.eval_data) if config.eval_data else []
-    folder, *fingerprints = _curate(train_files, eval_files, formats, config, tokenizer, progress)
+    folder, *fingerprints = _decisions_on(train_files, eval_files, formats, config, tokenizer, progress)
     everything = (*train_files, *eval_files)
     evaluation: PackedDataset | None = None
     if eval_files or config.eval_fraction:
@@ -102,7 +110,7 @@ def _prepare_parts(
     return train, evaluation
 
 
-def _sources(config: PartSettings) -> tuple[list[str], dict[str, float], dict[str, str]]:
+def _sources(config: SplitSettings) -> tuple[list[str], dict[str, float], dict[str, str]]:
     """The training paths, and the weights and formats of those in `data`.
 
     Raises:
@@ -120,13 +128,13 @@ def _sources(config: PartSettings) -> tuple[list[str], dict[str, float], dict[st
     return paths, weights, formats
 
 
-def _curate(
+def _decisions_on(
     train_files: Sequence[Path],
     eval_files: Sequence[Path],
     formats: Mapping[str, str],
-    config: PartSettings,
+    config: SplitSettings,
     tokenizer: AnyTokenizer,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> tuple[Path, str, str]:
     """The folder of decisions on all conversations, made if it is not there, its fingerprint, and the one that version
     0.1.0 gave such decisions."""
@@ -137,7 +145,7 @@ def _curate(
     settings += [dict(formats)] if formats else []
     fingerprint, earlier = (
         hashlib.sha256(orjson.dumps([version, *settings])).hexdigest()
-        for version in (CURATION_VERSION, EARLIER_CURATION)
+        for version in (DECISIONS_VERSION, EARLIER_DECISIONS)
     )
     final = root / f"curation-{fingerprint[:32]}"
     with only_one(root / f"{final.name}.lock", final, 3600.0):
@@ -154,13 +162,13 @@ def _write_decisions(
     files: Sequence[Path],
     train_count: int,
     formats: Mapping[str, str],
-    config: PartSettings,
+    config: SplitSettings,
     tokenizer: AnyTokenizer,
     folder: Path,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> None:
-    """Gathers every conversation's signs in parallel, decides, and writes a file of decisions for each task."""
-    kind = "near signs" if config.dedup == "near" else "signs"
+    """Gathers every conversation's signature in parallel, decides, and writes a file of decisions for each task."""
+    kind = "near signatures" if config.dedup == "near" else "signatures"
     tasks = plan_tasks(files, kind, folder, config, formats)
     total, seen = sum(task.stop - task.start for task in tasks), 0
 
@@ -171,19 +179,19 @@ def _write_decisions(
             progress(seen, total)
 
     run_tasks(list(enumerate(tasks)), config.num_workers or min(usable_cores(), 16), tokenizer, done)
-    parts = []
+    found = []
     for task in tasks:
         with np.load(task.out) as loaded:
-            parts.append(Signs(**{name: loaded[name] for name in Signs._fields}))
+            found.append(Signatures(**{name: loaded[name] for name in Signatures._fields}))
         Path(task.out).unlink()
     in_eval = set(map(str, files[train_count:]))
     given_N = np.concatenate(
         [
-            np.full(len(part.exact), EVAL if task.path in in_eval else TRAIN, dtype=np.uint8)
-            for task, part in zip(tasks, parts, strict=True)
+            np.full(len(signatures.exact), EVAL if task.path in in_eval else TRAIN, dtype=np.uint8)
+            for task, signatures in zip(tasks, found, strict=True)
         ]
     )
-    decided_N = decide(join_signs(parts), given_N, config.eval_fraction, config.dedup)
-    bounds = np.cumsum([len(part.exact) for part in parts])[:-1]
+    decided_N = decide(join_signatures(found), given_N, config.eval_fraction, config.dedup)
+    bounds = np.cumsum([len(signatures.exact) for signatures in found])[:-1]
     for number, decided in enumerate(np.split(decided_N, bounds)):
         np.save(folder / decisions_name(number), decided)

@@ -22,13 +22,13 @@ from lumina.data.account import FIRST_LINES, add_counts
 from lumina.data.cache import arrow
 from lumina.data.preparing.packing import pack
 
-WINDOWS = (512, 1024, 2048, 4096, 8192)
+SEQ_LENGTHS = (512, 1024, 2048, 4096, 8192)
 SAMPLES_PER_TASK = 3
 SAMPLE_CHARS = 4000
 
 _NAMES = "|".join(re.escape(name[2:-2]) for name in CONTROL_TOKENS)
 PATTERNS: dict[str, re.Pattern[str]] = {
-    "control-token text": re.compile(rf"<\|(?:{_NAMES}|endofprompt|fim_[a-z]+)\|>"),
+    "special-token text": re.compile(rf"<\|(?:{_NAMES}|endofprompt|fim_[a-z]+)\|>"),
     # C0 and C1 controls, zero-width and direction marks, private use, replacement character.
     "suspicious characters": re.compile(
         "[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ue000-\uf8ff\ufeff\ufffd]"
@@ -64,7 +64,7 @@ _SCRIPTS = {
 
 
 @dataclass
-class Finding:
+class Occurrences:
     """Something to look at: how many messages or conversations, and the first places."""
 
     count: int = 0
@@ -72,7 +72,7 @@ class Finding:
 
 
 @dataclass
-class Survey:
+class Statistics:
     """Counts over conversations; histograms map a length (as text, for JSON) to a count."""
 
     formats: dict[str, int] = field(default_factory=dict)
@@ -83,12 +83,12 @@ class Survey:
     message_tokens: dict[str, int] = field(default_factory=dict)
     conversation_tokens: dict[str, int] = field(default_factory=dict)
     supervised_tokens: dict[str, int] = field(default_factory=dict)
-    findings: dict[str, Finding] = field(default_factory=dict)
+    findings: dict[str, Occurrences] = field(default_factory=dict)
     hashes: list[int] = field(default_factory=list)  # 63 bits a conversation, for exact duplicates
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def find(self, what: str, line: int, count: int = 1) -> None:
-        entry = self.findings.setdefault(what, Finding())
+        entry = self.findings.setdefault(what, Occurrences())
         entry.count += count
         if len(entry.first) < FIRST_LINES and (not entry.first or entry.first[-1] != str(line)):
             entry.first.append(str(line))
@@ -103,10 +103,10 @@ class Survey:
         """Enters a block of conversations, the lines they come from and their rendering."""
         sizes = np.diff(block.message_offsets)
         bounds = block.message_offsets[block.conversation_offsets]
-        learned_before = np.concatenate([[0], np.cumsum(block.mask, dtype=np.int64)])
+        supervised_before = np.concatenate([[0], np.cumsum(block.mask, dtype=np.int64)])
         _tally(self.message_tokens, sizes)
         _tally(self.conversation_tokens, np.diff(bounds))
-        _tally(self.supervised_tokens, np.diff(learned_before[bounds]))
+        _tally(self.supervised_tokens, np.diff(supervised_before[bounds]))
         _tally(self.turns, np.diff(block.conversation_offsets))
         roles: Counter[str] = Counter()
         for conversation, line in zip(conversations, lines, strict=True):
@@ -145,12 +145,12 @@ class Survey:
                 if pattern.search(texts[message]):
                     self.find(what, line_of[message])
 
-    def merge(self, other: Survey, source: str, line_base: int) -> None:
-        """Adds a worker's survey of part of `source`, whose first line is number `line_base` + 1."""
+    def merge(self, other: Statistics, source: str, line_base: int) -> None:
+        """Adds a worker's statistics of part of `source`, whose first line is number `line_base` + 1."""
         for name in ("formats", "roles", "languages", "scripts", "turns", *LENGTHS):
             add_counts(getattr(self, name), getattr(other, name))
         for what, theirs in other.findings.items():
-            entry = self.findings.setdefault(what, Finding())
+            entry = self.findings.setdefault(what, Occurrences())
             entry.count += theirs.count
             room = FIRST_LINES - len(entry.first)
             entry.first += [f"{source}:{int(line) + line_base}" for line in theirs.first[:room]]
@@ -165,8 +165,8 @@ class Survey:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Survey:
-        findings = {what: Finding(**entry) for what, entry in data["findings"].items()}
+    def from_dict(cls, data: dict[str, Any]) -> Statistics:
+        findings = {what: Occurrences(**entry) for what, entry in data["findings"].items()}
         return cls(**{**data, "findings": findings})
 
 
@@ -179,14 +179,14 @@ def _tally(histogram: dict[str, int], values: NDArray[np.int64]) -> None:
 
 
 def _sample(conversation: Conversation, line: int) -> dict[str, Any]:
-    """A conversation for the report, long messages cut for display and marked so."""
+    """A conversation for the report, long messages truncated for display and marked so."""
     return {
         "line": line,
         "messages": [
             {
                 "role": message.role,
                 "content": message.content[:SAMPLE_CHARS] + ("…" if len(message.content) > SAMPLE_CHARS else ""),
-                "learned": message.learn and message.role in ("assistant", "text"),
+                "supervised": message.learn and message.role in ("assistant", "text"),
             }
             for message in conversation.messages[:12]
         ],
@@ -213,25 +213,26 @@ def percentiles(histogram: dict[str, int]) -> dict[str, float]:
     return {"min": ends["min"], **{f"p{p}": v for p, v in at.items()}, "max": ends["max"], "mean": round(mean, 2)}
 
 
-def windows(histogram: dict[str, int]) -> list[dict[str, float]]:
-    """For each window: the share of conversations longer than it, the share of tokens that cutting there would lose,
-    and about how full packed rows would be (conversations cut at the window, not at message boundaries)."""
+def context_lengths(histogram: dict[str, int]) -> list[dict[str, float]]:
+    """For each context length: the share of conversations longer than it, the share of tokens that truncating there
+    would lose, and about how full packed rows would be (conversations split every so many tokens, not at message
+    boundaries)."""
     lengths, counts = expand_histogram(histogram)
     out = []
-    for window in WINDOWS:
+    for seq_length in SEQ_LENGTHS:
         total = int((lengths * counts).sum())
-        over = int(counts[lengths > window].sum())
-        lost = int((np.maximum(lengths - window, 0) * counts).sum())
-        rests = np.repeat(lengths % window, counts)
+        over = int(counts[lengths > seq_length].sum())
+        lost = int((np.maximum(lengths - seq_length, 0) * counts).sum())
+        rests = np.repeat(lengths % seq_length, counts)
         rests = rests[rests > 0]
-        full = int((lengths // window * counts).sum())
-        rows = full + (int(pack(rests.astype(np.int32), window).max()) + 1 if len(rests) else 0)
+        full = int((lengths // seq_length * counts).sum())
+        rows = full + (int(pack(rests.astype(np.int32), seq_length).max()) + 1 if len(rests) else 0)
         out.append(
             {
-                "window": window,
+                "seq_length": seq_length,
                 "longer": round(over / max(1, int(counts.sum())), 6),
                 "lost": round(lost / max(1, total), 6),
-                "fill": round(total / max(1, rows * window), 6),
+                "fill": round(total / max(1, rows * seq_length), 6),
             }
         )
     return out

@@ -1,4 +1,4 @@
-"""One task of prepare: a byte range of a file -> a file of pieces and an account. Also the worker process.
+"""One task of prepare: a byte range of a file -> a file of chunks and an account. Also the worker process.
 
 A worker reads tasks as JSON lines on stdin and answers each with a JSON line on stdout; it ends when stdin does, so it
 does not outlive its parent. It is a fresh process that imports no torch: forking a process that holds CUDA, MPI or
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from lumina.chat import AnyTokenizer, Conversation, RenderedBlock, Tokenizer, open_tokenizer, render_many, render_sound
 from lumina.data.account import Account, add_counts
-from lumina.data.cache.shards import PieceWriter
+from lumina.data.cache.shards import ChunkWriter
 from lumina.data.formats import convert, format_of
-from lumina.data.preparing.chunking import cut
-from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, join_signs, signs_of
-from lumina.data.preparing.statistics import Survey
+from lumina.data.preparing.chunking import to_chunks
+from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, join_signatures, signatures_of
+from lumina.data.preparing.statistics import Statistics
 from lumina.data.reading.items import read_items
 from lumina.data.reading.streams import FileLayout
 from lumina.data.records.fault import BLANK, Fault, Tree
@@ -41,9 +41,10 @@ BLOCK_BYTES = 1 << 20  # input turned into arrays at a time: bounds a worker's m
 class Task:
     """Records that begin in bytes [start, stop) of the file at `path`, all when it cannot be split.
 
-    `kind` says what becomes of them: "pieces" are written to `out`, "signs" for curation too ("near signs" with
-    MinHash), a "survey" is returned. `layout` holds the fields of FileLayout. With `decisions`, a file of one uint8 for
-    each conversation, only those equal to `part` are taken. `format` is what every record has to be, if given.
+    `kind` says what becomes of them: "chunks" are written to `out`, and so are "signatures" for deduplication ("near
+    signatures" with MinHash); "statistics" are returned. `layout` holds the fields of FileLayout. With `decisions`, a
+    file of one uint8 for each conversation, only those equal to `split` are taken. `format` is what every record has
+    to be, if given.
     """
 
     kind: str
@@ -52,10 +53,10 @@ class Task:
     start: int
     stop: int
     out: str
-    window: int
+    seq_length: int
     overlong: str
     decisions: str = ""
-    part: int = TRAIN
+    split: int = TRAIN
     format: str = ""
 
 
@@ -66,9 +67,9 @@ class Block(NamedTuple):
     numbers: list[int]
 
 
-def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> Iterator[Block]:
+def read_blocks(task: Task, account: Account, statistics: Statistics | None = None) -> Iterator[Block]:
     """The task's conversations, some BLOCK_BYTES of input at a time; every record is entered into `account`, and
-    the used ones' formats into `survey`."""
+    the used ones' formats into `statistics`."""
     block, held, tally = Block([], []), 0, FieldTally()
     decided = np.load(task.decisions) if task.decisions else None
     for item in read_items(task.path, FileLayout(*task.layout), task.start, task.stop):
@@ -83,15 +84,15 @@ def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> I
             account.fault(found.reason, item.number, found.messages, found.example())
             continue
         account.records += item.lines
-        if survey is not None:
-            survey.add_record(format_of(item.record), item.record, item.lines)
+        if statistics is not None:
+            statistics.add_record(format_of(item.record), item.record, item.lines)
         conversations = [found] if isinstance(found, Conversation) else found.conversations
         if isinstance(found, Tree):
             add_counts(account.paths_discarded, found.discarded)
         account.conversations += len(conversations)
         if decided is not None:
             own, decided = decided[: len(conversations)], decided[len(conversations) :]
-            conversations = _chosen(conversations, own, task.part, account)
+            conversations = _chosen(conversations, own, task.split, account)
         block.conversations.extend(conversations)
         block.numbers.extend([item.number] * len(conversations))
         held += item.size
@@ -105,15 +106,15 @@ def read_blocks(task: Task, account: Account, survey: Survey | None = None) -> I
 
 
 def _chosen(
-    conversations: list[Conversation], decided: NDArray[np.uint8], part: int, account: Account
+    conversations: list[Conversation], decided: NDArray[np.uint8], split: int, account: Account
 ) -> list[Conversation]:
-    """The conversations of this part; the others are entered as dropped."""
-    for conversation, its_part in zip(conversations, decided.tolist(), strict=True):
-        if its_part != part:
-            account.drop_conversations(ELSEWHERE[its_part], 1)
+    """The conversations of this split; the others are entered as dropped."""
+    for conversation, its_split in zip(conversations, decided.tolist(), strict=True):
+        if its_split != split:
+            account.drop_conversations(ELSEWHERE[its_split], 1)
             account.messages += len(conversation.messages)
-            account.drop_messages(ELSEWHERE[its_part], len(conversation.messages))
-    return [c for c, its_part in zip(conversations, decided.tolist(), strict=True) if its_part == part]
+            account.drop_messages(ELSEWHERE[its_split], len(conversation.messages))
+    return [c for c, its_split in zip(conversations, decided.tolist(), strict=True) if its_split == split]
 
 
 def rendered(tokenizer: AnyTokenizer, block: Block, account: Account) -> tuple[RenderedBlock, list[int]]:
@@ -129,30 +130,33 @@ def rendered(tokenizer: AnyTokenizer, block: Block, account: Account) -> tuple[R
 
 
 def run_task(tokenizer: AnyTokenizer, task: Task) -> dict[str, Any]:
-    """Does one task. Returns {"account", "lines" (in the range)}, with "rows" (per record batch) for pieces and
-    "survey" for a survey."""
-    account = Account(overlong=task.overlong, window=task.window)
-    if task.kind in ("signs", "near signs"):
-        near = task.kind == "near signs"
-        signs = join_signs(
-            [signs_of([], near), *(signs_of(block.conversations, near) for block in read_blocks(task, account))]
+    """Does one task. Returns {"account", "lines" (in the range)}, with "rows" (per record batch) for chunks and
+    "statistics" for statistics."""
+    account = Account(overlong=task.overlong, seq_length=task.seq_length)
+    if task.kind in ("signatures", "near signatures"):
+        near = task.kind == "near signatures"
+        signatures = join_signatures(
+            [
+                signatures_of([], near),
+                *(signatures_of(block.conversations, near) for block in read_blocks(task, account)),
+            ]
         )
-        np.savez(task.out, **signs._asdict())
-        return {"account": asdict(account), "lines": account.last_line}
-    if task.kind == "survey":
-        assert isinstance(tokenizer, Tokenizer), "a survey counts Lumina's tokens"
-        survey = Survey()
-        for block in read_blocks(task, account, survey):
+        np.savez(task.out, **signatures._asdict())
+        return {"account": account.to_dict(), "lines": account.last_line}
+    if task.kind == "statistics":
+        assert isinstance(tokenizer, Tokenizer), "statistics count Lumina's tokens"
+        statistics = Statistics()
+        for block in read_blocks(task, account, statistics):
             ids = render_many(tokenizer, block.conversations)
-            cut(ids, task.window, task.overlong, account)
-            survey.add(block.conversations, block.numbers, ids)
-        return {"account": asdict(account), "survey": survey.to_dict(), "lines": account.last_line}
-    with PieceWriter(Path(task.out)) as writer:
+            to_chunks(ids, task.seq_length, task.overlong, account)
+            statistics.add(block.conversations, block.numbers, ids)
+        return {"account": account.to_dict(), "statistics": statistics.to_dict(), "lines": account.last_line}
+    with ChunkWriter(Path(task.out)) as writer:
         for block in read_blocks(task, account):
             block_ids, numbers = rendered(tokenizer, block, account)
-            pieces = cut(block_ids, task.window, task.overlong, account)
-            writer.write(pieces, np.array(numbers, dtype=np.int64)[pieces.conversation])
-    return {"account": asdict(account), "rows": writer.rows, "lines": account.last_line}
+            chunks = to_chunks(block_ids, task.seq_length, task.overlong, account)
+            writer.write(chunks, np.array(numbers, dtype=np.int64)[chunks.conversation])
+    return {"account": account.to_dict(), "rows": writer.rows, "lines": account.last_line}
 
 
 def die_with_parent() -> None:

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from lumina.chat import AnyTokenizer
 from lumina.data.account import Account
-from lumina.data.preparing.building import Settings
-from lumina.data.preparing.chunking import cut
+from lumina.data.preparing.building import PrepareSettings
+from lumina.data.preparing.chunking import to_chunks
 from lumina.data.preparing.pool import BYTES_PER_WORKER, usable_cores
 from lumina.data.preparing.worker import BLOCK_BYTES, Task, read_blocks, rendered
 from lumina.data.reading.layout import detect
@@ -22,12 +22,12 @@ from lumina.data.reading.streams import FileLayout, count_bytes
 
 RANGES, RANGE_BYTES = 8, 1 << 19  # read of each file: 4 MiB, from all over it where it can be split
 TOKEN_BYTES = 5  # on disk: an int32 id and a uint8 mask
-PIECE_BYTES = 64  # its other columns, and its place in the plan
+CHUNK_BYTES = 64  # its other columns, and its place in the plan
 FILL = 0.98  # of packed rows, as best-fit decreasing reaches on chats
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Estimate:
     """Estimates for the whole input; `sampled` is the share of it that was read."""
 
     input_bytes: int
@@ -51,7 +51,7 @@ class Forecast:
             f"input          {self.input_bytes / 2**20:,.1f} MiB, {100 * self.sampled:.3g}% of it read",
             f"lines          {about}{self.lines:,}, {self.bad_lines:,} of them bad",
             f"conversations  {about}{self.conversations:,}",
-            f"tokens         {about}{self.tokens:,}, {self.supervised_tokens:,} of them learned",
+            f"tokens         {about}{self.tokens:,}, {self.supervised_tokens:,} of them supervised",
             f"samples        {about}{self.samples:,}",
             f"time           about {self.seconds:,.1f} s with {self.workers} process(es)",
             f"disk           about {self.disk_bytes / 2**20:,.1f} MiB",
@@ -59,8 +59,8 @@ class Forecast:
         ]
 
 
-def forecast(paths: Sequence[str], config: Settings, tokenizer: AnyTokenizer) -> Forecast:
-    """Renders and cuts a sample of each file, as preparing does, and extrapolates.
+def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: AnyTokenizer) -> Estimate:
+    """Renders and splits a sample of each file, as preparing does, and extrapolates.
 
     The sample is whole for files of up to 4 MiB. Compressed files are unpacked once to learn their size.
 
@@ -69,22 +69,22 @@ def forecast(paths: Sequence[str], config: Settings, tokenizer: AnyTokenizer) ->
     """
     files = check_inputs(paths)
     tokenizer.encode(" ")  # the vocabulary is read before the clock starts
-    total = dict.fromkeys(("lines", "bad", "conversations", "tokens", "supervised", "pieces", "seconds"), 0.0)
+    total = dict.fromkeys(("lines", "bad", "conversations", "tokens", "supervised", "chunks", "seconds"), 0.0)
     size, seen = 0.0, 0.0
     for path in files:
         layout = detect(str(path))
         account, seconds, share = _sample(path, layout, config, tokenizer)
         found = (
             account.lines, account.bad_lines, account.conversations, account.tokens + account.tokens_repeated,
-            account.tokens_trained, account.pieces, seconds,
+            account.tokens_supervised, account.chunks, seconds,
         )  # fmt: skip
         for name, value in zip(total, found, strict=True):
             total[name] += value / share
         size += path.stat().st_size
         seen += path.stat().st_size * share
     workers = max(1, min(config.num_workers or min(usable_cores(), 16), int(size) // BYTES_PER_WORKER))
-    samples = total["tokens"] / (config.seq_length * FILL) if config.packing else total["pieces"]
-    return Forecast(
+    samples = total["tokens"] / (config.seq_length * FILL) if config.packing else total["chunks"]
+    return Estimate(
         input_bytes=int(size),
         sampled=seen / size,
         lines=round(total["lines"]),
@@ -93,21 +93,23 @@ def forecast(paths: Sequence[str], config: Settings, tokenizer: AnyTokenizer) ->
         tokens=round(total["tokens"]),
         supervised_tokens=round(total["supervised"]),
         samples=-int(-samples // 1),
-        disk_bytes=round(total["tokens"] * TOKEN_BYTES + total["pieces"] * PIECE_BYTES),
+        disk_bytes=round(total["tokens"] * TOKEN_BYTES + total["chunks"] * CHUNK_BYTES),
         seconds=total["seconds"] / workers,
         workers=workers,
     )
 
 
-def _sample(path: Path, layout: FileLayout, config: Settings, tokenizer: AnyTokenizer) -> tuple[Account, float, float]:
+def _sample(
+    path: Path, layout: FileLayout, config: PrepareSettings, tokenizer: AnyTokenizer
+) -> tuple[Account, float, float]:
     """(account of what was read, seconds, share of the file that it is)."""
-    account = Account(overlong=config.overlong, window=config.seq_length)
+    account = Account(overlong=config.overlong, seq_length=config.seq_length)
     size, began, blocks, whole = path.stat().st_size, time.perf_counter(), 0, True
     for start, stop in _ranges(size, layout):
         how = (layout.container, layout.compression, layout.flat, layout.encoding)
-        task = Task("pieces", str(path), how, start, stop, "", config.seq_length, config.overlong)
+        task = Task("chunks", str(path), how, start, stop, "", config.seq_length, config.overlong)
         for block in read_blocks(task, account):
-            cut(rendered(tokenizer, block, account)[0], config.seq_length, config.overlong, account)
+            to_chunks(rendered(tokenizer, block, account)[0], config.seq_length, config.overlong, account)
             blocks += 1
             if not layout.splittable and blocks * BLOCK_BYTES >= RANGES * RANGE_BYTES:
                 whole = False

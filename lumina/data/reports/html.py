@@ -17,17 +17,18 @@ from lumina.data.reports.validation import Validation
 TITLES = {
     "message_tokens": "Tokens of a message",
     "conversation_tokens": "Tokens of a conversation",
-    "supervised_tokens": "Learned tokens of a conversation",
+    "supervised_tokens": "Supervised tokens of a conversation",
     "turns": "Turns of a conversation",
 }
+SUMS = ("lines", "messages", "tokens", "fields")  # nothing is split or packed here
 MAX_SAMPLES = 20
 BINS = 40
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c636b; --page: #fbfbf9; --card: #fff; --line: #dcdfe2;
-  --bar: #2f6db3; --learned: #d8f0dc; --learned-edge: #2b8a3e;
+  --bar: #2f6db3; --supervised: #d8f0dc; --supervised-edge: #2b8a3e;
   --masked: #eef0f2; --masked-edge: #a7adb4; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e4; --soft: #a4abb3; --page: #16181b; --card: #1e2125;
-  --line: #363b41; --bar: #6ea8e6; --learned: #17381f; --learned-edge: #51cf66; --masked: #25292e;
+  --line: #363b41; --bar: #6ea8e6; --supervised: #17381f; --supervised-edge: #51cf66; --masked: #25292e;
   --masked-edge: #6a7279; --bad: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 1.2rem; background: var(--page); color: var(--ink);
@@ -48,20 +49,20 @@ details { background: var(--card); border: 1px solid var(--line); border-radius:
   margin: .5rem 0; }
 .turn { white-space: pre-wrap; overflow-wrap: anywhere; border-left: .25rem solid; border-radius: .2rem;
   margin: .4rem 0; padding: .3rem .6rem; }
-.learned { background: var(--learned); border-color: var(--learned-edge); }
+.supervised { background: var(--supervised); border-color: var(--supervised-edge); }
 .masked { background: var(--masked); border-color: var(--masked-edge); }
 """
 
 
 def render_report(validation: Validation) -> str:
     """The report as one HTML document."""
-    account, survey = validation.account, validation.survey
-    figures = validation.to_dict()
+    account, statistics = validation.account, validation.statistics
+    figures, sums = validation.to_dict(), account.sums()
     tiles = {
         "conversations": account.conversations,
         "messages": account.messages,
         "tokens": account.tokens,
-        "learned tokens": account.tokens_trained,
+        "supervised tokens": account.tokens_supervised,
         "bad lines": account.bad_lines,
         "duplicates": figures["duplicates"],
     }
@@ -73,23 +74,23 @@ def render_report(validation: Validation) -> str:
         *[f'<div class="tile"><b>{count:,}</b><span>{what}</span></div>' for what, count in tiles.items()],
         "</div>",
         "<h2>Every line accounted for</h2>",
-        f"<pre class='scroll'>{escape(chr(10).join(account.sums()))}</pre>",
+        f"<pre class='scroll'>{escape(chr(10).join(sums[name] for name in SUMS))}</pre>",
         "<h2>Bad lines</h2>",
         _faults(validation),
         "<h2>Lengths</h2>",
-        '<div class="plots">' + "".join(_plot(TITLES[name], getattr(survey, name)) for name in (*LENGTHS, "turns")),
+        '<div class="plots">' + "".join(_plot(TITLES[name], getattr(statistics, name)) for name in (*LENGTHS, "turns")),
         "</div>",
         _percentiles(figures),
-        "<h2>What a window would cost</h2>",
-        _windows(figures),
+        "<h2>What a context length would cost</h2>",
+        _context_lengths(figures),
         "<h2>Worth a look</h2>",
         _findings(validation),
         "<h2>Composition</h2>",
         _composition(figures),
         "<h2>A sample, as the model sees it</h2>",
-        '<p class="soft"><span class="turn learned">learned</span> '
-        '<span class="turn masked">context, not learned</span> Control tokens are not shown.</p>',
-        *[_conversation(sample) for sample in survey.samples[:MAX_SAMPLES]],
+        '<p class="soft"><span class="turn supervised">supervised</span> '
+        '<span class="turn masked">context, not supervised</span> Special tokens are not shown.</p>',
+        *[_conversation(sample) for sample in statistics.samples[:MAX_SAMPLES]],
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data report</title>'
@@ -126,7 +127,7 @@ def _faults(validation: Validation) -> str:
 
 
 def _findings(validation: Validation) -> str:
-    found = validation.survey.findings
+    found = validation.statistics.findings
     if not found:
         return "<p>Nothing.</p>"
     return _table(["what", "count", "first at"], [[w, f.count, ", ".join(f.first)] for w, f in sorted(found.items())])
@@ -140,12 +141,12 @@ def _percentiles(figures: Mapping[str, Any]) -> str:
     return _table(["", *keys], [[TITLES[name], *(figures[name][key] for key in keys)] for name in names])
 
 
-def _windows(figures: Mapping[str, Any]) -> str:
+def _context_lengths(figures: Mapping[str, Any]) -> str:
     rows: list[list[Any]] = [
-        [w["window"], f"{100 * w['longer']:.2f} %", f"{100 * w['lost']:.2f} %", f"{100 * w['fill']:.2f} %"]
-        for w in figures["windows"]
+        [row["seq_length"], *(f"{100 * row[name]:.2f} %" for name in ("longer", "lost", "fill"))]
+        for row in figures["context_lengths"]
     ]
-    head = ["window", "conversations longer", "tokens lost if truncated (none if split)", "packed rows full, about"]
+    head = ["seq_length", "conversations longer", "tokens lost if truncated (none if split)", "packed rows full, about"]
     return _table(head, rows)
 
 
@@ -188,7 +189,7 @@ def _plot(title: str, histogram: dict[str, int]) -> str:
 
 def _conversation(sample: Mapping[str, Any]) -> str:
     turns = "".join(
-        f'<div class="turn {"learned" if message["learned"] else "masked"}"><b>{escape(message["role"])}</b> '
+        f'<div class="turn {"supervised" if message["supervised"] else "masked"}"><b>{escape(message["role"])}</b> '
         f"{escape(message['content'])}</div>"
         for message in sample["messages"]
     )

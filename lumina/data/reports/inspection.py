@@ -11,27 +11,25 @@ from rich.text import Text
 from lumina.chat import AnyTokenizer
 from lumina.data.loading.dataset import PackedDataset
 
-LEARNED, CONTEXT, CONTROL = "green", "default", "magenta"
+SUPERVISED, CONTEXT, SPECIAL = "green", "default", "magenta"
 
 
-def describe(dataset: PackedDataset, sample: int, tokenizer: AnyTokenizer) -> dict[str, Any]:
+def describe_sample(dataset: PackedDataset, sample: int, tokenizer: AnyTokenizer) -> dict[str, Any]:
     """A sample's documents with every token's id, text, position, target and weight, from the batch that training
-    gets. `round_trip` says whether every text between control tokens, decoded and encoded again, gives the same ids
-    (one that the window has cut may not)."""
+    gets. `round_trip` says whether every text between special tokens, decoded and encoded again, gives the same ids
+    (one that was split may not)."""
     batch = dataset.batch([sample])
     documents = []
     bounds = batch.cu_seqlens_D.tolist()
-    for piece, first, last in zip(dataset.pieces_of(sample), bounds[:-1], bounds[1:], strict=True):
+    for chunk, first, last in zip(dataset.chunks_of(sample), bounds[:-1], bounds[1:], strict=True):
         ids = batch.ids_T[first:last].tolist()
-        assert np.array_equal(piece.ids, ids)
+        assert np.array_equal(chunk.ids, ids)
         documents.append(
             {
-                "source": f"{piece.source}:{piece.line}",
-                "begins_inside_a_message": piece.context,
+                "source": f"{chunk.source}:{chunk.line}",
+                "begins_inside_a_message": chunk.context,
                 "text": tokenizer.decode(ids),
-                "round_trip": all(
-                    tokenizer.encode(tokenizer.decode(run)) == run for run in _plain_runs(ids, tokenizer)
-                ),
+                "round_trip": _round_trips(ids, tokenizer),
                 "tokens": [
                     {
                         "position": int(batch.positions_T[i]),
@@ -39,7 +37,7 @@ def describe(dataset: PackedDataset, sample: int, tokenizer: AnyTokenizer) -> di
                         "text": tokenizer.token_bytes(int(batch.ids_T[i])).decode("utf-8", "replace"),
                         "target": int(batch.targets_T[i]) if batch.weights_T[i] else None,
                         "weight": float(batch.weights_T[i]),
-                        "learned": bool(piece.mask[i - first]),
+                        "supervised": bool(chunk.mask[i - first]),
                     }
                     for i in range(first, last)
                 ],
@@ -58,7 +56,7 @@ def _round_trips(ids: list[int], tokenizer: AnyTokenizer) -> bool:
 
 
 def _plain_runs(ids: list[int], tokenizer: AnyTokenizer) -> list[list[int]]:
-    """The stretches of ordinary tokens between control tokens."""
+    """The stretches of ordinary tokens between special tokens."""
     groups = groupby(ids, key=tokenizer.is_control)
     return [list(run) for control, run in groups if not control]
 
@@ -66,12 +64,12 @@ def _plain_runs(ids: list[int], tokenizer: AnyTokenizer) -> list[list[int]]:
 def render_sample(description: dict[str, Any], tokenizer: AnyTokenizer, table: bool) -> list[Text]:
     """The description as coloured lines: running text, and with `table` a line for each token too.
 
-    Green is learned, magenta a control token, plain is context; without colours, learned tokens stand in «».
+    Green is supervised, magenta a special token, plain is context; without colours, supervised tokens stand in «».
     """
     out = [
         Text(
-            f"sample {description['sample']}: {description['tokens']:,} tokens, {description['supervised']:,} learned, "
-            f"{len(description['documents'])} documents",
+            f"sample {description['sample']}: {description['tokens']:,} tokens, "
+            f"{description['supervised']:,} supervised, {len(description['documents'])} documents",
             style="bold",
         )
     ]
@@ -81,11 +79,11 @@ def render_sample(description: dict[str, Any], tokenizer: AnyTokenizer, table: b
         out.append(Text(f"── document {number}: {document['source']}{inside}; {trip}", style="cyan"))
         line = Text()
         # Runs of one style are decoded together: a character may be spread over several tokens.
-        for learned, part in groupby(document["tokens"], key=lambda token: token["learned"]):
-            line.append("«" if learned else "", style="dim")
-            for style, run in groupby(part, key=lambda token: _style(token, tokenizer)):
+        for supervised, tokens in groupby(document["tokens"], key=lambda token: token["supervised"]):
+            line.append("«" if supervised else "", style="dim")
+            for style, run in groupby(tokens, key=lambda token: _style(token, tokenizer)):
                 line.append(tokenizer.decode(token["id"] for token in run), style=style)
-            line.append("»" if learned else "", style="dim")
+            line.append("»" if supervised else "", style="dim")
         out.append(line)
         if table:
             for token in document["tokens"]:
@@ -96,5 +94,5 @@ def render_sample(description: dict[str, Any], tokenizer: AnyTokenizer, table: b
 
 
 def _style(token: dict[str, Any], tokenizer: AnyTokenizer) -> str:
-    colour = LEARNED if token["learned"] else CONTEXT
-    return f"bold {CONTROL}" if tokenizer.is_control(token["id"]) and not token["learned"] else colour
+    colour = SUPERVISED if token["supervised"] else CONTEXT
+    return f"bold {SPECIAL}" if tokenizer.is_control(token["id"]) and not token["supervised"] else colour

@@ -1,0 +1,75 @@
+"""`lumina validate-data --fix`: sound records as JSON lines of messages, the rest beside them with their reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from lumina.chat import TEXT_ROLE, Conversation
+from lumina.config.errors import UserError
+from lumina.data.cache.files import replace_durably
+from lumina.data.formats import convert
+from lumina.data.reading.items import read_items
+from lumina.data.reading.layout import detect
+from lumina.data.reading.paths import check_inputs
+from lumina.data.records.fault import BLANK, Fault, Tree
+
+
+def write_fixed(paths: Sequence[str], out: Path) -> tuple[int, int, Path]:
+    """Writes what is sound as messages JSON lines to `out`, and what is not, with its reason, to a file beside it.
+
+    Returns (conversations written, records rejected, the rejects' path). Both files appear when whole.
+    """
+    files = check_inputs(paths)
+    rejects = out.with_name(out.name + ".rejected.jsonl")
+    if any(path.resolve() in (out.resolve(), rejects.resolve()) for path in files):
+        raise UserError(f"{out} is one of the inputs", "Name another file after --fix.")
+    partial = [path.with_name(path.name + ".tmp") for path in (out, rejects)]
+    written = rejected = 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial[0], "wb") as good, open(partial[1], "wb") as bad:
+        for path in files:
+            for item in read_items(str(path), detect(str(path))):
+                if item.record is BLANK:
+                    continue
+                found = convert(item.record)
+                if isinstance(found, Fault):
+                    bad.write(orjson.dumps(_reject(path, item.number, found, item.record)) + b"\n")
+                    rejected += 1
+                    continue
+                for conversation in found.conversations if isinstance(found, Tree) else [found]:
+                    good.write(orjson.dumps(_sound(conversation)) + b"\n")
+                    written += 1
+    for source, path in zip(partial, (out, rejects), strict=True):
+        replace_durably(source, path)
+    return written, rejected, rejects
+
+
+def _sound(conversation: Conversation) -> dict[str, Any]:
+    """The canonical record of a conversation: reading it again gives the same one."""
+    identity = {"id": conversation.id} if conversation.id else {}
+    if conversation.messages[0].role == TEXT_ROLE:
+        return {**identity, "text": conversation.messages[0].content}
+    messages: list[dict[str, Any]] = []
+    for message in conversation.messages:
+        entry: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.masked:
+            entry["train_detail"] = [
+                {"begin_offset": start, "end_offset": end - 1, "train": False} for start, end in message.masked
+            ]
+        messages.append(entry if message.learn else {**entry, "weight": 0})
+    return {**identity, "messages": messages}
+
+
+def _reject(path: Path, number: int, fault: Fault, record: Any) -> dict[str, Any]:
+    """A rejected record with its place and reason; what was no JSON goes in as text."""
+    held = fault.raw.decode("utf-8", "backslashreplace") if isinstance(record, Fault) else record
+    entry = {"source": f"{path}:{number}", "reason": fault.reason, "detail": fault.detail, "record": held}
+    try:
+        orjson.dumps(entry)
+    except (TypeError, orjson.JSONEncodeError):  # a Parquet value that JSON has no form for
+        entry["record"] = repr(held)
+    return entry

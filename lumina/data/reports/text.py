@@ -1,0 +1,31 @@
+"""The validation report as lines of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lumina.data.reports.validation import Validation
+
+
+def validation_lines(validation: Validation) -> list[str]:
+    """Files, account, composition, lengths, what context lengths would cost, and what is worth a look."""
+    figures: dict[str, Any] = validation.to_dict()
+    out = [f"{path}: {layout}" for path, layout in figures["files"].items()]
+    out += validation.account.report(without=("splitting", "packing"))
+    for what in ("formats", "roles", "languages", "scripts"):
+        if figures[what]:
+            out.append(f"{what:<15}" + ", ".join(f"{name} {count:,}" for name, count in sorted(figures[what].items())))
+    for name in ("turns", "message_tokens", "conversation_tokens", "supervised_tokens"):
+        if figures[name]:
+            spread = ", ".join(f"{key} {value:,}" for key, value in figures[name].items())
+            out.append(f"{name.replace('_', ' '):<20} {spread}")
+    for row in figures["context_lengths"]:
+        out.append(
+            f"seq_length {row['seq_length']:>6,}: {100 * row['longer']:.2f}% of conversations are longer; truncating "
+            f"loses {100 * row['lost']:.2f}% of tokens, splitting none; packed rows about {100 * row['fill']:.1f}% full"
+        )
+    out.append(f"duplicates     {figures['duplicates']:,}")
+    for what, finding in sorted(figures["findings"].items()):
+        more = ", …" if finding["count"] > len(finding["first"]) else ""
+        out.append(f"  look: {what}: {finding['count']:,} ({', '.join(finding['first'])}{more})")
+    return out

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    import runs as real  # imported where it is used: it takes seconds, and most tests start no run
+    import tests.runs as real  # imported where it is used: it takes seconds, and most tests start no run
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[real.Runs]:
     """Starts real runs; nothing that it started outlives the tests."""
-    import runs as real
+    import tests.runs as real
 
     started = real.Runs(tmp_path_factory.mktemp("logs"))
     yield started
@@ -27,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[real.Runs]:
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of 40 short conversations."""
-    import runs as real
+    import tests.runs as real
 
     return real.write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl", 40, seed=11)
 

@@ -11,4 +11,4 @@ import_deepspeed()
 assert torch._dynamo
 assert lumina.train.run
 
-os.environ.pop("PYTHONPATH", None)  # it was for finding this file; the ranks run as a user's do
+os.environ.pop("PYTHONPATH", None)  # it was for finding this package; the ranks run as a user's do

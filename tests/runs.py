@@ -28,10 +28,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from small_tokenizer import small_vocabulary, write_tokenizer
 
 from lumina import checkpoint
 from lumina.monitor import read_metrics
+from tests.small_tokenizer import small_vocabulary, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -181,9 +181,9 @@ class Runs:
         self._folder = folder
         self._jobs: list[Job] = []
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["preload"])
+        self._context.set_forkserver_preload(["tests.preload"])
         # By PYTHONPATH: Python before 3.12.3 ignores an import that fails in the server, and does not pass sys.path on.
-        with mock.patch.dict(os.environ, {**clean_environment(), "PYTHONPATH": str(ROOT / "tests")}, clear=True):
+        with mock.patch.dict(os.environ, {**clean_environment(), "PYTHONPATH": str(ROOT)}, clear=True):
             forkserver.ensure_running()
 
     def start(self, argv: Sequence[str], world: int = 1, patch: Patch | None = None) -> Job:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_tokenizer import CHATML, write_tokenizer
 
 from lumina.chat import (
     Conversation,
@@ -28,6 +27,7 @@ from lumina.chat import (
 from lumina.chat.hf_tokenizer import ENDLESS, FOLDED, REWRITES, ForeignTokenizer
 from lumina.chat.jinja import RefusalError
 from lumina.config import UserError
+from tests.small_tokenizer import CHATML, write_tokenizer
 
 # The forms of template that the families use; each written here anew.
 LLAMA_3 = (

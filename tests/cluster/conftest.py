@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import NEEDS, Cluster, missing
+
+from tests.cluster.cluster import NEEDS, Cluster, missing
 
 REASON = (
     f"needs root for namespaces, and these commands (make test-cluster installs them): {missing(NEEDS) or 'all here'}"

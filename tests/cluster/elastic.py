@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster import BIN, Cluster, Job
-from runs import steps
-
 from lumina.chat import open_tokenizer
 from lumina.config import load
 from lumina.data import GlobalOrder, prepare, sample_sums, samples_id
+from tests.cluster.cluster import BIN, Cluster, Job
+from tests.runs import steps
 
 RANK = Path(__file__).with_name("rank.py")
 SAVE_EVERY = 5

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, until
-from elastic import SETTINGS, alive_and, at, expect_every_sample, expect_nobody, launch, worlds
-from runs import Runs, arguments, losses, steps
+
+from tests.cluster.cluster import Cluster, until
+from tests.cluster.elastic import SETTINGS, alive_and, at, expect_every_sample, expect_nobody, launch, worlds
+from tests.runs import Runs, arguments, losses, steps
 
 SEED, FAILURES, STEPS = 20, 10, 60
 

@@ -6,12 +6,21 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, until
-from elastic import SAVE_EVERY, SETTINGS, alive_and, at, expect_every_sample, expect_nobody, launch, worlds
-from runs import Runs, arguments, newest, steps
 
 from lumina import checkpoint
 from lumina.monitor import read_metrics
+from tests.cluster.cluster import Cluster, until
+from tests.cluster.elastic import (
+    SAVE_EVERY,
+    SETTINGS,
+    alive_and,
+    at,
+    expect_every_sample,
+    expect_nobody,
+    launch,
+    worlds,
+)
+from tests.runs import Runs, arguments, newest, steps
 
 
 @pytest.mark.timeout(600)

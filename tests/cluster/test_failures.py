@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from elastic import SETTINGS, expect_nobody, launch
-from runs import arguments
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.elastic import SETTINGS, expect_nobody, launch
+from tests.runs import arguments
 
 REPORT = re.compile(r"First failure: rank (\d+) on (\w+) \(local rank 0, pid \d+\): (.*)")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from elastic import SETTINGS as COMMON
-from elastic import launch
-from runs import DEEPSPEED, ROOT, Runs, arguments, losses, steps
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.elastic import SETTINGS as COMMON
+from tests.cluster.elastic import launch
+from tests.runs import DEEPSPEED, ROOT, Runs, arguments, losses, steps
 
 pytestmark = pytest.mark.timeout(1200)  # the first offload on a machine compiles DeepSpeed's CPUAdam
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import BIN, HEAD, ROOT, Cluster
+
+from tests.cluster.cluster import BIN, HEAD, ROOT, Cluster
 
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 HERE = {"disk", "all-reduce", "slots"}  # may be a WARN on a machine that is full or busy, or whose torch is for CUDA

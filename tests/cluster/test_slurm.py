@@ -8,9 +8,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cluster import BIN, SLURM_NEEDS, Cluster, missing, until
-from elastic import RANK, SETTINGS, at, expect_every_sample, expect_nobody, worlds
-from runs import Runs, arguments, losses, steps
+
+from tests.cluster.cluster import BIN, SLURM_NEEDS, Cluster, missing, until
+from tests.cluster.elastic import RANK, SETTINGS, at, expect_every_sample, expect_nobody, worlds
+from tests.runs import Runs, arguments, losses, steps
 
 pytestmark = pytest.mark.skipif(
     bool(missing(SLURM_NEEDS)), reason=f"needs {missing(SLURM_NEEDS)}: apt install slurm-wlm munge"

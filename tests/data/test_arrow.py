@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers import chat, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lumina.data.cache import arrow
+from tests.data.helpers import chat, write_jsonl
 
 KINDS = {pa.int32(): np.int32, pa.int64(): np.int64, pa.uint8(): np.uint8}
 

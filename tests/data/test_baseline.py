@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-from helpers import TOKENIZER, Settings, chat, write_jsonl
 
 from lumina.data import prepare, unigram_baseline
+from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
 
 
 def test_against_a_hand_count(tmp_path: Path) -> None:

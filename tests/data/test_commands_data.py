@@ -9,13 +9,13 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import TOKENIZER, Settings, chat, config_of, write_jsonl
 
 from lumina.chat import Conversation, Message, render
 from lumina.commands.data import inspect_sample, prepare_files
 from lumina.config.errors import UserError
 from lumina.data.preparing.preparation import prepare
 from lumina.data.reports.inspection import describe_sample
+from tests.data.helpers import TOKENIZER, Settings, chat, config_of, write_jsonl
 
 
 def test_prepare_prints_the_account_or_one_json_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import pytest
-from helpers import TOKENIZER, Settings, chat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import expand
 from lumina.data.records.fault import BLANK, Fault
+from tests.data.helpers import TOKENIZER, Settings, chat
 
 RECORDS = [{**chat("q", f"answer {i}"), "id": str(i)} for i in range(7)]
 

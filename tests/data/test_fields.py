@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TOKENIZER, Settings, chat, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from lumina.data.formats import convert
 from lumina.data.preference.pair import OTHER_PROMPT, Pair, from_pair
 from lumina.data.records.fault import Fault, Tree
 from lumina.data.records.fields import CONTENT, HARMLESS, MOST_NAMES, FieldTally, is_empty
+from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
 
 U, A = Message("user", "q"), Message("assistant", "a")
 

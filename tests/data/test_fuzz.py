@@ -8,7 +8,6 @@ from pathlib import Path
 
 import orjson
 import pytest
-from helpers import TOKENIZER, Settings, chat, write_jsonl
 
 from lumina.config.errors import UserError
 from lumina.data import prepare
@@ -17,6 +16,7 @@ from lumina.data.converting.fixing import write_fixed
 from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
 from lumina.data.reports.validation import validate
+from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
 
 LINES = 100_000
 SEEDS = [

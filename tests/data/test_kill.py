@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from helpers import chat, write_jsonl
+from tests.data.helpers import chat, write_jsonl
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 import lumina.data.preparing.pool as pool
 import lumina.data.preparing.preparation as preparation
-sys.path.insert(0, {tests!r})
-from helpers import TOKENIZER, Settings
+from tests.data.helpers import TOKENIZER, Settings
 pool.BYTES_PER_WORKER = 1
 preparation.MIN_TASK_BYTES = preparation.MAX_TASK_BYTES = 15_000
 settings = Settings(seq_length=256, cache_dir=sys.argv[2])
@@ -25,9 +25,8 @@ preparation.prepare([sys.argv[1]], settings, TOKENIZER, workers=2, progress=lamb
 
 
 def start(source: Path, cache: Path) -> subprocess.Popen[str]:
-    script = SCRIPT.format(tests=str(Path(__file__).parent))
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(source), str(cache)], stdout=subprocess.PIPE, text=True, bufsize=1
+        [sys.executable, "-c", SCRIPT, str(source), str(cache)], cwd=ROOT, stdout=subprocess.PIPE, text=True, bufsize=1
     )
 
 

@@ -7,11 +7,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import TOKENIZER, Settings, chat, write_jsonl
 
 from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare
 from lumina.data.loading import tensors
 from lumina.data.loading.tensors import TorchBatch
+from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
 
 
 @pytest.fixture(scope="module")

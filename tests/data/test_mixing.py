@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TOKENIZER, Settings, Source, chat, supervised_targets, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from lumina.data.account import Account
 from lumina.data.preparing import preparation, splits
 from lumina.data.preparing.mixing import repeats
 from lumina.data.preparing.splits import prepare_splits
+from tests.data.helpers import TOKENIZER, Settings, Source, chat, supervised_targets, write_jsonl
 
 weights = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.3, 2.0, 3.0])
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import orjson
 import pytest
-from helpers import write_jsonl
-from test_oasst import labels, node, the_tree
 
 from lumina.cli import main
 from lumina.data.oasst.extraction import OasstOptions
 from lumina.data.oasst.pairs import extract_pairs
+from tests.data.helpers import write_jsonl
+from tests.data.oasst_trees import labels, node, the_tree
 
 
 def pairs(tree: dict[str, Any], **options: Any) -> tuple[list[str], dict[str, int]]:

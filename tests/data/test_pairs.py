@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TOKENIZER, Settings, write_jsonl
-from small_tokenizer import CHATML, write_tokenizer
 
 from lumina.chat import Conversation, Message, open_tokenizer, render
 from lumina.config import UserError
 from lumina.data import GlobalOrder, Loader, PairDataset, prepare_pairs
+from tests.data.helpers import TOKENIZER, Settings, write_jsonl
+from tests.small_tokenizer import CHATML, write_tokenizer
 
 
 def turn(role: str, content: str) -> dict[str, str]:

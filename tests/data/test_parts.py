@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from lumina.data import PackedDataset
 from lumina.data.account import Account
 from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, decide, near_pairs, signatures_of
 from lumina.data.preparing.splits import prepare_splits
+from tests.data.helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 
 
 def learned(*datasets: PackedDataset | None) -> Counter[int]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from lumina.chat import Conversation, Message, render
 from lumina.config.errors import UserError
 from lumina.data import PackedDataset, prepare
 from lumina.data.account import Account
+from tests.data.helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 
 words = st.text(st.sampled_from("ab é漢\n"), min_size=1, max_size=120).filter(lambda text: not text.isspace())
 turns = st.fixed_dictionaries(

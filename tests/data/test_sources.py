@@ -10,7 +10,6 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import TOKENIZER, Settings, chat, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import expand
 from lumina.data.reading.streams import read_lines
 from lumina.data.records.fault import Fault, Tree
+from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
 
 USER, ANSWER, SYSTEM = Message("user", "q"), Message("assistant", "a"), Message("system", "s")
 

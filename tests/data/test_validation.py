@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from browser import browse, needs_browser
-from helpers import TOKENIZER, chat, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +19,8 @@ from lumina.data.converting.fixing import write_fixed
 from lumina.data.preparing.statistics import PATTERNS, Statistics, context_lengths, percentiles
 from lumina.data.reports.html import render_report
 from lumina.data.reports.validation import validate
+from tests.browser import browse, needs_browser
+from tests.data.helpers import TOKENIZER, chat, write_jsonl
 
 KEY = "sk-" + "a1B2c3D4e5F6g7H8i9J0"
 LINES: list[Any] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+from pathlib import Path
 from typing import Any
 
 _VALUES: list[Any] = [None, True, False, 0, -1, 1, 2, 3, 10**9, 2**31, 2**63, 2**64, 10**30, 1e308, 0.5, float("nan")]
@@ -102,3 +103,13 @@ def _header(data: bytes, draw: random.Random) -> bytes:
         header = _value(header, draw)
     written = json.dumps(header).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(written)) + written + body
+
+
+class Payload:
+    """Unpickling this writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (Path.write_text, (self.target, "executed"))

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from small_tokenizer import VOCABULARY, write_tokenizer
 
 from lumina.config import load as load_config
 from lumina.config.schema import ModelConfig
 from lumina.model import Transformer
+from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "seq_length": 128, "init_std": 0.2}
 

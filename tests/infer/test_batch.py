@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from small_models import as_transformers, make_model
-from small_tokenizer import VOCABULARY, write_tokenizer
 
 from lumina.chat import Conversation, Message
 from lumina.infer import Answer, Sampling, Voice, generate
@@ -18,6 +16,8 @@ from lumina.infer.generation.batch import Batch, Sequence, Token
 from lumina.infer.voice import voice_of
 from lumina.model import Transformer
 from lumina.model.decode import Decoder
+from tests.infer.small_models import as_transformers, make_model
+from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 TEXTS = ("Hello", "My sister is happy.", "the old train " * 9, "No.", "a b c d e f")
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, needs_browser
-from serving import Running, running, wait_for
-from small_models import make_model, write_run
 from torch import Tensor
 
 from lumina.chat import Tokenizer
 from lumina.infer import load
 from lumina.infer.generation.batch import Batch, Sequence, Token
+from tests.browser import Browser, needs_browser
+from tests.infer.serving import Running, running, wait_for
+from tests.infer.small_models import make_model, write_run
 
 TOKENIZER = Tokenizer.load()
 BUSY = "document.querySelector('[aria-busy]') !== null"

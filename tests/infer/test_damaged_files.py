@@ -20,16 +20,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from damage import damaged
-from small_models import write_run
-from small_tokenizer import VOCABULARY, write_tokenizer
-from test_loading import Payload
 
 from lumina.chat import Conversation, Message
 from lumina.chat.hf_tokenizer import ForeignTokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.infer import export, import_hf, load
 from lumina.model import Transformer
+from tests.infer.damage import Payload, damaged
+from tests.infer.small_models import write_run
+from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 SHAPE = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "seq_length": 64}
 CHAT = Conversation([Message("user", "hello <|im_end|>"), Message("assistant", "you"), Message("user", "today")])

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import as_transformers, make_model, write_run
 
 from lumina.chat import Conversation, Message, Tokenizer, render
 from lumina.cli import main
 from lumina.infer import Loaded, LuminaVoice
 from lumina.infer.evaluation.loss import evaluate, read_conversations
+from tests.infer.small_models import as_transformers, make_model, write_run
 
 TOKENIZER = Tokenizer.load()
 TALKS = [

@@ -12,8 +12,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from small_models import make_model, write_run
-from small_tokenizer import VOCABULARY, write_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 
 from lumina.chat import Conversation, Message, Tokenizer, prompt_ids, render
@@ -23,6 +21,8 @@ from lumina.config import ModelConfig, UserError
 from lumina.config import load as load_config
 from lumina.infer import LuminaVoice, Sampling, export, generate
 from lumina.infer.hf.exporting import parse_size
+from tests.infer.small_models import make_model, write_run
+from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 TOKENIZER = Tokenizer.load()
 CHATS = [

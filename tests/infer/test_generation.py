@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import as_transformers, make_model
 
 from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
 from lumina.config import UserError
@@ -12,6 +11,7 @@ from lumina.infer import LuminaVoice, Sampling, generate, stream
 from lumina.model import Transformer, cpu
 from lumina.model.cache import KVCache
 from lumina.model.decode import Decoder, Shortlist
+from tests.infer.small_models import as_transformers, make_model
 
 TOKENIZER = Tokenizer.load()
 VOICE = LuminaVoice(TOKENIZER)

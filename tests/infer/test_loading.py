@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import make_model, write_run
 
 from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import find_checkpoint, load
+from tests.infer.damage import Payload
+from tests.infer.small_models import make_model, write_run
 
 
 def step_of(path: Path) -> int:
@@ -72,16 +73,6 @@ def test_the_seeds_spelling_is_the_newest_runs_best(
     caplog.set_level(logging.INFO)
     assert find_checkpoint("checkpoints/best_model.pt") == Path("experiments/new/checkpoints/step-00000002")
     assert "using the best checkpoint of the newest run, experiments/new" in caplog.text
-
-
-class Payload:
-    """Unpickling this writes a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return (Path.write_text, (self.target, "executed"))
 
 
 def test_a_pickle_is_refused_and_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

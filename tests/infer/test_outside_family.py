@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_tokenizer import VOCABULARY, write_tokenizer
 
 from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import export, import_hf, load
+from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 # Biases as Qwen2 has them, one weight under a name of its own, and a key of its own.
 SOURCE = """

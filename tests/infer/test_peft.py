@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import as_transformers, make_model, write_run
-from small_tokenizer import VOCABULARY, write_tokenizer
-from test_importing import make_hf
 
 from lumina import checkpoint
 from lumina.checkpoint import adapter_settings, base_reference
@@ -20,6 +17,9 @@ from lumina.config import LoraConfig, UserError
 from lumina.infer import export, import_hf, load
 from lumina.infer.hf.peft import _description
 from lumina.model import Transformer, lora
+from tests.infer.hf_models import make_hf
+from tests.infer.small_models import as_transformers, make_model, write_run
+from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 SOME = LoraConfig(lora_rank=4, lora_alpha=6.0, lora_targets=["q_proj", "v_proj", "down_proj", "up_proj"])
 ALL = LoraConfig(lora_rank=3)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small_models import make_model, write_run
 
 from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
 from lumina.cli import main
@@ -17,6 +16,7 @@ from lumina.config import UserError
 from lumina.infer import LuminaVoice, Sampling
 from lumina.infer.generation.generate import Answer, printable
 from lumina.infer.repl import Chat, converse
+from tests.infer.small_models import make_model, write_run
 
 TOKENIZER = Tokenizer.load()
 USER, BOT = "user", "assistant"

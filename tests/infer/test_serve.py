@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import Running, running, wait_for
-from small_models import make_model, write_run, write_small_run
-from test_importing import make_hf
 
 from lumina.chat import Conversation, Message
 from lumina.infer import Loaded, Sampling, generate, import_hf, load
+from tests.infer.hf_models import make_hf
+from tests.infer.serving import Running, running, wait_for
+from tests.infer.small_models import make_model, write_run, write_small_run
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 

@@ -19,13 +19,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import Running, running, wait_for
-from small_models import write_small_run
 from starlette.types import Message
 
 from lumina.cli import main
 from lumina.infer import Loaded, load
 from lumina.infer.serve.streaming import EventStream
+from tests.infer.serving import Running, running, wait_for
+from tests.infer.small_models import write_small_run
 
 KEY = "open sesame 123"
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]

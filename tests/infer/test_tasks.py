@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import as_transformers, make_model, write_run, write_small_run
-from small_tokenizer import VOCABULARY, write_tokenizer
-from test_importing import make_hf
 
 from lumina.chat import Conversation, Message
 from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import import_hf, load
 from lumina.infer.evaluation.tasks import Examinee, run_tasks
+from tests.infer.hf_models import make_hf
+from tests.infer.small_models import as_transformers, make_model, write_run, write_small_run
+from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 WORDS = ["the weather", "our dog", "my sister", "that film", "a long train ride", "your garden"]
 

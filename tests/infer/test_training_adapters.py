@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs as real
 import torch
 import yaml
-from runs import Runs, differing, final, losses, newest, write_conversations
-from test_importing import make_hf
 
+import tests.runs as real
 from lumina import checkpoint
 from lumina.cli import main
 from lumina.infer import import_hf, load
 from lumina.train import loop
+from tests.infer.hf_models import make_hf
+from tests.runs import Runs, differing, final, losses, newest, write_conversations
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 

@@ -9,13 +9,10 @@ from typing import Any
 
 import orjson
 import pytest
-import runs as real
 import torch
 import yaml
-from runs import Runs, final, losses, write_conversations
-from small_tokenizer import CHATML, small_vocabulary, write_tokenizer
-from test_importing import make_hf
 
+import tests.runs as real
 from lumina.chat import open_tokenizer
 from lumina.cli import main
 from lumina.config import UserError
@@ -23,6 +20,9 @@ from lumina.config import load as load_config
 from lumina.data import prepare_splits
 from lumina.infer import export, import_hf, load
 from lumina.train.initialise import weights_of
+from tests.infer.hf_models import make_hf
+from tests.runs import Runs, final, losses, write_conversations
+from tests.small_tokenizer import CHATML, small_vocabulary, write_tokenizer
 
 
 @pytest.fixture(scope="module")

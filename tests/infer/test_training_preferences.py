@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs as real
 import torch
-from runs import Runs, differing, final, losses
-from test_importing import make_hf
 
+import tests.runs as real
 from lumina.infer import import_hf
 from lumina.monitor import read_metrics
+from tests.infer.hf_models import make_hf
+from tests.runs import Runs, differing, final, losses
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import as_transformers, make_model
-from small_tokenizer import VOCABULARY, write_tokenizer
 
 from lumina.model import Transformer
+from tests.infer.small_models import as_transformers, make_model
+from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 BETA = 0.3
 

@@ -1,4 +1,4 @@
-"""Deliberately broken kernels, each of which a test must catch:  python tests/kernels/mutations.py [WORD ...]
+"""Deliberately broken kernels, each of which a test must catch:  python -m tests.kernels.mutations [WORD ...]
 
 A mutant is a copy of kernels/ with one replacement, imported in place of the real one by a forked process that runs the
 few tests named beside it. A mutant that passes them is a hole in the tests; so is a run of the unbroken kernels that

@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DTYPES, check_errors
 from lumina.kernels import cross_entropy_, reference
+
+from tests.kernels.kernel_checks import DTYPES, check_errors
 
 
 def compare(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:

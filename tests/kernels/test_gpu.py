@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+ROOT = Path(__file__).parents[2]
 #: Every operator at two presets' widths and a ragged one, all types, on a card; one small shape elsewhere.
 CHECK = """
 import sys
+from pathlib import Path
 import torch
-from kernel_checks import DTYPES, every_operator
+from tests.kernels.kernel_checks import DTYPES, every_operator
 
 device = sys.argv[1]
 torch.manual_seed(0)
@@ -29,7 +31,8 @@ def run(device: str, **environment: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", CHECK, device],
         capture_output=True,
         text=True,
-        env=clean | {"PYTHONPATH": str(Path(__file__).parent)} | environment,
+        env=clean | environment,
+        cwd=ROOT,
     )
 
 

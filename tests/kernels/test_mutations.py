@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.timeout(600)
 def test_every_mutant_is_caught() -> None:
-    run = subprocess.run([sys.executable, str(Path(__file__).parent / "mutations.py")], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "tests.kernels.mutations"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "MISSED" not in run.stdout
 
@@ -17,11 +19,11 @@ def test_every_mutant_is_caught() -> None:
 def test_a_mutant_that_changes_nothing_would_be_reported() -> None:
     """The runner itself: a replacement by the same text is missed, and the exit status says so."""
     code = (
-        "import mutations, dataclasses;"
+        "import dataclasses; from tests.kernels import mutations;"
         "harmless = dataclasses.replace(mutations.MUTATIONS[0], new=mutations.MUTATIONS[0].old);"
         "mutations.MUTATIONS = (harmless,);"
         "raise SystemExit(mutations.main([]))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 1, run.stderr
     assert "MISSED" in run.stdout

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DTYPES, check, strided
 from lumina.kernels import add_rms_norm, reference, rms_norm
+
+from tests.kernels.kernel_checks import DTYPES, check, strided
 
 norms = importlib.import_module("lumina.kernels.rms_norm")
 

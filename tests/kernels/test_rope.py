@@ -2,8 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DTYPES, check
 from lumina.kernels import reference, rope, rope_
+
+from tests.kernels.kernel_checks import DTYPES, check
 
 
 def tables(positions: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

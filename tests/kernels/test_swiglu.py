@@ -2,8 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DTYPES, check, strided
 from lumina.kernels import reference, swiglu
+
+from tests.kernels.kernel_checks import DTYPES, check, strided
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

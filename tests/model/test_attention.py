@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import check_errors, make_model, pack, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lumina.model import attention as room
 from lumina.model.attention import Documents, attention
+from tests.model.tiny_models import check_errors, make_model, pack, run
 
 LENGTHS = [[1], [300], [5, 1, 40, 17], [256, 257, 3]]
 

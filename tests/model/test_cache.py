@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import make_model
 from torch import Tensor
 
 from lumina.model import cache as room
 from lumina.model.cache import KVCache
 from lumina.model.varlen import Spans
+from tests.model.tiny_models import make_model
 
 
 def reference(q_RHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, spans: Spans) -> Tensor:

@@ -18,17 +18,17 @@ import torch
 
 from lumina.model import cpu
 
-PROGRAM = f"""
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
 import json, sys
 import torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from tiny_models import make_model, pack
+from tests.model.tiny_models import make_model, pack
 from lumina.model import cpu
 model, batch = make_model(dtype=torch.bfloat16), pack([30, 1, 270], supervised=0.7)
 loss = model(*batch)
 loss.backward()
-norms = {{name: p.grad.to_dense().double().norm().item() for name, p in model.named_parameters()}}
-print(json.dumps({{"compiled": cpu.lib() is not None, "loss": loss.item(), "norms": norms}}))
+norms = {name: p.grad.to_dense().double().norm().item() for name, p in model.named_parameters()}
+print(json.dumps({"compiled": cpu.lib() is not None, "loss": loss.item(), "norms": norms}))
 """
 
 
@@ -36,7 +36,12 @@ def outcome(**environment: str) -> tuple[dict[str, Any], str]:
     """(what the program found, its warnings)."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("LUMINA_KERNELS", "LUMINA_CPU_KERNELS")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=inherited | environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PROGRAM],
+        env=inherited | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)

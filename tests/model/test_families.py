@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import SHAPE, make_model, pack
 
 from lumina.config import ModelConfig, RopeScaling
 from lumina.model import Transformer, ops
 from lumina.train.deepspeed.optimizer import parameter_groups
+from tests.model.tiny_models import SHAPE, make_model, pack
 
 LLAMA_3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_window": 16}
 FAMILIES: dict[str, dict[str, Any]] = {

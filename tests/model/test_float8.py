@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, pack
 from torch import Tensor
 
 from lumina.config import Config, UserError
 from lumina.model import float8
+from tests.model.tiny_models import make_model, pack
 
 RECIPES = ("tensorwise", "rowwise")
 SHAPE = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 96, "init_std": 0.1}

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, pack
 from torch import Tensor
 
 from lumina.model import Transformer
+from tests.model.tiny_models import make_model, pack
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {},

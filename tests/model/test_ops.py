@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import check_errors, run
 from torch import Tensor
 
 from lumina.config import UserError
 from lumina.model import ops
+from tests.model.tiny_models import check_errors, run
 
 EPS = 1e-5
 SHAPES = [(1, 1), (1, 7), (3, 33), (17, 64), (5, 100), (2, 3, 130)]

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import check_errors, make_model, pack, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
@@ -26,6 +25,7 @@ from lumina.plan.devices import find_device
 from lumina.plan.memory import peak_memory
 from lumina.plan.speed import STREAM
 from lumina.plan.workload import Shape
+from tests.model.tiny_models import check_errors, make_model, pack, run
 
 
 def case(rows: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import Packed, make_model, pack
 from torch import Tensor
 
 from lumina.model import Transformer, ops
 from lumina.model.transformer import Block
+from tests.model.tiny_models import Packed, make_model, pack
 
 
 def gradients(model: Transformer, batch: Packed) -> tuple[Tensor, list[Tensor]]:

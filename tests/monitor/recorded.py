@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lumina.config import load
+from lumina.monitor import StepRecord
 
+GIB = 2**30
 HOSTILE = "</script><script>alert('x')</script><b>&amp;"
 
 
@@ -94,3 +96,25 @@ def record_run(
     run = {"config": settings.values(), "data_fingerprint": "0123456789abcdef", "starts": begun}
     (folder / "run.json").write_text(json.dumps(run))
     return folder
+
+
+def step_record(**changes: Any) -> StepRecord:
+    """Step 150 of the seed's README, but for `changes`."""
+    values: dict[str, Any] = {
+        "step": 150,
+        "epoch": 1,
+        "batch": 150,
+        "batches": 2000,
+        "loss": 2.456789,
+        "lr": 8.5e-5,
+        "grad_norm": 0.84321,
+        "tokens": 2048,
+        "supervised_tokens": 900,
+        "tokens_per_s": 1250.4,
+        "memory": int(8.2 * GIB),
+        "memory_total": 16 * GIB,
+        "memory_kind": "GPU",
+        "health": "OK",
+        "time": 1.7e9,
+    }
+    return StepRecord(**(values | changes))

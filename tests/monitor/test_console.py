@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 
-from lumina.monitor import Console, StepRecord, line
+from lumina.monitor import Console, line
 from lumina.monitor import console as room
+from tests.monitor.recorded import step_record
 
-GIB = 2**30
 # The seed's README, its two lines joined.
 SEED = (
     "Epoch 1 | Step    150 | Batch  150/2000 | Loss: 2.456789 | PPL: 11.67 | LR: 8.50e-05 | GradNorm: 0.8432 | "
@@ -18,51 +17,30 @@ SEED = (
 )
 
 
-def record(**changes: Any) -> StepRecord:
-    values: dict[str, Any] = {
-        "step": 150,
-        "epoch": 1,
-        "batch": 150,
-        "batches": 2000,
-        "loss": 2.456789,
-        "lr": 8.5e-5,
-        "grad_norm": 0.84321,
-        "tokens": 2048,
-        "supervised_tokens": 900,
-        "tokens_per_s": 1250.4,
-        "memory": int(8.2 * GIB),
-        "memory_total": 16 * GIB,
-        "memory_kind": "GPU",
-        "health": "OK",
-        "time": 1.7e9,
-    }
-    return StepRecord(**(values | changes))
-
-
 def test_the_seeds_line() -> None:
-    assert line(record()) == SEED
+    assert line(step_record()) == SEED
 
 
 def test_on_a_cpu() -> None:
-    assert line(record(memory_kind="Mem")) == SEED.replace("GPU:", "Mem:")
+    assert line(step_record(memory_kind="Mem")) == SEED.replace("GPU:", "Mem:")
 
 
 def test_large_and_small_figures_keep_the_form() -> None:
-    found = line(record(step=1_234_567, batch=7, batches=90, epoch=12, loss=0.0, lr=1e-4, grad_norm=123.45678))
+    found = line(step_record(step=1_234_567, batch=7, batches=90, epoch=12, loss=0.0, lr=1e-4, grad_norm=123.45678))
     assert found.startswith("Epoch 12 | Step 1234567 | Batch    7/90 | Loss: 0.000000 | PPL: 1.00 | LR: 1.00e-04 | ")
     assert "GradNorm: 123.4568 |" in found
 
 
 def test_a_loss_that_is_not_finite_is_shown() -> None:
-    found = line(record(loss=math.nan, grad_norm=math.inf, health="CRIT(loss is not finite)"))
+    found = line(step_record(loss=math.nan, grad_norm=math.inf, health="CRIT(loss is not finite)"))
     assert "| Loss: nan | PPL: inf |" in found
     assert "| GradNorm: inf |" in found
     assert found.endswith("| Health: CRIT(loss is not finite)")
 
 
 def test_perplexity_overflows_to_infinity() -> None:
-    assert record(loss=699.0).ppl == math.exp(699.0)
-    assert record(loss=800.0).ppl == math.inf
+    assert step_record(loss=699.0).ppl == math.exp(699.0)
+    assert step_record(loss=800.0).ppl == math.inf
 
 
 def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,12 +49,12 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setattr(room.time, "monotonic", lambda: next(clock))
     with Console(True, total_steps=6, start_step=0) as console:
         for step in range(1, 7):
-            console.step(record(step=step, health="WARN(x)" if step == 3 else "OK"))
+            console.step(step_record(step=step, health="WARN(x)" if step == 3 else "OK"))
         console.say("[bold]as it is[/bold] " + "x" * 300)
     printed = capsys.readouterr().out.splitlines()
     # 1: first; 3: unhealthy; 5: 0.9 s after 3 is too soon; 6: last. Step 4 comes 0.5 s after 3.
     assert [text.split("|")[1].split()[1] for text in printed[:-1]] == ["1", "3", "6"]
-    assert printed[0] == line(record(step=1))
+    assert printed[0] == line(step_record(step=1))
     assert printed[-1] == "[bold]as it is[/bold] " + "x" * 300
 
 
@@ -85,13 +63,13 @@ def test_a_line_a_second(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setattr(room.time, "monotonic", lambda: next(clock))
     with Console(True, total_steps=100, start_step=10) as console:
         for step in range(11, 16):
-            console.step(record(step=step))
+            console.step(step_record(step=step))
     printed = capsys.readouterr().out.splitlines()
     assert [int(text.split("|")[1].split()[1]) for text in printed] == [11, 13, 15]
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with Console(False, total_steps=1, start_step=0) as console:
-        console.step(record(step=1))
+        console.step(step_record(step=1))
         console.say("anything")
     assert capsys.readouterr().out == ""

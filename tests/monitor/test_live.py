@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console as RichConsole
-from runs import arguments, clean_environment, write_conversations
-from test_console import record
 
 from lumina.monitor.braille import plot
 from lumina.monitor.events import Event
 from lumina.monitor.live import Curve, LiveView
+from tests.monitor.recorded import step_record
+from tests.runs import arguments, clean_environment, write_conversations
 
 DOTS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3))  # of bits 0 to 7, as Unicode names them
 
@@ -76,7 +76,7 @@ def test_what_is_drawn() -> None:
     assert "waiting for the first step" in drawn(view, console)
     now = time.time()
     for step in range(1, 101):
-        view.step(record(step=step, batch=step, time=now + 2 * step, supervised_tokens_per_s=400.0,
+        view.step(step_record(step=step, batch=step, time=now + 2 * step, supervised_tokens_per_s=400.0,
                          seconds={"forward": 3.0, "backward": 6.0, "data": 1.0}))  # fmt: skip
     view.evaluation(50, 3.5)
     view.evaluation(100, math.nan)

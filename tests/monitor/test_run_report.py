@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import browse, document_after, needs_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import HOSTILE, record_run
 
 from lumina import cli
 from lumina.config.errors import UserError
 from lumina.monitor.run_data import Group, read, thinned
 from lumina.monitor.run_report import render
+from tests.browser import browse, document_after, needs_browser
+from tests.monitor.recorded import HOSTILE, record_run
 
 
 def data_of(html: str) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-from recorded import record_run
 
 from lumina import cli
 from lumina.monitor.runs import best_evaluation, last_record, list_runs, span
+from tests.monitor.recorded import record_run
 
 
 def begun(folder: Path, **changes: Any) -> None:

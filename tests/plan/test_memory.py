@@ -18,7 +18,7 @@ from lumina.plan.memory import Buffers, parameter_groups, peak_memory, states
 from lumina.plan.workload import Shape
 
 if TYPE_CHECKING:
-    from runs import Runs
+    from tests.runs import Runs
 
 # Odd sizes, so that padding shows. persistence 100 keeps the norms whole under ZeRO 3.
 SETS = ["hidden_size=72", "num_layers=3", "num_heads=6", "num_kv_heads=3", "intermediate_size=101", "vocab_size=257"]

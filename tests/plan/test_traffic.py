@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from runs import Runs
+    from tests.runs import Runs
 
 WORLD = 4
 LAYERS = 24  # many beside the table, as in a real model: stage 3 does not keep all of them gathered
@@ -25,7 +24,6 @@ ACCUMULATION = 2
 
 def counted(stage: int) -> dict[str, float]:
     """Bytes that this rank receives in one optimizer step, of gradients and of weights; and what the plan says."""
-    from tiny_engines import batch, make_config
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from lumina.config import deepspeed as ds_json
@@ -33,6 +31,7 @@ def counted(stage: int) -> dict[str, float]:
     from lumina.plan.shape import Data, shape_of
     from lumina.plan.workload import traffic
     from lumina.train.deepspeed.engine import Engine
+    from tests.train.tiny_engines import batch, make_config
 
     received: Counter[str] = Counter()
     share = (WORLD - 1) / WORLD
@@ -82,7 +81,6 @@ def _probe(rank: int, *, out: Path) -> None:
     import torch
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    sys.path.append(str(Path(__file__).parents[1] / "train"))  # tiny_engines
     os.environ.update(RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE=str(WORLD))
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
     vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None  # as engine.join has it

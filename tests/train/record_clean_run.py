@@ -1,4 +1,4 @@
-"""Records tests/train/clean_run.jsonl.gz: python tests/train/record_clean_run.py FOLDER
+"""Records tests/train/clean_run.jsonl.gz: python -m tests.train.record_clean_run FOLDER
 
 A real run of 2,000 steps of a tiny model in the empty folder FOLDER, of whose metrics the health rules' test needs a
 few figures, rounded. Run it again when a rule comes to look at another figure.
@@ -12,12 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from runs import arguments, write_conversations
-
 from lumina.cli import main
 from lumina.monitor import read_metrics
+from tests.runs import arguments, write_conversations
 
 STEPS = 2000
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 from lumina import checkpoint
 from lumina.checkpoint import TrainerState
@@ -15,6 +14,7 @@ from lumina.model import lora
 from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.layers import LayerStats, layer_of
+from tests.train.tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 

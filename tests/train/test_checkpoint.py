@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_engines import make_engine, save, train_step
 
 from lumina import checkpoint
 from lumina.checkpoint import MANIFEST, TRAINER, TrainerState, integrity, integrity_error, latest_valid
 from lumina.config import UserError
 from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
+from tests.train.tiny_engines import make_engine, save, train_step
 
 
 @pytest.fixture(scope="module")

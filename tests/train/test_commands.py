@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs as real
-from runs import ROOT, Runs, arguments, clean_environment, differing
 
+import tests.runs as real
 from lumina import checkpoint
 from lumina.cli import main
 from lumina.monitor.events import read_events
+from tests.runs import ROOT, Runs, arguments, clean_environment, differing
 
 pytestmark = pytest.mark.timeout(900)
 

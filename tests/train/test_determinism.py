@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Runs, arguments, final, write_conversations
-from tiny_engines import make_engine, train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config import UserError
 from lumina.model import attention as attention_module
 from lumina.train.determinism import WORKSPACE, set_deterministic
+from tests.runs import Runs, arguments, final, write_conversations
+from tests.train.tiny_engines import make_engine, train_step
 
 # Operators without a deterministic form on CUDA that a model of this kind could use: of the list in the docstring of
 # torch.use_deterministic_algorithms (2.13), by their names in ATen. `cumsum` raises for floating point alone.

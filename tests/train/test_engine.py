@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_engines import EVERY, arrays, batch, make_config, make_engine, same_state, state_of, train_step, whole
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -22,6 +21,17 @@ from lumina.train.deepspeed import half_precision
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.fragments import fragments, moments, reserve, step_count
 from lumina.train.deepspeed.optimizer import parameter_groups
+from tests.train.tiny_engines import (
+    EVERY,
+    arrays,
+    batch,
+    make_config,
+    make_engine,
+    same_state,
+    state_of,
+    train_step,
+    whole,
+)
 
 
 @contextmanager

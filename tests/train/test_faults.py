@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs as real
 import torch
-from runs import Runs, State, arguments, differing, final
 
+import tests.runs as real
 from lumina import checkpoint
 from lumina.data import StepData
 from lumina.monitor.events import read_events
@@ -24,6 +22,7 @@ from lumina.monitor.run_file import read_run
 from lumina.train import loop, snapshot
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.run import Run
+from tests.runs import Runs, State, arguments, differing, final
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
@@ -152,10 +151,8 @@ def _die_in_rollback(rank: int) -> None:
 
 def _half_precision(rank: int, *, nan: tuple[int, ...], loss: bool) -> None:
     """fp16 on a CPU, from these steps on with a NaN: in the gradients, or in the weights and so in the loss."""
-    sys.path.append(str(Path(__file__).parent))
-    from tiny_engines import fp16_on_a_cpu
-
     from lumina.config import precision
+    from tests.train.tiny_engines import fp16_on_a_cpu
 
     precision.resolve = lambda *given, **named: "fp16"  # type: ignore[assignment]
     contexts.append(fp16_on_a_cpu())

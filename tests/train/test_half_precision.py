@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from tiny_engines import make_engine, same_state, state_of, train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config import UserError
 from lumina.train.deepspeed import engine, half_precision
 from lumina.train.deepspeed.half_precision import HalfPrecisionAdamW, LossScale
+from tests.train.tiny_engines import make_engine, same_state, state_of, train_step
 
 SHAPES = [(7, 5), (40,), (3, 4, 5)]
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6}

@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny_engines import make_config
 
 from lumina.config import UserError
 from lumina.monitor.events import EventLog, read_events
 from lumina.train.health import Health, StepObservation
+from tests.train.tiny_engines import make_config
 
 
 def make(tmp_path: Path, window: int = 100, **changes: object) -> Health:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_engines import make_config
 
 from lumina.config import Config
 from lumina.config.registry import HEALTH_RULES
@@ -27,6 +26,7 @@ from lumina.train.health import (
 )
 from lumina.train.health import docs as health_docs
 from lumina.train.recovery.spikes import GRAD_EXPLOSION, LOSS_SPIKE, Guard
+from tests.train.tiny_engines import make_config
 
 CONFIG = make_config()
 GIB = 2**30

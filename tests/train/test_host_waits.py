@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Runs, arguments
+
+from tests.runs import Runs, arguments
 
 STEPS, STEADY = 8, (6, 7)  # from the sixth step on there is a baseline; the last one is read at once
 CASES = [(stage, precision) for precision in ("bf16", "fp32") for stage in (0, 1, 2, 3)]
@@ -25,12 +26,11 @@ SETTINGS: dict[str, Any] = {
 
 def _measure(rank: int, *, runs: dict[str, list[str]], out: Path) -> None:
     """Trains each of `runs`, in this process, and leaves in `out` what its steady steps waited for, and when."""
-    from host_waits import Recorder
-
     from lumina.cli import main
     from lumina.train import loop
     from lumina.train.deepspeed import engine
     from lumina.train.deferred import Readback
+    from tests.train.host_waits import Recorder
 
     recorder = Recorder()
     order: dict[int, list[str]] = {}
@@ -111,7 +111,8 @@ def test_the_recorder_sees_what_waits(runs: Runs, tmp_path: Path) -> None:
 def _look(rank: int, *, out: Path) -> None:
     import torch
     from deepspeed.accelerator import get_accelerator
-    from host_waits import Recorder
+
+    from tests.train.host_waits import Recorder
 
     recorder, found, value = Recorder(), [], torch.tensor([1.0, 2.0])
     recorder.install()

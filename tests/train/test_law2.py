@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs as real
 import torch
-from runs import Runs, State, arguments, final, losses
-from tiny_engines import VOCABULARY, make_engine
 
+import tests.runs as real
 from lumina.chat import Tokenizer
 from lumina.config import load
 from lumina.data import Batch, GlobalOrder, Loader, PackedDataset, prepare
+from tests.runs import Runs, State, arguments, final, losses
+from tests.train.tiny_engines import VOCABULARY, make_engine
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 

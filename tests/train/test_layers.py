@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_engines import EVERY, arrays, batch, make_config, make_engine, state_of, whole
 
 from lumina.model import Transformer
 from lumina.train.deepspeed.layers import LayerStats, layer_of
+from tests.train.tiny_engines import EVERY, arrays, batch, make_config, make_engine, state_of, whole
 
 LAYERS = ["embedding", "blocks.0", "blocks.1", "norm"]
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from tiny_engines import make_config
 
 from lumina.model import Transformer
 from lumina.train.deepspeed.optimizer import build_optimizer, parameter_groups
+from tests.train.tiny_engines import make_config
 
 
 @pytest.mark.parametrize("tied", [True, False])

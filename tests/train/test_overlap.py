@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,20 +16,19 @@ from lumina.config import load
 from lumina.config.deepspeed import largest_tensor, resolve
 
 if TYPE_CHECKING:
-    from runs import Runs
+    from tests.runs import Runs
 
 CASES = [(stage, overlap) for stage in (1, 2) for overlap in (False, True)]
 
 
 def _probe(rank: int, *, out: Path) -> None:
     """Three steps of two micro-batches under every case, each rank with batches of its own."""
-    sys.path.append(str(Path(__file__).parent))
     import torch
-    from tiny_engines import batch, make_config
 
     from lumina.config import deepspeed as ds_json
     from lumina.model import Transformer
     from lumina.train.deepspeed import engine
+    from tests.train.tiny_engines import batch, make_config
 
     engine.join()
     found = []
@@ -78,14 +76,13 @@ def test_overlap_changes_nothing(runs: Runs, tmp_path: Path) -> None:
 
 def _order(rank: int, *, out: Path) -> None:
     """For every case: which stream waits for which, before the one that reduces is used each time."""
-    sys.path.append(str(Path(__file__).parent))
     from deepspeed.accelerator import get_accelerator
-    from host_waits import Recorder
-    from tiny_engines import batch, make_config
 
     from lumina.config import deepspeed as ds_json
     from lumina.model import Transformer
     from lumina.train.deepspeed import engine
+    from tests.train.host_waits import Recorder
+    from tests.train.tiny_engines import batch, make_config
 
     Recorder().install()
     events: list[list[str]] = []

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import Runs, arguments, steps, write_conversations
 
 from lumina.monitor import read_metrics
 from lumina.monitor.run_data import read
 from lumina.monitor.run_file import read_run
 from lumina.monitor.run_report import render
 from lumina.monitor.runs import list_runs
+from tests.runs import Runs, arguments, steps, write_conversations
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

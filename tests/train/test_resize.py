@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Runs, arguments, losses, steps
 
 from lumina.cluster.signals import EXIT_STOPPED
+from tests.runs import Runs, arguments, losses, steps
 
 SETTINGS: dict[str, Any] = {
     "seq_length": 32,

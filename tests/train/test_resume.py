@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs as real
-from runs import Runs, State, arguments, differing, final, losses, newest
 
+import tests.runs as real
 from lumina import checkpoint
 from lumina.checkpoint import write
 from lumina.train.saves import Saves
+from tests.runs import Runs, State, arguments, differing, final, losses, newest
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 

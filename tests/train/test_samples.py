@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Runs, arguments, newest, steps, write_conversations
 
 from lumina.chat import Conversation, Message
 from lumina.infer import Sampling, generate, load
 from lumina.train.deepspeed.timing import PHASES
+from tests.runs import Runs, arguments, newest, steps, write_conversations
 
 PROMPTS = ["How is the weather?", "Say something long about my sister, please."]
 

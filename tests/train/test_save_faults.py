@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs as real
 import torch
-from runs import Job, Runs, arguments
-from tiny_engines import make_engine, save, train_step
 
+import tests.runs as real
 from lumina import checkpoint
 from lumina.checkpoint import Retention, SaveError, SaveJob, Saver, SaveTarget, StagingBuffer, TrainerState, write
 from lumina.monitor import read_metrics
 from lumina.monitor.events import read_events
 from lumina.train import loop, saves
 from lumina.train.snapshot import take_snapshot
+from tests.runs import Job, Runs, arguments
+from tests.train.tiny_engines import make_engine, save, train_step
 
 pytestmark = pytest.mark.timeout(900)
 

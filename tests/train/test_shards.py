@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Runs, arguments, differing, final
-from tiny_engines import make_config, make_engine, same_state, state_of, train_step
 from torch import nn
 
 from lumina.checkpoint import CheckpointReader
@@ -19,6 +17,8 @@ from lumina.model.lora import attach
 from lumina.train.deepspeed import partitioned_init
 from lumina.train.deepspeed.engine import join
 from lumina.train.deepspeed.fragments import publish
+from tests.runs import Runs, arguments, differing, final
+from tests.train.tiny_engines import make_config, make_engine, same_state, state_of, train_step
 
 ADAPTERS: dict[str, Any] = {"lora_rank": 3, "lora_targets": ["q_proj", "o_proj", "down_proj"]}
 

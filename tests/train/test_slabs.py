@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_engines import make_engine, state_of, train_step
 
 from lumina.checkpoint import (
     SLAB,
@@ -34,6 +33,7 @@ from lumina.config import load
 from lumina.plan.memory import parameter_groups
 from lumina.train import loop
 from lumina.train.snapshot import take_snapshot
+from tests.train.tiny_engines import make_engine, state_of, train_step
 
 # --- Memory ---
 

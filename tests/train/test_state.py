@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 from lumina import checkpoint
 from lumina.checkpoint import MASTER, TrainerState
 from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.fragments import fragments, moments, step_count, to_load
+from tests.train.tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, Runs, arguments, clean_environment, write_conversations
+
+from tests.runs import ROOT, Runs, arguments, clean_environment, write_conversations
 
 QUICK = {
     "max_steps": 2,

@@ -1,0 +1,69 @@
+"""Hugging Face folders of small random models, made by transformers: one of every kind that Lumina takes in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.small_tokenizer import VOCABULARY, write_tokenizer
+
+SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama2": {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "dtype": torch.float16},
+    "llama2-long": {"num_key_value_heads": 4, "rope": LINEAR, "dtype": torch.float16},
+    "llama3": {"num_key_value_heads": 2, "rope_theta": 500000.0, "dtype": torch.bfloat16},
+    "llama3.2": {
+        "num_key_value_heads": 2,
+        "rope": LLAMA_3_SCALING,
+        "rope_theta": 5000.0,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "dtype": torch.bfloat16,
+    },
+    "tinyllama": {"num_key_value_heads": 1, "dtype": torch.float32},
+    "smollm2": {"num_key_value_heads": 2, "rope_theta": 100000.0, "tie_word_embeddings": True, "dtype": torch.bfloat16},
+    "mistral": {"num_key_value_heads": 2, "dtype": torch.bfloat16},
+    "qwen2": {"num_key_value_heads": 2, "rope_theta": 1e6, "dtype": torch.bfloat16},
+    "qwen2-tied": {"num_key_value_heads": 2, "rope_theta": 1e6, "tie_word_embeddings": True, "dtype": torch.bfloat16},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 20, "rope_theta": 1e6, "dtype": torch.bfloat16},
+    "qwen3-tied": {"num_key_value_heads": 1, "head_dim": 12, "tie_word_embeddings": True, "dtype": torch.float32},
+}
+
+
+def model_type(family: str) -> str:
+    return next((kind for kind in ("mistral", "qwen2", "qwen3") if family.startswith(kind)), "llama")
+
+
+def make_hf(folder: Path, family: str) -> None:
+    """Write transformers' own folder of a small random model of a kind, with a small tokenizer."""
+    import transformers
+
+    options = dict(FAMILIES[family])
+    dtype, theta = options.pop("dtype"), options.pop("rope_theta", 10000.0)
+    rope = {"rope_type": "default", **options.pop("rope", {}), "rope_theta": theta}
+    options |= {"rope_parameters": rope, "eos_token_id": 2, "bos_token_id": 0, **SIZES}
+    if family == "mistral":
+        options["sliding_window"] = None
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type(family)]
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCABULARY, max_position_embeddings=96, initializer_range=0.3, **options
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms are made of ones and biases of zeros, which would hide a mistake
+            torch.nn.init.uniform_(parameter, 0.3, 1.7)
+    model.to(dtype).save_pretrained(folder, max_shard_size="20KB" if family == "llama3" else "5GB")
+    for file in write_tokenizer(folder / "tokenizer").iterdir():
+        file.replace(folder / file.name)
+    (folder / "tokenizer").rmdir()

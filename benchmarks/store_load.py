@@ -1,14 +1,13 @@
-"""How many agents the launcher's store carries: simulated agents against a real LauncherBoard on loopback.
+"""How many agents the launcher's store carries: simulated agents against a real LauncherControl on loopback.
 
     python benchmarks/store_load.py [--agents 125 1250] [--seconds 8] [--drivers 2]
 
-Every simulated agent has the two connections of a real one (lumina.cluster.agent): the heart beats once a second and
-asks whether it is fenced off, the agent asks for orders five times a second. The drivers do that for one agent after
-the other as fast as they can, while the launcher looks at events and at every agent's beats ten times a second, as the
-supervisor does. Printed: store operations a second, and for how many agents that is enough; the launcher's own look at
-all of them; and how long it takes until an order has reached them all. Drivers, launcher and store share the machine's
-cores here: a real launcher has its cores for itself.
-"""
+Every simulated agent has the two connections of a real one (lumina.cluster.elastic.agent): one sends a heartbeat once a
+second and asks whether it is fenced off, the agent asks for commands five times a second. The drivers do that for one
+agent after the other as fast as they can, while the launcher looks at events and at every agent's heartbeats ten times
+a second, as the supervisor does. Printed: store operations a second, and for how many agents that is enough; the
+launcher's own look at all of them; and how long it takes until a command has reached them all. Drivers, launcher and
+store share the machine's cores here: a real launcher has its cores for itself."""
 
 from __future__ import annotations
 
@@ -21,47 +20,47 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier, Event
 
-BEATS, ORDERS = 1, 5  # a second: beats (with the look for a fence), and looks for orders
-LOOKS = 10  # a second, of the launcher at every agent's beats
-OPERATIONS = 2 * BEATS + ORDERS
+HEARTBEATS, COMMANDS = 1, 5  # a second: heartbeats (with the look for a fence), and looks for commands
+LOOKS = 10  # a second, of the launcher at every agent's heartbeats
+OPERATIONS = 2 * HEARTBEATS + COMMANDS
 
 
 def drive(port: int, agents: int, ready: Barrier, go: Event, seconds: float, rounds: multiprocessing.Queue) -> None:
-    """Be `agents` agents: agent-seconds done, and when the order came to the last of them."""
-    from lumina.cluster.board import AgentBoard, connect
+    """Be `agents` agents: agent-seconds done, and when the command came to the last of them."""
+    from lumina.cluster.elastic.control import AgentControl, connect
 
     endpoint = f"127.0.0.1:{port}"
     began = time.monotonic()
     with ThreadPoolExecutor(64) as pool:  # as agents do it, at the same time; and some wait for DNS
-        boards = list(pool.map(lambda n: AgentBoard(connect(endpoint, "load"), {"node": f"n{n}"}), range(agents)))
-        hearts = list(pool.map(lambda _: connect(endpoint, "load"), boards))
+        controls = list(pool.map(lambda n: AgentControl(connect(endpoint, "load"), {"node": f"n{n}"}), range(agents)))
+        connections = list(pool.map(lambda _: connect(endpoint, "load"), controls))
     connected = time.monotonic() - began
     ready.wait()
     go.wait()
     done, began = 0, time.monotonic()
     while time.monotonic() - began < seconds:
-        for board, heart in zip(boards, hearts, strict=True):
-            for _ in range(BEATS):
-                heart.add(f"beat/{board.index}", 1)
-                heart.check([f"fenced/{board.index}"])
-            for _ in range(ORDERS):
-                board.orders()
+        for control, connection in zip(controls, connections, strict=True):
+            for _ in range(HEARTBEATS):
+                connection.add(f"heartbeat/{control.index}", 1)
+                connection.check([f"fenced/{control.index}"])
+            for _ in range(COMMANDS):
+                control.commands()
             done += 1
             if time.monotonic() - began >= seconds:
                 break
     took = time.monotonic() - began
-    ready.wait()  # the launcher gives an order here
-    waiting = list(boards)
+    ready.wait()  # the launcher gives a command here
+    waiting = list(controls)
     while waiting:
-        waiting = [board for board in waiting if not board.orders()]
+        waiting = [control for control in waiting if not control.commands()]
     rounds.put((done / took, connected, time.monotonic()))
     ready.wait()
 
 
 def measure(agents: int, drivers: int, seconds: float) -> None:
-    from lumina.cluster.board import LauncherBoard, Order
+    from lumina.cluster.elastic.control import ControlCommand, LauncherControl
 
-    launcher = LauncherBoard("load", host="127.0.0.1")
+    launcher = LauncherControl("load", host="127.0.0.1")
     context = multiprocessing.get_context("spawn")
     ready, go, rounds = context.Barrier(drivers + 1), context.Event(), context.Queue()
     shares = [agents * (n + 1) // drivers - agents * n // drivers for n in range(drivers)]
@@ -77,12 +76,12 @@ def measure(agents: int, drivers: int, seconds: float) -> None:
         look = time.monotonic()
         launcher.events()
         for agent in range(agents):
-            launcher.beats(agent)
+            launcher.heartbeats(agent)
         looks.append(time.monotonic() - look)
         time.sleep(max(0.0, 1 / LOOKS - looks[-1]))
     ready.wait()
     ordered = time.monotonic()
-    launcher.order(Order("round", 1, tuple(range(agents))))
+    launcher.send(ControlCommand("generation", 1, tuple(range(agents))))
     found = [rounds.get() for _ in processes]
     ready.wait()
     for process in processes:
@@ -92,7 +91,7 @@ def measure(agents: int, drivers: int, seconds: float) -> None:
     print(
         f"{agents:5d} agents ({2 * agents} connections, made in {connected:.1f} s): {rate * OPERATIONS:,.0f} agents' "
         f"operations/s, enough for {rate:,.0f} agents; the launcher's look at all takes "
-        f"{1e3 * statistics.median(looks):.0f} ms; an order reaches all in {reached:.2f} s",
+        f"{1e3 * statistics.median(looks):.0f} ms; a command reaches all in {reached:.2f} s",
         flush=True,
     )
 

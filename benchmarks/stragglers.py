@@ -101,7 +101,7 @@ def main() -> None:
     if "RANK" in os.environ:
         worker(arguments)
         return
-    from lumina.cluster.identity import free_port
+    from lumina.cluster.launcher_detection import free_port
 
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     place = {**os.environ, **place, "OMP_NUM_THREADS": "1"}

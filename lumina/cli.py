@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from lumina.config.errors import UserError
+        from lumina.config import UserError
 
         if not isinstance(error, UserError):
             raise

@@ -115,7 +115,7 @@ def record() -> int:
 
 
 def arguments(day: Day, data: Path, name: str) -> list[str]:
-    from lumina.config.schema import Config
+    from lumina.config import Config
 
     settings = {"max_steps": 12, "save_every_n_batches": 4, "num_workers": 1, "epochs": 100, "live_view": "false"}
     if "deterministic" in Config.model_fields:  # FlashAttention's backward pass is not, unless asked to be

@@ -30,7 +30,7 @@ from lumina.chat import hf_files
 from lumina.chat.escaping import Encoded, SealedEncoder, boundaries, clean, is_failure
 from lumina.chat.jinja import INSTALL, JinjaTemplate, RefusalError
 from lumina.chat.template import TEXT_ROLE, Conversation, Message, RenderedBlock, is_learned
-from lumina.config.errors import UserError
+from lumina.config import UserError
 
 REWRITES = "the chat template rewrites earlier turns"
 ENDLESS = "the chat template does not end an answer with a stop token"

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lumina.config.errors import UserError
+from lumina.config import UserError
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -93,7 +93,7 @@ def find_ranks(paths: Sequence[Path] | None = None) -> tuple[Path, bytes]:
             return path, raw
         tried.append(f"{path} has SHA-256 {digest}")
     # Imported here: prepare's workers load this module and must start fast, without the configuration room.
-    from lumina.config.errors import UserError
+    from lumina.config import UserError
 
     reason = "; ".join(tried) if tried else "no installed package carries it"
     raise UserError(

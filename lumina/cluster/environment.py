@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
-from lumina.config import UserError
-from lumina.config.visible import VISIBLE, visible_names
+from lumina.config import VISIBLE, UserError, visible_names
 
 FAMILIES = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "DEEPSPEED_", "DS_", "LUMINA_", "WANDB_", "MLFLOW_", "HF_")
 NAMES = (

@@ -15,10 +15,10 @@ from lumina.cluster import slurm
 from lumina.cluster.environment import forwarded
 from lumina.cluster.hostfile import Host, read_hostfile
 from lumina.cluster.topology import choose_interface, rank_map
-from lumina.cluster.transport import Kind, Spec, choose, is_here, remote_command, resolved
+from lumina.cluster.transport import RemoteModule, Spec, choose, is_here, remote_command, resolved
 from lumina.config import UserError
 
-AGENT = "lumina.cluster.agent"
+AGENT = "lumina.cluster.elastic.agent"
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Launch:
     words: list[str]
     hostfile: str | None = None
     slurm: bool = False
-    transport: Kind = "auto"
+    transport: str = "auto"
     min_nodes: int | None = None
     max_restarts: int = 10
     exports: list[str] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Launch:
 
 
 def launch(asked: Launch) -> int:
-    """Run the job to its end; returns the exit code (see lumina.cluster.supervisor)."""
+    """Run the job to its end; returns the exit code (see lumina.cluster.elastic.supervisor)."""
     hosts = _hosts(asked)
     min_nodes = len(hosts) if asked.min_nodes is None else asked.min_nodes
     if not 1 <= min_nodes <= len(hosts):
@@ -55,20 +55,20 @@ def launch(asked: Launch) -> int:
         _show(hosts, commands, ranks, environment, folder)
         return 0
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in the agents (lumina.cluster.transport)
-    from lumina.cluster.board import LauncherBoard
-    from lumina.cluster.supervisor import Limits, Supervisor
+    from lumina.cluster.elastic.control import LauncherControl
+    from lumina.cluster.elastic.supervisor import Limits, Supervisor
 
     job = asked.job or os.environ.get("LUMINA_JOB") or _job_of_slurm() or uuid.uuid4().hex
     address = _own_address(hosts)
-    board = LauncherBoard(job, asked.port)
-    _say(f"job {job}: {len(hosts)} node(s), store at {address}:{board.port}")
+    control = LauncherControl(job, asked.port)
+    _say(f"job {job}: {len(hosts)} node(s), store at {address}:{control.port}")
 
     def spec(host: Host) -> Spec:
-        store = f"{address}:{board.port}"
+        store = f"{address}:{control.port}"
         return Spec(store, job, host.name, host.slots, ranks, environment, folder, asked.stop_timeout, asked.bind)
 
     limits = Limits(min_nodes, asked.max_restarts, asked.node_timeout, stop_timeout=asked.stop_timeout)
-    return Supervisor(list(zip(hosts, commands, strict=True)), spec, board, limits, _say).run()
+    return Supervisor(list(zip(hosts, commands, strict=True)), spec, control, limits, _say).run()
 
 
 def rank_command(words: list[str], python: str = sys.executable) -> list[str]:
@@ -97,15 +97,16 @@ def _hosts(asked: Launch) -> list[Host]:
 
 
 def _commands(asked: Launch, hosts: list[Host], folder: str) -> list[list[str]]:
-    kind: Kind = "srun" if asked.transport == "auto" and asked.hostfile is None else asked.transport
-    cpus = slurm.cpus() if kind == "srun" else []
+    name = "srun" if asked.transport == "auto" and asked.hostfile is None else asked.transport
+    cpus = slurm.cpus() if name == "srun" else []
     commands = []
     for number, host in enumerate(hosts):
-        chosen = choose(kind, host)
-        if chosen != "local" and shutil.which(chosen) is None and not asked.dry_run:
-            raise UserError(f"{chosen} is not installed here", "Install it, or choose another --transport.")
+        chosen = choose(name, host)
         own = cpus[number] if number < len(cpus) else None
-        commands.append(remote_command(chosen, host, AGENT, folder, asked.python, own))
+        command = remote_command(chosen, host, RemoteModule(AGENT, folder, asked.python, own))
+        if shutil.which(command[0]) is None and not asked.dry_run:
+            raise UserError(f"{command[0]} is not installed here", "Install it, or choose another --transport.")
+        commands.append(command)
     return commands
 
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import psutil
 
-from lumina.config import UserError
-from lumina.config.visible import VisibleGpu, visible_gpus
+from lumina.config import UserError, VisibleGpu, visible_gpus
 
 _ETHERNET, _LOOPBACK, _INFINIBAND = 1, 772, 32  # /sys/class/net/*/type (linux/if_arp.h)
 _KINDS = {_ETHERNET: "ethernet", _LOOPBACK: "loopback", _INFINIBAND: "infiniband"}

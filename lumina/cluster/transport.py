@@ -16,17 +16,43 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Protocol
 
 from lumina.cluster.hostfile import Host
-
-Kind = Literal["auto", "ssh", "pdsh", "srun", "local"]
+from lumina.config import TRANSPORTS
 
 # A cable that is cut sends nothing: ssh itself asks every five seconds and gives up after three silences.
 _SSH = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5")
+SSH_OPTIONS = (*_SSH, "-o", "ServerAliveCountMax=3")
 # Else torch warns of every connection whose other side has no name in DNS.
 _QUIET = "TORCH_CPP_LOG_LEVEL=ERROR"
-_SSH_OPTIONS = (*_SSH, "-o", "ServerAliveCountMax=3")
+
+
+@dataclass(frozen=True)
+class RemoteModule:
+    """`python -m MODULE SPEC`, to be run in a folder of a node. cpus: of the node, for Slurm's step; None: not said."""
+
+    module: str
+    folder: str
+    python: str = sys.executable
+    cpus: int | None = None
+
+    def words(self) -> list[str]:
+        """The command itself, which reads its spec from standard input."""
+        return [self.python, "-m", self.module, "-"]
+
+    def shell(self, spec: str = "-") -> str:
+        """The same as one line for a login shell, which is somewhere else when it starts."""
+        return f"cd {shlex.quote(self.folder)} && {_QUIET} exec {shlex.quote(self.python)} -m {self.module} {spec}"
+
+
+class Transport(Protocol):
+    """How a command is started on a node. One that forwards no standard input ends its command's last word in SPEC."""
+
+    def command(self, host: Host, remote: RemoteModule) -> list[str]: ...
+
+
+SPEC = "{spec}"  # replaced by `with_spec`
 
 
 @dataclass
@@ -68,39 +94,26 @@ def resolved(name: str) -> str:
         return next((line.split()[1] for line in shown.splitlines() if line.startswith("hostname ")), name)
 
 
-def choose(kind: Kind, host: Host) -> Kind:
+def choose(name: str, host: Host) -> str:
     """`auto`: no ssh for this machine itself, ssh for the others."""
-    return ("local" if is_here(host) else "ssh") if kind == "auto" else kind
+    return ("local" if is_here(host) else "ssh") if name == "auto" else name
 
 
-def remote_command(
-    kind: Kind, host: Host, module: str, folder: str, python: str = sys.executable, cpus: int | None = None
-) -> list[str]:
-    """The command that runs `python -m MODULE SPEC` on a host, SPEC being `-` for standard input. pdsh's own ends in
-    {spec}, to be replaced by `with_spec`."""
-    there = f"cd {shlex.quote(folder)} && {_QUIET} exec {shlex.quote(python)} -m {module} "
-    if kind == "local":
-        return [python, "-m", module, "-"]
-    if kind == "ssh":
-        return ["ssh", *_SSH_OPTIONS, host.name, f"{there}-"]
-    if kind == "pdsh":
-        # pdsh replaces %h and the like in its command, and prefixes every line with the host's name unless told not to.
-        return ["pdsh", "-S", "-N", "-R", "ssh", "-w", host.name, there.replace("%", "%%") + "{spec}"]
-    if kind == "srun":
-        size = ["--cpus-per-task", str(cpus)] if cpus else []
-        step = ["--nodes=1", "--ntasks=1", "--nodelist", host.name, "--overlap", "--chdir", folder]
-        return ["srun", "--job-name=lumina", "--kill-on-bad-exit=0", *step, *size, python, "-m", module, "-"]
-    raise AssertionError(kind)
+def remote_command(name: str, host: Host, remote: RemoteModule) -> list[str]:
+    """The command that runs `remote` on a host by the transport called `name`. Raises UserError where a transport of
+    another package does not load."""
+    transport: Transport = TRANSPORTS.get(name)
+    return transport.command(host, remote)
 
 
 def with_spec(command: list[str], spec: Spec) -> tuple[list[str], str]:
     """The command to run and what to write to its standard input."""
-    if "{spec}" in command[-1]:
-        return [*command[:-1], command[-1].replace("{spec}", base64.b64encode(spec.dump().encode()).decode())], ""
+    if SPEC in command[-1]:
+        return [*command[:-1], command[-1].replace(SPEC, base64.b64encode(spec.dump().encode()).decode())], ""
     return command, spec.dump() + "\n"
 
 
 def launcher_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of the ssh, pdsh or srun process itself."""
     quiet = dict([_QUIET.split("=")])
-    return {**quiet, **environment, "PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": " ".join(_SSH_OPTIONS)}
+    return {**quiet, **environment, "PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": " ".join(SSH_OPTIONS)}

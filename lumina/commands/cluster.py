@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lumina.commands.common import Arguments, Command, Parser
+from lumina.config import TRANSPORTS
 
 
 def launch(arguments: Arguments) -> int:
@@ -23,7 +24,7 @@ def launch_options(parser: Parser) -> None:
     where.add_argument("--slurm", action="store_true", help="the nodes of this Slurm allocation (found by itself)")
     where.add_argument(
         "--transport",
-        choices=["auto", "ssh", "pdsh", "srun", "local"],
+        choices=["auto", *TRANSPORTS.names()],
         default="auto",
         help="how nodes are reached (auto)",
     )

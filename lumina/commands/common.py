@@ -94,8 +94,7 @@ def print_json(value: Any) -> None:
 
 def load_config(arguments: Arguments) -> Config:
     """The configuration that the parsed flags describe. A run that is resumed without --config keeps its own."""
-    from lumina.config import Config, load
-    from lumina.config.load import DEFAULT_PRESET
+    from lumina.config import DEFAULT_PRESET, Config, load
 
     given = vars(arguments)
     flags = {name: value for name, value in given.items() if name in Config.model_fields}
@@ -104,7 +103,7 @@ def load_config(arguments: Arguments) -> Config:
 
 
 def _config_of_resumed_run(flags: dict[str, Any]) -> str | None:
-    from lumina.config.schema import RunConfig
+    from lumina.config import RunConfig
 
     resume = flags.get("resume")
     if resume is None:
@@ -114,7 +113,7 @@ def _config_of_resumed_run(flags: dict[str, Any]) -> str | None:
             flags.get(field) or RunConfig.model_fields[field].default for field in ("output_dir", "experiment_name")
         )
         return _existing(Path(output_dir) / name / "config.yaml")
-    from lumina.config.load import run_config
+    from lumina.config import run_config
 
     found = run_config(resume)
     return None if found is None else str(found)

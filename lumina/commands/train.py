@@ -21,7 +21,7 @@ def train(arguments: Arguments) -> int:
 
 
 def train_options(parser: Parser) -> None:
-    from lumina.config.registry import SCHEDULES, TRACKERS
+    from lumina.config import SCHEDULES, TRACKERS
 
     config_options(parser)
     run = parser.add_argument_group("run")

@@ -313,7 +313,7 @@ GROUPS: tuple[type[_Strict], ...] = (
 
 
 class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, HealthConfig, SavingConfig, MonitorConfig):
-    """All of it, flat. Build one with `lumina.config.load`, which knows presets, files, flags and where each value
+    """All of it, flat. Build one with `lumina.config.loading`, which knows presets, files, flags and where each value
     came from."""
 
     _explicit: frozenset[str] = PrivateAttr(default=frozenset())
@@ -325,7 +325,7 @@ class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, Health
 
     @classmethod
     def create(cls, values: dict[str, Any], explicit: frozenset[str] | set[str]) -> Config:
-        """Validate `values`; raises pydantic.ValidationError (lumina.config.load turns that into a UserError)."""
+        """Validate `values`; raises pydantic.ValidationError (lumina.config.loading turns that into a UserError)."""
         config = cls(**values)
         config._explicit = frozenset(explicit)
         return config

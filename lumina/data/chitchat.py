@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data.cache.files import replace_durably
 
 EVAL_SHARE = 20

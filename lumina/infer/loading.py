@@ -28,9 +28,8 @@ from lumina.checkpoint import (
     open_weights,
     read_trainer_state,
 )
-from lumina.config import ModelConfig, UserError
+from lumina.config import ModelConfig, UserError, parse_yaml
 from lumina.config import precision as precisions
-from lumina.config.load import parse_yaml
 from lumina.infer.voice import Voice, voice_of
 from lumina.model import Transformer, keep_heap
 

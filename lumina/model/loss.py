@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumina.config.rows import CHUNK_BYTES, output_chunk_bytes, round_up
+from lumina.config import CHUNK_BYTES, output_chunk_bytes, round_up
 from lumina.model.ops import cross_entropy_
 
 _memory: dict[torch.device, int] = {}

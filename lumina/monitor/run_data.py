@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.monitor.events import read_events
 from lumina.monitor.metrics import read_metrics
 from lumina.monitor.run_file import read_run

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.monitor.run_data import RunData, read, thinned
 from lumina.monitor.runs import span
 

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import psutil
 
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.monitor.run_file import read_run
 
 _QUIET = 300.0  # seconds without a line in its files after which a run on another machine counts as stale

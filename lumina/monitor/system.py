@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from lumina.config.visible import visible_gpus
+from lumina.config import visible_gpus
 
 
 class System:

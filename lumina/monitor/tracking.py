@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lumina.config.registry import TRACKERS
+from lumina.config import TRACKERS
 from lumina.monitor.metrics import read_metrics
 
 log = logging.getLogger("lumina")

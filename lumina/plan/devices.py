@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from lumina.config import UserError, did_you_mean
-from lumina.config.visible import VISIBLE, visible_names
+from lumina.config import VISIBLE, UserError, did_you_mean, visible_names
 from lumina.plan.launches import Host
 
 

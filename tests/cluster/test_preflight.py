@@ -29,7 +29,7 @@ def ask(cluster: Cluster, output: Path, hostfile: str = "", *options: str) -> tu
         if finding["level"] != "OK":
             assert finding["remedy"], finding
             bad.setdefault((finding["node"], finding["name"]), finding)
-    left = {name: cluster.processes(name, "cluster.probe") for name in cluster.places if cluster.places[name].holder}
+    left = {name: cluster.processes(name, "preflight.probe") for name in cluster.places if cluster.places[name].holder}
     assert not any(left.values()), left
     assert list(output.iterdir()) == []
     return done.returncode, bad

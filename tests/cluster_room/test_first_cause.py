@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lumina.cluster.failures import Failure, first_cause, oom_kills
+from lumina.cluster.elastic.failures import Failure, first_cause, oom_kills
 from lumina.cluster.signals import EXIT_HUNG
 
 # What torch 2.13 with gloo and NCCL says on the ranks that are left.

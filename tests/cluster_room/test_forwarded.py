@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lumina.cluster.environment import forwarded
 from lumina.cluster.hostfile import Host
-from lumina.cluster.transport import Spec, remote_command, with_spec
+from lumina.cluster.transport import RemoteModule, Spec, remote_command, with_spec
 from lumina.config import UserError
 
 # Whatever an environment can hold: any bytes but NUL, as Python shows them.
@@ -39,9 +39,9 @@ def test_no_value_meets_a_shell(environment: dict[str, str]) -> None:
     """On standard input, or in pdsh's command as base64, which has no character that a shell or pdsh knows."""
     sent = spec(environment)
     for kind in ("ssh", "srun", "local"):
-        command = remote_command(kind, Host("n1", 4), "m", "/tmp")  # type: ignore[arg-type]
+        command = remote_command(kind, Host("n1", 4), RemoteModule("m", "/tmp"))
         assert with_spec(command, sent) == (command, sent.dump() + "\n")
-    command, text = with_spec(remote_command("pdsh", Host("n1", 4), "m", "/tmp"), sent)
+    command, text = with_spec(remote_command("pdsh", Host("n1", 4), RemoteModule("m", "/tmp")), sent)
     given_ = command[-1].rpartition(" ")[2]
     assert text == ""
     assert Spec.load(given_) == sent

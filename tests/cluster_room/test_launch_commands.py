@@ -13,7 +13,7 @@ import pytest
 from lumina.cli import main
 from lumina.cluster.hostfile import Host
 from lumina.cluster.launch import rank_command
-from lumina.cluster.transport import choose, launcher_environment, remote_command
+from lumina.cluster.transport import RemoteModule, choose, launcher_environment, remote_command
 from lumina.config import UserError
 
 FOLDER = "/home/ann o'hara/50% done"  # a blank, a quote, and what pdsh would replace
@@ -22,21 +22,21 @@ N1 = Host("n1", 4)
 
 
 def test_local() -> None:
-    assert remote_command("local", N1, "m", FOLDER, PYTHON) == [PYTHON, "-m", "m", "-"]
+    assert remote_command("local", N1, RemoteModule("m", FOLDER, PYTHON)) == [PYTHON, "-m", "m", "-"]
 
 
 def test_ssh() -> None:
-    command = remote_command("ssh", N1, "lumina.cluster.agent", FOLDER, PYTHON)
+    command = remote_command("ssh", N1, RemoteModule("lumina.cluster.elastic.agent", FOLDER, PYTHON))
     assert command[0] == "ssh"
     assert command[-2] == "n1"
     assert "BatchMode=yes" in command, "it must never ask for a password"
     words = shlex.split(command[-1])  # as the shell on n1 reads it
     assert words[:3] == ["cd", FOLDER, "&&"]
-    assert words[-5:] == ["exec", PYTHON, "-m", "lumina.cluster.agent", "-"]
+    assert words[-5:] == ["exec", PYTHON, "-m", "lumina.cluster.elastic.agent", "-"]
 
 
 def test_pdsh() -> None:
-    command = remote_command("pdsh", N1, "m", FOLDER, PYTHON)
+    command = remote_command("pdsh", N1, RemoteModule("m", FOLDER, PYTHON))
     assert command[: command.index("n1") + 1] == ["pdsh", "-S", "-N", "-R", "ssh", "-w", "n1"]
     assert command[-1].endswith("{spec}")
     assert shlex.split(command[-1].replace("%%", "%"))[1] == FOLDER
@@ -45,12 +45,12 @@ def test_pdsh() -> None:
 
 
 def test_srun() -> None:
-    command = remote_command("srun", N1, "m", FOLDER, PYTHON, cpus=16)
+    command = remote_command("srun", N1, RemoteModule("m", FOLDER, PYTHON, cpus=16))
     assert command[0] == "srun"
     for option, value in (("--nodelist", "n1"), ("--chdir", FOLDER), ("--cpus-per-task", "16")):
         assert command[command.index(option) + 1] == value
     assert command[-4:] == [PYTHON, "-m", "m", "-"]
-    assert "--cpus-per-task" not in remote_command("srun", N1, "m", FOLDER, PYTHON)
+    assert "--cpus-per-task" not in remote_command("srun", N1, RemoteModule("m", FOLDER, PYTHON))
 
 
 def test_this_machine_needs_no_ssh() -> None:
@@ -91,7 +91,7 @@ def test_a_dry_run_shows_every_node(
     out = capsys.readouterr().out
     commands = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
     assert [command[0] for command in commands] == [program] * 3
-    assert all("lumina.cluster.agent" in " ".join(command) for command in commands)
+    assert all("lumina.cluster.elastic.agent" in " ".join(command) for command in commands)
     if transport != "local":
         assert [next(w for w in command if w in ("n0", "n1", "n2")) for command in commands] == ["n0", "n1", "n2"]
     for line in ("n0: ranks 0-1", "n1: rank 2", "n2: ranks 3-6"):

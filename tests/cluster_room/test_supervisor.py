@@ -8,17 +8,17 @@ import threading
 
 import pytest
 
-from lumina.cluster.board import LauncherBoard
+from lumina.cluster.elastic.control import LauncherControl
+from lumina.cluster.elastic.supervisor import Limits, Supervisor
 from lumina.cluster.hostfile import Host
 from lumina.cluster.signals import EXIT_STOPPED
-from lumina.cluster.supervisor import Limits, Supervisor
 from lumina.cluster.transport import Spec
 
 
 def supervisor(command: list[str], said: list[str], **limits: float) -> Supervisor:
     spec = lambda host: Spec("127.0.0.1:1", "job", host.name, 1, ["true"], {}, "/")
     hosts = [(Host("n0", 1), command), (Host("n1", 1), command)]
-    return Supervisor(hosts, spec, LauncherBoard("job", host="127.0.0.1"), Limits(2, **limits), said.append)
+    return Supervisor(hosts, spec, LauncherControl("job", host="127.0.0.1"), Limits(2, **limits), said.append)
 
 
 @pytest.mark.parametrize("command", [["false"], ["sleep", "1000"]], ids=["ends at once", "says nothing"])
@@ -27,7 +27,7 @@ def test_nodes_that_never_come_are_named(command: list[str]) -> None:
     asked = supervisor(command, said, start_timeout=1.0, retry=0.2)
     assert asked.run() == 1
     assert "no agent on n0, n1" in said[-1]
-    assert all(place.channel is None or place.channel.poll() is not None for place in asked.places)
+    assert all(node.process is None or node.process.poll() is not None for node in asked.nodes)
 
 
 def test_told_to_stop_before_anyone_came() -> None:
@@ -36,4 +36,4 @@ def test_told_to_stop_before_anyone_came() -> None:
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     assert asked.run() == EXIT_STOPPED
     assert said[-1].startswith("SIGTERM")
-    assert all(place.channel is None or place.channel.poll() is not None for place in asked.places)
+    assert all(node.process is None or node.process.poll() is not None for node in asked.nodes)

@@ -12,7 +12,7 @@ import pytest
 
 from lumina.chat import Conversation, Message, render
 from lumina.commands.data import inspect_sample, prepare_files
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data.preparing.preparation import prepare
 from lumina.data.reports.inspection import describe_sample
 from tests.data.helpers import TOKENIZER, Settings, chat, config_of, write_jsonl

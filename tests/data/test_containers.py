@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data import prepare
 from lumina.data.account import Account
 from lumina.data.reading import streams

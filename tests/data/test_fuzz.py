@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data import prepare
 from lumina.data.account import Account
 from lumina.data.converting.fixing import write_fixed

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from lumina.commands.data import extract_oasst
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data import prepare
 from lumina.data.oasst.extraction import OasstOptions, extract
 from tests.data.helpers import TOKENIZER, Settings, supervised_targets, write_jsonl

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.chat import Conversation, Message
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data import PackedDataset
 from lumina.data.account import Account
 from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, decide, near_pairs, signatures_of

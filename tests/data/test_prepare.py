@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.chat import Conversation, Message, render
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data import PackedDataset, prepare
 from lumina.data.account import Account
 from tests.data.helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl

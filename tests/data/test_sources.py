@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumina.chat import Conversation, Message
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data import prepare
 from lumina.data.account import Account
 from lumina.data.formats import convert, format_of

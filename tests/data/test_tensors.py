@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lumina.config.rows import ROW_TILE, round_up
+from lumina.config import ROW_TILE, round_up
 from lumina.data import Batch
 from lumina.data.loading import tensors
 from lumina.data.loading.dataset import join

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lumina.chat import Conversation, Message, render
 from lumina.commands.data import validate_files
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data.converting.fixing import write_fixed
 from lumina.data.preparing.statistics import PATTERNS, Statistics, context_lengths, percentiles
 from lumina.data.reports.html import render_report

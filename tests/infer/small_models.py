@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from lumina.config import ModelConfig
 from lumina.config import load as load_config
-from lumina.config.schema import ModelConfig
 from lumina.model import Transformer
 from tests.small_tokenizer import VOCABULARY, write_tokenizer
 

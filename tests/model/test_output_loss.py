@@ -17,8 +17,7 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lumina.config import load
-from lumina.config.rows import ROW_TILE, output_chunk_bytes
+from lumina.config import ROW_TILE, load, output_chunk_bytes
 from lumina.model import loss as room
 from lumina.model.loss import output_loss
 from lumina.plan.devices import find_device

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina import cli
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.monitor.run_data import Group, read, thinned
 from lumina.monitor.run_report import render
 from tests.browser import browse, document_after, needs_browser

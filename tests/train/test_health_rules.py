@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from lumina.config import Config
-from lumina.config.registry import HEALTH_RULES
+from lumina.config import HEALTH_RULES, Config
 from lumina.monitor.events import EventLog
 from lumina.train.health import (
     EvaluationObservation,

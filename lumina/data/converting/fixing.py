@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from lumina.chat import TEXT_ROLE, Conversation
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data.cache.files import replace_durably
 from lumina.data.formats import convert
 from lumina.data.reading.items import read_items

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data.account import FIRST_LINES
 from lumina.data.cache.files import replace_durably
 from lumina.data.oasst.extraction import OasstOptions, extract

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from lumina.chat import Conversation
-from lumina.config.registry import FORMATS
+from lumina.config import FORMATS
 from lumina.data.formats._format import DataFormat, Test, has
 from lumina.data.records.fault import OTHER_FORMAT, UNKNOWN_FORMAT, WRONG_TYPE, Fault, Tree, kind
 from lumina.data.records.fields import FieldTally, Vocabulary

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lumina.config.rows import round_up
+from lumina.config import round_up
 
 
 class Arrays(Protocol):

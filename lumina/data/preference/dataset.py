@@ -26,7 +26,7 @@ import orjson
 from numpy.typing import NDArray
 
 from lumina.chat import AnyTokenizer, Tokenizer, render_sound, template_version
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data.account import FIRST_LINES, field_details, field_sums
 from lumina.data.cache.files import content_digests, write_json
 from lumina.data.loading.dataset import Batch, join

@@ -13,7 +13,7 @@ import orjson
 from numpy.typing import NDArray
 
 from lumina.chat import AnyTokenizer
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data.account import Account
 from lumina.data.cache import arrow
 from lumina.data.cache.files import write_json

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from lumina.chat import AnyTokenizer
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data.preparing.worker import Task, run_task
 
 # A worker takes about half a second of a core to start, in which a core prepares some 25 MB: with less than this for

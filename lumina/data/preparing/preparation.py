@@ -24,7 +24,7 @@ from typing import Any
 import orjson
 
 from lumina.chat import AnyTokenizer, Tokenizer, template_version
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data.cache.files import cache_root, content_digests
 from lumina.data.loading.dataset import PackedDataset
 from lumina.data.preparing.building import OnProgress, PrepareSettings, build

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from lumina.chat import AnyTokenizer
-from lumina.config.errors import UserError
+from lumina.config import UserError
 from lumina.data.cache.files import content_digests
 from lumina.data.loading.dataset import PackedDataset
 from lumina.data.preparing.building import OnProgress, PrepareSettings

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lumina.config.errors import UserError
+from lumina.config import UserError
 
 
 def expand(paths: Sequence[str]) -> list[str]:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lumina.config import ModelConfig, UserError
-from lumina.config.registry import FAMILIES
+from lumina.config import FAMILIES, ModelConfig, UserError
 from lumina.model.families import _config_json
 from lumina.model.fused import RowSlice, projections
 

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lumina.cluster import topology
-from lumina.cluster.identity import identify, parent_signal
+from lumina.cluster.launcher_detection import detect_launcher, parent_signal
 from lumina.cluster.signals import end_with_parent
-from lumina.config import Config, UserError
-from lumina.config.visible import explain_duplicate, take_device
+from lumina.config import Config, UserError, explain_duplicate, take_device
 from lumina.model import Transformer
 from lumina.train.deepspeed import half_precision
 from lumina.train.deepspeed.gradient_gate import Veto, refusal
@@ -55,7 +54,7 @@ class Ranks:
 
 def join() -> Ranks:
     """Join the process group that the launcher described, or be a world of one. Sets the threads of this rank."""
-    launcher = identify()
+    launcher = detect_launcher()
     rank, world, local, local_world = (int(os.environ[name]) for name in _NAMES)
     if launcher is not None and world > 1:
         end_with_parent(parent_signal())

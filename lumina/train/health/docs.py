@@ -3,8 +3,7 @@ the page, and a test holds the file to it."""
 
 from __future__ import annotations
 
-from lumina.config.registry import HEALTH_RULES
-from lumina.config.schema import HealthConfig, SavingConfig
+from lumina.config import HEALTH_RULES, HealthConfig, SavingConfig
 
 _HEAD = """\
 # Health of a run

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lumina.config.visible import VisibleGpu, visible_gpus
+from lumina.config import VisibleGpu, visible_gpus
 from lumina.train.health.observations import GpuFigures, MachineObservation
 
 _SECONDS = 20.0

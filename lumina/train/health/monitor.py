@@ -11,8 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from lumina.config import Config, UserError
-from lumina.config.registry import HEALTH_RULES
+from lumina.config import HEALTH_RULES, Config, UserError
 from lumina.monitor.events import EventLog, Level
 from lumina.train.health.observations import (
     EvaluationObservation,

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lumina.config import OptimConfig
-from lumina.config.registry import SCHEDULES
+from lumina.config import SCHEDULES, OptimConfig
 
 Schedule = Callable[[int], float]
 

@@ -1,4 +1,4 @@
-"""The line to a process on a node: noise, silence, an end with last words; and no process stays."""
+"""The connection to a process on a node: noise, silence, an end with last words; and no process stays."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from lumina.cluster import channel
-from lumina.cluster.channel import Channel, NoAnswerError
+from lumina.cluster.preflight.connection import NoAnswerError, NodeConnection
 
 ECHO = """
 import json, sys, time, signal
@@ -29,14 +28,14 @@ for line in sys.stdin:
 """
 
 
-async def start(code: str) -> Channel:
+async def start(code: str) -> NodeConnection:
     pipe = asyncio.subprocess.PIPE
-    return Channel("x", await asyncio.create_subprocess_exec(
+    return NodeConnection("x", await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
     ))  # fmt: skip
 
 
-def converse(code: str, *questions: tuple[str, float, dict[str, Any]]) -> tuple[list[Any], int]:
+def converse(code: str, *questions: tuple[str, float, dict[str, Any]], patience: float = 2.0) -> tuple[list[Any], int]:
     """The answers or errors, and the pid of the process, which must be gone."""
 
     async def talk() -> tuple[list[Any], int]:
@@ -49,7 +48,7 @@ def converse(code: str, *questions: tuple[str, float, dict[str, Any]]) -> tuple[
         except NoAnswerError as error:
             answers.append(str(error))
         finally:
-            await line.close()
+            await line.close(patience)
         return answers, line._process.pid
 
     answers, pid = asyncio.run(talk())
@@ -68,9 +67,8 @@ def test_an_end_is_told_with_its_last_words() -> None:
     assert converse("import sys; sys.exit(3)")[0] == ["ended with exit code 3, saying nothing"]
 
 
-def test_silence_ends_in_time_and_the_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "_GOODBYE", 0.1)
-    answers, _ = converse(ECHO, ("hang", 0.3, {}))
+def test_silence_ends_in_time_and_the_process_too() -> None:
+    answers, _ = converse(ECHO, ("hang", 0.3, {}), patience=0.1)
     assert answers[1:] == ["no answer to “hang” within 0.3 s"]
 
 

@@ -29,7 +29,7 @@ _SOURCES = {
 }
 
 
-def identify(environment: MutableMapping[str, str] = os.environ) -> str | None:
+def detect_launcher(environment: MutableMapping[str, str] = os.environ) -> str | None:
     """Fill in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from whichever launcher
     started this process. Returns the launcher's name, or None for a process that was started alone, which becomes a
     world of one.

@@ -1,8 +1,8 @@
 """`lumina check-environment --hostfile FILE`: asks every node, in parallel and within a bound, what would go wrong.
 
-One ssh for each node starts lumina.cluster.probe there; questions and answers pass over it in JSON lines until the end.
-A node that fails to answer is a finding and is asked no further; the others go on. Whatever happens, the processes here
-are ended, and a probe ends when its input does.
+One ssh for each node starts lumina.cluster.preflight.probe there; questions and answers pass over it in JSON lines
+until the end. A node that fails to answer is a finding and is asked no further; the others go on. Whatever happens, the
+processes here are ended, and a probe ends when its input does.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lumina.cluster import judge, topology
-from lumina.cluster.channel import Channel, NoAnswerError
+from lumina.cluster import topology
 from lumina.cluster.environment import forwarded
 from lumina.cluster.hostfile import Host, read_hostfile
-from lumina.cluster.judge import HEAD, Found, found
-from lumina.cluster.probe import Listener, own_versions, wait_for_text
+from lumina.cluster.preflight import checks
+from lumina.cluster.preflight.checks import HEAD, NodeFinding, found
+from lumina.cluster.preflight.connection import NoAnswerError, NodeConnection
+from lumina.cluster.preflight.probe import Listener, own_versions, wait_for_text
+from lumina.cluster.preflight.report import Answers, Report
+from lumina.cluster.preflight.table import as_dict, show
 from lumina.cluster.transport import is_here, resolved
-from lumina.config import UserError
+from lumina.config import RunConfig, UserError
 
-_PROBE = "lumina.cluster.probe"
+_PROBE = "lumina.cluster.preflight.probe"
 _EXCHANGES = 8  # of clocks; the quickest counts
 _SHARE_PATIENCE = 5.0  # seconds in which a file must be seen on the other side
 _CONNECT_PATIENCE = 5.0
@@ -42,30 +44,11 @@ _REMEDIES = {
     "all-reduce": "Try again under NCCL_DEBUG=INFO (it reaches the nodes), and look at the firewall between the nodes.",
 }
 
-Answers = dict[str, dict[str, Any]]
-
-
-@dataclass
-class Report:
-    """What was found; `facts` are the nodes' own, `reduced` their measurements."""
-
-    hosts: list[Host]
-    findings: list[Found] = field(default_factory=list)
-    facts: Answers = field(default_factory=dict)
-    reduced: Answers = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        return all(item.finding.level != "FAIL" for item in self.findings)
-
 
 def preflight_command(
     hostfile: str, output_dir: str | None, port: int, timeout: float, *, json_output: bool = False
 ) -> int:
     """Ask the nodes and print what was found; 0 when nothing FAILs, else 1. Raises UserError for a bad hostfile."""
-    from lumina.cluster.preflight_table import as_dict, show
-    from lumina.config import RunConfig
-
     hosts = read_hostfile(hostfile)
     if any(not is_here(host) for host in hosts) and shutil.which("ssh") is None:
         raise UserError("ssh is not installed here", "Install it: apt-get install openssh-client.")
@@ -85,7 +68,7 @@ class Preflight:
     def __init__(self, hosts: list[Host], folder: Path, port: int, timeout: float) -> None:
         self._hosts, self._folder, self._port, self._timeout = hosts, folder, port, timeout
         self._deadline = 0.0
-        self._live: dict[str, Channel] = {}
+        self._live: dict[str, NodeConnection] = {}
         self._report = Report(hosts)
         self._mark = f".lumina-preflight-{uuid.uuid4().hex}"
         self._peer = _own_address(hosts)
@@ -95,11 +78,11 @@ class Preflight:
         """Never longer than the timeout and the seconds it takes to end processes."""
         self._deadline = time.monotonic() + self._timeout
         _allow_open_files(4 * len(self._hosts) + 100)
-        channels: list[Channel] = []
+        connections: list[NodeConnection] = []
         try:
             for host in self._hosts:
-                channels.append(await Channel.open(host, _PROBE, os.getcwd()))
-            self._live = {channel.name: channel for channel in channels}
+                connections.append(await NodeConnection.open(host, _PROBE, os.getcwd()))
+            self._live = {connection.name: connection for connection in connections}
             await self._reach()
             await self._ask_facts()
             await self._compare_clocks()
@@ -107,9 +90,9 @@ class Preflight:
             if await self._try_ports():
                 await self._try_all_reduce()
         finally:
-            await asyncio.gather(*(channel.close() for channel in channels))
-        place = {name: number for number, name in enumerate([HEAD, *(host.name for host in self._hosts)])}
-        self._report.findings.sort(key=lambda item: (place[item.node], judge.AREAS.index(item.finding.name)))
+            await asyncio.gather(*(connection.close() for connection in connections))
+        rank = {name: number for number, name in enumerate([HEAD, *(host.name for host in self._hosts)])}
+        self._report.findings.sort(key=lambda item: (rank[item.node], checks.AREAS.index(item.finding.name)))
         return self._report
 
     # --- Asking ---
@@ -138,21 +121,21 @@ class Preflight:
         remedy = "The machine or its file system is very slow, or hangs: look there; or give a longer --timeout."
         self._add(found(name, "FAIL", area, error, remedy))
 
-    def _add(self, *items: Found) -> None:
+    def _add(self, *items: NodeFinding) -> None:
         self._report.findings += items
 
     # --- The checks, in order ---
 
     async def _reach(self) -> None:
-        async def one(name: str, channel: Channel) -> None:
+        async def one(name: str, connection: NodeConnection) -> None:
             try:
-                await channel.hello(self._timeout / 2)
+                await connection.hello(self._timeout / 2)
                 self._add(found(name, "OK", "ssh", "reached"))
             except NoAnswerError as error:
                 del self._live[name]
-                self._add(judge.unreachable(name, str(error)))
+                self._add(checks.unreachable(name, str(error)))
 
-        await asyncio.gather(*(one(name, channel) for name, channel in list(self._live.items())))
+        await asyncio.gather(*(one(name, connection) for name, connection in list(self._live.items())))
 
     async def _ask_facts(self) -> None:
         here = {host.name for host in self._hosts if is_here(host)}
@@ -166,8 +149,8 @@ class Preflight:
         if not facts:
             return
         self._report.facts = facts
-        self._add(*judge.versions(facts, own_versions()), *judge.slots(self._hosts, facts))
-        self._add(*judge.gpus(facts), *judge.network(facts))
+        self._add(*checks.versions(facts, own_versions()), *checks.slots(self._hosts, facts))
+        self._add(*checks.gpus(facts), *checks.network(facts))
         self._addresses = {name: (fact["interface"] or {}).get("address", "") for name, fact in facts.items()}
 
     async def _compare_clocks(self) -> None:
@@ -187,7 +170,7 @@ class Preflight:
 
         names = list(self._live)
         offsets = dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
-        self._add(*judge.clocks({name: offset for name, offset in offsets.items() if offset is not None}))
+        self._add(*checks.clocks({name: offset for name, offset in offsets.items() if offset is not None}))
 
     async def _try_folder(self) -> None:
         """A file from here must be seen there, and one from there here."""
@@ -210,7 +193,7 @@ class Preflight:
                                     _SHARE_PATIENCE if answer["seen"] and not answer["wrote"] else 0.0)
                   for name, answer in answers.items())
             )  # fmt: skip
-            self._add(*judge.shared(str(self._folder), answers, dict(zip(answers, saw, strict=True))))
+            self._add(*checks.shared(str(self._folder), answers, dict(zip(answers, saw, strict=True))))
             await self._ask("shared", "unshare", _SHARE_PATIENCE, {name: {} for name in answers})
         finally:
             mine.unlink(missing_ok=True)
@@ -234,7 +217,7 @@ class Preflight:
                 remedy = f"See who holds port {self._port} (ss -ltnp), or give another --port."
                 self._add(found(HEAD, "FAIL", "port", f"cannot listen: {error.strerror}", remedy))
         names = [name for name in listening if name != HEAD and listening[name][0]]
-        pairs = judge.links(names) + [(name, HEAD) for name in names if own is not None]
+        pairs = checks.links(names) + [(name, HEAD) for name in names if own is not None]
         tried: dict[str, list[str]] = {name: [b for a, b in pairs if a == name] for name in names}
         questions = {
             name: {
@@ -250,7 +233,7 @@ class Preflight:
             if own is not None:
                 own.close()
         failed = {name: answer["failed"] for name, answer in answers.items()}
-        self._add(*judge.ports(failed, {name: tried[name] for name in answers}))
+        self._add(*checks.ports(failed, {name: tried[name] for name in answers}))
         return not any(failed.values())
 
     async def _try_all_reduce(self) -> None:
@@ -267,7 +250,7 @@ class Preflight:
                   "world": len(names), "patience": patience}  # fmt: skip
         asked = {name: {**values, "rank": rank} for rank, name in enumerate(names)}
         self._report.reduced = await self._ask("all-reduce", "allreduce", patience + _SPARE, asked)
-        self._add(*judge.all_reduce(backend, self._report.reduced))
+        self._add(*checks.all_reduce(backend, self._report.reduced))
 
 
 def _label(target: str, listening: tuple[str, int]) -> str:

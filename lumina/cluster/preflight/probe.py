@@ -1,6 +1,6 @@
 """What runs on a node during the preflight: questions in JSON lines on standard input, answers on standard output.
 
-`lumina.cluster.preflight` asks them; each gets one answer, in order.
+`lumina.cluster.preflight.run` asks them; each gets one answer, in order.
 
 A question is {"id": N, "do": NAME, …}; the answer carries its id, and `error` where the question could not be answered.
 The first line is an answer to nobody, with id 0: the node has been reached. The process ends when its input does, so
@@ -189,7 +189,7 @@ class Probe:
 
     def meet(self, world: int, port: int) -> Answer:
         """Hold the store at which the ranks of the all-reduce find each other."""
-        from lumina.cluster.torch_store import TCPStore
+        from lumina.cluster.elastic.torch_store import TCPStore
 
         if self._listener is not None:
             self._listener.close()
@@ -201,7 +201,7 @@ class Probe:
         second, counted as nccl-tests' bus bandwidth: bytes * 2 (n-1)/n / seconds."""
         import torch.distributed as dist
 
-        from lumina.cluster.torch_store import TCPStore
+        from lumina.cluster.elastic.torch_store import TCPStore
 
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, self._interface)
@@ -272,7 +272,7 @@ def _measure(backend: str, world: int) -> Answer:
 
 def _read(questions: queue.Queue[Answer], end: Callable[[int], None]) -> None:
     for line in sys.stdin:
-        with suppress(ValueError):  # the `-` of remote_command has no line of its own; noise is not for us
+        with suppress(ValueError):  # a login script's noise is not for us
             questions.put(json.loads(line))
     end(0)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lumina.cluster.judge import AREAS, HEAD
-from lumina.cluster.preflight import Report
+from lumina.cluster.preflight.checks import AREAS, HEAD
+from lumina.cluster.preflight.report import Report
 from lumina.cluster.topology import rank_map, recommended
-from lumina.config.load import PRESETS, load
+from lumina.config import PRESETS, load
 from lumina.plan.environment import Finding
 
 _ORDER = ("OK", "WARN", "FAIL")

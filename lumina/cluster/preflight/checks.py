@@ -1,4 +1,4 @@
-"""What the answers of the nodes mean: facts in, findings out. The preflight asks; nothing here touches a machine.
+"""Preflight checks: the nodes' answers in, findings out. The preflight asks; nothing here touches a machine.
 
 FAIL: training will not work, or not as a whole. WARN: it works, but slower or not as it should. Every finding but OK
 says what to do. Where nodes differ, the odd ones out are named: what most have is right, and the head decides a tie.
@@ -26,20 +26,20 @@ SLOW_LATENCY = 5e-3  # seconds of the smallest all-reduce
 SLOW_BANDWIDTH = 100e6  # bytes/s: less than a gigabit Ethernet gives
 
 
-class Found(NamedTuple):
+class NodeFinding(NamedTuple):
     """A finding and the node that it is about; its name is one of AREAS."""
 
     node: str
     finding: Finding
 
 
-def found(node: str, level: Level, name: str, detail: str, remedy: str = "") -> Found:
+def found(node: str, level: Level, name: str, detail: str, remedy: str = "") -> NodeFinding:
     assert name in AREAS
     assert level == "OK" or remedy
-    return Found(node, Finding(level, name, detail, remedy))
+    return NodeFinding(node, Finding(level, name, detail, remedy))
 
 
-def usual(values: Mapping[str, Any], casting: Any = None) -> Any:
+def majority(values: Mapping[str, Any], casting: Any = None) -> Any:
     """What most have; in a tie the casting vote, where it is one of the tied, else the first."""
     counts = Counter(values.values())
     most = max(counts.values())
@@ -63,7 +63,7 @@ _SSH_REMEDIES = (
 )  # fmt: skip
 
 
-def unreachable(node: str, error: str) -> Found:
+def unreachable(node: str, error: str) -> NodeFinding:
     """A node that could not be asked at all; `error` is what ssh or Python said."""
     remedy = next((text for pattern, text in _SSH_REMEDIES if re.search(pattern, error, re.IGNORECASE)), None)
     return found(node, "FAIL", "ssh", error, remedy or "Try it by hand: ssh -o BatchMode=yes NODE true")
@@ -72,9 +72,11 @@ def unreachable(node: str, error: str) -> Found:
 # --- What a node is -------------------------------------------------------------------------------
 
 
-def versions(facts: Mapping[str, Facts], head: Mapping[str, str | None]) -> list[Found]:
+def versions(facts: Mapping[str, Facts], head: Mapping[str, str | None]) -> list[NodeFinding]:
     """The same of everything on all nodes, and the head's lumina like theirs."""
-    right = {name: usual({n: f["versions"].get(name) for n, f in facts.items()}, head.get(name)) for name in PACKAGES}
+    right = {
+        name: majority({n: f["versions"].get(name) for n, f in facts.items()}, head.get(name)) for name in PACKAGES
+    }
     results = []
     for node, fact in facts.items():
         wrong = [found(node, "FAIL", "versions", f"torch cannot be imported: {fact['torch_error']}",
@@ -105,7 +107,7 @@ def _minor(version: str | None) -> str | None:
     return version and ".".join(version.split(".")[:2])
 
 
-def slots(hosts: list[Host], facts: Mapping[str, Facts]) -> list[Found]:
+def slots(hosts: list[Host], facts: Mapping[str, Facts]) -> list[NodeFinding]:
     """A GPU for each slot; without GPUs, a core for each."""
     any_gpu = any(fact["visible"] for fact in facts.values())
     results = []
@@ -143,12 +145,12 @@ def slots(hosts: list[Host], facts: Mapping[str, Facts]) -> list[Found]:
     return results
 
 
-def gpus(facts: Mapping[str, Facts]) -> list[Found]:
+def gpus(facts: Mapping[str, Facts]) -> list[NodeFinding]:
     """The same model, memory and highest clock on every GPU of every node: the slowest sets the pace of all."""
     every = {f"{node} {gpu['index']}": _kind(gpu) for node, fact in facts.items() for gpu in fact["gpus"]}
     if not every:
         return [found(node, "OK", "gpu", "none here") for node in facts]
-    model, memory, clock = (usual({key: kind[part] for key, kind in every.items()}) for part in range(3))
+    model, memory, clock = (majority({key: kind[part] for key, kind in every.items()}) for part in range(3))
     results = []
     for node, fact in facts.items():
         odd = []
@@ -178,10 +180,10 @@ def _kind(gpu: Facts) -> tuple[str, float, int]:
     return gpu["name"], round(gpu["memory"] / 2**30, 1), gpu["clock"]
 
 
-def network(facts: Mapping[str, Facts]) -> list[Found]:
+def network(facts: Mapping[str, Facts]) -> list[NodeFinding]:
     """An interface on which the other nodes can be reached, of one kind everywhere."""
     kinds = {node: (fact["interface"] or {}).get("kind") for node, fact in facts.items()}
-    common = usual(kinds) if kinds else None
+    common = majority(kinds) if kinds else None
     results = []
     for node, fact in facts.items():
         kind = kinds[node]
@@ -196,7 +198,7 @@ def network(facts: Mapping[str, Facts]) -> list[Found]:
             detail = f"{kind} ({fact['interface']['name']}), where most nodes have {common}"
             remedy = "Choose the same kind everywhere: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME."
             results.append(found(node, "WARN", "network", detail, remedy))
-        elif bool(fact["infiniband"]) != (usual({n: bool(f["infiniband"]) for n, f in facts.items()})):
+        elif bool(fact["infiniband"]) != (majority({n: bool(f["infiniband"]) for n, f in facts.items()})):
             detail = "InfiniBand is active on some nodes and not on others"
             results.append(found(node, "WARN", "network", detail, "See ibstat there: NCCL falls back to Ethernet."))
         else:
@@ -207,7 +209,7 @@ def network(facts: Mapping[str, Facts]) -> list[Found]:
 # --- What they share ------------------------------------------------------------------------------
 
 
-def shared(folder: str, answers: Mapping[str, Facts], head_saw: Mapping[str, bool]) -> list[Found]:
+def shared(folder: str, answers: Mapping[str, Facts], head_saw: Mapping[str, bool]) -> list[NodeFinding]:
     """The output folder: the head's file seen on the node, the node's file seen on the head, room enough."""
     mount = f"Mount the same file system at {folder} on every node and here, or give --output-dir a folder on one."
     results = []
@@ -229,7 +231,7 @@ def shared(folder: str, answers: Mapping[str, Facts], head_saw: Mapping[str, boo
     return results
 
 
-def _disk(node: str, free: int) -> Found:
+def _disk(node: str, free: int) -> NodeFinding:
     detail = f"{free / 2**30:.1f} GiB free"
     remedy = "Make room, give --output-dir a bigger disk, or a lower --keep-last."
     if free < FULL_DISK:
@@ -239,7 +241,7 @@ def _disk(node: str, free: int) -> Found:
     return found(node, "OK", "disk", detail)
 
 
-def clocks(offsets: Mapping[str, tuple[float, float]]) -> list[Found]:
+def clocks(offsets: Mapping[str, tuple[float, float]]) -> list[NodeFinding]:
     """`offsets`: of each node's clock against the head's, and the uncertainty of that, in seconds.
 
     The middle clock is the right one, of the nodes' and the head's; with a single node, the head's.
@@ -270,7 +272,7 @@ def links(names: list[str], all_pairs_up_to: int = 8) -> list[tuple[str, str]]:
     return list(dict.fromkeys([*ring, *((name, names[0]) for name in names[1:])]))
 
 
-def ports(failed: Mapping[str, Mapping[str, str]], tried: Mapping[str, list[str]]) -> list[Found]:
+def ports(failed: Mapping[str, Mapping[str, str]], tried: Mapping[str, list[str]]) -> list[NodeFinding]:
     """`tried`: node -> the targets it tried to reach; `failed`: node -> {target: what went wrong}."""
     remedy = "Open TCP between all nodes and the head, every port (firewall, security group), and check their routes."
     results = []
@@ -290,7 +292,7 @@ def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def all_reduce(backend: str, answers: Mapping[str, Facts]) -> list[Found]:
+def all_reduce(backend: str, answers: Mapping[str, Facts]) -> list[NodeFinding]:
     """One all-reduce over a rank on each node, small for its latency and large for its bandwidth."""
     results = []
     for node, answer in answers.items():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lumina.cluster.identity import identify, parent_signal
+from lumina.cluster.launcher_detection import detect_launcher, parent_signal
 from lumina.config import UserError
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -36,7 +36,7 @@ def srun(rank: int, world: int, local: int, tasks: str) -> dict[str, str]:
 
 def test_alone() -> None:
     environment: dict[str, str] = {}
-    assert identify(environment) is None
+    assert detect_launcher(environment) is None
     assert place(environment) == (0, 1, 0, 1)
     assert environment["MASTER_ADDR"] == "127.0.0.1"
     with socket.socket() as probe:
@@ -47,21 +47,21 @@ def test_torchrun_is_left_as_it_is() -> None:
     given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     given |= {"MASTER_ADDR": "n0", "MASTER_PORT": "4711", "GROUP_RANK": "1"}
     environment = dict(given)
-    assert identify(environment) == "torch"
+    assert detect_launcher(environment) == "torch"
     assert environment == given
 
 
 def test_deepspeed() -> None:
     given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
     environment = {**given, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert identify(environment) == "torch"
+    assert detect_launcher(environment) == "torch"
     assert place(environment) == (3, 4, 1, 2)
     assert environment["MASTER_ADDR"] == "10.0.0.1"
 
 
 def test_a_hand_written_rank_has_defaults() -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "1"}
-    identify(environment)
+    detect_launcher(environment)
     assert place(environment) == (0, 1, 0, 1)
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", "29500")
 
@@ -69,15 +69,15 @@ def test_a_hand_written_rank_has_defaults() -> None:
 @pytest.mark.parametrize(("start", "name"), [(open_mpi, "Open MPI"), (mpich, "MPI")])
 def test_mpi_on_one_machine(start: object, name: str) -> None:
     environments = [start(rank, 4, rank, 4) for rank in range(4)]  # type: ignore[operator]
-    assert [identify(environment) for environment in environments] == [name] * 4
+    assert [detect_launcher(environment) for environment in environments] == [name] * 4
     assert [place(environment) for environment in environments] == [(rank, 4, rank, 4) for rank in range(4)]
     assert len({(e["MASTER_ADDR"], e["MASTER_PORT"]) for e in environments}) == 1, "they must all meet at one place"
 
 
 def test_two_jobs_on_one_machine_meet_at_different_ports() -> None:
     one, other = open_mpi(0, 2, 0, 2), {**open_mpi(0, 2, 0, 2), "PMIX_NAMESPACE": "prterun-b@1"}
-    identify(one)
-    identify(other)
+    detect_launcher(one)
+    detect_launcher(other)
     assert one["MASTER_PORT"] != other["MASTER_PORT"]
 
 
@@ -86,29 +86,29 @@ def test_mpi_on_several_machines_needs_a_meeting_place(start: object, monkeypatc
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # so Python marks what cannot be imported
     environment = start(2, 4, 0, 2)  # type: ignore[operator]
     with pytest.raises(UserError, match="nothing says where they meet") as raised:
-        identify(environment)
+        detect_launcher(environment)
     assert "mpi4py" in str(raised.value.remedy)
     told = {**start(2, 4, 0, 2), "MASTER_ADDR": "n0", "MASTER_PORT": "29400"}  # type: ignore[operator]
-    identify(told)
+    detect_launcher(told)
     assert place(told) == (2, 4, 0, 2)
     assert (told["MASTER_ADDR"], told["MASTER_PORT"]) == ("n0", "29400")
 
 
 def test_slurm_meets_at_its_first_node() -> None:
     environments = [srun(rank, 4, rank % 2, "2(x2)") for rank in range(4)]
-    assert [identify(environment) for environment in environments] == ["Slurm"] * 4
+    assert [detect_launcher(environment) for environment in environments] == ["Slurm"] * 4
     assert [place(environment) for environment in environments] == [(rank, 4, rank % 2, 2) for rank in range(4)]
     assert {e["MASTER_ADDR"] for e in environments} == {"alpha"}
     assert len({e["MASTER_PORT"] for e in environments}) == 1
     other = {**srun(0, 4, 0, "2(x2)"), "SLURM_STEP_ID": "4"}
-    identify(other)
+    detect_launcher(other)
     assert other["MASTER_PORT"] != environments[0]["MASTER_PORT"]
 
 
 def test_sruns_pmi_is_not_taken_for_mpich() -> None:
     """srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE as well, but nothing about the node."""
     environment = {**srun(3, 4, 1, "2(x2)"), "PMI_RANK": "3", "PMI_SIZE": "4", "PMI_JOBID": "42.3"}
-    assert identify(environment) == "Slurm"
+    assert detect_launcher(environment) == "Slurm"
     assert place(environment) == (3, 4, 1, 2)
     assert environment["MASTER_ADDR"] == "alpha"
 
@@ -116,13 +116,13 @@ def test_sruns_pmi_is_not_taken_for_mpich() -> None:
 def test_mpich_inside_slurm_is_mpich() -> None:
     """Hydra starts one proxy on each node by srun; its ranks inherit the proxy's SLURM_PROCID."""
     environment = {**srun(1, 2, 0, "1(x2)"), **mpich(5, 8, 1, 4), "MASTER_ADDR": "alpha", "MASTER_PORT": "29400"}
-    assert identify(environment) == "MPI"
+    assert detect_launcher(environment) == "MPI"
     assert place(environment) == (5, 8, 1, 4)
 
 
 def test_a_batch_script_is_alone() -> None:
     environment = {"SLURM_JOB_ID": "42", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "alpha,beta"}
-    assert identify(environment) is None
+    assert detect_launcher(environment) is None
     assert place(environment) == (0, 1, 0, 1)
 
 
@@ -136,5 +136,5 @@ def test_only_an_agents_ranks_die_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("node", "tasks", "local_world"), [("0", "2,1", 2), ("1", "2,1", 1), ("2", "4(x3),2", 4)])
 def test_an_uneven_slurm_step(node: str, tasks: str, local_world: int) -> None:
     environment = {**srun(1, 14, 0, tasks), "SLURM_NODEID": node, "MASTER_ADDR": "alpha", "MASTER_PORT": "29500"}
-    assert identify(environment) == "Slurm"
+    assert detect_launcher(environment) == "Slurm"
     assert environment["LOCAL_WORLD_SIZE"] == str(local_world)

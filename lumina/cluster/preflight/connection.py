@@ -1,4 +1,4 @@
-"""A process on a node and an open line to it: questions out, answers back, JSON lines over one ssh (or a pipe here)."""
+"""Connection to a process on a node: questions out, answers back, JSON lines over one ssh (or a pipe here)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from lumina.cluster.hostfile import Host
-from lumina.cluster.transport import choose, launcher_environment, remote_command
+from lumina.cluster.transport import RemoteModule, choose, launcher_environment, remote_command
 
 _LONGEST_LINE = 2**24  # bytes
 _GOODBYE = 2.0  # seconds in which a process may end by itself
@@ -23,8 +23,8 @@ class NoAnswerError(Exception):
     """The other side has ended, or has been silent for too long; says which, with its last words."""
 
 
-class Channel:
-    """A line to one node. Not for use by several tasks at once: an answer belongs to the last question."""
+class NodeConnection:
+    """Connection to the probe on one node, for one task at a time: an answer belongs to the last question."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self.name = name
@@ -34,9 +34,9 @@ class Channel:
         self._listening = asyncio.create_task(self._listen())
 
     @classmethod
-    async def open(cls, host: Host, module: str, folder: str) -> Channel:
+    async def open(cls, host: Host, module: str, folder: str) -> NodeConnection:
         """Start `python -m MODULE -` on the host, in the folder. Does not wait for it."""
-        command = remote_command(choose("auto", host), host, module, folder)
+        command = remote_command(choose("auto", host), host, RemoteModule(module, folder))
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,
@@ -92,12 +92,12 @@ class Channel:
         # The last line of a traceback, or of ssh, says most; a shell's complaint may come before others.
         return words[-1] if words else f"ended with exit code {self._process.returncode}, saying nothing"
 
-    async def close(self) -> None:
-        """End the process here; the one there ends with its input."""
+    async def close(self, patience: float = _GOODBYE) -> None:
+        """End the process here, by force after `patience` seconds; the one there ends with its input."""
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
-            await asyncio.wait_for(self._process.wait(), _GOODBYE)
+            await asyncio.wait_for(self._process.wait(), patience)
         except TimeoutError:
             pass
         finally:

@@ -104,7 +104,7 @@ def measure(folder: Path, megabytes: int) -> Parts:
 
 def _meeting() -> float:
     """Seconds until two ranks have joined their process group, imports done."""
-    from lumina.cluster.launcher_detection import free_port
+    from lumina.cluster import free_port
 
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [

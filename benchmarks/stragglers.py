@@ -39,7 +39,7 @@ def worker(arguments: argparse.Namespace) -> None:
     import numpy as np
     import torch.distributed as dist
 
-    from lumina.cluster.signals import StopRequest
+    from lumina.cluster import StopRequest
     from lumina.config import load
     from lumina.data import sample_sums, samples_id
     from lumina.train.deepspeed.engine import Ranks, end_process
@@ -101,7 +101,7 @@ def main() -> None:
     if "RANK" in os.environ:
         worker(arguments)
         return
-    from lumina.cluster.launcher_detection import free_port
+    from lumina.cluster import free_port
 
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     place = {**os.environ, **place, "OMP_NUM_THREADS": "1"}

@@ -1,1 +1,44 @@
 """Many machines: hostfile, Slurm and MPI, what each machine looks like, and jobs that survive losing some of them."""
+
+from typing import TYPE_CHECKING
+
+from lumina.lazy import names_of
+
+if TYPE_CHECKING:
+    from lumina.cluster.launcher_detection import detect_launcher, free_port, parent_signal
+    from lumina.cluster.launching import Launch, launch
+    from lumina.cluster.preflight.run import preflight_command
+    from lumina.cluster.signals import EXIT_HUNG, EXIT_RESIZE, EXIT_STOPPED, StopRequest, end_with_parent
+    from lumina.cluster.topology import bind
+
+_HOMES = {
+    "EXIT_HUNG": "signals",
+    "EXIT_RESIZE": "signals",
+    "EXIT_STOPPED": "signals",
+    "Launch": "launching",
+    "StopRequest": "signals",
+    "bind": "topology",
+    "detect_launcher": "launcher_detection",
+    "end_with_parent": "signals",
+    "free_port": "launcher_detection",
+    "launch": "launching",
+    "parent_signal": "launcher_detection",
+    "preflight_command": "preflight.run",
+}
+
+__all__ = [
+    "EXIT_HUNG",
+    "EXIT_RESIZE",
+    "EXIT_STOPPED",
+    "Launch",
+    "StopRequest",
+    "bind",
+    "detect_launcher",
+    "end_with_parent",
+    "free_port",
+    "launch",
+    "parent_signal",
+    "preflight_command",
+]
+
+__getattr__ = names_of(__name__, _HOMES)

@@ -34,7 +34,7 @@ def _config_show_options(parser: Parser) -> None:
 def check_environment(arguments: Arguments) -> int:
     """Check this machine, or all of a hostfile, for training: OK, WARN or FAIL, with what to do about it."""
     if arguments.hostfile is not None:
-        from lumina.cluster.preflight.run import preflight_command
+        from lumina.cluster import preflight_command
 
         return preflight_command(
             arguments.hostfile,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from lumina.cluster.signals import EXIT_RESIZE, EXIT_STOPPED
+from lumina.cluster import EXIT_RESIZE, EXIT_STOPPED
 from lumina.config import UserError
 from lumina.data import StepData, sample_sums
 from lumina.monitor.record import perplexity

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lumina import checkpoint
 from lumina.chat import AnyTokenizer, open_tokenizer
 from lumina.checkpoint import TrainerState, check_same_model, model_shape
-from lumina.cluster.signals import StopRequest
+from lumina.cluster import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
 from lumina.config.versions import refuse_untried

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from lumina.cluster.signals import EXIT_HUNG, StopRequest
+from lumina.cluster import EXIT_HUNG, StopRequest
 
 _COLLECTIVES = "torch.distributed.distributed_c10d"
 _TICK = 0.5  # seconds

@@ -12,7 +12,7 @@ import pytest
 
 from lumina.cli import main
 from lumina.cluster.hostfile import Host
-from lumina.cluster.launch import rank_command
+from lumina.cluster.launching import rank_command
 from lumina.cluster.transport import RemoteModule, choose, launcher_environment, remote_command
 from lumina.config import UserError
 

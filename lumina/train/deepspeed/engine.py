@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lumina.cluster import topology
-from lumina.cluster.launcher_detection import detect_launcher, parent_signal
-from lumina.cluster.signals import end_with_parent
+from lumina.cluster import bind, detect_launcher, end_with_parent, parent_signal
 from lumina.config import Config, UserError, explain_duplicate, take_device
 from lumina.model import Transformer
 from lumina.train.deepspeed import half_precision
@@ -59,7 +57,7 @@ def join() -> Ranks:
     if launcher is not None and world > 1:
         end_with_parent(parent_signal())
     if os.environ.get("LUMINA_BIND") == "1":
-        cpus, threads = topology.bind(local, local_world)
+        cpus, threads = bind(local, local_world)
     else:
         cpus, threads = [], max(1, len(os.sched_getaffinity(0)) // local_world)
     if "OMP_NUM_THREADS" not in os.environ:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from lumina.config.registry import FAMILIES, OBJECTIVES, SCHEDULES, TRACKERS
+from lumina.config.registry import FAMILIES, FORMATS, OBJECTIVES, SCHEDULES, TRACKERS
 
 # What the tokenizer needs: cl100k_base and the control tokens above it, padded to a multiple of 128. lumina.chat owns
 # the number; it is repeated here so that reading a configuration loads no tokenizer (a test holds the two together).
@@ -27,6 +27,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+FormatName = Annotated[str, AfterValidator(FORMATS.check)]
 ScheduleName = Annotated[str, AfterValidator(SCHEDULES.check)]
 ObjectiveName = Annotated[str, AfterValidator(OBJECTIVES.check)]
 TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
@@ -196,7 +197,7 @@ class DataSource(_Strict):
 
     path: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(ge=0.0, le=1000.0, allow_inf_nan=False)] = 1.0
-    format: Literal["messages", "sharegpt", "alpaca", "prompt", "oasst", "text"] | None = None
+    format: FormatName | None = None
 
 
 class DataConfig(_Strict):

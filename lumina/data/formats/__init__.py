@@ -8,11 +8,12 @@ one `FORMAT`:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from lumina.chat import Conversation
-from lumina.config import FORMATS
+from lumina.config import FORMATS, UserError
 from lumina.data.formats._format import DataFormat, Test, has
 from lumina.data.records.fault import OTHER_FORMAT, UNKNOWN_FORMAT, WRONG_TYPE, Fault, Tree, kind
 from lumina.data.records.fields import FieldTally, Vocabulary
@@ -24,9 +25,11 @@ __all__ = [
     "FieldTally",
     "Tree",
     "Vocabulary",
+    "added_versions",
     "convert",
     "format_of",
     "has",
+    "named",
     "tests_by_precedence",
     "to_conversation",
     "to_messages",
@@ -37,7 +40,7 @@ __all__ = [
 def tests_by_precedence() -> tuple[tuple[Test, DataFormat], ...]:
     """Every format's tests in the order in which they are tried: by precedence, then by the formats' names. UserError
     where another package's format does not load."""
-    formats: list[DataFormat] = [FORMATS.get(name) for name in FORMATS.names()]
+    formats = [named(name) for name in FORMATS.names()]
     tests = [(precedence, test, entry) for entry in formats for precedence, test in entry.recognise]
     return tuple((test, entry) for _, test, entry in sorted(tests, key=lambda item: item[0]))
 
@@ -45,8 +48,34 @@ def tests_by_precedence() -> tuple[tuple[Test, DataFormat], ...]:
 @cache
 def named(name: str) -> DataFormat:
     """The format called `name`. ValueError where there is none, UserError where another package's does not load."""
-    found: DataFormat = FORMATS.get(name)
-    return found
+    found = FORMATS.get(name)
+    if not isinstance(found, DataFormat):
+        raise UserError(f"the data format {name} is no DataFormat, but {type(found).__name__}", "Mend its package.")
+    return found if name in FORMATS.own() else _guarded(found)
+
+
+def _guarded(entry: DataFormat) -> DataFormat:
+    """Another package's format: what it raises ends the command with the format's name."""
+
+    def convert_guarded(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault | Tree:
+        try:
+            return entry.convert(record, tally)
+        except RecursionError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the data format {entry.name} failed on record {tally.line}: {type(error).__name__}: {error}",
+                "A record that cannot be used is to be returned as a Fault.",
+            ) from error
+
+    return replace(entry, convert=convert_guarded)
+
+
+def added_versions() -> list[list[str]]:
+    """[name, where, version] of the formats of other packages: with other ones, the same files are other data."""
+    return [
+        [name, point.value, "" if point.dist is None else point.dist.version] for name, point in FORMATS.added().items()
+    ]
 
 
 def format_of(record: Any) -> str | None:

@@ -93,9 +93,10 @@ def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: AnyTokenizer, done: 
 
 
 def _start(tokenizer: AnyTokenizer) -> subprocess.Popen[bytes]:
-    # The package may be importable only through this process's sys.path (a source tree, a test).
+    # This package, and those whose data formats are used here, may be importable only through this process's sys.path
+    # (a source tree, a notebook, a test).
     root = str(Path(__file__).resolve().parents[3])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(dict.fromkeys([root, *filter(None, sys.path)]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     own = [] if tokenizer.folder is None else [str(tokenizer.folder)]
     command = [sys.executable, "-m", "lumina.data.preparing.worker", *own]

@@ -26,6 +26,7 @@ import orjson
 from lumina.chat import AnyTokenizer, Tokenizer, template_version
 from lumina.config import UserError
 from lumina.data.cache.files import cache_root, content_digests
+from lumina.data.formats import added_versions, tests_by_precedence
 from lumina.data.loading.dataset import PackedDataset
 from lumina.data.preparing.building import OnProgress, PrepareSettings, build
 from lumina.data.preparing.chunking import MIN_SEQ_LENGTH, POLICIES
@@ -146,6 +147,8 @@ def fingerprint_of(
         determinants["weights"] = list(weights)
     if any(formats):
         determinants["formats"] = list(formats)
+    if added_versions():
+        determinants["added formats"] = added_versions()
     return hashlib.sha256(orjson.dumps(determinants, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -196,7 +199,9 @@ def plan_tasks(
     config: PrepareSettings,
     formats: Mapping[str, str] | None = None,
 ) -> list[Task]:
-    """What there is to do, from the files' sizes and layouts alone. Statistics need no folder."""
+    """What there is to do, from the files' sizes and layouts alone. Statistics need no folder. UserError where another
+    package's data format does not load: found here, not in a worker."""
+    tests_by_precedence()
     sizes = [path.stat().st_size for path in files]
     step = min(max(-(-sum(sizes) // 16), MIN_TASK_BYTES), MAX_TASK_BYTES)
     tasks: list[Task] = []

@@ -15,6 +15,7 @@ import orjson
 from lumina.chat import AnyTokenizer
 from lumina.config import UserError
 from lumina.data.cache.files import content_digests
+from lumina.data.formats import added_versions
 from lumina.data.loading.dataset import PackedDataset
 from lumina.data.preparing.building import OnProgress, PrepareSettings
 from lumina.data.preparing.deduplication import (
@@ -143,6 +144,7 @@ def _decisions_on(
     digests = content_digests(files, root / "sources.json")
     settings: list[Any] = [len(train_files), config.eval_fraction, config.dedup, digests]
     settings += [dict(formats)] if formats else []
+    settings += [added_versions()] if added_versions() else []
     fingerprint, earlier = (
         hashlib.sha256(orjson.dumps([version, *settings])).hexdigest()
         for version in (DECISIONS_VERSION, EARLIER_DECISIONS)

@@ -22,6 +22,7 @@ import orjson
 from numpy.typing import NDArray
 
 from lumina.chat import AnyTokenizer, Conversation, RenderedBlock, Tokenizer, open_tokenizer, render_many, render_sound
+from lumina.config import UserError
 from lumina.data.account import Account, add_counts
 from lumina.data.cache.shards import ChunkWriter
 from lumina.data.formats import convert, format_of
@@ -181,6 +182,8 @@ def main() -> None:
             report = run_task(tokenizer, Task(**orjson.loads(line)))
         except OSError as error:
             report = {"error": f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")}
+        except UserError as error:
+            report = {"error": str(error)}
         out.write(orjson.dumps(report) + b"\n")
         out.flush()
 

@@ -1,0 +1,66 @@
+"""The cache's format: what the version before this one's names made is found and used, and made again the same.
+
+`cache_of_0_1/` holds a file of ten lines and the caches that commit 93dd0ad made of it (truncated, a third held out,
+duplicates removed).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import orjson
+import pyarrow as pa
+import pytest
+
+from lumina.data import prepare_splits
+from tests.data.helpers import TOKENIZER, Settings
+
+KEPT = Path(__file__).parent / "cache_of_0_1"
+SETTINGS = Settings(
+    train_data=("data.jsonl",),
+    seq_length=48,
+    overlong="truncate",
+    cache_dir="cache",
+    eval_fraction=0.3,
+    dedup="exact",
+)
+TRAIN = "6748f3774f0e1243cac81f40e6a22859a5a3c258c9eb4cad30916fbf187f4ade"
+EVAL = "2d3474974d0bcf05865bcf57bd77c5ee5e0428ad2aa6fa62ef496483a29b64ca"
+
+
+def files(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.suffix in (".json", ".arrow")}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(KEPT / "data.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_cache_of_before_is_found_and_used(tmp_path: Path) -> None:
+    shutil.copytree(KEPT, "cache")
+    kept = {name: path.stat().st_ino for name, path in files(tmp_path / "cache").items()}
+    train, evaluation = prepare_splits(SETTINGS, TOKENIZER)
+    assert evaluation is not None
+    assert (train.fingerprint, evaluation.fingerprint) == (TRAIN, EVAL)
+    now = {name: path.stat().st_ino for name, path in files(tmp_path / "cache").items()}
+    assert {name: now[name] for name in kept} == kept, "nothing was made again"
+    assert "messages       18 = 3 supervised + 3 masked + 12 dropped" in evaluation.account_lines()
+    assert "  dropped tokens: past seq_length (overlong: truncate): 6" in evaluation.account_lines()
+    assert evaluation.seq_length == 48
+    assert TOKENIZER.decode(train.chunks_of(0)[0].ids.tolist()).startswith("<|im_start|><|user|>question")
+
+
+def test_what_is_made_now_is_what_was_made_before(tmp_path: Path) -> None:
+    prepare_splits(SETTINGS, TOKENIZER)
+    for fingerprint in (TRAIN, EVAL):
+        before, now = KEPT / fingerprint[:32], tmp_path / "cache" / fingerprint[:32]
+        old, new = (orjson.loads((folder / "meta.json").read_bytes()) for folder in (before, now))
+        # How many bytes Arrow takes for the same columns is its own affair.
+        assert new.pop("sizes").keys() == old.pop("sizes").keys()
+        assert new == old
+        for name in ("pieces-00000.arrow", "plan.arrow"):
+            tables = [pa.ipc.open_file(pa.memory_map(str(folder / name))).read_all() for folder in (before, now)]
+            assert tables[0].equals(tables[1])

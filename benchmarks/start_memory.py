@@ -92,7 +92,7 @@ def build(options: argparse.Namespace, start: str, base: Path, peak: Peak) -> An
 
     config, document = make(options, 3, **({"lora_rank": 8} if start == "adapts" else {}))
     torch.manual_seed(config.seed)
-    with partitioned_init.divided(document, drawn=start != "loads"):
+    with partitioned_init.partitioned(document, drawn=start != "loads"):
         model = Transformer(config)
         if start == "adapts":
             lora.attach(model, config)
@@ -131,7 +131,7 @@ def one_rank(rank: int, world: int, port: int, options: Any, start: str, base: P
     from lumina.train.deepspeed import partitioned_init
 
     if whole:
-        partitioned_init.divisible = lambda _: False
+        partitioned_init.partitions_while_building = lambda _: False
     began = time.perf_counter()
     with Peak() as peak:
         made = build(options, start, base, peak)

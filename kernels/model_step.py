@@ -103,8 +103,8 @@ class Trainer:
         self.precision = next((n for n in ("bf16", "fp16") if settings.get(n, {}).get("enabled")), "fp32")
         torch.manual_seed(0)
         partitioned_init = importlib.import_module("lumina.train.deepspeed.partitioned_init")
-        divided = partitioned_init.divided(settings, True)  # as the run does it
-        with torch.device(options.drawn_on), divided:
+        partitioned = partitioned_init.partitioned(settings, True)  # as the run does it
+        with torch.device(options.drawn_on), partitioned:
             transformer = model.Transformer(self.config)
         if self.config.float8 is not None:
             float8 = importlib.import_module("lumina.model.float8")

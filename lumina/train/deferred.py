@@ -28,7 +28,7 @@ from lumina.train.deepspeed.engine import scale_exhausted
 from lumina.train.outputs.step_record import record_step
 
 if TYPE_CHECKING:
-    from lumina.train.deepspeed.timing import Split
+    from lumina.train.deepspeed.timing import PhaseTimes
     from lumina.train.run import Run
 
 
@@ -65,12 +65,12 @@ class Readback:
 @dataclass
 class StepTaken:
     """A step whose numbers are under way: norm, applied, loss scale, whether that is exhausted, and what `put` is
-    given. split: its time by phase; ended: seconds since 1970."""
+    given. times: of its phases; ended: seconds since 1970."""
 
     data: StepData
     lr: float
     numbers: Readback
-    split: Split
+    times: PhaseTimes
     ended: float
 
 
@@ -98,8 +98,8 @@ class Deferred:
         if exhausted is None:
             exhausted = torch.zeros_like(applied)
         own = torch.stack((norm.double(), applied.double(), scale.double(), exhausted.double()))
-        split = engine.timer.cut()  # before the numbers: once they are there, the device has come past its last event
-        self._taken = StepTaken(data, lr, Readback(torch.cat((own, shared))), split, time.time())
+        times = engine.timer.lap()  # before the numbers: once they are there, the device has come past its last event
+        self._taken = StepTaken(data, lr, Readback(torch.cat((own, shared))), times, time.time())
 
     def settle(self, rebuild: Callable[[], None] = lambda: None) -> str | None:
         """Read the step's numbers and act upon them. Returns why the run must stop, if it must, agreed between all
@@ -130,7 +130,7 @@ class Deferred:
 
     def _note(self, taken: StepTaken, numbers: list[float]) -> None:
         """The step's record, its health, and its place in the baselines or among the refused ones."""
-        run, split, sums = self._run, taken.split.read(), numbers[11:]
+        run, split, sums = self._run, taken.times.read(), numbers[11:]
         norm, made, scale, exhausted, loss = numbers[:5]
         applied, loss_scale = bool(made), scale if run.engine.fp16 else None
         run.stragglers.add(split["forward"] + split["backward"], split["communication"] + split["optimizer"])

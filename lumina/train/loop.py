@@ -63,7 +63,7 @@ def _lost_a_rank(error: Exception) -> bool:
 def _train(run: Run) -> int:
     """From the run's progress to its end, or to an answer that sets it back."""
     timer = run.engine.timer
-    timer.cut()  # what came before is no step's
+    timer.lap()  # what came before is no step's
     for data in timer.waits(run.loader()):
         stop = _step(run, data)
         last = run.progress.step == run.total_steps

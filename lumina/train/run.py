@@ -26,7 +26,7 @@ from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
 from lumina.plan.stage import default_document, smallest_memory
 from lumina.train.deepspeed import engine, partitioned_init
-from lumina.train.deepspeed.fragments import hold, reserve, restore
+from lumina.train.deepspeed.fragments import allocate_optimizer_state, restore_engine, snapshot_engine
 from lumina.train.deepspeed.layers import LayerStats
 from lumina.train.deferred import Deferred
 from lumina.train.determinism import set_deterministic
@@ -141,7 +141,7 @@ class Run:
     def _build_engine(self, drawn: bool) -> engine.Engine:
         """`drawn`: False where every trained weight is loaded next; adapters are drawn after the weights under them."""
         drawn = drawn or self.base is not None
-        with partitioned_init.divided(self.ds_config, drawn):
+        with partitioned_init.partitioned(self.ds_config, drawn):
             model = Transformer(self.config)
             if self.base is not None:  # before the engine is made: what is frozen has no place in its optimizer
                 lora.attach(model, self.config)
@@ -154,7 +154,7 @@ class Run:
         if self.config.compile:
             model.compile_blocks()
         made = engine.Engine(model, self.config, self.ds_config)
-        reserve(made)
+        allocate_optimizer_state(made)
         return made
 
     def _memory_of_answers(self, config: Config) -> Memory:
@@ -183,7 +183,7 @@ class Run:
     def rebuild(self, batch_size: int) -> None:
         """A fresh engine for another micro-batch with the weights and optimizer state of this one; collective. What the
         old one had half done, and the memory that it held, is gone."""
-        held, rng = hold(self.engine), torch.get_rng_state()
+        snapshot, rng = snapshot_engine(self.engine), torch.get_rng_state()
         self.engine.close()
         del self.engine
         self.layers = None
@@ -192,7 +192,7 @@ class Run:
             torch.cuda.empty_cache()
         self._take_micro_batches_of(batch_size)
         self.engine = self._build_engine(drawn=False)
-        restore(self.engine, held)
+        restore_engine(self.engine, snapshot)
         torch.set_rng_state(rng)
 
     def _disks(self) -> list[Path]:

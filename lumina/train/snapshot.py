@@ -12,8 +12,15 @@ import torch.distributed as dist
 
 from lumina.checkpoint import MASTER, CheckpointReader, Snapshot, StagingBuffer, TrainerState, open_weights
 from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import fragments, moments, prepare_moments, publish, raw_step_count, to_load
-from lumina.train.deepspeed.partitioned_init import forget_copies, own_part
+from lumina.train.deepspeed.fragments import (
+    fragments,
+    fragments_to_load,
+    init_optimizer_state,
+    moments,
+    raw_step_count,
+    sync_weights,
+)
+from lumina.train.deepspeed.partitioned_init import drop_secondary_copy, local_shard
 
 
 def take_snapshot(engine: Engine, progress: TrainerState, copies: StagingBuffer | None = None) -> Snapshot:
@@ -48,8 +55,8 @@ def take_snapshot(engine: Engine, progress: TrainerState, copies: StagingBuffer 
 def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -> None:
     """Load weights and optimizer state into an engine of any world size and ZeRO stage; collective."""
     reader = CheckpointReader(checkpoint)
-    prepare_moments(engine, reader.keys, int(trainer["optimizer_step"]))
-    for piece in to_load(engine):
+    init_optimizer_state(engine, reader.keys, int(trainer["optimizer_step"]))
+    for piece in fragments_to_load(engine):
         targets = {MASTER: piece.view(piece.owner)}
         targets |= {key: piece.view(engine.optimizer.state[piece.owner][key]) for key in reader.keys}
         for key, view in targets.items():
@@ -59,7 +66,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -
     engine.set_loss_scale(trainer["loss_scale"])
     if reader.world == dist.get_world_size():
         torch.set_rng_state(reader.rng(dist.get_rank()))
-    publish(engine)
+    sync_weights(engine)
     dist.barrier()
 
 
@@ -67,11 +74,11 @@ def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -
 def load_weights(checkpoint: Path, engine: Engine) -> None:
     """Load the weights alone into a fresh engine, adapters merged; collective."""
     reader = open_weights(checkpoint)
-    for piece in to_load(engine):
+    for piece in fragments_to_load(engine):
         host = torch.empty(piece.numel, dtype=torch.float32)
         reader.read(MASTER, piece.name, piece.start, host)
         piece.view(piece.owner).copy_(host)
-    publish(engine)
+    sync_weights(engine)
     dist.barrier()
 
 
@@ -81,9 +88,9 @@ def load_frozen_weights(model: torch.nn.Module, base: Path) -> None:
     weights = open_weights(base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            forget_copies(parameter)
+            drop_secondary_copy(parameter)
             if not parameter.requires_grad:
-                own, start = own_part(parameter)
+                own, start = local_shard(parameter)
                 flat = torch.empty(own.numel())
                 weights.read(MASTER, name, start, flat)
                 own.copy_(flat)

@@ -27,7 +27,7 @@ def make_run(order: list[str]) -> Any:
         exhausted=lambda: None,
         fp16=False,
         step=note("update", (torch.tensor(2.0), torch.tensor(True))),
-        timer=SimpleNamespace(cut=note("cut", split), phase=lambda name: nullcontext()),
+        timer=SimpleNamespace(lap=note("lap", split), phase=lambda name: nullcontext()),
     )
     return SimpleNamespace(
         engine=engine,
@@ -48,7 +48,7 @@ def test_the_times_end_before_the_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     order: list[str] = []
     monkeypatch.setattr(deferred, "Readback", lambda values: order.append("numbers"))
     put(make_run(order))
-    assert order == ["cut", "numbers"]
+    assert order == ["lap", "numbers"]
 
 
 def test_a_record_that_fails_leaves_the_baselines_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_a_step_counts_once_its_numbers_are_under_way(monkeypatch: pytest.Monkey
     run.deferred = Deferred(run)
     with pytest.raises(RuntimeError, match="planted"):
         loop._step(run, data)
-    assert order == ["before", "update", "cut"]
+    assert order == ["before", "update", "lap"]
 
     run.progress.step, run.deferred = 4, Deferred(run)
     monkeypatch.setattr(deferred, "Readback", full)

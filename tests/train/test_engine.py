@@ -19,7 +19,7 @@ from lumina.config import UserError
 from lumina.model import Transformer
 from lumina.train.deepspeed import half_precision
 from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import fragments, moments, reserve, step_count
+from lumina.train.deepspeed.fragments import allocate_optimizer_state, fragments, moments, step_count
 from lumina.train.deepspeed.optimizer import parameter_groups
 from tests.train.tiny_engines import (
     EVERY,
@@ -240,7 +240,7 @@ def test_out_of_memory_inside_an_update(stage: int, precision: str, monkeypatch:
 def test_optimizer_state_is_allocated_ahead(stage: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is there before the first step, no step is another for it, and a start without room for it says what to do."""
     made, lazy = (make_engine(stage, precision) for _ in range(2))
-    reserve(made)
+    allocate_optimizer_state(made)
     pieces = fragments(made)
     assert all(set(moments(made, piece)) == {"exp_avg", "exp_avg_sq"} for piece in pieces)
     places = [moments(made, piece)["exp_avg"].data_ptr() for piece in pieces]
@@ -251,7 +251,7 @@ def test_optimizer_state_is_allocated_ahead(stage: int, precision: str, monkeypa
     assert places == [moments(made, piece)["exp_avg"].data_ptr() for piece in pieces]
     monkeypatch.setattr(torch, "empty", raise_out_of_memory)
     with pytest.raises(UserError, match="has no memory for an update of its"):
-        reserve(made)
+        allocate_optimizer_state(made)
 
 
 @pytest.mark.parametrize("check", [True, False])

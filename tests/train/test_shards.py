@@ -16,7 +16,7 @@ from lumina.model import Transformer
 from lumina.model.lora import attach
 from lumina.train.deepspeed import partitioned_init
 from lumina.train.deepspeed.engine import join
-from lumina.train.deepspeed.fragments import publish
+from lumina.train.deepspeed.fragments import sync_weights
 from tests.runs import Runs, arguments, differing, final
 from tests.train.tiny_engines import make_config, make_engine, same_state, state_of, train_step
 
@@ -42,7 +42,7 @@ def test_the_weights_are_those_of_a_whole_model(
     made = make_engine(3, precision, **changes)
     random = torch.get_rng_state()
     with monkeypatch.context() as patch:
-        patch.setattr(partitioned_init, "divisible", lambda _: False)
+        patch.setattr(partitioned_init, "partitions_while_building", lambda _: False)
         whole = make_engine(3, precision, **changes)
     assert torch.equal(torch.get_rng_state(), random)
     assert same_state(state_of(made), state_of(whole))
@@ -72,7 +72,7 @@ def test_no_two_matrices_are_whole_at_once(lora: bool, monkeypatch: pytest.Monke
             most = max(most, sum(p.numel() for p in living))
 
     monkeypatch.setattr(nn.Module, "register_parameter", watched)
-    with partitioned_init.divided(settings()):
+    with partitioned_init.partitioned(settings()):
         model = Transformer(config)
         if lora:
             attach(model, config)
@@ -86,10 +86,10 @@ def test_nothing_is_drawn_where_all_is_loaded() -> None:
     join()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    with partitioned_init.divided(settings(), drawn=False):
+    with partitioned_init.partitioned(settings(), drawn=False):
         Transformer(make_config(tie_word_embeddings=False))
     assert torch.equal(torch.get_rng_state(), before)
-    with partitioned_init.divided(settings(stage=2), drawn=False):
+    with partitioned_init.partitioned(settings(stage=2), drawn=False):
         model = Transformer(make_config())
     assert not torch.equal(torch.get_rng_state(), before), "other stages draw as ever"
     assert all(p.numel() for p in model.parameters())
@@ -107,8 +107,8 @@ def test_nothing_is_drawn_where_all_is_loaded() -> None:
     ids=str,
 )
 def test_when_weights_are_divided(zero: dict[str, Any], expected: bool) -> None:
-    assert partitioned_init.divisible({"zero_optimization": {"stage": 3} | zero}) == expected
-    assert not partitioned_init.divisible({})
+    assert partitioned_init.partitions_while_building({"zero_optimization": {"stage": 3} | zero}) == expected
+    assert not partitioned_init.partitions_while_building({})
 
 
 def test_loading_drops_the_second_copies_of_hpz() -> None:
@@ -117,7 +117,7 @@ def test_loading_drops_the_second_copies_of_hpz() -> None:
     made = make_engine(3)
     for parameter in made.model.parameters():
         parameter.ds_secondary_tensor = torch.zeros(3)  # type: ignore[attr-defined]
-    publish(made)
+    sync_weights(made)
     assert all(parameter.ds_secondary_tensor is None for parameter in made.model.parameters())  # type: ignore[attr-defined]
 
 
@@ -126,7 +126,7 @@ def test_loading_drops_the_second_copies_of_hpz() -> None:
 
 def built_whole(rank: int) -> None:
     """In a rank's process: as it was before weights were divided while they are drawn."""
-    partitioned_init.divisible = lambda _: False
+    partitioned_init.partitions_while_building = lambda _: False
 
 
 def reads(place: Path, rank: int) -> None:

@@ -12,7 +12,7 @@ from lumina import checkpoint
 from lumina.checkpoint import MASTER, TrainerState
 from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import fragments, moments, step_count, to_load
+from lumina.train.deepspeed.fragments import fragments, moments, step_count, fragments_to_load
 from tests.train.tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +28,7 @@ def shapes(made: Engine) -> dict[str, int]:
 def test_fragments_cover_every_parameter_once(stage: int, precision: str, tied: bool) -> None:
     made = make_engine(stage, precision, tie_word_embeddings=tied)
     train_step(made, 0)
-    for pieces in (fragments(made), to_load(made)):
+    for pieces in (fragments(made), fragments_to_load(made)):
         covered: dict[str, list[tuple[int, int]]] = {}
         for piece in pieces:
             covered.setdefault(piece.name, []).append((piece.start, piece.numel))

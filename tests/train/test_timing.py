@@ -41,9 +41,9 @@ def test_the_innermost_phase_has_the_time(clock: Clock) -> None:
             clock.now = 7
         clock.now = 8
     clock.now = 10
-    assert positive(timer.cut().read()) == {"other": 3, "backward": 3, "communication": 4}
+    assert positive(timer.lap().read()) == {"other": 3, "backward": 3, "communication": 4}
     clock.now = 11
-    assert positive(timer.cut().read()) == {"other": 1}
+    assert positive(timer.lap().read()) == {"other": 1}
 
 
 def test_an_exception_ends_its_phase(clock: Clock) -> None:
@@ -57,7 +57,7 @@ def test_an_exception_ends_its_phase(clock: Clock) -> None:
     with pytest.raises(KeyError):
         failing()
     clock.now = 3
-    assert positive(timer.cut().read()) == {"forward": 2, "other": 1}
+    assert positive(timer.lap().read()) == {"forward": 2, "other": 1}
 
 
 def test_waiting_for_data(clock: Clock) -> None:
@@ -76,7 +76,7 @@ def test_waiting_for_data(clock: Clock) -> None:
         clock.now += 1
         if number == 1:
             break
-    assert positive(timer.cut().read()) == {"data": 10, "other": 2}
+    assert positive(timer.lap().read()) == {"data": 10, "other": 2}
     del number
     assert [*timer.waits(batches())] == [0, 1, 2]
     assert len(closed) == 2
@@ -153,7 +153,7 @@ def test_times_from_events(monkeypatch: pytest.MonkeyPatch) -> None:
                 now[0] += 2
         now[0] += 1
         timer._beside.append((Moment(began), Moment(began + 1.5)))
-        assert timer.cut().read() == {
+        assert timer.lap().read() == {
             "data": 0.0,
             "forward": 0.0,
             "backward": 3.0,

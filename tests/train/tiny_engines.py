@@ -66,7 +66,7 @@ def make_engine(
     resolved = ds_json.resolve(config, 1, "cuda", bf16_supported=True, document=document)  # a CPU's fp16 is refused
     torch.manual_seed(seed)
     with fp16_on_a_cpu():
-        with partitioned_init.divided(resolved.json):
+        with partitioned_init.partitioned(resolved.json):
             model = Transformer(config)
             if config.lora_rank:
                 lora.attach(model, config)

@@ -22,9 +22,9 @@ from lumina.cluster import bind, detect_launcher, end_with_parent, parent_signal
 from lumina.config import Config, UserError, explain_duplicate, take_device
 from lumina.model import Transformer
 from lumina.train.deepspeed import half_precision
-from lumina.train.deepspeed.gradient_gate import Veto, refusal
+from lumina.train.deepspeed.gradient_gate import GradientGate, refusal
 from lumina.train.deepspeed.optimizer import build_optimizer
-from lumina.train.deepspeed.release import forget_failed_passes, older_node, release
+from lumina.train.deepspeed.release import clear_failed_backward_passes, oldest_node, release
 from lumina.train.deepspeed.timing import StepTimer
 from lumina.train.torch_private import AdamW
 
@@ -155,7 +155,7 @@ class Engine:
 
         if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # by type, which a subclass is not
             ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
-        self._older_node = older_node()  # than any pass
+        self._oldest_node = oldest_node()  # than any pass
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.half = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
         self.fp16 = bool(ds_config.get("fp16", {}).get("enabled"))
@@ -179,7 +179,7 @@ class Engine:
         self._accumulated = False  # whether there are gradients that no step has used
         self._stepping = False  # whether the optimizer proper has been called in this step
         self.optimizer.step = self._noted(self.optimizer.step)  # type: ignore[method-assign]
-        self._veto = Veto(self.ds.optimizer, self.optimizer, self.device, self.fp16)
+        self._gate = GradientGate(self.ds.optimizer, self.optimizer, self.device, self.fp16)
         if self.stage == 0 and torch.distributed.get_world_size() == 1:
             # Alone there is nothing to reduce, but DeepSpeed would flatten all gradients and copy them back.
             self.ds.enable_backward_allreduce = False
@@ -196,7 +196,7 @@ class Engine:
     def close(self) -> None:
         """Give up what it holds, before another engine of the same process takes its place."""
         self.timer.close()
-        forget_failed_passes(self._older_node)
+        clear_failed_backward_passes(self._oldest_node)
         self.ds.destroy()
         if self.stage == 3:
             release(self.model)
@@ -263,7 +263,7 @@ class Engine:
         # division comes after the loss.
         inner, outer = (1.0, scale) if self.fp16 else (scale, 1.0)
         self.collectives = self.collectives or self.stage == 3
-        with self.timer.phase("forward"), self._veto.without_waiting():
+        with self.timer.phase("forward"), self._gate.without_waiting():
             loss = self.loss(batch, inner)
         # Multiplied even by one: DeepSpeed 0.19.8 divides the gradient of a tensor that its forward returned by the
         # accumulation steps, scale_wrt_gas or not, unless backward() is called on a tensor derived from it (stage 0).
@@ -271,7 +271,7 @@ class Engine:
         # fp16's loss scale comes from DeepSpeed's backward() under ZeRO alone.
         scaled = loss * self._own.loss_scale.scale if self._own is not None and self._own.loss_scale else loss
         self.collectives = self.collectives or self.stage == 2 or last
-        with self.timer.phase("backward"), self._veto.without_waiting():
+        with self.timer.phase("backward"), self._gate.without_waiting():
             self.ds.backward(scaled, scale_wrt_gas=False)
         return loss.detach()
 
@@ -305,7 +305,7 @@ class Engine:
             self.ds.step()
             return self._own.norm, self._own.applied
         if self.stage != 0 or self.half:
-            norm, refused = self._veto.step(self.ds.step, limit)
+            norm, refused = self._gate.step(self.ds.step, limit)
             return norm, ~refused
         # In float64: torch's float32 norm of the embedding's 25 million gradients is off in the fifth digit.
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -20,7 +20,7 @@ from torch import Tensor
 from lumina.checkpoint import MASTER
 from lumina.config import UserError
 from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.partitioned_init import forget_copies
+from lumina.train.deepspeed.partitioned_init import drop_secondary_copy
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _replicated(engine: Engine, names: dict[int, str]) -> Iterator[Fragment]:
                 yield share(names[id(parameter)], parameter, parameter.numel())
 
 
-def to_load(engine: Engine) -> list[Fragment]:
+def fragments_to_load(engine: Engine) -> list[Fragment]:
     """The ranges this rank must read from a checkpoint: its fragments, but all of every parameter under stage 0."""
     if engine.stage != 0:
         return fragments(engine)
@@ -138,7 +138,7 @@ def raw_step_count(engine: Engine) -> Tensor | int:
     return 0
 
 
-def prepare_moments(engine: Engine, keys: list[str], step: int) -> None:
+def init_optimizer_state(engine: Engine, keys: list[str], step: int) -> None:
     """Create the optimizer state that a checkpoint names, before its values are read into it."""
     torch_optimizer = isinstance(engine.optimizer, torch.optim.AdamW)
     if not keys:  # saved before any was allocated: the optimizer starts afresh
@@ -160,7 +160,7 @@ def prepare_moments(engine: Engine, keys: list[str], step: int) -> None:
         state["step"] = torch.tensor(float(step), device=owner.device) if torch_optimizer else step
 
 
-def reserve(engine: Engine) -> None:
+def allocate_optimizer_state(engine: Engine) -> None:
     """Allocate the optimizer's state before the first step, which would allocate it in its update, and see that there
     is room for what an update holds besides: the gradients, and their float32 copies. Then memory that is too small for
     the model ends the start with what to do, and not the first update."""
@@ -170,7 +170,7 @@ def reserve(engine: Engine) -> None:
     owners = _owners(engine)
     sizes = [owner.numel() for owner in owners if owner.device == engine.device]
     try:
-        prepare_moments(engine, ["exp_avg", "exp_avg_sq"], 0)
+        init_optimizer_state(engine, ["exp_avg", "exp_avg_sq"], 0)
         # Stage 0 needs no copies that count: none in float32, a bucket's at a time else. Others copy group by group.
         copies = 4 * max(sizes, default=0) if engine.stage else 0
         torch.empty(_gradient_bytes(engine) + copies, dtype=torch.uint8, device=engine.device)
@@ -200,12 +200,12 @@ def _owners(engine: Engine) -> list[Tensor]:
 
 
 @torch.no_grad()
-def publish(engine: Engine) -> None:
+def sync_weights(engine: Engine) -> None:
     """Make the model's weights follow the float32 ones after these were loaded, on every rank."""
     wrapper = engine.ds.optimizer
     if engine.stage == 3:
         for parameter in engine.model.parameters():
-            forget_copies(parameter)
+            drop_secondary_copy(parameter)
         for index, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
             wrapper.fp16_partitioned_groups_flat[index].copy_(flat)
             wrapper._unflatten_partitioned_parameters(index)
@@ -217,8 +217,8 @@ def publish(engine: Engine) -> None:
 
 
 @dataclass
-class Held:
-    """Weights and optimizer state of an engine in host memory, for another one of the same world and stage."""
+class EngineSnapshot:
+    """A copy in host memory of an engine's weights and optimizer state, for another one of the same world and stage."""
 
     values: dict[tuple[str, str], Tensor]  # by kind and parameter
     kinds: list[str]
@@ -227,26 +227,27 @@ class Held:
 
 
 @torch.no_grad()
-def hold(engine: Engine) -> Held:
-    """Copy what `to_load` covers; not collective. Whatever a failed step left half done elsewhere is not looked at."""
+def snapshot_engine(engine: Engine) -> EngineSnapshot:
+    """Copy what `fragments_to_load` covers to the host; not collective. What a failed step left half done elsewhere is
+    not looked at."""
     if engine.device.type == "cuda":
         torch.cuda.synchronize()
     values, kinds = {}, set()
-    for piece in to_load(engine):
+    for piece in fragments_to_load(engine):
         found = {MASTER: piece.view(piece.owner), **moments(engine, piece)}
         kinds |= found.keys() - {MASTER}
         for kind, value in found.items():
             values[kind, piece.name] = value.detach().to("cpu", copy=True)
-    return Held(values, sorted(kinds), step_count(engine), engine.loss_scale())
+    return EngineSnapshot(values, sorted(kinds), step_count(engine), engine.loss_scale())
 
 
 @torch.no_grad()
-def restore(engine: Engine, held: Held) -> None:
-    """Put a held state into a fresh engine; collective."""
-    prepare_moments(engine, held.kinds, held.step)
-    for piece in to_load(engine):
-        piece.view(piece.owner).copy_(held.values[MASTER, piece.name])
-        for kind in held.kinds:
-            piece.view(engine.optimizer.state[piece.owner][kind]).copy_(held.values[kind, piece.name])
-    engine.set_loss_scale(held.loss_scale)
-    publish(engine)
+def restore_engine(engine: Engine, snapshot: EngineSnapshot) -> None:
+    """Load a snapshot into a fresh engine; collective."""
+    init_optimizer_state(engine, snapshot.kinds, snapshot.step)
+    for piece in fragments_to_load(engine):
+        piece.view(piece.owner).copy_(snapshot.values[MASTER, piece.name])
+        for kind in snapshot.kinds:
+            piece.view(engine.optimizer.state[piece.owner][kind]).copy_(snapshot.values[kind, piece.name])
+    engine.set_loss_scale(snapshot.loss_scale)
+    sync_weights(engine)

@@ -44,7 +44,7 @@ def refusal(norm: Tensor, limit: float | Tensor) -> Tensor:
     return ~(torch.isfinite(norm) & (norm <= limit))
 
 
-class Veto:
+class GradientGate:
     """Installed once on an engine's ZeRO wrapper; `optimizer` is the one inside it, `device` the one
     that computes."""
 

@@ -1,4 +1,4 @@
-"""ZeRO-3 without a whole model on any rank: each weight is divided among the ranks as soon as it is drawn.
+"""ZeRO-3 without a whole model on any rank: each weight is partitioned among the ranks as soon as it is drawn.
 
 A module's parameters are final when the module is given to its parent. torch calls a hook at that moment, and there
 DeepSpeed's own conversion (`zero.Init._zero_init_param`, what `deepspeed.initialize` otherwise does to a whole model at
@@ -11,11 +11,11 @@ Why `zero.Init` is not entered as a context, its documented use (read and tried 
 - Inside, torch.empty and its like give tensors of the engine's type on the engine's device. A normal distribution drawn
   in bfloat16, or by a GPU's generator, is not the float32 draw rounded: the seed would mean other weights than under
   the other stages.
-- It divides a module right after its own `__init__`. `_linear` draws after `nn.Linear.__init__`, into what would be an
-  empty tensor by then, and torch reports nothing.
+- It partitions a module right after its own `__init__`. `_linear` draws after `nn.Linear.__init__`, into what would be
+  an empty tensor by then, and torch reports nothing.
 - Without its `module` argument `zero.Init` does not replace `torch.nn.functional.linear`, which `deepspeed.initialize`
-  does for a model that it divides itself. The plain one keeps every gathered weight until the backward pass (it saves
-  the transposed view): the memory that ZeRO-3 is there to save.
+  does for a model that it partitions itself. The plain one keeps every gathered weight until the backward pass (it
+  saves the transposed view): the memory that ZeRO-3 is there to save.
 - Given a `dtype`, it takes bfloat16 wherever fp16 is not supported, whatever was given; left out, the type is that of
   the configuration.
 """
@@ -34,9 +34,10 @@ from torch.overrides import TorchFunctionMode
 _DRAWS = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_}
 
 
-def divisible(ds_config: dict[str, Any]) -> bool:
-    """Whether weights are divided while the model is built: under ZeRO-3, but for two settings for which DeepSpeed must
-    have the whole model first: weights on NVMe (its swapper belongs to the engine), and quantised frozen weights."""
+def partitions_while_building(ds_config: dict[str, Any]) -> bool:
+    """Whether weights are partitioned while the model is built: under ZeRO-3, but for two settings for which DeepSpeed
+    must have the whole model first: weights on NVMe (its swapper belongs to the engine), and quantised frozen weights.
+    """
     zero = ds_config.get("zero_optimization", {})
     on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
     quantised = zero.get("zero_quantized_weights") or zero.get("zero_quantized_nontrainable_weights")
@@ -44,17 +45,17 @@ def divisible(ds_config: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def divided(ds_config: dict[str, Any], drawn: bool = True) -> Iterator[None]:
-    """A context in which a model is built; every rank must build the same one. Under ZeRO-3 its weights are divided as
-    they come, under other stages nothing changes.
+def partitioned(ds_config: dict[str, Any], drawn: bool = True) -> Iterator[None]:
+    """A context in which a model is built; every rank must build the same one. Under ZeRO-3 its weights are partitioned
+    as they come, under other stages nothing changes.
 
     Args:
         ds_config: what `deepspeed.initialize` will get.
-        drawn: False where every weight is loaded before its first use: divided weights then hold what the memory held,
-            and torch's generator stays where it was. Each rank draws every weight twice (nn.Linear's own values, then
-            ours): 22 ns a weight on the CPU of the tables in docs/plan.md, 25 minutes for 70B.
+        drawn: False where every weight is loaded before its first use: partitioned weights then hold what the memory
+            held, and torch's generator stays where it was. Each rank draws every weight twice (nn.Linear's own values,
+            then ours): 22 ns a weight on the CPU of the tables in docs/plan.md, 25 minutes for 70B.
     """
-    if not divisible(ds_config):
+    if not partitions_while_building(ds_config):
         yield
         return
     from deepspeed.runtime.zero.partition_parameters import Init
@@ -63,14 +64,14 @@ def divided(ds_config: dict[str, Any], drawn: bool = True) -> Iterator[None]:
     if init.mem_efficient_linear:
         init._enable_mem_efficient_linear()
     with ExitStack() as stack:
-        stack.callback(register_module_module_registration_hook(lambda _, __, child: _divide(child, init)).remove)
+        stack.callback(register_module_module_registration_hook(lambda _, __, child: _partition(child, init)).remove)
         if not drawn:
             stack.enter_context(_NoDraws())
         yield
 
 
 @torch.no_grad()
-def _divide(module: nn.Module, init: Any) -> None:
+def _partition(module: nn.Module, init: Any) -> None:
     for parameter in module.parameters():
         if not hasattr(parameter, "ds_id"):  # the output layer's is the embedding's, an adapted matrix has been moved
             parameter.data = parameter.data.to(init.local_device, init.dtype)
@@ -86,9 +87,9 @@ class _NoDraws(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def own_part(parameter: Tensor) -> tuple[Tensor, int]:
+def local_shard(parameter: Tensor) -> tuple[Tensor, int]:
     """What this rank keeps of a parameter: a writable flat tensor and the index of its first element in the whole. All
-    of it where nothing is divided."""
+    of it where nothing is partitioned."""
     shard = getattr(parameter, "ds_tensor", None)
     if shard is None:
         return parameter.detach().view(-1), 0
@@ -97,7 +98,7 @@ def own_part(parameter: Tensor) -> tuple[Tensor, int]:
     return shard.detach()[: max(0, min(shard.ds_numel, whole - start))], start  # the last shares end in padding
 
 
-def forget_copies(parameter: Tensor) -> None:
+def drop_secondary_copy(parameter: Tensor) -> None:
     """Drop the second copy that hpZ keeps within a node: the part was written to, and the next gather makes another."""
     if getattr(parameter, "ds_secondary_tensor", None) is not None:
         parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 
-def older_node() -> Tensor:
+def oldest_node() -> Tensor:
     """The end of a graph of one node, older than every graph that this thread makes from now on."""
     with torch.enable_grad():
         return torch.zeros((), requires_grad=True) * 1.0
 
 
-def forget_failed_passes(older: Tensor) -> None:
+def clear_failed_backward_passes(older: Tensor) -> None:
     """Throw away what failed backward passes of this thread left, all of it younger than `older`."""
     torch.autograd.backward(older, retain_graph=True)
 

@@ -1,9 +1,9 @@
 """Where the time of a step goes: waiting for data, forward, backward, communication, optimizer, saving, evaluation.
 
 Phases nest, and time counts for the innermost only: the collectives that DeepSpeed starts within a backward pass count
-as communication, not as backward. On a GPU the times are those of CUDA events, read one step late (`Split`): by then
-the device has passed them, and nobody waits. Collectives on a stream of their own run beside the computation: they are
-`communication_overlapped`, which is not part of the sum.
+as communication, not as backward. On a GPU the times are those of CUDA events, read one step late (`PhaseTimes`): by
+then the device has passed them, and nobody waits. Collectives on a stream of their own run beside the computation: they
+are `communication_overlapped`, which is not part of the sum.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _COLLECTIVES = (
 T = TypeVar("T")
 
 
-class Split:
-    """What a timer measured between two calls of `cut`."""
+class PhaseTimes:
+    """What a timer measured between two calls of `lap`."""
 
     def __init__(
         self, seconds: dict[str, float], since: Any, marks: list[tuple[Any, str]], beside: list[tuple[Any, Any]]
@@ -110,15 +110,15 @@ class StepTimer:
             if close is not None:
                 close()
 
-    def cut(self) -> Split:
+    def lap(self) -> PhaseTimes:
         """The time since the last call, to be read later."""
         self._mark()
         seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
         if not self._gpu:
-            return Split(seconds, None, [], [])
+            return PhaseTimes(seconds, None, [], [])
         marks, self._marks, beside, self._beside = self._marks, [], self._beside, []
         since, self._since = self._since, marks[-1][0]
-        return Split(seconds, since, marks, beside)
+        return PhaseTimes(seconds, since, marks, beside)
 
     # --- Communication ---
 

@@ -12,7 +12,7 @@ from lumina import checkpoint
 from lumina.checkpoint import MASTER, TrainerState
 from lumina.train import snapshot
 from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import fragments, moments, step_count, fragments_to_load
+from lumina.train.deepspeed.fragments import fragments, fragments_to_load, moments, step_count
 from tests.train.tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

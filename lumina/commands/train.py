@@ -21,7 +21,7 @@ def train(arguments: Arguments) -> int:
 
 
 def train_options(parser: Parser) -> None:
-    from lumina.config import SCHEDULES, TRACKERS
+    from lumina.config import OBJECTIVES, SCHEDULES, TRACKERS
 
     config_options(parser)
     run = parser.add_argument_group("run")
@@ -51,7 +51,7 @@ def train_options(parser: Parser) -> None:
     data_options(data)
 
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--objective", choices=["sft", "dpo"], help="conversations, or preference pairs (sft)")
+    optim.add_argument("--objective", metavar="NAME", help=f"{OBJECTIVES.choices()} (sft)")
     optim.add_argument("--dpo-beta", type=float, metavar="B", help="how dear it is to leave the reference model (0.1)")
     optim.add_argument("--epochs", type=int, metavar="N", help="passes over the training data (10)")
     optim.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps, whatever the epochs say")

@@ -124,7 +124,7 @@ class OptimConfig(_Strict):
 
     # sft: the assistant's words in conversations. dpo: preference pairs (arXiv:2305.18290), over the model that the run
     # began with.
-    objective: Literal["sft", "dpo"] = "sft"
+    objective: ObjectiveName = "sft"
     dpo_beta: PositiveFloat = 0.1
 
     learning_rate: PositiveFloat = 1e-4

@@ -22,16 +22,15 @@ def evaluate(
     """Mean loss in nats per supervised token, or per preference pair; collective. Every rank runs the same number of
     forward passes (ZeRO-3 gathers weights in each), padded with samples of weight zero. `beat` is called before each
     pass."""
-    engine.ds.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
     indices = torch.arange(dataset.num_samples).numpy()
-    for share in deal(indices, ranks.rank, ranks.world, micro_batch_size):
-        beat("evaluation")
-        batch = dataset.batch(share).torch()
-        # Added up where they are: reading each batch's loss would make the host wait for it.
-        totals[0] += engine.loss(batch)
-        totals[1] += batch.units
-    dist.all_reduce(totals)
-    engine.ds.train()
+    with engine.evaluation():
+        for share in deal(indices, ranks.rank, ranks.world, micro_batch_size):
+            beat("evaluation")
+            batch = dataset.batch(share).torch()
+            # Added up where they are: reading each batch's loss would make the host wait for it.
+            totals[0] += engine.loss(batch)
+            totals[1] += batch.units
+        dist.all_reduce(totals)
     loss, units = totals.tolist()
     return float(loss / max(1.0, units))

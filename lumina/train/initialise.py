@@ -14,8 +14,9 @@ from lumina import checkpoint
 from lumina.chat import AnyTokenizer
 from lumina.chat.hf_files import copy_files
 from lumina.config import Config, UserError
-from lumina.data import PairDataset, Samples, prepare_pairs, prepare_splits
+from lumina.data import Samples
 from lumina.train.deepspeed.engine import Engine, Ranks
+from lumina.train.objectives import objective
 from lumina.train.snapshot import load_weights
 
 
@@ -107,25 +108,6 @@ def _same_adapters(progress: checkpoint.TrainerState, config: Config, source: Pa
         )
 
 
-def pairs_of(
-    config: Config, tokenizer: AnyTokenizer, *, resumed: str | None = None
-) -> tuple[PairDataset, PairDataset | None]:
-    """The preference pairs to train and to evaluate on; `resumed` as in `prepare_splits`. Raises UserError."""
-    if config.init_from is None:
-        raise UserError(
-            "objective dpo moves a model away from what it began as, and none is given", "Add --init-from RUN."
-        )
-    given = {"data": config.data, "eval_fraction": config.eval_fraction, "dedup": config.dedup != "none"}
-    for name in filter(given.__getitem__, given):
-        raise UserError(f"{name} is not for preference pairs", "Give files of pairs with train_data and eval_data.")
-    earlier = resumed is not None
-    train = prepare_pairs(config.train_data, config, tokenizer, earlier=earlier)
-    if earlier and train.fingerprint != resumed:
-        return pairs_of(config, tokenizer)
-    held_out = prepare_pairs(config.eval_data, config, tokenizer, earlier=earlier) if config.eval_data else None
-    return train, held_out
-
-
 def prepare_data(
     config: Config, tokenizer: AnyTokenizer, ranks: Ranks, resumed: str | None
 ) -> tuple[Samples, Samples | None]:
@@ -133,8 +115,7 @@ def prepare_data(
     each node prepares; the others find the cache it left."""
 
     def both() -> tuple[Samples, Samples | None]:
-        take = pairs_of if config.objective == "dpo" else prepare_splits
-        return take(config, tokenizer, resumed=resumed)
+        return objective(config).prepare_data(tokenizer, resumed=resumed)
 
     failure: list[Any] = [None] * ranks.world
     own: UserError | None = None

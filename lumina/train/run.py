@@ -20,7 +20,7 @@ from lumina.cluster import StopRequest
 from lumina.config import Config, UserError
 from lumina.config import deepspeed as ds_json
 from lumina.config.versions import refuse_untried
-from lumina.data import GlobalOrder, Loader, PairDataset
+from lumina.data import GlobalOrder, Loader
 from lumina.model import Transformer, float8, keep_heap, lora, report_kernel
 from lumina.monitor import Console, MetricsFile, Recorder
 from lumina.monitor.events import EventLog
@@ -41,10 +41,10 @@ from lumina.train.initialise import (
     start_from,
 )
 from lumina.train.loop import fit
+from lumina.train.objectives import Preparation, objective
 from lumina.train.outputs.profiling import Profile
 from lumina.train.outputs.samples import answers
 from lumina.train.outputs.throughput import Utilisation
-from lumina.train.preference import give_references
 from lumina.train.recovery.recovery import FILE as ANSWERS
 from lumina.train.recovery.recovery import Answers, Memory
 from lumina.train.recovery.spikes import Guard
@@ -116,8 +116,7 @@ class Run:
         self.progress = progress
         self.progress.global_batch_size, self.progress.world = self.global_batch, ranks.world
         self.progress.precision, self.progress.zero_stage = precision, self.engine.stage
-        if config.objective == "dpo":
-            self._give_references(fresh=source is None)
+        self._prepare_objective(resumed=source is not None)
         if source is not None:
             self._resume(source, trainer)
         else:
@@ -228,10 +227,23 @@ class Run:
         if self.base is None and self.config.init_from is not None:
             start_from(self.config.init_from, self.config, self.ranks, self.engine)
 
-    def _give_references(self, fresh: bool) -> None:
-        own = [data for data in (self.train_data, self.eval_data) if isinstance(data, PairDataset)]
-        size, begin, beat = self.config.batch_size, self._start_from, self.watchdog.beat
-        give_references(own, self.folder, self.engine, self.ranks, size, fresh, begin, beat)
+    def _prepare_objective(self, resumed: bool) -> None:
+        objective(self.config).prepare(
+            Preparation(
+                train_data=self.train_data,
+                eval_data=self.eval_data,
+                folder=self.folder,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
+                micro_batch_size=self.config.batch_size,
+                resumed=resumed,
+                initialise=self._start_from,
+                forward=self.engine.forward,
+                evaluation=self.engine.evaluation,
+                device=self.engine.device,
+                heartbeat=self.watchdog.beat,
+            )
+        )
 
     def _resume(self, source: Path, trainer: dict[str, Any]) -> None:
         check_same_model(self.progress.model, model_shape(self.config), source)

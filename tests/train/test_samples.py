@@ -41,7 +41,7 @@ def test_answers_and_times_of_a_run(runs: Runs, tmp_path: Path, stage: int, worl
         sample_prompts=prompts,
     )  # fmt: skip
     job = runs.train(argv, world)
-    assert "fills the window" in job.stderr()
+    assert "fills the context" in job.stderr()
 
     records = kept(run)
     assert [record["step"] for record in records] == [2, 4]

@@ -49,7 +49,7 @@ _AT_ONCE = 512  # pairs rendered together
 
 class PairDataset:
     """A finished cache folder. `reference_P` is set before training: log-probability of the chosen minus that of the
-    rejected answer under the reference model (lumina.train.preference)."""
+    rejected answer under the reference model (lumina.train.objectives.dpo)."""
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
         self.folder, self.account = folder, meta["account"]

@@ -12,7 +12,8 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from lumina.train.deepspeed.gradient_gate import GradientGate, refusal
 from lumina.train.deepspeed.optimizer import build_optimizer
 from lumina.train.deepspeed.release import clear_failed_backward_passes, oldest_node, release
 from lumina.train.deepspeed.timing import StepTimer
+from lumina.train.objectives import objective
 from lumina.train.torch_private import AdamW
 
 if TYPE_CHECKING:
@@ -159,7 +161,7 @@ class Engine:
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.half = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
         self.fp16 = bool(ds_config.get("fp16", {}).get("enabled"))
-        self.beta = config.dpo_beta
+        self._objective = objective(config)
         self._clip = 0.0
         if self.stage == 0 and not self.half:
             # DeepSpeed clips here without reporting the norm or refusing a NaN: done below instead.
@@ -218,25 +220,11 @@ class Engine:
             group["lr"] = lr
 
     def loss(self, batch: TorchBatch, scale: float = 1.0) -> torch.Tensor:
-        """scale * sum(weight * token loss) of a micro-batch, in nats; of preference pairs, that of their losses."""
-        if batch.pairs_P2 is None:
-            return self._forward(batch, scale)
-        return self._forward(batch, scale, self.beta)
+        """scale * sum(weight * loss) of a micro-batch by the run's objective, in nats."""
+        return self._objective.loss(self.forward, batch.to(self.device), scale)
 
-    def margins(self, batch: TorchBatch) -> torch.Tensor:
-        """log p(chosen) - log p(rejected) of each preference pair of a micro-batch, in nats (P)."""
-        assert batch.pairs_P2 is not None
-        return self._forward(batch, 1.0, None)
-
-    def _forward(self, batch: TorchBatch, scale: float, beta: float | None = None) -> torch.Tensor:
-        batch = batch.to(self.device)
-        weights_N, options = batch.weights_N, {}
-        if batch.pairs_P2 is None:
-            weights_N = weights_N * scale
-        else:
-            reference_P, weight_P = batch.pairs_P2.unbind(1)
-            pairs_P2 = torch.stack((reference_P, weight_P * scale), 1)
-            options = {"documents_N": batch.documents_N, "pairs_P2": pairs_P2, "beta": beta}
+    def forward(self, batch: TorchBatch, weights_N: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        """The model's forward pass, as lumina.train.objectives.Forward says."""
         out: torch.Tensor = self.ds(
             batch.ids_T[None],
             batch.positions_T[None],
@@ -249,6 +237,15 @@ class Engine:
             **options,
         )
         return out
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The model in evaluation mode in the `with` block, then in training mode again."""
+        self.ds.eval()
+        try:
+            yield
+        finally:
+            self.ds.train()
 
     def accumulate(self, batch: TorchBatch, scale: float, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its loss, scale * sum(weight * token loss), detached.

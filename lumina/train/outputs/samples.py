@@ -30,18 +30,16 @@ def answers(
     beat: Callable[[str], None] = lambda what: None,
 ) -> list[tuple[str, str]]:
     """(prompt, answer) pairs: greedy, of at most `most` tokens; collective. A prompt that leaves no room in the model's
-    window is left out. `beat` is called before each pass."""
-    window = engine.model.config.seq_length
+    context is left out. `beat` is called before each pass."""
+    context_length = engine.model.config.seq_length
     ids = {prompt: prompt_ids(tokenizer, Conversation((Message("user", prompt),))) for prompt in prompts}
-    asked = [prompt for prompt, tokens in ids.items() if len(tokens) < window]
+    asked = [prompt for prompt, tokens in ids.items() if len(tokens) < context_length]
     for prompt in ids.keys() - set(asked):
-        log.warning("sample prompt of %d tokens fills the window of %d: left out", len(ids[prompt]), window)
+        log.warning("sample prompt of %d tokens fills the context of %d: left out", len(ids[prompt]), context_length)
     if not asked:
         return []
-    engine.ds.eval()
-    with _uncompiled(engine):
+    with engine.evaluation(), _uncompiled(engine):
         said = _greedy(engine, tokenizer, [ids[prompt] for prompt in asked], most, beat)
-    engine.ds.train()
     return [(prompt, tokenizer.decode(tokens)) for prompt, tokens in zip(asked, said, strict=True)]
 
 

@@ -1,0 +1,140 @@
+"""Direct preference optimisation: pairs of a chosen and a rejected answer (arXiv:2305.18290).
+
+The reference model is the one that the run begins with. The engine holds it before the first step, so no second model
+is ever in memory: each pair's margin under it, log p(chosen) - log p(rejected), is one number, computed once and kept
+in RUN/reference/ for the run's whole life. The loss is lumina.model.preference's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from lumina import checkpoint
+from lumina.chat import AnyTokenizer
+from lumina.config import Config, UserError
+from lumina.data import PADDING, PairDataset, Samples, TorchBatch, deal, prepare_pairs
+from lumina.train.objectives import Forward, Preparation
+
+log = logging.getLogger("lumina")
+
+FOLDER = "reference"
+
+
+class DirectPreferenceOptimisation:
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def prepare_data(self, tokenizer: AnyTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
+        config = self._config
+        if config.init_from is None:
+            raise UserError(
+                "objective dpo moves a model away from what it began as, and none is given", "Add --init-from RUN."
+            )
+        given = {"data": config.data, "eval_fraction": config.eval_fraction, "dedup": config.dedup != "none"}
+        for name in filter(given.__getitem__, given):
+            raise UserError(f"{name} is not for preference pairs", "Give files of pairs with train_data and eval_data.")
+        earlier = resumed is not None
+        train = prepare_pairs(config.train_data, config, tokenizer, earlier=earlier)
+        if earlier and train.fingerprint != resumed:
+            return self.prepare_data(tokenizer)
+        held_out = prepare_pairs(config.eval_data, config, tokenizer, earlier=earlier) if config.eval_data else None
+        return train, held_out
+
+    def loss(self, forward: Forward, batch: TorchBatch, scale: float) -> torch.Tensor:
+        return _score(forward, batch, scale, self._config.dpo_beta)
+
+    def prepare(self, preparation: Preparation) -> None:
+        """Give each data set the reference model's margins: those that the run has kept, or computed now."""
+        initialised = False
+        for dataset in (preparation.train_data, preparation.eval_data):
+            if dataset is None:
+                continue
+            assert isinstance(dataset, PairDataset), "what prepare_data made"
+            # What an earlier run of this name left is not this run's own.
+            kept = _agreed(preparation, dataset) if preparation.resumed else None
+            if kept is None:
+                if not initialised:
+                    preparation.initialise()
+                    initialised = True
+                kept = reference_margins(dataset, preparation)
+                if preparation.rank == 0:
+                    _write(preparation.folder, dataset, kept)
+            dataset.reference_P = kept
+
+
+def _score(forward: Forward, batch: TorchBatch, scale: float, beta: float | None) -> torch.Tensor:
+    """The sum of the pairs' losses at `beta`, or without one their margins (P), in nats."""
+    assert batch.pairs_P2 is not None
+    reference_P, weight_P = batch.pairs_P2.unbind(1)
+    pairs_P2 = torch.stack((reference_P, weight_P * scale), 1)
+    return forward(batch, batch.weights_N, documents_N=batch.documents_N, pairs_P2=pairs_P2, beta=beta)
+
+
+@torch.no_grad()
+def reference_margins(dataset: PairDataset, preparation: Preparation) -> NDArray[np.float32]:
+    """The margin of every pair under the engine's weights, in nats (P); collective."""
+    indices, margins = [], []
+    rank, world, device = preparation.rank, preparation.world, preparation.device
+    with preparation.evaluation():
+        for share in deal(np.arange(dataset.num_samples), rank, world, preparation.micro_batch_size):
+            preparation.heartbeat("reference log-probabilities")
+            margins.append(_score(preparation.forward, dataset.batch(share).torch().to(device), 1.0, None))
+            indices.append(share)
+        share, margin_P = np.concatenate(indices), torch.cat(margins).double().cpu().numpy()  # the one wait for it
+        own_P = np.zeros(dataset.num_samples)
+        own_P[share[share != PADDING]] = margin_P[share != PADDING]
+        found = torch.from_numpy(own_P).to(device)
+        dist.all_reduce(found)
+    return found.float().cpu().numpy()
+
+
+# --- Kept in the run's folder ---------------------------------------------------------------------
+
+
+def _paths(folder: Path, dataset: PairDataset) -> tuple[Path, Path]:
+    name = dataset.fingerprint[:32]
+    return folder / FOLDER / f"{name}.npy", folder / FOLDER / f"{name}.json"
+
+
+def _write(folder: Path, dataset: PairDataset, margins_P: NDArray[np.float32]) -> None:
+    values, facts = _paths(folder, dataset)
+    values.parent.mkdir(parents=True, exist_ok=True)
+    with values.open("wb") as file:
+        np.save(file, margins_P)
+    checkpoint.fsync(values)
+    checkpoint.write_json(facts, {"fingerprint": dataset.fingerprint, "sha256": checkpoint.file_sha256(values)})
+
+
+def _agreed(preparation: Preparation, dataset: PairDataset) -> NDArray[np.float32] | None:
+    """What rank 0 finds kept, on every rank."""
+    found: list[Any] = [_read(preparation.folder, dataset) if preparation.rank == 0 else None]
+    dist.broadcast_object_list(found)
+    kept: NDArray[np.float32] | None = found[0]
+    return kept
+
+
+def _read(folder: Path, dataset: PairDataset) -> NDArray[np.float32] | None:
+    """None where nothing sound is kept for these very pairs."""
+    values, facts = _paths(folder, dataset)
+    try:
+        said = json.loads(facts.read_text())
+        whole = hashlib.sha256(values.read_bytes()).hexdigest() == said["sha256"]
+        if not whole or said["fingerprint"] != dataset.fingerprint:
+            raise ValueError("it does not match its hash")
+        margins_P: NDArray[np.float32] = np.load(values, allow_pickle=False)
+        return margins_P
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the reference model's log-probabilities are computed anew: %s: %s", values, error)
+        return None
+
+
+OBJECTIVE = DirectPreferenceOptimisation

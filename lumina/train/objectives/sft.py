@@ -1,0 +1,27 @@
+"""Supervised fine-tuning: the assistant's tokens in conversations, by cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+
+from lumina.chat import AnyTokenizer
+from lumina.config import Config
+from lumina.data import Samples, TorchBatch, prepare_splits
+from lumina.train.objectives import Forward, Preparation
+
+
+class SupervisedFineTuning:
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def prepare_data(self, tokenizer: AnyTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
+        return prepare_splits(self._config, tokenizer, resumed=resumed)
+
+    def loss(self, forward: Forward, batch: TorchBatch, scale: float) -> torch.Tensor:
+        return forward(batch, batch.weights_N * scale)
+
+    def prepare(self, preparation: Preparation) -> None:
+        """Nothing is needed."""
+
+
+OBJECTIVE = SupervisedFineTuning

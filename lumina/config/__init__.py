@@ -11,7 +11,7 @@ from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.config.errors import UserError, did_you_mean
-    from lumina.config.loading import DEFAULT_PRESET, PRESETS, load, parse_yaml, preset_names, run_config
+    from lumina.config.loading import DEFAULT_PRESET, PRESETS, load, parse_settings, preset_names, run_config
     from lumina.config.registry import (
         FAMILIES,
         FORMATS,
@@ -75,7 +75,7 @@ _HOMES = {
     "explain_duplicate": "visible",
     "load": "loading",
     "output_chunk_bytes": "rows",
-    "parse_yaml": "loading",
+    "parse_settings": "loading",
     "preset_names": "loading",
     "round_up": "rows",
     "run_config": "loading",
@@ -119,7 +119,7 @@ __all__ = [
     "explain_duplicate",
     "load",
     "output_chunk_bytes",
-    "parse_yaml",
+    "parse_settings",
     "precision",
     "preset_names",
     "round_up",

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from lumina.config.errors import UserError, did_you_mean
+from lumina.config.renamed import new_name, upgrade
 from lumina.config.schema import MIN_VOCAB, Config, ModelConfig
 
 DEFAULT_PRESET = "medium"
@@ -84,9 +85,9 @@ def load(
             explicit[name] = value
             origin[name] = "the command line"
     for pair in sets:
-        name, value = _parse_set(pair)
-        explicit[name] = value
-        origin[name] = f"--set {pair}"
+        for name, value in _parse_set(pair).items():
+            explicit[name] = value
+            origin[name] = f"--set {pair}"
     if explicit.get("resume") is None and isinstance(explicit.get("init_from"), str):
         values |= inherited(explicit["init_from"], values["seq_length"])
     merged = values | explicit
@@ -114,7 +115,7 @@ def _base(preset_or_yaml: str) -> tuple[dict[str, Any], dict[str, Any], dict[str
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    values, lines = parse_yaml(text, str(path))
+    values, lines = parse_settings(text, str(path))
     preset = values.pop("preset", DEFAULT_PRESET)
     if preset not in PRESETS:
         hint = did_you_mean(str(preset), PRESETS)
@@ -151,7 +152,7 @@ def inherited(given: str, window: int) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        values, _ = parse_settings(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     _find_tokenizer(values, path.parent)
@@ -164,6 +165,12 @@ def inherited(given: str, window: int) -> dict[str, Any]:
 def _read_preset(name: str) -> dict[str, Any]:
     text = resources.files("lumina.config").joinpath(f"presets/{name}.yaml").read_text(encoding="utf-8")
     return parse_yaml(text, f"preset {name}")[0]
+
+
+def parse_settings(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """`parse_yaml`, with the settings under today's names."""
+    values, lines = parse_yaml(text, where)
+    return upgrade(values, where), {new_name(name): line for name, line in lines.items()}
 
 
 def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -206,16 +213,18 @@ def _check_key(name: str, where: str) -> None:
     raise UserError(f"{where}: unknown key `{name}`.{hint}")
 
 
-def _parse_set(pair: str) -> tuple[str, Any]:
+def _parse_set(pair: str) -> dict[str, Any]:
+    """The one setting of a --set pair."""
     name, equals, text = pair.partition("=")
     name = name.strip()
     if not equals:
         raise UserError(f"--set {pair}: expected key=value, such as --set learning_rate=3e-4")
-    _check_key(name, f"--set {pair}")
+    _check_key(new_name(name), f"--set {pair}")
     try:
-        return name, yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(f"--set {pair}: the value is not valid YAML") from None
+    return upgrade({name: value}, f"--set {pair}")
 
 
 def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:

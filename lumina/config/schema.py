@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from lumina.config.registry import FAMILIES, FORMATS, OBJECTIVES, SCHEDULES, TRACKERS
+from lumina.config.registry import FAMILIES, FORMATS, HEALTH_RULES, OBJECTIVES, SCHEDULES, TRACKERS
 
 # What the tokenizer needs: cl100k_base and the control tokens above it, padded to a multiple of 128. lumina.chat owns
 # the number; it is repeated here so that reading a configuration loads no tokenizer (a test holds the two together).
@@ -30,6 +30,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 FormatName = Annotated[str, AfterValidator(FORMATS.check)]
 ScheduleName = Annotated[str, AfterValidator(SCHEDULES.check)]
 ObjectiveName = Annotated[str, AfterValidator(OBJECTIVES.check)]
+RuleName = Annotated[str, AfterValidator(HEALTH_RULES.check)]
 TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
 
 
@@ -38,22 +39,25 @@ class _Strict(BaseModel):
 
 
 class RopeScaling(_Strict):
-    """Slower rotary angles, for windows longer than a model was first trained on. `linear` divides every frequency by
+    """Slower rotary angles, for contexts longer than a model was first trained on. `linear` divides every frequency by
     `factor` (arXiv:2306.15595); `llama3` only those that turn fewer than `low_freq_factor` times within
-    `original_window` tokens, none that turn more than `high_freq_factor` times, and those between in part (Llama 3.1).
+    `original_max_position_embeddings` tokens, none that turn more than `high_freq_factor` times, and those between in
+    part (Llama 3.1). The names are transformers'.
     """
 
     type: Literal["linear", "llama3"]
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     low_freq_factor: PositiveFloat | None = None
     high_freq_factor: PositiveFloat | None = None
-    original_window: PositiveInt | None = None
+    original_max_position_embeddings: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> RopeScaling:
         low, high = self.low_freq_factor, self.high_freq_factor
-        if self.type == "llama3" and (low is None or high is None or self.original_window is None or low >= high):
-            raise ValueError("llama3 needs original_window and low_freq_factor below high_freq_factor")
+        if self.type == "llama3" and (
+            low is None or high is None or self.original_max_position_embeddings is None or low >= high
+        ):
+            raise ValueError("llama3 needs original_max_position_embeddings and low_freq_factor below high_freq_factor")
         return self
 
 
@@ -242,7 +246,9 @@ class HealthConfig(_Strict):
 
     health_window: Annotated[int, Field(ge=8)] = 128  # steps in a baseline
     health_warmup: Annotated[int, Field(ge=4)] = 32  # values a baseline needs before anything is judged by it
-    health_off: list[str] = []  # rules that are not to be checked, by name
+    disabled_rules: list[RuleName] = []  # rules that are not to be checked, by name
+    # What rules of other packages are set to, by rule: {loss-above: {limit: 9.0}}.
+    rule_settings: dict[RuleName, dict[str, Any]] = {}
     # A loss this many robust standard deviations (1.4826 MAD, at least a tenth of the median) above its baseline.
     spike_deviations: PositiveFloat = 10.0
     grad_explosion_factor: Annotated[float, Field(gt=1)] = 10.0  # gradient norm over its median
@@ -260,12 +266,12 @@ class HealthConfig(_Strict):
     memory_growth: PositiveFloat = 0.25  # over the median after warm-up
     disk_free_checkpoints: NonNegativeFloat = 3.0  # free space below this many checkpoints
     gpu_temperature: PositiveFloat = 87.0  # degrees Celsius
-    # Answers.
-    answer_spike: Literal["skip", "warn"] = "skip"  # a spiking step's update is skipped, or only reported
+    # Recovery.
+    on_spike: Literal["skip", "warn"] = "skip"  # a spiking step's update is skipped, or only reported
     rollback_after: NonNegativeInt = 3  # skipped steps within health_check_interval that roll the run back; 0: never
     max_rollbacks: NonNegativeInt = 3  # then the run ends with a clear failure
-    answer_out_of_memory: bool = True  # halve the micro-batch, same global batch
-    answer_corrupt_sample: bool = True  # a sample that cannot be read becomes one of weight zero
+    on_oom: Literal["halve_micro_batch", "fail"] = "halve_micro_batch"  # at the same global batch
+    on_corrupt_sample: Literal["zero_weight", "fail"] = "zero_weight"  # of a sample that cannot be read
     emergency_checkpoint: bool = True  # saved when an exception ends the run and the state is sound
     emergency_seconds: PositiveFloat = 60.0  # how long it may take; the ranks have ten seconds of it to agree
 

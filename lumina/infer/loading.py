@@ -28,7 +28,7 @@ from lumina.checkpoint import (
     open_weights,
     read_trainer_state,
 )
-from lumina.config import ModelConfig, UserError, parse_yaml
+from lumina.config import ModelConfig, UserError, parse_settings
 from lumina.config import precision as precisions
 from lumina.infer.voice import Voice, voice_of
 from lumina.model import Transformer, keep_heap
@@ -102,7 +102,7 @@ def read_config(checkpoint: Path) -> ModelConfig:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}", "A checkpoint is used from inside its run's folder.") from None
-    values, _ = parse_yaml(text, str(path))
+    values, _ = parse_settings(text, str(path))
     try:
         return ModelConfig(**{name: value for name, value in values.items() if name in ModelConfig.model_fields})
     except ValidationError as error:

@@ -173,20 +173,21 @@ def _tables(cos_BSh: Tensor, sin_BSh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _slowed(frequency_h: Tensor, scaling: RopeScaling) -> Tensor:
-    """Frequencies for a longer window (see RopeScaling); operations in the order of Llama 3.1's own code, so that the
+    """Frequencies for a longer context (see RopeScaling); operations in the order of Llama 3.1's own code, so that the
     float32 results are its very bits."""
     slow_h = frequency_h / scaling.factor
     if scaling.type == "linear":
         return slow_h
-    low, high, window = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_window
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    original = scaling.original_max_position_embeddings
     assert low is not None
     assert high is not None
-    assert window is not None
+    assert original is not None
     length_h = 2 * math.pi / frequency_h  # tokens for a whole turn
-    kept_h = (window / length_h - low) / (high - low)
+    kept_h = (original / length_h - low) / (high - low)
     between_h = (1 - kept_h) * slow_h + kept_h * frequency_h
-    frequency_h = torch.where(length_h > window / high, between_h, frequency_h)
-    return torch.where(length_h > window / low, slow_h, frequency_h)
+    frequency_h = torch.where(length_h > original / high, between_h, frequency_h)
+    return torch.where(length_h > original / low, slow_h, frequency_h)
 
 
 def _rope_torch(x_BSnd: Tensor, rotary: Rotary) -> Tensor:

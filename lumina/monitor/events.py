@@ -18,14 +18,15 @@ from typing import Any, Literal
 
 log = logging.getLogger("lumina")
 
-# health: a rule that fired or cleared; answer: something done about it; save: checkpoints, backups; run: starts, ends
-Kind = Literal["health", "answer", "save", "run"]
+# health: a rule that fired or cleared; recovery: something done about it; save: checkpoints, backups; run: starts, ends
+Kind = Literal["health", "recovery", "save", "run"]
+RECOVERY = ("recovery", "answer")  # the kind of such an event now, and as version 0.1.0 wrote it
 Level = Literal["info", "warn", "crit"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """step: optimizer steps done when it happened; time: seconds since 1970; rule: the health rule or answer, by the
+    """step: optimizer steps done when it happened; time: seconds since 1970; rule: the health rule or recovery, by the
     name that docs/health.md gives it; reason: why, for people; action: what was done, empty for nothing; samples: the
     indices of the samples concerned, if any; values: figures that belong to it."""
 

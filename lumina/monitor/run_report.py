@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.config import UserError
+from lumina.monitor.events import RECOVERY
 from lumina.monitor.run_data import RunData, read, thinned
 from lumina.monitor.runs import span
 
@@ -201,11 +202,11 @@ def _families(
 
 
 def _marks(run: RunData) -> list[dict[str, Any]]:
-    """What is marked on the curves: warnings, answers, restarts; the gravest where they are too many."""
+    """What is marked on the curves: warnings, recoveries, restarts; the gravest where they are too many."""
     found = []
     for event in run.events:
         level = event.get("level", "info")
-        if level != "info" or event.get("kind") == "answer":
+        if level != "info" or event.get("kind") in RECOVERY:
             found.append({"step": event.get("step", 0), "level": level, "text": _told(event)[:300]})
     order = {"crit": 0, "warn": 1, "info": 2}
     found = sorted(found, key=lambda mark: order.get(mark["level"], 2))[:_MARKS]

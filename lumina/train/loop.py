@@ -147,7 +147,7 @@ def _accumulate(run: Run, data: StepData) -> tuple[torch.Tensor, str | None]:
             loss += run.engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
             batch.made = None  # its memory on the device, which a step's record would keep to the next update
     except torch.OutOfMemoryError as error:
-        if not run.config.answer_out_of_memory:
+        if run.config.on_oom == "fail":
             raise
         failure = str(error).splitlines()[0]
     if failure is None:
@@ -174,7 +174,7 @@ def _update(run: Run, data: StepData, limit: torch.Tensor) -> tuple[torch.Tensor
     try:
         norm, applied = run.engine.step(limit)
     except torch.OutOfMemoryError as error:
-        if not run.config.answer_out_of_memory:
+        if run.config.on_oom == "fail":
             raise
         failure = str(error).splitlines()[0]
     if failure is not None:  # here, where no traceback and no statistics hold the engine that is to be given up

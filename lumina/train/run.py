@@ -347,7 +347,7 @@ class Run:
             micro_batch_size=self.config.batch_size,
             start_step=self.progress.step,
             stop_step=self.total_steps,
-            replace_corrupt=self.config.answer_corrupt_sample,
+            replace_corrupt=self.config.on_corrupt_sample == "zero_weight",
             vocab_size=self.config.vocab_size,
             device=self.engine.device,
         )

@@ -266,7 +266,7 @@ class Saves:
         except Exception as error:  # what ended the run is what the user must hear of
             refusal = f"{type(error).__name__}: {error}"
         action = "" if refusal else f"emergency checkpoint of step {step}"
-        run.events.add(step, "answer", "crit", "exception", why, action or f"no emergency checkpoint: {refusal}")
+        run.events.add(step, "recovery", "crit", "exception", why, action or f"no emergency checkpoint: {refusal}")
         if run.ranks.main:
             log.error("step %d: %s; %s", step, why, action or f"no emergency checkpoint: {refusal}")
 

@@ -97,7 +97,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model_type": "mixtral"}, "model_type mixtral"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": ["llama"]}, "model_type"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs original_window"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs original_max_position_embeddings"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor: Input should be greater"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r'rope scaling {"type": "dynamic"'),

@@ -15,7 +15,13 @@ from lumina.model import Transformer, ops
 from lumina.train.deepspeed.optimizer import parameter_groups
 from tests.model.tiny_models import SHAPE, make_model, pack
 
-LLAMA_3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_window": 16}
+LLAMA_3 = {
+    "type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "tie_word_embeddings": False},
     "qwen3": {"family": "qwen3", "head_size": 20},
@@ -70,7 +76,7 @@ def test_gradients_are_transformers_own(family: str) -> None:
     name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[c.family]
     scaling = {} if c.rope_scaling is None else c.rope_scaling.model_dump()
     rope = {"rope_type": scaling.pop("type", "default"), "rope_theta": c.rope_theta, **scaling}
-    rope["original_max_position_embeddings"] = rope.pop("original_window", None)
+    rope.setdefault("original_max_position_embeddings", None)
     config = getattr(transformers, f"{name}Config")(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -128,9 +134,9 @@ def test_slowed_angles_are_transformers_bits(type: str) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    ours = {**LLAMA_3, "original_window": 8192} if type == "llama3" else {"type": type, "factor": 4.0}
+    ours = {**LLAMA_3, "original_max_position_embeddings": 8192} if type == "llama3" else {"type": type, "factor": 4.0}
     theirs = {"rope_type": type, "rope_theta": 500000.0, **{k: v for k, v in ours.items() if k != "type"}}
-    theirs["original_max_position_embeddings"] = theirs.pop("original_window", 8192)
+    theirs.setdefault("original_max_position_embeddings", 8192)
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=theirs)
     positions = torch.tensor([[0, 1, 4095, 100_000]])
     table = ops.Rotary.of(positions, 128, 500000.0, RopeScaling.model_validate(ours))
@@ -143,7 +149,7 @@ def test_slowed_angles_are_transformers_bits(type: str) -> None:
     ("changes", "reason"),
     [
         ({"head_size": 7}, "head_size is 7: rotary positions need an even head size"),
-        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "llama3 needs original_window"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "llama3 needs original_max_position_embeddings"),
         ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, "Input should be 'linear' or 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "greater than or equal to 1"),
         (

@@ -62,7 +62,7 @@ def record_run(
         {"step": steps // 4, "kind": "health", "level": "warn", "rule": "loss_spike", "reason": f"loss 50 {HOSTILE}"},
         {
             "step": steps // 4,
-            "kind": "answer",
+            "kind": "recovery",
             "level": "info",
             "rule": "loss_spike",
             "reason": "x",

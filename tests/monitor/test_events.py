@@ -13,13 +13,13 @@ from lumina.monitor.events import EventLog, read_events
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
-    log.add(7, "answer", "warn", "loss-spike", "20 times the median", "update skipped", samples=[3, 1], norm=math.inf)
+    log.add(7, "recovery", "warn", "loss-spike", "20 times the median", "update skipped", samples=[3, 1], norm=math.inf)
     EventLog(tmp_path / "events.jsonl").add(8, "run", "info", "start", "resumed")
     first, second = read_events(tmp_path / "events.jsonl")
     assert isinstance(first.pop("time"), float)
     assert first == {
         "step": 7,
-        "kind": "answer",
+        "kind": "recovery",
         "level": "warn",
         "rule": "loss-spike",
         "reason": "20 times the median",

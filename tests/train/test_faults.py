@@ -109,8 +109,8 @@ def test_bad_steps_are_skipped_and_repeated_ones_roll_back(
     job = runs.start(arguments(bad, conversations, stage=stage, **settings), world, partial(_spoil, **BAD))
     assert job.wait() == [0] * world, job.stderr()
 
-    assert [e["step"] for e in events(bad, kind="answer", rule="not-finite")] == [6]
-    spikes = events(bad, kind="answer", rule="loss-spike")
+    assert [e["step"] for e in events(bad, kind="recovery", rule="not-finite")] == [6]
+    spikes = events(bad, kind="recovery", rule="loss-spike")
     assert [e["step"] for e in spikes] == [8, 12, 13, 14]
     assert all(len(e["samples"]) == 4 and "skipped" in e["action"] for e in spikes)
     (back,) = [e for e in events(bad, rule="rollback") if e["level"] == "crit"]
@@ -444,7 +444,7 @@ def test_a_poisoned_sample(world: int, stage: int, runs: Runs, conversations: Pa
     argv = arguments(run, conversations, stage=stage, **{**SETTINGS, "max_steps": 40})
     job = runs.start(argv, world, partial(_poison, sample=5))
     assert job.wait() == [0] * world, job.stderr()
-    told = events(run, rule="corrupt-sample", kind="answer")
+    told = events(run, rule="corrupt-sample", kind="recovery")
     assert told
     assert all(e["samples"] == [5] for e in told)
     assert finite(final(run, 40))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from lumina.config import UserError
 from lumina.monitor.events import EventLog, read_events
 from lumina.train.health import Health, StepObservation
 from tests.train.tiny_engines import make_config
@@ -84,7 +83,7 @@ def test_what_others_report(tmp_path: Path) -> None:
 
 
 def test_a_rule_can_be_switched_off(tmp_path: Path) -> None:
-    health = make(tmp_path, health_off=["not-finite"])
+    health = make(tmp_path, disabled_rules=["not-finite"])
     assert see(health, 1, applied=False) == "OK"
-    with pytest.raises(UserError, match="no rule is called not-finit"):
-        make(tmp_path, health_off=["not-finit"])
+    with pytest.raises(ValueError, match=r"no such health rule: not-finit\. Did you mean not-finite\?"):
+        make(tmp_path, disabled_rules=["not-finit"])

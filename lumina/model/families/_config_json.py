@@ -94,7 +94,7 @@ def _rope(values: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
         ours |= {
             "low_freq_factor": scaling.get("low_freq_factor"),
             "high_freq_factor": scaling.get("high_freq_factor"),
-            "original_window": scaling.get(
+            "original_max_position_embeddings": scaling.get(
                 "original_max_position_embeddings",
                 values.get("original_max_position_embeddings", values["max_position_embeddings"]),
             ),
@@ -130,6 +130,6 @@ def _scaling_out(scaling: RopeScaling) -> dict[str, Any]:
         theirs |= {
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_window,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
         }
     return theirs

@@ -16,35 +16,37 @@ the current value is never part of its own baseline, and a refused step never en
 episode: told once in `train.log`, with its beginning and its end in `events.jsonl`, and shown in the console line until
 `health_check_interval` steps have passed without a sign of it (or at once, where its cause is plainly gone).
 
-`events.jsonl` in the run's folder has one JSON object per line: `step`, `time`, `kind` (`health`, `answer`, `save`,
+`events.jsonl` in the run's folder has one JSON object per line: `step`, `time`, `kind` (`health`, `recovery`, `save`,
 `run`), `level`, `rule`, `reason`, `action`, and where they apply `samples` and `values`.
 
 ## Rules
 
-Switch one off with `health_off: [NAME]`.
+Switch one off with `disabled_rules: [NAME]`. Another installed package adds one by an entry point of the group
+`lumina.health_rules`, a class derived from `lumina.train.health.Rule`; what `rule_settings: {NAME: {KEY: VALUE}}` gives
+goes to its constructor.
 
 | rule | raised when | settings |
 |---|---|---|
 """
 
-_ANSWERS = """
-## Answers
+_RECOVERY = """
+## Recovery
 
 - **A step that is not finite or spikes** is skipped on all ranks together: its loss and its gradient norm are held to
   limits known before it, the same on every rank, by the device itself inside the update. The samples of the whole
-  global batch go to `events.jsonl`. `answer_spike: warn` only reports spikes.
+  global batch go to `events.jsonl`. `on_spike: warn` only reports spikes.
 - **Repeated ones** (`rollback_after` within `health_check_interval` steps) bring the run back to the newest sound
   checkpoint from before the first of them; the run then goes past their samples. `max_rollbacks` bounds it, and then
   the run ends with a clear failure. What was gone past is kept in `answers.json`, so that a killed run comes to the
   same end. Checkpoints made amid the trouble lose their names.
-- **Out of memory** (`answer_out_of_memory`): memory is freed, the engine rebuilt with half the micro-batch and twice
+- **Out of memory** (`on_oom`): memory is freed, the engine rebuilt with half the micro-batch and twice
   the accumulation, and the step taken again: same global batch, same gradient. With several ranks that works when
   every rank runs out before a collective of that step has begun (never so under ZeRO-3, and not asked among more
   than 64 ranks); otherwise the run ends, and the next start takes the smaller micro-batch: by itself
   under `lumina launch`, else with `--resume auto`. A micro-batch of one sample that does not fit is a failure.
   Inside an update the same holds: the step is taken again where every rank runs out at the same place and has changed
   nothing yet, under every stage; otherwise the next start goes on from the last checkpoint.
-- **A sample that cannot be read** (`answer_corrupt_sample`) becomes one of weight zero and is counted; the step still
+- **A sample that cannot be read** (`on_corrupt_sample`) becomes one of weight zero and is counted; the step still
   divides by the token count that the index gives it.
 - **An exception** (`emergency_checkpoint`) saves the step before it ends the run, if no update was half made, the
   weights are finite, the step is not saved already, and every rank says within ten seconds that it stands there
@@ -136,7 +138,7 @@ def page() -> str:
     for group in (HealthConfig, SavingConfig):
         for name, field in group.model_fields.items():
             rows.append(f"| `{name}` | `{field.default!r}` | {comments[name]} |")
-    return _HEAD + "\n".join(lines) + "\n" + _ANSWERS + "\n".join(rows) + "\n"
+    return _HEAD + "\n".join(lines) + "\n" + _RECOVERY + "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":

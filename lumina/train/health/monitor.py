@@ -7,6 +7,7 @@ while it lasts, the console line says WARN(reason) or CRIT(reason), the gravest 
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -38,19 +39,17 @@ class _Episode:
 
 
 class Health:
-    """Asks the rules. Rank 0 has one that writes; the other ranks' event log has no file."""
+    """Asks the rules. Rank 0 has one that writes; the other ranks' event log has no file.
+
+    Raises:
+        UserError: another package's rule does not load, or does not take its rule_settings.
+    """
 
     def __init__(self, config: Config, events: EventLog) -> None:
-        names = HEALTH_RULES.names()
-        unknown = sorted(set(config.health_off) - set(names))
-        if unknown:
-            raise UserError(f"health_off: no rule is called {unknown[0]}", f"Rules: {', '.join(names)}.")
         self._events = events
         self._interval = config.health_check_interval
-        self._off = set(config.health_off)
-        self._rules: dict[str, Rule[Any]] = {
-            name: HEALTH_RULES.get(name)(config) for name in names if name not in self._off
-        }
+        self._disabled = set(config.disabled_rules)
+        self._rules = {name: _make(name, config) for name in HEALTH_RULES.names() if name not in self._disabled}
         self._open: dict[str, _Episode] = {}
         self._step = 0
         self._since_evaluation = RollingWindow(10_000)
@@ -93,7 +92,7 @@ class Health:
 
     def report(self, name: str, level: Level, reason: str, *, lasting: bool = False, **values: Any) -> None:
         """Something that no rule here watches. It lasts health_check_interval steps, or until `clear` if `lasting`."""
-        if name not in self._off:
+        if name not in self._disabled:
             self._note(name, level, reason, hold=True, **values)
             self._open[name].firing = lasting
 
@@ -124,3 +123,14 @@ class Health:
             return "OK"
         worst = max(self._open.values(), key=lambda e: (e.level == "crit", e.last, e.began))
         return f"{_WORD[worst.level]}({worst.reason})"
+
+
+def _make(name: str, config: Config) -> Rule[Any]:
+    kind, settings = HEALTH_RULES.get(name), config.rule_settings.get(name, {})
+    try:
+        inspect.signature(kind).bind(config, **settings)
+    except TypeError as error:
+        keys = f": it is set by {', '.join(kind.settings)}" if kind.settings else ""
+        raise UserError(f"rule_settings.{name}: {error}{keys}") from None
+    made: Rule[Any] = kind(config, **settings)
+    return made

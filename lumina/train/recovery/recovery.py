@@ -92,7 +92,7 @@ class Answers:
         run = self._run
         run.progress.step = data.step + 1
         run.events.add(
-            data.step + 1, "answer", "info", "rollback", "its samples brought the run back", "gone past", data.samples
+            data.step + 1, "recovery", "info", "rollback", "its samples brought the run back", "gone past", data.samples
         )
 
     # --- Skipped steps, and going back ---
@@ -101,7 +101,7 @@ class Answers:
         """The gradient norm above which a step of this loss is not applied: any norm, when the loss itself is bad.
         Both float64, 0-dimensional, on the device."""
         most, norm = math.inf, math.inf
-        if self._run.config.answer_spike != "warn":
+        if self._run.config.on_spike != "warn":
             most, norm = self._run.guard.loss_limit(), self._run.guard.norm_limit()
         bad = ~(torch.isfinite(loss) & (loss <= most))
         return torch.full_like(loss, norm).masked_fill_(bad, _NEVER)
@@ -125,7 +125,7 @@ class Answers:
             return
         rule, reason = verdict or (NOT_FINITE, f"loss {loss:.4g}, gradient norm {norm:.4g}")
         action = "reported only" if applied else "update skipped on all ranks"
-        run.events.add(step, "answer", "warn", rule, reason, action, data.samples, loss=loss, grad_norm=norm)
+        run.events.add(step, "recovery", "warn", rule, reason, action, data.samples, loss=loss, grad_norm=norm)
         # fp16 looks for its loss scale by gradients that are not finite; a loss that is not has another cause.
         if applied or (run.engine.fp16 and rule == NOT_FINITE and math.isfinite(loss)):
             return
@@ -150,7 +150,7 @@ class Answers:
         if self.memory.rollbacks >= config.max_rollbacks:
             if config.max_rollbacks == 0:
                 return
-            run.events.add(run.progress.step, "answer", "crit", "rollback", many, "the run ends: no rollback is left")
+            run.events.add(run.progress.step, "recovery", "crit", "rollback", many, "the run ends: no rollback is left")
             raise UserError(
                 f"step {run.progress.step}: {many}, after {self.memory.rollbacks} rollbacks",
                 "Lower learning_rate or look at the samples in events.jsonl; max_rollbacks allows more tries.",
@@ -159,7 +159,7 @@ class Answers:
         target = self._target(refused[0])
         if target is None:
             run.events.add(
-                run.progress.step, "answer", "warn", "rollback", many, "no earlier checkpoint: the run goes on"
+                run.progress.step, "recovery", "warn", "rollback", many, "no earlier checkpoint: the run goes on"
             )
             run.guard.forgive()
             return
@@ -179,7 +179,7 @@ class Answers:
         run.saves.rewound()
         run.events.add(
             at,
-            "answer",
+            "recovery",
             "crit",
             "rollback",
             many,
@@ -224,7 +224,7 @@ class Answers:
         reason = f"{len(samples)} sample(s) of step {data.step + 1} cannot be read ({self.corrupt} so far)"
         action = "replaced by samples of weight zero"
         self._run.events.add(
-            data.step + 1, "answer", "warn", "corrupt-sample", reason, action, samples, count=self.corrupt
+            data.step + 1, "recovery", "warn", "corrupt-sample", reason, action, samples, count=self.corrupt
         )
         self._run.health.report("corrupt-sample", "warn", reason)
 
@@ -250,7 +250,7 @@ class Answers:
         among many, for whom that is a store operation of every rank at every step: there memory that runs out ends the
         start, and the next one takes half."""
         run = self._run
-        return run.config.answer_out_of_memory and 1 < run.ranks.world <= _MANY and run.engine.stage < 3
+        return run.config.on_oom != "fail" and 1 < run.ranks.world <= _MANY and run.engine.stage < 3
 
     def tell(self, step: int, state: str) -> None:
         """Let the other ranks know, without a collective, how this rank came through the micro-batches of a step."""
@@ -330,7 +330,7 @@ class Answers:
         run.rebuild(half)
         run.events.add(
             step,
-            "answer",
+            "recovery",
             "warn",
             "out-of-memory",
             failure,

@@ -27,8 +27,8 @@ class Guard:
         self._warmup = min(config.health_warmup, config.health_window)
         self._deviations = config.spike_deviations
         self._factor = config.grad_explosion_factor
-        self._loss_on = LOSS_SPIKE not in config.health_off
-        self._norm_on = GRAD_EXPLOSION not in config.health_off
+        self._loss_on = LOSS_SPIKE not in config.disabled_rules
+        self._norm_on = GRAD_EXPLOSION not in config.disabled_rules
         self._period = config.health_check_interval
 
     def state(self) -> dict[str, Any]:

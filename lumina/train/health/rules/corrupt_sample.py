@@ -6,7 +6,7 @@ from lumina.train.health.rule import ReportedRule
 
 
 class CorruptSample(ReportedRule):
-    settings = ("answer_corrupt_sample",)
+    settings = ("on_corrupt_sample",)
 
 
 RULE = CorruptSample

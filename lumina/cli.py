@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from lumina.commands import COMMANDS, Arguments, Command, Parser
 
 
-def build_parser(chosen: str | None = None) -> tuple[Parser, dict[str, Parser]]:
-    """The whole parser, and the parser of each command. With `chosen`, only that command gets its options: help texts
-    that name a registry's things read the installed packages, which `lumina --help` does not wait for."""
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The whole parser, and the parser of each command."""
     from lumina import __version__
 
     parser = Parser(prog="lumina", description="Train conversational transformers with DeepSpeed, and talk to them.")
@@ -27,14 +26,13 @@ def build_parser(chosen: str | None = None) -> tuple[Parser, dict[str, Parser]]:
     for name, command in COMMANDS.items():
         text = command.run.__doc__
         each[name] = commands.add_parser(name, help=text, description=text)
-        if chosen in (None, name):
-            command.add_options(each[name])
+        command.add_options(each[name])
     return parser, each
 
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Parse, or exit 2 with a did-you-mean for an unknown command or option."""
-    parser, each = build_parser(argv[0] if argv else "")
+    parser, each = build_parser()
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         parser.error(f"no such command: {argv[0]}.{_hint(argv[0], COMMANDS)}")
     arguments, unknown = parser.parse_known_args(argv)

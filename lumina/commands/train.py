@@ -21,8 +21,6 @@ def train(arguments: Arguments) -> int:
 
 
 def train_options(parser: Parser) -> None:
-    from lumina.config import OBJECTIVES, SCHEDULES, TRACKERS
-
     config_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--experiment-name", metavar="NAME", help="the run's folder is OUTPUT_DIR/NAME (experiment)")
@@ -40,7 +38,7 @@ def train_options(parser: Parser) -> None:
         dest="trackers",
         action="append",
         metavar="NAME",
-        help=f"also send the curves to {TRACKERS.choices()}; may be given several times",
+        help="also send the curves there ({TRACKERS}); may be given several times",
     )
     run.add_argument("--profile", action="store_true", default=None, help="trace a few early steps (RUN/profile)")
     run.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
@@ -51,12 +49,12 @@ def train_options(parser: Parser) -> None:
     data_options(data)
 
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--objective", metavar="NAME", help=f"{OBJECTIVES.choices()} (sft)")
+    optim.add_argument("--objective", metavar="NAME", help="{OBJECTIVES} (sft)")
     optim.add_argument("--dpo-beta", type=float, metavar="B", help="how dear it is to leave the reference model (0.1)")
     optim.add_argument("--epochs", type=int, metavar="N", help="passes over the training data (10)")
     optim.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps, whatever the epochs say")
     optim.add_argument("--lr", dest="learning_rate", type=float, metavar="LR", help="peak learning rate (1e-4)")
-    optim.add_argument("--lr-scheduler", metavar="NAME", help=f"{SCHEDULES.choices()} (cosine)")
+    optim.add_argument("--lr-scheduler", metavar="NAME", help="{SCHEDULES} (cosine)")
     optim.add_argument("--batch-size", type=int, metavar="N", help="samples per device and micro-batch (2)")
     optim.add_argument(
         "--grad-accum", dest="gradient_accumulation_steps", type=int, metavar="N", help="micro-batches per step (4)"

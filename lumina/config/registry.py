@@ -74,11 +74,6 @@ class Registry:
                 f"Install {_package(point)} anew, or choose another {self.kind}.",
             ) from error
 
-    def choices(self) -> str:
-        """Every name, for help texts: "cosine, linear or onecycle"."""
-        *others, last = self.names()
-        return f"{', '.join(others)} or {last}" if others else last
-
     def summary(self, name: str) -> str:
         """The first line of the thing's file, for help texts and documents; of another package, its name."""
         if name in self.own():

@@ -89,7 +89,7 @@ setup(
             "infer/serve/assets/*",
             "model/*.c",
             "config/presets/*.yaml",
-            "plan/*.yaml",
+            "plan/costs/*.yaml",
         ]
     },
     install_requires=INSTALL_REQUIRES,

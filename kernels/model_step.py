@@ -143,8 +143,8 @@ class Trainer:
         """Model FLOPs of a step over the device's peak, None where no peak is known."""
         if not torch.cuda.is_available():
             return None
-        workload = importlib.import_module("lumina.plan.workload")
-        device = importlib.import_module("lumina.plan.devices").local_device()
+        workload = importlib.import_module("lumina.plan.costs.workload")
+        device = importlib.import_module("lumina.plan.costs.devices").local_device()
         peak = None if device is None else device.peak.get(self.precision)
         options, config = self.options, self.config
         shape = workload.Shape(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import sys
+
 from lumina.commands.common import Arguments, Command, Parser, between, json_option, load_config, print_json
 from lumina.commands.train import train_options
 
@@ -49,9 +53,25 @@ def check_environment(arguments: Arguments) -> int:
 
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is about the nodes of a hostfile", "Give --hostfile FILE, or leave it out.")
-    from lumina.plan import check_environment_command
+    return _check_this_machine(arguments.json)
 
-    return check_environment_command(json=arguments.json)
+
+def _check_this_machine(as_json: bool) -> int:
+    """Print what was found; 0 when nothing FAILs, else 1."""
+    from lumina.plan import check_all
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints while it is imported
+        results = check_all()
+    failed = sum(result.level == "FAIL" for result in results)
+    if as_json:
+        print_json({"ok": not failed, "findings": [result._asdict() for result in results]})
+        return 1 if failed else 0
+    for result in results:
+        remedy = f"  -> {result.remedy}" if result.remedy else ""
+        print(f"{result.level:4}  {result.name:22} {result.detail}{remedy}")
+    warned = sum(result.level == "WARN" for result in results)
+    print(f"\n{len(results)} checks: {failed} failed, {warned} warnings")
+    return 1 if failed else 0
 
 
 def _check_environment_options(parser: Parser) -> None:
@@ -64,31 +84,62 @@ def _check_environment_options(parser: Parser) -> None:
 
 def estimate_time(arguments: Arguments) -> int:
     """Estimate memory, time and cost of a run before paying for it."""
-    from lumina.plan import estimate_time_command
+    from lumina.plan import print_estimate
 
-    return estimate_time_command(load_config(arguments), arguments)
+    return print_estimate(load_config(arguments), arguments)
 
 
 def _estimate_time_options(parser: Parser) -> None:
-    from lumina.plan.options import add_estimate_options
-
     train_options(parser)
-    add_estimate_options(parser)
+    _cluster_options(parser)
     json_option(parser)
+
+
+def _cluster_options(parser: Parser) -> None:
+    """The cluster, the price, and what the data is like where no file says so."""
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument("--nodes", type=_positive, default=1, metavar="N", help="machines (1)")
+    cluster.add_argument("--gpus-per-node", type=_positive, default=1, metavar="M", help="GPUs in each (1)")
+    cluster.add_argument("--gpu", metavar="NAME", help="such as a100-80gb or h100; without it, the one in this machine")
+    cluster.add_argument(
+        "--host-us",
+        type=_positive,
+        nargs=2,
+        metavar=("F", "B"),
+        help="host time of one layer, forward and backward, in us (benchmarks/host_time.py)",
+    )
+    cluster.add_argument("--zero", type=int, choices=[0, 1, 2, 3], help="ZeRO stage, where no --ds_config says it")
+    cluster.add_argument("--price", type=float, metavar="USD", help="of one GPU-hour")
+    cluster.add_argument("--measure", action="store_true", help="time a few real steps on this machine")
+
+    data = parser.add_argument_group("data, where no --train-data is given")
+    data.add_argument("--tokens", type=float, metavar="N", help="tokens in the training data (20 per parameter)")
+    data.add_argument("--document-tokens", type=_positive, metavar="N", help="tokens of a conversation (the context)")
+    data.add_argument("--supervised", type=float, default=1.0, metavar="SHARE", help="share of tokens learnt from (1)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
 
 
 def plan(arguments: Arguments) -> int:
     """Find the fastest way to train on a cluster that fits, and write the files to start it."""
-    from lumina.plan import plan_command
+    from lumina.plan import print_plan
 
-    return plan_command(load_config(arguments), arguments)
+    return print_plan(load_config(arguments), arguments)
 
 
 def _plan_options(parser: Parser) -> None:
-    from lumina.plan.options import add_plan_options
-
     _estimate_time_options(parser)
-    add_plan_options(parser)
+    parser.add_argument(
+        "--quantized-weights",
+        action="store_true",
+        help="also try ZeRO 3 with weights gathered as 8-bit integers, which rounds them in every pass",
+    )
+    parser.add_argument("--write", metavar="DIR", help="write config.yaml, ds_config.json, hostfile and train.sbatch")
 
 
 COMMANDS: dict[str, Command] = {

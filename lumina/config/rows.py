@@ -19,7 +19,8 @@ def round_up(rows: int) -> int:
 CHUNK_BYTES = 256 * 2**20
 
 # FLOPs of half-precision products in the time of one byte through a GPU's memory, both as reached, not as published:
-# A100 131 to 172, H200 138, H100 198, B200 205, H100-PCIe 253, L40S 281 by the shares in lumina/plan/devices.yaml.
+# A100 131 to 172, H200 138, H100 198, B200 205, H100-PCIe 253, L40S 281 by the shares in
+# lumina/plan/costs/devices.yaml.
 _FLOPS_PER_BYTE = 300
 _TRAFFIC = 0.05  # of the products' time, at most, for the float32 weight gradient's way through memory
 _SHARE = 1 / 32  # of the device's memory, at most

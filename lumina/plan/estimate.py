@@ -8,12 +8,11 @@ from typing import Any
 
 from lumina.config import Config, UserError
 from lumina.config.deepspeed import resolve
-from lumina.plan.devices import Cluster
-from lumina.plan.memory import Buffers, Memory, peak_memory
-from lumina.plan.shape import Data, shape_of
-from lumina.plan.speed import Speed, predict
+from lumina.plan.costs.devices import Cluster
+from lumina.plan.costs.memory import PeakMemory, peak_memory
+from lumina.plan.costs.setup import Buffers, Data, Setup, read_setup
+from lumina.plan.costs.speed import Speed, predict
 from lumina.plan.stage import default_document
-from lumina.plan.workload import Shape
 
 # Tokens per parameter where more parameters and more data are worth the same (Chinchilla, arXiv:2203.15556, table 3).
 TOKENS_PER_PARAMETER = 20
@@ -24,8 +23,8 @@ class Estimate:
     """Everything that is said about one run on one cluster."""
 
     cluster: Cluster
-    shape: Shape
-    memory: Memory
+    setup: Setup
+    memory: PeakMemory
     speed: Speed
     global_batch: int
     steps: int
@@ -84,20 +83,20 @@ def estimate_run(config: Config, cluster: Cluster, data: Data, document: dict[st
     if document is None:
         document = default_document(config, cluster.world_size, cluster.device.memory, bf16_supported=has_bf16)
     resolved = resolve(config, cluster.world_size, "cuda", bf16_supported=has_bf16, document=document)
-    shape, buffers = shape_of(resolved.config, resolved.json, cluster.world_size, data)
+    setup, buffers = read_setup(resolved.config, resolved.json, cluster.world_size, data)
     global_batch = resolved.config.global_batch_size
     assert global_batch is not None
-    return estimate_shape(resolved.config, shape, buffers, cluster, data, global_batch)
+    return estimate_setup(resolved.config, setup, buffers, cluster, data, global_batch)
 
 
-def estimate_shape(
-    config: Config, shape: Shape, buffers: Buffers, cluster: Cluster, data: Data, global_batch: int
+def estimate_setup(
+    config: Config, setup: Setup, buffers: Buffers, cluster: Cluster, data: Data, global_batch: int
 ) -> Estimate:
-    """The same for a shape that was chosen, not read from a configuration."""
-    speed = predict(config, shape, cluster)
+    """The same for a setup that was chosen, not read from a configuration."""
+    speed = predict(config, setup, cluster)
     steps = total_steps(config, data, global_batch)
-    memory = peak_memory(config, shape, buffers, cluster.device.memory)
-    return Estimate(cluster, shape, memory, speed, global_batch, steps, steps * speed.step)
+    memory = peak_memory(config, setup, buffers, cluster.device.memory)
+    return Estimate(cluster, setup, memory, speed, global_batch, steps, steps * speed.step)
 
 
 def total_steps(config: Config, data: Data, global_batch: int) -> int:

@@ -1,7 +1,7 @@
 """The README's table of what the presets take on GPUs: `python -m lumina.plan.presets`.
 
 Each preset sees 20 tokens per parameter once (arXiv:2203.15556), all of them learned from, documents as long as its
-window, in steps of half a million tokens, by the fastest way that fits (lumina.plan.search).
+context, in steps of half a million tokens, by the fastest way that fits (lumina.plan.search).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lumina.config import Config, load
 from lumina.config.deepspeed import resolve
-from lumina.plan.devices import Cluster, find_device
+from lumina.plan.costs.devices import Cluster, find_device
 from lumina.plan.estimate import assumed_data, total_steps
 from lumina.plan.search import Candidate, candidates, choose
 
@@ -56,13 +56,13 @@ def mfu_table() -> Iterator[str]:
                 if best is None:
                     yield f"{start} does not fit | | | | |"
                     continue
-                speed, shape = best.speed, best.shape
+                speed, setup = best.speed, best.setup
                 aim = f"{AIM[gpu]:.0%}" if 0.35e9 < config.num_parameters() < 3.5e9 else ""
                 by = "host" if speed.host_bound else "device"
-                every = f", every {shape.checkpoint_every}. layer recomputed" if shape.checkpoint_every else ""
+                every = f", every {setup.checkpoint_every}. layer recomputed" if setup.checkpoint_every else ""
                 yield (
-                    f"{start} {best.rate / each:,.0f} | {speed.mfu:.1%} | {aim} | {by} | {best.family}, micro-batch "
-                    f"{shape.micro_batch} x {shape.accumulation}{every} |"
+                    f"{start} {best.rate / each:,.0f} | {speed.mfu:.1%} | {aim} | {by} | {best.strategy}, micro-batch "
+                    f"{setup.micro_batch} x {setup.accumulation}{every} |"
                 )
 
 

@@ -3,8 +3,8 @@
 The matrix-product shares of devices.yaml come from llm-foundry's single-node rows; here stand multi-node rows of it,
 from 125M to 70B and with the two worst of all 67 among them (70B on 64 and 1B on 32 A100 40 GB), and other trainers.
 What differs from Lumina is said per trainer, not per run: how many times more bytes its element-wise code moves
-(eager code runs norm, activation and residual as separate passes: 2.8, a round number within what the same single-
-node fits gave; compiled code as fused as ours: 1), and what its attention kernel reaches (llm-foundry used
+(eager code runs norm, activation and residual as separate passes: 2.8, a round number within what the same
+single-node fits gave; compiled code as fused as ours: 1), and what its attention kernel reaches (llm-foundry used
 FlashAttention 1 in Triton: 0.31 of an A100's peak and 0.18 of an H100's, from the same fits).
 """
 
@@ -14,13 +14,13 @@ import statistics
 from dataclasses import dataclass
 
 from lumina.config import ModelConfig, load
-from lumina.plan.devices import Cluster, find_device
+from lumina.plan.costs.devices import Cluster, find_device
+from lumina.plan.costs.launches import BACKWARD, FORWARD, LaunchCost
+from lumina.plan.costs.memory import CONTEXT, FRAGMENTATION
+from lumina.plan.costs.setup import Setup
+from lumina.plan.costs.speed import predict
 from lumina.plan.estimate import assumed_data, estimate_run
-from lumina.plan.launches import BACKWARD, FORWARD, Host
-from lumina.plan.memory import CONTEXT, FRAGMENTATION
 from lumina.plan.presets import PRESETS, mfu_table
-from lumina.plan.speed import predict
-from lumina.plan.workload import Shape
 
 LLM_FOUNDRY = "llm-foundry, scripts/train/benchmarking/README.md at 8c8dd48"
 TORCHTITAN = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md at b5bcd76 (500 W boards)"
@@ -30,14 +30,14 @@ EAGER, COMPILED = 2.8, 1.0
 FLASH_1 = {"a100-40gb": 0.31, "a100-80gb": 0.31, "h100": 0.18}
 
 
-def _mpt(hidden: int, layers: int, heads: int, window: int = 2048) -> ModelConfig:
+def _mpt(hidden: int, layers: int, heads: int, seq_length: int = 2048) -> ModelConfig:
     """An MPT model: multi-head, a 4x feed-forward of two matrices (as many elements as 8/3 with three)."""
     return ModelConfig(
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=heads,
-        seq_length=window,
+        seq_length=seq_length,
         vocab_size=50368,
         intermediate_size=8 * hidden // 3,
     )
@@ -70,7 +70,7 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class Case:
+class PublishedRun:
     """A published run. rate: tokens/s of one GPU. recompute: every nth layer; torchtitan's selective recomputation,
     which saves every other matrix product, counts as every second layer."""
 
@@ -81,18 +81,19 @@ class Case:
     recompute: int
     rate: float
     source: str
-    passes: float
+    elementwise_factor: float
     stage: int = 3
     accumulation: int = 1
 
     def predicted(self) -> float:
         """Tokens/s of one GPU as `predict` has it."""
         cluster = Cluster(find_device(self.device), self.gpus // 8, 8)
-        shape = Shape(
+        setup = Setup(
             self.micro_batch, self.accumulation, self.gpus, "bf16", self.stage, checkpoint_every=self.recompute
         )
         attention = FLASH_1[self.device] if self.source == LLM_FOUNDRY else None
-        speed = predict(MODELS[self.model], shape, cluster, passes=self.passes, attention=attention)
+        factor = self.elementwise_factor
+        speed = predict(MODELS[self.model], setup, cluster, elementwise_factor=factor, attention=attention)
         return speed.tokens_per_second / self.gpus
 
     @property
@@ -110,11 +111,11 @@ def _foundry(
     rate: float,
     stage: int = 3,
     accumulation: int = 1,
-) -> Case:
-    return Case(model, device, gpus, micro_batch, recompute, rate, LLM_FOUNDRY, EAGER, stage, accumulation)
+) -> PublishedRun:
+    return PublishedRun(model, device, gpus, micro_batch, recompute, rate, LLM_FOUNDRY, EAGER, stage, accumulation)
 
 
-CASES = (
+RUNS = (
     _foundry("MPT 125M", "a100-40gb", 128, 26, 0, 123936),
     _foundry("MPT 1B", "a100-40gb", 64, 10, 0, 19001),
     _foundry("MPT 1B", "a100-40gb", 32, 10, 0, 15555),
@@ -131,17 +132,17 @@ CASES = (
     _foundry("MPT 13B", "h100", 512, 16, 1, 4952),
     _foundry("MPT 30B", "h100", 16, 10, 1, 2263, accumulation=3),
     _foundry("MPT 70B", "h100", 128, 8, 1, 1058),
-    Case("Llama 3 8B", "a100-80gb", 64, 1, 2, 2973, TORCHTITAN_A100, EAGER),
-    Case("Llama 3 70B", "a100-80gb", 64, 1, 1, 331, TORCHTITAN_A100, EAGER),
-    Case("Llama 3 8B", "h100", 8, 2, 2, 5762, TORCHTITAN, EAGER),
-    Case("Llama 3 8B", "h100", 8, 2, 2, 6667, TORCHTITAN, COMPILED),
-    Case("Llama 3 8B", "h100", 128, 2, 2, 6514, TORCHTITAN, COMPILED),
+    PublishedRun("Llama 3 8B", "a100-80gb", 64, 1, 2, 2973, TORCHTITAN_A100, EAGER),
+    PublishedRun("Llama 3 70B", "a100-80gb", 64, 1, 1, 331, TORCHTITAN_A100, EAGER),
+    PublishedRun("Llama 3 8B", "h100", 8, 2, 2, 5762, TORCHTITAN, EAGER),
+    PublishedRun("Llama 3 8B", "h100", 8, 2, 2, 6667, TORCHTITAN, COMPILED),
+    PublishedRun("Llama 3 8B", "h100", 128, 2, 2, 6514, TORCHTITAN, COMPILED),
 )
 
 
 def median_error() -> float:
     """The median of the absolute errors over all cases."""
-    return statistics.median(abs(case.error) for case in CASES)
+    return statistics.median(abs(run.error) for run in RUNS)
 
 
 def table() -> str:
@@ -151,13 +152,13 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     kinds = {0: "no", 1: "every layer", 2: "half"}
-    for case in CASES:
-        code = "compiled" if case.passes == COMPILED else "eager"
+    for run in RUNS:
+        code = "compiled" if run.elementwise_factor == COMPILED else "eager"
         lines.append(
-            f"| {case.model} | {case.gpus} {case.device} | {kinds[case.recompute]} | {case.rate:,.0f} | "
-            f"{case.predicted():,.0f} | {case.error:+.1%} | {case.source}, {code} |"
+            f"| {run.model} | {run.gpus} {run.device} | {kinds[run.recompute]} | {run.rate:,.0f} | "
+            f"{run.predicted():,.0f} | {run.error:+.1%} | {run.source}, {code} |"
         )
-    lines += ["", f"Median absolute error over {len(CASES)} runs: {median_error():.1%}."]
+    lines += ["", f"Median absolute error over {len(RUNS)} runs: {median_error():.1%}."]
     return "\n".join(lines)
 
 
@@ -177,7 +178,7 @@ def presets_table() -> str:
                 if not run.fits:
                     hours = "does not fit"
                 lines.append(
-                    f"| {preset} | {run.cluster} | {run.shape.stage} | {run.memory.device / 1e9:.1f} GB | "
+                    f"| {preset} | {run.cluster} | {run.setup.stage} | {run.memory.device / 1e9:.1f} GB | "
                     f"{run.speed.tokens_per_second:,.0f} | {run.speed.mfu:.0%} | {hours} |"
                 )
     return "\n".join(lines)
@@ -214,7 +215,7 @@ host is in it, no hook of DeepSpeed's, and nothing that `--compile` saves. It mo
 their models and micro-batches are large. Small models at small micro-batches wait for the host: `debug` as it stands on
 one H100 is predicted at {share:.0%} of what the card alone would do.
 
-Predicted, not measured: no step of Lumina has run on these cards yet. By the fastest settings that fit, with windows
+Predicted, not measured: no step of Lumina has run on these cards yet. By the fastest settings that fit, with contexts
 full of supervised tokens and half a million tokens a step. The aim is what published trainers suggest is possible
 (51.6% to 64.2% on 8 A100, 41.8% to 46.4% on 8 H100: llm-foundry); on the H100 the prediction stays below it, because
 the share of peak that matrix products reach ({hopper:.0%}) was fitted to those very runs.
@@ -224,7 +225,7 @@ the share of peak that matrix products reach ({hopper:.0%}) was fitted to those 
 ## Time measured on the machine at hand
 
 `lumina estimate-time --measure` against 200 steps after it, as `python benchmarks/measure.py FILE` printed it in 80
-minutes. Two cores of an AMD EPYC without AVX-512, float32, 1,024 tokens a process and step in windows of the preset's
+minutes. Two cores of an AMD EPYC without AVX-512, float32, 1,024 tokens a process and step in contexts of the preset's
 own length, FILE of chitchat-dataset. The aim is 10%. The tenths are the fastest and the slowest tenth of the run's
 steps against its mean:
 
@@ -242,7 +243,7 @@ Largest error 6.2%. After it, with `--presets nano`, and largest error 6.3%:
 | 1 | nano | 1 | 279 s | 297 s | -6.3% | -9% to +9% |
 | 1 | nano | 2 | 621 s | 621 s | -0.1% | -10% to +8% |
 
-Shorter runs are predicted less well here: with two minutes of measuring and windows of 256 tokens, one a process and
+Shorter runs are predicted less well here: with two minutes of measuring and contexts of 256 tokens, one a process and
 step (`python benchmarks/measure.py FILE --seq-length 256` at commit f673ccc), thirteen of fifteen predictions were
 within 10%. The other two, +12.4% and -11.9%, were of nano on one process, whose 200 steps then took 79 s to 107 s. As
 the tenths show, the speed moves by as much within a run, and a short one has less time to average that out.
@@ -257,10 +258,12 @@ As their settings stand. The README's table is of the fastest settings that fit 
 
 def document() -> str:
     """All of docs/plan.md."""
-    host, config = Host(), load("debug")
+    cost, config = LaunchCost(), load("debug")
     rates = [
-        estimate_run(config, Cluster(find_device("h100"), host=each), assumed_data(config, None, None, 1.0)).speed
-        for each in (host, Host(0.0, 0.0))
+        estimate_run(
+            config, Cluster(find_device("h100"), launch_cost=each), assumed_data(config, None, None, 1.0)
+        ).speed
+        for each in (cost, LaunchCost(0.0, 0.0))
     ]
     return DOCUMENT.format(
         context=CONTEXT / 1e9,
@@ -269,8 +272,8 @@ def document() -> str:
         presets=presets_table(),
         forward=FORWARD,
         backward=BACKWARD,
-        forward_us=host.forward * 1e6,
-        backward_us=host.backward * 1e6,
+        forward_us=cost.forward * 1e6,
+        backward_us=cost.backward * 1e6,
         share=rates[0].tokens_per_second / rates[1].tokens_per_second,
         hopper=find_device("h100").matmul,
         mfu="\n".join(mfu_table()),

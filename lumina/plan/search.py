@@ -13,39 +13,38 @@ from dataclasses import dataclass
 
 from lumina.config import Config
 from lumina.config.deepspeed import zero_sizes
-from lumina.plan.devices import Cluster
-from lumina.plan.memory import Buffers, Memory, peak_memory
-from lumina.plan.shape import Data
-from lumina.plan.speed import Speed, predict
-from lumina.plan.workload import Shape
+from lumina.plan.costs.devices import Cluster
+from lumina.plan.costs.memory import PeakMemory, peak_memory
+from lumina.plan.costs.setup import Buffers, Data, Setup
+from lumina.plan.costs.speed import Speed, predict
+from lumina.plan.stage import ROOMY
 
 RECOMPUTE = (0, 4, 2, 1)  # every nth layer; 0: none
 NOISE = 0.02
-ROOMY = 0.9  # of the device's memory
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One way, and what it would need and do. rate: useful tokens/s of the whole cluster."""
 
-    shape: Shape
-    memory: Memory
+    setup: Setup
+    memory: PeakMemory
     speed: Speed
     rate: float
     fits: bool
 
     @property
-    def family(self) -> str:
+    def strategy(self) -> str:
         """Stage and offload, the choice that the answer explains."""
-        eighth = ", gathers of 8 bits" if self.shape.quantized_weights else ""
-        if self.shape.hpz:
-            return f"ZeRO {self.shape.stage}, hpZ within each node{eighth}"
+        eighth = ", gathers of 8 bits" if self.setup.quantized_weights else ""
+        if self.setup.hpz:
+            return f"ZeRO {self.setup.stage}, hpZ within each node{eighth}"
         if eighth:
-            return f"ZeRO {self.shape.stage}{eighth}"
-        if not self.shape.offload_optimizer:
-            return f"ZeRO {self.shape.stage}"
-        what = "optimizer and weights" if self.shape.offload_params else "optimizer"
-        return f"ZeRO {self.shape.stage}, {what} on the host"
+            return f"ZeRO {self.setup.stage}{eighth}"
+        if not self.setup.offload_optimizer:
+            return f"ZeRO {self.setup.stage}"
+        what = "optimizer and weights" if self.setup.offload_params else "optimizer"
+        return f"ZeRO {self.setup.stage}, {what} on the host"
 
 
 def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
@@ -56,17 +55,17 @@ def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
     fastest = max(candidate.rate for candidate in fitting)
 
     def preference(candidate: Candidate) -> tuple[int, bool, int, bool, bool, int, bool, int]:
-        shape, roomy = candidate.shape, candidate.memory.device <= ROOMY * cluster.device.memory
-        recomputed = 0 if not shape.checkpoint_every else 100 // shape.checkpoint_every
+        setup, roomy = candidate.setup, candidate.memory.device <= ROOMY * cluster.device.memory
+        recomputed = 0 if not setup.checkpoint_every else 100 // setup.checkpoint_every
         return (
-            shape.stage,
-            shape.quantized_weights,
-            shape.hpz,
-            shape.offload_optimizer,
-            shape.offload_params,
+            setup.stage,
+            setup.quantized_weights,
+            setup.hpz,
+            setup.offload_optimizer,
+            setup.offload_params,
             recomputed,
             not roomy,
-            -shape.micro_batch,
+            -setup.micro_batch,
         )
 
     return min((candidate for candidate in fitting if candidate.rate >= (1 - NOISE) * fastest), key=preference)
@@ -101,7 +100,7 @@ def candidates(
         for micro in _powers_of_two(per_rank):
             steps = -(-per_rank // micro)
             for every in RECOMPUTE:
-                shape = Shape(
+                setup = Setup(
                     micro_batch=micro,
                     accumulation=steps,
                     world=cluster.world_size,
@@ -118,11 +117,11 @@ def candidates(
                     quantized_weights=eighth,
                     reuse=buffers.live if stage == 3 else 0,  # the two are equal, see zero_sizes
                 )
-                memory = peak_memory(config, shape, buffers, cluster.device.memory)
-                speed = predict(config, shape, cluster)
+                memory = peak_memory(config, setup, buffers, cluster.device.memory)
+                speed = predict(config, setup, cluster)
                 useful = global_batch / (micro * steps * cluster.world_size)
                 fits = memory.device <= cluster.device.memory
-                found.append(Candidate(shape, memory, speed, speed.tokens_per_second * useful, fits))
+                found.append(Candidate(setup, memory, speed, speed.tokens_per_second * useful, fits))
     return sorted(found, key=lambda candidate: -candidate.rate)
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from lumina.config import Config, UserError
 from lumina.config.deepspeed import default_json, resolve
-from lumina.plan.devices import find_device
-from lumina.plan.memory import peak_memory
-from lumina.plan.shape import Data, shape_of
+from lumina.plan.costs.devices import find_device
+from lumina.plan.costs.memory import peak_memory
+from lumina.plan.costs.setup import Data, read_setup
 
 ROOMY = 0.9  # of the device's memory: the estimate of activations is the model's, not the allocator's
-_FULL = Data(0.0, None, 1.0, 1.0, "windows full of supervised tokens: the most that a batch can take")
+_FULL = Data(0.0, None, 1.0, 1.0, "samples full of supervised tokens: the most that a batch can take")
 
 
 def default_document(config: Config, world: int, memory: float | None, *, bf16_supported: bool | None = None) -> Any:
@@ -32,9 +32,9 @@ def default_document(config: Config, world: int, memory: float | None, *, bf16_s
     if config.ds_config is not None or world == 1 or memory is None or config.lora_rank:
         return None  # adapters: the memory model counts gradients and moments of every weight
     resolved = resolve(config, world, "cuda", bf16_supported=bf16_supported, document=default_json(world, 3))
-    shape, buffers = shape_of(resolved.config, resolved.json, world, _FULL)
+    setup, buffers = read_setup(resolved.config, resolved.json, world, _FULL)
     for stage in (1, 2):
-        if peak_memory(config, replace(shape, stage=stage), buffers, memory).device <= ROOMY * memory:
+        if peak_memory(config, replace(setup, stage=stage), buffers, memory).device <= ROOMY * memory:
             return default_json(world, stage)
     return default_json(world, 3)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lumina.kernels import bench, cases, model_step, output_layer, peers, reference
 
-SMALL = cases.Shape("tiny", 64, 96, 4, 2, 16, 200, tokens=20, sequence=10)
+SMALL = cases.Setup("tiny", 64, 96, 4, 2, 16, 200, tokens=20, sequence=10)
 
 
 def test_without_a_gpu_it_prints_the_static_table_and_says_so(tmp_path: Path) -> None:
@@ -162,7 +162,9 @@ def test_training_steps_through_the_engine(capsys: pytest.CaptureFixture[str], m
 
     # On a card whose peak is known the same counts make its MFU: 3 x forward, over seconds and peak.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("lumina.plan.devices.local_device", lambda: SimpleNamespace(peak={trainer.precision: 1e12}))
+    monkeypatch.setattr(
+        "lumina.plan.costs.devices.local_device", lambda: SimpleNamespace(peak={trainer.precision: 1e12})
+    )
     layer = 64 * 32 * (2 * 2 + 2 * 1) + 3 * 64 * 192
     forward = 2 * layer + 4 * 2 * 32 * (16 + 1) / 2 + 2 * 64 * 128
     assert trainer.mfu(1e-3) == pytest.approx(3 * forward * 64 / 1e-3 / 1e12)

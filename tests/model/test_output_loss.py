@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lumina.config import ROW_TILE, load, output_chunk_bytes
 from lumina.model import loss as room
 from lumina.model.loss import output_loss
-from lumina.plan.devices import find_device
-from lumina.plan.memory import peak_memory
-from lumina.plan.speed import STREAM
-from lumina.plan.workload import Shape
+from lumina.plan.costs.devices import find_device
+from lumina.plan.costs.memory import peak_memory
+from lumina.plan.costs.setup import Setup
+from lumina.plan.costs.speed import STREAM
 from tests.model.tiny_models import check_errors, make_model, pack, run
 
 
@@ -351,7 +351,7 @@ def test_the_weight_gradients_traffic_is_a_twentieth_of_the_products_time(
     assert chunk <= device.memory / 32
     assert rows % ROW_TILE == 0
     # And the plan counts the same chunk.
-    shape = Shape(64, 1, 1, "bf16")
+    shape = Setup(64, 1, 1, "bf16")
     logits = output_chunk_bytes(config.vocab_size, element, device.memory)
     assert logits == chunk
     with_chunk, without = (

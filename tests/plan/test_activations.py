@@ -1,6 +1,6 @@
 """The activation model against what autograd keeps for the real model, built of fake tensors: no memory, no GPU.
 
-The Triton path's operators run as on a GPU, by their shape functions; attention stands for the variable-length kernels,
+The Triton path's operators run as on a GPU, by their setup functions; attention stands for the variable-length kernels,
 which keep q, k, v, their result and a float32 log-sum per head and position (flash_attn_varlen_func's own backward).
 """
 
@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lumina.config import load
 from lumina.model import Transformer, ops, transformer
-from lumina.plan.memory import activation_bytes_per_token
-from lumina.plan.workload import Shape
+from lumina.plan.costs.memory import activation_bytes_per_token
+from lumina.plan.costs.setup import Setup
 
 
 class VariableLengthAttention(torch.autograd.Function):
@@ -77,9 +77,9 @@ def test_activations(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(ids, ids)
     measured = sum(size for size, _ in kept.values())
-    shape = Shape(1, 1, 1, "bf16", checkpoint_every=checkpoint_every)
+    setup = Setup(1, 1, 1, "bf16", checkpoint_every=checkpoint_every)
     # Beside the layers: the last norm's input and result, the ids, and the rotary tables (which a recomputed layer
     # finds in its closure, unseen by the hooks).
     rest = 4 * config.hidden_size + 4 + 8 + (4 * config.head_dim if checkpoint_every != 1 else 0)
-    predicted = tokens * (activation_bytes_per_token(config, shape) + rest)
+    predicted = tokens * (activation_bytes_per_token(config, setup) + rest)
     assert predicted == pytest.approx(measured, rel=0.01)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from lumina.plan import check_environment_command, environment
-from lumina.plan.environment import Finding, check_all
+from lumina.cli import main
+from lumina.plan import environment
+from lumina.plan.environment import CheckResult, check_all
 
 
 def test_here_and_now() -> None:
@@ -19,8 +20,8 @@ def test_here_and_now() -> None:
 
 
 def test_a_check_that_breaks_is_a_failure() -> None:
-    def check_broken_thing() -> Iterator[Finding]:
-        yield Finding("OK", "first", "fine")
+    def check_broken_thing() -> Iterator[CheckResult]:
+        yield CheckResult("OK", "first", "fine")
         raise RuntimeError("driver on fire")
 
     first, second = check_all((check_broken_thing,))
@@ -56,16 +57,16 @@ def test_no_compiler_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("level", "code"), [("OK", 0), ("WARN", 0), ("FAIL", 1)])
 def test_exit_code_and_json(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: environment.Level, code: int
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: environment.Status, code: int
 ) -> None:
-    def check() -> Iterator[Finding]:
+    def check() -> Iterator[CheckResult]:
         print("noise from a library")
-        yield Finding(level, "thing", "as it is", "do this")
+        yield CheckResult(level, "thing", "as it is", "do this")
 
     monkeypatch.setattr(environment.check_all, "__defaults__", ((check,),))
-    assert check_environment_command(json=True) == code
+    assert main(["check-environment", "--json"]) == code
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"] is (code == 0)
     assert answer["findings"] == [{"level": level, "name": "thing", "detail": "as it is", "remedy": "do this"}]
-    assert check_environment_command() == code
+    assert main(["check-environment"]) == code
     assert f"{level:4}  thing" in capsys.readouterr().out

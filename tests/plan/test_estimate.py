@@ -12,12 +12,13 @@ import pytest
 
 from lumina import cli
 from lumina.config import UserError, load
-from lumina.plan.devices import Cluster, device_names, find_device
+from lumina.plan.costs.devices import Cluster, device_names, find_device
+from lumina.plan.costs.memory import states
+from lumina.plan.costs.setup import Setup
+from lumina.plan.costs.speed import link_rate, predict
+from lumina.plan.costs.workload import flops_per_token, traffic
 from lumina.plan.estimate import assumed_data, estimate_run
-from lumina.plan.memory import states
-from lumina.plan.published import CASES, document, median_error
-from lumina.plan.speed import link_rate, predict
-from lumina.plan.workload import Shape, flops_per_token, traffic
+from lumina.plan.published import RUNS, document, median_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def test_flops_are_what_pytorch_counts() -> None:
     with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
         patch.setattr(transformer, "attention", lambda q, k, v, docs: q)
         model(ids, ids)
-    ours = flops_per_token(config, Shape(1, 1, 1, "bf16"))
+    ours = flops_per_token(config, Setup(1, 1, 1, "bf16"))
     assert counter.get_total_flops() == tokens * (ours.layers + ours.output)
 
 
@@ -48,16 +49,16 @@ def test_attention_flops_by_hand() -> None:
     pairs = sum(position + 1 for position in range(length))  # keys that each query sees
     # Two products (scores, values) of 2 * head_dim FLOPs a pair and head.
     by_hand = config.num_layers * config.num_heads * pairs * 2 * (2 * config.head_dim)
-    ours = flops_per_token(config, Shape(1, 1, 1, "bf16", document_tokens=length)).attention
+    ours = flops_per_token(config, Setup(1, 1, 1, "bf16", document_tokens=length)).attention
     assert ours * length == by_hand
     # A document is never longer than the window.
-    longest = flops_per_token(config, Shape(1, 1, 1, "bf16", document_tokens=1e9)).attention
-    assert longest == flops_per_token(config, Shape(1, 1, 1, "bf16")).attention
+    longest = flops_per_token(config, Setup(1, 1, 1, "bf16", document_tokens=1e9)).attention
+    assert longest == flops_per_token(config, Setup(1, 1, 1, "bf16")).attention
 
 
 def test_unsupervised_positions_cost_no_output_layer() -> None:
     config = load("debug")
-    all_of_them, half = (flops_per_token(config, Shape(1, 1, 1, "bf16", supervised=share)) for share in (1.0, 0.5))
+    all_of_them, half = (flops_per_token(config, Setup(1, 1, 1, "bf16", supervised=share)) for share in (1.0, 0.5))
     assert half.output == all_of_them.output / 2
     assert (half.layers, half.attention) == (all_of_them.layers, all_of_them.attention)
 
@@ -72,16 +73,16 @@ def test_traffic_is_the_zero_papers(stage: int, scatter: bool, whole_copies: int
     A reduction is an all-reduce under DeepSpeed's stages 1 and 2, half of one where each rank gets its share alone."""
     config = load("small")
     world = 10**9
-    moved = traffic(config, Shape(2, 3, world, "bf16", stage, reduce_scatter=scatter))
+    moved = traffic(config, Setup(2, 3, world, "bf16", stage, reduce_scatter=scatter))
     assert moved.total == pytest.approx(whole_copies * 2 * config.num_parameters(), rel=1e-6)
-    assert traffic(config, Shape(2, 3, 1, "bf16", stage)).total == 0
+    assert traffic(config, Setup(2, 3, 1, "bf16", stage)).total == 0
 
 
 def test_hpz_gathers_for_the_backward_pass_within_the_node() -> None:
     """In units of one copy of the weights, a micro-batch of infinitely many nodes of eight: a reduction and one gather
     over all, 7/8 of a gather inside. A second copy of the weights, an eighth on each rank, is what it costs."""
     config, copy = load("small"), 2 * load("small").num_parameters()
-    plain = Shape(2, 3, 8 * 10**6, "bf16", 3)
+    plain = Setup(2, 3, 8 * 10**6, "bf16", 3)
     moved, before = traffic(config, replace(plain, hpz=8)), traffic(config, plain)
     assert (moved.gradients, 2 * moved.weights) == (before.gradients, before.weights)
     assert moved.near == pytest.approx(3 * copy * 7 / 8)
@@ -101,7 +102,7 @@ def test_links() -> None:
 
 
 def test_published_runs() -> None:
-    assert len({(case.model, case.device, case.gpus) for case in CASES}) >= 8
+    assert len({(case.model, case.device, case.gpus) for case in RUNS}) >= 8
     assert median_error() < 0.15
 
 
@@ -135,7 +136,7 @@ def test_no_rate_above_the_peak() -> None:
     config = load("large")
     for name in device_names():
         for stage in range(4):
-            speed = predict(config, Shape(1, 2, 8, "bf16", stage), Cluster(find_device(name), 1, 8))
+            speed = predict(config, Setup(1, 2, 8, "bf16", stage), Cluster(find_device(name), 1, 8))
             assert 0 < speed.mfu < 1
             assert speed.step >= speed.products
             assert 0 <= speed.exposed <= speed.communication
@@ -144,7 +145,7 @@ def test_no_rate_above_the_peak() -> None:
 def test_a_precision_that_the_device_lacks() -> None:
     device = replace(find_device("a100"), peak={"fp16": 1e14})
     with pytest.raises(UserError, match="has no bf16"):
-        predict(load("nano"), Shape(1, 1, 1, "bf16"), Cluster(device))
+        predict(load("nano"), Setup(1, 1, 1, "bf16"), Cluster(device))
 
 
 def test_duration_follows_from_the_steps() -> None:

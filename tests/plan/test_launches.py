@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config import load
 from lumina.model import ops, transformer
-from lumina.plan.devices import Cluster, find_device
-from lumina.plan.launches import BACKWARD, FORWARD, QK_NORM, Host, host_seconds, layer_launches
-from lumina.plan.speed import predict
-from lumina.plan.workload import Shape
+from lumina.plan.costs.devices import Cluster, find_device
+from lumina.plan.costs.launches import BACKWARD, FORWARD, QK_NORM, LaunchCost, host_seconds, layer_launches
+from lumina.plan.costs.setup import Setup
+from lumina.plan.costs.speed import predict
 
 
 @pytest.fixture
@@ -66,26 +66,26 @@ def test_a_layers_launches(triton_path: None, changes: dict[str, Any]) -> None:
 def test_a_small_model_waits_for_the_host_and_a_large_one_does_not() -> None:
     h100 = find_device("h100")
     for preset, bound in (("debug", True), ("8b", False)):
-        speed = predict(load(preset), Shape(2, 4, 1, "bf16"), Cluster(h100))
+        speed = predict(load(preset), Setup(2, 4, 1, "bf16"), Cluster(h100))
         assert speed.host_bound is bound
         assert speed.step == pytest.approx(
             max(speed.host, speed.products + speed.elementwise + speed.optimizer) + speed.exposed
         )
     # A host without cost leaves what the device does, and twice the host's time halves the speed of what it limits.
-    shape, debug = Shape(2, 4, 1, "bf16"), load("debug")
-    free = predict(debug, shape, Cluster(h100, host=Host(0.0, 0.0)))
+    setup, debug = Setup(2, 4, 1, "bf16"), load("debug")
+    free = predict(debug, setup, Cluster(h100, launch_cost=LaunchCost(0.0, 0.0)))
     assert free.step == free.products + free.elementwise + free.optimizer
-    usual, slow = (predict(debug, shape, Cluster(h100, host=Host(f * 1e-3, f * 1e-3))) for f in (1, 2))
+    usual, slow = (predict(debug, setup, Cluster(h100, launch_cost=LaunchCost(f * 1e-3, f * 1e-3))) for f in (1, 2))
     assert slow.step == pytest.approx(2 * usual.step)
 
 
 def test_what_costs_launches() -> None:
-    config, shape, host = load("debug"), Shape(2, 4, 1, "bf16"), Host(1e-3, 1e-3)
-    seconds = lambda **changes: host_seconds(config, replace(shape, **changes), 0.0, 80e9, host)
+    config, setup, host = load("debug"), Setup(2, 4, 1, "bf16"), LaunchCost(1e-3, 1e-3)
+    seconds = lambda **changes: host_seconds(config, replace(setup, **changes), 0.0, 80e9, host)
     assert seconds() > 4 * 8 * 2e-3
     assert seconds(accumulation=8) == pytest.approx(2 * seconds(), rel=0.05)
     assert seconds(stage=2) > seconds(stage=1)
-    assert host_seconds(config, shape, 1.0, 80e9, host) - seconds() == pytest.approx(4 * 8 * 1e-3)
+    assert host_seconds(config, setup, 1.0, 80e9, host) - seconds() == pytest.approx(4 * 8 * 1e-3)
 
 
 def test_the_hosts_own_speed_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lumina.config import load
-from lumina.plan.memory import Buffers, parameter_groups, peak_memory, states
-from lumina.plan.workload import Shape
+from lumina.plan.costs.memory import parameter_groups, peak_memory, states
+from lumina.plan.costs.setup import Buffers, Setup
 
 if TYPE_CHECKING:
     from tests.runs import Runs
@@ -41,8 +41,8 @@ def allocated(stage: int, precision: str, tied: bool) -> dict[str, int]:
     from lumina.model import Transformer
     from lumina.train.deepspeed.optimizer import parameter_groups
 
-    shape = {"hidden_size": 72, "num_layers": 3, "num_heads": 6, "num_kv_heads": 3, "intermediate_size": 101}
-    model = Transformer(ModelConfig(**shape, seq_length=16, vocab_size=257, tie_word_embeddings=tied))
+    setup = {"hidden_size": 72, "num_layers": 3, "num_heads": 6, "num_kv_heads": 3, "intermediate_size": 101}
+    model = Transformer(ModelConfig(**setup, seq_length=16, vocab_size=257, tie_word_embeddings=tied))
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3)
     zero: dict[str, int] = {"stage": stage, "reduce_bucket_size": 20000}
     if stage == 3:
@@ -104,7 +104,7 @@ def test_states_are_deepspeeds_to_the_byte_at_thousands_of_ranks(runs: Runs, tmp
 def expect_the_same(measured: Path, world: int, what: str) -> None:
     for (stage, precision, tied), real in zip(CASES, json.loads(measured.read_text(encoding="utf-8")), strict=True):
         config = load("nano", sets=[*SETS, f"tie_word_embeddings={tied}"]).model_copy(update={"vocab_size": 257})
-        ours = states(config, Shape(1, 1, world, precision, stage), PERSISTENCE)
+        ours = states(config, Setup(1, 1, world, precision, stage), PERSISTENCE)
         expected = {"weights": ours.weights, "master": ours.master, "moments": ours.moments}
         assert real == expected, f"ZeRO {stage}, {precision}, {what}"
 
@@ -127,15 +127,15 @@ def test_tensors_are_the_models() -> None:
 def test_more_ranks_never_need_more_each() -> None:
     config = load("large")
     for stage in (1, 2, 3):
-        totals = [peak_memory(config, Shape(1, 2, world, "bf16", stage)).weights for world in (2, 8, 64, 1024)]
+        totals = [peak_memory(config, Setup(1, 2, world, "bf16", stage)).weights for world in (2, 8, 64, 1024)]
         assert totals == sorted(totals, reverse=stage == 3) or stage < 3
-        optimizers = [states(config, Shape(1, 1, world, "bf16", stage)) for world in (1, 2, 8, 64, 1024)]
+        optimizers = [states(config, Setup(1, 1, world, "bf16", stage)) for world in (1, 2, 8, 64, 1024)]
         assert [s.master for s in optimizers] == sorted((s.master for s in optimizers), reverse=True)
 
 
 def test_offload_moves_bytes_to_the_host() -> None:
     config, buffers = load("medium"), Buffers()
-    plain = Shape(2, 4, 8, "bf16", 3)
+    plain = Setup(2, 4, 8, "bf16", 3)
     on_device = peak_memory(config, plain, buffers)
     offloaded = peak_memory(config, replace(plain, offload_optimizer=True, offload_params=True), buffers)
     assert on_device.host == 0

@@ -12,11 +12,11 @@ import pytest
 from lumina import cli
 from lumina.config import load
 from lumina.config.deepspeed import resolve
-from lumina.plan.advice import ds_document
-from lumina.plan.devices import Cluster, find_device
-from lumina.plan.estimate import assumed_data, estimate_shape
+from lumina.plan.costs.devices import Cluster, find_device
+from lumina.plan.costs.setup import Data, read_setup
+from lumina.plan.estimate import assumed_data, estimate_setup
+from lumina.plan.plan_report import ds_document
 from lumina.plan.search import NOISE, buffers_for, candidates, choose
-from lumina.plan.shape import Data, shape_of
 
 ROOT = Path(__file__).parents[2]
 DATA = Data(1e9, None, 1.0, 1.0, "given")
@@ -35,9 +35,9 @@ def test_the_choice_fits_and_nothing_that_fits_is_faster(
     assert best.memory.device <= cluster.device.memory
     assert all(other.rate * (1 - NOISE) <= best.rate for other in found if other.fits)
     for candidate in found:  # every candidate holds the batch, and not a micro-batch more than it must
-        shape = candidate.shape
-        assert shape.micro_batch * shape.accumulation * shape.world >= batch
-        assert shape.micro_batch * (shape.accumulation - 1) * shape.world < batch
+        setup = candidate.setup
+        assert setup.micro_batch * setup.accumulation * setup.world >= batch
+        assert setup.micro_batch * (setup.accumulation - 1) * setup.world < batch
 
 
 def test_less_memory_means_more_sharing() -> None:
@@ -47,7 +47,7 @@ def test_less_memory_means_more_sharing() -> None:
         cluster = Cluster(find_device(gpu), 1, 8)
         best = choose(candidates(config, cluster, DATA, 64, "bf16"), cluster)
         assert best is not None
-        chosen[gpu] = (best.shape.stage, best.shape.checkpoint_every > 0)
+        chosen[gpu] = (best.setup.stage, best.setup.checkpoint_every > 0)
     assert chosen["b200"] < chosen["a100-40gb"]
 
 
@@ -82,10 +82,10 @@ def test_the_files_are_ready(
     best: dict[str, Any] = json.loads(raw)["best"]
     config = load(str(folder / "config.yaml"), {"ds_config": str(folder / "ds_config.json")})
     resolved = resolve(config, 16, "cuda", bf16_supported=True)
-    shape, _ = shape_of(resolved.config, resolved.json, 16, assumed_data(config, None, None, 1.0))
+    setup, _ = read_setup(resolved.config, resolved.json, 16, assumed_data(config, None, None, 1.0))
     wanted = best["shape"]
     for name in ("micro_batch", "accumulation", "stage", "precision", "checkpoint_every", "offload_optimizer"):
-        assert getattr(shape, name) == wanted[name], name
+        assert getattr(setup, name) == wanted[name], name
     assert resolved.config.global_batch_size == 100
     monkeypatch.setattr(deepspeed_config.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(deepspeed_config.dist, "get_world_size", lambda: 16)
@@ -116,9 +116,9 @@ def test_hpz_where_the_network_is_slow_beside_the_links_inside() -> None:
     assert device.network is not None
     cluster = Cluster(replace(device, network=device.network / 100), 16, 8)
     found = candidates(config, cluster, DATA, 128, "bf16", (3,))
-    best = {hpz: max(c.rate for c in found if c.shape.hpz == hpz) for hpz in (0, 8)}
+    best = {hpz: max(c.rate for c in found if c.setup.hpz == hpz) for hpz in (0, 8)}
     assert best[8] > 1.2 * best[0]
-    document = ds_document(next(c for c in found if c.shape.hpz == 8))
+    document = ds_document(next(c for c in found if c.setup.hpz == 8))
     assert document["zero_optimization"]["zero_hpz_partition_size"] == 8
 
 
@@ -126,16 +126,16 @@ def test_gathers_of_8_bits_only_when_asked_for() -> None:
     config = load("8b")
     cluster = Cluster(find_device("h100"), 2, 8)
     usual = candidates(config, cluster, DATA, 128, "bf16", (3,))
-    assert not any(c.shape.quantized_weights for c in usual)
+    assert not any(c.setup.quantized_weights for c in usual)
     assert "zero_quantized_weights" not in ds_document(usual[0])["zero_optimization"]
     asked = candidates(config, cluster, DATA, 128, "bf16", (3,), True)
-    small = next(c for c in asked if c.shape.quantized_weights and not c.shape.hpz)
-    whole = next(c for c in asked if c.shape == replace(small.shape, quantized_weights=False))
+    small = next(c for c in asked if c.setup.quantized_weights and not c.setup.hpz)
+    whole = next(c for c in asked if c.setup == replace(small.setup, quantized_weights=False))
     assert small.speed.traffic.weights == pytest.approx(whole.speed.traffic.weights / 2, rel=0.01)
     document = ds_document(small)
     assert document["zero_optimization"]["zero_quantized_weights"] is True
     resolved = resolve(config, 16, "cuda", bf16_supported=True, document=document)
-    assert shape_of(resolved.config, resolved.json, 16, DATA)[0].quantized_weights
+    assert read_setup(resolved.config, resolved.json, 16, DATA)[0].quantized_weights
 
 
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,17 +162,17 @@ def test_a_plan_needs_a_gpu_and_no_json(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_candidate_is_estimated_as_its_configuration_would_be() -> None:
-    """The search and estimate-time must not drift apart: same shape, same memory."""
+    """The search and estimate-time must not drift apart: same setup, same memory."""
     config = load("medium", {"batch_size": 2, "gradient_accumulation_steps": 4})
     cluster = Cluster(find_device("h100"), 1, 8)
     resolved = resolve(config, 8, "cuda", bf16_supported=True)
-    shape, buffers = shape_of(resolved.config, resolved.json, 8, DATA)
-    real = estimate_shape(resolved.config, shape, buffers, cluster, DATA, 64)
+    setup, buffers = read_setup(resolved.config, resolved.json, 8, DATA)
+    real = estimate_setup(resolved.config, setup, buffers, cluster, DATA, 64)
     same = next(
         c
         for c in candidates(config, cluster, DATA, 64, "bf16")
-        if (c.shape.stage, c.shape.micro_batch, c.shape.checkpoint_every, c.shape.offload_optimizer) == (2, 2, 0, False)
+        if (c.setup.stage, c.setup.micro_batch, c.setup.checkpoint_every, c.setup.offload_optimizer) == (2, 2, 0, False)
     )
-    assert same.shape == real.shape
+    assert same.setup == real.setup
     assert same.speed == real.speed
     assert buffers.reduce_bucket == buffers_for(config).reduce_bucket

@@ -8,10 +8,10 @@ import pytest
 
 from lumina.config import load
 from lumina.config.deepspeed import resolve
-from lumina.plan.devices import Cluster, find_device
+from lumina.plan.costs.devices import Cluster, find_device
+from lumina.plan.costs.memory import peak_memory
+from lumina.plan.costs.setup import Data, read_setup
 from lumina.plan.estimate import assumed_data, estimate_run
-from lumina.plan.memory import peak_memory
-from lumina.plan.shape import Data, shape_of
 from lumina.plan.stage import ROOMY, default_document
 
 FULL = Data(0, None, 1.0, 1.0, "")
@@ -32,7 +32,7 @@ def test_the_least_sharing_that_fits(preset: str, world: int, memory: float, sta
     for less in range(1, stage + 1):
         document: Any = {"bf16": {"enabled": True}, "zero_optimization": {"stage": less}}
         resolved = resolve(config, world, "cuda", bf16_supported=True, document=document)
-        needed = peak_memory(config, *shape_of(resolved.config, resolved.json, world, FULL), memory).device
+        needed = peak_memory(config, *read_setup(resolved.config, resolved.json, world, FULL), memory).device
         if less < stage:
             assert needed > ROOMY * memory
         elif less < 3:
@@ -56,5 +56,5 @@ def test_the_estimate_assumes_what_training_takes() -> None:
     for preset, stage in (("1b", 1), ("8b", 3)):
         config = load(preset)
         run = estimate_run(config, Cluster(find_device("a100-80gb"), 1, 8), assumed_data(config, 1e9, None, 1.0))
-        assert run.shape.stage == stage == chosen(preset, 8, 80e9)
-        assert run.shape.overlap
+        assert run.setup.stage == stage == chosen(preset, 8, 80e9)
+        assert run.setup.overlap

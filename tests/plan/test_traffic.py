@@ -28,8 +28,8 @@ def counted(stage: int) -> dict[str, float]:
 
     from lumina.config import deepspeed as ds_json
     from lumina.model import Transformer
-    from lumina.plan.shape import Data, shape_of
-    from lumina.plan.workload import traffic
+    from lumina.plan.costs.setup import Data, read_setup
+    from lumina.plan.costs.workload import traffic
     from lumina.train.deepspeed.engine import Engine
     from tests.train.tiny_engines import batch, make_config
 
@@ -72,8 +72,8 @@ def counted(stage: int) -> dict[str, float]:
     received.clear()
     with Collectives():
         step()
-    shape, _ = shape_of(resolved.config, resolved.json, WORLD, Data(1, None, 1.0, 1.0, ""))
-    plan = traffic(config, shape)
+    setup, _ = read_setup(resolved.config, resolved.json, WORLD, Data(1, None, 1.0, 1.0, ""))
+    plan = traffic(config, setup)
     return {**received, "planned gradients": plan.gradients, "planned weights": plan.weights}
 
 

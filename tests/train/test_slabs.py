@@ -30,7 +30,7 @@ from lumina.checkpoint import (
     slabs,
 )
 from lumina.config import load
-from lumina.plan.memory import parameter_groups
+from lumina.plan.costs.memory import parameter_groups
 from lumina.train import loop
 from lumina.train.snapshot import take_snapshot
 from tests.train.tiny_engines import make_engine, state_of, train_step

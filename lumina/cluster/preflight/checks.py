@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lumina.cluster.hostfile import Host
-from lumina.plan.environment import MIN_FREE_DISK, Finding, Level
+from lumina.plan import MIN_FREE_DISK, CheckResult, Status
 
 Facts = Mapping[str, Any]
 HEAD = "the head"
@@ -30,13 +30,13 @@ class NodeFinding(NamedTuple):
     """A finding and the node that it is about; its name is one of AREAS."""
 
     node: str
-    finding: Finding
+    finding: CheckResult
 
 
-def found(node: str, level: Level, name: str, detail: str, remedy: str = "") -> NodeFinding:
+def found(node: str, level: Status, name: str, detail: str, remedy: str = "") -> NodeFinding:
     assert name in AREAS
     assert level == "OK" or remedy
-    return NodeFinding(node, Finding(level, name, detail, remedy))
+    return NodeFinding(node, CheckResult(level, name, detail, remedy))
 
 
 def majority(values: Mapping[str, Any], casting: Any = None) -> Any:
@@ -88,7 +88,7 @@ def versions(facts: Mapping[str, Facts], head: Mapping[str, str | None]) -> list
             if own is None and name in ("torch", "DeepSpeed"):
                 wrong.append(found(node, "FAIL", "versions", f"no {name}", f"Install {name} {common or ''} there."))
             elif own != common:
-                level: Level = "WARN" if name == "Python" and _minor(own) == _minor(common) else "FAIL"
+                level: Status = "WARN" if name == "Python" and _minor(own) == _minor(common) else "FAIL"
                 detail = f"{name} {own or 'is not there'}, where the others have {common or 'none'}"
                 wrong.append(found(node, level, "versions", detail, f"Install {name} {common or 'anew'} there."))
         listed = ", ".join(f"{name} {fact['versions'][name]}" for name in PACKAGES if fact["versions"].get(name))

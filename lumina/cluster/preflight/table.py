@@ -8,7 +8,7 @@ from lumina.cluster.preflight.checks import AREAS, HEAD
 from lumina.cluster.preflight.report import Report
 from lumina.cluster.topology import rank_map, recommended
 from lumina.config import PRESETS, load
-from lumina.plan.environment import Finding
+from lumina.plan import CheckResult
 
 _ORDER = ("OK", "WARN", "FAIL")
 
@@ -72,9 +72,9 @@ def table(report: Report) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def problems(report: Report) -> list[tuple[Finding, list[str]]]:
+def problems(report: Report) -> list[tuple[CheckResult, list[str]]]:
     """What is not OK, the worst first; the same on several nodes is said once."""
-    nodes: dict[Finding, list[str]] = {}
+    nodes: dict[CheckResult, list[str]] = {}
     for node, finding in report.findings:
         if finding.level != "OK":
             nodes.setdefault(finding, []).append(node)

@@ -8,8 +8,7 @@ import numpy as np
 
 from lumina.config import ModelConfig
 from lumina.data import Batch
-from lumina.plan.devices import Device, local_device
-from lumina.plan.workload import layer_matrix_parameters
+from lumina.plan import Device, layer_matrix_parameters, local_device
 
 
 def step_flops(model: ModelConfig, batches: Sequence[Batch]) -> float:

@@ -10,16 +10,16 @@ from typing import Any
 
 from lumina.config import Config, UserError
 from lumina.config.deepspeed import AUTO, resolve
-from lumina.plan.devices import Cluster
-from lumina.plan.estimate import TOKENS_PER_PARAMETER, estimate_shape
-from lumina.plan.report import choose_clusters, gather_data, model_lines, run_lines
+from lumina.plan.costs.devices import Cluster
+from lumina.plan.costs.setup import Data
+from lumina.plan.estimate import TOKENS_PER_PARAMETER, estimate_setup
+from lumina.plan.estimate_report import choose_clusters, gather_data, model_lines, run_lines
 from lumina.plan.search import NOISE, Candidate, buffers_for, candidates, choose
-from lumina.plan.shape import Data
 
 FEW, MANY = TOKENS_PER_PARAMETER / 4, TOKENS_PER_PARAMETER * 10
 
 
-def plan(config: Config, arguments: argparse.Namespace) -> int:
+def print_plan(config: Config, arguments: argparse.Namespace) -> int:
     """Print the plan, write it if asked; 0 when something fits."""
     if not arguments.gpu:
         raise UserError("which GPU to plan for?", "Give --gpu, and --nodes and --gpus-per-node.")
@@ -51,37 +51,37 @@ def chosen_lines(
 ) -> list[str]:
     """The winner as estimate-time would show it."""
     if best is None:
-        return [f"nothing fits on {cluster}: more or larger GPUs, a shorter window or a smaller model would"]
-    return run_lines(config, estimate_shape(config, best.shape, buffers_for(config), cluster, data, batch), price)
+        return [f"nothing fits on {cluster}: more or larger GPUs, a shorter context or a smaller model would"]
+    return run_lines(config, estimate_setup(config, best.setup, buffers_for(config), cluster, data, batch), price)
 
 
 def reasons(found: list[Candidate], best: Candidate | None) -> list[str]:
     """For every stage and offload the best that fits and how far behind it is, or how much the leanest one lacks."""
     lines = []
-    for family in dict.fromkeys(sorted(candidate.family for candidate in found)):
-        members = [candidate for candidate in found if candidate.family == family]
+    for strategy in dict.fromkeys(sorted(candidate.strategy for candidate in found)):
+        members = [candidate for candidate in found if candidate.strategy == strategy]
         fitting = next((candidate for candidate in members if candidate.fits), None)
         if fitting is None:
             leanest = min(members, key=lambda candidate: candidate.memory.device)
-            lines.append(f"{family}: does not fit, {leanest.memory.device / 1e9:.1f} GB at the least")
+            lines.append(f"{strategy}: does not fit, {leanest.memory.device / 1e9:.1f} GB at the least")
             continue
         assert best is not None
-        if family == best.family:
-            lines.append(f"{family}: chosen ({describe(best)})")
+        if strategy == best.strategy:
+            lines.append(f"{strategy}: chosen ({describe(best)})")
         else:
             behind = 1 - fitting.rate / best.rate
             how = f"{behind:.1%} slower" if behind > NOISE else f"within {NOISE:.0%}, but less simple"
-            lines.append(f"{family}: {how} ({describe(fitting)})")
+            lines.append(f"{strategy}: {how} ({describe(fitting)})")
     return lines
 
 
 def describe(candidate: Candidate) -> str:
     """Micro-batch, accumulation, recomputation and memory in a few words."""
-    shape = candidate.shape
+    setup = candidate.setup
     every = {0: "nothing recomputed", 1: "every layer recomputed"}.get(
-        shape.checkpoint_every, f"every {shape.checkpoint_every}. layer recomputed"
+        setup.checkpoint_every, f"every {setup.checkpoint_every}. layer recomputed"
     )
-    return f"micro-batch {shape.micro_batch} x {shape.accumulation}, {every}, {candidate.memory.device / 1e9:.1f} GB"
+    return f"micro-batch {setup.micro_batch} x {setup.accumulation}, {every}, {candidate.memory.device / 1e9:.1f} GB"
 
 
 def remarks_on(config: Config, cluster: Cluster, data: Data, batch: int) -> list[str]:
@@ -105,20 +105,20 @@ def remarks_on(config: Config, cluster: Cluster, data: Data, batch: int) -> list
 
 def ds_document(best: Candidate) -> dict[str, Any]:
     """A plain DeepSpeed JSON for the chosen way; Lumina fills the rest as always."""
-    shape = best.shape
-    zero: dict[str, Any] = {"stage": shape.stage}
-    if shape.stage:
+    setup = best.setup
+    zero: dict[str, Any] = {"stage": setup.stage}
+    if setup.stage:
         zero |= {"overlap_comm": AUTO, "contiguous_gradients": True, "reduce_bucket_size": AUTO}
-    if shape.stage == 3:
+    if setup.stage == 3:
         zero |= {"stage3_prefetch_bucket_size": AUTO, "stage3_param_persistence_threshold": AUTO}
         zero |= {"stage3_max_live_parameters": AUTO, "stage3_max_reuse_distance": AUTO}
-    if shape.hpz:
-        zero["zero_hpz_partition_size"] = shape.hpz
-    if shape.quantized_weights:
+    if setup.hpz:
+        zero["zero_hpz_partition_size"] = setup.hpz
+    if setup.quantized_weights:
         zero["zero_quantized_weights"] = True
-    if shape.offload_optimizer:
+    if setup.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if shape.offload_params:
+    if setup.offload_params:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     return {
@@ -132,13 +132,13 @@ def ds_document(best: Candidate) -> dict[str, Any]:
 
 def write(folder: Path, config: Config, cluster: Cluster, best: Candidate, batch: int) -> list[str]:
     """config.yaml, ds_config.json, hostfile and train.sbatch; returns their paths."""
-    shape = best.shape
+    setup = best.setup
     chosen = config.replace(
-        batch_size=shape.micro_batch,
-        gradient_accumulation_steps=shape.accumulation,
+        batch_size=setup.micro_batch,
+        gradient_accumulation_steps=setup.accumulation,
         global_batch_size=batch,
-        precision=shape.precision,
-        gradient_checkpointing=shape.checkpoint_every if shape.checkpoint_every > 1 else bool(shape.checkpoint_every),
+        precision=setup.precision,
+        gradient_checkpointing=setup.checkpoint_every if setup.checkpoint_every > 1 else bool(setup.checkpoint_every),
     )
     hosts = "".join(f"node{number} slots={cluster.gpus_per_node}\n" for number in range(1, cluster.nodes + 1))
     contents = {
@@ -179,8 +179,8 @@ def as_dict(
 
     def one(candidate: Candidate) -> dict[str, Any]:
         return {
-            "family": candidate.family,
-            "shape": asdict(candidate.shape),
+            "family": candidate.strategy,
+            "shape": asdict(candidate.setup),
             "memory": candidate.memory.device,
             "tokens_per_second": candidate.rate,
             "fits": candidate.fits,

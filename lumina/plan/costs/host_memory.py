@@ -9,20 +9,20 @@ and more with CUDA, comes on top.
 from __future__ import annotations
 
 from lumina.config import ModelConfig
-from lumina.plan.memory import FP32, parameter_groups
-from lumina.plan.workload import Shape
+from lumina.plan.costs.memory import FP32, parameter_groups
+from lumina.plan.costs.setup import Setup
 
 
-def start(model: ModelConfig, shape: Shape) -> int:
+def start(model: ModelConfig, setup: Setup) -> int:
     """The peak of a rank's start."""
     groups = parameter_groups(model)
     total, largest = sum(map(sum, groups)), max(map(max, groups))
-    cast = shape.element if shape.element < FP32 else 0
-    if shape.stage < 3:
+    cast = setup.element if setup.element < FP32 else 0
+    if setup.stage < 3:
         return FP32 * total + cast * largest
-    return max((FP32 + cast) * largest, shape.element * -(-total // shape.world))
+    return max((FP32 + cast) * largest, setup.element * -(-total // setup.world))
 
 
-def snapshot(model: ModelConfig, shape: Shape) -> int:
+def snapshot(model: ModelConfig, setup: Setup) -> int:
     """The copy of float32 weights and two moments that a checkpoint is written from, pinned from the first save on."""
-    return 3 * FP32 * -(-sum(map(sum, parameter_groups(model))) // shape.world)
+    return 3 * FP32 * -(-sum(map(sum, parameter_groups(model))) // setup.world)

@@ -9,20 +9,20 @@ from typing import Any
 
 from lumina.config import Config, UserError
 from lumina.config.deepspeed import default_json
-from lumina.plan import host
-from lumina.plan.devices import Cluster, find_device, local_device
+from lumina.plan.costs import host_memory
+from lumina.plan.costs.devices import Cluster, find_device, local_device
+from lumina.plan.costs.launches import LaunchCost
+from lumina.plan.costs.memory import PARTS, peak_memory
+from lumina.plan.costs.setup import Data, Setup
+from lumina.plan.costs.speed import UNCERTAINTY
+from lumina.plan.costs.workload import flops_per_token
 from lumina.plan.estimate import Estimate, assumed_data, data_of_files, estimate_run, total_steps
-from lumina.plan.launches import Host
-from lumina.plan.memory import PARTS, peak_memory
 from lumina.plan.search import buffers_for
-from lumina.plan.shape import Data
-from lumina.plan.speed import UNCERTAINTY
-from lumina.plan.workload import flops_per_token
 
 REFERENCE = ("a100-80gb", "h100")  # shown where no GPU is named and none is here
 
 
-def estimate(config: Config, arguments: argparse.Namespace) -> int:
+def print_estimate(config: Config, arguments: argparse.Namespace) -> int:
     """Print the estimate; 0 if the run fits on every cluster that was asked for, else 1."""
     data = gather_data(config, arguments)
     if arguments.measure:
@@ -82,8 +82,8 @@ def choose_clusters(arguments: argparse.Namespace) -> tuple[list[Cluster], str]:
         devices = [here] if here else [find_device(name) for name in REFERENCE]
         if not here:
             note = f"no --gpu given and none that is known here: shown for {' and '.join(REFERENCE)}"
-    host = Host(*(1e-6 * each for each in arguments.host_us)) if arguments.host_us else Host()
-    return [Cluster(device, arguments.nodes, arguments.gpus_per_node, host) for device in devices], note
+    cost = LaunchCost(*(1e-6 * each for each in arguments.host_us)) if arguments.host_us else LaunchCost()
+    return [Cluster(device, arguments.nodes, arguments.gpus_per_node, cost) for device in devices], note
 
 
 def stage_document(config: Config, stage: int | None) -> dict[str, Any] | None:
@@ -99,8 +99,8 @@ def stage_document(config: Config, stage: int | None) -> dict[str, Any] | None:
 
 def model_dict(config: Config, data: Data) -> dict[str, Any]:
     """The part that no cluster changes."""
-    shape = _any_shape(data)
-    flops = flops_per_token(config, shape)
+    setup = _any_setup(data)
+    flops = flops_per_token(config, setup)
     return {
         "name": config.model_name,
         "parameters": config.num_parameters(),
@@ -125,12 +125,15 @@ def as_dict(config: Config, each: Estimate, price: float | None) -> dict[str, An
             "gpus_per_node": each.cluster.gpus_per_node,
             "sources": each.cluster.device.sources,
         },
-        "shape": asdict(each.shape),
+        "shape": asdict(each.setup),
         "global_batch_size": each.global_batch,
         "fits": each.fits,
         "memory": {part: getattr(memory, part) for part in PARTS}
         | {"total": memory.device, "host": memory.host, "device": each.cluster.device.memory, "peak_at": memory.moment},
-        "host_memory": {"start": host.start(config, each.shape), "snapshot": host.snapshot(config, each.shape)},
+        "host_memory": {
+            "start": host_memory.start(config, each.setup),
+            "snapshot": host_memory.snapshot(config, each.setup),
+        },
         "memory_by_stage": by_stage(config, each),
         "communication": {
             "gradients": speed.traffic.gradients,
@@ -159,7 +162,7 @@ def as_dict(config: Config, each: Estimate, price: float | None) -> dict[str, An
 
 def by_stage(config: Config, each: Estimate) -> dict[str, float]:
     """Peak bytes of a rank under every ZeRO stage, and with offload, at the same batch."""
-    plain = replace(each.shape, hpz=0, offload_optimizer=False, offload_params=False)
+    plain = replace(each.setup, hpz=0, offload_optimizer=False, offload_params=False)
     capacity = each.cluster.device.memory
     totals = {f"zero{stage}": _peak(config, replace(plain, stage=stage), capacity) for stage in range(4)}
     offloaded = replace(plain, stage=3, offload_optimizer=True, offload_params=True)
@@ -167,8 +170,8 @@ def by_stage(config: Config, each: Estimate) -> dict[str, float]:
     return totals
 
 
-def _peak(config: Config, shape: Any, capacity: float) -> float:
-    return peak_memory(config, shape, buffers_for(config), capacity).device
+def _peak(config: Config, setup: Setup, capacity: float) -> float:
+    return peak_memory(config, setup, buffers_for(config), capacity).device
 
 
 def model_lines(config: Config, data: Data) -> list[str]:
@@ -179,31 +182,31 @@ def model_lines(config: Config, data: Data) -> list[str]:
     documents = f", documents of {data.document_tokens:,.0f}" if data.document_tokens else ""
     return [
         f"{config.model_name}: {model['parameters'] / 1e6:,.1f} M parameters "
-        f"({model['parameters_without_embeddings'] / 1e6:,.1f} M without embeddings), window {config.seq_length:,}",
+        f"({model['parameters_without_embeddings'] / 1e6:,.1f} M without embeddings), context {config.seq_length:,}",
         f"work: {flops['total'] / 1e9:.2f} GFLOP per token, forward and backward ({shares})",
         f"data: {data.tokens / 1e6:,.1f} M tokens an epoch ({data.source}){documents}, "
-        f"{data.supervised:.0%} supervised, windows {data.fill:.1%} full",
+        f"{data.supervised:.0%} supervised, samples {data.fill:.1%} full",
     ]
 
 
 def run_lines(config: Config, each: Estimate, price: float | None) -> list[str]:
     """One estimate as text."""
-    shape, memory, speed = each.shape, each.memory, each.speed
+    setup, memory, speed = each.setup, each.memory, each.speed
     capacity = each.cluster.device.memory
-    offload = " with offload" if shape.offload_optimizer else ""
-    layers = f", every {shape.checkpoint_every}. layer recomputed" if shape.checkpoint_every > 1 else ""
-    layers = ", every layer recomputed" if shape.checkpoint_every == 1 else layers
+    offload = " with offload" if setup.offload_optimizer else ""
+    layers = f", every {setup.checkpoint_every}. layer recomputed" if setup.checkpoint_every > 1 else ""
+    layers = ", every layer recomputed" if setup.checkpoint_every == 1 else layers
     parts = ", ".join(f"{part} {_size(getattr(memory, part))}" for part in PARTS if getattr(memory, part))
     stages = ", ".join(f"{name} {_size(total)}" for name, total in by_stage(config, each).items())
     low, high = (each.seconds * factor for factor in (1 / (1 + UNCERTAINTY), 1 / (1 - UNCERTAINTY)))
     lines = [
-        f"{each.cluster}: {shape.precision}, ZeRO {shape.stage}{offload}{layers}; {shape.micro_batch} per micro-batch "
-        f"x {shape.accumulation} x {shape.world} ranks = {each.global_batch} samples a step",
+        f"{each.cluster}: {setup.precision}, ZeRO {setup.stage}{offload}{layers}; {setup.micro_batch} per micro-batch "
+        f"x {setup.accumulation} x {setup.world} ranks = {each.global_batch} samples a step",
         f"  memory    {_size(memory.device)} of {_size(capacity)} at the {memory.moment}: "
         f"{'fits' if each.fits else 'DOES NOT FIT'}",
         f"            {parts}",
-        f"  host      of each rank: {_size(host.start(config, shape))} at the start, "
-        f"{_size(host.snapshot(config, shape))} for snapshots"
+        f"  host      of each rank: {_size(host_memory.start(config, setup))} at the start, "
+        f"{_size(host_memory.snapshot(config, setup))} for snapshots"
         + (f", {_size(memory.host)} of offloaded state" if memory.host else ""),
         f"  by stage  {stages}",
         f"  step      {_time(speed.step)}: matrix products {_time(speed.products)}, element-wise "
@@ -221,10 +224,8 @@ def run_lines(config: Config, each: Estimate, price: float | None) -> list[str]:
     return lines
 
 
-def _any_shape(data: Data) -> Any:
-    from lumina.plan.workload import Shape
-
-    return Shape(1, 1, 1, "bf16", document_tokens=data.document_tokens, supervised=data.supervised, fill=data.fill)
+def _any_setup(data: Data) -> Setup:
+    return Setup(1, 1, 1, "bf16", document_tokens=data.document_tokens, supervised=data.supervised, fill=data.fill)
 
 
 def _size(count: float) -> str:

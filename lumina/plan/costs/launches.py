@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lumina.config import ModelConfig, output_chunk_bytes
-from lumina.plan.workload import Shape
+from lumina.plan.costs.setup import Setup
 
 # Launches of a layer forward: two norms, rotation, SwiGLU; four products; attention. Backward: a norm's second launch
 # adds the shares of its weight's gradient; each product has two; FlashAttention has three (row sums, the scores, dQ).
@@ -29,7 +29,7 @@ STEP = 40  # norm, clipping, update and copies of the weights: assumed, not coun
 
 
 @dataclass(frozen=True)
-class Host:
+class LaunchCost:
     """Seconds of host time for one layer, forward and backward.
 
     The figures are those of `python benchmarks/host_time.py` ("a layer") on one core of an Intel Xeon (family 6, model
@@ -52,15 +52,15 @@ def layer_launches(model: ModelConfig, recomputed: float = 0.0) -> tuple[float, 
     return (FORWARD + norms[0]) * (1 + recomputed), BACKWARD + norms[1] + int(model.qkv_bias)
 
 
-def host_seconds(model: ModelConfig, shape: Shape, recomputed: float, capacity: float, host: Host) -> float:
+def host_seconds(model: ModelConfig, setup: Setup, recomputed: float, capacity: float, cost: LaunchCost) -> float:
     """Host time of one optimizer step. `recomputed`: share of the layers whose forward pass runs twice; `capacity`: the
     device's memory in bytes, which bounds the chunks of the output layer."""
     forward, backward = layer_launches(model, recomputed)
-    layer = forward * host.forward / FORWARD + backward * host.backward / BACKWARD
-    rows = shape.micro_batch * model.seq_length * shape.fill * shape.supervised
-    logits = rows * model.vocab_size * shape.element
-    chunks = max(1, -(-logits // output_chunk_bytes(model.vocab_size, shape.element, capacity)))
+    layer = forward * cost.forward / FORWARD + backward * cost.backward / BACKWARD
+    rows = setup.micro_batch * model.seq_length * setup.fill * setup.supervised
+    logits = rows * model.vocab_size * setup.element
+    chunks = max(1, -(-logits // output_chunk_bytes(model.vocab_size, setup.element, capacity)))
     # Stages 2 and 3 copy each gradient into a bucket; 0 and 1 add it to those of the micro-batches before.
-    handled = shape.accumulation if shape.stage >= 2 else shape.accumulation - 1
-    others = shape.accumulation * (OUTSIDE + CHUNK * chunks) + handled * TENSORS * model.num_layers + STEP
-    return shape.accumulation * model.num_layers * layer + others * host.launch
+    handled = setup.accumulation if setup.stage >= 2 else setup.accumulation - 1
+    others = setup.accumulation * (OUTSIDE + CHUNK * chunks) + handled * TENSORS * model.num_layers + STEP
+    return setup.accumulation * model.num_layers * layer + others * cost.launch

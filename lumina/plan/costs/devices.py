@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from lumina.config import VISIBLE, UserError, did_you_mean, visible_names
-from lumina.plan.launches import Host
+from lumina.plan.costs.launches import LaunchCost
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,26 @@ class Device:
 
 @dataclass(frozen=True)
 class Cluster:
-    """`nodes` machines with `gpus_per_node` devices each; `host`: how fast one of their cores queues kernels."""
+    """`nodes` machines with `gpus_per_node` devices each; `launch_cost`: how fast one of their cores queues
+    kernels."""
 
     device: Device
     nodes: int = 1
     gpus_per_node: int = 1
-    host: Host = field(default_factory=Host)
+    launch_cost: LaunchCost = field(default_factory=LaunchCost)
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.gpus_per_node
 
     def __str__(self) -> str:
-        shape = f"{self.nodes} x {self.gpus_per_node}" if self.nodes > 1 else str(self.gpus_per_node)
-        return f"{shape} {self.device.name}"
+        size = f"{self.nodes} x {self.gpus_per_node}" if self.nodes > 1 else str(self.gpus_per_node)
+        return f"{size} {self.device.name}"
 
 
 @functools.cache
 def _table() -> dict[str, Any]:
-    text = resources.files("lumina.plan").joinpath("devices.yaml").read_text(encoding="utf-8")
+    text = resources.files("lumina.plan.costs").joinpath("devices.yaml").read_text(encoding="utf-8")
     table: dict[str, Any] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return table
 

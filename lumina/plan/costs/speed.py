@@ -3,10 +3,11 @@
     compute  = products / (peak * share reached) + element-wise bytes / bandwidth
     exposed  = communication that the stage cannot hide behind compute
     device   = accumulation * compute + optimizer
-    step     = max(device, host) + exposed          host: the time to queue it all (lumina.plan.launches)
+    step     = max(device, host) + exposed          host: the time to queue it all (lumina.plan.costs.launches)
 
-Lumina's element-wise kernels are fused; `passes` says how many times more bytes another implementation moves, and
-`attention` overrides the share its attention kernel reaches, so that published runs of other trainers can be predicted.
+Lumina's element-wise kernels are fused; `elementwise_factor` says how many times more bytes another implementation
+moves, and `attention` overrides the share its attention kernel reaches, so that published runs of other trainers can
+be predicted.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lumina.config import ModelConfig, UserError
-from lumina.plan.devices import Cluster
-from lumina.plan.launches import host_seconds
-from lumina.plan.workload import (
+from lumina.plan.costs.devices import Cluster
+from lumina.plan.costs.launches import host_seconds
+from lumina.plan.costs.setup import Setup
+from lumina.plan.costs.workload import (
     Flops,
-    Shape,
     Traffic,
     flops_per_token,
     memory_bytes_per_token,
@@ -63,44 +64,44 @@ class Speed:
 
 def predict(
     model: ModelConfig,
-    shape: Shape,
+    setup: Setup,
     cluster: Cluster,
     *,
-    passes: float = 1.0,
+    elementwise_factor: float = 1.0,
     attention: float | None = None,
 ) -> Speed:
     """The speed of one step. UserError where the device lacks the precision or its network is not known."""
     device = cluster.device
-    if shape.precision not in device.peak:
-        raise UserError(f"{device.name} has no {shape.precision}", f"It has {', '.join(device.peak)}.")
-    tokens = shape.micro_batch * model.seq_length * shape.fill
-    flops = flops_per_token(model, shape)
-    again = recomputed_share(model, shape)
-    peak = device.peak[shape.precision]
+    if setup.precision not in device.peak:
+        raise UserError(f"{device.name} has no {setup.precision}", f"It has {', '.join(device.peak)}.")
+    tokens = setup.micro_batch * model.seq_length * setup.fill
+    flops = flops_per_token(model, setup)
+    again = recomputed_share(model, setup)
+    peak = device.peak[setup.precision]
     matrix = flops.layers * (3 + again) + flops.output * 3
     scores = flops.attention * (3.5 + again) / (attention or device.attention)
-    products = shape.accumulation * tokens * (matrix / device.matmul + scores) / peak
+    products = setup.accumulation * tokens * (matrix / device.matmul + scores) / peak
     stream = device.bandwidth * STREAM
-    elementwise = shape.accumulation * tokens * passes * memory_bytes_per_token(model, shape) / stream
-    optimizer = optimizer_seconds(model, shape, stream)
-    moved = traffic(model, shape)
+    elementwise = setup.accumulation * tokens * elementwise_factor * memory_bytes_per_token(model, setup) / stream
+    optimizer = optimizer_seconds(model, setup, stream)
+    moved = traffic(model, setup)
     communication = 0.0
-    if shape.world > 1:
+    if setup.world > 1:
         communication = (moved.gradients + moved.weights) / link_rate(cluster) + moved.near / inside_rate(cluster)
-    exposed = _exposed(shape, moved, products + elementwise, communication)
-    queued = host_seconds(model, shape, again, device.memory, cluster.host)
+    exposed = _exposed(setup, moved, products + elementwise, communication)
+    queued = host_seconds(model, setup, again, device.memory, cluster.launch_cost)
     step = max(products + elementwise + optimizer, queued) + exposed
-    total = tokens * shape.accumulation * shape.world
-    mfu = flops.model * total / (step * cluster.world_size * device.peak[shape.precision])
+    total = tokens * setup.accumulation * setup.world
+    mfu = flops.model * total / (step * cluster.world_size * device.peak[setup.precision])
     return Speed(products, elementwise, optimizer, communication, exposed, queued, step, total, flops, moved, mfu)
 
 
-def optimizer_seconds(model: ModelConfig, shape: Shape, stream: float) -> float:
+def optimizer_seconds(model: ModelConfig, setup: Setup, stream: float) -> float:
     """The update itself: on the device, or on the host with gradients going there and weights coming back."""
-    if not shape.offload_optimizer:
-        return optimizer_bytes(model, shape) / stream
-    own = model.num_parameters() / (shape.world if shape.stage else 1)
-    return own / HOST_ADAM + 2 * own * shape.element / HOST_LINK
+    if not setup.offload_optimizer:
+        return optimizer_bytes(model, setup) / stream
+    own = model.num_parameters() / (setup.world if setup.stage else 1)
+    return own / HOST_ADAM + 2 * own * setup.element / HOST_LINK
 
 
 def link_rate(cluster: Cluster) -> float:
@@ -125,20 +126,20 @@ def inside_rate(cluster: Cluster) -> float:
     return cluster.device.link * COLLECTIVE
 
 
-def _exposed(shape: Shape, moved: Traffic, compute: float, communication: float) -> float:
+def _exposed(setup: Setup, moved: Traffic, compute: float, communication: float) -> float:
     """Gradients are reduced during the backward pass (two thirds of compute) of the micro-batches that reduce, but for
     the last bucket of each, and none under stage 0, where DeepSpeed reduces when the backward pass has ended; gathered
     weights of stage 3 hide behind any compute; those of stages 1 and 2 come after the update, where nothing runs."""
     if not communication:
         return 0.0
     per_byte = communication / moved.total
-    if shape.stage == 3:
+    if setup.stage == 3:
         return max(0.0, communication - compute)
     gradients, weights = moved.gradients * per_byte, moved.weights * per_byte
-    if shape.stage == 0 or not shape.overlap:
+    if setup.stage == 0 or not setup.overlap:
         return gradients + weights
-    reducing = 1 if shape.stage < 2 else shape.accumulation
-    backward = compute * 2 / 3 * reducing / shape.accumulation
-    each = 1 if shape.reduce_scatter else 2
-    tails = min(gradients, reducing * each * shape.bucket * shape.element * per_byte)
+    reducing = 1 if setup.stage < 2 else setup.accumulation
+    backward = compute * 2 / 3 * reducing / setup.accumulation
+    each = 1 if setup.reduce_scatter else 2
+    tails = min(gradients, reducing * each * setup.bucket * setup.element * per_byte)
     return max(tails, gradients - backward) + weights

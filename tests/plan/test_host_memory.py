@@ -7,8 +7,8 @@ import torch
 
 from lumina.config import ModelConfig
 from lumina.model import Transformer
-from lumina.plan import host
-from lumina.plan.workload import Shape
+from lumina.plan.costs import host_memory
+from lumina.plan.costs.setup import Setup
 
 # The shape of Llama 3 70B.
 SEVENTY = ModelConfig(
@@ -29,8 +29,8 @@ def test_a_large_model_starts_on_eight_cards(precision: str, cast: int) -> None:
         counts = [p.numel() for p in Transformer(SEVENTY).parameters()]
     total, largest = sum(counts), max(counts)
     assert total == SEVENTY.num_parameters()
-    shapes = {stage: Shape(1, 1, 8, precision, stage=stage) for stage in (2, 3)}
-    assert host.start(SEVENTY, shapes[2]) == 4 * total + cast * largest
-    assert host.start(SEVENTY, shapes[3]) == max((4 + cast) * largest, (cast or 4) * -(-total // 8))
-    assert host.start(SEVENTY, shapes[3]) < host.start(SEVENTY, shapes[2]) / 7
-    assert host.snapshot(SEVENTY, shapes[3]) == pytest.approx(12 * total / 8)
+    setups = {stage: Setup(1, 1, 8, precision, stage=stage) for stage in (2, 3)}
+    assert host_memory.start(SEVENTY, setups[2]) == 4 * total + cast * largest
+    assert host_memory.start(SEVENTY, setups[3]) == max((4 + cast) * largest, (cast or 4) * -(-total // 8))
+    assert host_memory.start(SEVENTY, setups[3]) < host_memory.start(SEVENTY, setups[2]) / 7
+    assert host_memory.snapshot(SEVENTY, setups[3]) == pytest.approx(12 * total / 8)

@@ -111,7 +111,7 @@ def _prepare_options(parser: Parser) -> None:
 
 
 def validate_data(arguments: Arguments) -> int:
-    """Check conversations line by line: what would be trained on, masked or dropped, and why."""
+    """Check conversations line by line: what would be supervised, masked or dropped, and why."""
     return validate_files(
         arguments.files, create_report=arguments.create_report, json=arguments.json, fix=arguments.fix
     )

@@ -15,7 +15,7 @@ CONTROL = TOKENIZER.control_ids
 roles = st.sampled_from(["user", "assistant", "system"])
 messages = st.builds(
     Message, roles, st.text(max_size=40), st.booleans(), st.just(())
-)  # spans: tests/data/test_fields.py
+)  # spans: tests/data/records/test_fields.py
 conversations = st.builds(Conversation, st.lists(messages, min_size=1, max_size=6))
 
 

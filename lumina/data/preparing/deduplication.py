@@ -85,30 +85,30 @@ def join_signatures(blocks: Sequence[Signatures]) -> Signatures:
     return Signatures(*(np.concatenate(columns) for columns in zip(*blocks, strict=True)))
 
 
-def decide(signs: Signatures, given_N: NDArray[np.uint8], eval_fraction: float, dedup: str) -> NDArray[np.uint8]:
+def decide(signatures: Signatures, given_N: NDArray[np.uint8], eval_fraction: float, dedup: str) -> NDArray[np.uint8]:
     """TRAIN, EVAL or DUPLICATE for each conversation: uint8[N].
 
     Args:
         given_N: the split of the file it is in. With an eval_fraction all are TRAIN, and groups are held out.
     """
-    count = len(signs.exact)
+    count = len(signatures.exact)
     split_N = given_N.copy()
     if eval_fraction > 0:
         groups = _Union(count)
-        for key_N in (signs.group, signs.prompt, signs.exact):
+        for key_N in (signatures.group, signatures.prompt, signatures.exact):
             groups.join_equal(key_N)
-        for minhash in (signs.prompt_minhash, signs.text_minhash):
+        for minhash in (signatures.prompt_minhash, signatures.text_minhash):
             for one, other in near_pairs(minhash):
                 groups.join(one, other)
         root_N = groups.roots()
         # A root is its group's first conversation; its own hash, not its place, chooses the side.
-        salted = signs.exact[root_N] ^ np.uint64(0x9E3779B97F4A7C15)
+        salted = signatures.exact[root_N] ^ np.uint64(0x9E3779B97F4A7C15)
         share_N = (salted * np.uint64(0xD1342543DE82EF95) >> np.uint64(11)).astype(np.float64) / 2.0**53
         split_N[share_N < eval_fraction] = EVAL
     if dedup != "none":
         twins = _Union(count)
-        twins.join_equal(signs.exact)
-        for one, other in near_pairs(signs.text_minhash):
+        twins.join_equal(signatures.exact)
+        for one, other in near_pairs(signatures.text_minhash):
             twins.join(one, other)
         root_N = twins.roots()
         order_N = np.lexsort((np.arange(count), split_N != EVAL))  # evaluation first, then as read

@@ -238,7 +238,7 @@ def only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"another process has been preparing {final} for over {wait_seconds:.0f} s",
-                        "Wait for it to end, or end it, and start again: finished parts are kept.",
+                        "Wait for it to end, or end it, and start again: finished tasks are kept.",
                     ) from None
                 if not told:
                     log.warning("waiting for another process that prepares %s, at most %.0f s", final, wait_seconds)

@@ -80,8 +80,8 @@ def lines_of(chunks: Iterator[bytes | Fault]) -> Iterator[bytes | Fault]:
             yield chunk
             return  # what is held is the beginning of a line that never ended: part of the break
         *ended, rest = chunk.split(b"\n")
-        for piece in ended:
-            held.append(piece)
+        for line in ended:
+            held.append(line)
             yield b"".join(held) + b"\n"
             held.clear()
         if rest:

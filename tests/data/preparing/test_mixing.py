@@ -24,9 +24,9 @@ weights = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.3, 2.0, 3.0])
 
 
 def taken(dataset: PackedDataset) -> Counter[str]:
-    """How often an epoch takes each record's first piece, by place."""
-    pieces = [piece for sample in range(dataset.num_samples) for piece in dataset.chunks_of(sample)]
-    return Counter(f"{piece.source}:{piece.line}" for piece in pieces if not piece.context)
+    """How often an epoch takes each record's first chunk, by place."""
+    chunks = [chunk for sample in range(dataset.num_samples) for chunk in dataset.chunks_of(sample)]
+    return Counter(f"{chunk.source}:{chunk.line}" for chunk in chunks if not chunk.context)
 
 
 @settings(max_examples=25)
@@ -61,8 +61,8 @@ def test_each_conversation_is_taken_as_often_as_its_weight_says(files: list[tupl
         order = GlobalOrder(dataset.num_samples, 3, seed=1, fingerprint=dataset.fingerprint)
         steps = order.steps_per_epoch
         loader = Loader(dataset, order, rank=0, world=1, micro_batch_size=3, start_step=0, stop_step=steps)
-        learned = np.concatenate([b.targets_T[b.weights_T > 0] for data in loader for b in data.micro_batches])
-        assert Counter(learned.tolist()) == supervised_targets(dataset)
+        supervised = np.concatenate([b.targets_T[b.weights_T > 0] for data in loader for b in data.micro_batches])
+        assert Counter(supervised.tolist()) == supervised_targets(dataset)
 
 
 def test_the_realised_shares_are_reported(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_realised_shares_are_reported(tmp_path: Path) -> None:
     assert other.fingerprint != dataset.fingerprint
 
 
-def test_pieces_of_one_record_go_together() -> None:
+def test_chunks_of_one_record_go_together() -> None:
     line = np.repeat(np.arange(100), 3)
     times = repeats(np.zeros(300, int), np.zeros(300, int), line, [0.5]).reshape(100, 3)
     assert (times == times[:, :1]).all()
@@ -98,15 +98,15 @@ def test_a_sources_format_is_what_every_record_has_to_be(tmp_path: Path, how: di
     one of two formats where none is given."""
     both = {**chat("q", "an answer in messages"), "text": "plain words"}
     path = str(write_jsonl(tmp_path / "in.jsonl", [both, chat("q", "a"), {"text": "more words"}]))
-    learned = {}
+    supervised = {}
     for name in (None, "text", "messages"):
         dataset, _ = prepare_splits(Settings(data=(Source(path, format=name),), **how), TOKENIZER)
         Account.from_dict(dataset.account).check()
         faults = {reason: fault["lines"] for reason, fault in dataset.account["faults"].items()}
-        learned[name] = dataset.num_supervised, faults
+        supervised[name] = dataset.num_supervised, faults
     ids = lambda text: len(TOKENIZER.encode(text)) + 1
     answers, texts = ids("an answer in messages") + ids("a"), ids("plain words") + ids("more words")
-    assert learned == {
+    assert supervised == {
         None: (ids("a") + ids("more words"), {"field not used: text": 1}),
         "text": (texts, {"another format than the one given": 1}),
         "messages": (answers, {"another format than the one given": 1}),
@@ -129,6 +129,6 @@ def test_a_run_goes_on_with_the_data_that_an_earlier_version_read(
     now = prepare_splits(config, TOKENIZER)
     assert now[0].fingerprint != before[0].fingerprint
     again = prepare_splits(config, TOKENIZER, resumed=before[0].fingerprint)
-    assert [part and part.fingerprint for part in again] == [part and part.fingerprint for part in before]
+    assert [split and split.fingerprint for split in again] == [split and split.fingerprint for split in before]
     other = prepare_splits(config, TOKENIZER, resumed="of something else")
-    assert [part and part.fingerprint for part in other] == [part and part.fingerprint for part in now]
+    assert [split and split.fingerprint for split in other] == [split and split.fingerprint for split in now]

@@ -22,7 +22,7 @@ from lumina.data.preparing.splits import prepare_splits
 from tests.data.helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 
 
-def learned(*datasets: PackedDataset | None) -> Counter[int]:
+def supervised(*datasets: PackedDataset | None) -> Counter[int]:
     return sum((supervised_targets(dataset) for dataset in datasets if dataset), Counter())
 
 
@@ -45,21 +45,21 @@ def test_every_answer_is_learned_or_held_out_once(drawn: list[tuple[int, int]], 
             return
         train, held_out = prepare_splits(config, TOKENIZER)
         assert held_out is not None
-        assert learned(train, held_out) == expected_targets(lines)
+        assert supervised(train, held_out) == expected_targets(lines)
         for dataset in (train, held_out):
             Account.from_dict(dataset.account).check()
             assert dataset.account["messages"] == 2 * len(lines)
         ids = [
-            {lines[piece.line - 1]["id"] for s in range(d.num_samples) for piece in d.chunks_of(s)}
+            {lines[chunk.line - 1]["id"] for s in range(d.num_samples) for chunk in d.chunks_of(s)}
             for d in (train, held_out)
         ]
         assert not ids[0] & ids[1], "an id is on both sides"
 
 
 def decided(conversations: list[Conversation], given: list[int] | None = None, **how: Any) -> list[int]:
-    signs = signatures_of(conversations, near=how.get("dedup") == "near")
-    part = np.array(given or [TRAIN] * len(conversations), dtype=np.uint8)
-    return decide(signs, part, how.get("eval_fraction", 0.0), how.get("dedup", "none")).tolist()
+    signatures = signatures_of(conversations, near=how.get("dedup") == "near")
+    split = np.array(given or [TRAIN] * len(conversations), dtype=np.uint8)
+    return decide(signatures, split, how.get("eval_fraction", 0.0), how.get("dedup", "none")).tolist()
 
 
 def talk(prompt: str, answer: str, identity: str = "") -> Conversation:
@@ -89,8 +89,8 @@ LONG = "the quick brown fox jumps over the lazy dog and runs through the deep da
 def test_near_duplicates_of_a_prompt_stay_on_one_side() -> None:
     for i in range(40):
         pair = [talk(f"{LONG} number {i}", "one answer"), talk(f"{LONG} number {i}!!  Thanks", "quite another")]
-        signs = signatures_of(pair, near=True)
-        sides = decide(signs, np.zeros(2, dtype=np.uint8), 0.5, "near").tolist()
+        signatures = signatures_of(pair, near=True)
+        sides = decide(signatures, np.zeros(2, dtype=np.uint8), 0.5, "near").tolist()
         assert sides[0] == sides[1] or DUPLICATE in sides
 
 
@@ -116,8 +116,8 @@ def test_near_pairs_against_true_jaccard_similarity() -> None:
         texts.append(words)
     shingles = [{tuple(words[i : i + 5]) for i in range(196)} for words in texts]
     true = lambda a, b: len(shingles[a] & shingles[b]) / len(shingles[a] | shingles[b])
-    signs = signatures_of([talk("q", " ".join(words)) for words in texts], near=True)
-    found = near_pairs(signs.text_minhash)
+    signatures = signatures_of([talk("q", " ".join(words)) for words in texts], near=True)
+    found = near_pairs(signatures.text_minhash)
     assert all(true(a, b) > 0.5 for a, b in found)
     joined = {b for _, b in found}
     later_twins = {b for b in range(120) if any(true(a, b) > 0.9 for a in range(b))}
@@ -156,17 +156,17 @@ def test_decisions_line_up_across_tasks_trees_and_workers(tmp_path: Path, monkey
     ]
     lines = [line for i in range(30) for line in (trees[i], chat(f"question {i}", f"answer {i}"), b"bad", b"")]
     path = str(write_jsonl(tmp_path / "in.jsonl", lines))
-    parts = {}
+    splits = {}
     for workers in (1, 2):
         config = Settings(
             train_data=(path,), eval_fraction=0.3, cache_dir=str(tmp_path / str(workers)), num_workers=workers
         )
-        parts[workers] = prepare_splits(config, TOKENIZER)
-    train, held_out = parts[1]
-    assert [d.fingerprint for d in parts[1] if d] == [d.fingerprint for d in parts[2] if d]
+        splits[workers] = prepare_splits(config, TOKENIZER)
+    train, held_out = splits[1]
+    assert [d.fingerprint for d in splits[1] if d] == [d.fingerprint for d in splits[2] if d]
     answers = [chat("q", f"reply {i}{side}") for i in range(30) for side in "ab"]
     answers += [chat("q", f"answer {i}") for i in range(30)]
-    assert learned(train, held_out) == learned(*parts[2]) == expected_targets(answers)
+    assert supervised(train, held_out) == supervised(*splits[2]) == expected_targets(answers)
     text = lambda d: " ".join(TOKENIZER.decode(p.ids) for s in range(d.num_samples) for p in d.chunks_of(s))
     for i in range(30):
         assert (f"reply {i}a<" in text(train)) == (f"reply {i}b<" in text(train)), "a tree is on both sides"

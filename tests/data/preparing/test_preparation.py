@@ -1,4 +1,4 @@
-"""Preparing: every answer learned exactly once, every line accounted for, the cache reused and never half a cache."""
+"""Preparing: every answer supervised once, every line accounted for, the cache reused and never half a cache."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def prepared(folder: Path, lines: list[Any], **changes: Any) -> PackedDataset:
 
 @settings(max_examples=60)
 @given(records, st.sampled_from([16, 17, 40, 500]), st.booleans())
-def test_every_answer_is_learned_exactly_once(lines: list[dict[str, Any]], window: int, packing: bool) -> None:
+def test_every_answer_is_supervised_exactly_once(lines: list[dict[str, Any]], seq_length: int, packing: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        dataset = prepared(Path(folder), lines, seq_length=window, packing=packing)
+        dataset = prepared(Path(folder), lines, seq_length=seq_length, packing=packing)
         expected = expected_targets(lines)
         assert supervised_targets(dataset) == expected
         assert dataset.num_supervised == expected.total()
@@ -50,13 +50,13 @@ def test_every_answer_is_learned_exactly_once(lines: list[dict[str, Any]], windo
         assert account.messages == sum(len(line["messages"]) for line in lines)
         assert account.tokens_supervised == expected.total()
         assert account.tokens_dropped == {}
-        assert dataset.tokens_per_sample.max() <= window
+        assert dataset.tokens_per_sample.max() <= seq_length
         assert dataset.num_tokens == account.tokens + account.tokens_repeated
 
 
 @settings(max_examples=40)
 @given(records, st.sampled_from([16, 40, 500]), st.sampled_from(["truncate", "drop"]))
-def test_truncate_and_drop_against_a_slow_reference(lines: list[dict[str, Any]], window: int, policy: str) -> None:
+def test_truncate_and_drop_against_a_slow_reference(lines: list[dict[str, Any]], seq_length: int, policy: str) -> None:
     """What must remain, conversation by conversation, and where each message must be counted."""
     aliases = {"prompter": "user", "human": "user", "ai": "assistant", "bot": "assistant"}
     kept: list[tuple[list[int], list[int]]] = []
@@ -64,22 +64,22 @@ def test_truncate_and_drop_against_a_slow_reference(lines: list[dict[str, Any]],
     for line in lines:
         messages = [Message(aliases.get(m["role"], m["role"]), m["content"]) for m in line["messages"]]
         full = render(TOKENIZER, Conversation(messages))
-        keep = len(full.ids) if len(full.ids) <= window else window if policy == "truncate" else 0
+        keep = len(full.ids) if len(full.ids) <= seq_length else seq_length if policy == "truncate" else 0
         if keep:
             kept.append((full.ids[:keep].tolist(), full.mask[:keep].tolist()))
         for message, start, stop in zip(messages, full.message_offsets[:-1], full.message_offsets[1:], strict=True):
-            learned_left = int(full.mask[start : min(stop, keep)].sum()) if start < keep else 0
-            trained += learned_left > 0
+            supervised_left = int(full.mask[start : min(stop, keep)].sum()) if start < keep else 0
+            trained += supervised_left > 0
             masked += message.role != "assistant" and start < keep
-            dropped += (learned_left == 0) if message.role == "assistant" else start >= keep
+            dropped += (supervised_left == 0) if message.role == "assistant" else start >= keep
     with tempfile.TemporaryDirectory() as folder:
         if not any(sum(mask) for _, mask in kept):
             with pytest.raises(UserError, match="nothing is left to learn"):
-                prepared(Path(folder), lines, seq_length=window, overlong=policy)
+                prepared(Path(folder), lines, seq_length=seq_length, overlong=policy)
             return
-        dataset = prepared(Path(folder), lines, seq_length=window, overlong=policy, packing=False)
-        pieces = [(p.ids.tolist(), p.mask.tolist()) for s in range(dataset.num_samples) for p in dataset.chunks_of(s)]
-        assert sorted(pieces) == sorted(kept)
+        dataset = prepared(Path(folder), lines, seq_length=seq_length, overlong=policy, packing=False)
+        chunks = [(p.ids.tolist(), p.mask.tolist()) for s in range(dataset.num_samples) for p in dataset.chunks_of(s)]
+        assert sorted(chunks) == sorted(kept)
         account = Account.from_dict(dataset.account)
         account.check()
         counted = (account.messages_supervised, account.messages_masked, sum(account.messages_dropped.values()))
@@ -160,9 +160,9 @@ def test_line_numbers_hold_across_tasks_workers_and_files(tmp_path: Path, monkey
         p.name: p.read_bytes() for p in several.folder.iterdir()
     }
     texts = {
-        (piece.source, piece.line): TOKENIZER.decode(piece.ids)
+        (chunk.source, chunk.line): TOKENIZER.decode(chunk.ids)
         for sample in range(alone.num_samples)
-        for piece in alone.chunks_of(sample)
+        for chunk in alone.chunks_of(sample)
     }
     assert "answer 131" in texts[(str(first), 131)]
     assert "answer 104" in texts[(str(second), 5)]
@@ -221,7 +221,7 @@ def test_finished_tasks_are_kept_over_an_interruption(tmp_path: Path, monkeypatc
         patch.setattr(pool, "run_task", three_then_die)
         with pytest.raises(KeyboardInterrupt):
             prepare([path], Settings(cache_dir=str(tmp_path / "b")), TOKENIZER)
-    # Finished parts of other ranges, as another version may leave them, are not taken for these.
+    # Finished tasks of other ranges, as another version may leave them, are not taken for these.
     (other,) = (tmp_path / "b").glob("*.partial")
     report = other / "pieces-00001.json"
     report.write_bytes(report.read_bytes().replace(b"500,", b"400,"))
@@ -251,7 +251,7 @@ def test_unusable_inputs_are_the_users_error(tmp_path: Path, make: Any, message:
         prepare([make(tmp_path)], Settings(cache_dir=str(tmp_path / "cache")), TOKENIZER)
 
 
-def test_no_files_and_too_small_a_window(tmp_path: Path) -> None:
+def test_no_files_and_too_small_a_seq_length(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data files"):
         prepare([], Settings(), TOKENIZER)
     with pytest.raises(UserError, match="at least 16"):

@@ -45,8 +45,8 @@ def test_both_sides_are_the_template_and_only_the_answer_is_learned(tmp_path: Pa
         expected = render(TOKENIZER, Conversation(messages))
         assert document.tolist() == expected.ids.tolist()
     answers = [TOKENIZER.encode(text) for text in ("good 1 " * 3, "bad 1", "yes", "no")]
-    learned = [token for answer in answers for token in [*answer, TOKENIZER.stop_id]]
-    assert batch.targets_T[batch.weights_T == 1].tolist() == learned
+    supervised = [token for answer in answers for token in [*answer, TOKENIZER.stop_id]]
+    assert batch.targets_T[batch.weights_T == 1].tolist() == supervised
     assert batch.pairs_P2 is not None
     assert batch.pairs_P2.tolist() == [[0.0, 1.0], [0.0, 1.0]]
     assert dataset.tokens_per_sample[0] == len(documents[0]) + len(documents[1])
@@ -129,8 +129,8 @@ def test_an_imported_models_template(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", records)
     dataset = prepare_pairs([path], Settings(seq_length=200, cache_dir=str(tmp_path / "cache")), tokenizer)
     batch = dataset.batch([0])
-    learned = batch.targets_T[batch.weights_T == 1].tolist()
-    assert learned == [*tokenizer.encode("how"), 2, *tokenizer.encode("today"), 2]
+    supervised = batch.targets_T[batch.weights_T == 1].tolist()
+    assert supervised == [*tokenizer.encode("how"), 2, *tokenizer.encode("today"), 2]
     assert dataset.num_samples == 2
     (reason,) = dataset.account["skipped"]
     assert "bad role" in reason

@@ -1,4 +1,4 @@
-"""Packing against best-fit decreasing written the slow way, piece by piece."""
+"""Packing against best-fit decreasing written the slow way, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lumina.data.preparing.packing import pack, rows_to_chunks
 
 
 def slow_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
-    """The rooms left in the rows, by the textbook: each piece into the fullest row that takes it."""
+    """The rooms left in the rows, by the textbook: each chunk into the fullest row that takes it."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
@@ -43,9 +43,9 @@ def test_large_random_lengths_against_the_slow_way() -> None:
 @given(st.lists(st.integers(0, 9), min_size=1))
 def test_rows_to_pieces_groups_every_piece_once(rows: list[int]) -> None:
     row_of = np.unique(rows, return_inverse=True)[1]  # rows numbered without gaps
-    pieces, offsets = rows_to_chunks(row_of)
+    chunks, offsets = rows_to_chunks(row_of)
     for row, (first, last) in enumerate(itertools.pairwise(offsets)):
-        assert pieces[first:last].tolist() == [piece for piece, its_row in enumerate(row_of) if its_row == row]
+        assert chunks[first:last].tolist() == [chunk for chunk, its_row in enumerate(row_of) if its_row == row]
 
 
 def test_a_piece_longer_than_a_row_is_a_broken_invariant() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.data.helpers import chat, write_jsonl
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import sys
 import lumina.data.preparing.pool as pool

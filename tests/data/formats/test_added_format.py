@@ -161,6 +161,6 @@ def test_our_own_formats_are_those_that_a_source_may_name() -> None:
 
 
 def test_the_documents_name_every_format() -> None:
-    documented = Path(__file__).parents[2].joinpath("docs/data.md").read_text()
+    documented = Path(__file__).parents[3].joinpath("docs/data.md").read_text()
     for name in registry.FORMATS.own():
         assert f"| `{name}` |" in documented

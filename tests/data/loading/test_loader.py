@@ -35,9 +35,9 @@ def test_every_world_sees_the_same_tokens_each_step(dataset: PackedDataset, worl
     for reference, *shares in zip(whole, *ranks, strict=True):
         (full,) = reference.micro_batches
         batches = [batch for share in shares for batch in share.micro_batches]
-        learned = np.concatenate([batch.targets_T[batch.weights_T > 0] for batch in batches])
-        assert sorted(learned.tolist()) == sorted(full.targets_T[full.weights_T > 0].tolist())
-        assert {share.supervised_tokens for share in shares} == {float(len(learned))}
+        supervised = np.concatenate([batch.targets_T[batch.weights_T > 0] for batch in batches])
+        assert sorted(supervised.tolist()) == sorted(full.targets_T[full.weights_T > 0].tolist())
+        assert {share.supervised_tokens for share in shares} == {float(len(supervised))}
         assert sum(int((batch.ids_T != TOKENIZER.pad_id).sum()) for batch in batches) == reference.tokens
 
 

@@ -1,6 +1,6 @@
 """The cache's format: what the version before this one's names made is found and used, and made again the same.
 
-`cache_of_0_1/` holds a file of ten lines and the caches that commit 93dd0ad made of it (truncated, a third held out,
+`of_0_1/` holds a file of ten lines and the caches that commit 93dd0ad made of it (truncated, a third held out,
 duplicates removed).
 """
 
@@ -16,7 +16,7 @@ import pytest
 from lumina.data import prepare_splits
 from tests.data.helpers import TOKENIZER, Settings
 
-KEPT = Path(__file__).parent / "cache_of_0_1"
+KEPT = Path(__file__).parent / "of_0_1"
 SETTINGS = Settings(
     train_data=("data.jsonl",),
     seq_length=48,

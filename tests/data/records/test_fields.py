@@ -123,16 +123,16 @@ def test_spans_are_masked_token_by_token() -> None:
     rendered = render(TOKENIZER, Conversation(found))
     start = rendered.message_offsets[1] + 2
     ids = rendered.ids[start:-1].tolist()
-    learned, at = [], 0
+    supervised, at = [], 0
     hidden = {i for first, last in ((4, 8), (17, 17)) for i in range(first, last + 1)}
     places = [index for index, character in enumerate(text) for _ in character.encode()]
     for token in ids:
         size = len(TOKENIZER.token_bytes(token))
-        learned.append(int(not hidden & set(places[at : at + size])))
+        supervised.append(int(not hidden & set(places[at : at + size])))
         at += size
-    assert rendered.mask[start:-1].tolist() == learned
-    assert 0 in learned
-    assert 1 in learned
+    assert rendered.mask[start:-1].tolist() == supervised
+    assert 0 in supervised
+    assert 1 in supervised
     assert rendered.mask[-1] == 1  # the stop token
 
 

@@ -12,7 +12,7 @@ from lumina.cli import main
 from lumina.data.oasst.extraction import OasstOptions
 from lumina.data.oasst.pairs import extract_pairs
 from tests.data.helpers import write_jsonl
-from tests.data.oasst_trees import labels, node, the_tree
+from tests.data.oasst.trees import labels, node, the_tree
 
 
 def pairs(tree: dict[str, Any], **options: Any) -> tuple[list[str], dict[str, int]]:

@@ -37,7 +37,7 @@ def test_nothing_is_lost_and_what_is_added_weighs_nothing(lengths: list[int], su
     assert len(found.ids_T) == len(found.positions_T) == round_up(tokens)
     assert found.ids_T[:tokens].tolist() == given.ids_T.tolist()
     assert found.positions_T[:tokens].tolist() == given.positions_T.tolist()
-    # The tokens that fill a tile are a document of their own, which nobody attends to and nothing is learned from.
+    # The tokens that fill a tile are a document of their own, which nobody attends to and nothing is supervised in.
     edges = given.cu_seqlens_D.tolist() + [round_up(tokens)] * (tokens % ROW_TILE != 0)
     assert found.cu_seqlens_D.tolist() == list(found.bounds) == edges
     assert found.cu_seqlens_D.dtype is torch.int32

@@ -1,4 +1,4 @@
-"""OASST extraction against paths worked out by hand, one tree (oasst_trees.py) with every case in it."""
+"""OASST extraction against paths worked out by hand, one tree (trees.py) with every case in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lumina.config import UserError
 from lumina.data import prepare
 from lumina.data.oasst.extraction import OasstOptions, extract
 from tests.data.helpers import TOKENIZER, Settings, supervised_targets, write_jsonl
-from tests.data.oasst_trees import node, the_tree
+from tests.data.oasst.trees import node, the_tree
 
 
 def paths(tree: dict[str, Any], **options: Any) -> tuple[list[str], dict[str, int]]:

@@ -62,7 +62,8 @@ engine.end_process(0)
 def measure(folder: Path, megabytes: int) -> Parts:
     import torch
 
-    from lumina.checkpoint import CheckpointReader, Snapshot, file_sha256, write_rank_file
+    from lumina.checkpoint import CheckpointReader, Snapshot, write_rank_file
+    from lumina.files import file_sha256
 
     count = megabytes * 2**20 // BYTES
     tensors = {f"{key}/w": torch.randn(count) for key in ("master", "exp_avg", "exp_avg_sq")}

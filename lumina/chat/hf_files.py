@@ -90,8 +90,8 @@ def read_stops(folder: Path) -> frozenset[int]:
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files, and nothing else that the folder may hold, into the new folder `target`."""
-    target.mkdir()
+    """Copy a tokenizer's files, and nothing else that the folder may hold, into the folder `target`."""
+    target.mkdir(exist_ok=True)
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

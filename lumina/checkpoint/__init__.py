@@ -23,12 +23,9 @@ from lumina.checkpoint.format import (
 )
 from lumina.checkpoint.integrity import (
     candidates,
-    file_sha256,
-    fsync,
     integrity_error,
     latest_valid,
     manifest_entry,
-    write_json,
 )
 from lumina.checkpoint.lock import RunLock, last_global_batch
 from lumina.checkpoint.maintenance import REQUESTS
@@ -51,7 +48,7 @@ if TYPE_CHECKING:
     from lumina.checkpoint.saver import SaveJob, SaveKind, SaveOutcome, Saver, SaveTarget
     from lumina.checkpoint.slabs import SLAB, Slabs, StagingBuffer, slab_sizes
     from lumina.checkpoint.snapshot import Snapshot
-    from lumina.checkpoint.write import SaveError, commit, partial_name, write_rank_file
+    from lumina.checkpoint.write import SaveError, commit, partial_name, write_checkpoint, write_rank_file
 
 _WITH_TORCH = {
     "merge": (
@@ -69,7 +66,7 @@ _WITH_TORCH = {
     "saver": ("SaveJob", "SaveOutcome", "SaveKind", "Saver", "SaveTarget"),
     "slabs": ("SLAB", "StagingBuffer", "Slabs", "slab_sizes"),
     "snapshot": ("Snapshot",),
-    "write": ("SaveError", "commit", "partial_name", "write_rank_file"),
+    "write": ("SaveError", "commit", "partial_name", "write_checkpoint", "write_rank_file"),
 }
 _HOMES = {name: module for module, names in _WITH_TORCH.items() for name in names}
 
@@ -105,8 +102,6 @@ __all__ = [
     "clear_leftovers",
     "commit",
     "discard",
-    "file_sha256",
-    "fsync",
     "integrity_error",
     "last_global_batch",
     "latest_valid",
@@ -125,7 +120,7 @@ __all__ = [
     "step_of",
     "trained_parameters",
     "valid_base",
-    "write_json",
+    "write_checkpoint",
     "write_rank_file",
 ]
 

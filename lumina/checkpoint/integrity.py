@@ -6,7 +6,6 @@ A damaged checkpoint is passed over with a warning in favour of the one before i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,35 +15,13 @@ from typing import Any
 
 from lumina.checkpoint.format import FORMAT, MANIFEST, NAME, TRAINER, list_checkpoints, step_of
 from lumina.config import UserError
+from lumina.files import file_sha256
 
 log = logging.getLogger("lumina")
 
 
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def manifest_entry(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def integrity_error(checkpoint: Path) -> str | None:

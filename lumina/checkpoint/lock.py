@@ -9,12 +9,12 @@ belongs to: a restart by the same launch goes on by itself, a new launch must be
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from pathlib import Path
 from typing import Any
 
 from lumina.config import UserError
+from lumina.files import write_json
 
 NAME = ".owner.json"
 
@@ -26,9 +26,7 @@ class RunLock:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / NAME
         self.token = secrets.token_hex(8)
-        scratch = folder / f"{NAME}.{self.token}"
-        scratch.write_text(json.dumps({"token": self.token, "job": job, "global_batch_size": global_batch}))
-        os.replace(scratch, self._path)
+        write_json(self._path, {"token": self.token, "job": job, "global_batch_size": global_batch})
 
     def held(self) -> bool:
         """Whether no later start has claimed the folder."""

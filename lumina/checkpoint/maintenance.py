@@ -16,6 +16,7 @@ import yaml
 
 from lumina.checkpoint import format, integrity, retention
 from lumina.config import UserError
+from lumina.files import fsync, write_json
 
 REQUESTS = "requests"  # folder in the run's: save-ID.json asks, save-ID.answer.json answers
 
@@ -128,16 +129,16 @@ def restore(path: str, step: int | None, source: str | None) -> int:
     partial = final.with_name(f".{chosen.name}.restored-{secrets.token_hex(4)}.partial")
     shutil.copytree(chosen, partial)
     for file in partial.iterdir():
-        integrity.fsync(file)
+        fsync(file)
     wrong = integrity.integrity_error(partial)
     if wrong is not None:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"the copy of {chosen} is damaged: {wrong}", "Is the disk full? Nothing was changed.")
-    integrity.fsync(partial)
+    fsync(partial)
     if final.is_dir():
         retention.discard(final)
     os.replace(partial, final)
-    integrity.fsync(final.parent)
+    fsync(final.parent)
     print(f"restored {final} from {chosen}")
     newer = [c.name for c in format.list_checkpoints(final.parent) if format.step_of(c) > format.step_of(final)]
     if newer:
@@ -152,7 +153,7 @@ def save(path: str, timeout: float) -> int:
     folder.mkdir(exist_ok=True)
     request = f"save-{secrets.token_hex(6)}"
     asked, answered = folder / f"{request}.json", folder / f"{request}.answer.json"
-    integrity.write_json(asked, {"time": time.time()})
+    write_json(asked, {"time": time.time()})
     deadline = time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:

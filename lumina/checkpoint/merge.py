@@ -15,9 +15,10 @@ import torch
 from pydantic import ValidationError
 
 from lumina.checkpoint.format import MANIFEST, MASTER, TrainerState, read_trainer_state
-from lumina.checkpoint.integrity import file_sha256, integrity_error
+from lumina.checkpoint.integrity import integrity_error
 from lumina.checkpoint.read import CheckpointReader, WeightReader
 from lumina.config import Config, LoraConfig, ModelConfig, UserError
+from lumina.files import file_sha256
 from lumina.model import lora
 
 

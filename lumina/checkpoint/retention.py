@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumina.checkpoint.format import BEST, list_checkpoints, step_of
-from lumina.checkpoint.integrity import write_json
+from lumina.files import write_json
 
 
 @dataclass(frozen=True)

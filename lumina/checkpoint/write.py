@@ -12,9 +12,10 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 
 from lumina.checkpoint.format import FORMAT, MANIFEST, TRAINER, name_of
-from lumina.checkpoint.integrity import file_sha256, fsync, manifest_entry, write_json
+from lumina.checkpoint.integrity import manifest_entry
 from lumina.checkpoint.snapshot import Snapshot
+from lumina.files import file_sha256, fsync, write_json
 
 _CHUNK = 16 * 2**20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
@@ -114,6 +116,19 @@ def _write_tensors(path: Path, snapshot: Snapshot) -> str:
 def _write_all(file: Any, data: memoryview) -> None:
     while len(data):
         data = data[file.write(data) :]
+
+
+# --- From one process -----------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, snapshots: Iterable[Snapshot], ranks: int) -> Path:
+    """Write a whole checkpoint from one process, given what each of `ranks` rank files holds, one at a time; returns
+    its path in `folder`. The record of trainer.json is the last snapshot's. Raises SaveError."""
+    scratch = secrets.token_hex(4)
+    for rank, snapshot in enumerate(snapshots):
+        partial = folder / partial_name(snapshot.step, scratch, 1)
+        write_rank_file(partial, snapshot, rank, ranks)
+    return commit(partial, snapshot, ranks, time.monotonic(), verify=False, may_commit=lambda: True)
 
 
 # --- Rank 0 ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.commands.common import Arguments, Command, Parser, config_options, data_options, json_option, load_config
+from lumina.files import write_text
 
 if TYPE_CHECKING:
     from lumina.config import Config
@@ -140,7 +141,7 @@ def validate_files(
     extra: list[str] = []
     if create_report:
         report = Path(f"{next(iter(validation.layouts))}.report.html")
-        report.write_text(render_report(validation), encoding="utf-8")
+        write_text(report, render_report(validation))
         figures["report"] = str(report)
         extra.append(f"report         {report}")
     if fix is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from lumina.config import UserError
-from lumina.data.cache.files import replace_durably
+from lumina.files import atomic_file
 
 EVAL_SHARE = 20
 TRAIN_FILE, EVAL_FILE = "chitchat.train.jsonl", "chitchat.eval.jsonl"
@@ -51,9 +51,13 @@ def write_files(out_dir: Path) -> tuple[Path, Path, int, int]:
     dialogues = json.loads((Path(spec.origin).parent / "dataset.json").read_bytes())
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = [out_dir / TRAIN_FILE, out_dir / EVAL_FILE]
-    partial = [path.with_name(path.name + ".tmp") for path in paths]
     counts = [0, 0]
-    with open(partial[0], "wb") as train, open(partial[1], "wb") as evaluation:
+    with (
+        atomic_file(paths[0]) as scratch_train,
+        atomic_file(paths[1]) as scratch_eval,
+        scratch_train.open("wb") as train,
+        scratch_eval.open("wb") as evaluation,
+    ):
         for key, dialogue in dialogues.items():
             messages = merge_turns(dialogue["messages"])
             if len(messages) < 2:
@@ -61,8 +65,6 @@ def write_files(out_dir: Path) -> tuple[Path, Path, int, int]:
             side = int(hashlib.sha256(key.encode()).digest()[0]) < 256 // EVAL_SHARE
             (evaluation if side else train).write(orjson.dumps({"id": key, "messages": messages}) + b"\n")
             counts[side] += 1
-    for source, path in zip(partial, paths, strict=True):
-        replace_durably(source, path)
     return paths[0], paths[1], counts[0], counts[1]
 
 

@@ -15,12 +15,13 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lumina.files import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +65,8 @@ def _build(source: Path) -> Path | None:
         return library
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            built = Path(scratch) / library.name
+        with atomic_file(library) as built:  # another rank may be building the same file
             subprocess.run([compiler, *flags, str(source), "-o", str(built), "-lm"], check=True, capture_output=True)
-            os.replace(built, library)  # whole or not at all: another rank may be building the same file
     except (OSError, subprocess.CalledProcessError) as error:
         log.warning("cannot build the CPU kernels, plain torch is used: %s", getattr(error, "stderr", None) or error)
         return None

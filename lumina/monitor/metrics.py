@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any, TextIO
 
 import orjson
 
+from lumina.files import write_text
 from lumina.monitor.record import StepRecord
 
 log = logging.getLogger("lumina")
@@ -57,10 +57,7 @@ class MetricsFile:
 
     def _open(self, resumed_step: int) -> TextIO:
         kept = [record for record in read_metrics(self._path) if record["step"] <= resumed_step] if resumed_step else []
-        scratch = self._path.with_name(f".{self._path.name}.partial")
-        with scratch.open("w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-        os.replace(scratch, self._path)
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept), durable=False)
         return self._path.open("a", buffering=1)  # by line: what a killed run did is on disk
 
     def rewind(self, step: int) -> None:

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lumina.files import write_json
+
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "pyarrow", "tiktoken", "flash-attn")
 
 
@@ -57,9 +59,7 @@ def add_end(folder: Path, state: str, step: int, reason: str = "") -> None:
 
 
 def _write(folder: Path, run: Mapping[str, Any]) -> None:
-    scratch = folder / ".run.json.partial"
-    scratch.write_text(json.dumps(run, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(scratch, folder / "run.json")
+    write_json(folder / "run.json", run, sort_keys=False, ensure_ascii=False, durable=False)
 
 
 def code_version() -> dict[str, Any]:

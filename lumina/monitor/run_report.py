@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.config import UserError
+from lumina.files import write_text
 from lumina.monitor.events import RECOVERY
 from lumina.monitor.run_data import RunData, read, thinned
 from lumina.monitor.runs import span
@@ -60,7 +61,7 @@ def report_command(folders: Sequence[Path], out: Path | None, *, show: bool) -> 
     out = out or runs[0].folder / "report.html"
     html = render(runs)
     try:
-        out.write_text(html, encoding="utf-8")
+        write_text(out, html)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}", "Choose another file with --out.") from None
     print(f"Report of {', '.join(run.name for run in runs)}: {out} ({len(html.encode()) / 1e6:.2f} MB)")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from lumina.chat import AnyTokenizer
 from lumina.chat.hf_files import copy_files
 from lumina.config import Config, UserError
 from lumina.data import Samples
+from lumina.files import atomic_folder
 from lumina.train.deepspeed.engine import Engine, Ranks
 from lumina.train.objectives import objective
 from lumina.train.snapshot import load_weights
@@ -139,11 +138,8 @@ def keep_tokenizer(config: Config, folder: Path) -> Config:
         return config
     source, own = Path(config.tokenizer), folder / "tokenizer"
     if source.resolve() != own.resolve():
-        scratch = folder / ".tokenizer.partial"
-        shutil.rmtree(scratch, ignore_errors=True)
-        copy_files(source, scratch)
-        shutil.rmtree(own, ignore_errors=True)
-        os.replace(scratch, own)
+        with atomic_folder(own, replace=True) as scratch:
+            copy_files(source, scratch)
     return config.replace(tokenizer=own.name)  # found beside config.yaml, wherever the folder is moved
 
 

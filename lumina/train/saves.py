@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from lumina import checkpoint
 from lumina.checkpoint import REQUESTS, Retention, SaveJob, SaveKind, SaveOutcome, Saver, SaveTarget, StagingBuffer
+from lumina.files import write_json
 from lumina.train.recovery.recovery import agreed
 from lumina.train.snapshot import take_snapshot
 
@@ -311,7 +312,7 @@ class Saves:
 
 def _answer(folder: Path, request: str, answer: dict[str, Any]) -> None:
     with suppress(OSError):
-        checkpoint.write_json(folder / REQUESTS / f"{request}.answer.json", answer)
+        write_json(folder / REQUESTS / f"{request}.answer.json", answer)
 
 
 class _Retry:

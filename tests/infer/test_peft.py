@@ -14,6 +14,7 @@ from lumina import checkpoint
 from lumina.checkpoint import adapter_settings, base_reference
 from lumina.cli import main
 from lumina.config import LoraConfig, UserError
+from lumina.files import write_json
 from lumina.infer import export, import_hf, load
 from lumina.infer.hf.peft import _description
 from lumina.model import Transformer, lora
@@ -70,14 +71,14 @@ def write_adapters(run: Path, base: Path, model: Transformer, settings: LoraConf
         "lora": adapter_settings(settings),
         "base": base_reference(checkpoint.list_checkpoints(base / "checkpoints")[0], run),
     }
-    checkpoint.write_json(saved / "trainer.json", facts)
+    write_json(saved / "trainer.json", facts)
     rehash(saved)
     return run
 
 
 def rehash(saved: Path) -> None:
     files = [checkpoint.manifest_entry(path) for path in sorted(saved.iterdir()) if path.name != "manifest.json"]
-    checkpoint.write_json(saved / "manifest.json", {"format": 1, "files": files})
+    write_json(saved / "manifest.json", {"format": 1, "files": files})
 
 
 @pytest.mark.parametrize("settings", [SOME, ALL], ids=["some", "all"])
@@ -214,7 +215,7 @@ def test_a_wrong_description_is_one_message(tmp_path: Path, change: dict[str, An
     run = write_adapters(tmp_path / "run", base, adapt(make_model(vocab_size=VOCABULARY), ALL), ALL)
     saved = run / "checkpoints" / checkpoint.name_of(5)
     facts = json.loads((saved / "trainer.json").read_text())
-    checkpoint.write_json(saved / "trainer.json", facts | change)
+    write_json(saved / "trainer.json", facts | change)
     rehash(saved)
     with pytest.raises(UserError, match=message):
         load(run, precision="fp32")

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 import tests.runs as real
-from lumina import checkpoint
 from lumina.cli import main
+from lumina.files import file_sha256
 from lumina.infer import import_hf, load
 from lumina.train import loop
 from tests.infer.hf_models import make_hf
@@ -123,7 +123,7 @@ def test_trained_used_and_trained_on(
     assert facts["lora"] == {"lora_rank": 4, "lora_alpha": 16.0, "lora_targets": ["q_proj", "up_proj", "v_proj"]}
     of_base = base / "checkpoints/step-00000000"
     assert facts["base"]["checkpoint"] == str(of_base)
-    assert facts["base"]["manifest_sha256"] == checkpoint.file_sha256(of_base / "manifest.json")
+    assert facts["base"]["manifest_sha256"] == file_sha256(of_base / "manifest.json")
     size = lambda folder: sum(path.stat().st_size for path in folder.glob("rank-*"))
     trained = sum(v.numel() for (kind, _), v in final(run, 20).items() if kind == "master")
     assert size(saved) < 3 * 4 * trained + 30_000, (

@@ -1,41 +1,15 @@
-"""Files: naming what is finished, hashing what is read, and where the cache lives."""
+"""The data cache: where it lives, and the hashes of the files that were read, kept so that none is read twice."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
 
-HASH_BLOCK = 1 << 22
-
-
-def replace_durably(partial: Path, path: Path) -> None:
-    """Gives a finished file its name: flushed to disk first, so that the name never stands for half a file."""
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes JSON whole or not at all. Keys sorted: equal data gives equal bytes."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(
-        orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
-    )
-    replace_durably(partial, path)
-
-
-def sha256_of(path: Path) -> str:
-    """The file's SHA-256, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+from lumina.files import file_sha256, write_json
 
 
 def content_digests(paths: Sequence[Path], index: Path) -> list[str]:
@@ -53,7 +27,7 @@ def content_digests(paths: Sequence[Path], index: Path) -> list[str]:
         stat = path.stat()
         key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
         if not isinstance(known.get(key), str):
-            known[key], changed = sha256_of(path), True
+            known[key], changed = file_sha256(path), True
         digests.append(known[key])
     if changed:
         with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from lumina.data.cache.arrow import booleans, integers
 from lumina.data.cache.chunks import Chunks
-from lumina.data.cache.files import replace_durably
+from lumina.files import atomic_file, rename_durably
 
 CHUNKS = pa.schema(
     [
@@ -50,7 +50,7 @@ class ChunkWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         # A worker left over from a killed run may still be writing the same task: each writes its own file.
-        self._partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._sink = pa.OSFile(str(self._partial), "wb")
         self._writer = pa.ipc.new_file(self._sink, CHUNKS)
         self.rows: list[int] = []  # per record batch
@@ -84,7 +84,7 @@ class ChunkWriter:
         self._writer.close()
         self._sink.close()
         if kind is None:
-            replace_durably(self._partial, self._path)
+            rename_durably(self._partial, self._path)
         else:
             self._partial.unlink(missing_ok=True)
 
@@ -100,10 +100,8 @@ def write_plan(
     lists = pa.LargeListArray.from_arrays(integers(pa.int64(), offsets), integers(pa.int64(), chunks))
     counts = [integers(pa.int32(), column) for column in (tokens, supervised)]
     batch = pa.record_batch([*counts, lists], schema=PLAN)
-    partial = path.with_name(path.name + ".tmp")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, PLAN) as writer:
+    with atomic_file(path) as scratch, pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, PLAN) as writer:
         writer.write_batch(batch)
-    replace_durably(partial, path)
 
 
 def open_batches(path: Path) -> list[Any]:

@@ -10,12 +10,12 @@ import orjson
 
 from lumina.chat import TEXT_ROLE, Conversation
 from lumina.config import UserError
-from lumina.data.cache.files import replace_durably
 from lumina.data.formats import convert
 from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import check_inputs
 from lumina.data.records.fault import BLANK, Fault, Tree
+from lumina.files import atomic_file
 
 
 def write_fixed(paths: Sequence[str], out: Path) -> tuple[int, int, Path]:
@@ -27,10 +27,14 @@ def write_fixed(paths: Sequence[str], out: Path) -> tuple[int, int, Path]:
     rejects = out.with_name(out.name + ".rejected.jsonl")
     if any(path.resolve() in (out.resolve(), rejects.resolve()) for path in files):
         raise UserError(f"{out} is one of the inputs", "Name another file after --fix.")
-    partial = [path.with_name(path.name + ".tmp") for path in (out, rejects)]
     written = rejected = 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial[0], "wb") as good, open(partial[1], "wb") as bad:
+    with (
+        atomic_file(out) as scratch_out,
+        atomic_file(rejects) as scratch_rejects,
+        scratch_out.open("wb") as good,
+        scratch_rejects.open("wb") as bad,
+    ):
         for path in files:
             for item in read_items(str(path), detect(str(path))):
                 if item.record is BLANK:
@@ -43,8 +47,6 @@ def write_fixed(paths: Sequence[str], out: Path) -> tuple[int, int, Path]:
                 for conversation in found.conversations if isinstance(found, Tree) else [found]:
                     good.write(orjson.dumps(_sound(conversation)) + b"\n")
                     written += 1
-    for source, path in zip(partial, (out, rejects), strict=True):
-        replace_durably(source, path)
     return written, rejected, rejects
 
 

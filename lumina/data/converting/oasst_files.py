@@ -11,7 +11,6 @@ import orjson
 
 from lumina.config import UserError
 from lumina.data.account import FIRST_LINES
-from lumina.data.cache.files import replace_durably
 from lumina.data.oasst.extraction import OasstOptions, extract
 from lumina.data.oasst.pairs import extract_pairs
 from lumina.data.oasst.trees import malformed
@@ -19,6 +18,7 @@ from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import check_inputs
 from lumina.data.records.fault import BLANK, Fault
+from lumina.files import atomic_file
 
 NOT_A_TREE = "not an OASST tree or message"
 
@@ -78,36 +78,34 @@ def process_oasst_file(
     summary = Summary(str(path), str(output), layout.describe(), pairs=pairs)
     take = extract_pairs if pairs else extract
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".tmp")
-    with open(partial, "wb") as out:
-        for item in read_items(str(path), layout):
-            if item.record is BLANK:
-                continue
-            reason = item.record.reason if isinstance(item.record, Fault) else malformed(item.record)
-            if reason is not None:
-                summary.fault(reason if isinstance(item.record, Fault) else NOT_A_TREE, item.number)
-                continue
-            summary.trees += 1
-            extraction = take(item.record, options)
-            summary.discarded += extraction.discarded
-            for record in extraction.records:
-                if summary.conversations == limit:
-                    summary.stopped_early = True
+    with atomic_file(output) as scratch:
+        with scratch.open("wb") as out:
+            for item in read_items(str(path), layout):
+                if item.record is BLANK:
+                    continue
+                reason = item.record.reason if isinstance(item.record, Fault) else malformed(item.record)
+                if reason is not None:
+                    summary.fault(reason if isinstance(item.record, Fault) else NOT_A_TREE, item.number)
+                    continue
+                summary.trees += 1
+                extraction = take(item.record, options)
+                summary.discarded += extraction.discarded
+                for record in extraction.records:
+                    if summary.conversations == limit:
+                        summary.stopped_early = True
+                        break
+                    out.write(orjson.dumps(record) + b"\n")
+                    summary.conversations += 1
+                    summary.messages += sum(
+                        len(record.get(key, ())) for key in ("messages", "prompt", "chosen", "rejected")
+                    )
+                if summary.stopped_early:
                     break
-                out.write(orjson.dumps(record) + b"\n")
-                summary.conversations += 1
-                summary.messages += sum(
-                    len(record.get(key, ())) for key in ("messages", "prompt", "chosen", "rejected")
-                )
-            if summary.stopped_early:
-                break
-    if not summary.conversations:
-        partial.unlink()
-        what = (
-            f"no {'pair' if pairs else 'path'} passes the options"
-            if summary.trees
-            else "it holds no OASST trees or messages"
-        )
-        raise UserError(f"nothing to write from {path}: {what}", "\n  ".join(summary.lines()[2:]) or None)
-    replace_durably(partial, output)
+        if not summary.conversations:
+            what = (
+                f"no {'pair' if pairs else 'path'} passes the options"
+                if summary.trees
+                else "it holds no OASST trees or messages"
+            )
+            raise UserError(f"nothing to write from {path}: {what}", "\n  ".join(summary.lines()[2:]) or None)
     return summary

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from lumina.chat import AnyTokenizer, Tokenizer, render_sound, template_version
 from lumina.config import UserError
 from lumina.data.account import FIRST_LINES, field_details, field_sums
-from lumina.data.cache.files import content_digests, write_json
+from lumina.data.cache.files import content_digests
 from lumina.data.loading.dataset import Batch, join
 from lumina.data.loading.order import PADDING
 from lumina.data.preference.pair import Pair, from_pair
@@ -39,6 +38,7 @@ from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import check_inputs
 from lumina.data.records.fault import BLANK, Fault
 from lumina.data.records.fields import FieldTally
+from lumina.files import atomic_folder, write_json
 
 FORMAT_VERSION = 2
 EARLIER_FORMATS = (1,)  # 1: version 0.1.0, which read fewer shapes of pairs
@@ -119,13 +119,9 @@ def prepare_pairs(
     with only_one(root / f"{final.name}.lock", final, wait_seconds):
         found = _open(final, fingerprint)
         if found is None:
-            partial = final.with_name(f"{final.name}.partial")
             try:
-                for old in (partial, final):  # what a kill left, or a cache that is damaged
-                    shutil.rmtree(old, ignore_errors=True)
-                partial.mkdir()
-                _build(files, partial, fingerprint, config.seq_length, tokenizer)
-                os.replace(partial, final)
+                with atomic_folder(final, replace=True) as scratch:  # one that is there already is damaged
+                    _build(files, scratch, fingerprint, config.seq_length, tokenizer)
             except OSError as error:
                 raise UserError(f"cannot make the cache {final}: {error.strerror or error}") from error
             found = _open(final, fingerprint)
@@ -192,8 +188,6 @@ def _build(files: list[Path], folder: Path, fingerprint: str, seq_length: int, t
     for name, value in {**arrays, "offsets": offsets}.items():
         with (folder / f"{name}.npy").open("wb") as file:
             np.save(file, value)
-            file.flush()
-            os.fsync(file.fileno())
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     pad = tokenizer.pad_id
     write_json(folder / "meta.json", {"fingerprint": fingerprint, "pad_id": pad, "account": account, "sizes": sizes})

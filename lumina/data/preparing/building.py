@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,12 @@ from lumina.chat import AnyTokenizer
 from lumina.config import UserError
 from lumina.data.account import Account
 from lumina.data.cache import arrow
-from lumina.data.cache.files import write_json
 from lumina.data.cache.shards import open_batches, write_plan
 from lumina.data.preparing.mixing import LEFT_OUT, repeats, shares
 from lumina.data.preparing.packing import pack, rows_to_chunks
 from lumina.data.preparing.pool import run_tasks
 from lumina.data.preparing.worker import Task
+from lumina.files import rename_durably, write_json
 
 OnProgress = Callable[[int, int], None]  # bytes of input done, bytes of input in all
 
@@ -82,7 +81,7 @@ def build(
     account.check()
     for task in tasks:
         _report_path(Path(task.out)).unlink()
-    for leftover in partial.glob("*.tmp"):
+    for leftover in partial.glob(".*.partial"):
         leftover.unlink()
     names = [Path(task.out).name for task in tasks]
     meta = {
@@ -100,9 +99,7 @@ def build(
         "sizes": {name: (partial / name).stat().st_size for name in [*names, "plan.arrow"]},
     }
     write_json(partial / "meta.json", meta)
-    if final.exists():
-        shutil.rmtree(final)  # damaged: open_cached refused it
-    os.replace(partial, final)
+    rename_durably(partial, final)  # one that is there already is damaged: open_cached refused it
 
 
 def _refuse_nothing(account: Account, files: Sequence[str], config: PrepareSettings, partial: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +28,7 @@ from lumina.data.preparing.deduplication import (
 from lumina.data.preparing.pool import run_tasks, usable_cores
 from lumina.data.preparing.preparation import Selection, decisions_name, make_root, only_one, plan_tasks, prepare
 from lumina.data.reading.paths import check_inputs, expand
+from lumina.files import atomic_folder
 
 DECISIONS_VERSION = 2
 EARLIER_DECISIONS = 1  # of version 0.1.0
@@ -152,11 +151,8 @@ def _decisions_on(
     final = root / f"curation-{fingerprint[:32]}"
     with only_one(root / f"{final.name}.lock", final, 3600.0):
         if not final.exists():
-            partial = root / f"{final.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            _write_decisions(files, len(train_files), formats, config, tokenizer, partial, progress)
-            os.replace(partial, final)
+            with atomic_folder(final) as scratch:
+                _write_decisions(files, len(train_files), formats, config, tokenizer, scratch, progress)
     return final, fingerprint, earlier
 
 

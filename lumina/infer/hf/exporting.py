@@ -5,9 +5,7 @@ The folder appears whole or not at all. Weights go through one shard at a time, 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from lumina.chat import Tokenizer, hf_export, hf_files, open_tokenizer
-from lumina.checkpoint import fsync
 from lumina.config import ModelConfig, UserError
+from lumina.files import atomic_folder, write_json, write_text
 from lumina.infer.hf.peft import USAGE as PEFT_USAGE
 from lumina.infer.hf.peft import write_adapter
 from lumina.infer.loading import (
@@ -92,10 +90,7 @@ def export(
     config = read_config(checkpoint)
     check_size(checkpoint, config)
     fitting_voice(checkpoint, config)  # a tokenizer that does not fit is found before anything is written
-    scratch = out.parent / f".{out.name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as scratch:
         foreign = foreign_tokenizer(checkpoint)
         if form == "peft":
             shards, total = write_adapter(scratch, checkpoint, DTYPES[dtype])
@@ -106,23 +101,13 @@ def export(
             _describe_hf(scratch, config, dtype, foreign)
         elif form == "safetensors":
             _write_json(scratch / "lumina.json", config.model_dump())
-        _write(scratch / "README.md", _card(checkpoint, config, dtype, form, foreign))
-        for path in scratch.iterdir():
-            fsync(path)
-        if out.exists():
-            out.rmdir()
-        os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        write_text(scratch / "README.md", _card(checkpoint, config, dtype, form, foreign))
     return Exported(out, shards, total, checkpoint)
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", errors="replace")  # a damaged file can hold what UTF-8 cannot
-
-
 def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """As transformers writes its own."""
+    write_json(path, value, indent=2, sort_keys=False, ensure_ascii=False)
 
 
 def _describe_hf(folder: Path, config: ModelConfig, dtype: str, foreign: Path | None) -> None:
@@ -193,7 +178,7 @@ def _write_weights(
     next(stream, None)  # lets it close its files
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-        _write(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        _write_json(folder / "model.safetensors.index.json", index)
     return names, total
 
 

@@ -7,9 +7,6 @@ written. Weights are read from safetensors only, one tensor at a time; an index 
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -19,21 +16,18 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lumina.chat import Tokenizer, hf_files, open_tokenizer
 from lumina.checkpoint import (
-    FORMAT,
-    MANIFEST,
     MASTER,
-    TRAINER,
+    SaveError,
+    Snapshot,
     TrainerState,
-    file_sha256,
     model_shape,
-    name_of,
-    write_json,
+    write_checkpoint,
 )
 from lumina.config import ModelConfig, UserError
+from lumina.files import atomic_folder, write_json, write_text
 from lumina.model import Transformer
 from lumina.model.families import family_of, read_hf_config
 
@@ -52,7 +46,6 @@ def import_hf(source: str | Path, out: str | Path) -> Path:
         raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
     values = hf_files.read_json(source / "config.json")[1]
     config = read_hf_config(values)
-    scratch = out.parent / f".{out.name}.partial"
     with ExitStack() as files:
         tensors = _Tensors(source, files)
         if len(tensors) < config.num_layers:
@@ -60,19 +53,11 @@ def import_hf(source: str | Path, out: str | Path) -> Path:
         with torch.device("meta"):
             shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
         tensors.check(shapes, config)
-        shutil.rmtree(scratch, ignore_errors=True)
-        checkpoint = scratch / "checkpoints" / name_of(0)
-        checkpoint.mkdir(parents=True)
-        try:
-            _write_checkpoint(checkpoint, tensors, shapes, config)
+        with atomic_folder(out) as scratch:
+            _write_checkpoint(scratch / "checkpoints", tensors, shapes, config)
             own = _copy_tokenizer(source, scratch / "tokenizer", values)
             settings = config.model_dump() | ({"tokenizer": "tokenizer"} if own else {})
-            (scratch / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-            if out.exists():
-                out.rmdir()
-            os.replace(scratch, out)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            write_text(scratch / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     return out
 
 
@@ -161,20 +146,22 @@ def _groups(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
     yield group
 
 
-def _write_checkpoint(checkpoint: Path, tensors: _Tensors, shapes: dict[str, torch.Size], config: ModelConfig) -> None:
+def _write_checkpoint(folder: Path, tensors: _Tensors, shapes: dict[str, torch.Size], config: ModelConfig) -> None:
     """A checkpoint of whole parameters, dealt to as many rank files as memory asks for; no optimizer state."""
     groups = list(_groups(shapes))
-    for rank, names in enumerate(groups):
-        held = {f"{MASTER}/{name}": tensors.read(name, config).flatten() for name in names}
-        ranges = {name: [0, shapes[name].numel()] for name in names}
-        path = checkpoint / f"rank-{rank:05d}-of-{len(groups):05d}.safetensors"
-        save_file({"rng/cpu": torch.get_rng_state(), **held}, path, metadata={"ranges": json.dumps(ranges)})
-    progress = TrainerState(model=model_shape(config), world=len(groups))
-    write_json(checkpoint / TRAINER, {**asdict(progress), "optimizer_step": 0, "loss_scale": {}})
-    entries = [
-        {"name": p.name, "bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(checkpoint.iterdir())
-    ]
-    write_json(checkpoint / MANIFEST, {"format": FORMAT, "files": entries})
+    state = TrainerState(model=model_shape(config), world=len(groups))
+    trainer = {**asdict(state), "optimizer_step": 0, "loss_scale": {}}
+
+    def snapshots() -> Iterator[Snapshot]:
+        for names in groups:
+            held = {f"{MASTER}/{name}": [tensors.read(name, config).flatten()] for name in names}
+            ranges = {name: [0, shapes[name].numel()] for name in names}
+            yield Snapshot(state.step, {"rng/cpu": [torch.get_rng_state()], **held}, ranges, trainer)
+
+    try:
+        write_checkpoint(folder, snapshots(), len(groups))
+    except SaveError as error:
+        raise UserError(f"the checkpoint cannot be written: {error}", "Is the disk full?") from None
 
 
 # --- Tokenizer ------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint (LoraConfig
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 
 from lumina.checkpoint import MergedWeights, open_weights, saved_adapter_settings
 from lumina.config import LoraConfig, UserError
+from lumina.files import write_json
 from lumina.infer.loading import progress_of
 from lumina.model import lora
 
@@ -44,8 +44,7 @@ def write_adapter(folder: Path, checkpoint: Path, dtype: torch.dtype) -> tuple[l
     except (SafetensorError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{checkpoint} cannot be read: {error}") from None
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(_description(settings), indent=2)
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "adapter_config.json", _description(settings), indent=2, sort_keys=False)
     return ["adapter_model.safetensors"], sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from lumina import checkpoint
 from lumina.chat import AnyTokenizer
 from lumina.config import Config, UserError
 from lumina.data import PADDING, PairDataset, Samples, TorchBatch, deal, prepare_pairs
+from lumina.files import atomic_file, file_sha256, write_json
 from lumina.train.objectives import Forward, Preparation
 
 log = logging.getLogger("lumina")
@@ -108,10 +108,9 @@ def _paths(folder: Path, dataset: PairDataset) -> tuple[Path, Path]:
 def _write(folder: Path, dataset: PairDataset, margins_P: NDArray[np.float32]) -> None:
     values, facts = _paths(folder, dataset)
     values.parent.mkdir(parents=True, exist_ok=True)
-    with values.open("wb") as file:
+    with atomic_file(values) as scratch, scratch.open("wb") as file:
         np.save(file, margins_P)
-    checkpoint.fsync(values)
-    checkpoint.write_json(facts, {"fingerprint": dataset.fingerprint, "sha256": checkpoint.file_sha256(values)})
+    write_json(facts, {"fingerprint": dataset.fingerprint, "sha256": file_sha256(values)})
 
 
 def _agreed(preparation: Preparation, dataset: PairDataset) -> NDArray[np.float32] | None:

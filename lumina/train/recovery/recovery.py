@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lumina import checkpoint
 from lumina.config import UserError
+from lumina.files import write_json
 from lumina.train import snapshot
 from lumina.train.recovery.spikes import GRAD_EXPLOSION, LOSS_SPIKE, NOT_FINITE, Guard
 from lumina.train.torch_private import default_store
@@ -79,7 +80,7 @@ class Answers:
     def _keep(self, any_rank: bool = False) -> None:
         if self._run.ranks.main or any_rank:
             try:
-                checkpoint.write_json(self._run.folder / FILE, asdict(self.memory))
+                write_json(self._run.folder / FILE, asdict(self.memory))
             except OSError as error:
                 log.warning("%s could not be written: %s", FILE, error)
 

@@ -173,7 +173,7 @@ def test_a_second_start_reuses_the_cache_without_reading_the_input(tmp_path: Pat
     before = {path: path.stat().st_mtime_ns for path in dataset.folder.iterdir()}
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr("lumina.data.cache.files.sha256_of", lambda path: pytest.fail("the input was read again"))
+        patch.setattr("lumina.data.cache.files.file_sha256", lambda path: pytest.fail("the input was read again"))
         again = prepare([tmp_path / "in.jsonl"], Settings(), TOKENIZER)
     assert again.fingerprint == dataset.fingerprint
     assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == before

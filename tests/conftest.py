@@ -1,4 +1,4 @@
-"""Fixtures that several rooms' tests use: training runs (tests/runs.py), and packages with an entry point."""
+"""Fixtures that several rooms' tests use: training runs (tests/runs), and packages with an entry point."""
 
 from __future__ import annotations
 

@@ -1,70 +1,66 @@
-"""The plain command lines of the README: DeepSpeed's launcher with a hostfile under every ZeRO stage, and MPI."""
+"""Hostfiles in DeepSpeed's format; every mistake is found at its line."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.cluster.cluster import Cluster
-from tests.cluster.elastic import SETTINGS as COMMON
-from tests.cluster.elastic import launch
-from tests.runs import DEEPSPEED, ROOT, Runs, arguments, losses, steps
+from lumina.cluster.hostfile import Host, read_hostfile
+from lumina.config import UserError
 
-pytestmark = pytest.mark.timeout(1200)  # the first offload on a machine compiles DeepSpeed's CPUAdam
-
-STEPS = 8
-SETTINGS = {**COMMON, "max_steps": STEPS, "save_every_n_batches": 1000}
-
-
-def deepspeed(hostfile: str | Path, *words: str) -> list[str]:
-    return [str(DEEPSPEED), "--hostfile", str(hostfile), "launchers/train.py", *words]
+names = st.from_regex(r"[a-z0-9][a-z0-9.-]{0,20}", fullmatch=True)
+hosts = st.lists(st.builds(Host, names, st.integers(1, 64)), min_size=1, max_size=9, unique_by=lambda host: host.name)
+between = st.sampled_from(["", "\n", "# a comment\n", "   \n\t# another slots=3\n"])
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-3), ("fp32", 1e-5)])
-def test_every_stage_ends_in_the_same_losses(
-    precision: str, tolerance: float, cluster: Cluster, conversations: Path, place: Path
-) -> None:
-    """hostfile.example: two ranks on localhost."""
-    settings, curves = {**SETTINGS, "precision": precision}, {}
-    for stage in ("2", "0", "1", "3", "3_offload"):
-        folder = place / f"zero{stage}"
-        words = arguments(folder, conversations, stage=stage, **settings)
-        done = cluster.run("n0", deepspeed(ROOT / "hostfile.example", *words), patience=600)
-        assert done.returncode == 0, done.stdout[-3000:]
-        assert [record["step"] for record in steps(folder)] == list(range(1, STEPS + 1))
-        assert f"ZeRO-{stage[0]}, 2 process(es)" in done.stdout
-        curves[stage] = losses(folder)
-    assert curves["2"][-1] < curves["2"][0]  # it learns
-    for stage, curve in curves.items():
-        assert curve == pytest.approx(curves["2"], abs=tolerance, rel=0), stage
+@given(hosts, st.data())
+def test_what_is_written_is_read(written: list[Host], data: st.DataObject) -> None:
+    text = ""
+    for host in written:
+        assignment = data.draw(st.sampled_from([f"slots={host.slots}", f"slots = {host.slots}  # of 64"]))
+        text += data.draw(between) + data.draw(st.sampled_from(["", "  "])) + f"{host.name} {assignment}\n"
+    with tempfile.NamedTemporaryFile("w", suffix=".hosts") as file:
+        file.write(text)
+        file.flush()
+        assert read_hostfile(file.name) == written
 
 
-def test_every_launcher_gives_the_curve_of_a_single_process(
-    cluster: Cluster, runs: Runs, conversations: Path, place: Path
-) -> None:
-    """Two nodes through DeepSpeed's launcher (pdsh) and through ours (ssh, pdsh), and two ranks of mpirun."""
-    words = lambda name: arguments(place / name, conversations, stage=2, **SETTINGS)
-    runs.train(words("alone"))
-    alone = losses(place / "alone")
-    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
-    done = {
-        "deepspeed": cluster.run("n0", deepspeed(cluster.hostfile(), *words("deepspeed"))),
-        "mpirun": cluster.run("n0", [*mpirun, "python", "launchers/train.py", *words("mpirun")]),
-    }
-    for transport in ("ssh", "pdsh"):
-        job = launch(cluster, words(transport), "--transport", transport)
-        assert job.wait(120) == 0, job.output()[-3000:]
-    for name, ended in done.items():
-        assert ended.returncode == 0, f"{name}:\n{ended.stdout[-3000:]}"
-    for name in ("deepspeed", "mpirun", "ssh", "pdsh"):
-        assert "2 process(es)" in (place / name / "train.log").read_text(), name
-        assert losses(place / name) == pytest.approx(alone, abs=1e-5, rel=0), name
+def test_a_host_without_slots_has_one(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a\nb slots=2")
+    assert read_hostfile(tmp_path / "hosts") == [Host("a", 1), Host("b", 2)]
 
 
-def test_a_failing_rank_fails_the_launch(cluster: Cluster, place: Path) -> None:
-    words = arguments(place / "run", place / "missing.jsonl", stage=2, **SETTINGS)
-    done = cluster.run("n0", deepspeed(cluster.hostfile(), *words))
-    assert done.returncode != 0
-    assert "missing.jsonl" in done.stdout
-    assert "lumina/train" not in done.stdout, "a traceback for a user's mistake"
+@pytest.mark.parametrize(
+    "line",
+    ["n1 slots=0", "n1 slots=-2", "n1 slots=two", "n1 slots", "n1 slots=2 gpus=4", "n1 n2", "n1,n2 slots=1 x",
+     "-oProxyCommand=true slots=1"],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_line(line: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(f"# two hosts\nn0 slots=1\n{line}\n")
+    with pytest.raises(UserError) as raised:
+        read_hostfile(tmp_path / "hosts")
+    assert "line 3" in raised.value.message
+    assert repr(line) in raised.value.message
+    assert raised.value.remedy
+
+
+def test_a_name_given_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("n0 slots=1\n\nn0 slots=2\n")
+    with pytest.raises(UserError, match=r"line 3: n0 is there twice"):
+        read_hostfile(tmp_path / "hosts")
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# n0 slots=1\n"])
+def test_a_file_without_hosts_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match="names no host"):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the hostfile"):
+        read_hostfile(tmp_path / "hosts")

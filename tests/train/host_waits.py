@@ -7,7 +7,7 @@ memory and waits. And DeepSpeed's accelerator is told that the device works asyn
 remember being waited for. All events have happened here: DeepSpeed's throttle under ZeRO-3, which waits for the
 reduction of two buckets ago to bound its memory, does not show.
 
-Called in a rank's own process (tests/runs.py): the modes stay for its life.
+Called in a rank's own process (tests/runs): the modes stay for its life.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import Cluster, until
-from tests.cluster.elastic import SETTINGS, alive_and, at, expect_every_sample, expect_nobody, launch, worlds
+from tests.multinode.cluster import Cluster, until
+from tests.multinode.elastic import SETTINGS, alive_and, at, expect_every_sample, expect_nobody, launch, worlds
 from tests.runs import Runs, arguments, losses, steps
 
 SEED, FAILURES, STEPS = 20, 10, 60

@@ -8,7 +8,7 @@ from pathlib import Path
 from lumina.chat import open_tokenizer
 from lumina.config import load
 from lumina.data import GlobalOrder, prepare, sample_sums, samples_id
-from tests.cluster.cluster import BIN, Cluster, Job
+from tests.multinode.cluster import BIN, Cluster, Job
 from tests.runs import steps
 
 RANK = Path(__file__).with_name("rank.py")
@@ -29,7 +29,7 @@ SETTINGS = {
 
 
 def launch(cluster: Cluster, words: list[str], *options: str, **environment: str) -> Job:
-    """`lumina launch` on the head over all nodes, with tests/cluster/rank.py in place of `lumina`."""
+    """`lumina launch` on the head over all nodes, with tests/multinode/rank.py in place of `lumina`."""
     exports = [word for name in environment for word in ("--export", name)]
     line = [str(BIN / "lumina"), "launch", "--hostfile", cluster.hostfile(), *exports, *options, "--", str(RANK)]
     return cluster.start("head", [*line, "train", *words], **environment)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.cluster import BIN, HEAD, ROOT, Cluster
+from tests.multinode.cluster import BIN, HEAD, ROOT, Cluster
 
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 HERE = {"disk", "all-reduce", "slots"}  # may be a WARN on a machine that is full or busy, or whose torch is for CUDA

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import Cluster
-from tests.cluster.elastic import SETTINGS, expect_nobody, launch
+from tests.multinode.cluster import Cluster
+from tests.multinode.elastic import SETTINGS, expect_nobody, launch
 from tests.runs import arguments
 
 REPORT = re.compile(r"First failure: rank (\d+) on (\w+) \(local rank 0, pid \d+\): (.*)")

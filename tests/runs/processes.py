@@ -2,7 +2,7 @@
 
 `Runs.train` forks every rank from a server that has imported torch and DeepSpeed already, which saves seconds of
 imports a start; each rank is an ordinary process that calls the command line. `Runs.close` leaves no process behind.
-The real launcher is started in tests/cluster.
+The real launcher is started in tests/multinode.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lumina import checkpoint
 from lumina.monitor import read_metrics
 from tests.small_tokenizer import small_vocabulary, write_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 PATIENCE = 400.0  # seconds; DeepSpeed's first use on a machine compiles its operators for minutes
 
@@ -181,7 +181,7 @@ class Runs:
         self._folder = folder
         self._jobs: list[Job] = []
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.preload"])
+        self._context.set_forkserver_preload(["tests.runs.preload"])
         # By PYTHONPATH: Python before 3.12.3 ignores an import that fails in the server, and does not pass sys.path on.
         with mock.patch.dict(os.environ, {**clean_environment(), "PYTHONPATH": str(ROOT)}, clear=True):
             forkserver.ensure_running()

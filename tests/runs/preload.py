@@ -1,4 +1,4 @@
-"""What the fork server of tests/runs.py imports once for all the ranks that it will start."""
+"""What the fork server of processes.py imports once for all the ranks that it will start."""
 
 import os
 

@@ -13,7 +13,7 @@ cut off, stopped, slowed and brought back, and Slurm can be started on them:
         cluster.slow("n0", delay="50ms")                # its network
 
 Every process lives in a process namespace whose first process is ours: when the cluster is closed, or the test is
-killed, the kernel ends them all. `python -m tests.cluster.cluster [NODES]` opens a shell on the head.
+killed, the kernel ends them all. `python -m tests.multinode.cluster [NODES]` opens a shell on the head.
 """
 
 from __future__ import annotations

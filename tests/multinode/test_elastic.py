@@ -9,8 +9,8 @@ import pytest
 
 from lumina import checkpoint
 from lumina.monitor import read_metrics
-from tests.cluster.cluster import Cluster, until
-from tests.cluster.elastic import (
+from tests.multinode.cluster import Cluster, until
+from tests.multinode.elastic import (
     SAVE_EVERY,
     SETTINGS,
     alive_and,

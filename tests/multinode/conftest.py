@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import NEEDS, Cluster, missing
+from tests.multinode.cluster import NEEDS, Cluster, missing
 
 REASON = (
     f"needs root for namespaces, and these commands (make test-cluster installs them): {missing(NEEDS) or 'all here'}"

@@ -85,7 +85,7 @@ setup(
         "lumina": [
             "py.typed",
             "**/*.html",
-            "monitor/assets/*",
+            "monitor/reports/assets/*",
             "infer/serve/assets/*",
             "model/*.c",
             "config/presets/*.yaml",

@@ -28,8 +28,7 @@ def main() -> None:
     trainer, batch = debug_trainer(arguments.tokens)
 
     from lumina.config import load
-    from lumina.monitor import MetricsFile, StepRecord
-    from lumina.monitor.events import EventLog
+    from lumina.monitor import EventLog, MetricsFile, StepRecord
     from lumina.train.deepspeed.layers import LayerStats
     from lumina.train.health import Health, LayerObservation, StepObservation
     from lumina.train.recovery.spikes import Guard

@@ -55,10 +55,10 @@ def install(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {package}:THING\n")
         monkeypatch.syspath_prepend(folder)
-        registry._added.cache_clear()
+        registry.forget()
         installed.append(package)
 
     yield install
-    registry._added.cache_clear()
+    registry.forget()
     for package in installed:
         sys.modules.pop(package, None)

@@ -9,7 +9,7 @@ from lumina.commands.common import Arguments, Command, Parser, json_option
 
 def report(arguments: Arguments) -> int:
     """Write one HTML file about a run, or several compared: curves, events, restarts, sample answers, settings."""
-    from lumina.monitor.run_report import report_command
+    from lumina.monitor.reports import report_command
 
     out = Path(arguments.out) if arguments.out else None
     return report_command([Path(run) for run in arguments.runs], out, show=arguments.open)
@@ -23,7 +23,7 @@ def _report_options(parser: Parser) -> None:
 
 def runs(arguments: Arguments) -> int:
     """List the runs in a folder: state, step, best evaluation, age."""
-    from lumina.monitor.runs import runs_command
+    from lumina.monitor.reports import runs_command
 
     return runs_command(Path(arguments.folder), json=arguments.json)
 

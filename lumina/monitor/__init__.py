@@ -1,8 +1,23 @@
-"""What a run shows and records: the console line, metrics.jsonl, the loss curve."""
+"""What a run shows and records: console line and live view, metrics.jsonl, events.jsonl, trackers, reports."""
 
-from lumina.monitor.console import Console, line
+from lumina.monitor.events import Event, EventLog, Level, read_events
 from lumina.monitor.metrics import MetricsFile, read_metrics
-from lumina.monitor.record import StepRecord
 from lumina.monitor.recorder import Recorder
+from lumina.monitor.run_json import read_run
+from lumina.monitor.step_record import StepRecord, perplexity
+from lumina.monitor.terminal import Console, line
 
-__all__ = ["Console", "MetricsFile", "Recorder", "StepRecord", "line", "read_metrics"]
+__all__ = [
+    "Console",
+    "Event",
+    "EventLog",
+    "Level",
+    "MetricsFile",
+    "Recorder",
+    "StepRecord",
+    "line",
+    "perplexity",
+    "read_events",
+    "read_metrics",
+    "read_run",
+]

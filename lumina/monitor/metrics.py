@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import orjson
 
 from lumina.files import write_text
-from lumina.monitor.record import StepRecord
+from lumina.monitor.step_record import StepRecord
 
 log = logging.getLogger("lumina")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.config import Config
-from lumina.monitor import run_file
+from lumina.monitor import run_json
 from lumina.monitor.events import Event
 from lumina.monitor.metrics import MetricsFile
 from lumina.monitor.system import Sampler
@@ -25,7 +25,7 @@ class Recorder:
         """`facts` go into this start's entry of run.json; among them `step`, which the run goes on from."""
         self._folder, self._metrics, self._step = folder, metrics, int(facts["step"])
         try:
-            run_file.add_start(folder, config.values(), fingerprint, **facts)
+            run_json.add_start(folder, config.values(), fingerprint, **facts)
         except OSError as error:
             log.warning("run.json could not be written: %s", error)
         self._trackers = Trackers(config.trackers, RunInfo(folder, config.experiment_name, config.values(), self._step))
@@ -66,7 +66,7 @@ class Recorder:
         if self._sampler is not None:
             self._sampler.close()
         try:
-            run_file.add_end(self._folder, state, step, reason)
+            run_json.add_end(self._folder, state, step, reason)
         except OSError as error:
             log.warning("run.json could not be written: %s", error)
         self._trackers.close()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lumina.config import TRACKERS
+from lumina.config import TRACKERS, UserError
 from lumina.monitor.metrics import read_metrics
 
 log = logging.getLogger("lumina")
@@ -128,6 +128,8 @@ class _Feed:
         except ImportError as error:
             where = "pip install 'lumina[tracking]'" if self.name in TRACKERS.own() else f"pip install {error.name}"
             self._give_up(f"it needs the package {error.name}: {where}" if error.name else str(error))
+        except UserError as error:
+            self._give_up(error.message)
         except BaseException as error:  # a tracker's library may even call sys.exit
             self._give_up(f"{type(error).__name__}: {error}")
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lumina.cluster import EXIT_RESIZE, EXIT_STOPPED
 from lumina.config import UserError
 from lumina.data import StepData, sample_sums
-from lumina.monitor.record import perplexity
+from lumina.monitor import perplexity
 from lumina.train.deferred import send
 from lumina.train.evaluate import evaluate
 from lumina.train.recovery.recovery import Rewind, StartAgainError

@@ -22,8 +22,7 @@ from lumina.config import deepspeed as ds_json
 from lumina.config.versions import refuse_untried
 from lumina.data import GlobalOrder, Loader
 from lumina.model import Transformer, float8, keep_heap, lora, report_kernel
-from lumina.monitor import Console, MetricsFile, Recorder
-from lumina.monitor.events import EventLog
+from lumina.monitor import Console, EventLog, MetricsFile, Recorder
 from lumina.plan import default_document, smallest_memory
 from lumina.train.deepspeed import engine, partitioned_init
 from lumina.train.deepspeed.fragments import allocate_optimizer_state, restore_engine, snapshot_engine

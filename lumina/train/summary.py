@@ -13,8 +13,8 @@ def summarise(folder: Path) -> int:
     baseline, 1 when it does not."""
     from lumina.chat import open_tokenizer
     from lumina.data import prepare_splits, unigram_baseline
-    from lumina.monitor.curve import plot_loss
-    from lumina.monitor.metrics import read_metrics
+    from lumina.monitor import read_metrics
+    from lumina.monitor.reports import plot_loss
 
     settings = folder / "config.yaml"
     if not settings.exists():

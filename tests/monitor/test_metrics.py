@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lumina.config import UserError
 from lumina.monitor import MetricsFile, StepRecord, read_metrics
-from lumina.monitor.curve import plot_loss
+from lumina.monitor.reports.loss_curve import plot_loss
 
 
 def record(step: int, loss: float = 2.5, **changes: Any) -> StepRecord:

@@ -13,7 +13,7 @@ import pytest
 
 from lumina.config import load
 from lumina.monitor import MetricsFile, Recorder, read_metrics
-from lumina.monitor.run_file import code_version, read_run
+from lumina.monitor.run_json import code_version, read_run
 from lumina.monitor.system import System
 
 

@@ -18,7 +18,7 @@ import tests.runs as real
 from lumina import checkpoint
 from lumina.data import StepData
 from lumina.monitor.events import read_events
-from lumina.monitor.run_file import read_run
+from lumina.monitor.run_json import read_run
 from lumina.train import loop, snapshot
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.run import Run

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from lumina.monitor import read_metrics
-from lumina.monitor.run_data import read
-from lumina.monitor.run_file import read_run
-from lumina.monitor.run_report import render
-from lumina.monitor.runs import list_runs
+from lumina.monitor.reports.html import render
+from lumina.monitor.reports.run_data import read
+from lumina.monitor.reports.runs import list_runs
+from lumina.monitor.run_json import read_run
 from tests.runs import Runs, arguments, steps, write_conversations
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

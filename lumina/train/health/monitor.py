@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumina.config import HEALTH_RULES, Config, UserError
-from lumina.monitor.events import EventLog, Level
+from lumina.monitor import EventLog, Level
 from lumina.train.health.observations import (
     EvaluationObservation,
     LayerObservation,

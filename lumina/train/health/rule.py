@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Generic, TypeVar
 
 from lumina.config import Config
-from lumina.monitor.events import Level
+from lumina.monitor import Level
 
 Observation = TypeVar("Observation")
 

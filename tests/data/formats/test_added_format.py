@@ -50,7 +50,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     folder = tmp_path / "site"
 
     def clear() -> None:
-        registry._added.cache_clear()
+        registry.forget()
         formats.named.cache_clear()
         formats.tests_by_precedence.cache_clear()
 

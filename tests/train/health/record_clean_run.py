@@ -1,4 +1,4 @@
-"""Records tests/train/clean_run.jsonl.gz: python -m tests.train.record_clean_run FOLDER
+"""Records tests/train/health/clean_run.jsonl.gz: python -m tests.train.health.record_clean_run FOLDER
 
 A real run of 2,000 steps of a tiny model in the empty folder FOLDER, of whose metrics the health rules' test needs a
 few figures, rounded. Run it again when a rule comes to look at another figure.

@@ -10,9 +10,9 @@ from types import TracebackType
 from rich.console import Console as RichConsole
 
 from lumina.monitor.events import Event
-from lumina.monitor.live import LiveView
 from lumina.monitor.metrics import read_metrics
-from lumina.monitor.record import StepRecord
+from lumina.monitor.step_record import StepRecord
+from lumina.monitor.terminal.live_view import LiveView
 
 _GIB = 2**30
 _SECONDS_BETWEEN_LINES = 1.0  # fast steps print once a second; metrics.jsonl has them all

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lumina import cli
 from lumina.config import UserError
-from lumina.monitor.run_data import Group, read, thinned
-from lumina.monitor.run_report import render
+from lumina.monitor.reports.html import render
+from lumina.monitor.reports.run_data import Group, read, thinned
 from tests.browser import browse, document_after, needs_browser
 from tests.monitor.recorded import HOSTILE, record_run
 

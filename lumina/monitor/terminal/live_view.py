@@ -18,9 +18,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lumina.monitor.braille import plot
 from lumina.monitor.events import Event
-from lumina.monitor.record import StepRecord
+from lumina.monitor.step_record import StepRecord
+from lumina.monitor.terminal.braille import plot
 
 _GIB = 2**30
 _POINTS = 600  # of a curve; more than a wide terminal has dots

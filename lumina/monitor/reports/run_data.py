@@ -14,8 +14,8 @@ import numpy as np
 from lumina.config import UserError
 from lumina.monitor.events import read_events
 from lumina.monitor.metrics import read_metrics
-from lumina.monitor.run_file import read_run
-from lumina.monitor.runs import is_run, summary
+from lumina.monitor.reports.runs import is_run, summary
+from lumina.monitor.run_json import read_run
 
 Columns = dict[str, list[float | None]]
 _LEFT_OUT = {"step", "time", "epoch", "batch", "batches", "memory_total", "ppl", "applied", "tokens"}
@@ -64,6 +64,10 @@ class RunData:
     def starts(self) -> list[dict[str, Any]]:
         starts: list[dict[str, Any]] = self.run.get("starts", [])
         return starts
+
+    def column(self, group: str, name: str) -> list[float | None]:
+        """The values of a curve; none where nothing of it was recorded."""
+        return self.groups[group].columns.get(name, []) if group in self.groups else []
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float | None]]:

@@ -182,7 +182,7 @@ def test_a_guard_goes_on_from_its_state() -> None:
     assert other.refuse(395) == [300, 395]
 
 
-# A tiny run of 2,000 steps with evaluations, recorded by tests/train/record_clean_run.py.
+# A tiny run of 2,000 steps with evaluations, recorded by tests/train/health/record_clean_run.py.
 RECORDED = Path(__file__).with_name("clean_run.jsonl.gz")
 
 
@@ -217,5 +217,5 @@ def test_silent_over_a_clean_recorded_run() -> None:
 def test_the_page_of_rules_is_written_from_them() -> None:
     named = {setting for name in HEALTH_RULES.own() for setting in HEALTH_RULES.get(name).settings}
     assert named <= set(Config.model_fields)
-    page = Path(__file__).parents[2] / "docs" / "health.md"
+    page = Path(__file__).parents[3] / "docs" / "health.md"
     assert page.read_text() == health_docs.page(), "python -m lumina.train.health.docs > docs/health.md"

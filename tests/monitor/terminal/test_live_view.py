@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from lumina.monitor.braille import plot
 from lumina.monitor.events import Event
-from lumina.monitor.live import Curve, LiveView
+from lumina.monitor.terminal.braille import plot
+from lumina.monitor.terminal.live_view import Curve, LiveView
 from tests.monitor.recorded import step_record
 from tests.runs import arguments, clean_environment, write_conversations
 
@@ -129,7 +129,7 @@ def test_a_run_in_a_terminal(tmp_path: Path, terminal: list[str]) -> None:
     )
     environment = {**clean_environment(), "TERM": "xterm-256color"}
     command = [*terminal, "new-session", "-d", "-x", "110", "-y", "45", f"sh {tmp_path / 'start'}"]
-    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2])
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[3])
     deadline = time.monotonic() + 300
     while not ended.exists():
         assert time.monotonic() < deadline

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from lumina import cli
-from lumina.monitor.runs import best_evaluation, last_record, list_runs, span
+from lumina.monitor.reports.runs import best_evaluation, last_record, list_runs, span
 from tests.monitor.recorded import record_run
 
 

@@ -14,7 +14,7 @@ import orjson
 import psutil
 
 from lumina.config import UserError
-from lumina.monitor.run_file import read_run
+from lumina.monitor.run_json import read_run
 
 _QUIET = 300.0  # seconds without a line in its files after which a run on another machine counts as stale
 _TAIL = 1 << 16  # bytes: more than any record is long

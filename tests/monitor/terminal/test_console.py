@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lumina.monitor import Console, line
-from lumina.monitor import console as room
+from lumina.monitor.terminal import console as room
 from tests.monitor.recorded import step_record
 
 # The seed's README, its two lines joined.

@@ -1,0 +1,120 @@
+"""`lumina report`: one HTML file about a run, or several compared. It opens offline and asks the network for nothing.
+
+The tables are plain HTML. The curves are drawn by uPlot, which the file carries, from thinned data in it.
+"""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+from lumina.config import UserError
+from lumina.files import write_text
+from lumina.monitor.reports.charts import chart_data
+from lumina.monitor.reports.run_data import RunData, read
+from lumina.monitor.reports.runs import span
+from lumina.monitor.reports.tables import clock_time, events_table, samples_tables, settings_tables, starts_table
+
+
+def report_command(folders: Sequence[Path], out: Path | None, *, show: bool) -> int:
+    """Write the report of `folders` to `out`, or beside the first run; with `show` open it in a browser."""
+    runs = [read(folder) for folder in folders]
+    out = out or runs[0].folder / "report.html"
+    html = render(runs)
+    try:
+        write_text(out, html)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}", "Choose another file with --out.") from None
+    print(f"Report of {', '.join(run.name for run in runs)}: {out} ({len(html.encode()) / 1e6:.2f} MB)")
+    if show and not webbrowser.open(out.resolve().as_uri()):
+        print("No browser was found to open it in.")
+    return 0
+
+
+def render(runs: Sequence[RunData]) -> str:
+    """The report as one HTML document."""
+    names = _names(runs)
+    asset = resources.files("lumina.monitor.reports").joinpath("assets")
+    style = asset.joinpath("uPlot.min.css").read_text() + asset.joinpath("report.css").read_text()
+    # Inside a script only `</script` and `<!--` could end it early; JSON may write < as an escape anywhere.
+    data = json.dumps(chart_data(runs, names), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    title = "Run report: " + ", ".join(names)
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<div class="runs">{"".join(map(_card, runs, names, range(len(runs))))}</div>',
+        _bar(names),
+        *_section("train", "Learning"),
+        *_section("speed", "Speed and memory"),
+        *(_section("layers", "Layers") if any("layers" in run.groups for run in runs) else []),
+        *_section("system", "Machine"),
+        "<h2>Events</h2>",
+        events_table(runs, names),
+        "<h2>Starts</h2>",
+        starts_table(runs, names),
+        "<h2>Sample answers</h2>",
+        samples_tables(runs, names),
+        "<h2>Settings</h2>",
+        settings_tables(runs, names),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'  # without it a browser asks the server for /favicon.ico
+        f"<style>{style}</style></head><body>{''.join(body)}"
+        f'<script type="application/json" id="data">{data}</script>'
+        f"<script>{asset.joinpath('uPlot.iife.min.js').read_text()}</script>"
+        f"<script>{asset.joinpath('report.js').read_text()}</script></body></html>\n"
+    )
+
+
+def _names(runs: Sequence[RunData]) -> list[str]:
+    """The runs' names, with their parents' where two are the same."""
+    names = [run.name for run in runs]
+    return [f"{run.folder.parent.name}/{run.name}" if names.count(run.name) > 1 else run.name for run in runs]
+
+
+def _section(name: str, title: str) -> list[str]:
+    return [f"<h2>{title}</h2>", f'<div class="charts" data-section="{name}"></div>']
+
+
+def _bar(names: Sequence[str]) -> str:
+    choose = "".join(
+        f'<label><input type="checkbox" checked data-run="{i}"> <span class="chip" '
+        f'style="background: var(--c{i % 8})"></span>{escape(name)}</label>'
+        for i, name in enumerate(names)
+    )
+    return (
+        f'<div class="bar">{choose if len(names) > 1 else ""}<label>smoothing <select id="smoothing">'
+        '<option value="0">none</option><option value="0.6">a little</option><option value="0.9">more</option>'
+        '<option value="0.98">much</option></select></label><button id="reset" type="button">whole run</button>'
+        '<span class="soft">drag over a curve to zoom in on all; double-click for the whole run</span></div>'
+    )
+
+
+def _card(run: RunData, name: str, number: int) -> str:
+    told = run.summary
+    total = f" of {told['total_steps']:,}" if told["total_steps"] else ""
+    best = "none" if told["best_eval"] is None else f"{told['best_eval']:.4f} at step {told['best_step']:,}"
+    rates = [value for value in run.column("step", "tokens_per_s") if value is not None]
+    code = run.starts[-1].get("code", {}) if run.starts else {}
+    end = run.starts[-1].get("end", {}) if run.starts else {}
+    rows = {
+        "state": told["state"] + (f": {end['reason']}" if end.get("reason") else ""),
+        "step": f"{told['step']:,}{total}",
+        "best evaluation": best,
+        "tokens/s": f"{sorted(rates)[len(rates) // 2]:,.0f} (median)" if rates else "none",
+        "started": f"{clock_time(run.starts[0]['time'])}, {len(run.starts)} time(s)" if run.starts else "unknown",
+        "last heard of": f"{span(told['age'])} before this report",
+        "data": str(run.run.get("data_fingerprint", "unknown"))[:16],
+        "code": " ".join(
+            (code.get("lumina", "unknown"), code.get("commit", "")[:12], "(changed)" if code.get("changed") else "")
+        ),
+    }
+    lines = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in rows.items())
+    chip = f'<span class="chip" style="background: var(--c{number % 8})"></span>'
+    return f'<div class="card"><h3>{chip}{escape(name)}</h3><dl>{lines}</dl></div>'

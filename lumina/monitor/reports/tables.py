@@ -1,0 +1,140 @@
+"""The tables of a run report: events, starts, sample answers, settings. Plain HTML."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from lumina.monitor.reports.run_data import RunData
+
+_EVENTS, _SAMPLES = 1000, 30  # of a run, of a prompt
+
+
+@dataclass(frozen=True, eq=False)  # two runs may have one name
+class Column:
+    """A table's column. kind: its cells' class in report.css ("n" for numbers, "text" for running text)."""
+
+    title: str
+    kind: str = ""
+
+
+_RUN = Column("run")
+
+
+def _table(columns: Sequence[Column], rows: Iterable[Mapping[Column, str]]) -> str:
+    """A table; a row has a cell for each column, already HTML."""
+
+    def cell(row: Mapping[Column, str], column: Column) -> str:
+        return f'<td class="{column.kind}">{row[column]}</td>' if column.kind else f"<td>{row[column]}</td>"
+
+    lines = "".join(f"<tr>{''.join(cell(row, column) for column in columns)}</tr>" for row in rows)
+    top = "".join(f"<th>{escape(column.title)}</th>" for column in columns)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def clock_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _columns(columns: Iterable[Column], runs: Sequence[RunData]) -> list[Column]:
+    """With the run's name before them where there are several."""
+    return [*([_RUN] if len(runs) > 1 else []), *columns]
+
+
+def events_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
+    """The events of each run, the newest thousand."""
+    step, clock, level = Column("step", "n"), Column("time", "n"), Column("level")
+    what, why, done = Column("what"), Column("why"), Column("what was done")
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        for event in run.events[-_EVENTS:]:
+            given = event.get("level", "info")
+            kind = given if given in ("warn", "crit") else "info"
+            rows.append(
+                {
+                    _RUN: escape(name),
+                    step: f"{event.get('step', 0):,}",
+                    clock: clock_time(event["time"]) if "time" in event else "",
+                    level: f'<span class="{kind}">{escape(given)}</span>',
+                    what: escape(str(event.get("rule", ""))),
+                    why: escape(str(event.get("reason", ""))),
+                    done: escape(str(event.get("action", ""))),
+                }
+            )
+    if not rows:
+        return '<p class="none">None.</p>'
+    return _table(_columns([step, clock, level, what, why, done], runs), rows)
+
+
+def how_it_ended(start: Mapping[str, Any]) -> str:
+    end = start.get("end")
+    if not end:
+        return "killed, or still running"
+    return f"{end['state']} at step {end['step']:,}" + (f": {end['reason']}" if end.get("reason") else "")
+
+
+def starts_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
+    """Every start of each run: when, from where, on what, how it ended."""
+    clock, from_step, processes, nodes = map(Column, ("time", "from step", "processes", "nodes"))
+    host, ended, changed, command = map(Column, ("first host", "ended", "settings changed", "command"))
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        for start in run.starts:
+            differing = ", ".join(f"{key}={value}" for key, value in start.get("changed", {}).items())
+            cells = {
+                _RUN: name,
+                clock: clock_time(start["time"]),
+                from_step: f"{start.get('step', 0):,}",
+                processes: str(start.get("world", "")),
+                nodes: str(start.get("nodes", "")),
+                host: str(start.get("host", "")),
+                ended: how_it_ended(start),
+                changed: differing,
+                command: " ".join(start.get("command", [])),
+            }
+            rows.append({column: escape(text) for column, text in cells.items()})
+    if not rows:
+        return '<p class="none">Not recorded.</p>'
+    return _table(_columns([clock, from_step, processes, nodes, host, ended, changed, command], runs), rows)
+
+
+def samples_tables(runs: Sequence[RunData], names: Sequence[str]) -> str:
+    at, said = Column("step", "n"), Column("answer", "text")
+    parts = []
+    for run, name in zip(runs, names, strict=True):
+        prompts: dict[str, list[tuple[int, str]]] = {}
+        for record in run.samples:
+            for answer in record["answers"]:
+                prompts.setdefault(answer["prompt"], []).append((record["step"], answer["answer"]))
+        for prompt, answers in prompts.items():
+            step = max(1, -(-len(answers) // _SAMPLES))
+            kept = answers[::-1][::step]  # the newest is always there
+            rows = [{at: f"{place:,}", said: escape(answer)} for place, answer in kept]
+            title = escape(f"{name}: {prompt}" if len(names) > 1 else prompt)
+            table = _table([at, said], rows)
+            parts.append(f"<details open><summary>{title}</summary>{table}</details>")
+    return "".join(parts) or '<p class="none">None; set sample_prompts to see some.</p>'
+
+
+def settings_tables(runs: Sequence[RunData], names: Sequence[str]) -> str:
+    """Every setting of each run, and before them those that differ between runs."""
+    of_runs = [Column(name) for name in names]
+
+    def shown(run: RunData, key: str) -> str:
+        return escape(str(run.config[key])) if key in run.config else "–"
+
+    def table(title: str, keys: Iterable[str]) -> str:
+        setting, rows = Column(title), []
+        for key in keys:
+            values = {column: shown(run, key) for column, run in zip(of_runs, runs, strict=True)}
+            rows.append({setting: escape(key)} | values)
+        return _table([setting, *of_runs], rows)
+
+    keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    whole = f"<details><summary>All settings</summary>{table('setting', keys)}</details>"
+    if len(runs) == 1:
+        return whole
+    return table("differs", (key for key in keys if len({shown(run, key) for run in runs}) > 1)) + whole

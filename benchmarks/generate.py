@@ -18,7 +18,7 @@ import torch
 
 from lumina.chat import Tokenizer
 from lumina.config import load
-from lumina.infer import LuminaVoice, Sampling, generate
+from lumina.infer import Sampling, generate
 from lumina.model import KVCache, Transformer, keep_heap
 from lumina.model.families import family_of
 
@@ -60,13 +60,13 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = DTYPES[options.precision]
     model = Transformer(load(options.config)).to(dtype).requires_grad_(False).eval()
-    voice = LuminaVoice(Tokenizer.load())
-    voice.stop_ids = frozenset()  # every sequence runs to its length, as the peer's does
+    tokenizer = Tokenizer.load()
+    tokenizer.stop_ids = frozenset()  # every sequence runs to its length, as the peer's does
     prompts = torch.randint(0, 100_000, (options.batch, options.prompt)).tolist()
     sampling = Sampling(temperature=0, max_length=options.new)
 
     def ours() -> object:
-        return generate(model, voice, prompts, sampling)
+        return generate(model, tokenizer, prompts, sampling)
 
     tokens = options.batch * options.new
     works: dict[str, Callable[[], object]] = {"lumina": ours}

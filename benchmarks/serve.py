@@ -21,7 +21,7 @@ import torch
 
 from lumina.chat import Tokenizer
 from lumina.config import load
-from lumina.infer import Loaded, LuminaVoice
+from lumina.infer import Loaded
 from lumina.infer.loading import choose_dtype
 from lumina.infer.serve.app import Service, make_app
 from lumina.infer.serve.batcher import Engine
@@ -36,9 +36,9 @@ def make_model(config: str, precision: str) -> Loaded:
     device, dtype = choose_dtype(precision)
     torch.manual_seed(0)
     model = Transformer(load(config)).to(device, dtype).requires_grad_(False).eval()
-    voice = LuminaVoice(Tokenizer.load())
-    voice.stop_ids = frozenset()
-    return Loaded(model, voice, Path("experiments/random/checkpoints/step-00000000"), 0)
+    tokenizer = Tokenizer.load()
+    tokenizer.stop_ids = frozenset()
+    return Loaded(model, tokenizer, Path("experiments/random/checkpoints/step-00000000"), 0)
 
 
 def ask(address: str, client: int, prompt: int, new: int) -> None:
@@ -72,7 +72,7 @@ def main() -> None:
     loaded = make_model(options.config, options.precision)
     metrics = Metrics(options.clients)
     engine = Engine(loaded, options.clients, 64, metrics)
-    service = Service(loaded, LuminaVoice(Tokenizer.load()), engine, metrics, 2048, 600.0, STALL_SECONDS)
+    service = Service(loaded, Tokenizer.load(), engine, metrics, 2048, 600.0, STALL_SECONDS)
     server = make_server(Guard(make_app(service), Rules(None, None, 1 << 20, 30.0), metrics))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))

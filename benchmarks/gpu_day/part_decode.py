@@ -12,7 +12,6 @@ def main(day: Day) -> None:
 
     from lumina.chat import Tokenizer
     from lumina.config import load
-    from lumina.infer import LuminaVoice
     from lumina.model import Transformer
 
     torch.set_grad_enabled(False)
@@ -22,17 +21,17 @@ def main(day: Day) -> None:
     with torch.device(device):
         model = Transformer(config)
     model = model.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    voice = LuminaVoice(Tokenizer.load())
-    voice.stop_ids = frozenset()  # every sequence runs to its length
+    tokenizer = Tokenizer.load()
+    tokenizer.stop_ids = frozenset()  # every sequence runs to its length
     new = 8 if day.rehearse else 128
     unit = 4 if day.rehearse else 64
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     lengths = {"1": [unit], "8": [unit] * 8, "8 ragged": [unit // 4 * (n + 1) for n in range(8)]}
     for name, prompts in lengths.items():
-        day.attempt(f"batch {name}", lambda n=name, p=prompts: batch(day, n, model, voice, p, new, weights))
+        day.attempt(f"batch {name}", lambda n=name, p=prompts: batch(day, n, model, tokenizer, p, new, weights))
 
 
-def batch(day: Day, name: str, model: Any, voice: Any, lengths: list[int], new: int, weights: int) -> None:
+def batch(day: Day, name: str, model: Any, tokenizer: Any, lengths: list[int], new: int, weights: int) -> None:
     """Tokens/s of the steps after the prompt, and the weights' bytes read per second: what bounds a small batch."""
     import torch
 
@@ -40,9 +39,9 @@ def batch(day: Day, name: str, model: Any, voice: Any, lengths: list[int], new: 
 
     prompts = [torch.randint(0, 100_000, (length,)).tolist() for length in lengths]
     short, full = (Sampling(temperature=0, max_length=count) for count in (2, new))
-    generate(model, voice, prompts, short)  # compiles
+    generate(model, tokenizer, prompts, short)  # compiles
     answers: list[Any] = []
-    both = [timed(lambda s=s: answers.append(generate(model, voice, prompts, s))) for s in (short, full)]
+    both = [timed(lambda s=s: answers.append(generate(model, tokenizer, prompts, s))) for s in (short, full)]
     step = (both[1] - both[0]) / (new - 2)
     whole = all(len(answer.ids) == new for answer in answers[-1])
     figures = {"tokens_per_second": len(prompts) / step, "weights_gb_per_s": weights / step / 1e9}

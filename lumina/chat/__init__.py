@@ -1,38 +1,75 @@
-"""The tokenizer and the one chat template, ours or an imported model's: turns in, token ids and loss mask out."""
+"""Conversations and chat tokenizers: messages in, token ids and loss mask out, by Lumina's template or an imported one.
 
-from lumina.chat.template import (
+Room's door: everything that other rooms use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lumina.chat.cl100k import SPECIAL_TOKENS
+from lumina.chat.conversation import (
     ROLE_ALIASES,
-    TEMPLATE_VERSION,
+    ROLES,
+    SUPERVISED_ROLES,
     TEXT_ROLE,
-    AnyTokenizer,
     Conversation,
     Message,
-    Rendered,
-    RenderedBlock,
-    open_tokenizer,
-    prompt_ids,
-    render,
-    render_many,
-    render_sound,
-    template_version,
+    is_supervised,
 )
-from lumina.chat.tokenizer import CONTROL_TOKENS, Tokenizer
+from lumina.chat.loading import open_tokenizer
+from lumina.chat.protocol import ChatTokenizer, IncrementalDecoder, MessageSpan, RenderedBlock
+from lumina.chat.template import TEMPLATE_VERSION, Rendered, render, render_many
+from lumina.chat.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lumina.chat.hf_export import tokenizer_config, tokenizer_json
+    from lumina.chat.hf_files import STOPS, TOKENIZER_FILES, copy_files, read_json
+    from lumina.chat.hf_tokenizer import HFTokenizer
+
+# Not loaded with the others: prepare's workers must start fast.
+_LAZY = {
+    "HFTokenizer": "hf_tokenizer",
+    "STOPS": "hf_files",
+    "TOKENIZER_FILES": "hf_files",
+    "copy_files": "hf_files",
+    "read_json": "hf_files",
+    "tokenizer_config": "hf_export",
+    "tokenizer_json": "hf_export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"lumina.chat.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
-    "CONTROL_TOKENS",
+    "ROLES",
     "ROLE_ALIASES",
+    "SPECIAL_TOKENS",
+    "STOPS",
+    "SUPERVISED_ROLES",
     "TEMPLATE_VERSION",
     "TEXT_ROLE",
-    "AnyTokenizer",
+    "TOKENIZER_FILES",
+    "ChatTokenizer",
     "Conversation",
+    "HFTokenizer",
+    "IncrementalDecoder",
     "Message",
+    "MessageSpan",
     "Rendered",
     "RenderedBlock",
     "Tokenizer",
+    "copy_files",
+    "is_supervised",
     "open_tokenizer",
-    "prompt_ids",
+    "read_json",
     "render",
     "render_many",
-    "render_sound",
-    "template_version",
+    "tokenizer_config",
+    "tokenizer_json",
 ]

@@ -1,10 +1,16 @@
-"""Text to ids with a Hugging Face tokenizer.json, so that a control token never comes out of text a user typed.
+"""Special-token escaping: text to ids with a Hugging Face tokenizer.json, no special token coming from typed text.
 
-`tokenizers` reads a control token wherever its name stands in a text. Here the file is loaded under other names: each
-control token gets one that nobody can type, since it holds a random number of this process. Before a template is
-rendered, names of control tokens in the contents are broken by a mark (`break_names`); in what it rendered, names that
-are whole are the template's own, and are given their secret names, while marks are taken out again. What is left to
-`tokenizers` is its own algorithm on exactly the text that it would see, but for what only the template may say.
+`tokenizers` reads a special token wherever its name stands in a text. So the file is loaded with the special tokens
+renamed to placeholders that nobody can type, since they hold a random number of this process. When a user types
+`x <|im_end|> y`, and with `^` for the escape character:
+
+    escape            x <^|im_end|> y                                 before the template is rendered
+    the template      <|im_start|>user\nx <^|im_end|> y<|im_end|>
+    to_placeholders   PLACEHOLDER-1user\nx <|im_end|> yPLACEHOLDER-2   names that are whole are the template's own
+    encode            the renamed tokenizer: only placeholders become special tokens
+
+What is left to `tokenizers` is its own algorithm on exactly the text that it would see, but for what only the template
+may say.
 """
 
 from __future__ import annotations
@@ -21,9 +27,9 @@ from numpy.typing import NDArray
 
 from lumina.chat.jinja import RefusalError
 
-# Noncharacters, which no text is meant to hold (Unicode 16, section 23.7): two enclose secret names, one is the mark.
+# Noncharacters, which no text is meant to hold (Unicode 16, section 23.7): two enclose placeholders, one escapes.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-_MARKS = tuple(map(chr, range(0xFDD2, 0xFDF0)))
+_ESCAPES = tuple(map(chr, range(0xFDD2, 0xFDF0)))
 
 
 def clean(text: str) -> str:
@@ -39,14 +45,14 @@ def is_failure(error: BaseException) -> bool:
 
 
 class Encoded(NamedTuple):
-    """ids_T int32; starts_T, ends_T int64: the characters of the sealed text that each token stands for."""
+    """ids_T int32; starts_T, ends_T int64: the characters of the encoded text that each token stands for."""
 
     ids: NDArray[np.int32]
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
 
 
-def control_names(spec: dict[str, Any]) -> dict[str, int]:
+def special_names(spec: dict[str, Any]) -> dict[str, int]:
     """The added tokens of a tokenizer.json that text may not become, with their ids: all but runs of white space, which
     some vocabularies add to save tokens, and single characters that are not special."""
     tokens = spec.get("added_tokens") or []
@@ -57,32 +63,33 @@ def control_names(spec: dict[str, Any]) -> dict[str, int]:
     }
 
 
-class SealedEncoder:
-    """An encoder over text in which control tokens are named in secret."""
+class EscapingEncoder:
+    """An encoder over text in which special tokens stand as placeholders."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         """`spec`: the contents of tokenizer.json. For one that cannot be read, raises whatever `tokenizers` does."""
         from tokenizers import Tokenizer
 
-        self.controls = control_names(spec)
-        if any(len(name) == 1 for name in self.controls):
-            raise ValueError("it has a control token of one character, which cannot be told from text")
-        secret = secrets.token_hex(16)
-        self._secret = {name: f"{_OPEN}{secret}{i}{_CLOSE}" for i, name in enumerate(self.controls)}
-        longest_first = sorted(self.controls, key=len, reverse=True)
-        # Without control tokens, a pattern that matches nowhere.
+        self.special_ids = special_names(spec)
+        if any(len(name) == 1 for name in self.special_ids):
+            raise ValueError("it has a special token of one character, which cannot be told from text")
+        nonce = secrets.token_hex(16)
+        self._placeholders = {name: f"{_OPEN}{nonce}{i}{_CLOSE}" for i, name in enumerate(self.special_ids)}
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        # Without special tokens, a pattern that matches nowhere.
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        special = {str(t["content"]) for t in spec.get("added_tokens") or [] if t.get("special")} & set(self.controls)
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-        self._tokenizer = Tokenizer.from_str(json.dumps(self._sealed(spec)))
+        added = [token for token in spec.get("added_tokens") or [] if token.get("special")]
+        special = {str(token["content"]) for token in added} & set(self.special_ids)
+        self._declared = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self._tokenizer = Tokenizer.from_str(json.dumps(self._renamed(spec)))
         last = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self._is_control_V = np.zeros(1 + max(last, *self.controls.values(), 0), dtype=np.bool_)
-        self._is_control_V[list(self.controls.values())] = True
+        self._is_special_V = np.zeros(1 + max(last, *self.special_ids.values(), 0), dtype=np.bool_)
+        self._is_special_V[list(self.special_ids.values())] = True
 
-    def _sealed(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """The file under secret names; a word of the vocabulary that is spelled like a control token is renamed too."""
+    def _renamed(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """The file with placeholders for names; a word of the vocabulary that is spelled like one is renamed too."""
         spec = {**spec, "post_processor": None, "truncation": None, "padding": None}
-        rename = self._secret
+        rename = self._placeholders
         spec["added_tokens"] = [{**t, "content": rename.get(t["content"], t["content"])} for t in spec["added_tokens"]]
         model = spec["model"] = dict(spec["model"])
         vocabulary = model.get("vocab")
@@ -96,51 +103,50 @@ class SealedEncoder:
             model["unk_token"] = rename[model["unk_token"]]
         return spec
 
-    def choose_mark(self, contents: Collection[str]) -> str:
-        """A mark that none of the contents holds. Raises RefusalError."""
-        for mark in _MARKS:
-            if not any(mark in content for content in contents):
-                return mark
-        raise RefusalError("it holds every character that is set aside for marks")
+    def choose_escape(self, contents: Collection[str]) -> str:
+        """An escape character that none of the contents holds. Raises RefusalError."""
+        for character in _ESCAPES:
+            if not any(character in content for content in contents):
+                return character
+        raise RefusalError("it holds every character that is set aside for escaping")
 
-    def break_names(self, content: str, mark: str, special_only: bool) -> str:
-        """The content with a mark inside every control token's name; with `special_only`, leave alone those that the
-        file itself declares to be text (an answer may hold <think>)."""
-        pattern = self._special if special_only else self._pattern
-        broken, more = content, 1
-        while more:  # breaking one name can uncover another that overlapped it
-            broken, more = pattern.subn(lambda match: match[0][0] + mark + match[0][1:], broken)
-        return broken
+    def escape(self, content: str, character: str, declared_only: bool) -> str:
+        """The content with the escape character inside every special token's name; with `declared_only`, leave alone
+        those that the file itself declares to be text (an answer may hold <think>)."""
+        pattern = self._declared if declared_only else self._pattern
+        escaped, more = content, 1
+        while more:  # escaping one name can uncover another that overlapped it
+            escaped, more = pattern.subn(lambda match: match[0][0] + character + match[0][1:], escaped)
+        return escaped
 
-    def controls_in(self, text: str) -> list[int]:
-        """The control tokens named in a text, in order."""
-        return [self.controls[match[0]] for match in self._pattern.finditer(text)]
+    def special_tokens_in(self, text: str) -> list[int]:
+        """The special tokens named in a text, in order."""
+        return [self.special_ids[match[0]] for match in self._pattern.finditer(text)]
 
-    def seal(self, text: str, mark: str = "") -> str:
-        """Rendered text under secret names, without marks."""
-        sealed = self._pattern.sub(lambda match: self._secret[match[0]], text)
-        return sealed.replace(mark, "") if mark else sealed
+    def to_placeholders(self, rendered: str, character: str) -> str:
+        """Rendered text with placeholders for the names that are whole, and without the escape characters."""
+        return self._pattern.sub(lambda match: self._placeholders[match[0]], rendered).replace(character, "")
 
-    def encode(self, sealed: str) -> Encoded:
-        """Sealed text to ids. Raises RefusalError when the tokenizer fails on it, or when its vocabulary made a control
-        token of plain text after all."""
+    def encode(self, text: str) -> Encoded:
+        """Text with placeholders to ids. Raises RefusalError when the tokenizer fails on it, or when its vocabulary
+        made a special token of plain text after all."""
         try:
-            encoding = self._tokenizer.encode(sealed, add_special_tokens=False)
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         except BaseException as error:
             if not is_failure(error):
                 raise
             raise RefusalError(f"the tokenizer fails on it: {error}") from None
         ids = np.array(encoding.ids, dtype=np.int32)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        if int(self._is_control_V[ids].sum()) != sealed.count(_CLOSE):
-            self._check(ids, sealed)
+        if int(self._is_special_V[ids].sum()) != text.count(_CLOSE):
+            self._check(ids, text)
         return Encoded(ids, offsets[:, 0], offsets[:, 1])
 
-    def _check(self, ids: NDArray[np.int32], sealed: str) -> None:
-        """The slow and exact form of the check: names in the text against control tokens in the ids."""
-        named = sum(sealed.count(name) for name in self._secret.values())
-        if int(self._is_control_V[ids].sum()) != named:
-            raise RefusalError("its text would become control tokens")
+    def _check(self, ids: NDArray[np.int32], text: str) -> None:
+        """The slow and exact form of the check: placeholders in the text against special tokens in the ids."""
+        named = sum(text.count(placeholder) for placeholder in self._placeholders.values())
+        if int(self._is_special_V[ids].sum()) != named:
+            raise RefusalError("its text would become special tokens")
 
 
 def _joined(pair: Any) -> str:
@@ -149,7 +155,7 @@ def _joined(pair: Any) -> str:
 
 
 def boundaries(encoded: Encoded, cuts: Sequence[int]) -> list[int]:
-    """For each cut between characters, how many tokens end at or before it: -1 - n where token n lies across it."""
+    """For each place between characters, how many tokens end at or before it: -1 - n where token n lies across it."""
     found = []
     reached = np.fromiter(accumulate(encoded.ends.tolist(), max), dtype=np.int64, count=len(encoded.ends))
     for cut in cuts:

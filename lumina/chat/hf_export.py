@@ -13,8 +13,9 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from lumina.chat.template import ROLE_ALIASES
-from lumina.chat.tokenizer import CONTROL_TOKENS, Tokenizer, find_ranks
+from lumina.chat.cl100k import SPECIAL_TOKENS, find_ranks
+from lumina.chat.conversation import ROLE_ALIASES
+from lumina.chat.tokenizer import Tokenizer
 
 # cl100k_base's published pattern without possessive quantifiers, which Oniguruma (inside `tokenizers`) reads otherwise:
 # there `{1,3}+` repeats the whole. Both forms cut every text the same way.
@@ -66,10 +67,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "normalized": False,
         "special": True,
     }
-    added = [{**plain, "id": tokenizer.control_ids[name], "content": name} for name in CONTROL_TOKENS]
+    added = [{**plain, "id": tokenizer.special_ids[name], "content": name} for name in SPECIAL_TOKENS]
     # `tokenizers` numbers added tokens on from the vocabulary's size, unless the vocabulary has them: so it does, and
     # the base's special ids between are filled with names that no text can spell (a space is written otherwise).
-    first = tokenizer.control_ids[CONTROL_TOKENS[0]]
+    first = tokenizer.special_ids[SPECIAL_TOKENS[0]]
     unused = {f"<unused {token}>": token for token in range(len(ranks), first)}
     bytes_to_text = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     words = {"type": "Split", "pattern": {"Regex": _PATTERN}, "behavior": "Isolated", "invert": False}
@@ -91,20 +92,20 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": {spelled[token]: rank for token, rank in ranks.items()} | unused | tokenizer.control_ids,
+            "vocab": {spelled[token]: rank for token, rank in ranks.items()} | unused | tokenizer.special_ids,
             "merges": merges,
         },
     }
 
 
-def tokenizer_config(tokenizer: Tokenizer, window: int) -> dict[str, Any]:
+def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
     """The contents of tokenizer_config.json, with the chat template in Jinja."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": window,
+        "model_max_length": context_length,
         "eos_token": "<|im_end|>",
         "pad_token": "<|pad|>",
-        "additional_special_tokens": [name for name in CONTROL_TOKENS if name not in ("<|im_end|>", "<|pad|>")],
+        "additional_special_tokens": [name for name in SPECIAL_TOKENS if name not in ("<|im_end|>", "<|pad|>")],
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
         "lumina_fingerprint": tokenizer.fingerprint,

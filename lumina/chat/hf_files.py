@@ -11,7 +11,7 @@ from lumina.chat.escaping import clean
 from lumina.config import UserError
 
 STOPS = "stops.json"  # the ids that end a turn, as lumina import found them in the model's configuration
-FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -92,6 +92,6 @@ def read_stops(folder: Path) -> frozenset[int]:
 def copy_files(source: Path, target: Path) -> None:
     """Copy a tokenizer's files, and nothing else that the folder may hold, into the folder `target`."""
     target.mkdir(exist_ok=True)
-    for name in FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

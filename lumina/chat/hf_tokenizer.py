@@ -1,16 +1,21 @@
-"""The tokenizer and chat template that an imported model was trained with, behind the questions that ours answers.
+"""A chat tokenizer from a Hugging Face folder: the vocabulary and Jinja chat template that an imported model has.
 
 A folder holds tokenizer.json, tokenizer_config.json, a Jinja chat template (chat_template.jinja, or in
 tokenizer_config.json) and stops.json, as `lumina import` leaves them; a model's own Hugging Face folder will do too.
 
-What is learned follows from the template alone. An answer is what rendering the turns up to it adds to rendering the
-turns before it with the opening of the assistant's turn; it is learned from its first token to its first stop token.
-Both renderings must be prefixes of the whole conversation's: a template that rewrites earlier turns is not trained on.
-Text is cut where an answer begins before it is encoded, as it is when the model is asked, so that a prompt's ids are
-always a prefix of what was learned. A vocabulary that puts a space before every text cannot be cut; there, a
-conversation in which a token lies across the cut is refused.
+What is supervised follows from the template alone. With a ChatML template, a user's "hi" and an assistant's "hello":
 
-Shapes as in template.py.
+    before the answer   <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n     (add_generation_prompt)
+    up to the answer    <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n
+    the answer          hello<|im_end|>\n        what the second adds to the first
+    supervised          hello<|im_end|>          up to its first stop token; what comes after is the template's
+
+Both renderings must be prefixes of the whole conversation's: a template that rewrites earlier turns is not trained on.
+Text is split where an answer begins before it is encoded (above, between "assistant\n" and "hello"), as it is when the
+model is asked, so that a prompt's ids are always a prefix of what was trained on. A vocabulary that puts a space before
+every text cannot be split so; there, a conversation in which a token lies across that place is refused.
+
+Shapes as in protocol.py.
 """
 
 from __future__ import annotations
@@ -27,29 +32,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumina.chat import hf_files
-from lumina.chat.escaping import Encoded, SealedEncoder, boundaries, clean, is_failure
+from lumina.chat.conversation import SUPERVISED_ROLES, TEXT_ROLE, Conversation, Message, is_supervised, loss_mask
+from lumina.chat.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure
 from lumina.chat.jinja import INSTALL, JinjaTemplate, RefusalError
-from lumina.chat.template import TEXT_ROLE, Conversation, Message, RenderedBlock, is_learned
+from lumina.chat.protocol import IncrementalDecoder, MessageSpan, RenderedBlock
 from lumina.config import UserError
 
 REWRITES = "the chat template rewrites earlier turns"
 ENDLESS = "the chat template does not end an answer with a stop token"
 SPANS = "spans of its text are masked (train_detail), which only Lumina's own template keeps"
 FOLDED = "the chat template leaves a message out"
-_PLACE = "\ufdd0"  # stands for a content where only what is around it is wanted
+_PROBE = "\ufdd0"  # stands for a content where only what is around it is wanted
 
 
-class Layout(NamedTuple):
-    """One conversation: ids_T int32, mask_T uint8, offsets[M+1] of its messages, head[M] tokens before a content."""
+class TokenizedConversation(NamedTuple):
+    """One conversation: ids_T int32, mask_T uint8, offsets[M+1] of its messages, head[M] tokens before a content, and
+    ends[M], where the content with its stop token ends. Head and end are known for assistants' messages and texts; the
+    others' are those of the whole message."""
 
     ids: NDArray[np.int32]
     mask: NDArray[np.uint8]
     offsets: list[int]
     head: list[int]
+    ends: list[int]
 
 
-class ForeignTokenizer:
-    """Text to ids and back, and conversations to ids and masks, as an imported model knows them."""
+def _tokenized(
+    messages: Sequence[Message], ids: NDArray[np.int32], offsets: list[int], head: list[int], ends: list[int]
+) -> TokenizedConversation:
+    starts_M = np.array(offsets[:-1], np.int64) + np.array(head, np.int64)
+    supervised_M = np.array([is_supervised(message) for message in messages], np.bool_)
+    mask_T = loss_mask(supervised_M, starts_M, np.array(ends, np.int64), len(ids))
+    return TokenizedConversation(ids, mask_T, offsets, head, ends)
+
+
+class HFTokenizer:
+    """Text to ids and back, and conversations to ids and loss masks (a ChatTokenizer; its docstrings say more)."""
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError, by name, when a file is missing or damaged or tokenizers and jinja2 are not installed."""
@@ -57,12 +75,12 @@ class ForeignTokenizer:
             from tokenizers import Tokenizer
         except ImportError:
             raise UserError("an imported model's tokenizer needs tokenizers", INSTALL) from None
-        self.folder = folder
+        self.folder: Path | None = folder
         raw, spec = hf_files.read_json(folder / "tokenizer.json")
         settings = hf_files.read_settings(folder)
         try:
             self._tokenizer: Any = Tokenizer.from_str(raw)
-            self._sealed = SealedEncoder(spec)
+            self._escaping = EscapingEncoder(spec)
             self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
             self._special = {int(t["id"]) for t in spec.get("added_tokens") or [] if t.get("special")}
         except BaseException as error:
@@ -73,7 +91,7 @@ class ForeignTokenizer:
         self._end_id = self._id_of(names.get("eos_token"))
         text = hf_files.template_text(folder, settings)
         self._template = None if text is None else JinjaTemplate(text, names, str(folder))
-        self.stop_ids = hf_files.find_stops(folder, self._end_id) | self._turn_end()
+        self.stop_ids: frozenset[int] = hf_files.find_stops(folder, self._end_id) | self._turn_end()
         if max(self.stop_ids) >= self.vocab_size:
             raise UserError(f"{folder}: stop id {max(self.stop_ids)} is not in the vocabulary of {self.vocab_size}")
         begins = [self._id_of(names.get("bos_token")), self._end_id, min(self.stop_ids)]
@@ -82,7 +100,7 @@ class ForeignTokenizer:
         pad = self._id_of(names.get("pad_token"))
         self.pad_id: int = min(self.stop_ids) if pad is None else pad
         vocabulary = hashlib.sha256(raw.encode()).hexdigest()
-        self.template_version = "jinja:" + _digest([text, names])
+        self.template_version: str = "jinja:" + _digest([text, names])
         self.fingerprint: str = _digest([vocabulary, self.template_version, sorted(self.stop_ids)])
 
     def _id_of(self, name: str | None) -> int | None:
@@ -90,32 +108,32 @@ class ForeignTokenizer:
         return found
 
     def _turn_end(self) -> frozenset[int]:
-        """The control token that the template writes after an answer. Base models' files often name another one, since
+        """The special token that the template writes after an answer. Base models' files often name another one, since
         they end documents and not turns."""
         try:
-            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PLACE}]
-            after = self._render(turns, opening=False).partition(_PLACE)[2]
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+            after = self._render(turns, opening=False).partition(_PROBE)[2]
         except RefusalError:
             return frozenset()
-        return frozenset(self._sealed.controls_in(after)[:1])
+        return frozenset(self._escaping.special_tokens_in(after)[:1])
 
     # --- Text ---
 
     def encode(self, text: str) -> list[int]:
-        """Text as text: no control token comes out of it. Raises RefusalError where the vocabulary makes one anyway."""
-        return [int(token) for token in self._sealed.encode(clean(text)).ids]
+        """Text as text: no special token comes out of it. Raises RefusalError where the vocabulary makes one anyway."""
+        return [int(token) for token in self._escaping.encode(clean(text)).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text, control tokens by name. Raises UserError when the tokenizer fails, as a damaged one may."""
-        return self._decode(ids, without_controls=False)
+        """Ids to text, special tokens by name. Raises UserError when the tokenizer fails, as a damaged one may."""
+        return self._decode(ids, without_special=False)
 
     def decode_text(self, ids: Iterable[int]) -> str:
-        """Ids to text without the control tokens."""
-        return self._decode(ids, without_controls=True)
+        """Ids to text without the special tokens."""
+        return self._decode(ids, without_special=True)
 
-    def _decode(self, ids: Iterable[int], without_controls: bool) -> str:
+    def _decode(self, ids: Iterable[int], without_special: bool) -> str:
         try:
-            return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=without_controls))
+            return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=without_special))
         except BaseException as error:
             if not is_failure(error):
                 raise
@@ -125,26 +143,32 @@ class ForeignTokenizer:
         """The text of one id in UTF-8; a part of a character is U+FFFD."""
         return self.decode([token]).encode()
 
-    def is_control(self, token: int) -> bool:
+    def incremental_decoder(self) -> IncrementalDecoder:
+        return _PrefixDecoder(self)
+
+    def is_special(self, token: int) -> bool:
         return token in self._special or token >= self.vocab_size
 
-    def sayable(self, vocab_size: int) -> NDArray[np.bool_]:
+    def allowed_tokens(self, vocab_size: int) -> NDArray[np.bool_]:
         """bool (V): text and the stop tokens, which alone the model may say."""
-        sayable_V = np.arange(vocab_size) < self.vocab_size
-        sayable_V[[token for token in self._special - self.stop_ids if token < vocab_size]] = False
-        return sayable_V
+        allowed_V = np.arange(vocab_size) < self.vocab_size
+        allowed_V[[token for token in self._special - self.stop_ids if token < vocab_size]] = False
+        return allowed_V
+
+    def warm_up(self) -> None:
+        """The vocabulary is read already."""
 
     # --- Conversations ---
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids to generate from. Raises UserError when the template does not take the conversation."""
         try:
-            mark, guarded = self._guarded(conversation.messages)
-            text, cuts = self._render(guarded, opening=True), list[int]()
-            for at, message in enumerate(guarded):
-                if message["role"] == "assistant" and text.startswith(found := self._render(guarded[:at], True)):
+            character, turns = self._escaped(conversation.messages)
+            text, cuts = self._render(turns, opening=True), list[int]()
+            for at, turn in enumerate(turns):
+                if turn["role"] == "assistant" and text.startswith(found := self._render(turns[:at], True)):
                     cuts.append(len(found))
-            return [int(token) for token in self._encode(text, mark, cuts, []).ids]
+            return [int(token) for token in self._encode(text, character, cuts, []).ids]
         except RefusalError as refusal:
             raise UserError(f"{self.folder}: {refusal}") from None
 
@@ -155,8 +179,8 @@ class ForeignTokenizer:
         except RefusalError as refusal:
             raise UserError(f"{self.folder}: {refusal}") from None
 
-    def lay_out(self, conversation: Conversation) -> Layout:
-        """A conversation's ids, mask and messages. Raises RefusalError."""
+    def tokenize(self, conversation: Conversation) -> TokenizedConversation:
+        """A conversation's ids, loss mask and messages. Raises RefusalError."""
         messages = conversation.messages
         roles = {message.role for message in messages}
         if TEXT_ROLE in roles:
@@ -165,85 +189,79 @@ class ForeignTokenizer:
             return self._texts(messages)
         if any(message.masked for message in messages):
             raise RefusalError(SPANS)
-        mark, guarded = self._guarded(messages)
-        text = self._render(guarded, opening=False)
-        edges, contents = self._edges(text, guarded)
-        tokens = self._encode(text, mark, list(contents.values()), edges)
-        mask_T = np.zeros(len(tokens.ids), dtype=np.uint8)
-        offsets, head = tokens.edges, [0] * len(messages)
-        for (at, message), start in zip(
-            ((i, m) for i, m in enumerate(messages) if m.role == "assistant"), tokens.contents, strict=True
-        ):
+        character, turns = self._escaped(messages)
+        text = self._render(turns, opening=False)
+        edges, contents = self._edges(text, turns)
+        tokens = self._encode(text, character, list(contents.values()), edges)
+        offsets, head, ends = tokens.edges, [0] * len(messages), tokens.edges[1:]
+        answers = (at for at, message in enumerate(messages) if message.role == "assistant")
+        for at, start in zip(answers, tokens.contents, strict=True):
             head[at] = start - offsets[at]
             stop = next((i for i in range(start, offsets[at + 1]) if int(tokens.ids[i]) in self.stop_ids), None)
             if stop is None:
                 raise RefusalError(ENDLESS)
-            if is_learned(message):
-                mask_T[start : stop + 1] = 1
-        return Layout(tokens.ids, mask_T, offsets, head)
+            ends[at] = stop + 1
+        return _tokenized(messages, tokens.ids, offsets, head, ends)
 
-    def spans(self, conversation: Conversation) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """A conversation's ids, and (message, start, end) of every answer with its stop token. Raises UserError."""
-        whole = [message._replace(learn=True) for message in conversation.messages]
+    def message_spans(self, conversation: Conversation) -> tuple[list[int], list[MessageSpan]]:
+        """Of the assistant's messages and texts: what the other messages hold besides is the template's."""
         try:
-            layout = self.lay_out(Conversation(whole))
+            whole = self.tokenize(conversation)
         except RefusalError as refusal:
             raise UserError(f"{self.folder}: {refusal}") from None
-        found = []
-        for at, (start, end) in enumerate(pairwise(layout.offsets)):
-            learned = np.flatnonzero(layout.mask[start:end])
-            if len(learned):
-                found.append((at, start + int(learned[0]), start + int(learned[-1]) + 1))
-        return layout.ids.tolist(), found
+        starts = [offset + head for offset, head in zip(whole.offsets, whole.head, strict=False)]
+        places = zip(conversation.messages, starts, whole.ends, strict=True)
+        spans = [MessageSpan(i, a, b) for i, (m, a, b) in enumerate(places) if m.role in SUPERVISED_ROLES]
+        return whole.ids.tolist(), spans
 
-    def render_sound(self, conversations: Sequence[Conversation]) -> tuple[RenderedBlock, dict[int, str]]:
+    def render_valid(self, conversations: Sequence[Conversation]) -> tuple[RenderedBlock, dict[int, str]]:
         """The conversations that the template takes, and why it does not take the others, by number."""
-        layouts, refused, messages = list[Layout](), dict[int, str](), list[Message]()
+        whole, refused, messages = list[TokenizedConversation](), dict[int, str](), list[Message]()
         counts = [0]
         for number, conversation in enumerate(conversations):
             try:
-                layouts.append(self.lay_out(conversation))
+                whole.append(self.tokenize(conversation))
             except RefusalError as refusal:
                 refused[number] = str(refusal)
                 continue
             messages += conversation.messages
             counts.append(len(messages))
-        starts = [0, *accumulate(len(layout.ids) for layout in layouts)]
-        offsets = [[start + at for at in layout.offsets[:-1]] for start, layout in zip(starts, layouts, strict=False)]
+        starts = [0, *accumulate(len(one.ids) for one in whole)]
+        offsets = [[start + at for at in one.offsets[:-1]] for start, one in zip(starts, whole, strict=False)]
         block = RenderedBlock(
-            np.concatenate([np.empty(0, np.int32), *(layout.ids for layout in layouts)]),
-            np.concatenate([np.empty(0, np.uint8), *(layout.mask for layout in layouts)]),
+            np.concatenate([np.empty(0, np.int32), *(one.ids for one in whole)]),
+            np.concatenate([np.empty(0, np.uint8), *(one.mask for one in whole)]),
             np.array([*(at for own in offsets for at in own), starts[-1]], dtype=np.int64),
             np.array(counts, dtype=np.int64),
-            np.array([is_learned(message) for message in messages], dtype=np.bool_),
-            np.array([head for layout in layouts for head in layout.head], dtype=np.int64),
+            np.array([is_supervised(message) for message in messages], dtype=np.bool_),
+            np.array([head for one in whole for head in one.head], dtype=np.int64),
         )
         return block, refused
 
     def check_trainable(self) -> None:
-        """Raise UserError, by name, when no conversation of several turns could be learned from."""
+        """Raise UserError, by name, when no conversation of several turns could be trained on."""
         if self._template is None:
             raise UserError(f"{self.folder} has no chat template: it is a base model that was not taught to chat")
         turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
         try:
-            self.lay_out(Conversation(turns))
+            self.tokenize(Conversation(turns))
         except RefusalError as refusal:
             raise UserError(f"{self.folder} cannot be trained with: {refusal}") from None
 
     # --- Rendering ---
 
-    def _guarded(self, messages: Sequence[Message]) -> tuple[str, list[dict[str, str]]]:
-        """The mark, and the turns with the names of control tokens in their contents broken by it."""
+    def _escaped(self, messages: Sequence[Message]) -> tuple[str, list[dict[str, str]]]:
+        """The escape character, and the turns with the names of special tokens in their contents escaped by it."""
         contents = [clean(message.content) for message in messages]
-        mark = self._sealed.choose_mark(contents)
+        character = self._escaping.choose_escape(contents)
         turns = [
             {
                 "role": message.role,
-                "content": self._sealed.break_names(content, mark, special_only=message.role == "assistant"),
+                "content": self._escaping.escape(content, character, declared_only=message.role == "assistant"),
             }
             for message, content in zip(messages, contents, strict=True)
         ]
-        return mark, turns
+        return character, turns
 
     def _render(self, turns: Sequence[dict[str, str]], opening: bool) -> str:
         if self._template is None:
@@ -283,22 +301,19 @@ class ForeignTokenizer:
         own = after[len(before) :]
         if own.lstrip().startswith(content.strip()):
             return 0
-        probe = self._render([*turns, {"role": "assistant", "content": _PLACE}], opening=False)
-        lead, found, _ = probe[len(before) :].partition(_PLACE)
+        probe = self._render([*turns, {"role": "assistant", "content": _PROBE}], opening=False)
+        lead, found, _ = probe[len(before) :].partition(_PROBE)
         return len(lead) if found and probe.startswith(before) and own.startswith(lead) else 0
 
-    def _texts(self, messages: Sequence[Message]) -> Layout:
-        """Plain texts, each between what begins and what ends a document for this vocabulary; learned but for the
-        beginning."""
+    def _texts(self, messages: Sequence[Message]) -> TokenizedConversation:
+        """Plain texts, each between what begins and what ends a document for this vocabulary."""
         end = min(self.stop_ids) if self._end_id is None else self._end_id
         begin = [token for token in self._leading if token != end] or [end]
-        ids, mask, offsets = list[int](), list[int](), [0]
+        ids, offsets = list[int](), [0]
         for message in messages:
-            own = self.encode(message.content)
-            ids += [*begin, *own, end]
-            mask += [0] * len(begin) + [int(is_learned(message))] * (len(own) + 1)
+            ids += [*begin, *self.encode(message.content), end]
             offsets.append(len(ids))
-        return Layout(np.array(ids, np.int32), np.array(mask, np.uint8), offsets, [len(begin)] * len(messages))
+        return _tokenized(messages, np.array(ids, np.int32), offsets, [len(begin)] * len(messages), offsets[1:])
 
     # --- Encoding ---
 
@@ -313,14 +328,14 @@ class ForeignTokenizer:
         whole, parts = self.encode("a\nb"), [*self.encode("a\n"), *self.encode("b")]
         return whole == parts
 
-    def _encode(self, text: str, mark: str, contents: Sequence[int], edges: Sequence[int | None]) -> _Tokens:
+    def _encode(self, text: str, character: str, contents: Sequence[int], edges: Sequence[int | None]) -> _Tokens:
         """Rendered text to ids; `contents` and `edges`, in characters, become tokens."""
         known = [edge for edge in edges if edge is not None]
         places = sorted({0, len(text), *contents, *known})
-        pieces = [self._sealed.seal(text[a:b], mark) for a, b in pairwise(places)]
+        pieces = [self._escaping.to_placeholders(text[a:b], character) for a, b in pairwise(places)]
         moved = dict(zip(places, [0, *accumulate(map(len, pieces))], strict=True))
-        sealed, cuts = "".join(pieces), [moved[at] for at in contents]
-        encoded = self._joined(sealed, cuts) if self._joins else self._sealed.encode(sealed)
+        named, cuts = "".join(pieces), [moved[at] for at in contents]
+        encoded = self._joined(named, cuts) if self._joins else self._escaping.encode(named)
         starts = boundaries(encoded, cuts)
         if min(starts, default=0) < 0:
             raise RefusalError("its tokens run across the beginning of an answer")
@@ -328,10 +343,10 @@ class ForeignTokenizer:
         found = iter([at if at >= 0 else -1 - at for at in ends])
         return _Tokens(encoded.ids, starts, _complete([None if edge is None else next(found) for edge in edges]))
 
-    def _joined(self, sealed: str, cuts: Sequence[int]) -> Encoded:
+    def _joined(self, named: str, cuts: Sequence[int]) -> Encoded:
         """Piece by piece between the cuts, with the characters of the whole."""
-        places = sorted({0, len(sealed), *cuts})
-        pieces = [(start, self._sealed.encode(sealed[start:end])) for start, end in pairwise(places)]
+        places = sorted({0, len(named), *cuts})
+        pieces = [(start, self._escaping.encode(named[start:end])) for start, end in pairwise(places)]
         return Encoded(
             np.concatenate([np.empty(0, np.int32), *(piece.ids for _, piece in pieces)]),
             np.concatenate([np.empty(0, np.int64), *(start + piece.starts for start, piece in pieces)]),
@@ -345,6 +360,26 @@ class _Tokens(NamedTuple):
     ids: NDArray[np.int32]
     contents: list[int]
     edges: list[int]
+
+
+class _PrefixDecoder:
+    """Decodes all ids so far each time and gives what is new: right for any tokenizer, whatever its spaces do. Answers
+    are at most 2,048 tokens, so the repeated work stays far below a forward pass."""
+
+    def __init__(self, tokenizer: HFTokenizer) -> None:
+        self._tokenizer, self._ids, self._given = tokenizer, list[int](), 0
+
+    def _new(self, text: str) -> str:
+        new = text[self._given :]
+        self._given = max(self._given, len(text))
+        return new
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        return self._new(self._tokenizer.decode_text(self._ids).rstrip("\ufffd"))
+
+    def end(self) -> str:
+        return self._new(self._tokenizer.decode_text(self._ids))
 
 
 def _digest(value: Any) -> str:

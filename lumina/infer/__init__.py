@@ -13,14 +13,11 @@ from lumina.infer.generation.sampling import Sampling
 from lumina.infer.hf.exporting import export
 from lumina.infer.hf.importing import import_hf
 from lumina.infer.loading import Loaded, find_checkpoint, load
-from lumina.infer.voice import LuminaVoice, Voice
 
 __all__ = [
     "Answer",
     "Loaded",
-    "LuminaVoice",
     "Sampling",
-    "Voice",
     "chat_command",
     "evaluate_command",
     "export",

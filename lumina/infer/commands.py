@@ -13,11 +13,11 @@ from typing import Any
 from lumina.chat import Conversation, Message
 from lumina.config import UserError
 from lumina.infer.evaluation.loss import evaluate, read_conversations, table
-from lumina.infer.generation.generate import Answer, printable, speak
+from lumina.infer.generation.generate import Answer, printable, stream_text
 from lumina.infer.generation.sampling import Sampling
 from lumina.infer.hf.exporting import export
 from lumina.infer.hf.importing import import_hf
-from lumina.infer.loading import find_checkpoint, foreign_tokenizer, load, read_config
+from lumina.infer.loading import find_checkpoint, load, read_config, tokenizer_folder
 from lumina.infer.repl import Chat, converse
 
 log = logging.getLogger("lumina")
@@ -34,11 +34,11 @@ def generate_command(
     sampling = Sampling(**settings)
     loaded = load(run)
     log.info("%s, step %d", loaded.checkpoint, loaded.step)
-    ids = loaded.voice.prompt(Conversation([Message("user", prompt)]))
+    ids = loaded.tokenizer.prompt_ids(Conversation([Message("user", prompt)]))
     answer = Answer()
     safe = printable if sys.stdout.isatty() else str
     started = time.perf_counter()
-    for piece in speak(loaded.model, loaded.voice, ids, sampling, answer):
+    for piece in stream_text(loaded.model, loaded.tokenizer, ids, sampling, answer):
         if not json:
             sys.stdout.write(safe(piece))
             sys.stdout.flush()
@@ -85,7 +85,7 @@ def import_command(*, source: str, out: str, json: bool = False) -> int:
     """Turn a Hugging Face folder into a run. Raises UserError."""
     folder = import_hf(source, out)
     checkpoint = find_checkpoint(folder)
-    config, own = read_config(checkpoint), foreign_tokenizer(checkpoint) is None
+    config, own = read_config(checkpoint), tokenizer_folder(checkpoint) is None
     facts = {"folder": str(folder), "parameters": config.num_parameters(), "lumina_tokenizer": own}
     if json:
         print(json_module.dumps(facts, ensure_ascii=False))
@@ -104,7 +104,7 @@ def chat_command(
     """Talk to a model in the terminal until /quit or the end of input. `settings` are Sampling's. Raises UserError."""
     sampling = Sampling(**settings)
     loaded = load(run)
-    chat = Chat(loaded.model, loaded.voice, sampling, system)
+    chat = Chat(loaded.model, loaded.tokenizer, sampling, system)
     return converse(chat, f"{loaded.checkpoint}, step {loaded.step}")
 
 

@@ -15,6 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from lumina.chat import ChatTokenizer, open_tokenizer
 from lumina.checkpoint import (
     MASTER,
     TRAINER,
@@ -30,7 +31,6 @@ from lumina.checkpoint import (
 )
 from lumina.config import ModelConfig, UserError, parse_settings
 from lumina.config import precision as precisions
-from lumina.infer.voice import Voice, voice_of
 from lumina.model import Transformer, keep_heap
 
 log = logging.getLogger("lumina")
@@ -46,7 +46,7 @@ class Loaded:
     """A model in evaluation mode, its tokenizer and template, and where both came from."""
 
     model: Transformer
-    voice: Voice
+    tokenizer: ChatTokenizer
     checkpoint: Path
     step: int
 
@@ -162,26 +162,26 @@ def progress_of(checkpoint: Path) -> TrainerState:
         raise UserError(f"{checkpoint / TRAINER} cannot be read: {error}") from None
 
 
-def foreign_tokenizer(checkpoint: Path) -> Path | None:
+def tokenizer_folder(checkpoint: Path) -> Path | None:
     """The folder of an imported model's own tokenizer; None when the model speaks Lumina's."""
     folder = checkpoint.parent.parent / "tokenizer"
     return folder if folder.is_dir() else None
 
 
-def read_voice(checkpoint: Path) -> Voice:
+def read_tokenizer(checkpoint: Path) -> ChatTokenizer:
     """The tokenizer and template that the checkpoint's model was trained with."""
-    return voice_of(foreign_tokenizer(checkpoint))
+    return open_tokenizer(tokenizer_folder(checkpoint))
 
 
-def fitting_voice(checkpoint: Path, config: ModelConfig) -> Voice:
+def fitting_tokenizer(checkpoint: Path, config: ModelConfig) -> ChatTokenizer:
     """The same, seen to fit the model. Raises UserError when it does not."""
-    voice = read_voice(checkpoint)
-    if max(voice.stop_ids) >= config.vocab_size:
+    tokenizer = read_tokenizer(checkpoint)
+    if max(tokenizer.stop_ids) >= config.vocab_size:
         raise UserError(
             f"{checkpoint}: the model's {config.vocab_size:,} ids leave out its tokenizer's stop token",
             "The run's config.yaml or its tokenizer folder is not the one that it was trained with.",
         )
-    return voice
+    return tokenizer
 
 
 def choose_dtype(precision: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -208,4 +208,4 @@ def load(path: str | Path, precision: str = "auto") -> Loaded:
     for name, weight in weights(checkpoint, config):
         parameters[name].copy_(weight)
     model.requires_grad_(False).eval()
-    return Loaded(model, fitting_voice(checkpoint, config), checkpoint, progress_of(checkpoint).step)
+    return Loaded(model, fitting_tokenizer(checkpoint, config), checkpoint, progress_of(checkpoint).step)

@@ -16,11 +16,10 @@ from typing import Any
 import orjson
 from rich.console import Console
 
-from lumina.chat import ROLE_ALIASES, Conversation, Message
+from lumina.chat import ROLE_ALIASES, ChatTokenizer, Conversation, Message
 from lumina.config import UserError
-from lumina.infer.generation.generate import Answer, check_prompt, printable, speak
+from lumina.infer.generation.generate import Answer, check_prompt, printable, stream_text
 from lumina.infer.generation.sampling import Sampling
-from lumina.infer.voice import Voice
 from lumina.model import Transformer
 
 HELP = """\
@@ -42,7 +41,7 @@ class Chat:
     """A conversation with a model: messages without the system's, in order."""
 
     model: Transformer
-    voice: Voice
+    tokenizer: ChatTokenizer
     sampling: Sampling
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
@@ -62,7 +61,7 @@ class Chat:
         room = min(self.sampling.max_length, window // 2)
         starts = [at for at, message in enumerate(self.messages) if message.role == "user"] or [0]
         for skipped in [0, *(start for start in starts if start > 0)]:
-            ids = self.voice.prompt(self._conversation(skipped))
+            ids = self.tokenizer.prompt_ids(self._conversation(skipped))
             if len(ids) + room <= window:
                 return ids, skipped
         check_prompt(len(ids), window)
@@ -74,7 +73,7 @@ class Chat:
         assert self.sampling.seed is not None
         turn = replace(self.sampling, seed=(self.sampling.seed + len(self.messages) + 1000 * self.attempt) % 2**63)
         try:
-            yield from speak(self.model, self.voice, ids, turn, answer)
+            yield from stream_text(self.model, self.tokenizer, ids, turn, answer)
         finally:
             self.messages.append(Message("assistant", answer.text))
 

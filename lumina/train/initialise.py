@@ -9,8 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lumina import checkpoint
-from lumina.chat import AnyTokenizer
-from lumina.chat.hf_files import copy_files
+from lumina.chat import ChatTokenizer, copy_files
 from lumina.config import Config, UserError
 from lumina.data import Samples
 from lumina.files import atomic_folder
@@ -108,7 +107,7 @@ def _same_adapters(progress: checkpoint.TrainerState, config: Config, source: Pa
 
 
 def prepare_data(
-    config: Config, tokenizer: AnyTokenizer, ranks: Ranks, resumed: str | None
+    config: Config, tokenizer: ChatTokenizer, ranks: Ranks, resumed: str | None
 ) -> tuple[Samples, Samples | None]:
     """The data to train and to evaluate on; `resumed`: the fingerprint of what the run has been trained on. Rank 0 of
     each node prepares; the others find the cache it left."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lumina import checkpoint
-from lumina.chat import AnyTokenizer, open_tokenizer
+from lumina.chat import ChatTokenizer, open_tokenizer
 from lumina.checkpoint import TrainerState, check_same_model, model_shape
 from lumina.cluster import StopRequest
 from lumina.config import Config, UserError
@@ -212,7 +212,7 @@ class Run:
         progress, trainer = checkpoint.read_trainer_state(source) if source is not None else (TrainerState(), {})
         return source, progress, trainer
 
-    def _open_tokenizer(self) -> AnyTokenizer:
+    def _open_tokenizer(self) -> ChatTokenizer:
         tokenizer = open_tokenizer(self.config.tokenizer)
         if tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(

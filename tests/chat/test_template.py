@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.chat import Conversation, Message, Tokenizer, prompt_ids, render, render_many
+from lumina.chat import Conversation, Message, Tokenizer, render, render_many
 
 TOKENIZER = Tokenizer.load()
-CONTROL = TOKENIZER.control_ids
+CONTROL = TOKENIZER.special_ids
 
 roles = st.sampled_from(["user", "assistant", "system"])
 messages = st.builds(
@@ -25,9 +25,9 @@ def slow_render(conversation: Conversation) -> tuple[list[int], list[int]]:
     mask: list[int] = []
     for message in conversation.messages:
         content = TOKENIZER.encode(message.content)
-        learned = int(message.role == "assistant" and message.learn)
+        supervised = int(message.role == "assistant" and message.supervise)
         ids += [CONTROL["<|im_start|>"], CONTROL[f"<|{message.role}|>"], *content, CONTROL["<|im_end|>"]]
-        mask += [0, 0, *[learned] * len(content), learned]
+        mask += [0, 0, *[supervised] * len(content), supervised]
     return ids, mask
 
 
@@ -44,24 +44,24 @@ def test_ids_and_mask_against_the_slow_reference(block: list[Conversation]) -> N
 
 @given(conversations, st.text(max_size=40))
 def test_the_prompt_is_a_prefix_of_the_training_sequence(conversation: Conversation, answer: str) -> None:
-    prompt = prompt_ids(TOKENIZER, conversation)
+    prompt = TOKENIZER.prompt_ids(conversation)
     full = render(TOKENIZER, Conversation([*conversation.messages, Message("assistant", answer)]))
     assert full.ids[: len(prompt)].tolist() == prompt
-    # What is learned after the prompt is the answer and its stop token, all of it.
+    # What is supervised after the prompt is the answer and its stop token, all of it.
     assert full.mask[len(prompt) :].tolist() == [1] * (len(full.ids) - len(prompt))
     assert full.ids[len(prompt) :].tolist() == [*TOKENIZER.encode(answer), TOKENIZER.stop_id]
 
 
 @given(conversations)
-def test_control_tokens_come_only_from_the_template(conversation: Conversation) -> None:
+def test_special_tokens_come_only_from_the_template(conversation: Conversation) -> None:
     typed = "".join(CONTROL)
-    spiked = Conversation([Message(m.role, typed + m.content, m.learn) for m in conversation.messages])
+    spiked = Conversation([Message(m.role, typed + m.content, m.supervise) for m in conversation.messages])
     ids = render(TOKENIZER, spiked).ids
     assert int((ids >= 100_257).sum()) == 3 * len(conversation.messages)
     assert TOKENIZER.decode(ids).count(typed) >= len(conversation.messages)
 
 
-def test_plain_text_is_learned_whole_with_its_end() -> None:
+def test_plain_text_is_supervised_whole_with_its_end() -> None:
     rendered = render(TOKENIZER, Conversation([Message("text", "one two")]))
     end = TOKENIZER.end_of_text_id
     assert rendered.ids.tolist() == [end, *TOKENIZER.encode("one two"), end]

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lumina.chat import Conversation, Message
-from lumina.infer import Answer, Sampling, Voice, generate
+from lumina.chat import ChatTokenizer, Conversation, Message, open_tokenizer
+from lumina.infer import Answer, Sampling, generate
 from lumina.infer.generation import batch
 from lumina.infer.generation.batch import Batch, Sequence, Token
-from lumina.infer.voice import voice_of
+from lumina.infer.generation.sampling import forbidden_tokens
 from lumina.model import Transformer
 from lumina.model.decode import Decoder
 from tests.infer.small_models import as_transformers, make_model
@@ -23,21 +23,21 @@ TEXTS = ("Hello", "My sister is happy.", "the old train " * 9, "No.", "a b c d e
 
 
 class Small(NamedTuple):
-    """A model with a small vocabulary, its voice, and prompts for it."""
+    """A model with a small vocabulary, its tokenizer, and prompts for it."""
 
     model: Transformer
-    voice: Voice
+    tokenizer: ChatTokenizer
     prompts: list[list[int]]
 
     def generate(self, sampling: Sampling, prompts: list[list[int]] | None = None) -> list[Answer]:
-        return generate(self.model, self.voice, prompts or self.prompts, sampling)
+        return generate(self.model, self.tokenizer, prompts or self.prompts, sampling)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    voice = voice_of(write_tokenizer(tmp_path_factory.mktemp("voice") / "tokenizer"))
-    prompts = [voice.prompt(Conversation([Message("user", text)])) for text in TEXTS]
-    return Small(make_model(vocab_size=VOCABULARY), voice, prompts)
+    tokenizer = open_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer"))
+    prompts = [tokenizer.prompt_ids(Conversation([Message("user", text)])) for text in TEXTS]
+    return Small(make_model(vocab_size=VOCABULARY), tokenizer, prompts)
 
 
 def settings(number: int) -> Sampling:
@@ -56,7 +56,7 @@ def test_joining_and_leaving_change_nothing(small: Small) -> None:
     chance = random.Random(3)
     asked = [Sequence(small.prompts[n % 5], settings(n), logprobs=2 if n % 7 == 0 else None) for n in range(20)]
     alone = [small.generate(s.sampling, [s.prompt])[0].ids for s in asked]
-    shared, waiting, filling = Batch(small.model, small.voice, 3, 128), list(asked), list[Sequence]()
+    shared, waiting, filling = Batch(small.model, small.tokenizer, 3, 128), list(asked), list[Sequence]()
     given_up: set[Sequence] = set()
     while waiting or filling or shared.going:
         if waiting and shared.free and chance.random() < 0.6:
@@ -74,7 +74,7 @@ def test_joining_and_leaving_change_nothing(small: Small) -> None:
     assert shared.free == 3
     assert 0 < len(given_up) < 10
     for sequence, ids in zip(asked, alone, strict=True):
-        said = [token for token in sequence.said if token not in small.voice.stop_ids]
+        said = [token for token in sequence.said if token not in small.tokenizer.stop_ids]
         assert said == (ids[: len(said)] if sequence in given_up else ids)
 
 
@@ -100,7 +100,7 @@ def test_a_tie_is_settled_by_the_sequence_alone(small: Small, monkeypatch: pytes
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
 def test_a_penalty_equals_transformers(small: Small, penalty: float) -> None:
     llama = as_transformers(small.model)
-    suppressed = small.voice.forbidden(VOCABULARY).nonzero()[:, 0].tolist()
+    suppressed = forbidden_tokens(small.tokenizer, VOCABULARY).nonzero()[:, 0].tolist()
     sampling = Sampling(temperature=0, repetition_penalty=penalty, max_length=12)
     for prompt, answer in zip(small.prompts, small.generate(sampling), strict=True):
         theirs = llama.generate(
@@ -109,18 +109,18 @@ def test_a_penalty_equals_transformers(small: Small, penalty: float) -> None:
             do_sample=False,
             repetition_penalty=penalty,
             max_new_tokens=12,
-            eos_token_id=sorted(small.voice.stop_ids),
+            eos_token_id=sorted(small.tokenizer.stop_ids),
             pad_token_id=0,
             suppress_tokens=suppressed,
         )
         said = theirs[0, len(prompt) :].tolist()
-        assert [token for token in said if token not in small.voice.stop_ids] == answer.ids
+        assert [token for token in said if token not in small.tokenizer.stop_ids] == answer.ids
 
 
 def test_reported_probabilities_change_no_choice(small: Small) -> None:
     sampling = Sampling(temperature=0.9, seed=4, max_length=6)
     plain = small.generate(sampling, small.prompts[:1])[0].ids
-    shared, told = Batch(small.model, small.voice, 2, 128), list[Token]()
+    shared, told = Batch(small.model, small.tokenizer, 2, 128), list[Token]()
     reporting, silent = Sequence(small.prompts[0], sampling, logprobs=3), Sequence(small.prompts[1], sampling)
     for sequence in (reporting, silent):
         shared.join(sequence)
@@ -152,7 +152,7 @@ def test_the_host_asks_once_a_step(dtype: torch.dtype, small: Small, monkeypatch
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, **k: (asked.append(name), real(self, *a, **k))[1])
 
-    shared = Batch(make_model(dtype=dtype, vocab_size=VOCABULARY), small.voice, 4, 128)
+    shared = Batch(make_model(dtype=dtype, vocab_size=VOCABULARY), small.tokenizer, 4, 128)
     shared._decoder.compiled = shared._decoder._shortlists = False
     sequences = [Sequence(small.prompts[n], replace(settings(n), max_length=20)) for n in range(4)]
     for sequence in sequences:

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from lumina.chat import Conversation, Message
-from lumina.chat.hf_tokenizer import ForeignTokenizer
+from lumina.chat.hf_tokenizer import HFTokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.infer import export, import_hf, load
 from lumina.model import Transformer
@@ -108,7 +108,7 @@ def test_damaged_tokenizers(tmp_path: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(settings))
 
     def use(folder: Path) -> None:
-        tokenizer = ForeignTokenizer(folder)
+        tokenizer = HFTokenizer(folder)
         tokenizer.decode(tokenizer.prompt_ids(CHAT))
         tokenizer.check_trainable()
 

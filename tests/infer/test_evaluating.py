@@ -12,7 +12,7 @@ import torch
 
 from lumina.chat import Conversation, Message, Tokenizer, render
 from lumina.cli import main
-from lumina.infer import Loaded, LuminaVoice
+from lumina.infer import Loaded
 from lumina.infer.evaluation.loss import evaluate, read_conversations
 from tests.infer.small_models import as_transformers, make_model, write_run
 
@@ -26,7 +26,7 @@ TALKS = [
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    return Loaded(make_model(seed=8), LuminaVoice(TOKENIZER), Path("step-00000001"), 1)
+    return Loaded(make_model(seed=8), TOKENIZER, Path("step-00000001"), 1)
 
 
 def nats_of(llama: object, ids: list[int]) -> torch.Tensor:

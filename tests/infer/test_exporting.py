@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from tokenizers import Tokenizer as FastTokenizer
 
-from lumina.chat import Conversation, Message, Tokenizer, prompt_ids, render
-from lumina.chat.hf_export import tokenizer_json
+from lumina.chat import Conversation, Message, Tokenizer, render, tokenizer_json
 from lumina.cli import main
 from lumina.config import ModelConfig, UserError
 from lumina.config import load as load_config
-from lumina.infer import LuminaVoice, Sampling, export, generate
+from lumina.infer import Sampling, export, generate
 from lumina.infer.hf.exporting import parse_size
 from tests.infer.small_models import make_model, write_run
 from tests.small_tokenizer import VOCABULARY, write_tokenizer
@@ -74,8 +73,8 @@ def test_greedy_text_is_equal(exported: Path, theirs: Any) -> None:
     chat = [{"role": "user", "content": "Hello, who are you?"}]
     inputs = theirs.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     said = llama.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    prompt = prompt_ids(TOKENIZER, Conversation([Message("user", "Hello, who are you?")]))
-    own = generate(model, LuminaVoice(TOKENIZER), [prompt], Sampling(temperature=0, max_length=16))[0]
+    prompt = TOKENIZER.prompt_ids(Conversation([Message("user", "Hello, who are you?")]))
+    own = generate(model, TOKENIZER, [prompt], Sampling(temperature=0, max_length=16))[0]
     assert theirs.decode(said, skip_special_tokens=True) == TOKENIZER.decode(own.ids)
 
 
@@ -92,13 +91,13 @@ def test_the_presets_logits_ids_and_greedy_text_are_equal(tmp_path: Path, theirs
     chat = [{"role": "user", "content": "Hello, who are you?"}]
     inputs = theirs.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = inputs["input_ids"]
-    prompt = prompt_ids(TOKENIZER, Conversation([Message("user", "Hello, who are you?")]))
+    prompt = TOKENIZER.prompt_ids(Conversation([Message("user", "Hello, who are you?")]))
     assert ids[0].tolist() == prompt
     with torch.no_grad():
         expected = model(ids, torch.arange(len(prompt))[None])
         torch.testing.assert_close(llama(ids).logits, expected, rtol=1e-5, atol=1e-5)
     said = llama.generate(**inputs, max_new_tokens=8, do_sample=False)[0, len(prompt) :]
-    own = generate(model, LuminaVoice(TOKENIZER), [prompt], Sampling(temperature=0, max_length=8))[0]
+    own = generate(model, TOKENIZER, [prompt], Sampling(temperature=0, max_length=8))[0]
     assert theirs.decode(said, skip_special_tokens=True) == TOKENIZER.decode(own.ids)
     shutil.rmtree(tmp_path / "hf")
 
@@ -129,7 +128,7 @@ def test_the_jinja_template_gives_the_very_ids(theirs: Any, chat: list[tuple[str
     whole = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert whole == render(TOKENIZER, conversation).ids.tolist()
     opened = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert opened == prompt_ids(TOKENIZER, conversation)
+    assert opened == TOKENIZER.prompt_ids(conversation)
 
 
 def test_the_template_knows_the_aliases_and_no_other_role(theirs: Any) -> None:
@@ -150,13 +149,13 @@ _SPACES = "\t\n\r \x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u200b\u2028\u202f\u3000\u
 @given(st.one_of(st.text(max_size=60), st.text(alphabet=_SPACES + "aZé日'sSſtTKllrevd12٣0!.-_🙂", max_size=30)))
 def test_the_tokenizer_gives_the_very_ids(fast: FastTokenizer, text: str) -> None:
     # A Hugging Face tokenizer takes a control token's name in plain text for the token; ours never does.
-    assume(not any(name in text for name in TOKENIZER.control_ids))
+    assume(not any(name in text for name in TOKENIZER.special_ids))
     assert fast.encode(text).ids == TOKENIZER.encode(text)
     assert fast.decode(fast.encode(text).ids) == text
 
 
 def test_control_tokens_have_their_ids(theirs: Any) -> None:
-    for name, token in TOKENIZER.control_ids.items():
+    for name, token in TOKENIZER.special_ids.items():
         assert theirs.convert_tokens_to_ids(name) == token
     assert (theirs.eos_token_id, theirs.pad_token_id) == (TOKENIZER.stop_id, TOKENIZER.pad_id)
 

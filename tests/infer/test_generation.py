@@ -5,26 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
+from lumina.chat import Conversation, Message, Tokenizer
 from lumina.config import UserError
-from lumina.infer import LuminaVoice, Sampling, generate, stream
+from lumina.infer import Sampling, generate, stream
+from lumina.infer.generation.sampling import forbidden_tokens
 from lumina.model import Transformer, cpu
 from lumina.model.cache import KVCache
 from lumina.model.decode import Decoder, Shortlist
 from tests.infer.small_models import as_transformers, make_model
 
 TOKENIZER = Tokenizer.load()
-VOICE = LuminaVoice(TOKENIZER)
 GREEDY = Sampling(temperature=0, max_length=16)
 PROMPTS = [
-    prompt_ids(TOKENIZER, Conversation([Message("user", text)]))
+    TOKENIZER.prompt_ids(Conversation([Message("user", text)]))
     for text in ("Hello", "What is the tallest mountain, and how tall is it?", "Tell me a story. " * 12, "No.")
 ]
 
 
 def recomputed(model: Transformer, prompt: list[int], max_length: int) -> list[int]:
     """Greedy continuation by whole forward passes, the stop token included."""
-    ids, forbidden_V = list(prompt), VOICE.forbidden(model.config.vocab_size)
+    ids, forbidden_V = list(prompt), forbidden_tokens(TOKENIZER, model.config.vocab_size)
     for _ in range(min(max_length, model.config.seq_length - len(prompt))):
         tensor = torch.tensor([ids])
         logits_V = model(tensor, torch.arange(len(ids))[None])[0, -1]
@@ -37,10 +37,10 @@ def recomputed(model: Transformer, prompt: list[int], max_length: int) -> list[i
 @pytest.mark.parametrize("tied", [True, False])
 def test_greedy_equals_recomputation_token_for_token(tied: bool) -> None:
     model = make_model(tie_word_embeddings=tied)
-    together = generate(model, VOICE, PROMPTS, GREEDY)
+    together = generate(model, TOKENIZER, PROMPTS, GREEDY)
     for prompt, answer in zip(PROMPTS, together, strict=True):
         assert answer.ids == recomputed(model, prompt, 16)
-        assert generate(model, VOICE, [prompt], GREEDY)[0].ids == answer.ids
+        assert generate(model, TOKENIZER, [prompt], GREEDY)[0].ids == answer.ids
     assert len({tuple(answer.ids) for answer in together}) == len(PROMPTS)  # the prompts matter
 
 
@@ -48,8 +48,8 @@ def test_greedy_equals_recomputation_token_for_token(tied: bool) -> None:
 def test_greedy_equals_transformers(tied: bool) -> None:
     model = make_model(seed=1, tie_word_embeddings=tied)
     llama = as_transformers(model)
-    suppressed = VOICE.forbidden(model.config.vocab_size).nonzero()[:, 0].tolist()
-    for prompt, answer in zip(PROMPTS, generate(model, VOICE, PROMPTS, GREEDY), strict=True):
+    suppressed = forbidden_tokens(TOKENIZER, model.config.vocab_size).nonzero()[:, 0].tolist()
+    for prompt, answer in zip(PROMPTS, generate(model, TOKENIZER, PROMPTS, GREEDY), strict=True):
         theirs = llama.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -92,14 +92,14 @@ def test_logits_of_prefill_decode_and_continuation_equal_the_whole_pass() -> Non
 def test_an_answer_ends_at_the_stop_token_the_length_or_the_window() -> None:
     model = make_model()
     ends_with = recomputed(model, PROMPTS[0], 24)[4]
-    stopping = LuminaVoice(TOKENIZER)
+    stopping = Tokenizer.load()
     stopping.stop_ids = frozenset([ends_with])  # the token this model says fifth
     answer = generate(model, stopping, PROMPTS[:1], GREEDY)[0]
     assert answer.finish == "stop"
     assert ends_with not in answer.ids
     assert len(answer.ids) <= 4
-    assert generate(model, VOICE, PROMPTS[:1], GREEDY)[0].finish == "length"
-    long = generate(model, VOICE, [PROMPTS[0], PROMPTS[2]], Sampling(temperature=0, max_length=2048))
+    assert generate(model, TOKENIZER, PROMPTS[:1], GREEDY)[0].finish == "length"
+    long = generate(model, TOKENIZER, [PROMPTS[0], PROMPTS[2]], Sampling(temperature=0, max_length=2048))
     for prompt, filled in zip((PROMPTS[0], PROMPTS[2]), long, strict=True):
         assert filled.finish == "window"
         assert len(prompt) + len(filled.ids) == 128
@@ -108,7 +108,7 @@ def test_an_answer_ends_at_the_stop_token_the_length_or_the_window() -> None:
 @pytest.mark.parametrize("length", [0, 128, 500])
 def test_a_prompt_that_leaves_no_room_is_refused(length: int) -> None:
     with pytest.raises(UserError, match=f"{length} tokens, and the model's window is 128"):
-        generate(make_model(), VOICE, [PROMPTS[0], [5] * length], GREEDY)
+        generate(make_model(), TOKENIZER, [PROMPTS[0], [5] * length], GREEDY)
 
 
 def test_control_tokens_other_than_the_stop_are_never_sampled() -> None:
@@ -117,22 +117,24 @@ def test_control_tokens_other_than_the_stop_are_never_sampled() -> None:
     model.embedding.weight[100_257:] = 0
     model.norm.weight.zero_()  # all logits equal: untied output rows decide nothing
     ids = [
-        i for answer in generate(model, VOICE, PROMPTS * 8, Sampling(2.0, None, 1.0, 60, seed=1)) for i in answer.ids
+        i
+        for answer in generate(model, TOKENIZER, PROMPTS * 8, Sampling(2.0, None, 1.0, 60, seed=1))
+        for i in answer.ids
     ]
     assert len(ids) > 1000
     assert max(ids) < 100_257
-    assert VOICE.forbidden(100_352).sum() == 100_352 - 100_257 - 1
+    assert forbidden_tokens(TOKENIZER, 100_352).sum() == 100_352 - 100_257 - 1
 
 
 def test_seeds_reproduce_and_do_not_depend_on_the_batch() -> None:
     model = make_model(seed=3)
     sampling = Sampling(temperature=1.0, max_length=20, seed=7)
-    first = [answer.ids for answer in generate(model, VOICE, PROMPTS, sampling)]
-    again = [answer.ids for answer in generate(model, VOICE, PROMPTS, sampling)]
-    other = [answer.ids for answer in generate(model, VOICE, PROMPTS, Sampling(1.0, max_length=20, seed=8))]
+    first = [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, sampling)]
+    again = [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, sampling)]
+    other = [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, Sampling(1.0, max_length=20, seed=8))]
     assert first == again
     assert first != other
-    assert generate(model, VOICE, PROMPTS[:1], sampling)[0].ids == first[0]
+    assert generate(model, TOKENIZER, PROMPTS[:1], sampling)[0].ids == first[0]
     drawn = {Sampling().seed for _ in range(8)}
     assert len(drawn) == 8
 
@@ -194,16 +196,16 @@ def test_the_shortlist_is_exactly_the_largest_logits(k: int, std: float) -> None
 def test_the_shortlist_and_all_logits_generate_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(seed=9, dtype=torch.bfloat16)
     samplings = [Sampling(temperature=0, max_length=12), Sampling(1.0, 20, max_length=12, seed=1)]
-    short = [generate(model, VOICE, PROMPTS[:2], sampling) for sampling in samplings]
+    short = [generate(model, TOKENIZER, PROMPTS[:2], sampling) for sampling in samplings]
     monkeypatch.setattr("lumina.model.decode._MOST_SHORTLISTED", 0)
-    assert [generate(model, VOICE, PROMPTS[:2], sampling) for sampling in samplings] == short
+    assert [generate(model, TOKENIZER, PROMPTS[:2], sampling) for sampling in samplings] == short
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("after", [False, True])
 def test_a_diverged_model_is_said_to_be_one(dtype: torch.dtype, after: bool) -> None:
     model = make_model(dtype=dtype)
-    tokens = stream(model, VOICE, PROMPTS[:1], GREEDY)
+    tokens = stream(model, TOKENIZER, PROMPTS[:1], GREEDY)
     if after:
         next(tokens)
     model.norm.weight[3] = torch.nan
@@ -213,11 +215,11 @@ def test_a_diverged_model_is_said_to_be_one(dtype: torch.dtype, after: bool) -> 
 
 def test_text_streams_in_whole_characters() -> None:
     text = "naïve café — 日本語 🙂🙂 end"
-    stream = VOICE.text_stream()
+    stream = TOKENIZER.incremental_decoder()
     pieces = [stream.push(token) for token in TOKENIZER.encode(text)]
     assert "".join(pieces) + stream.end() == text
     assert "\ufffd" not in "".join(pieces)
-    cut = VOICE.text_stream()
+    cut = TOKENIZER.incremental_decoder()
     assert cut.push(TOKENIZER.encode("🙂")[0]) == ""
     assert cut.end() == "\ufffd"
 

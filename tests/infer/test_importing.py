@@ -15,7 +15,6 @@ from lumina.chat import Conversation, Message
 from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import Sampling, export, generate, import_hf, load
-from lumina.infer.voice import ForeignVoice
 from tests.infer.hf_models import FAMILIES, make_hf, model_type
 from tests.infer.small_models import make_model, write_run
 from tests.small_tokenizer import VOCABULARY
@@ -40,16 +39,16 @@ def test_in_answer_and_out_again(tmp_path: Path, family: str) -> None:
     )
     messages = [message._asdict() for message in conversation.messages]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    prompt = loaded.voice.prompt(conversation)
+    prompt = loaded.tokenizer.prompt_ids(conversation)
     assert prompt == inputs["input_ids"][0].tolist()
-    answer = generate(loaded.model, loaded.voice, [prompt], Sampling(temperature=0, max_length=20))[0]
+    answer = generate(loaded.model, loaded.tokenizer, [prompt], Sampling(temperature=0, max_length=20))[0]
     suppressed = [0, 1, *range(len(tokenizer), VOCABULARY)]
     theirs = reference.generate(
         **inputs, max_new_tokens=20, do_sample=False, suppress_tokens=suppressed, eos_token_id=2, pad_token_id=0
     )
     said = [token for token in theirs[0, len(prompt) :].tolist() if token != 2]
     assert answer.ids == said
-    stream = loaded.voice.text_stream()
+    stream = loaded.tokenizer.incremental_decoder()
     assert "".join(map(stream.push, answer.ids)) + stream.end() == tokenizer.decode(said, skip_special_tokens=True)
 
     assert sum(p.numel() for p in reference.parameters()) == loaded.config.num_parameters()
@@ -165,23 +164,23 @@ def test_an_index_cannot_leave_its_folder(hf: Path, tmp_path: Path, name: Any) -
 
 
 def test_typed_control_tokens_are_text_and_missing_templates_refused(hf: Path, tmp_path: Path) -> None:
-    voice = load(import_hf(hf / "one", tmp_path / "run"), precision="fp32").voice
-    assert isinstance(voice, ForeignVoice)
-    typed = voice.prompt(Conversation([Message("user", "hi <|im_end|> there")]))
+    tokenizer = load(import_hf(hf / "one", tmp_path / "run"), precision="fp32").tokenizer
+    assert tokenizer.folder == tmp_path / "run/tokenizer"
+    typed = tokenizer.prompt_ids(Conversation([Message("user", "hi <|im_end|> there")]))
     assert typed.count(2) == 1  # the template's own; what was typed is text
     with pytest.raises(UserError, match="chat template refuses it: bad role"):
-        voice.prompt(Conversation([Message("critic", "hi")]))
-    ids, ((message, start, end),) = voice.rendered(
+        tokenizer.prompt_ids(Conversation([Message("critic", "hi")]))
+    ids, ((message, start, end),) = tokenizer.message_spans(
         Conversation([Message("user", "hello"), Message("assistant", "today")])
     )
     assert message == 1
-    assert voice.decode(ids[start:end]) == "today"
+    assert tokenizer.decode(ids[start:end]) == "today<|im_end|>"
     assert ids[end - 1] == 2
     source = shutil.copytree(hf / "one", tmp_path / "base")
     (source / "chat_template.jinja").unlink()
-    base = load(import_hf(source, tmp_path / "base-run"), precision="fp32").voice
+    base = load(import_hf(source, tmp_path / "base-run"), precision="fp32").tokenizer
     with pytest.raises(UserError, match="has no chat template"):
-        base.prompt(Conversation([Message("user", "hi")]))
+        base.prompt_ids(Conversation([Message("user", "hi")]))
 
 
 def test_the_command(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

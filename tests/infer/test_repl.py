@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lumina.chat import Conversation, Message, Tokenizer, prompt_ids
+from lumina.chat import Conversation, Message, Tokenizer
 from lumina.cli import main
 from lumina.config import UserError
-from lumina.infer import LuminaVoice, Sampling
+from lumina.infer import Sampling
 from lumina.infer.generation.generate import Answer, printable
 from lumina.infer.repl import Chat, converse
 from tests.infer.small_models import make_model, write_run
@@ -24,7 +24,7 @@ USER, BOT = "user", "assistant"
 
 @pytest.fixture
 def chat() -> Chat:
-    return Chat(make_model(num_layers=1), LuminaVoice(TOKENIZER), Sampling(1.0, max_length=6, seed=1))
+    return Chat(make_model(num_layers=1), TOKENIZER, Sampling(1.0, max_length=6, seed=1))
 
 
 def spoken(chat: Chat, lines: list[str]) -> str:
@@ -51,7 +51,7 @@ def test_each_answer_sees_the_whole_conversation(chat: Chat) -> None:
         message.content and printable(message.content) in shown for message in chat.messages if message.role == BOT
     )
     whole = Conversation([Message("system", "Be kind."), *chat.messages])
-    assert chat.prompt() == (prompt_ids(TOKENIZER, whole), 0)
+    assert chat.prompt() == (TOKENIZER.prompt_ids(whole), 0)
     assert "(cut off: max_length 6)" in shown
 
 
@@ -64,10 +64,10 @@ def test_a_full_window_leaves_out_whole_oldest_turns_and_says_so(chat: Chat) -> 
     assert skipped % 2 == 0
     assert skipped > 0
     kept = Conversation([Message("system", "S"), *chat.messages[skipped:]])
-    assert ids == prompt_ids(TOKENIZER, kept)
+    assert ids == TOKENIZER.prompt_ids(kept)
     assert len(ids) + 6 <= 128
     fuller = Conversation([Message("system", "S"), *chat.messages[skipped - 2 :]])
-    assert len(prompt_ids(TOKENIZER, fuller)) + 6 > 128  # no more was left out than needed
+    assert len(TOKENIZER.prompt_ids(fuller)) + 6 > 128  # no more was left out than needed
     assert len(chat.messages) == 12  # nothing is forgotten
 
 
@@ -113,7 +113,7 @@ def test_save_and_load_in_the_form_that_training_reads(chat: Chat, tmp_path: Pat
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [len(line["messages"]) for line in lines] == [3, 5]
     assert isinstance(convert(lines[1]), Conversation)
-    other = Chat(chat.model, chat.voice, chat.sampling)
+    other = Chat(chat.model, chat.tokenizer, chat.sampling)
     assert "4 messages." in spoken(other, [f"/load {file}"])
     assert (other.system, other.messages) == ("S", chat.messages)
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "critic", "content": "x"}]}\n')
@@ -132,7 +132,7 @@ def test_an_interrupted_answer_keeps_what_was_said(chat: Chat, monkeypatch: pyte
         yield "Some"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lumina.infer.repl.speak", interrupted)
+    monkeypatch.setattr("lumina.infer.repl.stream_text", interrupted)
     assert "(stopped)" in spoken(chat, ["Hello"])
     assert chat.messages[-1] == Message(BOT, "Some")
 

@@ -13,6 +13,7 @@ import torch
 
 from lumina.chat import Conversation, Message
 from lumina.infer import Loaded, Sampling, generate, import_hf, load
+from lumina.infer.generation.sampling import forbidden_tokens
 from tests.infer.hf_models import make_hf
 from tests.infer.serving import Running, running, wait_for
 from tests.infer.small_models import make_model, write_run, write_small_run
@@ -34,11 +35,11 @@ def server(loaded: Loaded) -> Iterator[Running]:
 
 def expected(loaded: Loaded, messages: list[Any], **settings: Any) -> str:
     """What generation says without a server."""
-    return generate(loaded.model, loaded.voice, [prompt(loaded, messages)], Sampling(**settings))[0].text
+    return generate(loaded.model, loaded.tokenizer, [prompt(loaded, messages)], Sampling(**settings))[0].text
 
 
 def prompt(loaded: Loaded, messages: list[Any]) -> list[int]:
-    return loaded.voice.prompt(Conversation([Message(m["role"], m["content"]) for m in messages]))
+    return loaded.tokenizer.prompt_ids(Conversation([Message(m["role"], m["content"]) for m in messages]))
 
 
 def test_plain(server: Running, loaded: Loaded) -> None:
@@ -176,8 +177,8 @@ def test_probabilities_are_the_models_own(server: Running, loaded: Loaded) -> No
     assert len(told.content) == 5
     assert "".join(entry.token for entry in told.content) == got.choices[0].message.content
     ids = prompt(loaded, HELLO)
-    answer = generate(loaded.model, loaded.voice, [ids], Sampling(temperature=0.7, seed=3, max_length=5))[0].ids
-    forbidden_V = loaded.voice.forbidden(loaded.config.vocab_size)
+    answer = generate(loaded.model, loaded.tokenizer, [ids], Sampling(temperature=0.7, seed=3, max_length=5))[0].ids
+    forbidden_V = forbidden_tokens(loaded.tokenizer, loaded.config.vocab_size)
     for at, entry in enumerate(told.content):
         seen = torch.tensor([ids + answer[:at]])
         logits_V = loaded.model(seen, torch.arange(seen.shape[1])[None])[0, -1]
@@ -186,7 +187,7 @@ def test_probabilities_are_the_models_own(server: Running, loaded: Loaded) -> No
         best = logprobs_V.topk(4)
         assert [other.logprob for other in entry.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
         for other, token in zip(entry.top_logprobs, best.indices.tolist(), strict=True):
-            assert other.token == loaded.voice.decode([token])
+            assert other.token == loaded.tokenizer.decode([token])
             assert other.bytes == (None if "\ufffd" in other.token else list(other.token.encode()))
 
 
@@ -194,18 +195,18 @@ def test_completions(server: Running, loaded: Loaded) -> None:
     client = server.client()
     texts = ["Once upon a time", "The end"]
     got = client.completions.create(model="small", prompt=texts, temperature=0, max_tokens=7, logprobs=2)
-    prompts = [loaded.voice.plain(text) for text in texts]
-    wanted = generate(loaded.model, loaded.voice, prompts, Sampling(temperature=0, max_length=7))
+    prompts = [loaded.tokenizer.text_ids(text) for text in texts]
+    wanted = generate(loaded.model, loaded.tokenizer, prompts, Sampling(temperature=0, max_length=7))
     assert [choice.text for choice in got.choices] == [answer.text for answer in wanted]
     table = got.choices[1].logprobs
     assert table is not None
-    assert table.tokens == [loaded.voice.decode([token]) for token in wanted[1].ids]
+    assert table.tokens == [loaded.tokenizer.decode([token]) for token in wanted[1].ids]
     assert [len(top) in (1, 2) for top in table.top_logprobs or []] == [True] * 7  # some tokens are the same as text
     assert got.usage is not None
     assert got.usage.prompt_tokens == sum(map(len, prompts))
     ids = prompts[1]
     by_ids = client.completions.create(model="small", prompt=ids, temperature=0, max_tokens=7)
-    alone = generate(loaded.model, loaded.voice, [ids], Sampling(temperature=0, max_length=7))[0]
+    alone = generate(loaded.model, loaded.tokenizer, [ids], Sampling(temperature=0, max_length=7))[0]
     assert by_ids.choices[0].text == alone.text
     streamed = client.completions.create(model="small", prompt=ids, temperature=0, max_tokens=7, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == alone.text
@@ -228,8 +229,10 @@ def test_an_imported_model_with_its_own_tokenizer_and_template(tmp_path: Path) -
     make_hf(tmp_path / "hf", "qwen3-tied")
     own = load(import_hf(tmp_path / "hf", tmp_path / "imported"), precision="fp32")
     texts = ["hello there", "how are you today?", "you", "are you there"]
-    prompts = [own.voice.prompt(Conversation([Message("user", text)])) for text in texts]
-    wanted = [generate(own.model, own.voice, [ids], Sampling(temperature=0, max_length=20))[0].text for ids in prompts]
+    prompts = [own.tokenizer.prompt_ids(Conversation([Message("user", text)])) for text in texts]
+    wanted = [
+        generate(own.model, own.tokenizer, [ids], Sampling(temperature=0, max_length=20))[0].text for ids in prompts
+    ]
     with running(own, slots=3) as imported:
         client = imported.client()
 
@@ -243,11 +246,11 @@ def test_an_imported_model_with_its_own_tokenizer_and_template(tmp_path: Path) -
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(ask, texts)) == wanted
         typed = [Message("user", "hello <|im_end|>")]  # text like any other
-        ids = own.voice.prompt(Conversation(typed))
-        assert ids.count(2) == own.voice.prompt(Conversation([Message("user", "hello")])).count(2)
-        answer = generate(own.model, own.voice, [ids], Sampling(temperature=0, max_length=20))[0]
+        ids = own.tokenizer.prompt_ids(Conversation(typed))
+        assert ids.count(2) == own.tokenizer.prompt_ids(Conversation([Message("user", "hello")])).count(2)
+        answer = generate(own.model, own.tokenizer, [ids], Sampling(temperature=0, max_length=20))[0]
         assert ask(typed[0].content) == answer.text
-        plain = own.voice.plain("hello th")
-        text = generate(own.model, own.voice, [plain], Sampling(temperature=0, max_length=5))[0].text
+        plain = own.tokenizer.text_ids("hello th")
+        text = generate(own.model, own.tokenizer, [plain], Sampling(temperature=0, max_length=5))[0].text
         got = client.completions.create(model="imported", prompt="hello th", temperature=0, max_tokens=5, logprobs=1)
         assert got.choices[0].text == text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.infer.generation.detokenizer import Teller
+from lumina.infer.generation.detokenizer import Detokenizer
 
 
 class Letters:
@@ -19,14 +19,14 @@ class Letters:
 
 
 def told(text: str, stops: list[str]) -> tuple[list[str], bool]:
-    teller, pieces = Teller(Letters(), stops), []
+    detokenizer, pieces = Detokenizer(Letters(), stops), []
     for letter in text:
-        pieces.append(teller.push(ord(letter)))
-        if teller.stopped:
+        pieces.append(detokenizer.push(ord(letter)))
+        if detokenizer.stopped:
             break
-    pieces.append(teller.end())
-    assert teller.text == "".join(pieces)
-    return pieces, teller.stopped
+    pieces.append(detokenizer.end())
+    assert detokenizer.text == "".join(pieces)
+    return pieces, detokenizer.stopped
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))

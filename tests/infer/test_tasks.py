@@ -15,6 +15,7 @@ from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import import_hf, load
 from lumina.infer.evaluation.tasks import Examinee, run_tasks
+from lumina.infer.generation.sampling import forbidden_tokens
 from tests.infer.hf_models import make_hf
 from tests.infer.small_models import as_transformers, make_model, write_run, write_small_run
 from tests.small_tokenizer import VOCABULARY, write_tokenizer
@@ -111,7 +112,7 @@ def test_each_answer_is_that_of_the_harness_with_transformers(tmp_path: Path, fa
     own = Examinee(loaded, 5)
     window = loaded.config.seq_length
     theirs = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=1, max_length=window)
-    silent = loaded.voice.forbidden(loaded.config.vocab_size).nonzero()[:, 0].tolist()
+    silent = forbidden_tokens(loaded.tokenizer, loaded.config.vocab_size).nonzero()[:, 0].tolist()
     theirs.model.generation_config.suppress_tokens = silent
 
     pairs = [(f"Honestly, {one}", f" makes {other}") for one, other in zip(texts(9, 40), texts(9, 4), strict=True)]
@@ -173,9 +174,9 @@ def test_chat_asks_through_the_template(tmp_path: Path, foreign: bool) -> None:
     questions = ["how are you?", "<|im_end|><|im_start|>user", "\ue000key:0\ue001"]
     prompts = [examinee.apply_chat_template([{"role": "user", "content": question}]) for question in questions]
     found = examinee.loglikelihood([asked("loglikelihood", prompt, "our dog") for prompt in prompts])
-    tail = loaded.voice.plain("our dog")[len(loaded.voice.plain("")) :]
+    tail = loaded.tokenizer.text_ids("our dog")[len(loaded.tokenizer.text_ids("")) :]
     for question, (value, _) in zip(questions, found, strict=True):
-        prompt = loaded.voice.prompt(Conversation([Message("user", question)]))
+        prompt = loaded.tokenizer.prompt_ids(Conversation([Message("user", question)]))
         with torch.no_grad():
             logs = reference(torch.tensor([prompt + tail])).logits[0].log_softmax(-1)
         expected = sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(tail))
@@ -183,8 +184,8 @@ def test_chat_asks_through_the_template(tmp_path: Path, foreign: bool) -> None:
     begun = examinee.apply_chat_template(
         [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "our"}], add_generation_prompt=False
     )
-    whole = loaded.voice.prompt(Conversation([Message("user", "how?")]))
-    assert examinee.tok_encode(begun) == whole + loaded.voice.plain("our")[len(loaded.voice.plain("")) :]
+    whole = loaded.tokenizer.prompt_ids(Conversation([Message("user", "how?")]))
+    assert examinee.tok_encode(begun) == whole + loaded.tokenizer.text_ids("our")[len(loaded.tokenizer.text_ids("")) :]
     results = run_tasks(loaded, ["choices"], folder=str(write_tasks(tmp_path / "tasks")), chat=True, limit=3)
     assert results["n-samples"]["choices"]["effective"] == 3
 

@@ -48,10 +48,10 @@ def test_answers_and_times_of_a_run(runs: Runs, tmp_path: Path, stage: int, worl
     saved = newest(run)
     assert saved.name.endswith("4")
     loaded = load(str(saved))
-    asked = [loaded.voice.prompt(Conversation((Message("user", prompt),))) for prompt in PROMPTS]
-    wanted = generate(loaded.model, loaded.voice, asked, Sampling(temperature=0, max_length=6))
+    asked = [loaded.tokenizer.prompt_ids(Conversation((Message("user", prompt),))) for prompt in PROMPTS]
+    wanted = generate(loaded.model, loaded.tokenizer, asked, Sampling(temperature=0, max_length=6))
     assert records[-1]["answers"] == [
-        {"prompt": prompt, "answer": loaded.voice.decode(answer.ids)}
+        {"prompt": prompt, "answer": loaded.tokenizer.decode(answer.ids)}
         for prompt, answer in zip(PROMPTS, wanted, strict=True)
     ]
     assert any(answer["answer"] for answer in records[-1]["answers"])

@@ -62,7 +62,7 @@ def _sound(conversation: Conversation) -> dict[str, Any]:
             entry["train_detail"] = [
                 {"begin_offset": start, "end_offset": end - 1, "train": False} for start, end in message.masked
             ]
-        messages.append(entry if message.learn else {**entry, "weight": 0})
+        messages.append(entry if message.supervise else {**entry, "weight": 0})
     return {**identity, "messages": messages}
 
 

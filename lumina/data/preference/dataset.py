@@ -24,7 +24,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from lumina.chat import AnyTokenizer, Tokenizer, render_sound, template_version
+from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.data.account import FIRST_LINES, field_details, field_sums
 from lumina.data.cache.files import content_digests
@@ -95,7 +95,7 @@ class PairDataset:
 def prepare_pairs(
     paths: Sequence[str | os.PathLike[str]],
     config: PrepareSettings,
-    tokenizer: AnyTokenizer,
+    tokenizer: ChatTokenizer,
     wait_seconds: float = 3600.0,
     earlier: bool = False,
 ) -> PairDataset:
@@ -105,11 +105,10 @@ def prepare_pairs(
         UserError: a file is missing or empty, or none of them holds a pair that can be used.
     """
     files = check_inputs(paths)
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer.check_trainable()
+    tokenizer.check_trainable()
     root = make_root(config, files)
     inputs = [content_digests(files, root / "sources.json"), config.seq_length]
-    inputs += [tokenizer.fingerprint, template_version(tokenizer)]
+    inputs += [tokenizer.fingerprint, tokenizer.template_version]
     for version in (*(EARLIER_FORMATS if earlier else ()), FORMAT_VERSION):
         fingerprint = hashlib.sha256(orjson.dumps(["pairs", version, *inputs])).hexdigest()
         final = root / f"pairs-{fingerprint[:32]}"
@@ -141,7 +140,7 @@ def _open(folder: Path, fingerprint: str) -> PairDataset | None:
 # --- Building -------------------------------------------------------------------------------------
 
 
-def _build(files: list[Path], folder: Path, fingerprint: str, seq_length: int, tokenizer: AnyTokenizer) -> None:
+def _build(files: list[Path], folder: Path, fingerprint: str, seq_length: int, tokenizer: ChatTokenizer) -> None:
     account: dict[str, Any] = {"lines": 0, "blank_lines": 0, "pairs": 0, "skipped": {}, "window": seq_length}
     ids, masks, lengths = [], [], []
     block: list[tuple[Pair, str]] = []
@@ -209,11 +208,11 @@ def _skip(account: dict[str, Any], reason: str, place: str) -> None:
 Side = tuple[NDArray[np.int32], NDArray[np.uint8]]
 
 
-def _rendered(tokenizer: AnyTokenizer, pairs: list[Pair]) -> Iterator[tuple[Side, Side] | str]:
+def _rendered(tokenizer: ChatTokenizer, pairs: list[Pair]) -> Iterator[tuple[Side, Side] | str]:
     """Ids and mask of both sides of each pair, or why the template does not take it."""
     if not pairs:
         return
-    rendered, refused = render_sound(tokenizer, [side for pair in pairs for side in pair])
+    rendered, refused = tokenizer.render_valid([side for pair in pairs for side in pair])
     bounds = rendered.message_offsets[rendered.conversation_offsets]
     taken = iter(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
     for number in range(len(pairs)):

@@ -78,7 +78,7 @@ def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
     fault = tally.count(vocabulary, record, [*prompt, *answers[0], *answers[1]])
     if fault is not None:
         return fault
-    masked = [message._replace(learn=False) for message in prompt]
+    masked = [message._replace(supervise=False) for message in prompt]
     chosen, rejected = (Conversation([*masked, *answer], group_id(record)) for answer in answers)
     return Pair(chosen, rejected)
 

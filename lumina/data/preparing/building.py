@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from lumina.chat import AnyTokenizer
+from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.data.account import Account
 from lumina.data.cache import arrow
@@ -43,7 +43,7 @@ class PrepareSettings(Protocol):
 def build(
     tasks: Sequence[Task],
     config: PrepareSettings,
-    tokenizer: AnyTokenizer,
+    tokenizer: ChatTokenizer,
     fingerprint: str,
     final: Path,
     workers: int,

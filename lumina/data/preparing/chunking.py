@@ -51,7 +51,7 @@ def to_chunks(block: RenderedBlock, seq_length: int, policy: str, account: Accou
     bounds = block.message_offsets[block.conversation_offsets]
     sizes_N = np.diff(bounds)
     long_N = np.flatnonzero(sizes_N > seq_length)
-    account.messages += len(block.learned)
+    account.messages += len(block.supervised)
     account.tokens += len(block.ids)
     account.overlong_conversations += len(long_N)
 
@@ -117,8 +117,8 @@ def _count_messages(
         end_M = np.repeat(end_N, np.diff(block.conversation_offsets))
         kept_M = np.clip(end_M - block.message_offsets[:-1], 0, sizes_M)
     # An answer of which only special tokens are left teaches nothing: it counts as dropped.
-    supervised_M = block.learned & (kept_M > block.head)
-    masked_M = ~block.learned & (kept_M > 0)
+    supervised_M = block.supervised & (kept_M > block.head)
+    masked_M = ~block.supervised & (kept_M > 0)
     account.messages_supervised += int(supervised_M.sum())
     account.messages_masked += int(masked_M.sum())
     if policy != "split":

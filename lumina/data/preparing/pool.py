@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from lumina.chat import AnyTokenizer
+from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.data.preparing.worker import Task, run_task
 
@@ -32,7 +32,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: AnyTokenizer, done: Done) -> None:
+def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: ChatTokenizer, done: Done) -> None:
     """Runs numbered tasks and calls `done(number, report)` as each ends, never twice at once.
 
     At most `workers` processes, and no more than the input is worth: see BYTES_PER_WORKER.
@@ -76,7 +76,7 @@ def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: AnyTok
                 process.stdout.close()
 
 
-def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: AnyTokenizer, done: Done) -> None:
+def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: ChatTokenizer, done: Done) -> None:
     """Runs the tasks one after another in this process, as a worker would: without the cycle collector."""
     collecting = gc.isenabled()
     gc.disable()
@@ -92,7 +92,7 @@ def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: AnyTokenizer, done: 
             gc.enable()
 
 
-def _start(tokenizer: AnyTokenizer) -> subprocess.Popen[bytes]:
+def _start(tokenizer: ChatTokenizer) -> subprocess.Popen[bytes]:
     # This package, and those whose data formats are used here, may be importable only through this process's sys.path
     # (a source tree, a notebook, a test).
     root = str(Path(__file__).resolve().parents[3])

@@ -23,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from lumina.chat import AnyTokenizer, Tokenizer, template_version
+from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.data.cache.files import cache_root, content_digests
 from lumina.data.formats import added_versions, tests_by_precedence
@@ -46,7 +46,7 @@ MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 64 << 20
 def prepare(
     paths: Sequence[str | os.PathLike[str]],
     config: PrepareSettings,
-    tokenizer: AnyTokenizer,
+    tokenizer: ChatTokenizer,
     *,
     workers: int | None = None,
     progress: OnProgress | None = None,
@@ -73,8 +73,7 @@ def prepare(
             imported model cannot be trained with.
     """
     files = check_inputs(paths)
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer.check_trainable()
+    tokenizer.check_trainable()
     assert config.overlong in POLICIES
     if config.seq_length < MIN_SEQ_LENGTH:
         raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_SEQ_LENGTH} tokens")
@@ -124,7 +123,7 @@ def make_root(config: PrepareSettings, files: Sequence[Path]) -> Path:
 def fingerprint_of(
     digests: Sequence[str],
     config: PrepareSettings,
-    tokenizer: AnyTokenizer,
+    tokenizer: ChatTokenizer,
     selection: Selection | None = None,
     weights: Sequence[float] = (),
     formats: Sequence[str] = (),
@@ -135,7 +134,7 @@ def fingerprint_of(
         "format": version,
         "inputs": list(digests),
         "tokenizer": tokenizer.fingerprint,
-        "template": template_version(tokenizer),
+        "template": tokenizer.template_version,
         "window": config.seq_length,
         "packing": config.packing,
         "overlong": config.overlong,

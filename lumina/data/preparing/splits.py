@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import orjson
 
-from lumina.chat import AnyTokenizer
+from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.data.cache.files import content_digests
 from lumina.data.formats import added_versions
@@ -61,7 +61,7 @@ class SplitSettings(PrepareSettings, Protocol):
 
 
 def prepare_splits(
-    config: SplitSettings, tokenizer: AnyTokenizer, *, progress: OnProgress | None = None, resumed: str | None = None
+    config: SplitSettings, tokenizer: ChatTokenizer, *, progress: OnProgress | None = None, resumed: str | None = None
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """(training set, evaluation set or None). `resumed`: fingerprint of the training set of a run to go on with; the
     caches that an earlier version made for it are taken where they are the ones.
@@ -81,7 +81,7 @@ def prepare_splits(
 
 
 def _prepare_parts(
-    config: SplitSettings, tokenizer: AnyTokenizer, progress: OnProgress | None, earlier: bool
+    config: SplitSettings, tokenizer: ChatTokenizer, progress: OnProgress | None, earlier: bool
 ) -> tuple[PackedDataset, PackedDataset | None]:
     assert config.dedup in DEDUP
     common: dict[str, Any] = {"progress": progress, "earlier": earlier}
@@ -133,7 +133,7 @@ def _decisions_on(
     eval_files: Sequence[Path],
     formats: Mapping[str, str],
     config: SplitSettings,
-    tokenizer: AnyTokenizer,
+    tokenizer: ChatTokenizer,
     progress: OnProgress | None,
 ) -> tuple[Path, str, str]:
     """The folder of decisions on all conversations, made if it is not there, its fingerprint, and the one that version
@@ -161,7 +161,7 @@ def _write_decisions(
     train_count: int,
     formats: Mapping[str, str],
     config: SplitSettings,
-    tokenizer: AnyTokenizer,
+    tokenizer: ChatTokenizer,
     folder: Path,
     progress: OnProgress | None,
 ) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lumina.chat import CONTROL_TOKENS, Conversation, RenderedBlock
+from lumina.chat import SPECIAL_TOKENS, Conversation, RenderedBlock
 from lumina.data.account import FIRST_LINES, add_counts
 from lumina.data.cache import arrow
 from lumina.data.preparing.packing import pack
@@ -26,7 +26,7 @@ SEQ_LENGTHS = (512, 1024, 2048, 4096, 8192)
 SAMPLES_PER_TASK = 3
 SAMPLE_CHARS = 4000
 
-_NAMES = "|".join(re.escape(name[2:-2]) for name in CONTROL_TOKENS)
+_NAMES = "|".join(re.escape(name[2:-2]) for name in SPECIAL_TOKENS)
 PATTERNS: dict[str, re.Pattern[str]] = {
     "special-token text": re.compile(rf"<\|(?:{_NAMES}|endofprompt|fim_[a-z]+)\|>"),
     # C0 and C1 controls, zero-width and direction marks, private use, replacement character.
@@ -186,7 +186,7 @@ def _sample(conversation: Conversation, line: int) -> dict[str, Any]:
             {
                 "role": message.role,
                 "content": message.content[:SAMPLE_CHARS] + ("…" if len(message.content) > SAMPLE_CHARS else ""),
-                "supervised": message.learn and message.role in ("assistant", "text"),
+                "supervised": message.supervise and message.role in ("assistant", "text"),
             }
             for message in conversation.messages[:12]
         ],

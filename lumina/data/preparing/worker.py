@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from lumina.chat import AnyTokenizer, Conversation, RenderedBlock, Tokenizer, open_tokenizer, render_many, render_sound
+from lumina.chat import ChatTokenizer, Conversation, RenderedBlock, open_tokenizer
 from lumina.config import UserError
 from lumina.data.account import Account, add_counts
 from lumina.data.cache.shards import ChunkWriter
@@ -118,10 +118,10 @@ def _chosen(
     return [c for c, its_split in zip(conversations, decided.tolist(), strict=True) if its_split == split]
 
 
-def rendered(tokenizer: AnyTokenizer, block: Block, account: Account) -> tuple[RenderedBlock, list[int]]:
+def rendered(tokenizer: ChatTokenizer, block: Block, account: Account) -> tuple[RenderedBlock, list[int]]:
     """A block's conversations and their record numbers; those that an imported model's template does not take are
     entered as dropped."""
-    together, refused = render_sound(tokenizer, block.conversations)
+    together, refused = tokenizer.render_valid(block.conversations)
     for number, reason in refused.items():
         count = len(block.conversations[number].messages)
         account.drop_conversations(reason, 1)
@@ -130,7 +130,7 @@ def rendered(tokenizer: AnyTokenizer, block: Block, account: Account) -> tuple[R
     return together, [number for i, number in enumerate(block.numbers) if i not in refused]
 
 
-def run_task(tokenizer: AnyTokenizer, task: Task) -> dict[str, Any]:
+def run_task(tokenizer: ChatTokenizer, task: Task) -> dict[str, Any]:
     """Does one task. Returns {"account", "lines" (in the range)}, with "rows" (per record batch) for chunks and
     "statistics" for statistics."""
     account = Account(overlong=task.overlong, seq_length=task.seq_length)
@@ -145,10 +145,10 @@ def run_task(tokenizer: AnyTokenizer, task: Task) -> dict[str, Any]:
         np.savez(task.out, **signatures._asdict())
         return {"account": account.to_dict(), "lines": account.last_line}
     if task.kind == "statistics":
-        assert isinstance(tokenizer, Tokenizer), "statistics count Lumina's tokens"
         statistics = Statistics()
         for block in read_blocks(task, account, statistics):
-            ids = render_many(tokenizer, block.conversations)
+            ids, refused = tokenizer.render_valid(block.conversations)
+            assert not refused, "statistics are made with Lumina's template, which takes every conversation"
             to_chunks(ids, task.seq_length, task.overlong, account)
             statistics.add(block.conversations, block.numbers, ids)
         return {"account": account.to_dict(), "statistics": statistics.to_dict(), "lines": account.last_line}
@@ -175,8 +175,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not break the protocol
     gc.disable()  # nothing here makes cycles, and collections over a block's messages took a sixth of the time
     tokenizer = open_tokenizer(sys.argv[1] if len(sys.argv) > 1 else None)
-    if isinstance(tokenizer, Tokenizer):
-        tokenizer.encode_many([" "])  # read the vocabulary while the parent is still planning
+    tokenizer.warm_up()  # while the parent is still planning
     for line in sys.stdin.buffer:
         try:
             report = run_task(tokenizer, Task(**orjson.loads(line)))

@@ -21,7 +21,7 @@ MESSAGE = Vocabulary(
 )
 EMPTY_SYSTEM, EMPTY_LAST = "empty system message", "empty last answer"
 
-# Beside the aliases of lumina.chat.template. A tool's output is context for the assistant, as a user's words are.
+# Beside the aliases of lumina.chat. A tool's output is context for the assistant, as a user's words are.
 ROLES = ROLE_ALIASES | {
     **dict.fromkeys(("gpt", "chatgpt", "model", "chatbot", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "function_response", "ipython"), "user"),
@@ -57,7 +57,7 @@ def to_conversation(
     if not messages:
         return Fault(EMPTY, "no messages")
     for message in messages:
-        if message.learn and message.role == "assistant":
+        if message.supervise and message.role == "assistant":
             break
     else:
         reason = EMPTY if EMPTY_LAST in tally.left_out else NO_ASSISTANT

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lumina.chat import AnyTokenizer
+from lumina.chat import ChatTokenizer
 from lumina.data.account import Account
 from lumina.data.preparing.building import PrepareSettings
 from lumina.data.preparing.chunking import to_chunks
@@ -59,7 +59,7 @@ class Estimate:
         ]
 
 
-def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: AnyTokenizer) -> Estimate:
+def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatTokenizer) -> Estimate:
     """Renders and splits a sample of each file, as preparing does, and extrapolates.
 
     The sample is whole for files of up to 4 MiB. Compressed files are unpacked once to learn their size.
@@ -100,7 +100,7 @@ def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: AnyTokeni
 
 
 def _sample(
-    path: Path, layout: FileLayout, config: PrepareSettings, tokenizer: AnyTokenizer
+    path: Path, layout: FileLayout, config: PrepareSettings, tokenizer: ChatTokenizer
 ) -> tuple[Account, float, float]:
     """(account of what was read, seconds, share of the file that it is)."""
     account = Account(overlong=config.overlong, seq_length=config.seq_length)

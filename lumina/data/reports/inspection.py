@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from lumina.chat import AnyTokenizer
+from lumina.chat import ChatTokenizer
 from lumina.data.loading.dataset import PackedDataset
 
 SUPERVISED, CONTEXT, SPECIAL = "green", "default", "magenta"
 
 
-def describe_sample(dataset: PackedDataset, sample: int, tokenizer: AnyTokenizer) -> dict[str, Any]:
+def describe_sample(dataset: PackedDataset, sample: int, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """A sample's documents with every token's id, text, position, target and weight, from the batch that training
     gets. `round_trip` says whether every text between special tokens, decoded and encoded again, gives the same ids
     (one that was split may not)."""
@@ -51,17 +51,17 @@ def describe_sample(dataset: PackedDataset, sample: int, tokenizer: AnyTokenizer
     }
 
 
-def _round_trips(ids: list[int], tokenizer: AnyTokenizer) -> bool:
+def _round_trips(ids: list[int], tokenizer: ChatTokenizer) -> bool:
     return all(tokenizer.encode(tokenizer.decode(run)) == run for run in _plain_runs(ids, tokenizer))
 
 
-def _plain_runs(ids: list[int], tokenizer: AnyTokenizer) -> list[list[int]]:
+def _plain_runs(ids: list[int], tokenizer: ChatTokenizer) -> list[list[int]]:
     """The stretches of ordinary tokens between special tokens."""
-    groups = groupby(ids, key=tokenizer.is_control)
+    groups = groupby(ids, key=tokenizer.is_special)
     return [list(run) for control, run in groups if not control]
 
 
-def render_sample(description: dict[str, Any], tokenizer: AnyTokenizer, table: bool) -> list[Text]:
+def render_sample(description: dict[str, Any], tokenizer: ChatTokenizer, table: bool) -> list[Text]:
     """The description as coloured lines: running text, and with `table` a line for each token too.
 
     Green is supervised, magenta a special token, plain is context; without colours, supervised tokens stand in «».
@@ -93,6 +93,6 @@ def render_sample(description: dict[str, Any], tokenizer: AnyTokenizer, table: b
     return out
 
 
-def _style(token: dict[str, Any], tokenizer: AnyTokenizer) -> str:
+def _style(token: dict[str, Any], tokenizer: ChatTokenizer) -> str:
     colour = SUPERVISED if token["supervised"] else CONTEXT
-    return f"bold {SPECIAL}" if tokenizer.is_control(token["id"]) and not token["supervised"] else colour
+    return f"bold {SPECIAL}" if tokenizer.is_special(token["id"]) and not token["supervised"] else colour

@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lumina.chat import Conversation
+from lumina.chat import Conversation, MessageSpan
 from lumina.config import UserError
 from lumina.data import BLANK, Fault, Tree, convert, detect, expand, read_items
 from lumina.infer.loading import Loaded
-from lumina.infer.voice import Span
 from lumina.model import Transformer, ops
 
 _TOKENS_AT_ONCE = 4096  # in a forward pass, unless one window is longer
@@ -167,12 +166,12 @@ class _Talk:
 
     conversation: Conversation
     ids: list[int]
-    spans: list[Span]
+    spans: list[MessageSpan]
     nats_T: Tensor
 
     @classmethod
     def of(cls, conversation: Conversation, loaded: Loaded) -> _Talk:
-        ids, spans = loaded.voice.rendered(conversation)
+        ids, spans = loaded.tokenizer.message_spans(conversation)
         return cls(conversation, ids, spans, torch.zeros(len(ids), dtype=torch.float64))
 
     def windows(self, size: int) -> list[tuple[int, int]]:

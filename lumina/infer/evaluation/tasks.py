@@ -104,10 +104,10 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def __init__(self, loaded: Loaded, batch_size: int) -> None:
         super().__init__()
-        self._model, self._voice = loaded.model, loaded.voice
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self.window = loaded.config.seq_length
         self._at_once = batch_size
-        self._opening = self._voice.plain("")  # what begins every text
+        self._opening = self._tokenizer.text_ids("")  # what begins every text
         self._key, self._prompts = f"\ue000{secrets.token_hex(8)}:", list[list[int]]()
         self.cut = 0  # contexts that lost their beginning
 
@@ -115,7 +115,7 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     @property
     def eot_token_id(self) -> int:
-        return self._voice.begin_id
+        return self._tokenizer.begin_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if string.startswith(self._key):
@@ -124,7 +124,7 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return self._text(string) if add_special_tokens is False else [*self._opening, *self._text(string)]
 
     def _text(self, text: str) -> list[int]:
-        return self._voice.plain(text)[len(self._opening) :] if text else []
+        return self._tokenizer.text_ids(text)[len(self._opening) :] if text else []
 
     @property
     def tokenizer_name(self) -> str:
@@ -136,7 +136,7 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         messages = [Message(ROLE_ALIASES.get(turn["role"], turn["role"]), turn["content"]) for turn in chat_history]
         begun = "" if add_generation_prompt else messages.pop().content  # an answer to go on with
-        self._prompts.append(self._voice.prompt(Conversation(messages)))
+        self._prompts.append(self._tokenizer.prompt_ids(Conversation(messages)))
         return f"{self._key}{len(self._prompts) - 1}\ue001{begun}"
 
     # --- What the harness asks ---
@@ -185,7 +185,7 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
             for sampling, numbers in grouped.items():
                 for start in range(0, len(numbers), self._at_once):
                     chosen = numbers[start : start + self._at_once]
-                    answers = generate(self._model, self._voice, [prompts[n] for n in chosen], sampling)
+                    answers = generate(self._model, self._tokenizer, [prompts[n] for n in chosen], sampling)
                     for number, answer in zip(chosen, answers, strict=True):
                         said[number] = answer.text
                     bar.update(len(chosen))

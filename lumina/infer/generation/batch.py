@@ -25,9 +25,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lumina.chat import ChatTokenizer
 from lumina.config import UserError
-from lumina.infer.generation.sampling import Sampling, choose, generator, penalised
-from lumina.infer.voice import Voice
+from lumina.infer.generation.sampling import Sampling, choose, forbidden_tokens, generator, penalised
 from lumina.model import Decoder, KVCache, Transformer
 
 TIE = (
@@ -74,12 +74,12 @@ class Token(NamedTuple):
 class Batch:
     """Sequences in the rows of one preallocated cache."""
 
-    def __init__(self, model: Transformer, voice: Voice, rows: int, capacity: int) -> None:
+    def __init__(self, model: Transformer, tokenizer: ChatTokenizer, rows: int, capacity: int) -> None:
         """`rows` sequences at most, of `capacity` tokens each, prompt included."""
         weight = model.embedding.weight
-        self._model, self._stop_ids, self.capacity = model, voice.stop_ids, capacity
+        self._model, self._stop_ids, self.capacity = model, tokenizer.stop_ids, capacity
         self._cache = KVCache(model.config, rows, capacity, weight)
-        self._forbidden_V = voice.forbidden(model.config.vocab_size).to(weight.device)
+        self._forbidden_V = forbidden_tokens(tokenizer, model.config.vocab_size).to(weight.device)
         self._decoder = Decoder(model, self._cache, self._forbidden_V)
         self._exact = weight.dtype in (torch.float32, torch.float64)
         self._free = list(range(rows))

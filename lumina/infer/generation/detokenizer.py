@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lumina.infer.voice import TextStream
+from lumina.chat import IncrementalDecoder
 
 
-class Teller:
+class Detokenizer:
     """Turns one answer's tokens into text. `stopped` is True once a stop text has come; what follows is dropped."""
 
-    def __init__(self, stream: TextStream, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stream: IncrementalDecoder, stops: Sequence[str] = ()) -> None:
         self._stream, self._stops = stream, tuple(stops)
         self._held = ""
         self.text = ""

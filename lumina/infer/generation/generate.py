@@ -6,12 +6,12 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.infer.generation import batch as batches
 from lumina.infer.generation.batch import Batch, Finish, Token
-from lumina.infer.generation.detokenizer import Teller
+from lumina.infer.generation.detokenizer import Detokenizer
 from lumina.infer.generation.sampling import Sampling
-from lumina.infer.voice import Voice
 from lumina.model import Transformer
 
 
@@ -35,14 +35,14 @@ def check_prompt(length: int, window: int) -> None:
 
 
 def _begin(
-    model: Transformer, voice: Voice, prompts: Sequence[Sequence[int]], sampling: Sampling
+    model: Transformer, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> tuple[Batch, list[Token]]:
     """A batch of just these prompts, and their first tokens."""
     window = model.config.seq_length
     for prompt in prompts:
         check_prompt(len(prompt), window)
     capacity = max(min(len(prompt) + sampling.max_length, window) for prompt in prompts)
-    batch = Batch(model, voice, len(prompts), capacity)
+    batch = Batch(model, tokenizer, len(prompts), capacity)
     sequences = [batches.Sequence(list(prompt), sampling, number) for number, prompt in enumerate(prompts)]
     for sequence in sequences:
         batch.join(sequence)
@@ -51,67 +51,72 @@ def _begin(
 
 def stream(
     model: Transformer,
-    voice: Voice,
+    tokenizer: ChatTokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
 ) -> Iterator[list[tuple[int, int]]]:
     """Generate for a batch of prompts of any lengths.
 
     Yields after every pass the new tokens as (sequence, id) pairs, the stop token included: a sequence ends with it, at
-    max_length tokens, or when prompt and answer fill the model's window. Stop texts are the caller's: see `tell`.
+    max_length tokens, or when prompt and answer fill the context length. Stop texts are the caller's: see
+    `stream_texts`.
 
     Raises:
         UserError: a prompt that fills the window; a model whose weights are not finite.
     """
-    batch, tokens = _begin(model, voice, prompts, sampling)
+    batch, tokens = _begin(model, tokenizer, prompts, sampling)
     while tokens:
         yield [(token.sequence.number, token.id) for token in tokens]
         tokens = batch.step()
 
 
-def tell(
+def stream_texts(
     model: Transformer,
-    voice: Voice,
+    tokenizer: ChatTokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     answers: Sequence[Answer],
 ) -> Iterator[list[tuple[int, str]]]:
     """As `stream`, but yields (sequence, text), and sequences end at stop texts too. Fills `answers` in on the way, so
     that a caller who stops listening still knows what was said."""
-    tellers = [Teller(voice.text_stream(), sampling.stop) for _ in prompts]
-    batch, tokens = _begin(model, voice, prompts, sampling)
+    detokenizers = [Detokenizer(tokenizer.incremental_decoder(), sampling.stop) for _ in prompts]
+    batch, tokens = _begin(model, tokenizer, prompts, sampling)
     while tokens:
         told = []
         for token in tokens:
             number = token.sequence.number
-            answer, teller = answers[number], tellers[number]
+            answer, detokenizer = answers[number], detokenizers[number]
             piece, answer.finish = "", token.finish
             if token.finish != "stop":
                 answer.ids.append(token.id)
-                piece = teller.push(token.id)
-            if teller.stopped:
+                piece = detokenizer.push(token.id)
+            if detokenizer.stopped:
                 answer.finish = "stop"
                 batch.leave(token.sequence)
             elif token.finish is not None:
-                piece += teller.end()
+                piece += detokenizer.end()
             answer.text += piece
             told.append((number, piece))
         yield told
         tokens = batch.step()
 
 
-def generate(model: Transformer, voice: Voice, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Answer]:
-    """Answers to a batch of prompts. See `tell`."""
+def generate(
+    model: Transformer, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[Answer]:
+    """Answers to a batch of prompts. See `stream_texts`."""
     answers = [Answer() for _ in prompts]
-    for _ in tell(model, voice, prompts, sampling, answers):
+    for _ in stream_texts(model, tokenizer, prompts, sampling, answers):
         pass
     return answers
 
 
-def speak(model: Transformer, voice: Voice, prompt: list[int], sampling: Sampling, answer: Answer) -> Iterator[str]:
+def stream_text(
+    model: Transformer, tokenizer: ChatTokenizer, prompt: list[int], sampling: Sampling, answer: Answer
+) -> Iterator[str]:
     """Generate for one prompt, yielding text as it is there, and filling in `answer`. Raises UserError when the prompt
     fills the window."""
-    for told in tell(model, voice, [prompt], sampling, [answer]):
+    for told in stream_texts(model, tokenizer, [prompt], sampling, [answer]):
         yield from (piece for _, piece in told)
 
 

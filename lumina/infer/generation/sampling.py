@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 
 TEMPERATURES, TOP_KS, TOP_PS, LENGTHS = (0.1, 2.0), (1, 100), (0.1, 1.0), (1, 2048)
@@ -68,6 +69,11 @@ def _within(name: str, value: float, bounds: tuple[float, float], also: str = ""
     low, high = bounds
     if not (math.isfinite(value) and low <= value <= high):
         raise UserError(f"{name} {value:g} is outside {low:g} to {high:g}{also}")
+
+
+def forbidden_tokens(tokenizer: ChatTokenizer, vocab_size: int) -> Tensor:
+    """Ids that are never sampled: bool (V), all but text and the stop tokens."""
+    return ~torch.from_numpy(tokenizer.allowed_tokens(vocab_size))
 
 
 def generator(sampling: Sampling, sequence: int) -> torch.Generator:

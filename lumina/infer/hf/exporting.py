@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lumina.chat import Tokenizer, hf_export, hf_files, open_tokenizer
+from lumina.chat import STOPS, TOKENIZER_FILES, Tokenizer, open_tokenizer, tokenizer_config, tokenizer_json
 from lumina.config import ModelConfig, UserError
 from lumina.files import atomic_folder, write_json, write_text
+from lumina.infer.generation.sampling import forbidden_tokens
 from lumina.infer.hf.peft import USAGE as PEFT_USAGE
 from lumina.infer.hf.peft import write_adapter
 from lumina.infer.loading import (
     check_size,
     find_checkpoint,
-    fitting_voice,
-    foreign_tokenizer,
+    fitting_tokenizer,
     progress_of,
     read_config,
+    tokenizer_folder,
     weights,
 )
-from lumina.infer.voice import LuminaVoice
 from lumina.model.families import family_of
 
 log = logging.getLogger("lumina")
@@ -89,9 +89,9 @@ def export(
     checkpoint = find_checkpoint(run)
     config = read_config(checkpoint)
     check_size(checkpoint, config)
-    fitting_voice(checkpoint, config)  # a tokenizer that does not fit is found before anything is written
+    fitting_tokenizer(checkpoint, config)  # a tokenizer that does not fit is found before anything is written
     with atomic_folder(out) as scratch:
-        foreign = foreign_tokenizer(checkpoint)
+        foreign = tokenizer_folder(checkpoint)
         if form == "peft":
             shards, total = write_adapter(scratch, checkpoint, DTYPES[dtype])
         else:
@@ -119,15 +119,15 @@ def _describe_hf(folder: Path, config: ModelConfig, dtype: str, foreign: Path | 
     stops = sorted(open_tokenizer(foreign).stop_ids)
     written = family_of(config).hf_config(config, dtype, stops if len(stops) > 1 else stops[0], None)
     _write_json(folder / "config.json", written)
-    for name in hf_files.FILES:
-        if name != hf_files.STOPS and (foreign / name).is_file():
+    for name in TOKENIZER_FILES:
+        if name != STOPS and (foreign / name).is_file():
             shutil.copyfile(foreign / name, folder / name)
 
 
 def _description(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Every JSON file but the index of the weights."""
     tokenizer = Tokenizer.load()
-    suppressed = LuminaVoice(tokenizer).forbidden(config.vocab_size).nonzero()[:, 0].tolist()
+    suppressed = forbidden_tokens(tokenizer, config.vocab_size).nonzero()[:, 0].tolist()
     generation = {
         "eos_token_id": tokenizer.stop_id,
         "pad_token_id": tokenizer.pad_id,
@@ -137,8 +137,8 @@ def _description(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return {
         "config.json": family_of(config).hf_config(config, dtype, tokenizer.stop_id, tokenizer.pad_id),
         "generation_config.json": generation,
-        "tokenizer.json": hf_export.tokenizer_json(tokenizer),
-        "tokenizer_config.json": hf_export.tokenizer_config(tokenizer, config.seq_length),
+        "tokenizer.json": tokenizer_json(tokenizer),
+        "tokenizer_config.json": tokenizer_config(tokenizer, config.seq_length),
     }
 
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from lumina.chat import Tokenizer, hf_files, open_tokenizer
+from lumina.chat import STOPS, Tokenizer, copy_files, open_tokenizer, read_json
 from lumina.checkpoint import (
     MASTER,
     SaveError,
@@ -44,7 +44,7 @@ def import_hf(source: str | Path, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
-    values = hf_files.read_json(source / "config.json")[1]
+    values = read_json(source / "config.json")[1]
     config = read_hf_config(values)
     with ExitStack() as files:
         tensors = _Tensors(source, files)
@@ -96,7 +96,7 @@ class _Tensors:
                     )
                 raise UserError(f"{self._source} has no model.safetensors")
             return [single]
-        weight_map = hf_files.read_json(index)[1].get("weight_map")
+        weight_map = read_json(index)[1].get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
@@ -170,22 +170,22 @@ def _write_checkpoint(folder: Path, tensors: _Tensors, shapes: dict[str, torch.S
 def _copy_tokenizer(source: Path, target: Path, config: dict[str, Any]) -> bool:
     """Keep the model's own tokenizer, unless it is Lumina's, which every installation has. Returns whether it was."""
     if (source / "tokenizer_config.json").exists():
-        fingerprint = hf_files.read_json(source / "tokenizer_config.json")[1].get("lumina_fingerprint")
+        fingerprint = read_json(source / "tokenizer_config.json")[1].get("lumina_fingerprint")
         if fingerprint == Tokenizer.load().fingerprint:
             if int(config["vocab_size"]) < Tokenizer.load().vocab_size:
                 raise UserError(f"{source} says that it has Lumina's tokenizer, but has {config['vocab_size']} ids")
             return False
     if not (source / "tokenizer.json").exists():
         raise UserError(f"{source} has no tokenizer.json", "Save its tokenizer as a fast one with transformers first.")
-    hf_files.copy_files(source, target)
+    copy_files(source, target)
     generation = source / "generation_config.json"
     stops = config.get("eos_token_id")
     if generation.is_file():
-        stops = hf_files.read_json(generation)[1].get("eos_token_id", stops)
+        stops = read_json(generation)[1].get("eos_token_id", stops)
     listed = [t for t in (stops if isinstance(stops, list) else [stops]) if type(t) is int]
     if not listed or not all(0 <= token < int(config["vocab_size"]) for token in listed):
         raise UserError(f"{source} names no eos_token_id of its vocabulary, so an answer would never end")
-    write_json(target / hf_files.STOPS, {"stop_ids": listed})
+    write_json(target / STOPS, {"stop_ids": listed})
     # Found out now rather than at the first question; the checkpoint is not there yet to be half of a run.
     open_tokenizer(target)
     return True

@@ -17,9 +17,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.infer.generation.batch import Sequence
 from lumina.infer.generation.generate import check_prompt
+from lumina.infer.generation.sampling import forbidden_tokens
 from lumina.infer.loading import Loaded
 from lumina.infer.serve.batcher import Engine, Piece
 from lumina.infer.serve.errors import ApiError
@@ -27,7 +29,6 @@ from lumina.infer.serve.metrics import Metrics
 from lumina.infer.serve.requests import CHOICES, ChatRequest, CompletionRequest
 from lumina.infer.serve.responses import ChatShape, Choice, Shape, TextShape, by_choice
 from lumina.infer.serve.streaming import EventStream, listen
-from lumina.infer.voice import Voice
 
 ASSETS = Path(__file__).parent / "assets"
 _FILES = {"/": "chat.html"} | {f"/{name}": name for name in ("chat.js", "markdown.js", "chat.css", "icon.svg")}
@@ -36,10 +37,10 @@ _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".
 
 @dataclass
 class Service:
-    """What the paths share. `voice` is not the engine's own: a tokenizer may not be used by two threads at once."""
+    """What the paths share. `tokenizer` is not the engine's own: a tokenizer may not be used by two threads at once."""
 
     loaded: Loaded
-    voice: Voice
+    tokenizer: ChatTokenizer
     engine: Engine
     metrics: Metrics
     most_tokens: int  # new ones, of one answer
@@ -96,7 +97,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     service = _service(request)
     conversation = body.conversation()
-    ids = await service.tokenised(lambda: service.voice.prompt(conversation))
+    ids = await service.tokenised(lambda: service.tokenizer.prompt_ids(conversation))
     return await _answer(service, body, [ids], body.likeliest(), ChatShape, request)
 
 
@@ -109,7 +110,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         raise ApiError(400, f"1 to {CHOICES} answers can be asked for, prompts times n", param="prompt")
     for prompt in prompts:
         if isinstance(prompt, str):
-            ids.append(await service.tokenised(lambda prompt=prompt: service.voice.plain(prompt)))  # type: ignore[misc]
+            ids.append(await service.tokenised(lambda prompt=prompt: service.tokenizer.text_ids(prompt)))  # type: ignore[misc]
         else:
             ids.append(await service.tokenised(lambda prompt=prompt: _only_text(service, prompt)))  # type: ignore[misc]
     return await _answer(service, body, ids, body.logprobs, TextShape, request)
@@ -123,9 +124,9 @@ def _service(request: Request) -> Service:
 def _only_text(service: Service, ids: list[int]) -> list[int]:
     """Token ids from outside are text: control tokens come from the template only."""
     size = service.loaded.config.vocab_size
-    forbidden_V = service.voice.forbidden(size)
+    forbidden_V = forbidden_tokens(service.tokenizer, size)
     for token in ids:
-        if not 0 <= token < size or forbidden_V[token] or token in service.voice.stop_ids:
+        if not 0 <= token < size or forbidden_V[token] or token in service.tokenizer.stop_ids:
             raise UserError(f"{token} is not the id of a token of text")
     return ids
 
@@ -153,7 +154,7 @@ async def _answer(
     step = f"step-{service.loaded.step}"
     tokens = sum(map(len, prompts))
     identity = secrets.token_hex(12)
-    shape = shape_kind(service.voice, service.name, step, identity, logprobs is not None, tokens)
+    shape = shape_kind(service.tokenizer, service.name, step, identity, logprobs is not None, tokens)
     heard = listen(service.engine, sequences, service.seconds, request.receive)
     if body.stream:
         first = await anext(heard)  # what is refused is refused with its own status, before a stream begins

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from lumina.config import UserError
 from lumina.infer.generation.batch import Batch, Finish, Sequence, Token
-from lumina.infer.generation.detokenizer import Teller
+from lumina.infer.generation.detokenizer import Detokenizer
 from lumina.infer.loading import Loaded
 from lumina.infer.serve.errors import ApiError, closing
 from lumina.infer.serve.metrics import Metrics
@@ -59,7 +59,7 @@ class _Voiced:
 
     job: Job
     sequence: Sequence
-    teller: Teller
+    detokenizer: Detokenizer
 
 
 class Engine:
@@ -67,8 +67,8 @@ class Engine:
 
     def __init__(self, loaded: Loaded, slots: int, most_waiting: int, metrics: Metrics) -> None:
         """`slots` sequences at a time; `most_waiting` more may wait for one."""
-        self._voice, self._metrics, self._most_waiting = loaded.voice, metrics, most_waiting
-        self._batch = Batch(loaded.model, loaded.voice, slots, loaded.config.seq_length)
+        self._tokenizer, self._metrics, self._most_waiting = loaded.tokenizer, metrics, most_waiting
+        self._batch = Batch(loaded.model, loaded.tokenizer, slots, loaded.config.seq_length)
         self._wake = threading.Condition()
         self._waiting: deque[_Voiced] = deque()  # guarded by _wake, as is _closing
         self._closing = False
@@ -93,7 +93,9 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises ApiError when the queue is full or the server is going down."""
-        voiced = [_Voiced(job, s, Teller(self._voice.text_stream(), s.sampling.stop)) for s in job.sequences]
+        voiced = [
+            _Voiced(job, s, Detokenizer(self._tokenizer.incremental_decoder(), s.sampling.stop)) for s in job.sequences
+        ]
         with self._wake:
             if self._closing or not self.alive:
                 raise closing()
@@ -187,11 +189,11 @@ class Engine:
             voiced = self._active[token.sequence]
             text, finish, stops = "", token.finish, token.finish == "stop"
             if not stops:
-                text = voiced.teller.push(token.id)
-            if voiced.teller.stopped:
+                text = voiced.detokenizer.push(token.id)
+            if voiced.detokenizer.stopped:
                 finish = "stop"
             elif finish is not None:
-                text += voiced.teller.end()
+                text += voiced.detokenizer.end()
             if finish is not None:
                 self._drop(voiced, finish)
             if not voiced.job.ended:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lumina.chat import ChatTokenizer
 from lumina.infer.generation.batch import Token
 from lumina.infer.serve.batcher import Piece
-from lumina.infer.voice import Voice
 
 _LEAST = -9999.0  # JSON has no minus infinity
 
@@ -44,9 +44,11 @@ class Shape(ABC):
 
     kind, chunk_kind, prefix = "", "", ""
 
-    def __init__(self, voice: Voice, model: str, fingerprint: str, identity: str, logprobs: bool, prompt: int) -> None:
+    def __init__(
+        self, tokenizer: ChatTokenizer, model: str, fingerprint: str, identity: str, logprobs: bool, prompt: int
+    ) -> None:
         """`prompt`: tokens of the request's prompts, for the account."""
-        self._voice, self._logprobs, self._prompt = voice, logprobs, prompt
+        self._tokenizer, self._logprobs, self._prompt = tokenizer, logprobs, prompt
         self._said = 0
         common = {"id": f"{self.prefix}-{identity}", "created": int(time.time()), "model": model}
         self._common = common | {"system_fingerprint": fingerprint}
@@ -91,7 +93,7 @@ class Shape(ABC):
         """What has come of one of them, in a chunk."""
 
     def _text(self, token: int) -> str:
-        return self._voice.decode([token])
+        return self._tokenizer.decode([token])
 
 
 class ChatShape(Shape):
@@ -120,7 +122,7 @@ class ChatShape(Shape):
         return self._one(token.id, token.logprob) | {"top_logprobs": top}
 
     def _one(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text, raw = self._text(token), self._voice.token_bytes(token)
+        text, raw = self._text(token), self._tokenizer.token_bytes(token)
         unknown = "\ufffd" in text and raw == text.encode()  # a part of a character, whose bytes nobody told
         return {"token": text, "logprob": _finite(logprob), "bytes": None if unknown else list(raw)}
 

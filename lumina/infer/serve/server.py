@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from lumina.config import UserError
-from lumina.infer.loading import Loaded, load, read_voice
+from lumina.infer.loading import Loaded, load, read_tokenizer
 from lumina.infer.serve.app import Service, make_app
 from lumina.infer.serve.batcher import Engine
 from lumina.infer.serve.metrics import Metrics
@@ -69,8 +69,8 @@ def make_service(loaded: Loaded, slots: int, queue: int, max_tokens: int, timeou
     """The model's engine, not yet started, and what the paths need."""
     metrics = Metrics(slots)
     engine = Engine(loaded, slots, queue, metrics)
-    voice = read_voice(loaded.checkpoint)  # a second one: see Service
-    return Service(loaded, voice, engine, metrics, max_tokens, timeout, STALL_SECONDS)
+    tokenizer = read_tokenizer(loaded.checkpoint)  # a second one: see Service
+    return Service(loaded, tokenizer, engine, metrics, max_tokens, timeout, STALL_SECONDS)
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lumina.chat import AnyTokenizer
+from lumina.chat import ChatTokenizer
 from lumina.config import Config
 from lumina.config.registry import OBJECTIVES
 from lumina.data import Samples, TorchBatch
@@ -58,7 +58,7 @@ class Preparation:
 class Objective(Protocol):
     """What a run learns from, and by what loss."""
 
-    def prepare_data(self, tokenizer: AnyTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
+    def prepare_data(self, tokenizer: ChatTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
         """The data to train and to evaluate on. resumed: the fingerprint of the data that the run was trained on so
         far; data that is found under it in the cache is taken as it is. Raises UserError."""
 

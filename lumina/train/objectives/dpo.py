@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from lumina.chat import AnyTokenizer
+from lumina.chat import ChatTokenizer
 from lumina.config import Config, UserError
 from lumina.data import PADDING, PairDataset, Samples, TorchBatch, deal, prepare_pairs
 from lumina.files import atomic_file, file_sha256, write_json
@@ -33,7 +33,7 @@ class DirectPreferenceOptimisation:
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def prepare_data(self, tokenizer: AnyTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
+    def prepare_data(self, tokenizer: ChatTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
         config = self._config
         if config.init_from is None:
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lumina.chat import AnyTokenizer
+from lumina.chat import ChatTokenizer
 from lumina.config import Config
 from lumina.data import Samples, TorchBatch, prepare_splits
 from lumina.train.objectives import Forward, Preparation
@@ -14,7 +14,7 @@ class SupervisedFineTuning:
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def prepare_data(self, tokenizer: AnyTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
+    def prepare_data(self, tokenizer: ChatTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
         return prepare_splits(self._config, tokenizer, resumed=resumed)
 
     def loss(self, forward: Forward, batch: TorchBatch, scale: float) -> torch.Tensor:

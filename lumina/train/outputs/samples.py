@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lumina.chat import AnyTokenizer, Conversation, Message, prompt_ids
+from lumina.chat import ChatTokenizer, Conversation, Message
 from lumina.model import KVCache
 from lumina.train.deepspeed.engine import Engine
 
@@ -24,7 +24,7 @@ log = logging.getLogger("lumina")
 @torch.no_grad()
 def answers(
     engine: Engine,
-    tokenizer: AnyTokenizer,
+    tokenizer: ChatTokenizer,
     prompts: Sequence[str],
     most: int,
     beat: Callable[[str], None] = lambda what: None,
@@ -32,7 +32,7 @@ def answers(
     """(prompt, answer) pairs: greedy, of at most `most` tokens; collective. A prompt that leaves no room in the model's
     context is left out. `beat` is called before each pass."""
     context_length = engine.model.config.seq_length
-    ids = {prompt: prompt_ids(tokenizer, Conversation((Message("user", prompt),))) for prompt in prompts}
+    ids = {prompt: tokenizer.prompt_ids(Conversation((Message("user", prompt),))) for prompt in prompts}
     asked = [prompt for prompt, tokens in ids.items() if len(tokens) < context_length]
     for prompt in ids.keys() - set(asked):
         log.warning("sample prompt of %d tokens fills the context of %d: left out", len(ids[prompt]), context_length)
@@ -52,7 +52,7 @@ def _uncompiled(engine: Engine) -> AbstractContextManager[Any]:
 
 
 def _greedy(
-    engine: Engine, tokenizer: AnyTokenizer, prompts: list[list[int]], most: int, beat: Callable[[str], None]
+    engine: Engine, tokenizer: ChatTokenizer, prompts: list[list[int]], most: int, beat: Callable[[str], None]
 ) -> list[list[int]]:
     """New tokens of each prompt, without the stop token."""
     model, device = engine.model, engine.device
@@ -60,7 +60,7 @@ def _greedy(
     capacity = max(len(prompt) + new for prompt, new in zip(prompts, room, strict=True))
     like = torch.empty(0, dtype=model.embedding.weight.dtype, device=device)
     cache = KVCache(model.config, len(prompts), capacity, like)
-    forbidden_V = ~torch.from_numpy(tokenizer.sayable(model.config.vocab_size)).to(device)
+    forbidden_V = ~torch.from_numpy(tokenizer.allowed_tokens(model.config.vocab_size)).to(device)
     said: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     new_ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)[None]

@@ -51,7 +51,7 @@ USER, ANSWER, SYSTEM = Message("user", "q"), Message("assistant", "a"), Message(
         (
             "messages",
             {"messages": [{"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "a"}]},
-            [Message("assistant", "a", learn=False), ANSWER],
+            [Message("assistant", "a", supervise=False), ANSWER],
         ),
         (
             "ShareGPT",

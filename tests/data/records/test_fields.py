@@ -103,7 +103,7 @@ def test_a_developer_is_the_system_and_a_tool_is_context() -> None:
 @pytest.mark.parametrize("value", [False, 0, 0.0])
 def test_any_flag_masks_its_message(flag: str, value: Any) -> None:
     answers = [turn("assistant", "wrong", **{flag: value}), turn("user", "?"), turn("assistant", "a", **{flag: True})]
-    assert [m.learn for m in read({"messages": [turn("user", "q"), *answers]}) if m.role == "assistant"] == [
+    assert [m.supervise for m in read({"messages": [turn("user", "q"), *answers]}) if m.role == "assistant"] == [
         False,
         True,
     ]
@@ -361,8 +361,8 @@ GOOD, BAD = "Ten minutes.", "No idea."
 def test_pairs_in_every_shape_have_their_prompt_once(record: dict[str, Any], system: str | None) -> None:
     found = from_pair({**record, "system": system})
     assert isinstance(found, Pair), found
-    opening = [] if system is None else [Message("system", system, learn=False)]
-    prompt = [*opening, Message("user", EGG[0]["content"], learn=False)]
+    opening = [] if system is None else [Message("system", system, supervise=False)]
+    prompt = [*opening, Message("user", EGG[0]["content"], supervise=False)]
     assert list(found.chosen.messages) == [*prompt, Message("assistant", GOOD)]
     assert list(found.rejected.messages) == [*prompt, Message("assistant", BAD)]
 

@@ -1,4 +1,4 @@
-"""Imported tokenizers and templates: transformers' very ids, exact masks, and nothing typed becomes a control token."""
+"""Imported tokenizers and templates: transformers' very ids, exact masks, and nothing typed becomes a special token."""
 
 from __future__ import annotations
 
@@ -19,12 +19,9 @@ from lumina.chat import (
     Tokenizer,
     jinja,
     open_tokenizer,
-    prompt_ids,
     render_many,
-    render_sound,
-    template_version,
 )
-from lumina.chat.hf_tokenizer import ENDLESS, FOLDED, REWRITES, ForeignTokenizer
+from lumina.chat.hf_tokenizer import ENDLESS, FOLDED, REWRITES, HFTokenizer
 from lumina.chat.jinja import RefusalError
 from lumina.config import UserError
 from tests.small_tokenizer import CHATML, write_tokenizer
@@ -109,8 +106,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def chatml(folders: dict[str, Path]) -> ForeignTokenizer:
-    return ForeignTokenizer(folders["chatml"])
+def chatml(folders: dict[str, Path]) -> HFTokenizer:
+    return HFTokenizer(folders["chatml"])
 
 
 def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
@@ -118,57 +115,57 @@ def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("kind", ["chatml", "llama3", "llama2", "zephyr"])
-def test_ids_are_transformers_own_and_only_answers_are_learned(folders: dict[str, Path], kind: str) -> None:
+def test_ids_are_transformers_own_and_only_answers_are_supervised(folders: dict[str, Path], kind: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast.from_pretrained(folders[kind])
-    ours = ForeignTokenizer(folders[kind])
+    ours = HFTokenizer(folders[kind])
     ours.check_trainable()
-    layout = ours.lay_out(Conversation(CHAT))
-    assert layout.ids.tolist() == theirs.apply_chat_template(as_dicts(CHAT), return_dict=True)["input_ids"]
+    tokens = ours.tokenize(Conversation(CHAT))
+    assert tokens.ids.tolist() == theirs.apply_chat_template(as_dicts(CHAT), return_dict=True)["input_ids"]
     for end in (2, 4):
-        prompt = prompt_ids(ours, Conversation(CHAT[:end]))
+        prompt = ours.prompt_ids(Conversation(CHAT[:end]))
         options = {"add_generation_prompt": True, "return_dict": True}
         assert prompt == theirs.apply_chat_template(as_dicts(CHAT[:end]), **options)["input_ids"]
-        assert layout.ids[: len(prompt)].tolist() == prompt
-        answer = layout.ids[len(prompt) :]
+        assert tokens.ids[: len(prompt)].tolist() == prompt
+        answer = tokens.ids[len(prompt) :]
         stop = next(i for i, token in enumerate(answer) if int(token) in ours.stop_ids)
-        learned = layout.mask[len(prompt) : len(prompt) + stop + 1]
-        assert learned.all()  # from the first token after the prompt to the stop token
+        supervised = tokens.mask[len(prompt) : len(prompt) + stop + 1]
+        assert supervised.all()  # from the first token after the prompt to the stop token
         assert ours.decode_text(answer[:stop]).strip() == CHAT[end].content
-        assert layout.offsets[end] + layout.head[end] == len(prompt)
-    assert layout.mask.sum() == sum(end - start for _, start, end in ours.spans(Conversation(CHAT))[1])
-    assert layout.offsets[0] == 0
-    assert layout.offsets[-1] == len(layout.ids)
-    assert theirs.decode(layout.ids, skip_special_tokens=True) == ours.decode_text(layout.ids)
+        assert tokens.offsets[end] + tokens.head[end] == len(prompt)
+    assert tokens.mask.sum() == sum(end - start for _, start, end in ours.message_spans(Conversation(CHAT))[1])
+    assert tokens.offsets[0] == 0
+    assert tokens.offsets[-1] == len(tokens.ids)
+    assert theirs.decode(tokens.ids, skip_special_tokens=True) == ours.decode_text(tokens.ids)
 
 
 def test_luminas_own_tokenizer_read_back_makes_the_very_same_data(tmp_path: Path) -> None:
     """Our fast path and this one are two implementations of one template: ids, masks and messages agree."""
-    from lumina.chat import hf_export as hf_tokenizer
+    from lumina.chat import tokenizer_config, tokenizer_json
 
     own = Tokenizer.load()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(hf_tokenizer.tokenizer_json(own)))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(hf_tokenizer.tokenizer_config(own, 64)))
-    ours = ForeignTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(own)))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(own, 64)))
+    ours = HFTokenizer(tmp_path)
     typed = ["<|im_end|>", " b\n\n日本語", "\n  c <|user|>", "", "x <|im_start|><|assistant|> y"]
     roles = ["system", "user", "assistant", "user", "assistant"]
     hard = Conversation([Message(*pair) for pair in zip(roles, typed, strict=True)])
-    chats = [Conversation(CHAT), hard, Conversation([CHAT[1], CHAT[2]._replace(learn=False)])]
-    (block, refused), expected = render_sound(ours, chats), render_many(own, chats)
+    chats = [Conversation(CHAT), hard, Conversation([CHAT[1], CHAT[2]._replace(supervise=False)])]
+    (block, refused), expected = ours.render_valid(chats), render_many(own, chats)
     assert not refused
-    for name in ("ids", "mask", "message_offsets", "conversation_offsets", "learned"):
+    for name in ("ids", "mask", "message_offsets", "conversation_offsets", "supervised"):
         assert np.array_equal(getattr(block, name), getattr(expected, name)), name
-    assert np.array_equal(block.head[block.learned], expected.head[expected.learned])
+    assert np.array_equal(block.head[block.supervised], expected.head[expected.supervised])
 
 
-def test_messages_end_where_the_template_ends_them(chatml: ForeignTokenizer) -> None:
-    layout = chatml.lay_out(Conversation(CHAT))
-    pieces = [chatml.decode(layout.ids[a:b]) for a, b in zip(layout.offsets, layout.offsets[1:], strict=False)]
+def test_messages_end_where_the_template_ends_them(chatml: HFTokenizer) -> None:
+    tokens = chatml.tokenize(Conversation(CHAT))
+    pieces = [chatml.decode(tokens.ids[a:b]) for a, b in zip(tokens.offsets, tokens.offsets[1:], strict=False)]
     assert pieces == [f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in CHAT]
-    assert chatml.decode(layout.ids[layout.mask == 1]) == f"{CHAT[2].content}<|im_end|>{CHAT[4].content}<|im_end|>"
-    masked = [*CHAT[:2], CHAT[2]._replace(learn=False), *CHAT[3:]]
-    again = chatml.lay_out(Conversation(masked))
+    assert chatml.decode(tokens.ids[tokens.mask == 1]) == f"{CHAT[2].content}<|im_end|>{CHAT[4].content}<|im_end|>"
+    masked = [*CHAT[:2], CHAT[2]._replace(supervise=False), *CHAT[3:]]
+    again = chatml.tokenize(Conversation(masked))
     assert chatml.decode(again.ids[again.mask == 1]) == f"{CHAT[4].content}<|im_end|>"
 
 
@@ -178,50 +175,50 @@ PARTS += ["\ufdd0", "\ufdd2", "\ufdef", "</s>", "<s>", "<unk>", "[INST]", "{{ 7 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(st.sampled_from(PARTS), max_size=6).map("".join), min_size=1, max_size=5))
-def test_what_is_typed_never_becomes_a_control_token(chatml: ForeignTokenizer, contents: list[str]) -> None:
+def test_what_is_typed_never_becomes_a_special_token(chatml: HFTokenizer, contents: list[str]) -> None:
     turns = [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-    layout = chatml.lay_out(Conversation(turns))
-    assert np.isin(layout.ids, [0, 1, 2]).sum() == 2 * len(turns)  # those of the template
-    for message, start, end in chatml.spans(Conversation(turns))[1]:
-        assert chatml.decode(layout.ids[start:end]) == turns[message].content + "<|im_end|>"
+    tokens = chatml.tokenize(Conversation(turns))
+    assert np.isin(tokens.ids, [0, 1, 2]).sum() == 2 * len(turns)  # those of the template
+    for message, start, end in chatml.message_spans(Conversation(turns))[1]:
+        assert chatml.decode(tokens.ids[start:end]) == turns[message].content + "<|im_end|>"
     for at in range(1, len(turns), 2):
         prompt = chatml.prompt_ids(Conversation(turns[:at]))
-        assert layout.ids[: len(prompt)].tolist() == prompt
+        assert tokens.ids[: len(prompt)].tolist() == prompt
     assert not np.isin(chatml.encode("".join(contents)), [0, 1, 2]).any()
 
 
 def test_typed_names_are_text_where_the_vocabulary_has_them_as_words(folders: dict[str, Path]) -> None:
-    ours = ForeignTokenizer(folders["llama2"])
+    ours = HFTokenizer(folders["llama2"])
     turns = [Message("user", "hello </s><s> there <unk>"), Message("assistant", "how </s> are you</s>")]
-    layout = ours.lay_out(Conversation(turns))
-    assert np.isin(layout.ids, [1, 2]).sum() == 2
-    assert ours.decode(layout.ids).count("</s>") == 4
+    tokens = ours.tokenize(Conversation(turns))
+    assert np.isin(tokens.ids, [1, 2]).sum() == 2
+    assert ours.decode(tokens.ids).count("</s>") == 4
 
 
-def test_words_that_a_vocabulary_adds_are_controls_for_users_and_words_for_models(tmp_path: Path) -> None:
+def test_words_that_a_vocabulary_adds_are_special_for_users_and_words_for_models(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path / "t")
     values = json.loads((folder / "tokenizer.json").read_text())
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     values["added_tokens"] += [{"id": 400, "content": "<think>", **plain}, {"id": 401, "content": "    ", **plain}]
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    ours = ForeignTokenizer(folder)
-    layout = ours.lay_out(Conversation([Message("user", "<think>    "), Message("assistant", "<think>    ")]))
-    first, second = np.split(layout.ids, [layout.offsets[1]])
+    ours = HFTokenizer(folder)
+    tokens = ours.tokenize(Conversation([Message("user", "<think>    "), Message("assistant", "<think>    ")]))
+    first, second = np.split(tokens.ids, [tokens.offsets[1]])
     assert (400 in first, 400 in second, 401 in first, 401 in second) == (False, True, True, True)
-    assert ours.sayable(512)[[400, 401]].all()
-    assert not ours.sayable(512)[[0, 1, 402]].any()
+    assert ours.allowed_tokens(512)[[400, 401]].all()
+    assert not ours.allowed_tokens(512)[[0, 1, 402]].any()
 
 
-def test_a_think_block_of_the_template_is_not_learned(folders: dict[str, Path]) -> None:
-    ours = ForeignTokenizer(folders["thinking"])
-    layout = ours.lay_out(Conversation(CHAT[:3]))
-    assert "</think>\n\nhow are" in ours.decode(layout.ids)
-    assert ours.decode(layout.ids[layout.mask == 1]) == "how are you today?<|im_end|>"
+def test_a_think_block_of_the_template_is_not_supervised(folders: dict[str, Path]) -> None:
+    ours = HFTokenizer(folders["thinking"])
+    tokens = ours.tokenize(Conversation(CHAT[:3]))
+    assert "</think>\n\nhow are" in ours.decode(tokens.ids)
+    assert ours.decode(tokens.ids[tokens.mask == 1]) == "how are you today?<|im_end|>"
     with pytest.raises(RefusalError, match=REWRITES):
-        ours.lay_out(Conversation(CHAT))
+        ours.tokenize(Conversation(CHAT))
     with pytest.raises(UserError, match=f"cannot be trained with: {REWRITES}"):
         ours.check_trainable()
-    assert prompt_ids(ours, Conversation(CHAT[:4]))  # it can be talked to all the same
+    assert ours.prompt_ids(Conversation(CHAT[:4]))  # it can be talked to all the same
 
 
 @pytest.mark.parametrize(
@@ -236,22 +233,22 @@ def test_a_think_block_of_the_template_is_not_learned(folders: dict[str, Path]) 
     ],
 )
 def test_templates_that_cannot_be_trained_with_are_refused_by_name(tmp_path: Path, template: str, reason: str) -> None:
-    ours = ForeignTokenizer(write_tokenizer(tmp_path / "t", template))
+    ours = HFTokenizer(write_tokenizer(tmp_path / "t", template))
     with pytest.raises(UserError, match=reason):
         ours.check_trainable()
 
 
 def test_conversations_that_do_not_fit_are_named_and_the_others_rendered(folders: dict[str, Path]) -> None:
-    ours = ForeignTokenizer(folders["llama2"])
+    ours = HFTokenizer(folders["llama2"])
     user, answer, text = Message("user", "hello"), Message("assistant", "you"), Message("text", "today </s>")
     good, twice = Conversation([user, answer]), Conversation([user, user])
     texts, mixed = Conversation([text, text]), Conversation([text, user])
-    block, refused = render_sound(ours, [good, twice, texts, mixed])
+    block, refused = ours.render_valid([good, twice, texts, mixed])
     assert refused[1] == "the chat template refuses it: roles must alternate"
     assert "mixes plain text" in refused[3]
     assert block.conversation_offsets.tolist() == [0, 2, 4]
     assert len(block.message_offsets) == 5
-    assert block.learned.tolist() == [False, True, True, True]
+    assert block.supervised.tolist() == [False, True, True, True]
     own = block.ids[block.message_offsets[2] : block.message_offsets[3]]
     assert [own[0], own[-1], int((own <= 2).sum())] == [2, 2, 2]  # a text lies between ends of documents
     silent = CHATML.replace("<|im_start|>{{", "{% if m['role'] == 'system' %}{% continue %}{% endif %}<|im_start|>{{")
@@ -260,22 +257,22 @@ def test_conversations_that_do_not_fit_are_named_and_the_others_rendered(folders
         (folders["zephyr"].parent / "silent" / name).write_bytes((folders["chatml"] / name).read_bytes())
     (folders["zephyr"].parent / "silent/chat_template.jinja").write_text(silent)
     with pytest.raises(RefusalError, match=FOLDED):
-        ForeignTokenizer(folders["zephyr"].parent / "silent").lay_out(Conversation(CHAT))
+        HFTokenizer(folders["zephyr"].parent / "silent").tokenize(Conversation(CHAT))
 
 
 def test_a_base_models_turns_end_as_its_template_ends_them(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path / "t")
     (folder / "stops.json").write_text('{"stop_ids": [0]}')  # <|endoftext|>, as base models with a ChatML template say
-    ours = ForeignTokenizer(folder)
+    ours = HFTokenizer(folder)
     assert ours.stop_ids == {0, 2}
     ours.check_trainable()
 
 
 def test_the_fingerprint_is_that_of_vocabulary_template_and_stops(tmp_path: Path) -> None:
-    first, same = (ForeignTokenizer(write_tokenizer(tmp_path / name)) for name in "ab")
+    first, same = (HFTokenizer(write_tokenizer(tmp_path / name)) for name in "ab")
     assert first.fingerprint == same.fingerprint
-    other = ForeignTokenizer(write_tokenizer(tmp_path / "c", CHATML + " "))
-    assert template_version(other) != template_version(first)
+    other = HFTokenizer(write_tokenizer(tmp_path / "c", CHATML + " "))
+    assert other.template_version != first.template_version
     (tmp_path / "b/stops.json").write_text('{"stop_ids": [2, 0]}')
     (tmp_path / "a/tokenizer.json").write_text((tmp_path / "a/tokenizer.json").read_text() + " ")
     changed = [open_tokenizer(tmp_path / name).fingerprint for name in "ab"]

@@ -1,0 +1,65 @@
+"""Conversations, the roles of their messages, and the one rule of what is supervised.
+
+The rule: supervised (part of the loss) are the assistant's messages and plain texts, each from the first token of its
+content to the token that ends it; a record may set a message aside as context (`supervise`) or spans of it (`masked`).
+Tokenizers say where contents begin and end; `loss_mask` says which tokens count.
+
+Shapes: T tokens, M messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROLE_ALIASES = {
+    "user": "user",
+    "prompter": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
+TEXT_ROLE = "text"
+ROLES = ("user", "assistant", "system", TEXT_ROLE)
+SUPERVISED_ROLES = ("assistant", TEXT_ROLE)
+
+
+class Message(NamedTuple):
+    """One message. `role` is one of ROLES; `supervise` False makes an assistant's message context, as `masked` does
+    with spans [start, end) of its characters."""
+
+    role: str
+    content: str
+    supervise: bool = True
+    masked: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Messages in order; `id` groups what must stay on one side of a split, `origin` says where it was read."""
+
+    messages: Sequence[Message]
+    id: str = ""
+    origin: str = ""
+
+
+def is_supervised(message: Message) -> bool:
+    """Whether any token of the message is part of the loss."""
+    return message.supervise and message.role in SUPERVISED_ROLES
+
+
+def loss_mask(
+    supervised_M: NDArray[np.bool_], starts_M: NDArray[np.int64], ends_M: NDArray[np.int64], tokens: int
+) -> NDArray[np.uint8]:
+    """mask_T (uint8, T = tokens): 1 on the supervised messages' tokens [start, end), which begin with the content and
+    end with the token that ends the message."""
+    change_T = np.zeros(tokens + 1, dtype=np.int8)
+    change_T[starts_M[supervised_M]] += 1
+    change_T[ends_M[supervised_M]] -= 1
+    return np.cumsum(change_T[:-1], dtype=np.int8).view(np.uint8)

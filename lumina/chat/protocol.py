@@ -1,0 +1,102 @@
+"""The chat tokenizer protocol: what the other rooms ask of a tokenizer with its chat template, ours or an imported one.
+
+Two laws hold for every implementation: special tokens come from the template and never from text that a user typed,
+and the model itself may say only text and its stop tokens.
+
+Shapes: T tokens, M messages, N conversations, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lumina.chat.conversation import Conversation
+
+
+class RenderedBlock(NamedTuple):
+    """N tokenized conversations one after another.
+
+    ids_T int32, mask_T uint8 (1: supervised), message_offsets int64[M+1] into T, conversation_offsets int64[N+1] into
+    M, supervised_M bool (the message has supervised tokens), head_M int64 (the template's tokens before its content).
+    """
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    message_offsets: NDArray[np.int64]
+    conversation_offsets: NDArray[np.int64]
+    supervised: NDArray[np.bool_]
+    head: NDArray[np.int64]
+
+
+class MessageSpan(NamedTuple):
+    """Tokens [start, end) of a conversation: the content of message number `message` and the token that ends it."""
+
+    message: int
+    start: int
+    end: int
+
+
+class IncrementalDecoder(Protocol):
+    """Tokens to text as they arrive; text comes out in whole characters."""
+
+    def push(self, token: int) -> str: ...
+
+    def end(self) -> str:
+        """What was still held back, U+FFFD for broken characters."""
+
+
+class ChatTokenizer(Protocol):
+    """A tokenizer and its chat template."""
+
+    folder: Path | None
+    """The imported model's tokenizer folder; None for Lumina's own."""
+    vocab_size: int
+    pad_id: int
+    begin_id: int
+    """Stands before a text of which the first token is to be predicted."""
+    stop_ids: frozenset[int]
+    template_version: str
+    fingerprint: str
+    """Of vocabulary, template and stop tokens: part of the fingerprint of prepared data."""
+
+    def encode(self, text: str) -> list[int]:
+        """Text as text: no special token comes out of it."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text, special tokens by name."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which may be part of a character; a special token's name."""
+
+    def incremental_decoder(self) -> IncrementalDecoder: ...
+
+    def is_special(self, token: int) -> bool:
+        """Whether the id is a special token, or none at all."""
+
+    def allowed_tokens(self, vocab_size: int) -> NDArray[np.bool_]:
+        """bool (V): text and the stop tokens, which alone the model may say."""
+
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """The ids to generate from: the conversation so far and the opening of the assistant's message. They are a
+        prefix of the same conversation's ids with the answer. Raises UserError: the template does not take it."""
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued, not answered. Raises UserError."""
+
+    def message_spans(self, conversation: Conversation) -> tuple[list[int], list[MessageSpan]]:
+        """A conversation's ids, and where messages are in them: all, or the assistant's where the template tells no
+        more. Raises UserError."""
+
+    def render_valid(self, conversations: Sequence[Conversation]) -> tuple[RenderedBlock, dict[int, str]]:
+        """The conversations that the template takes, tokenized, and why it does not take the others, by number."""
+
+    def check_trainable(self) -> None:
+        """Raise UserError, by name, when no conversation of several turns could be trained on."""
+
+    def warm_up(self) -> None:
+        """Read the vocabulary now rather than with the first text."""

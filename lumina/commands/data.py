@@ -104,7 +104,7 @@ def _figures(dataset: PackedDataset) -> dict[str, Any]:
 
 
 def _prepare_options(parser: Parser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="conversations, in any format that train reads")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="conversations in any data format: {FORMATS}")
     parser.add_argument("--dry-run", action="store_true", help="counts, time and disk from a sample; writes nothing")
     config_options(parser)
     data_options(parser.add_argument_group("data"))
@@ -156,7 +156,7 @@ def validate_files(
 
 
 def _validate_data_options(parser: Parser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="conversations, in any format that train reads")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="conversations in any data format: {FORMATS}")
     parser.add_argument("--create-report", action="store_true", help="also write FILE.report.html")
     parser.add_argument("--fix", metavar="OUT", help="write the sound records to OUT, the others beside it")
     json_option(parser)
@@ -204,7 +204,7 @@ def inspect_sample(
 
 
 def _inspect_data_options(parser: Parser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="conversations, in any format that train reads")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="conversations in any data format: {FORMATS}")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="which packed sample, from 0 (0)")
     parser.add_argument("--table", action="store_true", help="also a line for each token: position, id, weight, target")
     config_options(parser)

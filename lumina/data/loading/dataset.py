@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Batch:
-    """Samples one after another without padding; attention and positions stay inside a document.
+    """A padding-free micro-batch: samples one after another; attention and positions stay inside a document.
 
     ids_T, targets_T int64: a token and the next one of the same document; weights_T float32: 1 where the target is
     supervised (0 at every document's last token, whose target is its own id); positions_T int64 from 0 in each
@@ -67,7 +67,7 @@ class Samples(Protocol):
 
 
 class Chunk(NamedTuple):
-    """ids_T int32 and mask_T uint8 of one document as stored; context: its first token is a repeated one."""
+    """One document as stored: ids_T int32, mask_T uint8; context: its first token is a repeated one."""
 
     ids: NDArray[np.int32]
     mask: NDArray[np.uint8]
@@ -87,7 +87,7 @@ class _Block(NamedTuple):
 
 
 class PackedDataset:
-    """A finished cache folder. Opening reads meta.json and maps the plan; tokens are mapped when first used."""
+    """Packed conversations of a finished cache. Opening reads meta.json and maps the plan; tokens are mapped later."""
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
         self.folder = folder
@@ -187,7 +187,7 @@ class PackedDataset:
 
 
 def join(ids: list[NDArray[np.int32]], masks: list[NDArray[np.uint8]]) -> Batch:
-    """Documents -> one padding-free batch. A target's weight is the mask of the next token of the same document."""
+    """Collates documents into one padding-free batch. A target's weight is the mask of the document's next token."""
     lengths_D = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     bounds = np.concatenate([[0], np.cumsum(lengths_D)])
     ids_T = np.concatenate(ids).astype(np.int64)

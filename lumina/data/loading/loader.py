@@ -1,4 +1,4 @@
-"""Batches of one rank, step by step, made ahead of the training loop by one thread.
+"""Data loader of one rank: batches step by step, prefetched by one thread.
 
 The memory held is `prefetch` steps' batches, whatever the size of the data. The state is the step number alone.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepData:
-    """One global step as one rank sees it.
+    """The data of one global step on one rank.
 
     step, epoch and batch_in_epoch count from 0; micro_batches are this rank's; tokens and samples int64[n] are those of
     the whole global batch, and so is supervised_tokens, the step's true weight sum (law 2): of preference pairs, their
@@ -53,7 +53,7 @@ class _Failure:
 
 
 class Loader:
-    """Iterates over StepData for steps [start_step, stop_step). Each iteration starts anew, with its own thread."""
+    """Prefetching iterator over steps [start_step, stop_step). Each iteration starts anew, with its own thread."""
 
     def __init__(
         self,

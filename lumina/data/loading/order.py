@@ -1,4 +1,4 @@
-"""Which samples make up global step k: law 1.
+"""Global sample order (law 1): the samples of step k, whatever the number of ranks.
 
 An epoch's order is a keyed permutation computed one index at a time (a balanced Feistel network, walked until it lands
 inside the range: Black & Rogaway, "Ciphers with Arbitrary Finite Domains", 2002), so there is no shuffled list to

@@ -32,7 +32,7 @@ from lumina.data.loading.dataset import Batch, join
 from lumina.data.loading.order import PADDING
 from lumina.data.preference.pair import Pair, from_pair
 from lumina.data.preparing.building import PrepareSettings
-from lumina.data.preparing.preparation import make_root, only_one
+from lumina.data.preparing.preparation import cache_lock, make_root
 from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import check_inputs
@@ -115,7 +115,7 @@ def prepare_pairs(
         found = _open(final, fingerprint)
         if found is not None:
             return found
-    with only_one(root / f"{final.name}.lock", final, wait_seconds):
+    with cache_lock(root / f"{final.name}.lock", final, wait_seconds):
         found = _open(final, fingerprint)
         if found is None:
             try:

@@ -1,4 +1,4 @@
-"""Sources with weights: how often an epoch takes each conversation.
+"""Data mixing: how often an epoch takes each conversation of sources with weights.
 
 A source of weight 2 is taken twice an epoch, of weight 0.3 three tenths of its records, of weight 1.3 once and three
 tenths of it again: of n records, round(f n) for the fraction f, chosen by the keyed permutation of the global

@@ -1,4 +1,4 @@
-"""Runs prepare's tasks: in this process, or in worker processes fed one task at a time."""
+"""Worker pool of prepare: runs tasks in this process, or in worker processes fed one task at a time."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _feed(
     waiting: queue.SimpleQueue[tuple[int, Task]],
     finished: queue.SimpleQueue[tuple[int, Task, Report]],
 ) -> None:
-    """One worker's life: a task in, a report out, until nothing waits. A dead worker reports an error for its task."""
+    """Feeds one worker, a task in, a report out, until nothing waits. A dead worker reports an error for its task."""
     assert process.stdin is not None
     assert process.stdout is not None
     while True:

@@ -91,7 +91,7 @@ def prepare(
     found = open_cached(final, fingerprint)
     if found is not None:
         return found
-    with only_one(root / f"{final.name}.lock", final, wait_seconds):
+    with cache_lock(root / f"{final.name}.lock", final, wait_seconds):
         found = open_cached(final, fingerprint)  # another process may have made it while we waited
         if found is None:
             count = workers or config.num_workers or min(usable_cores(), 16)
@@ -111,7 +111,7 @@ def prepare(
 
 
 def make_root(config: PrepareSettings, files: Sequence[Path]) -> Path:
-    """The cache's folder, made if need be."""
+    """Creates the cache's folder. Returns its path."""
     root = cache_root(config.cache_dir, files[0])
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def open_cached(folder: Path, fingerprint: str) -> PackedDataset | None:
 
 @dataclass(frozen=True)
 class Selection:
-    """A split of some files' conversations: the decisions on all `files`, in `folder`, and the split to take."""
+    """One split of some files' conversations: the decisions on all `files`, in `folder`, and the split to take."""
 
     files: tuple[Path, ...]
     folder: Path
@@ -198,8 +198,10 @@ def plan_tasks(
     config: PrepareSettings,
     formats: Mapping[str, str] | None = None,
 ) -> list[Task]:
-    """What there is to do, from the files' sizes and layouts alone. Statistics need no folder. UserError where another
-    package's data format does not load: found here, not in a worker."""
+    """The tasks of these files, from their sizes and layouts alone: byte ranges where a file can be split.
+
+    Statistics need no folder. UserError where another package's data format does not load: found here, not in a worker.
+    """
     tests_by_precedence()
     sizes = [path.stat().st_size for path in files]
     step = min(max(-(-sum(sizes) // 16), MIN_TASK_BYTES), MAX_TASK_BYTES)
@@ -217,8 +219,8 @@ def plan_tasks(
 
 
 @contextmanager
-def only_one(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
-    """Holds the lock file, so that one process at a time makes a cache; the kernel frees it when its holder dies.
+def cache_lock(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
+    """File lock: one process at a time makes a cache; the kernel frees it when its holder dies.
 
     Raises:
         UserError: the folder cannot be written, or another process holds the lock for longer than `wait_seconds`.

@@ -1,4 +1,4 @@
-"""The training and the evaluation set of a configuration: given files, or held out; with or without duplicates."""
+"""Training and evaluation splits of a configuration: given files, or held out; with or without duplicates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lumina.data.preparing.deduplication import (
     near_available,
 )
 from lumina.data.preparing.pool import run_tasks, usable_cores
-from lumina.data.preparing.preparation import Selection, decisions_name, make_root, only_one, plan_tasks, prepare
+from lumina.data.preparing.preparation import Selection, cache_lock, decisions_name, make_root, plan_tasks, prepare
 from lumina.data.reading.paths import check_inputs, expand
 from lumina.files import atomic_folder
 
@@ -149,7 +149,7 @@ def _decisions_on(
         for version in (DECISIONS_VERSION, EARLIER_DECISIONS)
     )
     final = root / f"curation-{fingerprint[:32]}"
-    with only_one(root / f"{final.name}.lock", final, 3600.0):
+    with cache_lock(root / f"{final.name}.lock", final, 3600.0):
         if not final.exists():
             with atomic_folder(final) as scratch:
                 _write_decisions(files, len(train_files), formats, config, tokenizer, scratch, progress)

@@ -58,7 +58,7 @@ HARMLESS = frozenset(
 _PLAIN = {name.replace("_", ""): name for name in sorted(HARMLESS | CONTENT)}
 RENDERINGS = ("text", "prompt")  # may hold a conversation's messages with a template's words around them
 
-MOST_SHAPES = 1000  # sets of keys remembered at a time: records may have any
+MOST_KEY_SETS = 1000  # sets of keys remembered at a time: records may have any
 MOST_NAMES = 200  # unknown names counted by themselves
 OTHERS = "(others)"
 
@@ -79,7 +79,7 @@ class Vocabulary:
 
 
 @dataclass
-class _Shape:
+class _KeySet:
     """One set of keys: which of them are content without a place or unknown, and how often it was met."""
 
     sorts: dict[str, str]
@@ -91,9 +91,11 @@ class _Shape:
 
 @dataclass
 class FieldTally:
-    """What one reader met: by sort, name -> count. `dropped`: messages left out of records that are used, by reason;
-    `left_out` those of the record being read, whose number is `line`. `format_given`: the user says what the records
-    are."""
+    """Counts of the fields that one reader met, by sort and name.
+
+    `dropped`: messages left out of records that are used, by reason; `left_out` those of the record being read, whose
+    number is `line`. `format_given`: the user says what the records are.
+    """
 
     line: int = 0
     format_given: bool = False
@@ -104,37 +106,37 @@ class FieldTally:
     plain_messages: int = 0
     plain_turns: int = 0
     _counts: dict[str, Counter[str]] = field(default_factory=dict)
-    _shapes: dict[tuple[Any, ...], _Shape] = field(default_factory=dict)
+    _key_sets: dict[tuple[Any, ...], _KeySet] = field(default_factory=dict)
 
     def count(self, vocabulary: Vocabulary, held: Mapping[str, Any], messages: Sequence[Message] = ()) -> Fault | None:
         """Count the keys of a record or message, or say why it cannot be used. `messages` are what it became: a field
         that only repeats them loses nothing."""
-        shape = self._shapes.get((id(vocabulary), *held))
-        if shape is None:
-            shape = self._shape(vocabulary, held)
-        if shape.plain:  # by far the most frequent
-            shape.count += 1
+        keys = self._key_sets.get((id(vocabulary), *held))
+        if keys is None:
+            keys = self._key_set_of(vocabulary, held)
+        if keys.plain:  # by far the most frequent
+            keys.count += 1
             return None
-        for name in shape.content:
+        for name in keys.content:
             value = held[name]
             if is_empty(value) if name not in FLAGS or value is None else value in (1, True):
                 continue
             if self.format_given and name in OF_FORMATS:
                 self._add("set aside", name)
-                self._add("empty or repeated", name, -1)  # as which the shape counts it
+                self._add("empty or repeated", name, -1)  # as which the set of keys counts it
                 continue
             if not repeats(value, messages, rendering=name in RENDERINGS):
                 self._add("refused", name)
                 what = f"`{name}` has no place in {vocabulary.name}"
                 what += "; a source's `format` sets it aside" if name in OF_FORMATS else ""
                 return Fault(f"{NOT_USED}: {name}", what, len(messages))
-        for name in shape.unknown:
+        for name in keys.unknown:
             if len(self.examples) < MOST_NAMES and name not in self.examples:
                 self.examples[name] = self.line, repr(str(held[name])[:60])
         if str(held.get("label")).strip().lower() == "false":
             self._add("refused", "label")
             return Fault(NOT_TO_BE_TAUGHT, "`label` is false", len(messages))
-        shape.count += 1
+        keys.count += 1
         return None
 
     def end_record(self, used: bool) -> None:
@@ -144,27 +146,27 @@ class FieldTally:
                 self.dropped.update(self.left_out)
             self.left_out.clear()
 
-    def _shape(self, vocabulary: Vocabulary, held: Mapping[str, Any]) -> _Shape:
+    def _key_set_of(self, vocabulary: Vocabulary, held: Mapping[str, Any]) -> _KeySet:
         """A set of keys that was not met before, or not lately."""
-        if len(self._shapes) >= MOST_SHAPES:
+        if len(self._key_sets) >= MOST_KEY_SETS:
             self._fold()
         sorts = {str(name): vocabulary.sort(str(name)) for name in held}
         content = tuple(name for name, sort in sorts.items() if sort == "content")
         unknown = tuple(name for name, sort in sorts.items() if sort == "unknown")
-        shape = _Shape(sorts, content, unknown, plain=not content and not unknown and "label" not in sorts)
-        self._shapes[(id(vocabulary), *held)] = shape
-        return shape
+        keys = _KeySet(sorts, content, unknown, plain=not content and not unknown and "label" not in sorts)
+        self._key_sets[(id(vocabulary), *held)] = keys
+        return keys
 
     def _add(self, sort: str, name: str, count: int = 1) -> None:
         names = self._counts.setdefault(sort, Counter())
         names[name if name in names or len(names) < MOST_NAMES else OTHERS] += count
 
     def _fold(self) -> None:
-        for shape in self._shapes.values():
-            for name, sort in shape.sorts.items():
-                if shape.count:
-                    self._add("empty or repeated" if sort == "content" else sort, name, shape.count)
-        self._shapes.clear()
+        for keys in self._key_sets.values():
+            for name, sort in keys.sorts.items():
+                if keys.count:
+                    self._add("empty or repeated" if sort == "content" else sort, name, keys.count)
+        self._key_sets.clear()
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Counts by sort and name: used, harmless, empty or repeated, unknown, refused."""

@@ -2,7 +2,7 @@
 
     python benchmarks/measure.py FILE [--presets nano debug] [--processes 1 2] [--steps 200] [--rounds 1]
 
-FILE holds conversations. A step is one micro-batch of --tokens tokens in windows of the preset's own length. For each
+FILE holds conversations. A step is one micro-batch of --tokens tokens in samples of the preset's own length. For each
 preset and number of processes the prediction is made first, from a few steps; then the run is made by the training
 command itself, in a temporary folder, and timed from its first step's record to its last. A shared machine changes its
 speed between the two and within the run: `tenths` are the fastest and the slowest tenth of the run's steps against its

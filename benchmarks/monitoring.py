@@ -2,9 +2,9 @@
 
     python benchmarks/monitoring.py [--steps 6] [--tokens 512]
 
-Everything that the monitor does in a step is timed by itself, with full windows: the guard's two judgements, every step
-rule, the record in metrics.jsonl, the requests folder, and a hundredth of the layers' statistics (they are made every
-100 steps). That is put over the time of a real training step in the same process, measured in turn with it: a
+Everything that the monitor does in a step is timed by itself, with full baselines: the spike detector, every step rule,
+the record in metrics.jsonl, the requests folder, and a hundredth of the layers' statistics (they are made every 100
+steps). That is put over the time of a real training step in the same process, measured in turn with it: a
 difference of two step times would drown in their noise. The last line is the overhead; the bar is 1%.
 """
 
@@ -43,13 +43,13 @@ def main() -> None:
             loss, norm = draw.gauss(2, 0.1), draw.gauss(1, 0.1)
             if guard.judge_loss(loss) is None and guard.judge_norm(norm) is None and norm < guard.norm_limit():
                 guard.accept(loss, norm)
-            word = health.step(StepObservation(step, loss, norm, True, draw.gauss(1000, 9), 0.0, 1.0, 2**30))
+            status = health.step(StepObservation(step, loss, norm, True, draw.gauss(1000, 9), 0.0, 1.0, 2**30))
             list((Path(folder) / "requests").glob("save-*.json"))
             metrics.step(
-                StepRecord(step, 1, 1, 1, loss, 1e-4, norm, 512, 512, 1e3, 2**30, 2**34, "Mem", word, time.time())
+                StepRecord(step, 1, 1, 1, loss, 1e-4, norm, 512, 512, 1e3, 2**30, 2**34, "Mem", status, time.time())
             )
 
-        for step in range(1, 5000):  # past every window, the plateau rule's too
+        for step in range(1, 5000):  # past every baseline's length, the plateau rule's too
             monitor(step)
         steps, layers, monitors = [], [], []
         stats = LayerStats(trainer)

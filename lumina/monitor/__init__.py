@@ -4,13 +4,14 @@ from lumina.monitor.events import Event, EventLog, Level, read_events
 from lumina.monitor.metrics import MetricsFile, read_metrics
 from lumina.monitor.recorder import Recorder
 from lumina.monitor.run_json import read_run
-from lumina.monitor.step_record import StepRecord, perplexity
+from lumina.monitor.step_record import HealthStatus, StepRecord, perplexity
 from lumina.monitor.terminal import Console, line
 
 __all__ = [
     "Console",
     "Event",
     "EventLog",
+    "HealthStatus",
     "Level",
     "MetricsFile",
     "Recorder",

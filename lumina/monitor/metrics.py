@@ -67,7 +67,7 @@ class MetricsFile:
             self._file = self._open(step)
 
     def step(self, record: StepRecord) -> None:
-        values = dict(vars(record))
+        values = {**vars(record), "health": str(record.health)}
         self.write("step", values.pop("step"), values)
 
     def evaluation(self, step: int, loss: float, ppl: float, seconds: float) -> None:

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class HealthStatus:
+    """What the health rules say of a run at a step; `reason` is the gravest and latest one, empty when it is well."""
+
+    level: Literal["ok", "warn", "crit"] = "ok"
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """`OK`, `WARN(reason)` or `CRIT(reason)`, as the console line and metrics.jsonl have it."""
+        return "OK" if self.level == "ok" else f"{self.level.upper()}({self.reason})"
 
 
 @dataclass
@@ -27,7 +40,7 @@ class StepRecord:
     memory: int
     memory_total: int
     memory_kind: str
-    health: str
+    health: HealthStatus
     time: float
     applied: bool = True
     samples: str = ""

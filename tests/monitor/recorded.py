@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.config import load
-from lumina.monitor import StepRecord
+from lumina.monitor import HealthStatus, StepRecord
 
 GIB = 2**30
 HOSTILE = "</script><script>alert('x')</script><b>&amp;"
@@ -114,7 +114,7 @@ def step_record(**changes: Any) -> StepRecord:
         "memory": int(8.2 * GIB),
         "memory_total": 16 * GIB,
         "memory_kind": "GPU",
-        "health": "OK",
+        "health": HealthStatus(),
         "time": 1.7e9,
     }
     return StepRecord(**(values | changes))

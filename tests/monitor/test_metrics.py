@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.config import UserError
-from lumina.monitor import MetricsFile, StepRecord, read_metrics
+from lumina.monitor import HealthStatus, MetricsFile, StepRecord, read_metrics
 from lumina.monitor.reports.loss_curve import plot_loss
 
 
@@ -29,7 +29,7 @@ def record(step: int, loss: float = 2.5, **changes: Any) -> StepRecord:
         "memory": 1,
         "memory_total": 2,
         "memory_kind": "Mem",
-        "health": "OK",
+        "health": HealthStatus(),
         "time": 1.7e9,
     }
     return StepRecord(step=step, loss=loss, **(values | changes))

@@ -71,7 +71,7 @@ class Console:
             self._live.step(record)
             return
         now = time.monotonic()
-        notable = record.step in (1, self._total) or record.health != "OK"
+        notable = record.step in (1, self._total) or record.health.level != "ok"
         if notable or now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             self.say(line(record))

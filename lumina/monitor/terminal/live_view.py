@@ -25,6 +25,8 @@ from lumina.monitor.terminal.braille import plot
 _GIB = 2**30
 _POINTS = 600  # of a curve; more than a wide terminal has dots
 _RECENT = 100  # steps that the time to go is reckoned from
+_HEALTH = {"ok": "green", "warn": "yellow", "crit": "bold red"}
+_BORDERS = {"ok": "green", "warn": "yellow", "crit": "red"}
 _LEVELS = {"info": "dim", "warn": "yellow", "crit": "bold red"}
 
 
@@ -116,8 +118,7 @@ class LiveView:
         if curves:
             rows += [Text.assemble(("⠤ training loss  ", "blue"), ("⠤ evaluation loss", "dark_orange")), *curves]
         rows += self._events
-        border = "red" if record.health.startswith("CRIT") else "yellow" if record.health != "OK" else "green"
-        return Panel(Group(*rows), title=self._title, title_align="left", border_style=border)
+        return Panel(Group(*rows), title=self._title, title_align="left", border_style=_BORDERS[record.health.level])
 
     def _progress(self, record: StepRecord) -> Table:
         epochs = max(1, math.ceil(self._total / record.batches))
@@ -144,12 +145,12 @@ class LiveView:
         supervised = record.supervised_tokens_per_s
         mfu = "" if record.mfu is None else f", MFU {record.mfu:.1%}"
         learned = "" if supervised is None else f" ({supervised:,.0f} supervised)"
-        health = "green" if record.health == "OK" else "bold red" if record.health.startswith("CRIT") else "yellow"
+        health = Text(str(record.health), _HEALTH[record.health.level])
         grid.add_row("Loss", f"{record.loss:.4f}", "PPL", f"{record.ppl:.2f}", "Eval", f"{evaluated}{best}")
         grid.add_row("LR", f"{record.lr:.2e}", "GradNorm", f"{record.grad_norm:.3f}", "Tokens/s",
                      f"{record.tokens_per_s:,.0f}{learned}{mfu}")  # fmt: skip
         memory = f"{record.memory / _GIB:.1f}/{record.memory_total / _GIB:.1f} GB"
-        grid.add_row(record.memory_kind, memory, "Step", self._split(record), "Health", Text(record.health, health))
+        grid.add_row(record.memory_kind, memory, "Step", self._split(record), "Health", health)
         return grid
 
     @staticmethod

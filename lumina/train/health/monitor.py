@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumina.config import HEALTH_RULES, Config, UserError
-from lumina.monitor import EventLog, Level
+from lumina.monitor import EventLog, HealthStatus, Level
 from lumina.train.health.observations import (
     EvaluationObservation,
     LayerObservation,
@@ -24,8 +24,6 @@ from lumina.train.health.rule import Rule
 from lumina.train.health.statistics import RollingWindow
 
 log = logging.getLogger("lumina")
-
-_WORD = {"warn": "WARN", "crit": "CRIT"}
 
 
 @dataclass
@@ -54,10 +52,10 @@ class Health:
         self._step = 0
         self._since_evaluation = RollingWindow(10_000)
 
-    # --- What is shown to the rules ---
+    # --- What the rules observe ---
 
-    def step(self, seen: StepObservation) -> str:
-        """Judge a step; returns the console's word."""
+    def step(self, seen: StepObservation) -> HealthStatus:
+        """Check a step; returns the run's health after it."""
         self._step = seen.step
         self._since_evaluation.add(seen.loss)
         self._ask(seen)
@@ -65,7 +63,7 @@ class Health:
             silent = not episode.firing and (not episode.hold or seen.step - episode.last >= self._interval)
             if silent:
                 self._end(name)
-        return self.word()
+        return self.status()
 
     def evaluation(self, step: int, loss: float) -> None:
         train = self._since_evaluation.median()
@@ -117,12 +115,12 @@ class Health:
         lasted = episode.last - episode.began + 1
         self._events.add(self._step, "health", "info", name, "over", steps=lasted, began=episode.began)
 
-    def word(self) -> str:
-        """OK, WARN(reason) or CRIT(reason)."""
+    def status(self) -> HealthStatus:
+        """The gravest episode that lasts, of several the latest."""
         if not self._open:
-            return "OK"
+            return HealthStatus()
         worst = max(self._open.values(), key=lambda e: (e.level == "crit", e.last, e.began))
-        return f"{_WORD[worst.level]}({worst.reason})"
+        return HealthStatus("crit" if worst.level == "crit" else "warn", worst.reason)
 
 
 def _make(name: str, config: Config) -> Rule[Any]:

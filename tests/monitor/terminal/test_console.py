@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lumina.monitor import Console, line
+from lumina.monitor import Console, HealthStatus, line
 from lumina.monitor.terminal import console as room
 from tests.monitor.recorded import step_record
 
@@ -32,7 +32,7 @@ def test_large_and_small_figures_keep_the_form() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_shown() -> None:
-    found = line(step_record(loss=math.nan, grad_norm=math.inf, health="CRIT(loss is not finite)"))
+    found = line(step_record(loss=math.nan, grad_norm=math.inf, health=HealthStatus("crit", "loss is not finite")))
     assert "| Loss: nan | PPL: inf |" in found
     assert "| GradNorm: inf |" in found
     assert found.endswith("| Health: CRIT(loss is not finite)")
@@ -49,7 +49,7 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setattr(room.time, "monotonic", lambda: next(clock))
     with Console(True, total_steps=6, start_step=0) as console:
         for step in range(1, 7):
-            console.step(step_record(step=step, health="WARN(x)" if step == 3 else "OK"))
+            console.step(step_record(step=step, health=HealthStatus("warn", "x") if step == 3 else HealthStatus()))
         console.say("[bold]as it is[/bold] " + "x" * 300)
     printed = capsys.readouterr().out.splitlines()
     # 1: first; 3: unhealthy; 5: 0.9 s after 3 is too soon; 6: last. Step 4 comes 0.5 s after 3.

@@ -30,7 +30,7 @@ THING = LossAbove
 
 
 def word(config: Config, loss: float) -> str:
-    return Health(config, EventLog(None)).step(StepObservation(1, loss, 1.0, True, seconds=1.0))
+    return str(Health(config, EventLog(None)).step(StepObservation(1, loss, 1.0, True, seconds=1.0)))
 
 
 def test_it_is_checked_with_its_settings(install: Callable[..., None]) -> None:

@@ -18,7 +18,7 @@ def make(tmp_path: Path, window: int = 100, **changes: object) -> Health:
 
 
 def see(health: Health, step: int, loss: float = 2.0, applied: bool = True) -> str:
-    return health.step(StepObservation(step, loss, 1.0 if applied else math.nan, applied, seconds=1.0))
+    return str(health.step(StepObservation(step, loss, 1.0 if applied else math.nan, applied, seconds=1.0)))
 
 
 def test_ok(tmp_path: Path) -> None:

@@ -204,12 +204,12 @@ def test_silent_over_a_clean_recorded_run() -> None:
             guard.accept(loss, norm)
             speed = {key: record[key] for key in ("tokens_per_s", "wait", "seconds", "memory")}
             seen = StepObservation(record["step"], loss, norm, True, **speed)
-            assert health.step(seen) == "OK", record
+            assert health.step(seen).level == "ok", record
         elif record["kind"] == "layers":
             health.layers(LayerObservation(record["step"], {k: LayerFigures(*v) for k, v in record["layers"].items()}))
         elif record["kind"] == "eval":
             health.evaluation(record["step"], record["loss"])
-    assert health.word() == "OK"
+    assert health.status().level == "ok"
     kinds = {record["kind"] for record in found}
     assert {"step", "layers", "eval"} <= kinds
 

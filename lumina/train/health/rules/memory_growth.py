@@ -22,11 +22,11 @@ class MemoryGrowth(Rule[StepObservation]):
     def check(self, seen: StepObservation) -> str | None:
         self._seen += 1
         self._recent.add(seen.memory)
-        if self._seen % self.config.health_warmup:  # once per window of its own
+        if self._seen % self.config.health_warmup:  # once per baseline
             return None
         now = self._recent.median()
         if self._base is None:
-            if self._seen >= 2 * self.config.health_warmup:  # the first window still grows: buffers are being made
+            if self._seen >= 2 * self.config.health_warmup:  # memory still grows over the first: buffers are being made
                 self._base = now
             return None
         if now <= max(self._base * (1 + self.config.memory_growth), self._base + self._SLACK):

@@ -206,6 +206,8 @@ def test_exponents_are_numbers(tmp_path: Path, text: str, value: float) -> None:
         ("epochs: 1\n\nhiden_size: 4\n", "line 3: unknown key `hiden_size`. Did you mean `hidden_size`?"),
         ("lr: 1e-3\n", "Did you mean `learning_rate`?"),
         ("epochs: 1\nepochs: 2\n", "line 2: `epochs` was already given on line 1"),
+        ("data:\n- path: a\n  path: b\n", "line 3: not valid YAML: `path` is given twice"),
+        ("rope_scaling: {type: linear, [1]: 2}\n", "line 1: not valid YAML: found unhashable key"),
         ("epochs: [1\n", "not valid YAML"),
         ("- epochs\n", "not a mapping"),
         ("epochs: 1\nbatch_size: none\n", "line 2: `batch_size` (given 'none')"),
@@ -246,3 +248,8 @@ def test_checkpointing_forms() -> None:
         text: load("nano", sets=[f"gradient_checkpointing={text}"]).checkpoint_every for text in ("false", "true", "4")
     }
     assert every == {"false": 0, "true": 1, "4": 4}
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
+    text = "data:\n- &first {path: a, weight: 0.5}\n- {<<: *first, path: b}\n"
+    assert [(source.path, source.weight) for source in load(write(tmp_path, text)).data] == [("a", 0.5), ("b", 0.5)]

@@ -91,8 +91,8 @@ def write_json(
     durable: bool = True,
 ) -> None:
     """Write a JSON file atomically. Keys sorted by default: equal values give equal bytes."""
-    text = json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii)
-    write_text(path, text + "\n", durable)
+    # No newline at the end: then no byte can be missing without the JSON being torn.
+    write_text(path, json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii), durable)
 
 
 def file_sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lumina.checkpoint.backup import backup_folder, copy_checkpoint
 from lumina.checkpoint.format import (
     BEST,
     FORMAT,
@@ -28,8 +29,8 @@ from lumina.checkpoint.integrity import (
     manifest_entry,
 )
 from lumina.checkpoint.lock import RunLock, last_global_batch
-from lumina.checkpoint.maintenance import REQUESTS
 from lumina.checkpoint.model_shape import check_same_model, model_shape
+from lumina.checkpoint.requests import SaveReply, reply_to_save, request_save, take_save_requests
 from lumina.checkpoint.retention import Retention, best_step, clear_leftovers, discard, prune, record_best
 
 if TYPE_CHECKING:
@@ -38,16 +39,15 @@ if TYPE_CHECKING:
         adapter_settings,
         base_checkpoint,
         base_reference,
+        iter_weights,
         open_weights,
-        read_weights,
         saved_adapter_settings,
-        trained_parameters,
         valid_base,
     )
     from lumina.checkpoint.read import CheckpointReader, WeightReader
     from lumina.checkpoint.saver import SaveJob, SaveKind, SaveOutcome, Saver, SaveTarget
-    from lumina.checkpoint.slabs import SLAB, Slabs, StagingBuffer, slab_sizes
     from lumina.checkpoint.snapshot import Snapshot
+    from lumina.checkpoint.staging import SLAB, Slabs, StagingBuffer, slab_sizes
     from lumina.checkpoint.write import SaveError, commit, partial_name, write_checkpoint, write_rank_file
 
 _WITH_TORCH = {
@@ -56,15 +56,14 @@ _WITH_TORCH = {
         "adapter_settings",
         "base_checkpoint",
         "open_weights",
-        "read_weights",
+        "iter_weights",
         "base_reference",
         "saved_adapter_settings",
         "valid_base",
-        "trained_parameters",
     ),
     "read": ("CheckpointReader", "WeightReader"),
     "saver": ("SaveJob", "SaveOutcome", "SaveKind", "Saver", "SaveTarget"),
-    "slabs": ("SLAB", "StagingBuffer", "Slabs", "slab_sizes"),
+    "staging": ("SLAB", "StagingBuffer", "Slabs", "slab_sizes"),
     "snapshot": ("Snapshot",),
     "write": ("SaveError", "commit", "partial_name", "write_checkpoint", "write_rank_file"),
 }
@@ -75,7 +74,6 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "MASTER",
-    "REQUESTS",
     "SLAB",
     "TRAINER",
     "CheckpointReader",
@@ -86,6 +84,7 @@ __all__ = [
     "SaveJob",
     "SaveKind",
     "SaveOutcome",
+    "SaveReply",
     "SaveTarget",
     "Saver",
     "Slabs",
@@ -94,6 +93,7 @@ __all__ = [
     "TrainerState",
     "WeightReader",
     "adapter_settings",
+    "backup_folder",
     "base_checkpoint",
     "base_reference",
     "best_step",
@@ -101,8 +101,10 @@ __all__ = [
     "check_same_model",
     "clear_leftovers",
     "commit",
+    "copy_checkpoint",
     "discard",
     "integrity_error",
+    "iter_weights",
     "last_global_batch",
     "latest_valid",
     "list_checkpoints",
@@ -113,12 +115,13 @@ __all__ = [
     "partial_name",
     "prune",
     "read_trainer_state",
-    "read_weights",
     "record_best",
+    "reply_to_save",
+    "request_save",
     "saved_adapter_settings",
     "slab_sizes",
     "step_of",
-    "trained_parameters",
+    "take_save_requests",
     "valid_base",
     "write_checkpoint",
     "write_rank_file",

@@ -1,4 +1,4 @@
-"""The form of a checkpoint: names of folders and files, the manifest, and the record of trainer.json. Loads no torch.
+"""Checkpoint format: names of folders and files, and the record of trainer.json. Loads no torch.
 
 A checkpoint is a folder `step-00000120` of one safetensors file per rank, `trainer.json` and `manifest.json`. It is
 written under a name of its own that begins with a dot (lumina.checkpoint.write), flushed, hashed into the manifest, and
@@ -21,7 +21,8 @@ NAME = re.compile(r"^step-(\d{8,})$")
 
 @dataclass
 class TrainerState:
-    """Where a run stands. `step` counts optimizer steps done, which is also the data position (law 1)."""
+    """What trainer.json records beside the weights. `step` counts optimizer steps done, which is also the position in
+    the data (law 1). Its keys are the format's: those of 0.1.0 are read, and unknown ones are left alone."""
 
     step: int = 0
     best_loss: float | None = None
@@ -33,12 +34,13 @@ class TrainerState:
     precision: str = ""
     zero_stage: int = 0
     world: int = 1
-    guard: dict[str, Any] = field(default_factory=dict)  # baselines of x
+    guard: dict[str, Any] = field(default_factory=dict)  # statistics of the spike detector
     lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha and targets of the adapters that are all it holds
     base: dict[str, str] = field(default_factory=dict)  # the checkpoint under them (lumina.checkpoint.base_reference)
 
 
 def name_of(step: int) -> str:
+    """The name of a step's checkpoint folder."""
     return f"step-{step:08d}"
 
 

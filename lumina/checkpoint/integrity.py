@@ -21,11 +21,12 @@ log = logging.getLogger("lumina")
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: its name, size in bytes and SHA-256."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def integrity_error(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None when every size and hash is right."""
+    """The first fault of a checkpoint's files against the manifest; None when every size and hash is right."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files = [(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]]
@@ -53,7 +54,7 @@ def integrity_error(checkpoint: Path) -> str | None:
 
 
 def latest_valid(candidates: list[Path]) -> Path | None:
-    """The first candidate without damage; the damaged ones before it are reported."""
+    """The first candidate without an integrity error; the damaged ones before it are reported in the log."""
     for checkpoint in candidates:
         wrong = integrity_error(checkpoint)
         if wrong is None:

@@ -8,6 +8,7 @@ over, or an error.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from lumina.checkpoint.format import MANIFEST, MASTER, TrainerState, read_trainer_state
 from lumina.checkpoint.integrity import integrity_error
 from lumina.checkpoint.read import CheckpointReader, WeightReader
-from lumina.config import Config, LoraConfig, ModelConfig, UserError
+from lumina.config import LoraConfig, ModelConfig, UserError
 from lumina.files import file_sha256
 from lumina.model import lora
 
@@ -31,8 +32,8 @@ def adapter_settings(config: LoraConfig) -> dict[str, Any]:
 
 
 def base_reference(base: Path, folder: Path) -> dict[str, str]:
-    """How trainer.json of a run in `folder` names the checkpoint under its adapters: from the run's folder, so that
-    both may be moved together; from the root, so that the run alone may; and by its manifest's hash."""
+    """Relative path, absolute path and manifest hash of the base checkpoint, as trainer.json of a run in `folder` keeps
+    them: the run and its base may be moved together, or the run alone, and another checkpoint is not taken for it."""
     base = base.resolve()
     return {
         "checkpoint": str(base),
@@ -42,7 +43,7 @@ def base_reference(base: Path, folder: Path) -> dict[str, str]:
 
 
 def base_checkpoint(checkpoint: Path, progress: TrainerState) -> Path | None:
-    """The checkpoint under a checkpoint of adapters, None for one that holds whole weights.
+    """The base checkpoint of a checkpoint of adapters, None for one that holds whole weights.
 
     Raises:
         UserError: it is not there, or is not the one that the adapters were trained over.
@@ -51,19 +52,19 @@ def base_checkpoint(checkpoint: Path, progress: TrainerState) -> Path | None:
         return None
     named = progress.base
     run = checkpoint.resolve().parent.parent
-    places = [run / named.get("from_run", ""), Path(named.get("checkpoint", ""))]
-    found = [place for place in places if (place / MANIFEST).is_file()]
-    for place in found:
-        if file_sha256(place / MANIFEST) == named.get("manifest_sha256"):
-            return place
+    paths = [run / named.get("from_run", ""), Path(named.get("checkpoint", ""))]
+    found = [path for path in paths if (path / MANIFEST).is_file()]
+    for path in found:
+        if file_sha256(path / MANIFEST) == named.get("manifest_sha256"):
+            return path
     raise UserError(
-        f"{checkpoint} holds adapters over {places[1]}, which {'has other contents now' if found else 'is not there'}",
-        f"Bring that checkpoint back, there or to {os.path.normpath(places[0])}.",
+        f"{checkpoint} holds adapters over {paths[1]}, which {'has other contents now' if found else 'is not there'}",
+        f"Bring that checkpoint back, there or to {os.path.normpath(paths[0])}.",
     )
 
 
 def valid_base(checkpoint: Path, progress: TrainerState) -> Path | None:
-    """The same, every hash of it checked."""
+    """The base checkpoint with every hash checked, None as `base_checkpoint`. Raises UserError."""
     base = base_checkpoint(checkpoint, progress)
     wrong = integrity_error(base) if base is not None else None
     if wrong is not None:
@@ -87,7 +88,7 @@ def saved_adapter_settings(checkpoint: Path, progress: TrainerState) -> tuple[Lo
 
 
 class MergedWeights:
-    """A base's weights with adapters added; reads like a checkpoint of whole weights."""
+    """Weights of a base checkpoint with adapters merged in; reads like a checkpoint of whole weights."""
 
     def __init__(self, base: WeightReader, own: CheckpointReader, settings: LoraConfig, shape: ModelConfig) -> None:
         self._base, self._own = base, own
@@ -138,24 +139,20 @@ def open_weights(checkpoint: Path) -> WeightReader:
     )
 
 
-def read_weights(checkpoint: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """The float32 weights by name, whole, for generation and export: no engine, no process group, no pickle."""
+def iter_weights(checkpoint: Path, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The float32 weights by name, whole, adapters merged, in the order of `shapes` and one at a time: memory for the
+    largest is enough. Raises UserError when the checkpoint has other parameters."""
     reader = open_weights(checkpoint)
-    missing = set(shapes) - reader.names()
-    if missing:
-        raise UserError(f"{checkpoint} has no weights for {sorted(missing)[0]}", "It was written by another model.")
-    weights = {}
+    strange = sorted(set(shapes) ^ reader.names())
+    if strange:
+        which = "does not know" if strange[0] in reader.names() else "also needs"
+        raise UserError(f"{checkpoint} was written by another model: this one {which} {strange[0]}")
     for name, shape in shapes.items():
         if reader.numel(name) != shape.numel():
-            raise UserError(f"{checkpoint}: {name} has {reader.numel(name)} elements, the model has {shape.numel()}")
-        weights[name] = torch.empty(shape.numel(), dtype=torch.float32)
-        reader.read(MASTER, name, 0, weights[name])
-        weights[name] = weights[name].view(shape)
-    return weights
-
-
-def trained_parameters(config: Config) -> int:
-    """How many weights move, and are saved."""
-    if not config.lora_rank:
-        return config.num_parameters()
-    return sum(rows * columns for rows, columns in lora.shapes(config, config).values())
+            raise UserError(
+                f"{checkpoint}: {name} has {reader.numel(name)} elements, the model has {shape.numel()}",
+                "The run's config.yaml does not belong to this checkpoint.",
+            )
+        flat = torch.empty(shape.numel(), dtype=torch.float32)
+        reader.read(MASTER, name, 0, flat)
+        yield name, flat.view(shape)

@@ -36,32 +36,43 @@ def prune(folder: Path, keep: Retention | int) -> list[Path]:
     removed = [path for path in found if step_of(path) not in kept]
     for path in removed:
         discard(path)
-    for leftover in folder.glob(".*.doomed"):
+    for leftover in _discarded(folder):
         shutil.rmtree(leftover, ignore_errors=True)
     return removed
 
 
 def discard(checkpoint: Path) -> None:
-    """Take a checkpoint's name away, then its files: a kill while deleting leaves no half checkpoint behind."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.doomed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Delete a checkpoint. Rename before deleting, so that a crash leaves no partial checkpoint."""
+    shutil.rmtree(set_aside(checkpoint), ignore_errors=True)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Take a checkpoint's name away; returns the hidden folder that it is now, which the next `prune` deletes."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.discarded")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(checkpoint, hidden)
+    return hidden
+
+
+def _discarded(folder: Path) -> list[Path]:
+    return [*folder.glob(".*.discarded"), *folder.glob(".*.doomed")]  # doomed: as 0.1.0 named them
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what earlier starts of the run left unfinished. Only for the start that owns the run now."""
-    for leftover in [*folder.glob(".*.doomed"), *folder.glob(".*.partial")]:
+    """Remove what earlier starts of the run left unfinished. Only for the process that holds the run lock."""
+    for leftover in [*_discarded(folder), *folder.glob(".*.partial")]:
         shutil.rmtree(leftover, ignore_errors=True)
     for scratch in folder.glob(".*.partial"):
         scratch.unlink(missing_ok=True)
 
 
 def record_best(folder: Path, step: int, loss: float) -> None:
+    """Note in best.json that the checkpoint of `step` has the lowest evaluation loss so far."""
     write_json(folder / BEST, {"step": step, "loss": loss})
 
 
 def best_step(folder: Path) -> int | None:
+    """The step that best.json names, None where there is none or it cannot be read."""
     try:
         return int(json.loads((folder / BEST).read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):

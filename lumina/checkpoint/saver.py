@@ -60,17 +60,18 @@ class SaveOutcome:
 
 
 class Saver:
-    """One per rank. `start` is the same on all ranks of one start of the run and no other's. Every rank begins the same
-    jobs in the same order; only rank 0 learns whether all of them succeeded."""
+    """Writes one rank's snapshots on a thread. `start` is the same on all ranks of one start of the run and no other's.
+    Every rank begins the same jobs in the same order; only rank 0 learns whether all of them succeeded."""
 
-    def __init__(self, rank: int, world: int, start: str, timeout: float) -> None:
+    def __init__(
+        self, rank: int, world: int, start: str, timeout: float, may_write: Callable[[], bool] = lambda: True
+    ) -> None:
         self._rank, self._world, self._start, self._timeout = rank, world, start, timeout
         self._attempt = 0
         self._thread: threading.Thread | None = None
         self._done: queue.SimpleQueue[SaveOutcome] = queue.SimpleQueue()
-        # THE fence: asked by rank 0 right before a checkpoint gets its name and before older ones are removed. False
-        # means that a later start of the run owns the folder. lumina.train.run sets it to the run lock's `held`.
-        self.owns: Callable[[], bool] = lambda: True
+        # Called before publishing or pruning; false if a newer launch owns the run (the run lock's `held`).
+        self._may_write = may_write
 
     @property
     def busy(self) -> bool:
@@ -126,8 +127,8 @@ class Saver:
             raise
         if self._rank != 0:
             return partial.with_name(name_of(job.snapshot.step))
-        path = commit(partial, job.snapshot, self._world, deadline, target.verify, self.owns)
-        if self.owns():
+        path = commit(partial, job.snapshot, self._world, deadline, target.verify, self._may_write)
+        if self._may_write():
             if job.best_loss is not None:
                 record_best(target.folder, job.snapshot.step, job.best_loss)
             self._clear(target.folder, attempt)

@@ -11,7 +11,7 @@ import torch
 @dataclass
 class Snapshot:
     """A copy in host memory of what this rank owns at one step, and what trainer.json will say. Each tensor is a list
-    of flat parts. It is there, and trainer.json complete, after `wait`."""
+    of flat chunks. It is there, and trainer.json complete, after `wait`."""
 
     step: int
     tensors: dict[str, list[torch.Tensor]]
@@ -23,7 +23,7 @@ class Snapshot:
 
     @property
     def bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for parts in self.tensors.values() for part in parts)
+        return sum(chunk.numel() * chunk.element_size() for chunks in self.tensors.values() for chunk in chunks)
 
     def wait(self) -> None:
         """Wait on the host until the copies are there."""
@@ -36,5 +36,5 @@ class Snapshot:
     def finite(self) -> bool:
         """Whether every number of it is."""
         self.wait()
-        parts = (part for parts in self.tensors.values() for part in parts if part.is_floating_point())
-        return all(bool(torch.isfinite(part).all()) for part in parts)
+        floats = (chunk for chunks in self.tensors.values() for chunk in chunks if chunk.is_floating_point())
+        return all(bool(torch.isfinite(chunk).all()) for chunk in floats)

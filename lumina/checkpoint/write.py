@@ -1,5 +1,5 @@
-"""Writing one checkpoint from every rank's snapshot, without a collective, so that it may happen on a thread beside the
-training (law 5).
+"""Writes a checkpoint: a safetensors file from each rank, and a commit by rank 0 (law 5). Without a collective, so that
+it may happen on a thread beside the training.
 
 Each rank writes its tensors into a folder that only this save of this start of the run uses, flushes them to disk and
 leaves an entry with their hash there. Rank 0 waits for every entry, writes the manifest of them all, flushes that, and
@@ -24,13 +24,14 @@ import torch
 
 from lumina.checkpoint.format import FORMAT, MANIFEST, TRAINER, name_of
 from lumina.checkpoint.integrity import manifest_entry
+from lumina.checkpoint.retention import set_aside
 from lumina.checkpoint.snapshot import Snapshot
 from lumina.files import file_sha256, fsync, write_json
 
-_CHUNK = 16 * 2**20
+_BLOCK = 16 * 2**20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
 # What will be as it is however often it is tried: a read-only file system, no permission, a file where a folder goes.
-_HOPELESS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_PERMANENT = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 class SaveError(Exception):
@@ -50,7 +51,7 @@ def partial_name(step: int, start: str, attempt: int) -> str:
 
 
 def write_rank_file(partial: Path, snapshot: Snapshot, rank: int, world: int) -> None:
-    """Write this rank's file and its entry. Raises SaveError."""
+    """Write this rank's safetensors file, and its manifest entry for rank 0 to collect. Raises SaveError."""
     try:
         snapshot.wait()
         partial.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def _as_save_error(error: Exception) -> SaveError:
     if isinstance(error, OSError):
         return SaveError(
             f"{error.strerror or error}: {error.filename}" if error.filename else str(error),
-            retry=error.errno not in _HOPELESS,
+            retry=error.errno not in _PERMANENT,
         )
     return SaveError(f"{type(error).__name__}: {error}", retry=True)
 
@@ -92,8 +93,8 @@ def _write_tensors(path: Path, snapshot: Snapshot) -> str:
     """
     header: dict[str, Any] = {"__metadata__": {"ranges": json.dumps(snapshot.ranges)}}
     place = 0
-    for name, parts in snapshot.tensors.items():
-        numel, dtype = sum(part.numel() for part in parts), parts[0].dtype
+    for name, chunks in snapshot.tensors.items():
+        numel, dtype = sum(chunk.numel() for chunk in chunks), chunks[0].dtype
         offsets = [place, place + numel * dtype.itemsize]
         header[name] = {"dtype": _DTYPES[dtype], "shape": [numel], "data_offsets": offsets}
         place = offsets[1]
@@ -104,12 +105,12 @@ def _write_tensors(path: Path, snapshot: Snapshot) -> str:
         for early in (len(text).to_bytes(8, "little"), text):
             _write_all(file, memoryview(early))
             hashed.update(early)
-        for part in (part for parts in snapshot.tensors.values() for part in parts):
-            values = memoryview(part.view(torch.uint8).numpy().data)
-            for start in range(0, len(values), _CHUNK):
-                chunk = values[start : start + _CHUNK]
-                _write_all(file, chunk)
-                hashed.update(chunk)
+        for held in (chunk for chunks in snapshot.tensors.values() for chunk in chunks):
+            values = memoryview(held.view(torch.uint8).numpy().data)
+            for start in range(0, len(values), _BLOCK):
+                block = values[start : start + _BLOCK]
+                _write_all(file, block)
+                hashed.update(block)
     return hashed.hexdigest()
 
 
@@ -137,9 +138,9 @@ def write_checkpoint(folder: Path, snapshots: Iterable[Snapshot], ranks: int) ->
 def commit(
     partial: Path, snapshot: Snapshot, world: int, deadline: float, verify: bool, may_commit: Callable[[], bool]
 ) -> Path:
-    """Wait for every rank's entry until `deadline` (time.monotonic()), write the manifest and name the checkpoint;
-    returns its path. `verify`: read every file back from the disk first. `may_commit`: asked right before; False means
-    that another start owns the run now. Raises SaveError, and then the partial folder is gone."""
+    """Wait for every rank's entry until `deadline` (time.monotonic()), write the manifest and give the checkpoint its
+    name; returns its path. `verify`: read every file back from the disk first. `may_commit`: asked right before; False
+    means that another start holds the run lock now. Raises SaveError, and then the partial folder is gone."""
     final = partial.parent / name_of(snapshot.step)
     try:
         entries = [_wait_for(partial, rank, deadline) for rank in range(world)]
@@ -154,9 +155,7 @@ def commit(
         if not may_commit():
             raise SaveError("another start of this run owns its folder now", retry=False)
         if final.exists():  # left by an earlier life of the run: damaged, or passed over when resuming from before it
-            doomed = final.with_name(f".{final.name}.doomed")
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(final, doomed)
+            set_aside(final)
         os.replace(partial, final)
         fsync(partial.parent)
     except Exception as error:
@@ -175,9 +174,9 @@ def _wait_for(partial: Path, rank: int, deadline: float) -> dict[str, Any]:
         except FileNotFoundError:
             pass
         if _failed_path(partial, rank).exists():
-            raise SaveError(f"rank {rank} could not write its part", retry=True)
+            raise SaveError(f"rank {rank} could not write its file", retry=True)
         if time.monotonic() > deadline:
-            raise SaveError(f"rank {rank} has not written its part in time", retry=True)
+            raise SaveError(f"rank {rank} has not written its file in time", retry=True)
         time.sleep(pause)
         pause = min(pause * 1.5, 0.5)
 

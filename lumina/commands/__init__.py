@@ -5,11 +5,12 @@ Rooms are imported inside the functions, so that `lumina --help` and every comma
 answer without loading torch.
 """
 
-from lumina.commands import cluster, data, infer, monitor, plan, train
+from lumina.commands import checkpoints, cluster, data, infer, monitor, plan, train
 from lumina.commands.common import Arguments, Command, Parser
 
 COMMANDS: dict[str, Command] = {
     **train.COMMANDS,
+    **checkpoints.COMMANDS,
     **data.COMMANDS,
     **infer.COMMANDS,
     **monitor.COMMANDS,

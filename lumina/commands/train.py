@@ -81,45 +81,6 @@ def train_options(parser: Parser) -> None:
     optim.add_argument("--seed", type=int, help="of the weights and the order of samples (1234)")
 
 
-def checkpoints(arguments: Arguments) -> int:
-    """List, verify, prune or restore a run's checkpoints and backups, or ask a running job for one."""
-    from lumina.checkpoint import maintenance as commands
-
-    run = arguments.run
-    if arguments.action == "list":
-        return commands.print_checkpoints(run)
-    if arguments.action == "verify":
-        return commands.verify(run)
-    if arguments.action == "prune":
-        return commands.prune(run, arguments.keep_last, arguments.keep_every, arguments.backups, arguments.dry_run)
-    if arguments.action == "restore":
-        return commands.restore(run, arguments.step, arguments.source)
-    return commands.save(run, arguments.timeout)
-
-
-def checkpoints_options(parser: Parser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
-    texts = {
-        "list": "show every checkpoint and backup",
-        "verify": "read every file against its hash; exit code 1 when one is damaged",
-        "prune": "remove old ones; the best one stays",
-        "restore": "copy a backup back among the checkpoints",
-        "save": "ask the job that trains the run for a checkpoint now, and wait for it",
-    }
-    each = {}
-    for name, text in texts.items():
-        each[name] = actions.add_parser(name, help=text, description=text)
-        each[name].add_argument("run", metavar="RUN", help="the run's folder, or its name under experiments/")
-    each["prune"].add_argument("--keep-last", type=int, required=True, metavar="N", help="newest ones to keep")
-    each["prune"].add_argument("--keep-every", type=int, metavar="K", help="also keep steps that are multiples of K")
-    each["prune"].add_argument("--backups", action="store_true", help="the backups instead of the checkpoints")
-    each["prune"].add_argument("--dry-run", action="store_true", help="only say what would go")
-    each["restore"].add_argument("--step", type=int, metavar="N", help="that backup, not the newest whole one")
-    each["restore"].add_argument("--from", dest="source", metavar="DIR", help="folder of backups (from config.yaml)")
-    each["save"].add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds to wait (600)")
-
-
 COMMANDS: dict[str, Command] = {
     "train": Command(train, train_options),
-    "checkpoints": Command(checkpoints, checkpoints_options),
 }

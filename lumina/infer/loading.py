@@ -17,16 +17,15 @@ from safetensors import SafetensorError
 
 from lumina.chat import ChatTokenizer, open_tokenizer
 from lumina.checkpoint import (
-    MASTER,
     TRAINER,
     TrainerState,
     base_checkpoint,
     best_step,
     candidates,
+    iter_weights,
     latest_valid,
     list_checkpoints,
     name_of,
-    open_weights,
     read_trainer_state,
 )
 from lumina.config import ModelConfig, UserError, parse_settings
@@ -135,20 +134,7 @@ def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.
         shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
     try:
         progress_of(checkpoint)
-        reader = open_weights(checkpoint)
-        strange = sorted(set(shapes) ^ reader.names())
-        if strange:
-            which = "does not know" if strange[0] in reader.names() else "also needs"
-            raise UserError(f"{checkpoint} was written by another model: this one {which} {strange[0]}")
-        for name, shape in shapes.items():
-            if reader.numel(name) != shape.numel():
-                raise UserError(
-                    f"{checkpoint}: {name} has {reader.numel(name)} elements, the model has {shape.numel()}",
-                    "The run's config.yaml does not belong to this checkpoint.",
-                )
-            flat = torch.empty(shape.numel(), dtype=torch.float32)
-            reader.read(MASTER, name, 0, flat)
-            yield name, flat.view(shape)
+        yield from iter_weights(checkpoint, shapes)
     except (SafetensorError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{checkpoint} cannot be read: {error}") from None
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumina.config import LoraConfig, ModelConfig
+from lumina.config import Config, LoraConfig, ModelConfig
 from lumina.model.fused import RowSlice, projections
 from lumina.model.transformer import Transformer
 
@@ -115,3 +115,10 @@ def peft_names(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, str
     for ours in shapes(config, lora):
         _, layer, owner, _, _, projection, kind = ours.split(".")
         yield ours, f"base_model.model.model.layers.{layer}.{homes[owner]}.{projection}.lora_{kind.upper()}.weight"
+
+
+def trained_parameters(config: Config) -> int:
+    """How many weights are trained, and saved: the adapters' where there are any, else all."""
+    if not config.lora_rank:
+        return config.num_parameters()
+    return sum(rows * columns for rows, columns in shapes(config, config).values())

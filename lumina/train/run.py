@@ -131,7 +131,7 @@ class Run:
         self.answers = Answers(self, memory)
         self.deferred = Deferred(self)
         self.layers: LayerStats | None = None
-        self.machine = MachineWatch(self._disks(), 12 * checkpoint.trained_parameters(config)) if ranks.main else None
+        self.machine = MachineWatch(self._disks(), 12 * lora.trained_parameters(config)) if ranks.main else None
         self.sound = True  # False while an update is being made
 
     # --- Building ---
@@ -275,7 +275,7 @@ class Run:
         for logger in (log, record_log):
             logger.addHandler(self._handler)
         config, data = self.config, self.train_data
-        millions, trained = config.num_parameters() / 1e6, checkpoint.trained_parameters(config)
+        millions, trained = config.num_parameters() / 1e6, lora.trained_parameters(config)
         over = f", {trained:,} of adapters trained over {self.base}" if self.base is not None else ""
         at = f", resumed at step {self.start_step}" if self.start_step else ""
         self._say(

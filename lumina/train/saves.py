@@ -12,14 +12,13 @@ import secrets
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from lumina import checkpoint
-from lumina.checkpoint import REQUESTS, Retention, SaveJob, SaveKind, SaveOutcome, Saver, SaveTarget, StagingBuffer
-from lumina.files import write_json
+from lumina.checkpoint import Retention, SaveJob, SaveKind, SaveOutcome, Saver, SaveReply, SaveTarget, StagingBuffer
 from lumina.train.recovery.recovery import agreed
 from lumina.train.snapshot import take_snapshot
 
@@ -42,7 +41,8 @@ class Saves:
         config, self._run = run.config, run
         start = [secrets.token_hex(4)]
         dist.broadcast_object_list(start)
-        self._saver = Saver(run.ranks.rank, run.ranks.world, start[0], 60 * config.save_timeout_minutes)
+        may_write = run.lock.held if run.ranks.main else lambda: True
+        self._saver = Saver(run.ranks.rank, run.ranks.world, start[0], 60 * config.save_timeout_minutes, may_write)
         self._checkpoints = SaveTarget("checkpoint", run.folder / "checkpoints", Retention(config.keep_last))
         self._backups: SaveTarget | None = None
         if config.backup_dir is not None:
@@ -59,7 +59,6 @@ class Saves:
         self._requests: list[str] = []
         self.stall = 0.0  # seconds that this step's saving took from the training
         if run.ranks.main:
-            self._saver.owns = run.lock.held
             for target in filter(None, (self._checkpoints, self._backups)):
                 with suppress(OSError):
                     checkpoint.clear_leftovers(target.folder)
@@ -135,7 +134,8 @@ class Saves:
         for request in self._requests:
             path = self._checkpoints.folder / checkpoint.name_of(self._run.progress.step)
             error = "" if named else "the run ended and could not save"
-            _answer(self._run.folder, request, {"step": self._run.progress.step, "path": str(path), "error": error})
+            reply = SaveReply(step=self._run.progress.step, path=str(path), error=error)
+            checkpoint.reply_to_save(self._run.folder, request, reply)
         return bool(named)
 
     def _named(self) -> bool:
@@ -219,8 +219,8 @@ class Saves:
             self._failed(rule, f"{outcome.kind} of step {step}: {outcome.error}", then)
         if outcome.kind == "checkpoint":
             for request in outcome.job.requests:
-                answer = {"step": step, "path": str(outcome.path or ""), "error": outcome.error}
-                _answer(self._run.folder, request, answer)
+                reply = SaveReply(step=step, path=str(outcome.path or ""), error=outcome.error)
+                checkpoint.reply_to_save(self._run.folder, request, reply)
 
     def _failed(self, rule: str, reason: str, action: str = "") -> None:
         self._run.events.add(self._run.progress.step, "save", "warn", rule, reason, action)
@@ -234,10 +234,7 @@ class Saves:
         if now - self._looked < 1.0:
             return
         self._looked = now
-        with suppress(OSError):
-            for path in sorted((self._run.folder / REQUESTS).glob("save-*.json")):
-                self._requests.append(path.stem)
-                path.unlink()
+        self._requests += checkpoint.take_save_requests(self._run.folder)
 
     # --- Going back ---
 
@@ -308,11 +305,6 @@ class Saves:
     def stop_waiting(self, seconds: float) -> bool:
         """At the very end, or after an exception: give the writer `seconds` more. Not collective."""
         return self._saver.wait(seconds)
-
-
-def _answer(folder: Path, request: str, answer: dict[str, Any]) -> None:
-    with suppress(OSError):
-        write_json(folder / REQUESTS / f"{request}.answer.json", answer)
 
 
 class _Retry:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -13,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import tests.runs as real
 from lumina import checkpoint
-from lumina.checkpoint import Retention, SaveError, SaveJob, Saver, SaveTarget, StagingBuffer, TrainerState, write
+from lumina.checkpoint import write
 from lumina.monitor import read_metrics
 from lumina.monitor.events import read_events
 from lumina.train import loop, saves
-from lumina.train.snapshot import take_snapshot
 from tests.runs import Job, Runs, arguments
-from tests.train.tiny_engines import make_engine, save, train_step
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -36,103 +32,6 @@ def rules(run: Path) -> list[str]:
 
 def names(run: Path) -> list[int]:
     return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
-
-
-# --- The saver alone ------------------------------------------------------------------------------
-
-
-def make_saver(start: str = "a", rank: int = 0, world: int = 1, timeout: float = 20) -> Saver:
-    return Saver(rank, world, start, timeout)
-
-
-def begin(saver: Saver, folder: Path, step: int = 1) -> None:
-    made = make_engine(0)
-    train_step(made, 0)
-    saver.begin(SaveJob(take_snapshot(made, TrainerState(step=step)), [SaveTarget("checkpoint", folder, Retention(3))]))
-
-
-def outcome(saver: Saver) -> tuple[bool, str, bool]:
-    assert saver.wait()
-    (found,) = saver.outcomes()
-    return found.path is not None, found.error, found.retry
-
-
-def test_a_rank_that_never_writes_its_part_fails_the_save_in_time(tmp_path: Path) -> None:
-    saver = make_saver(world=2, timeout=0.5)
-    begin(saver, tmp_path)
-    assert outcome(saver) == (False, "rank 1 has not written its part in time", True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_rank_that_failed_fails_the_save_at_once(tmp_path: Path) -> None:
-    saver, began = make_saver(world=2, timeout=300), time.monotonic()
-    partial_folder = tmp_path / write.partial_name(1, "a", 1)
-    partial_folder.mkdir()
-    (partial_folder / "failed-00001").touch()
-    begin(saver, tmp_path)
-    assert outcome(saver) == (False, "rank 1 could not write its part", True)
-    assert time.monotonic() - began < 200
-
-
-def test_two_ranks_write_one_checkpoint(tmp_path: Path) -> None:
-    one, other = make_saver(world=2), make_saver(rank=1, world=2)
-    begin(other, tmp_path)
-    begin(one, tmp_path)
-    assert outcome(one)[0]
-    assert outcome(other)[0]
-    (saved,) = checkpoint.list_checkpoints(tmp_path)
-    assert checkpoint.integrity_error(saved) is None
-    assert len(list(saved.iterdir())) == 4
-
-
-@pytest.mark.parametrize(
-    ("number", "retry"), [(errno.ENOSPC, True), (errno.EIO, True), (errno.EROFS, False), (errno.EACCES, False)]
-)
-def test_what_is_tried_again(number: int, retry: bool) -> None:
-    assert write._as_save_error(OSError(number, os.strerror(number), "file")).retry is retry
-
-
-def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(SaveError) as failure:
-        save(tmp_path / "file", make_engine(0), TrainerState(step=1))
-    assert not failure.value.retry
-
-
-def test_a_start_that_lost_the_run_names_and_removes_nothing(tmp_path: Path) -> None:
-    """It wakes up with its files written, while another start's save is under way."""
-    stale = make_saver("stale")
-    stale.owns = lambda: False
-    for step in range(1, 6):
-        (tmp_path / checkpoint.name_of(step)).mkdir()
-    theirs = tmp_path / write.partial_name(9, "new", 1)
-    theirs.mkdir()
-    before = sorted(tmp_path.iterdir())
-    begin(stale, tmp_path, step=9)
-    assert outcome(stale) == (False, "another start of this run owns its folder now", False)
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_the_snapshot_is_of_the_step_it_was_taken_at(tmp_path: Path) -> None:
-    """Training goes on while it is written."""
-    made = make_engine(2)
-    train_step(made, 0)
-    memory = StagingBuffer(made.device)
-    snapshot = take_snapshot(made, TrainerState(step=1), memory)
-    copies = {name: torch.cat(parts) for name, parts in snapshot.tensors.items()}
-    train_step(made, 1)
-    assert all(torch.equal(copies[name], torch.cat(parts)) for name, parts in snapshot.tensors.items())
-    places = {name: [part.data_ptr() for part in parts] for name, parts in snapshot.tensors.items()}
-    again, held = take_snapshot(made, TrainerState(step=2), memory), memory.bytes
-    for name in snapshot.ranges:
-        key = f"master/{name}"
-        assert [part.data_ptr() for part in again.tensors[key]] == places[key], "the memory is used again"
-    assert memory.bytes == held
-    again.wait()
-    assert again.trainer["optimizer_step"] == 2
-
-
-# --- In real runs ---------------------------------------------------------------------------------
 
 
 def _slow(rank: int, *, metrics: Path) -> None:
@@ -179,7 +78,7 @@ def test_a_writer_that_dies(runs: Runs, conversations: Path, place: Path) -> Non
     assert job.wait() == [0, 0], job.stderr()
     assert 3 not in names(run)
     assert names(run)[0] == 9
-    assert "WARN(save-failed: checkpoint of step 3: rank 1 could not write its part)" in job.stdout()
+    assert "WARN(save-failed: checkpoint of step 3: rank 1 could not write its file)" in job.stdout()
     assert rules(run).count("save-failed") == 3  # the failure; the episode's beginning and end
     assert not list((run / "checkpoints").glob(".*"))
 
@@ -282,7 +181,7 @@ def test_a_full_disk(runs: Runs, conversations: Path, place: Path, tmpfs: Path) 
     job = runs.start(arguments(run, conversations, stage=2, **settings), 2)
     until(lambda: "save-failed" in rules(run), job)
     (failure, *_) = [e for e in read_events(run / "events.jsonl") if e["rule"] == "save-failed"]
-    assert "could not write its part" in failure["reason"] or "No space left" in failure["reason"]
+    assert "could not write its file" in failure["reason"] or "No space left" in failure["reason"]
     kept = names(run)
     assert kept
     assert checkpoint.integrity_error(real.newest(run)) is None

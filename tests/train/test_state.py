@@ -125,12 +125,12 @@ def test_from_stage_to_stage(precision: str, tmp_path: Path) -> None:
 
 
 def test_weights_for_generation(tmp_path: Path) -> None:
-    """read_weights gives the shaped float32 weights of any stage's checkpoint."""
+    """iter_weights gives the shaped float32 weights of any stage's checkpoint."""
     sizes = {name: p.shape for name, p in make_engine(0).model.named_parameters()}
     for stage in (0, 3):
         source, made = saved(tmp_path / str(stage), stage, "bf16")
         state = state_of(made)
-        for name, weight in checkpoint.read_weights(source, sizes).items():
+        for name, weight in checkpoint.iter_weights(source, sizes):
             assert weight.dtype is torch.float32
             assert weight.shape == sizes[name]
             assert torch.equal(weight.flatten(), state[f"{MASTER}/{name}"])

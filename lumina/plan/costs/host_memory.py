@@ -1,4 +1,4 @@
-"""Host memory of one rank of a run on GPUs, in bytes: at the start, and for snapshots (lumina.checkpoint.slabs).
+"""Host memory of one rank of a run on GPUs, in bytes: at the start, and for snapshots (lumina.checkpoint.staging).
 
 A model is built in float32 on the host and cast to the engine's type there. Under ZeRO-3 that happens to one matrix at
 a time (lumina.train.deepspeed.partitioned_init), after which DeepSpeed brings the rank's share to the host once, to lay

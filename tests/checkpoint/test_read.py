@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lumina.checkpoint import CheckpointReader, read_weights
+from lumina.checkpoint import CheckpointReader, iter_weights
 from lumina.config import UserError
 
 NAMES = {"a.weight": 24, "b": 7}
@@ -72,14 +72,17 @@ def test_a_gap_is_noticed(tmp_path: Path) -> None:
 
 def test_whole_weights(tmp_path: Path) -> None:
     write(tmp_path, {"a.weight": [0, 5, 5, 24], "b": [0, 0, 7, 7]})
-    found = read_weights(tmp_path, {"a.weight": torch.Size([4, 6]), "b": torch.Size([7])})
+    found = dict(iter_weights(tmp_path, {"a.weight": torch.Size([4, 6]), "b": torch.Size([7])}))
     assert torch.equal(found["a.weight"], values("master", "a.weight").view(4, 6))
     assert torch.equal(found["b"], values("master", "b"))
 
 
 def test_another_models_weights_are_refused(tmp_path: Path) -> None:
     write(tmp_path, {"a.weight": [0, 24], "b": [0, 7]})
-    with pytest.raises(UserError, match="no weights for c"):
-        read_weights(tmp_path, {"c": torch.Size([1]), "b": torch.Size([7])})
+    shapes = {"a.weight": torch.Size([24]), "b": torch.Size([7])}
+    with pytest.raises(UserError, match="this one also needs c"):
+        dict(iter_weights(tmp_path, {**shapes, "c": torch.Size([1])}))
+    with pytest.raises(UserError, match="this one does not know b"):
+        dict(iter_weights(tmp_path, {"a.weight": torch.Size([24])}))
     with pytest.raises(UserError, match="b has 7 elements, the model has 8"):
-        read_weights(tmp_path, {"b": torch.Size([2, 4])})
+        dict(iter_weights(tmp_path, {**shapes, "b": torch.Size([2, 4])}))

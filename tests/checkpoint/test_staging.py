@@ -27,7 +27,7 @@ from lumina.checkpoint import (
     StagingBuffer,
     TrainerState,
     slab_sizes,
-    slabs,
+    staging,
 )
 from lumina.config import load
 from lumina.plan.costs.memory import parameter_groups
@@ -76,14 +76,14 @@ def test_large_is_held_with_less_than_a_twentieth_wasted(world: int) -> None:
 @pytest.mark.parametrize("largest", [256, 1024, 2**20])
 def test_every_value_has_its_own_place(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of odd sizes and several types, over the ends of slabs; growing keeps what there is."""
-    monkeypatch.setattr(slabs, "SLAB", largest)
+    monkeypatch.setattr(staging, "SLAB", largest)
     room, draw = Slabs(pinned=False), random.Random(largest)
     held = 0
     for count in (5, 3, 40, 40):
         kinds = [torch.float32, torch.bfloat16, torch.uint8]
         values = {str(n): torch.randn(draw.randint(1, 700)).to(draw.choice(kinds)) for n in range(count)}
         copies = room.lay_out(values)
-        slabs._fill(copies, values)
+        staging._fill(copies, values)
         for name, value in values.items():
             assert torch.equal(torch.cat(copies[name]), value)
             assert all(part.data_ptr() % 64 == 0 or part.dtype is torch.uint8 for part in copies[name])
@@ -158,7 +158,7 @@ def play(device: Device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         device.current = before
 
     pinned: list[int] = []
-    fill, empty = slabs._fill, torch.empty
+    fill, empty = staging._fill, torch.empty
 
     def allocate(*shape: Any, pin_memory: bool = False, **kinds: Any) -> torch.Tensor:
         if pin_memory:
@@ -170,7 +170,7 @@ def play(device: Device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(torch.cuda, "Event", lambda **given: FakeEvent(device, **given))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device.current)
     monkeypatch.setattr(torch.cuda, "stream", within)
-    monkeypatch.setattr(slabs, "_fill", lambda *given: device.current.queue.append((None, lambda: fill(*given))))
+    monkeypatch.setattr(staging, "_fill", lambda *given: device.current.queue.append((None, lambda: fill(*given))))
     return pinned
 
 

@@ -91,7 +91,7 @@ def test_nothing_in_it_is_pickle(folder: Path, engine: Engine, monkeypatch: pyte
         monkeypatch.setattr(pickle, name, None)
     monkeypatch.setattr(torch, "load", None)
     shapes = {name: p.shape for name, p in engine.model.named_parameters()}
-    weights = checkpoint.read_weights(newest(folder), shapes)
+    weights = dict(checkpoint.iter_weights(newest(folder), shapes))
     for name, parameter in engine.model.named_parameters():
         assert torch.equal(weights[name], parameter.detach())
     snapshot.load_checkpoint(newest(folder), engine, checkpoint.read_trainer_state(newest(folder))[1])

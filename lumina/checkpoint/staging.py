@@ -1,4 +1,4 @@
-"""Host memory for snapshots, and the copies into it beside the training.
+"""Staging buffers: (pinned) host memory for snapshots, and the copies into it beside the training.
 
 torch's pinned-memory allocator rounds every buffer up to a power of two: a buffer for each tensor of `large` on one GPU
 would take 27 GB for 19.5. Here the tensors lie one after another in a few slabs whose sizes are powers of two, so that
@@ -53,15 +53,15 @@ class Slabs:
         missing = sum(map(_room, values.values())) - self.bytes
         for size in slab_sizes(max(0, missing)):
             self._slabs.append(torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned))
-        places = _Places(self._slabs)
-        return {name: list(places.next(value)) for name, value in values.items()}
+        cursor = _Cursor(self._slabs)
+        return {name: list(cursor.next(value)) for name, value in values.items()}
 
 
 def _room(value: Tensor) -> int:
     return -(-value.numel() * value.element_size() // _ALIGN) * _ALIGN
 
 
-class _Places:
+class _Cursor:
     """Walks along the slabs."""
 
     def __init__(self, slabs: list[Tensor]) -> None:
@@ -80,7 +80,7 @@ class _Places:
 
 
 class StagingBuffer:
-    """The one place that snapshots of a rank are copied to. `device`: where the training computes."""
+    """The host memory that a rank's snapshots are copied to, each over the one before. `device`: the engine's."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -55,7 +55,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_trainer_state(checkpoint: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """The progress and the whole of trainer.json."""
+    """The record of trainer.json, and all that the file holds (optimizer_step and loss_scale too)."""
     trainer = json.loads((checkpoint / TRAINER).read_text())
     known = {name: trainer[name] for name in TrainerState.__dataclass_fields__ if name in trainer}
     return TrainerState(**known), trainer

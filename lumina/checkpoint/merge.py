@@ -42,15 +42,15 @@ def base_reference(base: Path, folder: Path) -> dict[str, str]:
     }
 
 
-def base_checkpoint(checkpoint: Path, progress: TrainerState) -> Path | None:
+def base_checkpoint(checkpoint: Path, state: TrainerState) -> Path | None:
     """The base checkpoint of a checkpoint of adapters, None for one that holds whole weights.
 
     Raises:
         UserError: it is not there, or is not the one that the adapters were trained over.
     """
-    if not progress.lora:
+    if not state.lora:
         return None
-    named = progress.base
+    named = state.base
     run = checkpoint.resolve().parent.parent
     paths = [run / named.get("from_run", ""), Path(named.get("checkpoint", ""))]
     found = [path for path in paths if (path / MANIFEST).is_file()]
@@ -63,9 +63,9 @@ def base_checkpoint(checkpoint: Path, progress: TrainerState) -> Path | None:
     )
 
 
-def valid_base(checkpoint: Path, progress: TrainerState) -> Path | None:
+def valid_base(checkpoint: Path, state: TrainerState) -> Path | None:
     """The base checkpoint with every hash checked, None as `base_checkpoint`. Raises UserError."""
-    base = base_checkpoint(checkpoint, progress)
+    base = base_checkpoint(checkpoint, state)
     wrong = integrity_error(base) if base is not None else None
     if wrong is not None:
         raise UserError(
@@ -75,12 +75,12 @@ def valid_base(checkpoint: Path, progress: TrainerState) -> Path | None:
     return base
 
 
-def saved_adapter_settings(checkpoint: Path, progress: TrainerState) -> tuple[LoraConfig, ModelConfig]:
+def saved_adapter_settings(checkpoint: Path, state: TrainerState) -> tuple[LoraConfig, ModelConfig]:
     """The adapters' settings and the shape of the model that they belong to. Raises UserError when trainer.json does
     not say them."""
-    shape = dict(progress.model)
+    shape = dict(state.model)
     try:
-        settings = LoraConfig(**progress.lora)
+        settings = LoraConfig(**state.lora)
         width = shape.pop("ffn_size", None)
         return settings, ModelConfig(**shape, intermediate_size=width, seq_length=2)
     except (ValidationError, TypeError) as error:
@@ -130,13 +130,11 @@ class MergedWeights:
 def open_weights(checkpoint: Path) -> WeightReader:
     """A checkpoint's weights, merged with those under it where it holds adapters. The files of `checkpoint` itself have
     been checked by whoever chose it; those under it are checked here. Raises UserError."""
-    progress, _ = read_trainer_state(checkpoint)
-    base = valid_base(checkpoint, progress)
+    state, _ = read_trainer_state(checkpoint)
+    base = valid_base(checkpoint, state)
     if base is None:
         return CheckpointReader(checkpoint)
-    return MergedWeights(
-        open_weights(base), CheckpointReader(checkpoint), *saved_adapter_settings(checkpoint, progress)
-    )
+    return MergedWeights(open_weights(base), CheckpointReader(checkpoint), *saved_adapter_settings(checkpoint, state))
 
 
 def iter_weights(checkpoint: Path, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:

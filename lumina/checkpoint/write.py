@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -185,7 +186,7 @@ def _verify(partial: Path, entries: list[dict[str, Any]]) -> None:
     """Read back what was written, from the disk where the kernel will forget its copy."""
     for found in entries:
         path = partial / found["name"]
-        if hasattr(os, "posix_fadvise"):
+        if sys.platform == "linux":
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)

@@ -55,7 +55,7 @@ class Loaded:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The sound checkpoint that a path means. Damaged ones are reported and passed over.
+    """The valid checkpoint that a path means. Damaged ones are reported and passed over.
 
     Raises:
         UserError: nothing there, a file in a format that is not read, or no whole checkpoint.
@@ -82,10 +82,10 @@ def find_checkpoint(path: str | Path) -> Path:
             choices = sorted(choices, key=lambda choice: choice.name != name_of(best))
         elif wants_best:
             log.warning("no checkpoint of %s was evaluated: using its newest", run)
-    sound = latest_valid(choices)
-    if sound is None:
+    valid = latest_valid(choices)
+    if valid is None:
         raise UserError(f"no checkpoint under {choices[0].parent} is whole", "See the warnings above for each one.")
-    return sound
+    return valid
 
 
 def _newest_run() -> Path | None:
@@ -112,7 +112,7 @@ def read_config(checkpoint: Path) -> ModelConfig:
 def check_size(checkpoint: Path, config: ModelConfig) -> None:
     """Nothing is made in a size that only config.yaml says: raises UserError where the checkpoint's files are far too
     small for the model. Those of adapters are as small as they are: the checkpoint under them is looked at."""
-    while (base := base_checkpoint(checkpoint, progress_of(checkpoint))) is not None:
+    while (base := base_checkpoint(checkpoint, trainer_state_of(checkpoint))) is not None:
         checkpoint = base
     held = sum(path.stat().st_size for path in checkpoint.glob("rank-*.safetensors"))
     wanted = 4 * config.num_parameters()
@@ -133,17 +133,17 @@ def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
     try:
-        progress_of(checkpoint)
+        trainer_state_of(checkpoint)
         yield from iter_weights(checkpoint, shapes)
     except (SafetensorError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{checkpoint} cannot be read: {error}") from None
 
 
-def progress_of(checkpoint: Path) -> TrainerState:
+def trainer_state_of(checkpoint: Path) -> TrainerState:
     """Where the run stood, from trainer.json. Raises UserError when it is not what training writes."""
     try:
-        progress, _ = read_trainer_state(checkpoint)
-        return TypeAdapter(TrainerState).validate_python(asdict(progress))
+        state, _ = read_trainer_state(checkpoint)
+        return TypeAdapter(TrainerState).validate_python(asdict(state))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{checkpoint / TRAINER} cannot be read: {error}") from None
 
@@ -194,4 +194,4 @@ def load(path: str | Path, precision: str = "auto") -> Loaded:
     for name, weight in weights(checkpoint, config):
         parameters[name].copy_(weight)
     model.requires_grad_(False).eval()
-    return Loaded(model, fitting_tokenizer(checkpoint, config), checkpoint, progress_of(checkpoint).step)
+    return Loaded(model, fitting_tokenizer(checkpoint, config), checkpoint, trainer_state_of(checkpoint).step)

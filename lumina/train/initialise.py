@@ -34,7 +34,7 @@ def agree(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
 
 
 def choose(config: Config, folder: Path) -> Path | None:
-    """The newest sound checkpoint that --resume means; None to start anew."""
+    """The newest valid checkpoint that --resume means; None to start anew."""
     saved = checkpoint.list_checkpoints(folder / "checkpoints")
     if config.resume is None:
         if saved:
@@ -51,7 +51,7 @@ def choose(config: Config, folder: Path) -> Path | None:
 
 
 def weights_of(given: str, tokenizer: str | None) -> Path:
-    """The newest sound checkpoint that --init-from means, whose model reads the tokens that it will be trained on."""
+    """The newest valid checkpoint that --init-from means, whose model reads the tokens that it will be trained on."""
     sound = checkpoint.latest_valid(checkpoint.candidates(given))
     if sound is None:
         raise UserError(f"no checkpoint of {given} is whole", "See the warnings above for each one.")

@@ -23,25 +23,25 @@ from lumina.train.deepspeed.fragments import (
 from lumina.train.deepspeed.partitioned_init import drop_secondary_copy, local_shard
 
 
-def take_snapshot(engine: Engine, progress: TrainerState, copies: StagingBuffer | None = None) -> Snapshot:
+def take_snapshot(engine: Engine, state: TrainerState, copies: StagingBuffer | None = None) -> Snapshot:
     """Begin to copy this rank's state; not collective, and the host does not wait for a GPU. `copies` holds the memory
     of earlier snapshots, of which nobody may need the last one any more; `copies.before_update()` must be called before
     the next update."""
     copies = StagingBuffer(engine.device) if copies is None else copies
     values: dict[str, torch.Tensor] = {}
     ranges: dict[str, list[int]] = {}
-    for piece in fragments(engine):
-        ranges[piece.name] = [piece.start, piece.numel]
-        for key, value in {MASTER: piece.view(piece.owner), **moments(engine, piece)}.items():
-            values[f"{key}/{piece.name}"] = value
+    for fragment in fragments(engine):
+        ranges[fragment.name] = [fragment.start, fragment.numel]
+        for key, value in {MASTER: fragment.view(fragment.owner), **moments(engine, fragment)}.items():
+            values[f"{key}/{fragment.name}"] = value
     steps = raw_step_count(engine)  # on a GPU reading it would wait for the update
     counter = {"": steps.detach().view(1)} if isinstance(steps, torch.Tensor) else {}
     tensors, copied = copies.copy(values | counter)
-    trainer = {**asdict(progress), "loss_scale": engine.loss_scale()}
+    trainer = {**asdict(state), "loss_scale": engine.loss_scale()}
     if not counter:
         trainer["optimizer_step"] = int(steps)
     return Snapshot(
-        progress.step,
+        state.step,
         {"rng/cpu": [torch.get_rng_state()], **{name: tensors[name] for name in values}},
         ranges,
         trainer,
@@ -56,12 +56,12 @@ def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -
     """Load weights and optimizer state into an engine of any world size and ZeRO stage; collective."""
     reader = CheckpointReader(checkpoint)
     init_optimizer_state(engine, reader.keys, int(trainer["optimizer_step"]))
-    for piece in fragments_to_load(engine):
-        targets = {MASTER: piece.view(piece.owner)}
-        targets |= {key: piece.view(engine.optimizer.state[piece.owner][key]) for key in reader.keys}
+    for fragment in fragments_to_load(engine):
+        targets = {MASTER: fragment.view(fragment.owner)}
+        targets |= {key: fragment.view(engine.optimizer.state[fragment.owner][key]) for key in reader.keys}
         for key, view in targets.items():
-            host = torch.empty(piece.numel, dtype=torch.float32)
-            reader.read(key, piece.name, piece.start, host)
+            host = torch.empty(fragment.numel, dtype=torch.float32)
+            reader.read(key, fragment.name, fragment.start, host)
             view.copy_(host)
     engine.set_loss_scale(trainer["loss_scale"])
     if reader.world == dist.get_world_size():
@@ -74,10 +74,10 @@ def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -
 def load_weights(checkpoint: Path, engine: Engine) -> None:
     """Load the weights alone into a fresh engine, adapters merged; collective."""
     reader = open_weights(checkpoint)
-    for piece in fragments_to_load(engine):
-        host = torch.empty(piece.numel, dtype=torch.float32)
-        reader.read(MASTER, piece.name, piece.start, host)
-        piece.view(piece.owner).copy_(host)
+    for fragment in fragments_to_load(engine):
+        host = torch.empty(fragment.numel, dtype=torch.float32)
+        reader.read(MASTER, fragment.name, fragment.start, host)
+        fragment.view(fragment.owner).copy_(host)
     sync_weights(engine)
     dist.barrier()
 

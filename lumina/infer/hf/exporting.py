@@ -26,9 +26,9 @@ from lumina.infer.loading import (
     check_size,
     find_checkpoint,
     fitting_tokenizer,
-    progress_of,
     read_config,
     tokenizer_folder,
+    trainer_state_of,
     weights,
 )
 from lumina.model.families import family_of
@@ -202,29 +202,29 @@ def _renamed(
 
 def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, foreign: Path | None) -> str:
     """The model card: what is known about the run, and nothing else."""
-    progress = progress_of(checkpoint)
+    state = trainer_state_of(checkpoint)
     name = checkpoint.parent.parent.name
     facts = {
         "Run": name,
         "Checkpoint": checkpoint.name,
-        "Optimizer steps": progress.step,
+        "Optimizer steps": state.step,
         "Architecture": config.family,
         "Parameters": f"{config.num_parameters():,}",
         "Without embeddings": f"{config.num_parameters(with_embeddings=False):,}",
         "Window": f"{config.seq_length} tokens",
         "Weights": dtype,
     }
-    if progress.best_loss is not None and progress.best_step == progress.step:
-        facts["Evaluation loss"] = f"{progress.best_loss:.4f} nats per supervised token"
-    if progress.lora:
-        facts["Adapters"] = f"rank {progress.lora['lora_rank']} over {Path(progress.base['checkpoint']).parts[-3]}"
+    if state.best_loss is not None and state.best_step == state.step:
+        facts["Evaluation loss"] = f"{state.best_loss:.4f} nats per supervised token"
+    if state.lora:
+        facts["Adapters"] = f"rank {state.lora['lora_rank']} over {Path(state.base['checkpoint']).parts[-3]}"
         facts["Adapters are"] = "these files" if form == "peft" else "merged"
-    if progress.precision:
-        facts["Trained in"] = f"{progress.precision}, ZeRO-{progress.zero_stage}, world size {progress.world}"
-    if progress.global_batch_size:
-        facts["Global batch"] = f"{progress.global_batch_size} samples"
-    if progress.data_fingerprint:
-        facts["Training data"] = f"fingerprint {progress.data_fingerprint}"
+    if state.precision:
+        facts["Trained in"] = f"{state.precision}, ZeRO-{state.zero_stage}, world size {state.world}"
+    if state.global_batch_size:
+        facts["Global batch"] = f"{state.global_batch_size} samples"
+    if state.data_fingerprint:
+        facts["Training data"] = f"fingerprint {state.data_fingerprint}"
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     whose = "cl100k_base vocabulary with control tokens above it" if foreign is None else "its own vocabulary"
     usage = {"hf": _HF_USAGE, "safetensors": _OWN_USAGE, "peft": PEFT_USAGE}[form]

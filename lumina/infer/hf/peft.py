@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lumina.checkpoint import MergedWeights, open_weights, saved_adapter_settings
 from lumina.config import LoraConfig, UserError
 from lumina.files import write_json
-from lumina.infer.loading import progress_of
+from lumina.infer.loading import trainer_state_of
 from lumina.model import lora
 
 USAGE = """```python
@@ -31,12 +31,12 @@ model = PeftModel.from_pretrained(model, FOLDER)
 def write_adapter(folder: Path, checkpoint: Path, dtype: torch.dtype) -> tuple[list[str], int]:
     """Returns the name of the file of weights and the bytes of weights in it. Raises UserError when the checkpoint
     holds whole weights."""
-    progress = progress_of(checkpoint)
-    if not progress.lora:
+    state = trainer_state_of(checkpoint)
+    if not state.lora:
         raise UserError(
             f"{checkpoint} holds a whole model, no adapters", "Export it with --format hf, or train with --lora-rank."
         )
-    settings, shape = saved_adapter_settings(checkpoint, progress)
+    settings, shape = saved_adapter_settings(checkpoint, state)
     try:
         weights = open_weights(checkpoint)
         assert isinstance(weights, MergedWeights)

@@ -35,7 +35,7 @@ _RECOVERY = """
 - **A step that is not finite or spikes** is skipped on all ranks together: its loss and its gradient norm are held to
   limits known before it, the same on every rank, by the device itself inside the update. The samples of the whole
   global batch go to `events.jsonl`. `on_spike: warn` only reports spikes.
-- **Repeated ones** (`rollback_after` within `health_check_interval` steps) bring the run back to the newest sound
+- **Repeated ones** (`rollback_after` within `health_check_interval` steps) bring the run back to the newest valid
   checkpoint from before the first of them; the run then goes past their samples. `max_rollbacks` bounds it, and then
   the run ends with a clear failure. What was gone past is kept in `answers.json`, so that a killed run comes to the
   same end. Checkpoints made amid the trouble lose their names.

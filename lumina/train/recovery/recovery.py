@@ -193,7 +193,7 @@ class Answers:
         raise Rewind
 
     def _target(self, first: int) -> Path | None:
-        """The newest sound checkpoint from before step `first` was tried, chosen by rank 0."""
+        """The newest valid checkpoint from before step `first` was tried, chosen by rank 0."""
         found: list[Any] = [None]
         if self._run.ranks.main:
             saved = checkpoint.list_checkpoints(self._run.checkpoints)

@@ -31,18 +31,18 @@ def main() -> None:
     from lumina.monitor import EventLog, MetricsFile, StepRecord
     from lumina.train.deepspeed.layers import LayerStats
     from lumina.train.health import Health, LayerObservation, StepObservation
-    from lumina.train.recovery.spikes import Guard
+    from lumina.train.recovery.spikes import SpikeDetector
 
     draw = random.Random(0)
     config = load("debug")
     with tempfile.TemporaryDirectory() as folder:
         metrics, events = MetricsFile(Path(folder) / "metrics.jsonl", 0), EventLog(Path(folder) / "events.jsonl")
-        guard, health = Guard(config), Health(config, events)
+        detector, health = SpikeDetector(config), Health(config, events)
 
         def monitor(step: int) -> None:
             loss, norm = draw.gauss(2, 0.1), draw.gauss(1, 0.1)
-            if guard.judge_loss(loss) is None and guard.judge_norm(norm) is None and norm < guard.norm_limit():
-                guard.accept(loss, norm)
+            if detector.classify(loss, norm) is None and norm < detector.norm_limit():
+                detector.accept(loss, norm)
             status = health.step(StepObservation(step, loss, norm, True, draw.gauss(1000, 9), 0.0, 1.0, 2**30))
             list((Path(folder) / "requests").glob("save-*.json"))
             metrics.step(

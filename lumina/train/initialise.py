@@ -1,39 +1,68 @@
-"""Where a run begins: its newest checkpoint, another run's weights, or nothing; and what must be the same to go on."""
+"""Initialise or resume: the checkpoint that a run goes on from, or the weights that it begins with, and its data; and
+what must be the same to go on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from lumina import checkpoint
-from lumina.chat import ChatTokenizer, copy_files
+from lumina.chat import ChatTokenizer, copy_files, open_tokenizer
+from lumina.checkpoint import TrainerState
 from lumina.config import Config, UserError
 from lumina.data import Samples
 from lumina.files import atomic_folder
+from lumina.train.agreement import decided_by_rank_0
 from lumina.train.deepspeed.engine import Engine, Ranks
 from lumina.train.objectives import objective
+from lumina.train.recovery.record import RecoveryRecord
+from lumina.train.snapshot import load_checkpoint as load
 from lumina.train.snapshot import load_weights
 
 
-def agree(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
-    """Rank 0's choice, or the UserError it met, on every rank; collective."""
-    found: list[Any] = [None]
-    if ranks.main:
-        try:
-            found = [choose()]
-        except UserError as error:
-            found = [error]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    chosen: Path | None = found[0]
-    return chosen
+@dataclass(frozen=True)
+class Start:
+    """What a start of a run goes on from, the same on every rank. config: as given, with the global batch of the run's
+    first start; checkpoint: None to begin anew, with progress at step 0; trainer: what trainer.json says beside the
+    progress; recovery: what earlier starts did about trouble."""
+
+    config: Config
+    checkpoint: Path | None
+    progress: TrainerState
+    trainer: dict[str, Any]
+    recovery: RecoveryRecord
 
 
-def choose(config: Config, folder: Path) -> Path | None:
+def find_start(config: Config, folder: Path, ranks: Ranks) -> Start:
+    """Look for what --resume means in the run's folder; collective. A start by the launch that made the run's last one
+    (a restart, a requeued job) goes on by itself, whatever the world size is now."""
+    job = os.environ.get("LUMINA_JOB")
+    relaunched = decided_by_rank_0(ranks, lambda: checkpoint.last_global_batch(folder, job))
+    if relaunched is not None:
+        config = same_batch(config.replace(resume="auto"), relaunched)
+    source = decided_by_rank_0(ranks, lambda: checkpoint_to_resume(config, folder))
+    progress, trainer = checkpoint.read_trainer_state(source) if source is not None else (TrainerState(), {})
+    if progress.step:
+        config = same_batch(config, progress.global_batch_size)
+    record = decided_by_rank_0(ranks, lambda: _recovery_record(config, folder))
+    if record.global_batch_size is not None:
+        config = same_batch(config, record.global_batch_size)
+    return Start(config, source, progress, trainer, record)
+
+
+def _recovery_record(config: Config, folder: Path) -> RecoveryRecord:
+    """A run that begins anew has learned nothing."""
+    if config.resume is not None:
+        return RecoveryRecord.read(folder)
+    RecoveryRecord.remove(folder)
+    return RecoveryRecord()
+
+
+def checkpoint_to_resume(config: Config, folder: Path) -> Path | None:
     """The newest valid checkpoint that --resume means; None to start anew."""
     saved = checkpoint.list_checkpoints(folder / "checkpoints")
     if config.resume is None:
@@ -64,15 +93,16 @@ def weights_of(given: str, tokenizer: str | None) -> Path:
     return sound
 
 
-def start_from(given: str, config: Config, ranks: Ranks, engine: Engine) -> None:
+def load_initial_weights(given: str, config: Config, ranks: Ranks, engine: Engine) -> None:
     """Begin with another run's weights: step 0, no optimizer state; collective."""
-    source = agree(ranks, lambda: weights_of(given, config.tokenizer))
-    assert source is not None
+    source = decided_by_rank_0(ranks, lambda: weights_of(given, config.tokenizer))
     checkpoint.check_same_model(checkpoint.read_trainer_state(source)[0].model, checkpoint.model_shape(config), source)
     load_weights(source, engine)
 
 
-def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint.TrainerState) -> Path | None:
+def base_of_adapters(
+    config: Config, ranks: Ranks, source: Path | None, progress: checkpoint.TrainerState
+) -> Path | None:
     """The checkpoint under the adapters that the run trains, chosen by rank 0 for all: what a resumed run's checkpoint
     `source` names, else what --init-from means. None for a run that trains every weight; collective."""
     if source is not None:
@@ -80,9 +110,11 @@ def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint
     if not config.lora_rank:
         return None
 
-    def chosen() -> Path | None:
+    def chosen() -> Path:
         if source is not None:
-            return checkpoint.valid_base(source, progress)
+            found = checkpoint.valid_base(source, progress)
+            assert found is not None
+            return found
         if config.init_from is None:
             raise UserError(
                 f"lora_rank {config.lora_rank} trains adapters over the weights of another run, and none is given",
@@ -90,8 +122,7 @@ def base(config: Config, ranks: Ranks, source: Path | None, progress: checkpoint
             )
         return weights_of(config.init_from, config.tokenizer)
 
-    found = agree(ranks, chosen)
-    assert found is not None
+    found = decided_by_rank_0(ranks, chosen)
     checkpoint.check_same_model(checkpoint.read_trainer_state(found)[0].model, checkpoint.model_shape(config), found)
     return found
 
@@ -104,6 +135,31 @@ def _same_adapters(progress: checkpoint.TrainerState, config: Config, source: Pa
             f"{source} has other adapters: {there} there, {here} here",
             "Resume with the run's own configuration (its folder has config.yaml), or start a new run --init-from it.",
         )
+
+
+def open_run_tokenizer(config: Config) -> ChatTokenizer:
+    """The tokenizer of the run. Raises UserError where the model has no room for its ids."""
+    tokenizer = open_tokenizer(config.tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids, the model's vocab_size is {config.vocab_size:,}",
+            "Set vocab_size to at least as many, or give the tokenizer that belongs to the model.",
+        )
+    return tokenizer
+
+
+def load_resumed(start: Start, config: Config, fingerprint: str, engine: Engine) -> None:
+    """Load the checkpoint that the run goes on from; collective. `fingerprint`: of the training data. Raises UserError
+    where model or data are not those of the checkpoint."""
+    assert start.checkpoint is not None
+    checkpoint.check_same_model(start.progress.model, checkpoint.model_shape(config), start.checkpoint)
+    if start.progress.data_fingerprint != fingerprint:
+        raise UserError(
+            f"the training data is not what {start.checkpoint} was trained on, so its position in the data means "
+            "nothing",
+            "Resume with the same files and data settings, or start a run with another --experiment-name.",
+        )
+    load(start.checkpoint, engine, start.trainer)
 
 
 def prepare_data(

@@ -2,56 +2,186 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
 import traceback
-from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, suppress
 
-import torch
 import torch.distributed as dist
 
-from lumina.cluster import EXIT_RESIZE, EXIT_STOPPED
 from lumina.config import UserError
-from lumina.data import StepData, sample_sums
-from lumina.monitor import perplexity
-from lumina.train.deferred import send
+from lumina.data import Loader
+from lumina.train import apply
+from lumina.train.build import Run
 from lumina.train.evaluate import evaluate
-from lumina.train.recovery.recovery import Rewind, StartAgainError
+from lumina.train.outcomes import Fail, HalveMicroBatch, Outcome, Rewind, Stop, StopKind
+from lumina.train.outputs.samples import sample_answers
+from lumina.train.recovery.recovery import RestartError
+from lumina.train.step import record_last, settle, take_step
 from lumina.train.watchdog import report_failure
-
-if TYPE_CHECKING:
-    from lumina.train.run import Run
-
 
 log = logging.getLogger("lumina")
 
-_EXIT_CODES = {"signal": EXIT_STOPPED, "resize": EXIT_RESIZE}
-
 
 def fit(run: Run) -> int:
-    """Train to the end of the run. Returns the exit code: 0, or EXIT_STOPPED when a signal ended it early."""
-    while True:
+    """Train to the end of the run, and close it. Returns the exit code: 0, or that of the reason that ended it early
+    (lumina.train.outcomes.Stop), or 1 when its last checkpoint could not be written."""
+    with ExitStack() as closing:  # in the order from bottom to top
+        closing.enter_context(run.outputs)
+        closing.callback(run.saves.stop_waiting, 5.0)
+        closing.enter_context(run.watchdog)
+        closing.callback(_record_what_is_there, run)
         try:
-            return _train(run)
-        except Rewind:  # an answer set the state back: go on from there
-            continue
-        except UserError:
+            run.callbacks.at_start()
+            if run.state.step >= run.total_steps:
+                run.outputs.end("finished", run.state.step, "")
+                return 0
+            return _end(run, _train(run))
+        except BaseException as error:
+            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            run.outputs.end(state, run.state.step, f"{type(error).__name__}: {error}")
+            _emergency(run, error)
             raise
-        except StartAgainError as error:
-            report_failure(str(error))
-            raise
-        except Exception as error:
-            report_failure(f"{type(error).__name__}: {error}", traceback.format_exc())
-            run.watchdog.beat("emergency checkpoint")
-            alone = _lost_a_rank(error)
-            with suppress(Exception):  # what ended the run is what the user must hear of
-                run.deferred.note(wait=not alone)
-            run.saves.emergency(f"{type(error).__name__}: {error}", run.sound, alone)
-            raise
+
+
+def _train(run: Run) -> Stop:
+    """To the end of the run: one pass through the data after another, each from where the state stands."""
+    while True:
+        stop = _carry_out(run, _steps(run))
+        if stop is not None:
+            return stop
+
+
+def _carry_out(run: Run, outcome: Outcome) -> Stop | None:
+    """Act upon what a step led to: recovery's actions change the state, and training goes on from there."""
+    match outcome:
+        case Fail():
+            raise outcome.error
+        case Rewind():
+            apply.rewind(run, outcome)
+            return None
+        case HalveMicroBatch():
+            apply.halve(run, outcome)
+            return _carry_out(run, outcome.then)
+    return outcome
+
+
+def _steps(run: Run) -> Outcome:
+    """Steps in their order, until one leads to something else."""
+    timer = run.state.engine.timer
+    timer.lap()  # what came before is no step's
+    for data in timer.waits(_loader(run)):
+        outcome = take_step(run, data)
+        last = run.state.step == run.total_steps
+        if outcome is None:
+            outcome = _between_steps(run, last)
+        if outcome is None and last:
+            outcome = Stop(StopKind.FINISHED)
+        if outcome is not None:
+            return outcome
+        with timer.phase("saving"):
+            run.saves.at_step()
+        _tell_of_saves(run)
+    raise AssertionError("the data ends with the last step")
+
+
+def _between_steps(run: Run, last: bool) -> Outcome:
+    """What is done at some steps only: comparing the ranks, and evaluating."""
+    run.outputs.profile_step()
+    step, outcome = run.state.step, None
+    evaluating = run.eval_data is not None and (last or step % run.config.eval_every_n_batches == 0)
+    if last or evaluating or run.saves.due() or run.stragglers.due(step):
+        outcome = settle(run)  # these wait for the device anyway
+    if isinstance(outcome, Rewind | Fail):
+        return outcome
+    comparison = run.stragglers.compare(step)
+    if comparison is not None:
+        run.outputs.ranks(step, comparison)
+    if evaluating:
+        outcome = _evaluate(run) or outcome
+    return outcome
+
+
+def _evaluate(run: Run) -> Stop | None:
+    """Evaluate, keep the best checkpoint, and stop when patience has run out."""
+    assert run.eval_data is not None
+    engine, config, progress, beat = run.state.engine, run.config, run.state.progress, run.watchdog.beat
+    began = time.perf_counter()
+    with engine.timer.phase("evaluation"):
+        loss = evaluate(engine, run.eval_data, config.batch_size, run.ranks, beat)
+    run.outputs.evaluation(progress.step, loss, time.perf_counter() - began)
+    with engine.timer.phase("evaluation"):
+        if config.sample_prompts:
+            prompts, most = config.sample_prompts, config.sample_tokens
+            run.outputs.samples(progress.step, sample_answers(engine, run.tokenizer, prompts, most, beat))
+        run.callbacks.at_evaluation(loss)
+    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+        progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
+        run.saves.best()
+        return None
+    progress.evaluations_without_gain += 1
+    patience = config.early_stopping_patience
+    if patience is None or progress.evaluations_without_gain < patience:
+        return None
+    best = f"best {progress.best_loss:.4f} at step {progress.best_step}"
+    return Stop(StopKind.EARLY_STOPPING, f"no better evaluation in {patience} ({best})")
+
+
+def _loader(run: Run) -> Loader:
+    return Loader(
+        run.train_data,
+        run.order,
+        rank=run.ranks.rank,
+        world=run.ranks.world,
+        micro_batch_size=run.config.batch_size,
+        start_step=run.state.step,
+        stop_step=run.total_steps,
+        replace_corrupt=run.config.on_corrupt_sample == "zero_weight",
+        vocab_size=run.config.vocab_size,
+        device=run.state.engine.device,
+    )
+
+
+def _tell_of_saves(run: Run) -> None:
+    for path in run.saves.written():
+        run.callbacks.at_save(path)
+
+
+# --- The end --------------------------------------------------------------------------------------
+
+
+def _end(run: Run, stop: Stop) -> int:
+    """Save what there is, and the exit code: a run whose last checkpoint could not be written has failed."""
+    step, done = run.state.step, stop.finished or run.state.step == run.total_steps
+    saved = run.saves.finish()
+    _tell_of_saves(run)
+    if not saved:
+        log.error("the checkpoint of step %d could not be written; the newest one is older", step)
+    elif stop.kind is not StopKind.FINISHED:
+        run.outputs.say(f"Stopped at step {step}: {stop.reason}. The checkpoint is saved.")
+    run.outputs.end("finished" if done else "stopped", step, stop.reason)
+    if stop.error is not None:
+        raise stop.error
+    run.callbacks.at_end(stop)
+    return stop.exit_code if saved else 1
+
+
+def _emergency(run: Run, error: BaseException) -> None:
+    """Before an exception ends the run: tell the launcher, and save where that can be. Not where the user must do
+    something first, nor where the ranks do not stand together."""
+    if isinstance(error, UserError) or not isinstance(error, Exception):
+        return
+    if isinstance(error, RestartError):
+        report_failure(str(error))
+        return
+    why = f"{type(error).__name__}: {error}"
+    report_failure(why, "".join(traceback.format_exception(error)))
+    run.watchdog.beat("emergency checkpoint")
+    alone = _lost_a_rank(error)
+    with suppress(Exception):  # what ended the run is what the user must hear of
+        record_last(run, wait=not alone)
+    run.saves.emergency(why, alone=alone, rewinding=run.recovery.rewinding)
 
 
 def _lost_a_rank(error: Exception) -> bool:
@@ -60,145 +190,9 @@ def _lost_a_rank(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in gone)
 
 
-def _train(run: Run) -> int:
-    """From the run's progress to its end, or to an answer that sets it back."""
-    timer = run.engine.timer
-    timer.lap()  # what came before is no step's
-    for data in timer.waits(run.loader()):
-        stop = _step(run, data)
-        last = run.progress.step == run.total_steps
-        if stop is None:
-            run.profile_step()
-            evaluating = run.eval_data is not None and (last or run.due(run.config.eval_every_n_batches))
-            if last or evaluating or run.saves.due() or run.stragglers.due(run.progress.step):
-                stop = run.deferred.settle()  # these wait for the device anyway
-            run.compare_ranks()
-            if evaluating:
-                stop = _evaluate(run) or stop
-        if last or stop:
-            return _end(run, stop)
-        with timer.phase("saving"):
-            run.saves.at_step()
-    return 0
-
-
-def _end(run: Run, stop: str | None) -> int:
-    """Save what there is, and the exit code: a run whose last checkpoint could not be written has failed."""
-    if not run.saves.finish():
-        log.error("the checkpoint of step %d could not be written; the newest one is older", run.progress.step)
-        return 1
-    if stop:
-        run.console.say(f"Stopped at step {run.progress.step}: {stop}. The checkpoint is saved.")
-        return _EXIT_CODES.get(stop.split(" ")[0], 0)
-    return 0
-
-
-def _step(run: Run, data: StepData) -> str | None:
-    """One optimizer step on one global batch, whose numbers are left to lumina.train.deferred. Returns why the run must
-    stop, if it must, agreed between all ranks: then before the update, at the end of the step before."""
-    step, timer = data.step + 1, run.engine.timer
-    if run.answers.passes(step):
-        stop = run.deferred.settle()
-        if stop is None:
-            run.answers.pass_by(data)
-        return stop
-    lr = run.schedule(data.step)
-    run.engine.set_lr(lr)
-    loss, failure = _accumulate(run, data)
-    if failure is not None:
-        stop = run.deferred.settle(partial(run.answers.shrink, step, data.samples, failure))
-        if stop is None:
-            raise Rewind
-        return stop
-    run.watchdog.beat(f"step {step}, update")
-    flags = (*run.stop.flags, *run.saves.flags, len(data.corrupt))
-    shared = torch.cat(
-        (loss.double()[None] / run.ranks.world, send([*flags, *sample_sums(data.own_samples)], loss.device))
-    )
-    with timer.phase("communication"):
-        dist.all_reduce(shared)
-    stop = run.deferred.settle()
-    if stop is not None:
-        return stop
-    with timer.phase("optimizer"):
-        norm, applied = _update(run, data, run.answers.limit(shared[0]))
-    run.deferred.put(data, lr, shared, norm, applied)
-    # From here on a checkpoint of this step can be made: what its guard and its record need is under way.
-    run.progress.step, run.sound = step, True
-    stats = run.layer_stats(step)
-    if stats is not None:
-        with timer.phase("optimizer"):
-            if bool(applied):
-                run.record_layers(step, stats.after())
-    return None
-
-
-def _accumulate(run: Run, data: StepData) -> tuple[torch.Tensor, str | None]:
-    """Forward and backward of this rank's micro-batches: its loss, and what failed when memory ran out in a way that
-    all ranks answer together."""
-    step, scale = data.step + 1, run.ranks.world / data.supervised_tokens  # the engine averages over ranks: law 2
-    loss = torch.zeros((), dtype=torch.float32, device=run.engine.device)
-    failure, run.engine.collectives = None, False
-    if run.config.lora_dropout:
-        torch.manual_seed(_draw(run.config.seed, step, run.ranks.rank))
+def _record_what_is_there(run: Run) -> None:
+    """At the very end, whatever ended the run."""
     try:
-        for number, batch in enumerate(data.micro_batches, 1):
-            run.watchdog.beat(f"step {step}, micro-batch {number}")
-            loss += run.engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
-            batch.made = None  # its memory on the device, which a step's record would keep to the next update
-    except torch.OutOfMemoryError as error:
-        if run.config.on_oom == "fail":
-            raise
-        failure = str(error).splitlines()[0]
-    if failure is None:
-        run.answers.tell(step, "done")
-    elif not run.answers.all_ran_out(step, clean=not run.engine.collectives):
-        run.answers.give_up_memory(step)
-    return loss, failure
-
-
-def _draw(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's dropout: what is dropped is a function of these alone, so that a resumed run drops the same
-    (law 6), on a GPU too, whose generator no checkpoint holds."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "little")
-
-
-def _update(run: Run, data: StepData, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The optimizer's step; before it, the first half of the layers' statistics where they are due."""
-    step, failure = data.step + 1, None
-    stats = run.layer_stats(step)
-    if stats is not None:
-        stats.before()
-    run.sound = False
-    run.saves.before_update()
-    try:
-        norm, applied = run.engine.step(limit)
-    except torch.OutOfMemoryError as error:
-        if run.config.on_oom == "fail":
-            raise
-        failure = str(error).splitlines()[0]
-    if failure is not None:  # here, where no traceback and no statistics hold the engine that is to be given up
-        stats = None
-        run.answers.update_ran_out(step, data.samples, failure)
-    return norm, applied
-
-
-def _evaluate(run: Run) -> str | None:
-    """Evaluate, keep the best checkpoint, and say whether patience has run out."""
-    assert run.eval_data is not None
-    began = time.perf_counter()
-    with run.engine.timer.phase("evaluation"):
-        loss = evaluate(run.engine, run.eval_data, run.config.batch_size, run.ranks, run.watchdog.beat)
-    progress = run.progress
-    run.record_evaluation(loss, perplexity(loss), time.perf_counter() - began)
-    with run.engine.timer.phase("evaluation"):
-        run.answer_samples()
-    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
-        progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
-        run.saves.best()
-        return None
-    progress.evaluations_without_gain += 1
-    patience = run.config.early_stopping_patience
-    if patience is not None and progress.evaluations_without_gain >= patience:
-        return f"no better evaluation in {patience} (best {progress.best_loss:.4f} at step {progress.best_step})"
-    return None
+        record_last(run, wait=False)
+    except Exception as error:  # what ended the run is what the user must hear of, and the rest is to be closed
+        log.error("the record of the last step is lost: %s: %s", type(error).__name__, error)

@@ -1,5 +1,5 @@
-"""When a run saves, and what becomes of it: checkpoints by steps, for the best evaluation, on request and at the end,
-backups by steps or minutes, retries with back-off, and the health line when a save fails.
+"""Save policy: checkpoints by steps, for the best evaluation, on request and at the end, backups by steps or minutes,
+retries with back-off, and the health line when a save fails.
 
 Every rank must begin the same saves at the same steps. What only one rank knows (rank 0: a request, a retry, a backup
 that is due by the clock; any rank: its writer is still busy) travels in the sum that every step makes anyway.
@@ -10,55 +10,82 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from lumina import checkpoint
-from lumina.checkpoint import Retention, SaveJob, SaveKind, SaveOutcome, Saver, SaveReply, SaveTarget, StagingBuffer
-from lumina.train.recovery.recovery import agreed
-from lumina.train.snapshot import take_snapshot
-
-if TYPE_CHECKING:
-    from lumina.train.run import Run
+from lumina.checkpoint import (
+    Retention,
+    RunLock,
+    SaveJob,
+    SaveKind,
+    SaveOutcome,
+    Saver,
+    SaveReply,
+    SaveTarget,
+    StagingBuffer,
+)
+from lumina.config import Config
+from lumina.monitor import EventLog
+from lumina.train.agreement import exchange
+from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deferred import Deferred
+from lumina.train.health import Health
+from lumina.train.state import TrainingState
 
 log = logging.getLogger("lumina")
 
 _BACK_OFF = 5.0  # seconds to the first retry; doubled each time
 _RETRIES = 5
-# Seconds for which a rank with an exception waits for the others'. What all ranks meet with, they meet with within a
-# step; one that raises alone waits for ranks that sit in a collective, and holds up the restart.
+# Seconds for which a rank with an exception waits for the others. A failure that all ranks share reaches each of them
+# within one step. A rank that fails alone would wait for ranks that sit in a collective, and delay the restart.
 _MEETING = 10.0
 
 
 class Saves:
     """One per rank, for one start of the run."""
 
-    def __init__(self, run: Run) -> None:
-        config, self._run = run.config, run
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        folder: Path,
+        state: TrainingState,
+        deferred: Deferred,
+        events: EventLog,
+        health: Health,
+        lock: RunLock | None,
+        beat: Callable[[str], None],
+    ) -> None:
+        """`folder`: the run's; `lock`: rank 0's claim on it, None on the others; `beat`: of the watchdog."""
+        self._config, self._ranks, self._folder = config, ranks, folder
+        self._state, self._deferred, self._events, self._health = state, deferred, events, health
+        self._beat = beat
         start = [secrets.token_hex(4)]
         dist.broadcast_object_list(start)
-        may_write = run.lock.held if run.ranks.main else lambda: True
-        self._saver = Saver(run.ranks.rank, run.ranks.world, start[0], 60 * config.save_timeout_minutes, may_write)
-        self._checkpoints = SaveTarget("checkpoint", run.folder / "checkpoints", Retention(config.keep_last))
+        may_write = lock.held if lock is not None else lambda: True
+        self._saver = Saver(ranks.rank, ranks.world, start[0], 60 * config.save_timeout_minutes, may_write)
+        self._checkpoints = SaveTarget("checkpoint", folder / "checkpoints", Retention(config.keep_last))
         self._backups: SaveTarget | None = None
         if config.backup_dir is not None:
             keep = Retention(config.backup_keep_last, config.backup_keep_every, config.backup_keep_best)
-            folder = Path(config.backup_dir) / config.experiment_name
-            self._backups = SaveTarget("backup", folder, keep, verify=True)
-        self._copies = StagingBuffer(run.engine.device)
-        self._begun = run.progress.step  # the step of the last checkpoint begun
+            self._backups = SaveTarget("backup", Path(config.backup_dir) / config.experiment_name, keep, verify=True)
+        self._copies = StagingBuffer(state.engine.device)
+        self._begun = state.step  # the step of the last checkpoint begun
         self._wanted: set[SaveKind] = set()
         self._busy_anywhere = False
         self._retry = _Retry()
         self._last_backup = time.monotonic()
         self._looked = 0.0
         self._requests: list[str] = []
+        self._asked = False  # by code of this process
         self.stall = 0.0  # seconds that this step's saving took from the training
-        if run.ranks.main:
+        self._written: list[Path] = []
+        if lock is not None:
             for target in filter(None, (self._checkpoints, self._backups)):
                 with suppress(OSError):
                     checkpoint.clear_leftovers(target.folder)
@@ -68,13 +95,13 @@ class Saves:
     @property
     def flags(self) -> tuple[float, float, float]:
         """(this rank's writer is busy, a checkpoint is asked for, a backup is asked for), for the sum over ranks."""
-        if not self._run.ranks.main:
-            return float(self._saver.busy), 0.0, 0.0
+        if not self._ranks.main:
+            return float(self._saver.busy), float(self._asked), 0.0
         self._look_for_requests()
-        minutes, backup = self._run.config.backup_every_minutes, False
+        minutes, backup = self._config.backup_every_minutes, False
         if minutes is not None and time.monotonic() - self._last_backup >= 60 * minutes:
             backup = True
-        asked = self._retry.due("checkpoint") or bool(self._requests)
+        asked = self._asked or self._retry.due("checkpoint") or bool(self._requests)
         return float(self._saver.busy), float(asked), float(backup or self._retry.due("backup"))
 
     def agree(self, busy: float, checkpoint: float, backup: float) -> None:
@@ -82,14 +109,19 @@ class Saves:
         self._busy_anywhere = busy > 0
         if checkpoint:
             self._wanted.add("checkpoint")
+            self._asked = False
         if backup:
             self._wanted.add("backup")
+
+    def request(self) -> None:
+        """Have a checkpoint saved at one of the next steps, by every rank."""
+        self._asked = True
 
     # --- At a step boundary; all of these are called on every rank alike ---
 
     def due(self) -> bool:
         """Whether something is to be saved at this step."""
-        config, step = self._run.config, self._run.progress.step
+        config, step = self._config, self._state.step
         if step % config.save_every_n_batches == 0:
             self._wanted.add("checkpoint")
         if config.backup_every_n_batches is not None and step % config.backup_every_n_batches == 0:
@@ -111,7 +143,7 @@ class Saves:
     def best(self) -> None:
         """Save this step as the best so far. Waits for a save under way, since a later step would not be it."""
         if self._settled():
-            self._begin({"checkpoint", *self._wanted}, best_loss=self._run.progress.best_loss)
+            self._begin({"checkpoint", *self._wanted}, best_loss=self._state.progress.best_loss)
         else:
             self._failed("save-failed", "the checkpoint of the best evaluation: the save before it still runs")
 
@@ -132,15 +164,16 @@ class Saves:
             self._begin({"checkpoint", *self._wanted})
             tried = True
         for request in self._requests:
-            path = self._checkpoints.folder / checkpoint.name_of(self._run.progress.step)
+            path = self._checkpoints.folder / checkpoint.name_of(self._state.step)
             error = "" if named else "the run ended and could not save"
-            reply = SaveReply(step=self._run.progress.step, path=str(path), error=error)
-            checkpoint.reply_to_save(self._run.folder, request, reply)
+            checkpoint.reply_to_save(
+                self._folder, request, SaveReply(step=self._state.step, path=str(path), error=error)
+            )
         return bool(named)
 
     def _named(self) -> bool:
         """Whether the checkpoint of this step was written by this start and is there."""
-        step = self._run.progress.step
+        step = self._state.step
         there = (self._checkpoints.folder / checkpoint.name_of(step)).is_dir()
         return there and self._begun == step and not self._retry.pending("checkpoint")
 
@@ -152,10 +185,10 @@ class Saves:
     def _wait(self) -> float:
         """Wait as `_settled`; the seconds it took."""
         began = time.perf_counter()
-        deadline = time.monotonic() + 66 * self._run.config.save_timeout_minutes
+        deadline = time.monotonic() + 66 * self._config.save_timeout_minutes
         while not (free := self._saver.wait(1.0)) and time.monotonic() < deadline:
-            self._run.watchdog.beat("waiting for a save")
-        agreement = torch.tensor(float(free), device=self._run.engine.device)
+            self._beat("waiting for a save")
+        agreement = torch.tensor(float(free), device=self._state.engine.device)
         dist.all_reduce(agreement, op=dist.ReduceOp.MIN)
         self._busy_anywhere = not bool(agreement.item())
         took = time.perf_counter() - began
@@ -168,15 +201,13 @@ class Saves:
         targets = [t for t in (self._checkpoints, self._backups) if t is not None and t.kind in wanted]
         if not targets:
             return
-        run = self._run
-        assert not run.deferred.pending, "the step's numbers belong to its checkpoint"
-        run.progress.guard = run.guard.state()
-        snapshot = take_snapshot(run.engine, run.progress, self._copies)
+        assert not self._deferred.pending, "the step's numbers belong to its checkpoint"
+        snapshot = self._state.snapshot(self._copies)
         requests, self._requests = self._requests, []
         job = SaveJob(snapshot, targets, best_loss, requests)
         self._saver.begin(job)
         if "checkpoint" in wanted:
-            self._begun = run.progress.step
+            self._begun = self._state.step
         if "backup" in wanted:
             self._last_backup = time.monotonic()
         for target in targets:
@@ -184,7 +215,7 @@ class Saves:
         self._busy_anywhere = True
         job.stall = time.perf_counter() - began
         self.stall += job.stall
-        if not run.config.save_async:
+        if not self._config.save_async:
             job.stall += self._wait()
             self.collect()
 
@@ -193,16 +224,16 @@ class Saves:
     def collect(self) -> None:
         """Tell what was finished since the last time."""
         for outcome in self._saver.outcomes():
-            if self._run.ranks.main:
+            if self._ranks.main:
                 self._tell(outcome)
 
     def _tell(self, outcome: SaveOutcome) -> None:
-        run, step = self._run, outcome.job.snapshot.step
+        step = outcome.job.snapshot.step
         rule = "save-failed" if outcome.kind == "checkpoint" else "backup-failed"
         if outcome.path is not None:
             self._retry.succeeded(outcome.kind)
-            run.health.clear(rule)
-            run.events.add(
+            self._health.clear(rule)
+            self._events.add(
                 step,
                 "save",
                 "info",
@@ -213,6 +244,8 @@ class Saves:
                 bytes=outcome.job.snapshot.bytes,
                 stall=round(outcome.job.stall, 4),
             )
+            if outcome.kind == "checkpoint":
+                self._written.append(outcome.path)
         else:
             wait = self._retry.failed(outcome.kind, outcome.retry)
             then = f"tried again in {wait:.0f} s" if wait is not None else "not tried again before the next is due"
@@ -220,11 +253,16 @@ class Saves:
         if outcome.kind == "checkpoint":
             for request in outcome.job.requests:
                 reply = SaveReply(step=step, path=str(outcome.path or ""), error=outcome.error)
-                checkpoint.reply_to_save(self._run.folder, request, reply)
+                checkpoint.reply_to_save(self._folder, request, reply)
+
+    def written(self) -> list[Path]:
+        """The checkpoints that got their names since the last call; on rank 0, which alone knows."""
+        found, self._written = self._written, []
+        return found
 
     def _failed(self, rule: str, reason: str, action: str = "") -> None:
-        self._run.events.add(self._run.progress.step, "save", "warn", rule, reason, action)
-        self._run.health.report(rule, "warn", f"{rule}: {reason}", lasting=True)
+        self._events.add(self._state.step, "save", "warn", rule, reason, action)
+        self._health.report(rule, "warn", f"{rule}: {reason}", lasting=True)
 
     # --- Requests ---
 
@@ -234,7 +272,7 @@ class Saves:
         if now - self._looked < 1.0:
             return
         self._looked = now
-        self._requests += checkpoint.take_save_requests(self._run.folder)
+        self._requests += checkpoint.take_save_requests(self._folder)
 
     # --- Going back ---
 
@@ -246,48 +284,46 @@ class Saves:
 
     def rewound(self) -> None:
         """The run went back to an earlier checkpoint: nothing of the steps after it is wanted any more."""
-        self._begun = self._run.progress.step
+        self._begun = self._state.step
         self._wanted.clear()
 
     # --- After an exception ---
 
-    def emergency(self, why: str, sound: bool, alone: bool = False) -> None:
+    def emergency(self, why: str, alone: bool, rewinding: bool) -> None:
         """Save this step before an exception ends the run, if every rank says in time that it stands at the same step
-        with a sound state, and the step is not saved already. Never collective: a rank may be gone. `alone`: one is
-        gone, so there is nobody to agree with."""
-        run, seconds = self._run, self._run.config.emergency_seconds
-        step = run.progress.step
-        if not run.config.emergency_checkpoint:
+        with a consistent state, and the step is not saved already. Never collective: a rank may be gone. `alone`: one
+        is gone, so there is nobody to agree with; `rewinding`: the run was about to give this state up."""
+        step = self._state.step
+        if not self._config.emergency_checkpoint:
             return
         try:
-            refusal = "another rank is gone" if alone else self._emergency(why, sound, seconds)
+            refusal = "another rank is gone" if alone else self._emergency(why, rewinding)
         except Exception as error:  # what ended the run is what the user must hear of
             refusal = f"{type(error).__name__}: {error}"
         action = "" if refusal else f"emergency checkpoint of step {step}"
-        run.events.add(step, "recovery", "crit", "exception", why, action or f"no emergency checkpoint: {refusal}")
-        if run.ranks.main:
+        self._events.add(step, "recovery", "crit", "exception", why, action or f"no emergency checkpoint: {refusal}")
+        if self._ranks.main:
             log.error("step %d: %s; %s", step, why, action or f"no emergency checkpoint: {refusal}")
 
-    def _emergency(self, why: str, sound: bool, seconds: float) -> str:
+    def _emergency(self, why: str, rewinding: bool) -> str:
         """Why there is none; empty when it was saved."""
-        run, ranks = self._run, self._run.ranks
+        state, ranks, seconds = self._state, self._ranks, self._config.emergency_seconds
         free = self._saver.wait(seconds)
         self.collect()
-        refusal = "" if sound else "an update was half made"
-        refusal = refusal or ("the run was about to go back" if run.answers.going_back else "")
+        refusal = "" if state.consistent else "an update was half made"
+        refusal = refusal or ("the run was about to go back" if rewinding else "")
         if not refusal and not free:
             refusal = "a save before it is still being written"
         snapshot = None
         if not refusal:
-            run.progress.guard = run.guard.state()
-            snapshot = take_snapshot(run.engine, run.progress, self._copies)
+            snapshot = state.snapshot(self._copies)
             snapshot.trainer["emergency"] = why
             if not snapshot.finite():
                 refusal = "the weights are not finite"
-        saved = (self._checkpoints.folder / checkpoint.name_of(run.progress.step)).is_dir() or run.progress.step == 0
-        own = {"step": run.progress.step, "refusal": refusal, "saved": ranks.main and saved}
-        told = agreed("lumina/emergency", own, ranks.rank, ranks.world, min(seconds, _MEETING))
-        if told is None or any(one["step"] != run.progress.step for one in told):
+        saved = (self._checkpoints.folder / checkpoint.name_of(state.step)).is_dir() or state.step == 0
+        own = {"step": state.step, "refusal": refusal, "saved": ranks.main and saved}
+        told = exchange("lumina/emergency", own, ranks, min(seconds, _MEETING))
+        if told is None or any(one["step"] != state.step for one in told):
             return "the ranks do not stand at the same step"
         refusals = [one["refusal"] for one in told if one["refusal"]] + (
             ["the step is saved already"] if told[0]["saved"] else []
@@ -299,7 +335,7 @@ class Saves:
             return "the disk is too slow"
         error = next((outcome.error for outcome in self._saver.outcomes()), "")
         # Rank 0 needs the others' processes no more once it has named the checkpoint; until then they stay.
-        agreed("lumina/emergency-written", {}, ranks.rank, ranks.world, seconds)
+        exchange("lumina/emergency-written", {}, ranks, seconds)
         return error
 
     def stop_waiting(self, seconds: float) -> bool:

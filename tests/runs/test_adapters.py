@@ -15,7 +15,7 @@ import tests.runs as real
 from lumina.cli import main
 from lumina.files import file_sha256
 from lumina.infer import import_hf, load
-from lumina.train import loop
+from lumina.train import step
 from tests.infer.hf_models import make_hf
 from tests.runs import Runs, differing, final, losses, newest, write_conversations
 
@@ -74,13 +74,13 @@ def test_every_stage_and_world_trains_the_same_adapters(runs: Runs, place: Path,
 
 def _draw_more(rank: int) -> None:
     """Random numbers that something else takes between the steps."""
-    update = loop._update
+    update = step.update
 
     def drawing(run: Any, data: Any, limit: Any) -> Any:
         torch.rand(data.step + 1)
         return update(run, data, limit)
 
-    loop._update = drawing
+    step.update = drawing
 
 
 @pytest.mark.parametrize(("stage", "world", "precision"), [(2, 2, "bf16"), (3, 2, "fp32"), (0, 1, "bf16")])

@@ -30,21 +30,22 @@ TOTAL = 16
 def watch(groups: Path, last: int, rank: int) -> None:
     """In a rank's process: write the groups to a file once the checkpoint is loaded, and ask the run to stop
     after step `last`."""
-    from lumina.train.run import Run
+    from lumina.train import build
+    from lumina.train.stragglers import Stragglers
 
-    resume, compare = Run._resume, Run.compare_ranks
+    resume, compare = build.load_resumed, Stragglers.compare
 
-    def noted(self: Run, *arguments: Any) -> None:
-        resume(self, *arguments)
-        decays = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
+    def noted(start: Any, config: Any, fingerprint: str, engine: Any) -> None:
+        resume(start, config, fingerprint, engine)
+        decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
         groups.with_suffix(f".{rank}").write_text(json.dumps(decays))
 
-    def stopping(self: Run) -> None:
-        compare(self)
-        if self.progress.step == last - 1:
+    def stopping(self: Stragglers, step: int) -> Any:
+        if step == last - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        return compare(self, step)
 
-    Run._resume, Run.compare_ranks = noted, stopping  # type: ignore[method-assign]
+    build.load_resumed, Stragglers.compare = noted, stopping  # type: ignore[method-assign]
 
 
 def train(runs: Runs, run: Path, data: Path, world: int, stage: int, last: int, groups: Path) -> None:

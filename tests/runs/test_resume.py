@@ -103,7 +103,7 @@ def _die(rank: int, *, whom: int, where: str, first: int) -> None:
 
     def settled(self: Saves) -> None:
         at_step(self)
-        assert self._run.progress.step != first or self._saver.wait(60)
+        assert self._state.step != first or self._saver.wait(60)
 
     Saves.at_step = settled  # type: ignore[method-assign]
     original = getattr(write, where)

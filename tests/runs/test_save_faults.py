@@ -19,6 +19,7 @@ from lumina.checkpoint import write
 from lumina.monitor import read_metrics
 from lumina.monitor.events import read_events
 from lumina.train import loop, saves
+from lumina.train import step as step_module
 from tests.runs import Job, Runs, arguments
 
 pytestmark = pytest.mark.timeout(900)
@@ -102,11 +103,11 @@ def _stop_in(rank: int, *, phase: str) -> None:
 
     if rank != 0:
         return
-    at_step = lambda run, *rest: run.progress.step == 3
+    at_step = lambda run, *rest: run.state.step == 3
     if phase == "compute":
-        before(loop, "_accumulate", at_step)
+        before(step_module, "accumulate", at_step)
     elif phase == "update":
-        before(loop, "_update", at_step)
+        before(step_module, "update", at_step)
     elif phase == "evaluation":
         before(loop, "evaluate", lambda *given: True)
     elif phase == "saving":

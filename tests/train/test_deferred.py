@@ -10,37 +10,62 @@ import numpy as np
 import pytest
 import torch
 
-from lumina.train import deferred, loop
+from lumina.config import load
+from lumina.train import deferred, loop, step
+from lumina.train.agreement import StepSums, pack
 from lumina.train.deferred import Deferred
-from lumina.train.run import Run
+from lumina.train.outputs.outputs import Outputs
+
+
+def note(order: list[str], name: str, result: Any = None) -> Any:
+    return lambda *given, **named: (order.append(name), result)[1]
 
 
 def make_run(order: list[str]) -> Any:
     """A run whose parts note what they are asked."""
-
-    def note(name: str, result: Any = None) -> Any:
-        return lambda *given, **named: (order.append(name), result)[1]
-
     split = SimpleNamespace(read=lambda: dict.fromkeys(("forward", "backward", "communication", "optimizer"), 0.0))
     engine = SimpleNamespace(
         gradient_scale=lambda: 1.0,
         exhausted=lambda: None,
         fp16=False,
-        step=note("update", (torch.tensor(2.0), torch.tensor(True))),
-        timer=SimpleNamespace(lap=note("lap", split), phase=lambda name: nullcontext()),
+        device=torch.device("cpu"),
+        set_lr=lambda lr: None,
+        accumulate=lambda batch, scale, last: torch.tensor(1.0),
+        step=note(order, "update", (torch.tensor(2.0), torch.tensor(True))),
+        timer=SimpleNamespace(lap=note(order, "lap", split), phase=lambda name: nullcontext()),
+    )
+    state = SimpleNamespace(
+        engine=engine,
+        spikes=SimpleNamespace(classify=note(order, "classify")),
+        progress=SimpleNamespace(step=4),
+        consistent=True,
     )
     return SimpleNamespace(
-        engine=engine,
-        stragglers=SimpleNamespace(add=note("times")),
-        answers=SimpleNamespace(judge=note("judge"), after_update=note("baselines")),
+        state=state,
+        config=load("nano", {"layer_stats_every": 1}),
+        stragglers=SimpleNamespace(add=note(order, "times")),
+        recovery=SimpleNamespace(
+            after_update=note(order, "baselines"),
+            skips=lambda data: False,
+            passes_done=lambda step: None,
+            norm_limit=lambda loss: loss,
+        ),
+        schedule=lambda step: 0.1,
+        watchdog=SimpleNamespace(beat=lambda what: None),
+        stop=SimpleNamespace(flags=(0.0, 0.0)),
+        saves=SimpleNamespace(flags=(0.0, 0.0, 0.0), before_update=lambda: None),
+        ranks=SimpleNamespace(world=1, rank=0),
+        callbacks=SimpleNamespace(before_step=lambda: None, stop_reason=None, failure=None),
+        outputs=Outputs(),
+        deferred=Deferred(),
+        layers=SimpleNamespace(before=note(order, "before"), after=note(order, "after")),
     )
 
 
-def put(run: Any) -> Deferred:
-    made = Deferred(run)
-    shared = torch.arange(10, dtype=torch.float64)
-    made.put(SimpleNamespace(step=4), 0.1, shared, torch.tensor(2.0), torch.tensor(True))  # type: ignore[arg-type]
-    return made
+def put(run: Any) -> None:
+    sums = pack(StepSums(torch.tensor(1.0)), torch.device("cpu"))
+    data: Any = SimpleNamespace(step=4)
+    run.deferred.put(run.state.engine, data, 0.1, sums, torch.tensor(2.0), torch.tensor(True))
 
 
 def test_the_times_end_before_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,83 +76,94 @@ def test_the_times_end_before_the_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     assert order == ["lap", "numbers"]
 
 
-def test_a_record_that_fails_leaves_the_baselines_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*given: Any) -> None:
-        order.append("record")
-        raise OSError("planted")
+def test_a_record_that_fails_leaves_the_baselines_whole() -> None:
+    class Failing(Outputs):
+        def step(self, figures: Any) -> None:
+            order.append("record")
+            raise OSError("planted")
 
     order: list[str] = []
-    monkeypatch.setattr(deferred, "record_step", fail)
-    made = put(make_run(order))
+    run = make_run(order)
+    run.outputs = Failing()
+    put(run)
     order.clear()
+    run.state.engine.exhausted = None
     with pytest.raises(OSError, match="planted"):
-        made.note(wait=True)
-    assert order == ["times", "judge", "record", "baselines"]
-    assert not made.pending
+        step.record_last(run, wait=True)
+    assert order == ["times", "classify", "record", "baselines"]
+    assert not run.deferred.pending
 
 
-def test_a_step_counts_once_its_numbers_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def group(tmp_path: Any) -> Any:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_step_counts_once_its_numbers_are_under_way(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer statistics that fail come after: the checkpoint of the emergency has the step's baselines and record."""
     order: list[str] = []
     run = make_run(order)
 
     def fail() -> None:
         assert run.deferred.pending
-        assert (run.progress.step, run.sound) == (5, True)
+        assert (run.state.progress.step, run.state.consistent) == (5, True)
         raise RuntimeError("planted")
 
     def full(*given: Any) -> None:
         raise RuntimeError("no pinned memory")
 
-    loss = torch.tensor(1.0)
-    monkeypatch.setattr(loop, "_accumulate", lambda run, data: (loss, None))
-    monkeypatch.setattr(loop.dist, "all_reduce", lambda tensor: None)
-    vars(run).update(
-        {
-            "schedule": lambda step: 0.1,
-            "watchdog": SimpleNamespace(beat=lambda what: None),
-            "stop": SimpleNamespace(flags=(0.0, 0.0)),
-            "saves": SimpleNamespace(flags=(0.0, 0.0, 0.0), before_update=lambda: None),
-            "ranks": SimpleNamespace(world=1),
-            "progress": SimpleNamespace(step=4),
-            "sound": True,
-            "layer_stats": lambda step: SimpleNamespace(before=lambda: order.append("before"), after=fail),
-            "record_layers": lambda *given: None,
-        }
+    run.layers.after = fail
+    data: Any = SimpleNamespace(
+        step=4, corrupt=[], own_samples=np.arange(2), samples=np.arange(2), micro_batches=[], supervised_tokens=1.0
     )
-    run.engine.set_lr = lambda lr: None
-    run.answers.passes = lambda step: False
-    run.answers.limit = lambda loss: loss
-    data: Any = SimpleNamespace(step=4, corrupt=[], own_samples=np.arange(2), samples=np.arange(2))
-    run.deferred = Deferred(run)
     with pytest.raises(RuntimeError, match="planted"):
-        loop._step(run, data)
+        step.take_step(run, data)
     assert order == ["before", "update", "lap"]
 
-    run.progress.step, run.deferred = 4, Deferred(run)
+    run.state.progress.step, run.deferred = 4, Deferred()
     monkeypatch.setattr(deferred, "Readback", full)
     with pytest.raises(RuntimeError, match="no pinned memory"):
-        loop._step(run, data)
-    assert (run.progress.step, run.sound) == (4, False), "an emergency checkpoint would be of weights half known"
+        step.take_step(run, data)
+    found = (run.state.progress.step, run.state.consistent)
+    assert found == (4, False), "an emergency checkpoint would be of weights half known"
 
 
 def test_the_end_closes_all_whatever_the_last_record_does(caplog: pytest.LogCaptureFixture) -> None:
-    closed = []
+    order: list[str] = []
 
-    def fail(wait: bool) -> None:
-        raise OSError("planted")
+    class Closing(Outputs):
+        def __exit__(self, *given: Any) -> None:
+            order.append("outputs")
 
-    def part(name: str) -> Any:
-        return SimpleNamespace(__exit__=lambda *given: closed.append(name))
+        def end(self, state: str, step: int, reason: str) -> None:
+            order.append(f"{state} at {step}: {reason}")
 
-    run: Any = SimpleNamespace(
-        deferred=SimpleNamespace(note=fail),
-        watchdog=part("watchdog"),
-        console=part("console"),
-        saves=SimpleNamespace(stop_waiting=lambda seconds: closed.append("saves")),
-        machine=SimpleNamespace(close=lambda: closed.append("machine")),
-        metrics=None,
-    )
-    Run.__exit__(run, RuntimeError, RuntimeError("what ended the run"), None)
-    assert closed == ["watchdog", "console", "saves", "machine"]
+        def step(self, figures: Any) -> None:
+            raise OSError("planted")
+
+    def fail() -> None:
+        put(run)
+        order.clear()
+        raise KeyboardInterrupt
+
+    run = make_run(order)
+    run.outputs = Closing()
+    run.state.step = 4
+    run.callbacks.at_start = fail
+    run.saves.stop_waiting = lambda seconds: order.append("saves")
+    run.watchdog = type("", (), {"__enter__": lambda s: s, "__exit__": lambda s, *given: order.append("watchdog")})()
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(run)
+    assert order == [
+        "stopped at 4: KeyboardInterrupt: ",
+        "times",
+        "classify",
+        "baselines",
+        "watchdog",
+        "saves",
+        "outputs",
+    ]
     assert "planted" in caplog.text

@@ -27,18 +27,18 @@ SETTINGS: dict[str, Any] = {
 def _measure(rank: int, *, runs: dict[str, list[str]], out: Path) -> None:
     """Trains each of `runs`, in this process, and leaves in `out` what its steady steps waited for, and when."""
     from lumina.cli import main
-    from lumina.train import loop
+    from lumina.train import loop, step
     from lumina.train.deepspeed import engine
     from lumina.train.deferred import Readback
     from tests.train.host_waits import Recorder
 
     recorder = Recorder()
     order: dict[int, list[str]] = {}
-    step, read = loop._step, Readback.read
+    take_step, read = loop.take_step, Readback.read
 
     def counted(run: Any, data: Any) -> Any:
         recorder.step = data.step + 1
-        return step(run, data)
+        return take_step(run, data)
 
     def deliberate(self: Readback) -> Any:
         recorder.note("the step before")
@@ -49,18 +49,18 @@ def _measure(rank: int, *, runs: dict[str, list[str]], out: Path) -> None:
         return found
 
     def ordered(name: str) -> None:
-        call = getattr(loop, name)
+        call = getattr(step, name)
 
         def noted(*given: Any) -> Any:
             found = call(*given)
             order.setdefault(recorder.step or 0, []).append(name)
             return found
 
-        setattr(loop, name, noted)
+        setattr(step, name, noted)
 
-    loop._step, Readback.read = counted, deliberate  # type: ignore[method-assign]
-    ordered("_accumulate")
-    ordered("_update")
+    loop.take_step, Readback.read = counted, deliberate  # type: ignore[method-assign]
+    ordered("accumulate")
+    ordered("update")
     engine.leave = lambda: None  # the next one joins the same group
     engine.end_process = lambda code: code
     recorder.install()
@@ -96,7 +96,7 @@ def test_a_steady_step_waits_once(
         for step, (places, order) in steps.items():
             assert list(places.values()) == [1], f"{case}, step {step}: {places}"
             assert next(iter(places)).endswith("the step before")
-            assert order == ["_accumulate", "read", "_update"], "it waits with nothing queued"
+            assert order == ["accumulate", "read", "update"], "it waits with nothing queued"
 
 
 def test_the_recorder_sees_what_waits(runs: Runs, tmp_path: Path) -> None:

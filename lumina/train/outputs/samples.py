@@ -22,7 +22,7 @@ log = logging.getLogger("lumina")
 
 
 @torch.no_grad()
-def answers(
+def sample_answers(
     engine: Engine,
     tokenizer: ChatTokenizer,
     prompts: Sequence[str],

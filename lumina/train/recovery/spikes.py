@@ -1,14 +1,15 @@
-"""Whether a step's update may be made: its loss and gradient norm are held to limits that are known before it.
+"""Spike detector: limits of a step's loss and gradient norm, from the median and the spread of the steps before it.
 
 The loss is the mean over all ranks and the norm is the global one, so every rank holds the same two numbers to the same
-limits and no rank asks another. The limits come from the steps before it, and the comparison is made on the device. The
-baseline is part of the checkpoint: a resumed run decides as the run would have that nothing disturbed (law 6).
+limits and no rank asks another. The comparison that refuses an update is made on the device, with limits that are known
+before the step. The baselines are part of the checkpoint: a resumed run decides as the run would have that nothing
+disturbed (law 6).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from lumina.config import Config
 from lumina.train.health import RollingWindow
@@ -16,7 +17,14 @@ from lumina.train.health import RollingWindow
 NOT_FINITE, LOSS_SPIKE, GRAD_EXPLOSION = "not-finite", "loss-spike", "grad-explosion"
 
 
-class Guard:
+class Anomaly(NamedTuple):
+    """What is wrong with a step: the rule that it breaks, as docs/health.md names it, and why, for people."""
+
+    rule: str
+    reason: str
+
+
+class SpikeDetector:
     """Baselines of the loss and the gradient norm, and the steps that were refused by them."""
 
     def __init__(self, config: Config, state: dict[str, Any] | None = None) -> None:
@@ -42,13 +50,6 @@ class Guard:
         middle, sigma = self._losses.spread()
         return middle + self._deviations * max(sigma, 0.1 * abs(middle))
 
-    def judge_loss(self, loss: float) -> str | None:
-        """Why this loss is a spike, or None."""
-        limit = self.loss_limit()
-        if not loss > limit:
-            return None
-        return f"loss {loss:.4g} against a median of {self._losses.median():.4g} (limit {limit:.4g})"
-
     def norm_limit(self) -> float:
         """The gradient norm above which a step is an explosion: infinite while there is no baseline."""
         if not self._norm_on or len(self._norms) < self._warmup:
@@ -56,11 +57,19 @@ class Guard:
         middle, sigma = self._norms.spread()
         return max(self._factor * middle, middle + self._deviations * sigma)
 
-    def judge_norm(self, norm: float) -> str | None:
-        limit = self.norm_limit()
-        if not limit < norm < math.inf:
-            return None
-        return f"gradient norm {norm:.4g} against a median of {self._norms.median():.4g} (limit {limit:.4g})"
+    def classify(self, loss: float, norm: float) -> Anomaly | None:
+        """What is wrong with a step of this loss and gradient norm, if anything; asked before it enters the
+        baselines."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return not_finite(loss, norm)
+        if loss > (limit := self.loss_limit()):
+            middle = self._losses.median()
+            return Anomaly(LOSS_SPIKE, f"loss {loss:.4g} against a median of {middle:.4g} (limit {limit:.4g})")
+        if norm > (limit := self.norm_limit()):
+            middle = self._norms.median()
+            reason = f"gradient norm {norm:.4g} against a median of {middle:.4g} (limit {limit:.4g})"
+            return Anomaly(GRAD_EXPLOSION, reason)
+        return None
 
     def accept(self, loss: float, norm: float) -> None:
         """A step that was applied enters the baselines."""
@@ -72,6 +81,11 @@ class Guard:
         self._refused = [early for early in self._refused if step - early < self._period] + [step]
         return list(self._refused)
 
-    def forgive(self) -> None:
-        """Forget the refused steps: there was nothing to go back to."""
+    def reset(self) -> None:
+        """Forget the refused steps: there was no checkpoint to go back to."""
         self._refused = []
+
+
+def not_finite(loss: float, norm: float) -> Anomaly:
+    """A step whose loss or gradient norm is infinite or NaN."""
+    return Anomaly(NOT_FINITE, f"loss {loss:.4g}, gradient norm {norm:.4g}")

@@ -24,7 +24,7 @@ from lumina.train.health import (
     StepObservation,
 )
 from lumina.train.health import docs as health_docs
-from lumina.train.recovery.spikes import GRAD_EXPLOSION, LOSS_SPIKE, Guard
+from lumina.train.recovery.spikes import GRAD_EXPLOSION, LOSS_SPIKE, SpikeDetector
 from tests.train.tiny_engines import make_config
 
 CONFIG = make_config()
@@ -134,17 +134,15 @@ def test_every_rule_has_a_planted_signal() -> None:
     assert {name for name, *_ in PLANTED} == checked - by_detector
 
 
-def judge(config: Config, seen: Iterable[StepObservation]) -> list[tuple[int, str]]:
-    """The steps that the guard refuses, as the loop asks it."""
-    guard, refused = Guard(config), []
+def anomalies(config: Config, seen: Iterable[StepObservation]) -> list[tuple[int, str]]:
+    """The steps that the spike detector refuses, as the loop asks it."""
+    detector, refused = SpikeDetector(config), []
     for one in seen:
-        reason = guard.judge_loss(one.loss)
-        rule = LOSS_SPIKE if reason is not None else GRAD_EXPLOSION
-        if reason is None:
-            reason = guard.judge_norm(one.grad_norm)
-        if reason is None:
-            guard.accept(one.loss, one.grad_norm)
+        anomaly = detector.classify(one.loss, one.grad_norm)
+        if anomaly is None:
+            detector.accept(one.loss, one.grad_norm)
         else:
+            rule, reason = anomaly
             refused.append((one.step, rule))
             as_seen = StepObservation(one.step, one.loss, one.grad_norm, False, refused=(rule, reason))
             assert HEALTH_RULES.get(rule)(config).check(as_seen) == f"step {one.step}: {reason}"
@@ -154,30 +152,30 @@ def judge(config: Config, seen: Iterable[StepObservation]) -> list[tuple[int, st
 
 def test_spikes_are_refused_and_stay_out_of_the_baseline() -> None:
     spiky = steps(200, loss=lambda n: 40.0 if n >= 150 and n % 2 else 2.0 + 0.01 * (n % 7))
-    assert judge(CONFIG, spiky) == [(n, LOSS_SPIKE) for n in range(151, 200, 2)]
+    assert anomalies(CONFIG, spiky) == [(n, LOSS_SPIKE) for n in range(151, 200, 2)]
     burst = steps(200, grad_norm=lambda n: 30.0 if n == 180 else 1.0 + 0.1 * (n % 5))
-    assert judge(CONFIG, burst) == [(180, GRAD_EXPLOSION)]
+    assert anomalies(CONFIG, burst) == [(180, GRAD_EXPLOSION)]
 
 
 def test_no_spike_before_the_baseline_is_known() -> None:
-    assert judge(CONFIG, steps(31, loss=lambda n: 10.0**n, grad_norm=lambda n: 10.0**n)) == []
+    assert anomalies(CONFIG, steps(31, loss=lambda n: 10.0**n, grad_norm=lambda n: 10.0**n)) == []
 
 
 def test_noise_and_a_falling_loss_are_no_spikes() -> None:
-    assert judge(CONFIG, steps(3000)) == []
+    assert anomalies(CONFIG, steps(3000)) == []
     falling = steps(3000, loss=lambda n: 2 + 9 * math.exp(-n / 300), grad_norm=lambda n: 1 + 20 * math.exp(-n / 50))
-    assert judge(CONFIG, falling) == []
+    assert anomalies(CONFIG, falling) == []
 
 
-def test_a_guard_goes_on_from_its_state() -> None:
+def test_a_spike_detector_goes_on_from_its_state() -> None:
     seen = steps(300, loss=lambda n: 2.0 + 0.01 * (n * 37 % 11), grad_norm=lambda n: 1 + (n * 31 % 7) / 7)
-    guard = Guard(CONFIG)
+    detector = SpikeDetector(CONFIG)
     for one in seen:
-        guard.accept(one.loss, one.grad_norm)
-    guard.refuse(290)
-    other = Guard(CONFIG, json.loads(json.dumps(guard.state())))
-    assert other.norm_limit() == guard.norm_limit()
-    assert other.judge_loss(9.0) == guard.judge_loss(9.0) is not None
+        detector.accept(one.loss, one.grad_norm)
+    detector.refuse(290)
+    other = SpikeDetector(CONFIG, json.loads(json.dumps(detector.state())))
+    assert other.norm_limit() == detector.norm_limit()
+    assert other.classify(9.0, 1.0) == detector.classify(9.0, 1.0) is not None
     assert other.refuse(300) == [290, 300]
     assert other.refuse(395) == [300, 395]
 
@@ -195,13 +193,12 @@ def test_silent_over_a_clean_recorded_run() -> None:
     found = recorded()
     of_steps = [record for record in found if record["kind"] == "step"]
     assert len(of_steps) == 2000
-    guard, health = Guard(CONFIG), Health(CONFIG, EventLog(None))
+    detector, health = SpikeDetector(CONFIG), Health(CONFIG, EventLog(None))
     for record in found:
         if record["kind"] == "step":
             norm, loss = record["grad_norm"], record["loss"]
-            assert guard.judge_loss(loss) is None, record
-            assert guard.judge_norm(norm) is None, record
-            guard.accept(loss, norm)
+            assert detector.classify(loss, norm) is None, record
+            detector.accept(loss, norm)
             speed = {key: record[key] for key in ("tokens_per_s", "wait", "seconds", "memory")}
             seen = StepObservation(record["step"], loss, norm, True, **speed)
             assert health.step(seen).level == "ok", record

@@ -1,0 +1,220 @@
+"""Builds a run from its configuration: a recipe from top to bottom, which returns the parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lumina import checkpoint
+from lumina.chat import ChatTokenizer
+from lumina.checkpoint import RunLock
+from lumina.cluster import StopRequest
+from lumina.config import Config
+from lumina.data import GlobalOrder, Samples
+from lumina.model import lora, report_kernel
+from lumina.monitor import EventLog
+from lumina.train.callbacks import Callback, Callbacks
+from lumina.train.deepspeed.engine import Engine, Ranks
+from lumina.train.deepspeed.layers import LayerStats
+from lumina.train.deferred import Deferred
+from lumina.train.health import Health, MachineWatch
+from lumina.train.initialise import (
+    Start,
+    base_of_adapters,
+    find_start,
+    keep_tokenizer,
+    load_initial_weights,
+    load_resumed,
+    open_run_tokenizer,
+    prepare_data,
+)
+from lumina.train.make_engine import Settings, make_engine, resolve
+from lumina.train.objectives import Preparation, objective
+from lumina.train.outputs.outputs import Outputs, RunOutputs
+from lumina.train.recovery.recovery import Recovery
+from lumina.train.recovery.spikes import SpikeDetector
+from lumina.train.saves import Saves
+from lumina.train.schedules import Schedule, schedule
+from lumina.train.state import TrainingState
+from lumina.train.stragglers import Stragglers
+from lumina.train.watchdog import Watchdog
+
+
+@dataclass
+class Run:
+    """The parts of a run on one rank. The loop works on all of them; each part has been given what it uses, and no part
+    has the run. `settings`, the state's engine and `layers` are replaced when the engine is rebuilt."""
+
+    ranks: Ranks
+    settings: Settings
+    tokenizer: ChatTokenizer
+    train_data: Samples
+    eval_data: Samples | None
+    order: GlobalOrder
+    total_steps: int
+    schedule: Schedule
+    state: TrainingState
+    deferred: Deferred
+    saves: Saves
+    recovery: Recovery
+    outputs: Outputs
+    stragglers: Stragglers
+    callbacks: Callbacks
+    watchdog: Watchdog
+    stop: StopRequest
+    layers: LayerStats | None = None
+
+    @property
+    def config(self) -> Config:
+        return self.settings.config
+
+
+def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> Run:
+    """A run that is ready for its first step: its data prepared, its state initialised or resumed, its folder claimed.
+    In the process group that `ranks` describes; every rank builds at the same time. Raises UserError."""
+    stop = StopRequest()
+    watchdog = Watchdog(config.hang_timeout, config.stop_timeout, stop, ranks.rank)
+    folder = Path(config.output_dir) / config.experiment_name
+    start = find_start(config, folder, ranks)
+
+    # Settings
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = resolve(start.config, ranks.world, device, start.recovery.micro_batch_size)
+    config = settings.config
+    assert config.global_batch_size is not None  # filled in by `resolve`
+
+    # Data, in its order
+    tokenizer = open_run_tokenizer(config)
+    train_data, eval_data = prepare_data(config, tokenizer, ranks, start.progress.data_fingerprint or None)
+    order = GlobalOrder(train_data.num_samples, config.global_batch_size, config.seed, train_data.fingerprint)
+    steps = config.epochs * order.steps_per_epoch
+    total_steps = min(steps, config.max_steps or steps)
+
+    # State
+    settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.progress))
+    torch.manual_seed(config.seed)
+    engine = make_engine(settings, drawn=start.checkpoint is None and config.init_from is None)
+    objective(config).prepare(
+        Preparation(
+            train_data=train_data,
+            eval_data=eval_data,
+            folder=folder,
+            rank=ranks.rank,
+            world=ranks.world,
+            micro_batch_size=config.batch_size,
+            resumed=start.checkpoint is not None,
+            initialise=partial(_initial_weights, settings, ranks, engine),
+            forward=engine.forward,
+            evaluation=engine.evaluation,
+            device=engine.device,
+            heartbeat=watchdog.beat,
+        )
+    )
+    if start.checkpoint is not None:
+        load_resumed(start, config, train_data.fingerprint, engine)
+    else:
+        _initial_weights(settings, ranks, engine)
+    state = _state(start, settings, ranks, engine, train_data.fingerprint, folder)
+
+    # What is shown, written and watched
+    events = EventLog(folder / "events.jsonl" if ranks.main else None)
+    health = Health(config, events)
+    lock = RunLock(folder, os.environ.get("LUMINA_JOB"), config.global_batch_size) if ranks.main else None
+    outputs = _open_outputs(settings, ranks, folder, state, events, health, train_data, order, total_steps)
+    deferred = Deferred()
+    saves = Saves(config, ranks, folder, state, deferred, events, health, lock, watchdog.beat)
+    recovery = Recovery(config, ranks, folder, start.recovery, state, events, health)
+    return Run(
+        ranks=ranks,
+        settings=settings,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        eval_data=eval_data,
+        order=order,
+        total_steps=total_steps,
+        schedule=schedule(config, total_steps),
+        state=state,
+        deferred=deferred,
+        saves=saves,
+        recovery=recovery,
+        outputs=outputs,
+        stragglers=Stragglers(ranks, config.straggler_interval, config.straggler_factor),
+        callbacks=Callbacks(callbacks, ranks, folder, total_steps, state, order, outputs, saves.request, watchdog.beat),
+        watchdog=watchdog,
+        stop=stop,
+    )
+
+
+def _initial_weights(settings: Settings, ranks: Ranks, engine: Engine) -> None:
+    """Another run's weights, unless they are there already, under adapters."""
+    config = settings.config
+    if settings.base is None and config.init_from is not None:
+        load_initial_weights(config.init_from, config, ranks, engine)
+
+
+def _state(
+    start: Start, settings: Settings, ranks: Ranks, engine: Engine, fingerprint: str, folder: Path
+) -> TrainingState:
+    """The state, with what a checkpoint of it will say of this start."""
+    config, progress = settings.config, start.progress
+    assert config.global_batch_size is not None
+    progress.global_batch_size, progress.world = config.global_batch_size, ranks.world
+    progress.precision, progress.zero_stage = settings.precision, engine.stage
+    progress.lora = checkpoint.adapter_settings(config)
+    progress.base = {} if settings.base is None else checkpoint.base_reference(settings.base, folder)
+    progress.model, progress.data_fingerprint = checkpoint.model_shape(config), fingerprint
+    return TrainingState(engine, progress, SpikeDetector(config, progress.guard))
+
+
+def _open_outputs(
+    settings: Settings,
+    ranks: Ranks,
+    folder: Path,
+    state: TrainingState,
+    events: EventLog,
+    health: Health,
+    data: Samples,
+    order: GlobalOrder,
+    total_steps: int,
+) -> Outputs:
+    """The run's folder with its resolved configuration, log and metrics, on rank 0."""
+    config, engine = settings.config, state.engine
+    kernel = report_kernel(engine.device, settings.precision)  # on every rank: chosen here, not in its first step
+    if not ranks.main:
+        return Outputs()
+    for name in ("checkpoints", "backups"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(keep_tokenizer(config, folder).to_yaml())
+    disks = [folder / "checkpoints"] + ([Path(config.backup_dir)] if config.backup_dir is not None else [])
+    trained = lora.trained_parameters(config)
+    outputs = RunOutputs(
+        folder,
+        config,
+        events,
+        health,
+        MachineWatch(disks, 12 * trained),
+        fingerprint=data.fingerprint,
+        steps_per_epoch=order.steps_per_epoch,
+        device=engine.device,
+        step=state.step,
+        total_steps=total_steps,
+        world=ranks.world,
+        nodes=ranks.world // ranks.local_world,
+        global_batch=order.global_batch_size,
+        precision=settings.precision,
+        zero_stage=engine.stage,
+    )
+    over = f", {trained:,} of adapters trained over {settings.base}" if settings.base is not None else ""
+    at = f", resumed at step {state.step}" if state.step else ""
+    outputs.say(
+        f"{config.model_name}: {config.num_parameters() / 1e6:.1f}M parameters{over}, {settings.precision}, "
+        f"ZeRO-{engine.stage}, {ranks.world} process(es), {total_steps} steps of {order.global_batch_size} samples{at}"
+    )
+    for text in [*settings.report, *kernel, *data.account_lines()]:
+        outputs.say(f"  {text}")
+    return outputs

@@ -1,0 +1,236 @@
+"""Callbacks: code of the user's that is called at fixed points of a run, on every rank that was given it.
+
+    class StopBelow(Callback):
+        def after_step(self, context: Context, result: StepResult) -> None:
+            context.log("bits per token", result.loss / math.log(2))
+            if result.loss < 2.0:
+                context.stop("the loss is below 2")
+
+    train(config, callbacks=[StopBelow()])
+
+A callback sees figures and may ask for things; it gets no way to change what is trained on, or how. What it must leave
+as it was (lumina.train.unchanged) is compared around each call, and a change ends the run at once, without a save, with
+an error that names the callback: resuming such a run would not end in the same weights (laws 1, 2 and 6). An exception
+in a callback, on whichever rank, ends the run on all ranks with its name, after a save. A request to stop or for a
+checkpoint that one rank makes is every rank's at one of the next steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lumina.config import UserError
+from lumina.data import GlobalOrder
+from lumina.train.deepspeed.engine import Ranks
+from lumina.train.health import LayerFigures
+from lumina.train.outcomes import Stop
+from lumina.train.outputs.outputs import Outputs
+from lumina.train.state import TrainingState
+from lumina.train.unchanged import changes, observe
+
+log = logging.getLogger("lumina")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step's figures. step: from 1; loss: mean over the step's supervised tokens on all ranks, in nats;
+    gradient_norm: before clipping; applied: False when the update was refused; tokens, supervised_tokens: of all ranks;
+    layers: norms by layer, at the steps that `layer_stats_every` is set for, else None."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    applied: bool
+    tokens: int
+    supervised_tokens: int
+    layers: Mapping[str, LayerFigures] | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a callback may know and ask for. step: optimizer steps done; rank and world as torch.distributed counts
+    them."""
+
+    step: int
+    total_steps: int
+    rank: int
+    world: int
+    folder: Path
+    log: Callable[[str, float], None]
+    stop: Callable[[str], None]
+    request_checkpoint: Callable[[], None]
+
+
+class Callback:
+    """Override what you need. Every method is called on every rank that has the callback, but for `at_save`. None may
+    take part in a collective: another rank may not have the callback.
+
+    `context.log(name, value)` writes a number into metrics.jsonl (kind `callback`) and to the trackers, on rank 0;
+    `context.stop(reason)` ends the run after a save, and `context.request_checkpoint()` has one saved, on all ranks at
+    one of the next three steps."""
+
+    def at_start(self, context: Context) -> None:
+        """Before the first step of this start; `context.step` is what the run goes on from."""
+
+    def before_step(self, context: Context) -> None:
+        """Before the forward passes of step `context.step + 1`."""
+
+    def after_step(self, context: Context, result: StepResult) -> None:
+        """A step's figures are known: as a rule during the next step, between its backward passes and its update, so
+        that nothing waits for the device (lumina.train.deferred)."""
+
+    def at_evaluation(self, context: Context, loss: float) -> None:
+        """After an evaluation; `loss`: mean over its supervised tokens, in nats."""
+
+    def at_save(self, context: Context, path: Path) -> None:
+        """The checkpoint `path` is whole and has its name. Rank 0 alone knows, and it alone calls this, at the step
+        boundary after the writer has finished."""
+
+    def at_end(self, context: Context, stop: Stop) -> None:
+        """After the last step of this start and its save; not after an exception."""
+
+
+class CallbackError(UserError):
+    """A callback raised an exception, or changed what it must leave as it was."""
+
+
+class Callbacks:
+    """Calls the callbacks of one rank, and keeps what they ask for until the ranks agree on it."""
+
+    def __init__(
+        self,
+        callbacks: Sequence[Callback],
+        ranks: Ranks,
+        folder: Path,
+        total_steps: int,
+        state: TrainingState,
+        order: GlobalOrder,
+        outputs: Outputs,
+        request_checkpoint: Callable[[], None],
+        beat: Callable[[str], None],
+    ) -> None:
+        """`request_checkpoint`: of the saves; `beat`: of the watchdog, called before each callback."""
+        self._callbacks = list(callbacks)
+        self._ranks, self._folder, self._total_steps = ranks, folder, total_steps
+        self._state, self._order, self._outputs = state, order, outputs
+        self._request_checkpoint, self._beat = request_checkpoint, beat
+        self._logged: dict[str, float] = {}
+        self._logged_at = 0
+        self._anywhere = False  # whether any rank has callbacks
+        self.stop_reason: str | None = None  # this rank's, for the sum over ranks
+        self.failure: str | None = None
+
+    # --- The points at which they are called ---
+
+    def at_start(self) -> None:
+        """Collective, as `at_end` is."""
+        counts: list[Any] = [None] * self._ranks.world
+        dist.all_gather_object(counts, len(self._callbacks))
+        self._anywhere = any(counts)
+        self._call("at_start")
+        self._raise_agreed()
+
+    def before_step(self) -> None:
+        self._flush()
+        self._call("before_step")
+
+    def after_step(self, result: StepResult) -> None:
+        self._call("after_step", result)
+
+    def at_evaluation(self, loss: float) -> None:
+        self._call("at_evaluation", loss)
+
+    def at_save(self, path: Path) -> None:
+        self._call("at_save", path)
+
+    def at_end(self, stop: Stop) -> None:
+        self._call("at_end", stop)
+        self._flush()
+        self._raise_agreed()
+
+    # --- What they ask for, agreed between the ranks ---
+
+    def agreed_reason(self) -> str:
+        """Why callbacks ask to stop; collective."""
+        return "; ".join(dict.fromkeys(filter(None, self._gather(self.stop_reason)))) or "a callback"
+
+    def agreed_failure(self) -> CallbackError:
+        """What went wrong in callbacks, on every rank that it did; collective."""
+        found = [f"rank {rank}: {text}" for rank, text in enumerate(self._gather(self.failure)) if text]
+        return _failed("; ".join(found))
+
+    def _raise_agreed(self) -> None:
+        """A failure that no step's sum has told of; collective."""
+        if self._anywhere and any(self._gather(self.failure)):
+            raise self.agreed_failure()
+
+    def _gather(self, own: str | None) -> list[str | None]:
+        found: list[Any] = [None] * self._ranks.world
+        dist.all_gather_object(found, own)
+        return found
+
+    # --- Calling ---
+
+    def _call(self, method: str, *arguments: object) -> None:
+        if not self._callbacks or self.failure is not None:
+            return  # after a failure the run is about to end
+        for callback in self._callbacks:
+            if getattr(type(callback), method) is getattr(Callback, method):
+                continue
+            name = f"{type(callback).__name__}.{method}"
+            self._beat(f"callback {name}")
+            before = observe(self._state.engine, self._order)
+            try:
+                with before.writes():
+                    getattr(callback, method)(self._context(), *arguments)
+            except Exception as error:
+                log.exception("%s raised an exception", name)
+                self.failure = f"{name} raised {type(error).__name__}: {error}"
+            found = changes(before, self._state.engine, self._order)
+            if found:
+                self._state.consistent = False
+                raise CallbackError(
+                    f"step {self._state.step}: the callback {name} changed {', '.join(found)}",
+                    "A callback must leave these as they are, or the run could not be resumed to the same weights. "
+                    "Nothing was saved; go on from the last checkpoint with --resume auto.",
+                )
+            if self.failure is not None:
+                return
+
+    def _context(self) -> Context:
+        return Context(
+            self._state.step,
+            self._total_steps,
+            self._ranks.rank,
+            self._ranks.world,
+            self._folder,
+            self._log,
+            self._stop,
+            self._request_checkpoint,
+        )
+
+    def _log(self, name: str, value: float) -> None:
+        """Kept until the step is over: a tracker takes one record of a kind and step."""
+        if self._logged_at != self._state.step:
+            self._flush()
+        self._logged_at = self._state.step
+        self._logged[str(name)] = float(value)
+
+    def _flush(self) -> None:
+        logged, self._logged = self._logged, {}
+        if logged:
+            self._outputs.callback_values(self._logged_at, logged)
+
+    def _stop(self, reason: str) -> None:
+        self.stop_reason = self.stop_reason or str(reason)
+
+
+def _failed(what: str) -> CallbackError:
+    return CallbackError(what, "The run is saved. Mend the callback, and go on with --resume auto.")

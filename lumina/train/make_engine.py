@@ -1,0 +1,76 @@
+"""The resolved settings of a start, and the engine that they make: model, adapters, float8, DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lumina.config import Config
+from lumina.config import deepspeed as ds_json
+from lumina.model import Transformer, float8, lora
+from lumina.plan import default_document, smallest_memory
+from lumina.train.deepspeed import partitioned_init
+from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed.fragments import allocate_optimizer_state
+from lumina.train.snapshot import load_frozen_weights
+
+
+@dataclass(frozen=True)
+class Settings:
+    """config: resolved, nothing in it depends on the machine any more; ds_config: DeepSpeed's; report: what was
+    resolved, for people; base: the checkpoint under the adapters, None where every weight is trained."""
+
+    config: Config
+    ds_config: dict[str, Any]
+    report: Sequence[str] = ()
+    base: Path | None = None
+
+    @property
+    def precision(self) -> str:
+        return next((name for name in ("bf16", "fp16") if self.ds_config.get(name, {}).get("enabled")), "fp32")
+
+    def with_micro_batch(self, size: int, world: int) -> Settings:
+        """The same with another micro-batch; the global batch, which laws 1 and 2 hang on, stays."""
+        wanted = self.config.global_batch_size
+        assert wanted is not None
+        accumulation = -(-wanted // (size * world))
+        config = self.config.replace(batch_size=size, gradient_accumulation_steps=accumulation)
+        batches = {
+            "train_micro_batch_size_per_gpu": size,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": size * accumulation * world,
+        }
+        return replace(self, config=config, ds_config={**self.ds_config, **batches})
+
+
+def resolve(config: Config, world: int, device: str, micro_batch_size: int | None) -> Settings:
+    """`device`: cuda or cpu; `micro_batch_size`: the largest that fits, where an earlier start ran out of memory."""
+    document = default_document(config, world, smallest_memory())
+    ds_config, report, resolved = ds_json.resolve(config, world, device, document=document)
+    settings = Settings(resolved, ds_config, report)
+    if micro_batch_size is not None and micro_batch_size < resolved.batch_size:
+        return settings.with_micro_batch(micro_batch_size, world)
+    return settings
+
+
+def make_engine(settings: Settings, drawn: bool) -> Engine:
+    """`drawn`: False where every trained weight is loaded next; adapters are drawn after the weights under them."""
+    config, base = settings.config, settings.base
+    drawn = drawn or base is not None
+    with partitioned_init.partitioned(settings.ds_config, drawn):
+        model = Transformer(config)
+        if base is not None:  # before the engine is made: what is frozen has no place in its optimizer
+            lora.attach(model, config)
+    if base is not None:
+        load_frozen_weights(model, base)
+    if config.float8 is not None:
+        float8.check(config)
+        float8.convert(model, config.float8)
+    model.checkpoint_every = config.checkpoint_every
+    if config.compile:
+        model.compile_blocks()
+    made = Engine(model, config, settings.ds_config)
+    allocate_optimizer_state(made)
+    return made

@@ -26,13 +26,24 @@ SETTINGS: dict[str, Any] = {
 
 def _measure(rank: int, *, runs: dict[str, list[str]], out: Path) -> None:
     """Trains each of `runs`, in this process, and leaves in `out` what its steady steps waited for, and when."""
+    import lumina.train
     from lumina.cli import main
-    from lumina.train import loop, step
+    from lumina.train import Callback, Context, StepResult, loop, step
     from lumina.train.deepspeed import engine
     from lumina.train.deferred import Readback
     from tests.train.host_waits import Recorder
 
+    class Watching(Callback):
+        """Asked at every step: what it must leave as it was is compared without a wait too."""
+
+        def before_step(self, context: Context) -> None:
+            context.log("step", context.step)
+
+        def after_step(self, context: Context, result: StepResult) -> None:
+            context.log("loss", result.loss)
+
     recorder = Recorder()
+    lumina.train.train = partial(lumina.train.train, callbacks=[Watching()])  # type: ignore[assignment]
     order: dict[int, list[str]] = {}
     take_step, read = loop.take_step, Readback.read
 

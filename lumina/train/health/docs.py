@@ -35,10 +35,10 @@ _RECOVERY = """
 - **A step that is not finite or spikes** is skipped on all ranks together: its loss and its gradient norm are held to
   limits known before it, the same on every rank, by the device itself inside the update. The samples of the whole
   global batch go to `events.jsonl`. `on_spike: warn` only reports spikes.
-- **Repeated ones** (`rollback_after` within `health_check_interval` steps) bring the run back to the newest valid
-  checkpoint from before the first of them; the run then goes past their samples. `max_rollbacks` bounds it, and then
-  the run ends with a clear failure. What was gone past is kept in `answers.json`, so that a killed run comes to the
-  same end. Checkpoints made amid the trouble lose their names.
+- **Repeated ones** (`rollback_after` within `health_check_interval` steps) bring the run back to the latest valid
+  checkpoint from before the first of them; those steps are then skipped. `max_rollbacks` bounds it, and then the run
+  ends with a clear failure. The skipped steps are kept in `recovery.json`, so that a killed run comes to the same end
+  (the `answers.json` of version 0.1.0 is taken over). Checkpoints made amid the trouble lose their names.
 - **Out of memory** (`on_oom`): memory is freed, the engine rebuilt with half the micro-batch and twice
   the accumulation, and the step taken again: same global batch, same gradient. With several ranks that works when
   every rank runs out before a collective of that step has begun (never so under ZeRO-3, and not asked among more

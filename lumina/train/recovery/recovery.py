@@ -90,8 +90,8 @@ class Recovery:
     # --- Refused updates, and going back ---
 
     def norm_limit(self, loss: Tensor) -> Tensor:
-        """The gradient norm above which a step of this loss is not applied: none is low enough (-1) when the loss
-        itself is anomalous. Both float64, 0-dimensional, on the device."""
+        """The limit on this step's gradient norm, above which the update is not made; -1, so that no update is made,
+        when the loss is anomalous. Both float64, 0-dimensional, on the device."""
         most, norm = math.inf, math.inf
         if self._config.on_spike != "warn":
             most, norm = self._state.spikes.loss_limit(), self._state.spikes.norm_limit()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         TRANSPORTS,
         Registry,
     )
+    from lumina.config.renamed import upgrade
     from lumina.config.rows import CHUNK_BYTES, ROW_TILE, output_chunk_bytes, round_up
     from lumina.config.schema import (
         MIN_VOCAB,
@@ -80,6 +81,7 @@ _HOMES = {
     "round_up": "rows",
     "run_config": "loading",
     "take_device": "visible",
+    "upgrade": "renamed",
     "visible_gpus": "visible",
     "visible_names": "visible",
 }
@@ -125,6 +127,7 @@ __all__ = [
     "round_up",
     "run_config",
     "take_device",
+    "upgrade",
     "visible_gpus",
     "visible_names",
 ]

@@ -130,11 +130,11 @@ def resolve(
         document = read_json(config.ds_config) if config.ds_config else default_json(world_size)
     merge = _Merge(config, copy.deepcopy(document), source)
     merge.refuse_removed()
-    merge.take_optimizer()
-    merge.settle_precision(device_type, bf16_supported)
-    merge.keep_refusals()
-    merge.settle("gradient_clipping", "max_grad_norm")
-    merge.settle_batches(world_size)
+    merge.take_adam_settings()
+    merge.fill_precision(device_type, bf16_supported)
+    merge.keep_overflow_checks()
+    merge.fill("gradient_clipping", "max_grad_norm")
+    merge.fill_batches(world_size)
     merge.fill_zero(device_type != "cpu" and world_size > 1)
     merge.json.setdefault("steps_per_print", 2**31 - 1)  # Lumina prints its own line
     _refuse_leftover_auto(merge.json, source)
@@ -142,7 +142,7 @@ def resolve(
 
 
 class _Merge:
-    """The document being filled, the report, and the configuration values that gave way."""
+    """The JSON while "auto" is filled in, the report, and the settings that it overrides."""
 
     def __init__(self, config: Config, document: Json, source: str) -> None:
         self.config = config
@@ -165,8 +165,8 @@ class _Merge:
             f'Write "auto" for {key} in the JSON, or leave {name} out.',
         )
 
-    def settle(self, path: str, name: str, block: Json | None = None) -> None:
-        """Fill the last part of the dotted `path` from the setting `name`, or let the setting give way to it."""
+    def fill(self, path: str, name: str, block: Json | None = None) -> None:
+        """Fill the last part of the dotted `path` from the setting `name`, or override the setting by it."""
         block = self.json if block is None else block
         key = path.rsplit(".", 1)[-1]
         given, ours = block.get(key, AUTO), self.value(name)
@@ -174,18 +174,20 @@ class _Merge:
             block[key] = ours
             self.report.append(f"{path} = {ours} (from {name})")
         elif given != ours:
-            self.give_way(path, given, name)
+            self.override_setting(path, given, name)
 
-    def give_way(self, path: str, given: Any, name: str) -> None:
+    def override_setting(self, path: str, given: Any, name: str) -> None:
+        """Take the JSON's value for a setting that has a default or a preset's value; refuse it where the user wrote
+        the setting down."""
         ours = self.value(name)
         if name in self.config.explicit:
             raise self.contradiction(path, given, name, ours)
         self.changes[name] = given
         self.report.append(f"{name} = {given} (from {path} in {self.source}, instead of the default {ours})")
 
-    def take_optimizer(self) -> None:
-        """An Adam block's numbers become Lumina's; the block itself goes, because Lumina builds the optimizer (norms
-        and embeddings without decay), which DeepSpeed then partitions or offloads."""
+    def take_adam_settings(self) -> None:
+        """Take over the numbers of an Adam block as settings; the block itself goes, because Lumina builds the
+        optimizer (norms and embeddings without decay), which DeepSpeed then partitions or offloads."""
         block = self.json.pop("optimizer", None)
         if block is None:
             return
@@ -208,10 +210,10 @@ class _Merge:
         }
         for key, given in flat.items():
             if given not in (AUTO, self.value(names[key])):
-                self.give_way(f"optimizer.params.{key}", given, names[key])
+                self.override_setting(f"optimizer.params.{key}", given, names[key])
         self.report.append("optimizer: AdamW, built by Lumina without decay on norms and embeddings")
 
-    def settle_precision(self, device_type: str, bf16_supported: bool | None) -> None:
+    def fill_precision(self, device_type: str, bf16_supported: bool | None) -> None:
         asked = {name: self.json.get(name, {}).get("enabled", AUTO) for name in ("fp16", "bf16")}
         on = [name for name, enabled in asked.items() if enabled is True]
         if len(on) == 2:
@@ -219,7 +221,7 @@ class _Merge:
         ours = self.config.precision
         if on:
             if ours not in ("auto", on[0]):
-                self.give_way(f"{on[0]}.enabled", on[0], "precision")
+                self.override_setting(f"{on[0]}.enabled", on[0], "precision")
             wanted = on[0]
         else:
             wanted = ours
@@ -240,9 +242,9 @@ class _Merge:
             if not native:
                 self.report.append("WARNING: this CPU has no bf16 instructions: fp32 (--precision auto) is far faster")
 
-    def keep_refusals(self) -> None:
-        """A step whose gradients are not finite is refused under every stage, whatever the JSON says: without the norm,
-        or with DeepSpeed's look at it switched off, NaN would be written into the weights."""
+    def keep_overflow_checks(self) -> None:
+        """Refuse or correct a JSON that switches DeepSpeed's overflow checks off: without the gradient norm, or the
+        check of it, NaN would be written into the weights."""
         if self.json.get("zero_optimization", {}).get("compute_grad_norm", True) is False:
             raise UserError(
                 f"{self.source}: zero_optimization.compute_grad_norm = false is not supported: steps whose gradients "
@@ -253,8 +255,8 @@ class _Merge:
             self.json["bf16"]["check_grad_overflow"] = True
             self.report.append("bf16.check_grad_overflow = true (steps that are not finite are always refused)")
 
-    def settle_batches(self, world: int) -> None:
-        self.settle("train_micro_batch_size_per_gpu", "batch_size")
+    def fill_batches(self, world: int) -> None:
+        self.fill("train_micro_batch_size_per_gpu", "batch_size")
         micro = int(self.json["train_micro_batch_size_per_gpu"])
         total, accumulation = (self.json.get(k, AUTO) for k in ("train_batch_size", "gradient_accumulation_steps"))
         fixed = self.config.global_batch_size
@@ -265,7 +267,7 @@ class _Merge:
         elif fixed is not None:
             wanted = fixed
         else:
-            self.settle("gradient_accumulation_steps", "gradient_accumulation_steps")
+            self.fill("gradient_accumulation_steps", "gradient_accumulation_steps")
             wanted = micro * int(self.json["gradient_accumulation_steps"]) * world
         steps, padded = _padded(wanted, micro, world)
         if accumulation not in (AUTO, steps):
@@ -307,11 +309,12 @@ class _Merge:
                 zero[key] = value
                 origin = "ranks on GPUs" if key == "overlap_comm" else "the model's shape"
                 self.report.append(f"zero_optimization.{key} = {str(value).lower()} (from {origin})")
-        self.keep_tensors_whole(zero, stage)
+        self.enlarge_reduce_bucket(zero, stage)
 
-    def keep_tensors_whole(self, zero: Json, stage: int) -> None:
-        """DeepSpeed 0.19.8 reduces a gradient that is larger than the bucket where it lies, and under stage 2 frees it
-        before the stream that reduces it has read it: with overlap the sums of the largest tensor could be wrong."""
+    def enlarge_reduce_bucket(self, zero: Json, stage: int) -> None:
+        """Make `reduce_bucket_size` hold the largest tensor: DeepSpeed 0.19.8 reduces a gradient that is larger than
+        the bucket where it lies, and under stage 2 frees it before the stream that reduces it has read it: with overlap
+        the sums of the largest tensor could be wrong."""
         bucket, largest = zero.get("reduce_bucket_size", 500_000_000), largest_tensor(self.config)
         if stage in (1, 2) and zero.get("overlap_comm") is True and bucket < largest:
             zero["reduce_bucket_size"] = largest

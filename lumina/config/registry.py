@@ -82,7 +82,7 @@ class Registry:
 
 
 def forget() -> None:
-    """Look for packages anew: one was installed, or put on the path, after the first look."""
+    """Drop the cache of installed packages: one was installed, or put on the path, after the first look."""
     _added.cache_clear()
 
 

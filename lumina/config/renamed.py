@@ -1,4 +1,4 @@
-"""Settings that were called something else in an earlier version, and are still read by those names.
+"""Renamed settings: the names and values of an earlier version, which are still read.
 
 YAML files, `--set` pairs and the config.yaml of old runs go through `upgrade`, which says in one line what the new
 names are.
@@ -34,15 +34,15 @@ RENAMED: dict[str, Renamed] = {
 }
 
 
-def upgrade(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`values` under today's names, in the same order; one warning names those that changed. `where` is what they were
-    read from, for messages.
+def upgrade(values: Mapping[str, Any], where: str, *, warn: bool = True) -> dict[str, Any]:
+    """`values` under today's names, in the same order; one warning names those that changed, unless `warn` is false.
+    `where` is what they were read from, for messages.
 
     Raises:
         UserError: a setting is given under both names, or a flag's value is neither true nor false.
     """
     found, upgraded = _upgrade(values, where, "")
-    if found:
+    if found and warn:
         now = ", ".join(f"{old} is {RENAMED[old].new}" for old in found)
         log.warning("%s: read by the names of an earlier version: %s now", where, now)
     return upgraded

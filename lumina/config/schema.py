@@ -39,11 +39,10 @@ class _Strict(BaseModel):
 
 
 class RopeScaling(_Strict):
-    """Slower rotary angles, for contexts longer than a model was first trained on. `linear` divides every frequency by
-    `factor` (arXiv:2306.15595); `llama3` only those that turn fewer than `low_freq_factor` times within
+    """RoPE scaling: slower rotary angles for contexts longer than a model was first trained on. `linear` divides every
+    frequency by `factor` (arXiv:2306.15595); `llama3` only those that turn fewer than `low_freq_factor` times within
     `original_max_position_embeddings` tokens, none that turn more than `high_freq_factor` times, and those between in
-    part (Llama 3.1). The names are transformers'.
-    """
+    part (Llama 3.1). The names are transformers'."""
 
     type: Literal["linear", "llama3"]
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -124,7 +123,8 @@ class ModelConfig(_Strict):
 
 
 class OptimConfig(_Strict):
-    """How the weights move. `batch_size` is the micro-batch: samples per device and accumulation step."""
+    """Optimisation: objective, batch sizes, AdamW, learning rates, precision. `batch_size` is the micro-batch: samples
+    per device and accumulation step."""
 
     # sft: the assistant's words in conversations. dpo: preference pairs (arXiv:2305.18290), over the model that the run
     # began with.
@@ -205,7 +205,7 @@ class DataSource(_Strict):
 
 
 class DataConfig(_Strict):
-    """Where the conversations come from and how they become samples."""
+    """Data: training and evaluation files, splits, deduplication, packing."""
 
     train_data: list[str] = []
     data: list[DataSource] = []  # training files too, with weights
@@ -222,7 +222,7 @@ class DataConfig(_Strict):
 
 
 class RunConfig(_Strict):
-    """The run's name, place and rhythm."""
+    """The run: its name and folder, what it starts from, intervals of evaluation and saving, timeouts."""
 
     model_name: str = "lumina"
     experiment_name: Annotated[str, Field(min_length=1)] = "experiment"
@@ -320,8 +320,8 @@ GROUPS: tuple[type[_Strict], ...] = (
 
 
 class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, HealthConfig, SavingConfig, MonitorConfig):
-    """All of it, flat. Build one with `lumina.config.loading`, which knows presets, files, flags and where each value
-    came from."""
+    """Every setting, flat. Build one with `lumina.config.loading`, which knows presets, files, flags and where each
+    value came from."""
 
     _explicit: frozenset[str] = PrivateAttr(default=frozenset())
 

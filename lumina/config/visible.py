@@ -39,8 +39,9 @@ def device_of(local_rank: int, local_world: int, devices: int) -> int:
 def take_device(
     local_rank: int, local_world: int, devices: int, environment: MutableMapping[str, str] = os.environ
 ) -> int:
-    """`device_of`, and DeepSpeed told: version 0.19.8 takes LOCAL_RANK for the device's index wherever it needs one
-    (the process group, the engine, zero.Init) and asserts that Open MPI's variable says the same."""
+    """`device_of`, also set as LOCAL_RANK for DeepSpeed: version 0.19.8 takes LOCAL_RANK for the device's index
+    wherever it needs one (the process group, the engine, zero.Init) and asserts that Open MPI's variable says the
+    same."""
     index = device_of(local_rank, local_world, devices)
     if index != local_rank:
         environment["LOCAL_RANK"] = str(index)

@@ -1,4 +1,4 @@
-"""What rank 0 keeps of a run beside its steps: run.json, system figures, sample answers, and the trackers' feeds."""
+"""Records of a run beside its steps, on rank 0: run.json, system metrics, sample answers, and the trackers' feeds."""
 
 from __future__ import annotations
 

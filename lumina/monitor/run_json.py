@@ -1,4 +1,4 @@
-"""RUN/run.json: how a run was started, each time, with what code, on what, and how it ended."""
+"""RUN/run.json, the record of a run's starts: how each was started, with what code, on what, and how it ended."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lumina.config import UserError, upgrade
 from lumina.files import write_json
 
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "pyarrow", "tiktoken", "flash-attn")
@@ -32,6 +34,8 @@ def add_start(folder: Path, config: Mapping[str, Any], data_fingerprint: str, **
     """Append a start. `facts` are the resumed step, total steps, world size, nodes and the like."""
     run = read_run(folder)
     starts = run.get("starts", [])
+    with suppress(UserError):  # a file that was edited by hand must not stop a run
+        run["config"] = upgrade(run.get("config", {}), "run.json", warn=False)
     before = run.get("config", {})
     changed = {key: value for key, value in config.items() if starts and before.get(key) != value}
     starts.append(

@@ -1,4 +1,4 @@
-"""What the machine does while it trains: processor, memory, disk, network and GPUs of rank 0's node, by a thread."""
+"""System metrics: processor, memory, disk, network and GPUs of rank 0's node, by a thread."""
 
 from __future__ import annotations
 

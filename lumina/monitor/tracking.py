@@ -29,7 +29,7 @@ _PAUSE, _CLOSING = 5.0, 30.0  # seconds
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of the run: its folder, name, settings, and the step it goes on from."""
+    """The run as a tracker needs it: its folder, name, settings, and the step it goes on from."""
 
     folder: Path
     name: str
@@ -38,7 +38,7 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """One service. All calls come from one thread; any of them may raise."""
+    """An experiment tracker. All calls come from one thread; any of them may raise."""
 
     def open(self, run: RunInfo) -> Mapping[str, int]:
         """Start, or go on with the run that RUN's folder remembers. Returns the last step already there, by group."""
@@ -78,7 +78,7 @@ class _Rewind:
 
 
 class _Feed:
-    """A tracker and its thread."""
+    """The thread that feeds one tracker, and its queue."""
 
     def __init__(
         self,
@@ -106,12 +106,12 @@ class _Feed:
             self._queue.put(item)
 
     def abandon(self) -> None:
-        """Let go of a tracker that does not end by itself."""
+        """End a tracker that does not end by itself."""
         try:
             if self._tracker is not None:
                 self._tracker.abandon()
         except Exception as error:
-            log.warning("%s could not be let go of: %s: %s", self.name, type(error).__name__, error)
+            log.warning("%s could not be ended: %s: %s", self.name, type(error).__name__, error)
 
     def _follow(self) -> None:
         try:
@@ -140,18 +140,18 @@ class _Feed:
     def _send(self, tracker: Tracker, record: Mapping[str, Any]) -> None:
         kind, step = record["kind"], int(record["step"])
         if kind in ("event", "sample"):
-            self._patiently(lambda: tracker.text(str(record["name"]), step, str(record["text"])))
+            self._with_retries(lambda: tracker.text(str(record["name"]), step, str(record["text"])))
             return
         group = GROUPS.get(kind, kind)
         if step <= self._last.get(group, -1):
             return
         values = {name.removeprefix(f"{group}/"): value for name, value in scalars(record)}
         if values:
-            self._patiently(lambda: tracker.scalars(group, step, values, record.get("time")))
+            self._with_retries(lambda: tracker.scalars(group, step, values, record.get("time")))
         self._last[group] = step
 
-    def _patiently(self, call: Callable[[], None]) -> None:
-        """Again after a pause, a few times: a service comes back, a wrong key does not."""
+    def _with_retries(self, call: Callable[[], None]) -> None:
+        """Call, and after a pause again a few times: a service comes back, a wrong key does not."""
         for attempt in range(_ATTEMPTS):
             try:
                 return call()

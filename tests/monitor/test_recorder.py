@@ -85,3 +85,15 @@ def test_a_torn_run_file_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"starts": [')
     life(tmp_path, 3, 1, "stopped")
     assert [start["step"] for start in read_run(tmp_path)["starts"]] == [3]
+
+
+def test_a_setting_that_has_another_name_now_is_no_change(tmp_path: Path) -> None:
+    """run.json of version 0.1.0: the settings that differ from the start before are told under today's names."""
+    life(tmp_path, 0, 10, "stopped")
+    run = json.loads((tmp_path / "run.json").read_text())
+    config = run["config"]
+    del config["on_spike"], config["on_oom"]
+    run["config"] = {**config, "answer_spike": "skip", "answer_out_of_memory": False}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    life(tmp_path, 10, 20, "stopped")
+    assert read_run(tmp_path)["starts"][-1]["changed"] == {"on_oom": "halve_micro_batch"}

@@ -145,7 +145,7 @@ def _marks(run: RunData) -> list[dict[str, Any]]:
     for event in run.events:
         level = event.get("level", "info")
         if level != "info" or event.get("kind") in RECOVERY:
-            found.append({"step": event.get("step", 0), "level": level, "text": _told(event)[:300]})
+            found.append({"step": event.get("step", 0), "level": level, "text": _event_text(event)[:300]})
     order = {"crit": 0, "warn": 1, "info": 2}
     found = sorted(found, key=lambda mark: order.get(mark["level"], 2))[:_MARKS]
     for before, start in zip(run.starts, run.starts[1:], strict=False):
@@ -154,6 +154,6 @@ def _marks(run: RunData) -> list[dict[str, Any]]:
     return found
 
 
-def _told(event: Mapping[str, Any]) -> str:
+def _event_text(event: Mapping[str, Any]) -> str:
     action = event.get("action")
     return f"{event.get('rule', '')}: {event.get('reason', '')}" + (f" → {action}" if action else "")

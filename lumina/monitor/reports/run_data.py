@@ -1,4 +1,4 @@
-"""What a report shows of a run, read from its files and thinned to what a picture can show."""
+"""A run's files as the report needs them: curves thinned to what a picture can show, events, samples, settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lumina.config import UserError
+from lumina.config import UserError, upgrade
 from lumina.monitor.events import read_events
 from lumina.monitor.metrics import read_metrics
 from lumina.monitor.reports.runs import is_run, summary
@@ -104,6 +104,7 @@ def read(folder: Path) -> RunData:
     run = read_run(folder)
     if not run.get("config"):
         run = {**run, "config": _settings(folder / "config.yaml")}
+    run["config"] = upgrade(run.get("config", {}), f"{folder}/run.json", warn=False)
     samples = {record["step"]: record for record in read_events(folder / "samples.jsonl")}
     groups["world"] = _world(run.get("starts", []), groups)
     return RunData(

@@ -55,8 +55,8 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def state(start: Mapping[str, Any], age: float) -> str:
-    """running, finished, stopped, failed, stale (it ended without a word, or nothing was heard of it), or unknown for
-    runs from before run.json."""
+    """State of a run: running, finished, stopped, failed, stale (it ended without a word, or nothing was heard of it),
+    or unknown for runs from before run.json."""
     if not start:
         return "unknown"
     if "end" in start:

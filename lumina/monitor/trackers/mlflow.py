@@ -59,7 +59,7 @@ class MLflow:
         self._client.set_terminated(self._run)
 
     def abandon(self) -> None:
-        """Nothing outside this process is left running."""
+        """Nothing to end: it has no process of its own."""
 
 
 TRACKER = MLflow

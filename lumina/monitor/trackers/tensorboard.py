@@ -60,7 +60,7 @@ class TensorBoard:
         self._writer.close()
 
     def abandon(self) -> None:
-        """Nothing outside this process is left running."""
+        """Nothing to end: it has no process of its own."""
 
 
 TRACKER = TensorBoard

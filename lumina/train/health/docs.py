@@ -38,7 +38,7 @@ _RECOVERY = """
 - **Repeated ones** (`rollback_after` within `health_check_interval` steps) bring the run back to the latest valid
   checkpoint from before the first of them; those steps are then skipped. `max_rollbacks` bounds it, and then the run
   ends with a clear failure. The skipped steps are kept in `recovery.json`, so that a killed run comes to the same end
-  (the `answers.json` of version 0.1.0 is taken over). Checkpoints made amid the trouble lose their names.
+  (the `answers.json` of version 0.1.0 is taken over). Checkpoints made in between are discarded.
 - **Out of memory** (`on_oom`): memory is freed, the engine rebuilt with half the micro-batch and twice
   the accumulation, and the step taken again: same global batch, same gradient. With several ranks that works when
   every rank runs out before a collective of that step has begun (never so under ZeRO-3, and not asked among more
@@ -48,7 +48,7 @@ _RECOVERY = """
   nothing yet, under every stage; otherwise the next start goes on from the last checkpoint.
 - **A sample that cannot be read** (`on_corrupt_sample`) becomes one of weight zero and is counted; the step still
   divides by the token count that the index gives it.
-- **An exception** (`emergency_checkpoint`) saves the step before it ends the run, if no update was half made, the
+- **An exception** (`emergency_checkpoint`) saves the step before it ends the run, if no update was interrupted, the
   weights are finite, the step is not saved already, and every rank says within ten seconds that it stands there
   too. A user's mistake is not an exception.
 - **A save that fails** is tried again after 5 seconds, doubled up to five times; not where that cannot help (a

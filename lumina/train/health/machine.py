@@ -1,4 +1,4 @@
-"""The state of the machine for the health rules: free disk, GPU temperature, throttling and memory errors.
+"""Machine observations for the health rules: free disk, GPU temperature, throttling and memory errors.
 
 A thread measures, because asking a network file system for its free space can take as long as it likes.
 """
@@ -21,7 +21,8 @@ _REASONS = {0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware 
 
 
 class MachineWatch:
-    """Measures now and then until closed. `checkpoint_bytes`: what a checkpoint takes on those disks."""
+    """Measures every 20 seconds in a thread, until closed. `checkpoint_bytes`: what a checkpoint takes on those
+    disks."""
 
     def __init__(self, folders: Sequence[Path], checkpoint_bytes: int, seconds: float = _SECONDS) -> None:
         self._folders, self._checkpoint_bytes, self._seconds = folders, checkpoint_bytes, seconds

@@ -1,4 +1,4 @@
-"""The health of a run: rules are asked, and what they find becomes one episode each.
+"""Health monitor: runs the rules over each observation and turns what they find into episodes.
 
 An episode begins when a rule first gives a reason and ends when it has been silent for health_check_interval steps (or
 at once, for rules whose cause is plainly gone). Its beginning and end go to the event log, its beginning to the log;
@@ -37,7 +37,7 @@ class _Episode:
 
 
 class Health:
-    """Asks the rules. Rank 0 has one that writes; the other ranks' event log has no file.
+    """The rules and their episodes. Rank 0 has one that writes; the other ranks' event log has no file.
 
     Raises:
         UserError: another package's rule does not load, or does not take its rule_settings.
@@ -54,13 +54,13 @@ class Health:
 
     # --- What the rules observe ---
 
-    def step(self, seen: StepObservation) -> HealthStatus:
+    def step(self, observed: StepObservation) -> HealthStatus:
         """Check a step; returns the run's health after it."""
-        self._step = seen.step
-        self._since_evaluation.add(seen.loss)
-        self._ask(seen)
+        self._step = observed.step
+        self._since_evaluation.add(observed.loss)
+        self._check(observed)
         for name, episode in list(self._open.items()):
-            silent = not episode.firing and (not episode.hold or seen.step - episode.last >= self._interval)
+            silent = not episode.firing and (not episode.hold or observed.step - episode.last >= self._interval)
             if silent:
                 self._end(name)
         return self.status()
@@ -68,40 +68,41 @@ class Health:
     def evaluation(self, step: int, loss: float) -> None:
         train = self._since_evaluation.median()
         self._since_evaluation.clear()
-        self._ask(EvaluationObservation(step, loss, train))
+        self._check(EvaluationObservation(step, loss, train))
 
-    def layers(self, seen: LayerObservation) -> None:
-        self._ask(seen)
+    def layers(self, observed: LayerObservation) -> None:
+        self._check(observed)
 
-    def machine(self, seen: MachineObservation) -> None:
-        self._ask(seen)
+    def machine(self, observed: MachineObservation) -> None:
+        self._check(observed)
 
-    def _ask(self, seen: object) -> None:
+    def _check(self, observed: object) -> None:
         for name, rule in self._rules.items():
-            if rule.observes is not type(seen):
+            if rule.observes is not type(observed):
                 continue
-            reason = rule.check(seen)
+            reason = rule.check(observed)
             if reason is not None:
-                self._note(name, rule.level, reason, rule.hold)
+                self._raise(name, rule.level, reason, rule.hold)
             elif name in self._open:
                 self._open[name].firing = False
 
-    # --- What others report ---
+    # --- Reported from elsewhere ---
 
     def report(self, name: str, level: Level, reason: str, *, lasting: bool = False, **values: Any) -> None:
-        """Something that no rule here watches. It lasts health_check_interval steps, or until `clear` if `lasting`."""
+        """Report a finding of a rule that is not checked here. It lasts health_check_interval steps, or until `clear`
+        if `lasting`."""
         if name not in self._disabled:
-            self._note(name, level, reason, hold=True, **values)
+            self._raise(name, level, reason, hold=True, **values)
             self._open[name].firing = lasting
 
     def clear(self, name: str) -> None:
-        """What was reported is over."""
+        """End the episode of a reported rule."""
         if name in self._open:
             self._end(name)
 
     # --- Episodes ---
 
-    def _note(self, name: str, level: Level, reason: str, hold: bool, **values: Any) -> None:
+    def _raise(self, name: str, level: Level, reason: str, hold: bool, **values: Any) -> None:
         episode = self._open.get(name)
         if episode is None or (episode.level, level) == ("warn", "crit"):
             self._open[name] = _Episode(level, reason, self._step, self._step, True, hold)

@@ -1,4 +1,4 @@
-"""What the health monitor measures and hands to its rules: a step, an evaluation, the layers, the machine."""
+"""Observations, the inputs of health rules: a step, an evaluation, the layers, the machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StepObservation:
-    """A step. loss in nats per supervised token; wait: seconds spent waiting for data, of `seconds` altogether; memory
-    in bytes; refused: the guard's rule and reason when the update was refused or should have been; loss_scale: fp16's,
-    None elsewhere."""
+    """One optimizer step. loss in nats per supervised token; wait: seconds spent waiting for data, of `seconds`
+    altogether; memory in bytes; anomaly: the rule and the reason by which the spike detector refused the update, or
+    would have; loss_scale: fp16's, None elsewhere."""
 
     step: int
     loss: float
@@ -20,7 +20,7 @@ class StepObservation:
     wait: float = 0.0
     seconds: float = math.nan
     memory: int = 0
-    refused: tuple[str, str] | None = None
+    anomaly: tuple[str, str] | None = None
     loss_scale: float | None = None
 
 

@@ -44,12 +44,12 @@ class Rule(ABC, Generic[Observation]):
         self.config = config
 
     @abstractmethod
-    def check(self, seen: Observation) -> str | None:
+    def check(self, observed: Observation) -> str | None:
         """What is wrong with what was observed, in words; None when nothing is."""
 
 
 class ReportedRule(Rule[None]):
     """A rule that is not checked here: other parts of the run report it to the monitor by name."""
 
-    def check(self, seen: None) -> str | None:
+    def check(self, observed: None) -> str | None:
         return None

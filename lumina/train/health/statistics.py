@@ -20,7 +20,7 @@ def median(values: Iterable[float]) -> float:
 
 
 class RollingWindow:
-    """The last `size` finite values. It speaks only of values already added: whoever judges a value adds it after."""
+    """A sliding window of the last `size` finite values. A new value is compared with it first, and added after."""
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         self._values: deque[float] = deque(values, maxlen=size)

@@ -60,7 +60,7 @@ class DirectPreferenceOptimisation:
                 continue
             assert isinstance(dataset, PairDataset), "what prepare_data made"
             # What an earlier run of this name left is not this run's own.
-            kept = _agreed(preparation, dataset) if preparation.resumed else None
+            kept = _stored(preparation, dataset) if preparation.resumed else None
             if kept is None:
                 if not initialised:
                     preparation.initialise()
@@ -113,8 +113,8 @@ def _write(folder: Path, dataset: PairDataset, margins_P: NDArray[np.float32]) -
     write_json(facts, {"fingerprint": dataset.fingerprint, "sha256": file_sha256(values)})
 
 
-def _agreed(preparation: Preparation, dataset: PairDataset) -> NDArray[np.float32] | None:
-    """What rank 0 finds kept, on every rank."""
+def _stored(preparation: Preparation, dataset: PairDataset) -> NDArray[np.float32] | None:
+    """The margins that rank 0 finds in the run's folder, on every rank; collective."""
     found: list[Any] = [_read(preparation.folder, dataset) if preparation.rank == 0 else None]
     dist.broadcast_object_list(found)
     kept: NDArray[np.float32] | None = found[0]
@@ -122,7 +122,7 @@ def _agreed(preparation: Preparation, dataset: PairDataset) -> NDArray[np.float3
 
 
 def _read(folder: Path, dataset: PairDataset) -> NDArray[np.float32] | None:
-    """None where nothing sound is kept for these very pairs."""
+    """The margins in the run's folder; None where there are none for these very pairs, or damaged ones."""
     values, facts = _paths(folder, dataset)
     try:
         said = json.loads(facts.read_text())

@@ -78,6 +78,21 @@ def test_what_is_there(tmp_path: Path) -> None:
     assert html.count("<script") == html.count("</script>") == 3
 
 
+def test_a_run_of_version_0_1_0(tmp_path: Path) -> None:
+    """Its events are marked as today's are, its settings have today's names."""
+    run = record_run(tmp_path / "one", 200)
+    now = render([read(run)])
+    events = run / "events.jsonl"
+    events.write_text(events.read_text().replace('"kind": "recovery"', '"kind": "answer"'))
+    kept = json.loads((run / "run.json").read_text())
+    assert kept["config"].pop("on_spike") == "skip"
+    kept["config"]["answer_spike"] = "skip"
+    (run / "run.json").write_text(json.dumps(kept))
+    marks = [data_of(html)["runs"][0]["marks"] for html in (now, render([read(run)]))]
+    assert marks[0] == marks[1]
+    assert "<td>on_spike</td>" in render([read(run)])
+
+
 def test_steps_taken_again_belong_to_the_later_start(tmp_path: Path) -> None:
     run = record_run(tmp_path / "run", 100, starts=2)
     told = json.loads((run / "run.json").read_text())

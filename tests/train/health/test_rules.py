@@ -144,7 +144,7 @@ def anomalies(config: Config, seen: Iterable[StepObservation]) -> list[tuple[int
         else:
             rule, reason = anomaly
             refused.append((one.step, rule))
-            as_seen = StepObservation(one.step, one.loss, one.grad_norm, False, refused=(rule, reason))
+            as_seen = StepObservation(one.step, one.loss, one.grad_norm, False, anomaly=(rule, reason))
             assert HEALTH_RULES.get(rule)(config).check(as_seen) == f"step {one.step}: {reason}"
             assert HEALTH_RULES.get("not-finite")(config).check(as_seen) is None
     return refused

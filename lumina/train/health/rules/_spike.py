@@ -14,5 +14,9 @@ class SpikeRule(Rule[StepObservation]):
     observes = StepObservation
     anomaly: ClassVar[str]
 
-    def check(self, seen: StepObservation) -> str | None:
-        return f"step {seen.step}: {seen.refused[1]}" if seen.refused and seen.refused[0] == self.anomaly else None
+    def check(self, observed: StepObservation) -> str | None:
+        return (
+            f"step {observed.step}: {observed.anomaly[1]}"
+            if observed.anomaly and observed.anomaly[0] == self.anomaly
+            else None
+        )

@@ -16,8 +16,8 @@ class DataStarvation(Rule[StepObservation]):
         super().__init__(config)
         self._shares = RollingWindow(config.health_window)
 
-    def check(self, seen: StepObservation) -> str | None:
-        self._shares.add(seen.wait / seen.seconds)
+    def check(self, observed: StepObservation) -> str | None:
+        self._shares.add(observed.wait / observed.seconds)
         share = self._shares.median()
         if len(self._shares) < self.config.health_warmup or share <= self.config.data_wait_fraction:
             return None

@@ -11,13 +11,15 @@ class DiskFull(Rule[MachineObservation]):
     settings = ("disk_free_checkpoints",)
     hold = False
 
-    def check(self, seen: MachineObservation) -> str | None:
-        needed = self.config.disk_free_checkpoints * seen.checkpoint_bytes
-        short = [(free, folder) for folder, free in seen.free.items() if free < needed]
+    def check(self, observed: MachineObservation) -> str | None:
+        needed = self.config.disk_free_checkpoints * observed.checkpoint_bytes
+        short = [(free, folder) for folder, free in observed.free.items() if free < needed]
         if not short:
             return None
         free, folder = min(short)
-        return f"{free / 2**30:.2f} GiB free at {folder}, a checkpoint takes {seen.checkpoint_bytes / 2**30:.2f} GiB"
+        return (
+            f"{free / 2**30:.2f} GiB free at {folder}, a checkpoint takes {observed.checkpoint_bytes / 2**30:.2f} GiB"
+        )
 
 
 RULE = DiskFull

@@ -16,14 +16,14 @@ class Divergence(Rule[EvaluationObservation]):
         self._last: EvaluationObservation | None = None
         self._row = 0
 
-    def check(self, seen: EvaluationObservation) -> str | None:
-        last, self._last = self._last, seen
+    def check(self, observed: EvaluationObservation) -> str | None:
+        last, self._last = self._last, observed
         if last is None:
             return None
-        self._row = self._row + 1 if seen.loss > last.loss and seen.train_loss < last.train_loss else 0
+        self._row = self._row + 1 if observed.loss > last.loss and observed.train_loss < last.train_loss else 0
         if self._row < self.config.divergence_evaluations:
             return None
-        return f"evaluation loss rose {self._row} times in a row, to {seen.loss:.4g}, while training loss fell"
+        return f"evaluation loss rose {self._row} times in a row, to {observed.loss:.4g}, while training loss fell"
 
 
 RULE = Divergence

@@ -15,10 +15,10 @@ class GpuEcc(Rule[MachineObservation]):
         super().__init__(config)
         self._known: dict[int, int] = {}
 
-    def check(self, seen: MachineObservation) -> str | None:
-        """New errors only: those from before the run are its first sight's baseline."""
+    def check(self, observed: MachineObservation) -> str | None:
+        """New errors only: those from before the run are in the first observation."""
         found = None
-        for gpu in seen.gpus:
+        for gpu in observed.gpus:
             known = self._known.setdefault(gpu.index, gpu.ecc_errors)
             if gpu.ecc_errors > known:
                 found = found or f"GPU {gpu.index} has {gpu.ecc_errors - known} uncorrected memory errors"

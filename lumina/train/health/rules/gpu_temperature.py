@@ -11,8 +11,8 @@ class GpuTemperature(Rule[MachineObservation]):
     settings = ("gpu_temperature",)
     hold = False
 
-    def check(self, seen: MachineObservation) -> str | None:
-        hot = [gpu for gpu in seen.gpus if gpu.temperature >= self.config.gpu_temperature]
+    def check(self, observed: MachineObservation) -> str | None:
+        hot = [gpu for gpu in observed.gpus if gpu.temperature >= self.config.gpu_temperature]
         return f"GPU {hot[0].index} is at {hot[0].temperature:.0f} degrees Celsius" if hot else None
 
 

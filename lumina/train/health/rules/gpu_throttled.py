@@ -10,8 +10,8 @@ class GpuThrottled(Rule[MachineObservation]):
     observes = MachineObservation
     hold = False
 
-    def check(self, seen: MachineObservation) -> str | None:
-        slow = [gpu for gpu in seen.gpus if gpu.throttled]
+    def check(self, observed: MachineObservation) -> str | None:
+        slow = [gpu for gpu in observed.gpus if gpu.throttled]
         return f"GPU {slow[0].index} is slowed down: {slow[0].throttled}" if slow else None
 
 

@@ -19,19 +19,19 @@ class GradVanishing(Rule[StepObservation]):
         self._norms = RollingWindow(config.health_window)
         self._row = 0
 
-    def check(self, seen: StepObservation) -> str | None:
-        if not math.isfinite(seen.grad_norm):
+    def check(self, observed: StepObservation) -> str | None:
+        if not math.isfinite(observed.grad_norm):
             return None
         if len(self._norms) < self.config.health_warmup:
-            self._norms.add(seen.grad_norm)
+            self._norms.add(observed.grad_norm)
             return None
         middle = self._norms.median()
-        if seen.grad_norm > self.config.grad_vanishing_factor * middle:
+        if observed.grad_norm > self.config.grad_vanishing_factor * middle:
             self._row = 0
-            self._norms.add(seen.grad_norm)
+            self._norms.add(observed.grad_norm)
             return None
         self._row += 1
-        return f"gradient norm {seen.grad_norm:.3g}, median {middle:.3g}" if self._row >= 8 else None
+        return f"gradient norm {observed.grad_norm:.3g}, median {middle:.3g}" if self._row >= 8 else None
 
 
 RULE = GradVanishing

@@ -17,9 +17,9 @@ class LayerDead(Rule[LayerObservation]):
         super().__init__(config)
         self._suspects: set[str] = set()
 
-    def check(self, seen: LayerObservation) -> str | None:
-        limit = self.config.layer_dead_fraction * median(f.gradient for f in seen.layers.values())
-        low = {name for name, figures in seen.layers.items() if figures.gradient <= limit}
+    def check(self, observed: LayerObservation) -> str | None:
+        limit = self.config.layer_dead_fraction * median(f.gradient for f in observed.layers.values())
+        low = {name for name, figures in observed.layers.items() if figures.gradient <= limit}
         dead, self._suspects = sorted(low & self._suspects), low
         return f"{dead[0]} gets no gradient" + others(dead) if dead else None
 

@@ -19,9 +19,9 @@ class LayerExploding(Rule[LayerObservation]):
         super().__init__(config)
         self._gradients: dict[str, RollingWindow] = {}
 
-    def check(self, seen: LayerObservation) -> str | None:
+    def check(self, observed: LayerObservation) -> str | None:
         found = []
-        for name, figures in seen.layers.items():
+        for name, figures in observed.layers.items():
             baseline = self._gradients.setdefault(name, RollingWindow(32))
             limit = self.config.layer_gradient_factor * baseline.median() if len(baseline) >= 4 else math.inf
             if figures.update_ratio > self.config.layer_update_ratio:

@@ -12,8 +12,8 @@ class LossNotFinite(Rule[StepObservation]):
     observes = StepObservation
     level, hold = "crit", False
 
-    def check(self, seen: StepObservation) -> str | None:
-        return None if math.isfinite(seen.loss) else "loss is not finite"
+    def check(self, observed: StepObservation) -> str | None:
+        return None if math.isfinite(observed.loss) else "loss is not finite"
 
 
 RULE = LossNotFinite

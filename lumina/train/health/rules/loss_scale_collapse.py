@@ -11,10 +11,10 @@ class LossScaleCollapse(Rule[StepObservation]):
     settings = ("loss_scale_floor",)
     level = "crit"
 
-    def check(self, seen: StepObservation) -> str | None:
-        if seen.loss_scale is None or seen.loss_scale >= self.config.loss_scale_floor:
+    def check(self, observed: StepObservation) -> str | None:
+        if observed.loss_scale is None or observed.loss_scale >= self.config.loss_scale_floor:
             return None
-        return f"fp16 loss scale {seen.loss_scale:g}: gradients underflow or are never finite"
+        return f"fp16 loss scale {observed.loss_scale:g}: gradients underflow or are never finite"
 
 
 RULE = LossScaleCollapse

@@ -19,9 +19,9 @@ class MemoryGrowth(Rule[StepObservation]):
         self._seen = 0
         self._base: float | None = None
 
-    def check(self, seen: StepObservation) -> str | None:
+    def check(self, observed: StepObservation) -> str | None:
         self._seen += 1
-        self._recent.add(seen.memory)
+        self._recent.add(observed.memory)
         if self._seen % self.config.health_warmup:  # once per baseline
             return None
         now = self._recent.median()

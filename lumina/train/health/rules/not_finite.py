@@ -10,10 +10,10 @@ class NotFinite(Rule[StepObservation]):
     observes = StepObservation
     settings = ("health_check_interval",)
 
-    def check(self, seen: StepObservation) -> str | None:
-        if seen.applied or (seen.refused is not None and seen.refused[0] != "not-finite"):
+    def check(self, observed: StepObservation) -> str | None:
+        if observed.applied or (observed.anomaly is not None and observed.anomaly[0] != "not-finite"):
             return None
-        return f"update of step {seen.step} skipped: gradient not finite"
+        return f"update of step {observed.step} skipped: gradient not finite"
 
 
 RULE = NotFinite

@@ -20,12 +20,12 @@ class Plateau(Rule[StepObservation]):
         self._losses: deque[float] = deque(maxlen=config.plateau_steps)
         self._reason: str | None = None
 
-    def check(self, seen: StepObservation) -> str | None:
-        self._losses.append(seen.loss)
+    def check(self, observed: StepObservation) -> str | None:
+        self._losses.append(observed.loss)
         size = self.config.plateau_steps
         if len(self._losses) < size:
             return None
-        if seen.step % max(1, size // 20) == 0:  # two sorts of thousands of values: now and then
+        if observed.step % max(1, size // 20) == 0:  # two sorts of thousands of values: now and then
             values = [loss for loss in self._losses if math.isfinite(loss)]
             before, after = median(values[: len(values) // 2]), median(values[len(values) // 2 :])
             gain = (before - after) / abs(before) if before else 0.0

@@ -15,8 +15,8 @@ class SkippedInARow(Rule[StepObservation]):
         super().__init__(config)
         self._row = 0
 
-    def check(self, seen: StepObservation) -> str | None:
-        self._row = 0 if seen.applied else self._row + 1
+    def check(self, observed: StepObservation) -> str | None:
+        self._row = 0 if observed.applied else self._row + 1
         return f"{self._row} updates skipped in a row" if self._row >= 3 else None
 
 

@@ -17,14 +17,14 @@ class ThroughputFall(Rule[StepObservation]):
         self._speeds = RollingWindow(config.health_window)
         self._row = 0
 
-    def check(self, seen: StepObservation) -> str | None:
+    def check(self, observed: StepObservation) -> str | None:
         middle = self._speeds.median() if len(self._speeds) >= self.config.health_warmup else 0.0
-        if not seen.tokens_per_s < self.config.throughput_fall * middle:
+        if not observed.tokens_per_s < self.config.throughput_fall * middle:
             self._row = 0
-            self._speeds.add(seen.tokens_per_s)
+            self._speeds.add(observed.tokens_per_s)
             return None
         self._row += 1
-        return f"{seen.tokens_per_s:.0f} tokens/s, median {middle:.0f}" if self._row >= 16 else None
+        return f"{observed.tokens_per_s:.0f} tokens/s, median {middle:.0f}" if self._row >= 16 else None
 
 
 RULE = ThroughputFall

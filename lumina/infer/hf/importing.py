@@ -115,12 +115,12 @@ class _Tensors:
         for name, wanted in expected.items():
             if name not in self._homes:
                 raise UserError(f"{self._source} has no tensor {name}")
-            piece = self._homes[name].get_slice(name)
-            if tuple(piece.get_shape()) != wanted:
-                raise UserError(f"{name} has shape {piece.get_shape()}, config.json says {list(wanted)}")
-            if piece.get_dtype() not in ("F32", "F16", "BF16"):
+            stored = self._homes[name].get_slice(name)
+            if tuple(stored.get_shape()) != wanted:
+                raise UserError(f"{name} has shape {stored.get_shape()}, config.json says {list(wanted)}")
+            if stored.get_dtype() not in ("F32", "F16", "BF16"):
                 raise UserError(
-                    f"{name} has type {piece.get_dtype()}: only float32, float16 and bfloat16 are supported"
+                    f"{name} has type {stored.get_dtype()}: only float32, float16 and bfloat16 are supported"
                 )
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # a copy that some files carry
         extra = [n for n in self._homes if n not in expected and n not in tied and not n.endswith(_IGNORED)]
@@ -129,8 +129,8 @@ class _Tensors:
 
     def read(self, ours: str, config: ModelConfig) -> torch.Tensor:
         """One of our parameters, float32."""
-        pieces = [self._homes[p.name].get_tensor(p.name).float() for p in family_of(config).tensors(ours, config)]
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        slices = [self._homes[p.name].get_tensor(p.name).float() for p in family_of(config).tensors(ours, config)]
+        return torch.cat(slices) if len(slices) > 1 else slices[0]
 
 
 def _groups(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:

@@ -16,6 +16,7 @@ from lumina.checkpoint import RunLock
 from lumina.cluster import StopRequest
 from lumina.config import Config
 from lumina.data import GlobalOrder, Samples
+from lumina.files import write_text
 from lumina.model import lora, report_kernel
 from lumina.monitor import EventLog
 from lumina.train.callbacks import Callback, Callbacks
@@ -189,7 +190,7 @@ def _open_outputs(
         return Outputs()
     for name in ("checkpoints", "backups"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(keep_tokenizer(config, folder).to_yaml())
+    write_text(folder / "config.yaml", keep_tokenizer(config, folder).to_yaml())
     disks = [folder / "checkpoints"] + ([Path(config.backup_dir)] if config.backup_dir is not None else [])
     trained = lora.trained_parameters(config)
     outputs = RunOutputs(

@@ -21,13 +21,16 @@ import torch
 
 from lumina.chat import Tokenizer
 from lumina.config import load
-from lumina.infer import Loaded
-from lumina.infer.loading import choose_dtype
-from lumina.infer.serve.app import Service, make_app
-from lumina.infer.serve.batcher import Engine
-from lumina.infer.serve.metrics import Metrics
-from lumina.infer.serve.middleware import Guard, Rules
-from lumina.infer.serve.server import STALL_SECONDS, make_server
+from lumina.infer import Loaded, choose_dtype
+from lumina.infer.serve import (
+    STALL_SECONDS,
+    ContinuousBatcher,
+    Metrics,
+    Rules,
+    Service,
+    make_app,
+    make_server,
+)
 from lumina.model import Transformer, keep_heap
 
 
@@ -71,12 +74,12 @@ def main() -> None:
     keep_heap()
     loaded = make_model(options.config, options.precision)
     metrics = Metrics(options.clients)
-    engine = Engine(loaded, options.clients, 64, metrics)
-    service = Service(loaded, Tokenizer.load(), engine, metrics, 2048, 600.0, STALL_SECONDS)
-    server = make_server(Guard(make_app(service), Rules(None, None, 1 << 20, 30.0), metrics))
+    batcher = ContinuousBatcher(loaded, options.clients, 64, metrics)
+    service = Service(loaded, Tokenizer.load(), batcher, metrics, 2048, 600.0, STALL_SECONDS)
+    server = make_server(make_app(service, Rules(None, None, 1 << 20, 30.0)))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
-    engine.start()
+    batcher.start()
     thread.start()
     try:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -90,7 +93,7 @@ def main() -> None:
     finally:
         server.should_exit = True
         thread.join()
-        engine.close()
+        batcher.close()
     kind = str(loaded.model.embedding.weight.dtype).removeprefix("torch.")
     print(f"{options.config}, {kind}, {options.new} new tokens each, {torch.get_num_threads()} threads")
     for clients, rate in best.items():

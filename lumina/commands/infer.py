@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from lumina.commands.common import Arguments, Command, Parser, between, json_option
+from lumina.commands.common import Arguments, Command, Parser, between, json_option, print_json
+
+if TYPE_CHECKING:
+    from lumina.infer import Loaded
+
+log = logging.getLogger("lumina")
 
 
 def generate(arguments: Arguments) -> int:
     """Answer a prompt with a trained model."""
-    from lumina.infer import generate_command
+    from lumina.chat import Conversation, Message
+    from lumina.infer import Answer, Sampling, load, printable, stream_text
 
-    return generate_command(
-        run=arguments.resume,
-        prompt=arguments.prompt,
-        json=arguments.json,
-        **_sampling(arguments),
+    sampling = Sampling(**_sampling(arguments))
+    loaded = load(arguments.resume)
+    log.info("%s, step %d", loaded.checkpoint, loaded.step)
+    ids = loaded.tokenizer.prompt_ids(Conversation([Message("user", arguments.prompt)]))
+    answer = Answer()
+    safe = printable if sys.stdout.isatty() else str
+    started = time.perf_counter()
+    for chunk in stream_text(loaded.model, loaded.tokenizer, ids, sampling, answer):
+        if not arguments.json:
+            sys.stdout.write(safe(chunk))
+            sys.stdout.flush()
+    seconds = time.perf_counter() - started
+    if not arguments.json:
+        print()
+        if answer.finish == "window":
+            log.warning("the answer ends here because the model's context (%d tokens) is full", loaded.context_length)
+        return 0
+    print_json(
+        {
+            "text": answer.text,
+            "finish_reason": answer.finish,
+            "prompt_tokens": len(ids),
+            "tokens": len(answer.ids),
+            "seconds": round(seconds, 4),
+            "seed": sampling.seed,
+            "checkpoint": str(loaded.checkpoint),
+            "step": loaded.step,
+        }
     )
+    return 0
 
 
 def _generate_options(parser: Parser) -> None:
@@ -50,13 +87,12 @@ def _sampling(arguments: Arguments) -> dict[str, Any]:
 
 def chat(arguments: Arguments) -> int:
     """Talk to a trained model in the terminal."""
-    from lumina.infer import chat_command
+    from lumina.infer import Chat, Sampling, converse, load
 
-    return chat_command(
-        run=arguments.run,
-        system=arguments.system,
-        **_sampling(arguments),
-    )
+    sampling = Sampling(**_sampling(arguments))
+    loaded = load(arguments.run)
+    session = Chat(loaded.model, loaded.tokenizer, sampling, arguments.system)
+    return converse(session, f"{loaded.checkpoint}, step {loaded.step}")
 
 
 def _chat_options(parser: Parser) -> None:
@@ -67,16 +103,25 @@ def _chat_options(parser: Parser) -> None:
 
 def export(arguments: Arguments) -> int:
     """Write a trained model as a folder that transformers and vLLM load, or as plain safetensors."""
-    from lumina.infer import export_command
+    from lumina.infer import export as write
 
-    return export_command(
-        run=arguments.run,
-        out=arguments.out,
-        dtype=arguments.dtype,
-        shard_size=arguments.shard_size,
-        form=arguments.format,
-        json=arguments.json,
-    )
+    written = write(arguments.run, arguments.out, arguments.dtype, arguments.shard_size, arguments.format)
+    if arguments.json:
+        print_json(
+            {
+                "folder": str(written.folder),
+                "files": written.shards,
+                "bytes": written.bytes,
+                "format": arguments.format,
+                "dtype": arguments.dtype,
+                "checkpoint": str(written.checkpoint),
+            }
+        )
+    else:
+        files = f"{len(written.shards)} weight file" + ("s" if len(written.shards) > 1 else "")
+        size = f"{written.bytes / 1e6:.1f} MB in {arguments.dtype}"
+        print(f"{written.checkpoint} -> {written.folder}: {files}, {size}")
+    return 0
 
 
 def _export_options(parser: Parser) -> None:
@@ -94,9 +139,17 @@ def _export_options(parser: Parser) -> None:
 
 def import_(arguments: Arguments) -> int:
     """Take a Llama-shaped Hugging Face model from disk, as a run that other commands use."""
-    from lumina.infer import import_command
+    from lumina.infer import find_checkpoint, import_hf, read_config, tokenizer_folder
 
-    return import_command(source=arguments.source, out=arguments.out, json=arguments.json)
+    folder = import_hf(arguments.source, arguments.out)
+    checkpoint = find_checkpoint(folder)
+    config, own = read_config(checkpoint), tokenizer_folder(checkpoint) is None
+    if arguments.json:
+        print_json({"folder": str(folder), "parameters": config.num_parameters(), "lumina_tokenizer": own})
+    else:
+        whose = "Lumina's tokenizer" if own else "its own tokenizer and chat template"
+        print(f"{arguments.source} -> {folder}: {config.num_parameters() / 1e6:.1f}M parameters, {whose}")
+    return 0
 
 
 def _import_options(parser: Parser) -> None:
@@ -108,10 +161,59 @@ def _import_options(parser: Parser) -> None:
 
 def evaluate(arguments: Arguments) -> int:
     """Measure a model: loss, perplexity and bits per byte on conversations held out, or benchmark tasks."""
-    from lumina.infer import evaluate_command
+    from lumina.config import UserError
+    from lumina.infer import load
 
-    names = ("run", "data", "tasks", "json", "limit", "fewshot", "batch_size", "chat")
-    return evaluate_command(folder=arguments.task_path, **{name: getattr(arguments, name) for name in names})
+    if not arguments.data and not arguments.tasks:
+        raise UserError("nothing to evaluate on", "Give --data FILE … (conversations), --tasks NAME …, or both.")
+    if arguments.tasks:
+        _require("lm_eval", "tasks need", "tasks")
+    loaded = load(arguments.run)
+    log.info("%s, step %d", loaded.checkpoint, loaded.step)
+    facts: dict[str, Any] = {"checkpoint": str(loaded.checkpoint), "step": loaded.step}
+    lines = []
+    if arguments.data:
+        measured, text = _evaluate_data(loaded, arguments.data)
+        facts |= measured
+        lines += text
+    if arguments.tasks:
+        from lumina.infer.evaluation.tasks import run_tasks, task_table
+
+        names = ("limit", "fewshot", "batch_size", "chat")
+        asked = {name: getattr(arguments, name) for name in names}
+        facts["tasks"] = run_tasks(loaded, arguments.tasks, folder=arguments.task_path, **asked)
+        lines.append(task_table(facts["tasks"]))
+    print(json.dumps(facts, ensure_ascii=False, default=str) if arguments.json else "\n".join(lines))
+    return 0
+
+
+def _require(module: str, what: str, extra: str) -> None:
+    """Raise UserError before the model is loaded when a package of an extra is missing."""
+    from lumina.config import UserError
+
+    try:
+        import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{what} {error.name}, which is not installed", f"Install it with `pip install 'lumina[{extra}]'`."
+        ) from None
+
+
+def _evaluate_data(loaded: Loaded, files: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What is measured on conversations, and the same for a reader. Raises UserError."""
+    from lumina.config import UserError
+    from lumina.infer import evaluate as measure
+    from lumina.infer import evaluation_table, read_conversations
+
+    skipped: Counter[str] = Counter()
+    result = measure(loaded, read_conversations(files, skipped))
+    result.skipped = skipped
+    if not result.turns:
+        raise UserError("there is no assistant message to evaluate on", f"Skipped records: {dict(skipped) or 'none'}.")
+    cut = f", cut at the context length in {result.cut:,} places" if result.cut else ""
+    lines = [evaluation_table(result), f"{result.conversations:,} conversations{cut}"]
+    lines += [f"skipped, {reason}: {count:,}" for reason, count in sorted(skipped.items())]
+    return result.to_dict(), lines
 
 
 def _evaluate_options(parser: Parser) -> None:
@@ -130,10 +232,13 @@ def _evaluate_options(parser: Parser) -> None:
 
 def serve(arguments: Arguments) -> int:
     """Answer over HTTP: OpenAI's API, and a chat page for the browser."""
-    from lumina.infer import serve_command
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        _require(module, "serving needs", "serve")
+    from lumina.infer.serve import serve as run_server
 
-    names = ("run", "host", "port", "api_key", "precision", "slots", "queue", "max_tokens", "timeout", "max_body")
-    return serve_command(**{name: getattr(arguments, name) for name in names})
+    key = os.environ.get("LUMINA_API_KEY") if arguments.api_key is None else arguments.api_key
+    names = ("host", "port", "precision", "slots", "queue", "max_tokens", "timeout", "max_body")
+    return run_server(arguments.run, key, **{name: getattr(arguments, name) for name in names})
 
 
 def _serve_options(parser: Parser) -> None:
@@ -141,7 +246,9 @@ def _serve_options(parser: Parser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=between(int, 0, 65535), default=8000, help="0 takes a free one (8000)")
     parser.add_argument(
-        "--api-key", metavar="KEY", help="what clients must show; better LUMINA_API_KEY, which ps hides"
+        "--api-key",
+        metavar="KEY",
+        help="what clients must show. Prefer LUMINA_API_KEY; flags are visible in ps.",
     )
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="(auto)")
     parser.add_argument("--slots", type=between(int, 1, 256), default=8, help="answers made at a time (8)")

@@ -1,33 +1,43 @@
-"""Using a trained model: load it, generate, talk to it, take it elsewhere."""
+"""Using a trained model: load it, generate, talk to it, measure it, import and export it.
 
-from lumina.infer.commands import (
-    chat_command,
-    evaluate_command,
-    export_command,
-    generate_command,
-    import_command,
-    serve_command,
-)
-from lumina.infer.generation.generate import Answer, generate, stream
-from lumina.infer.generation.sampling import Sampling
-from lumina.infer.hf.exporting import export
+Room's doors: this one, lumina.infer.serve (needs the extra `serve`) and lumina.infer.evaluation.tasks (the extra
+`tasks`).
+"""
+
+from lumina.infer.evaluation.loss import Evaluation, evaluate, evaluation_table, read_conversations
+from lumina.infer.generation.batch import Batch, Sequence, Token
+from lumina.infer.generation.generate import Answer, generate, printable, stream, stream_text, stream_texts
+from lumina.infer.generation.sampling import Sampling, forbidden_tokens
+from lumina.infer.hf.exporting import Exported, export
 from lumina.infer.hf.importing import import_hf
-from lumina.infer.loading import Loaded, find_checkpoint, load
+from lumina.infer.loading import Loaded, choose_dtype, find_checkpoint, load, read_config, tokenizer_folder
+from lumina.infer.repl import Chat, converse
 
 __all__ = [
     "Answer",
+    "Batch",
+    "Chat",
+    "Evaluation",
+    "Exported",
     "Loaded",
     "Sampling",
-    "chat_command",
-    "evaluate_command",
+    "Sequence",
+    "Token",
+    "choose_dtype",
+    "converse",
+    "evaluate",
+    "evaluation_table",
     "export",
-    "export_command",
     "find_checkpoint",
+    "forbidden_tokens",
     "generate",
-    "generate_command",
-    "import_command",
     "import_hf",
     "load",
-    "serve_command",
+    "printable",
+    "read_config",
+    "read_conversations",
     "stream",
+    "stream_text",
+    "stream_texts",
+    "tokenizer_folder",
 ]

@@ -53,6 +53,11 @@ class Loaded:
     def config(self) -> ModelConfig:
         return self.model.config
 
+    @property
+    def context_length(self) -> int:
+        """The most tokens that prompt and answer have together."""
+        return self.model.config.seq_length
+
 
 def find_checkpoint(path: str | Path) -> Path:
     """The valid checkpoint that a path means. Damaged ones are reported and passed over.

@@ -14,9 +14,7 @@ import httpx
 from openai import OpenAI
 
 from lumina.infer import Loaded
-from lumina.infer.serve.app import Service, make_app
-from lumina.infer.serve.middleware import LOOPBACK, Guard, Rules
-from lumina.infer.serve.server import make_server, make_service
+from lumina.infer.serve import LOOPBACK, Rules, Service, make_app, make_server, make_service
 
 
 @dataclass
@@ -59,11 +57,11 @@ def running(
     max_tokens: int = 2000,
 ) -> Iterator[Running]:
     service = make_service(loaded, slots, queue, max_tokens, timeout)
-    server = make_server(Guard(make_app(service), Rules(key, LOOPBACK, max_body, body_seconds), service.metrics))
+    server = make_server(make_app(service, Rules(key, LOOPBACK, max_body, body_seconds)))
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listener],))
-    service.engine.start()
+    service.batcher.start()
     thread.start()
     try:
         wait_for(lambda: server.started)
@@ -71,5 +69,5 @@ def running(
     finally:
         server.should_exit = True
         thread.join()
-        service.engine.close()
+        service.batcher.close()
         listener.close()

@@ -112,6 +112,7 @@ def test_an_overlong_prompt_has_the_code_that_clients_know(server: Running) -> N
     with pytest.raises(openai.BadRequestError) as refused:
         server.client(KEY).completions.create(model="small", prompt="my dog " * 2100)
     assert refused.value.code == "context_length_exceeded"
+    assert refused.value.param == "prompt"
     with pytest.raises(openai.NotFoundError) as unknown:
         server.client(KEY).chat.completions.create(model="gpt-4", messages=HELLO)
     assert unknown.value.code == "model_not_found"
@@ -248,7 +249,7 @@ def test_time_is_up(loaded: Loaded) -> None:
 
 def test_a_model_that_fails_is_reported_and_the_server_lives(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(loaded, slots=2) as server:
-        batch = server.service.engine._batch
+        batch = server.service.batcher._batch
         with monkeypatch.context() as broken:
             broken.setattr(batch, "step", lambda: 1 / 0)
             with pytest.raises(openai.InternalServerError, match="The model failed on this request"):

@@ -218,7 +218,7 @@ def _tally(result: Evaluation, talk: _Talk) -> None:
             result.turns.setdefault(turn, Score()).add(nats, end - start, size)
 
 
-def table(evaluation: Evaluation) -> str:
+def evaluation_table(evaluation: Evaluation) -> str:
     """For a reader."""
     rows = [(role, score) for role, score in sorted(evaluation.roles.items())]
     rows += [(f"answer {turn}", score) for turn, score in sorted(evaluation.turns.items())][:10]

@@ -32,7 +32,7 @@ class Sampling:
     prompt or answer hold, and multiplies the negative ones (arXiv:1909.05858, section 4.1); 1 is none. An answer ends
     before the first of the `stop` texts that it would hold. seed None draws one.
 
-    Raises UserError when a value is outside its range.
+    Raises SamplingError (a UserError) when a value is outside its range.
     """
 
     temperature: float = 0.8
@@ -54,21 +54,29 @@ class Sampling:
         _within("min_p", self.min_p, MIN_PS)
         _within("repetition_penalty", self.repetition_penalty, PENALTIES)
         if len(self.stop) > STOPS or not all(1 <= len(text) <= STOP_LENGTH for text in self.stop):
-            raise UserError(f"stop takes up to {STOPS} texts of 1 to {STOP_LENGTH} characters")
+            raise SamplingError("stop", f"takes up to {STOPS} texts of 1 to {STOP_LENGTH} characters")
         if self.seed is None:
             object.__setattr__(self, "seed", int.from_bytes(os.urandom(4), "little"))
         elif not 0 <= self.seed < 2**63:
-            raise UserError(f"seed {self.seed} is outside 0 to 2^63 - 1")
+            raise SamplingError("seed", f"{self.seed} is outside 0 to 2^63 - 1")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
 
+class SamplingError(UserError):
+    """A setting of Sampling that is out of range; the message is `setting` and `reason`."""
+
+    def __init__(self, setting: str, reason: str) -> None:
+        super().__init__(f"{setting} {reason}")
+        self.setting, self.reason = setting, reason
+
+
 def _within(name: str, value: float, bounds: tuple[float, float], also: str = "") -> None:
     low, high = bounds
     if not (math.isfinite(value) and low <= value <= high):
-        raise UserError(f"{name} {value:g} is outside {low:g} to {high:g}{also}")
+        raise SamplingError(name, f"{value:g} is outside {low:g} to {high:g}{also}")
 
 
 def forbidden_tokens(tokenizer: ChatTokenizer, vocab_size: int) -> Tensor:

@@ -1,4 +1,24 @@
 """`lumina serve`: OpenAI's HTTP interface and a chat page in front of one model.
 
-One thread runs the model (engine.py); everything else is asynchronous and never waits for it. Needs the extra `serve`.
+One thread runs the model (batcher.py); everything else is asynchronous and never waits for it. Needs the extra `serve`.
 """
+
+from lumina.infer.serve.app import make_app
+from lumina.infer.serve.batcher import ContinuousBatcher
+from lumina.infer.serve.metrics import Metrics
+from lumina.infer.serve.middleware import LOOPBACK, Rules
+from lumina.infer.serve.server import STALL_SECONDS, make_server, make_service, serve
+from lumina.infer.serve.service import Service
+
+__all__ = [
+    "LOOPBACK",
+    "STALL_SECONDS",
+    "ContinuousBatcher",
+    "Metrics",
+    "Rules",
+    "Service",
+    "make_app",
+    "make_server",
+    "make_service",
+    "serve",
+]

@@ -37,5 +37,5 @@ class ApiError(Exception):
         return Response(orjson.dumps(self.body()), self.status, headers, "application/json")
 
 
-def closing() -> ApiError:
+def shutting_down() -> ApiError:
     return ApiError(503, "The server is shutting down.", "shutting_down", retry_after=5)

@@ -1,4 +1,4 @@
-"""What every request passes before it is read: the host it names, its key, the size and the time of its body.
+"""Checks before a request is read: the host it names, its key, the size and the time of its body.
 
 An ASGI wrapper (https://asgi.readthedocs.io, HTTP connection scope), since a refusal must come before the body is in
 memory and headers must be on every answer.
@@ -9,23 +9,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lumina.infer.serve.endpoint import Endpoint
 from lumina.infer.serve.errors import ApiError
 from lumina.infer.serve.metrics import Metrics
 
 LOOPBACK = frozenset(["localhost", "127.0.0.1", "[::1]"])
-_OPEN = (
-    "/",
-    "/health",
-    "/chat.js",
-    "/markdown.js",
-    "/chat.css",
-    "/icon.svg",
-)  # no key: they tell nothing and run nothing
-_KNOWN = (*_OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -49,11 +42,13 @@ class Rules:
     body_seconds: float
 
 
-class Guard:
-    """Wraps the application."""
+class RequestChecks:
+    """ASGI middleware around the application."""
 
-    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics, endpoints: Collection[Endpoint]) -> None:
         self._app, self._rules, self._metrics = app, rules, metrics
+        self._paths = {endpoint.path for endpoint in endpoints}
+        self._open = {endpoint.path for endpoint in endpoints if not endpoint.needs_key}
         self._digest = None if rules.key is None else _digest(rules.key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,7 +59,7 @@ class Guard:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *_HEADERS]
-                path = scope["path"] if scope["path"] in _KNOWN else "other"
+                path = scope["path"] if scope["path"] in self._paths else "other"
                 self._metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
@@ -92,7 +87,7 @@ class Guard:
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if self._rules.hosts is not None and name not in self._rules.hosts:
             raise ApiError(403, f"This server is not called {name!r}.", "unknown_host")
-        if self._digest is None or scope["path"] in _OPEN:
+        if self._digest is None or scope["path"] in self._open:
             return
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         # Digests are of equal length, so that the time of the comparison tells nothing about the key.
@@ -129,7 +124,7 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-async def left(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     """Return when the client has gone. The body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""From a run to a server that answers, and down again."""
+"""The server: from a run to a listening process, and down again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from starlette.types import ASGIApp
 
 from lumina.config import UserError
 from lumina.infer.loading import Loaded, load, read_tokenizer
-from lumina.infer.serve.app import Service, make_app
-from lumina.infer.serve.batcher import Engine
+from lumina.infer.serve.app import make_app
+from lumina.infer.serve.batcher import ContinuousBatcher
 from lumina.infer.serve.metrics import Metrics
-from lumina.infer.serve.middleware import LOOPBACK, Guard, Rules
+from lumina.infer.serve.middleware import LOOPBACK, Rules
+from lumina.infer.serve.service import Service
 
 log = logging.getLogger("lumina")
 
@@ -49,16 +50,16 @@ def serve(
         if key is None and not open_to:
             log.warning("%s can be reached from other machines and asks for no key: set LUMINA_API_KEY", address)
         rules = Rules(key, LOOPBACK if open_to else None, max_body, BODY_SECONDS)
-        server = make_server(Guard(make_app(service), rules, service.metrics))
+        server = make_server(make_app(service, rules))
         # uvicorn stops at these by itself and then raises them again for whoever handled them before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stopping)
-        service.engine.start()
+        service.batcher.start()
         try:
             print(f"{service.loaded.checkpoint}, step {service.loaded.step}: {address}", flush=True)
             server.run([listener])
         finally:
-            service.engine.close()
+            service.batcher.close()
     finally:
         listener.close()
     log.info("stopped")
@@ -66,11 +67,11 @@ def serve(
 
 
 def make_service(loaded: Loaded, slots: int, queue: int, max_tokens: int, timeout: float) -> Service:
-    """The model's engine, not yet started, and what the paths need."""
+    """The model's batcher, not yet started, and what the endpoints need."""
     metrics = Metrics(slots)
-    engine = Engine(loaded, slots, queue, metrics)
+    batcher = ContinuousBatcher(loaded, slots, queue, metrics)
     tokenizer = read_tokenizer(loaded.checkpoint)  # a second one: see Service
-    return Service(loaded, tokenizer, engine, metrics, max_tokens, timeout, STALL_SECONDS)
+    return Service(loaded, tokenizer, batcher, metrics, max_tokens, timeout, STALL_SECONDS)
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:

@@ -1,4 +1,4 @@
-"""Between a request and the engine: pieces cross from its thread into the event loop, a client's leaving goes back."""
+"""Streaming: text crosses from the batcher's thread into the event loop and to the client; its leaving goes back."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from lumina.infer.generation.batch import Sequence
-from lumina.infer.serve.batcher import Engine, Job, Piece
+from lumina.infer.serve.batcher import ContinuousBatcher, Delta, GenerationRequest
 from lumina.infer.serve.errors import ApiError
-from lumina.infer.serve.middleware import left
+from lumina.infer.serve.middleware import wait_for_disconnect
 
 
 class ClientGoneError(ApiError):
-    """Nobody is there to hear. The status, which goes to the metrics only, is the customary one."""
+    """Nobody is there to read. The status, which goes to the metrics only, is the customary one."""
 
     def __init__(self) -> None:
         super().__init__(499, "The client left.")
 
 
-async def listen(
-    engine: Engine, sequences: list[Sequence], seconds: float, receive: Receive
-) -> AsyncIterator[list[Piece]]:
+async def stream_deltas(
+    batcher: ContinuousBatcher, sequences: list[Sequence], seconds: float, receive: Receive
+) -> AsyncIterator[list[Delta]]:
     """Run sequences; yields what has come since the last time, until all have ended. Close it (aclosing) when done.
 
     However it ends, the sequences' slots are free then. Raises ApiError: the queue is full, time is up, the model
     failed, the server is going down, or ClientGoneError.
     """
-    loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece | ApiError]()
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Delta | ApiError]()
 
-    def deliver(item: Piece | ApiError) -> None:
+    def deliver(item: Delta | ApiError) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed
-            loop.call_soon_threadsafe(heard.put_nowait, item)
+            loop.call_soon_threadsafe(queue.put_nowait, item)
 
     async def watch() -> None:
-        await left(receive)
-        heard.put_nowait(ClientGoneError())
+        await wait_for_disconnect(receive)
+        queue.put_nowait(ClientGoneError())
 
-    job = Job(sequences, deliver, time.monotonic() + seconds)
-    engine.submit(job)
+    request = GenerationRequest(sequences, deliver, time.monotonic() + seconds)
+    batcher.submit(request)
     watcher = asyncio.create_task(watch())
     going = len(sequences)
     try:
         while going:
-            items = [await heard.get()]
-            while not heard.empty():
-                items.append(heard.get_nowait())
-            pieces = [item for item in items if isinstance(item, Piece)]
-            going -= sum(piece.finish is not None for piece in pieces)
-            if pieces:
-                yield pieces
+            items = [await queue.get()]
+            while not queue.empty():
+                items.append(queue.get_nowait())
+            deltas = [item for item in items if isinstance(item, Delta)]
+            going -= sum(delta.finish is not None for delta in deltas)
+            if deltas:
+                yield deltas
             for item in items:
                 if isinstance(item, ApiError):
                     raise item
     finally:
         watcher.cancel()
-        engine.cancel(job)
+        batcher.cancel(request)
 
 
 class EventStream(StreamingResponse):
@@ -72,7 +72,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        watched = _Watched(send, self._stall)
+        watched = _StallTimer(send, self._stall)
         try:
             async for data in self._events:
                 await watched.send({"type": "http.response.body", "body": data, "more_body": True})
@@ -87,7 +87,7 @@ class EventStream(StreamingResponse):
             await self._events.aclose()  # type: ignore[attr-defined]
 
 
-class _Watched:
+class _StallTimer:
     """Cancels the task when a send takes longer than `stall` seconds. One timer for a whole stream: a time limit around
     each send would cost as much as the send."""
 

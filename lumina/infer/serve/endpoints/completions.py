@@ -1,0 +1,95 @@
+"""POST /v1/completions: go on with texts, as OpenAI's API reference has it ("Completions")."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import Request
+from pydantic import Field
+from starlette.responses import Response
+
+from lumina.config import UserError
+from lumina.infer.generation.batch import Token
+from lumina.infer.generation.sampling import forbidden_tokens
+from lumina.infer.serve.completion import complete
+from lumina.infer.serve.endpoint import Endpoint, service_of
+from lumina.infer.serve.errors import ApiError
+from lumina.infer.serve.requests import CHOICES, CompletionOptions
+from lumina.infer.serve.responses import Choice, ResponseBuilder, finite_logprob
+from lumina.infer.serve.service import Service
+
+
+class CompletionRequest(CompletionOptions):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: Literal[False] | None = None
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        found: list[str | list[int]] = []
+        for part in self.prompt:
+            if isinstance(part, int):  # one prompt, of ids
+                return [[token for token in self.prompt if isinstance(token, int)]]
+            found.append(part)
+        return found
+
+
+class TextResponse(ResponseBuilder):
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._offsets: dict[int, int] = {}  # of each choice, characters told so far
+
+    def _choice_body(self, index: int, choice: Choice) -> dict[str, Any]:
+        ending = {"logprobs": self._table(index, choice.tokens), "finish_reason": choice.finish}
+        return {"index": index, "text": choice.text, **ending}
+
+    _choice_chunk = _choice_body
+
+    def _table(self, index: int, tokens: list[Token]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        texts, offsets, at = [self._text(token.id) for token in tokens], list[int](), self._offsets.get(index, 0)
+        for text in texts:
+            offsets.append(at)
+            at += len(text)
+        self._offsets[index] = at
+        # Two tokens may look alike as text: the likelier one is told.
+        top = [
+            {self._text(other): finite_logprob(logprob) for other, logprob in reversed(token.top)} for token in tokens
+        ]
+        values = [finite_logprob(token.logprob) for token in tokens]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Go on with texts."""
+    service, ids = service_of(request), list[list[int]]()
+    prompts = body.prompts()
+    if not 1 <= len(prompts) * body.n <= CHOICES:
+        raise ApiError(400, f"1 to {CHOICES} answers can be asked for, prompts times n", param="prompt")
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids.append(await service.tokenized(lambda prompt=prompt: service.tokenizer.text_ids(prompt), "prompt"))  # type: ignore[misc]
+        else:
+            ids.append(await service.tokenized(lambda prompt=prompt: _only_text(service, prompt), "prompt"))  # type: ignore[misc]
+    return await complete(service, body, ids, body.logprobs, TextResponse, request)
+
+
+def _only_text(service: Service, ids: list[int]) -> list[int]:
+    """Token ids from outside are text: special tokens come from the template only."""
+    size = service.loaded.config.vocab_size
+    forbidden_V = forbidden_tokens(service.tokenizer, size)
+    for token in ids:
+        if not 0 <= token < size or forbidden_V[token] or token in service.tokenizer.stop_ids:
+            raise UserError(f"{token} is not the id of a token of text")
+    return ids
+
+
+ENDPOINTS = (Endpoint("POST", "/v1/completions", completions),)

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from lumina.config import UserError, VisibleGpu, visible_gpus
+from lumina.config import UserError, VisibleGpu, open_nvml, visible_gpus
 
 _ETHERNET, _LOOPBACK, _INFINIBAND = 1, 772, 32  # /sys/class/net/*/type (linux/if_arp.h)
 _KINDS = {_ETHERNET: "ethernet", _LOOPBACK: "loopback", _INFINIBAND: "infiniband"}
@@ -154,16 +154,13 @@ def _infiniband(root: Path) -> list[str]:
 
 
 def _gpus() -> list[Gpu]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no package, no driver, or no card
+    nvml = open_nvml()
+    if nvml is None:
         return []
     try:
-        return [_gpu(pynvml, found) for found in visible_gpus(pynvml)]
+        return [_gpu(nvml, found) for found in visible_gpus(nvml)]
     finally:
-        pynvml.nvmlShutdown()
+        nvml.nvmlShutdown()
 
 
 def _gpu(nvml: Any, visible: VisibleGpu) -> Gpu:

@@ -40,7 +40,15 @@ if TYPE_CHECKING:
         RunConfig,
         SavingConfig,
     )
-    from lumina.config.visible import VISIBLE, VisibleGpu, explain_duplicate, take_device, visible_gpus, visible_names
+    from lumina.config.visible import (
+        VISIBLE,
+        VisibleGpu,
+        explain_duplicate,
+        open_nvml,
+        take_device,
+        visible_gpus,
+        visible_names,
+    )
 
 _HOMES = {
     "CHUNK_BYTES": "rows",
@@ -75,6 +83,7 @@ _HOMES = {
     "did_you_mean": "errors",
     "explain_duplicate": "visible",
     "load": "loading",
+    "open_nvml": "visible",
     "output_chunk_bytes": "rows",
     "parse_settings": "loading",
     "preset_names": "loading",
@@ -120,6 +129,7 @@ __all__ = [
     "did_you_mean",
     "explain_duplicate",
     "load",
+    "open_nvml",
     "output_chunk_bytes",
     "parse_settings",
     "precision",

@@ -84,8 +84,19 @@ def visible_names(environment: Mapping[str, str] = os.environ) -> list[str] | No
     return names
 
 
+def open_nvml() -> Any | None:
+    """The pynvml module, initialised; None without the package, a driver or a GPU."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:
+        return None
+    return pynvml
+
+
 def visible_gpus(nvml: Any, environment: Mapping[str, str] = os.environ) -> list[VisibleGpu]:
-    """The visible GPUs in CUDA's order. `nvml`: the pynvml module, initialised."""
+    """The visible GPUs in CUDA's order. `nvml`: from `open_nvml`."""
     every = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     names = visible_names(environment)
     if names is None:

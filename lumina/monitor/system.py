@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from lumina.config import visible_gpus
+from lumina.config import open_nvml, visible_gpus
 
 
 class System:
@@ -66,25 +66,22 @@ class System:
 
 def _gpus() -> dict[int, Callable[[], dict[str, float]]]:
     """A measurer for each visible GPU, by its number in nvidia-smi."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no library, no driver, no GPU
+    nvml = open_nvml()
+    if nvml is None:
         return {}
 
     def measurer(handle: Any, share: Any) -> Callable[[], dict[str, float]]:
         def measure() -> dict[str, float]:
             return {
-                "utilisation": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-                "memory": int(pynvml.nvmlDeviceGetMemoryInfo(share).used),
-                "temperature": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-                "power": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+                "utilisation": nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+                "memory": int(nvml.nvmlDeviceGetMemoryInfo(share).used),
+                "temperature": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+                "power": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
             }
 
         return measure
 
-    return {gpu.index: measurer(gpu.handle, gpu.share) for gpu in visible_gpus(pynvml)}
+    return {gpu.index: measurer(gpu.handle, gpu.share) for gpu in visible_gpus(nvml)}
 
 
 class Sampler:

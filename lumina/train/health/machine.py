@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lumina.config import VisibleGpu, visible_gpus
+from lumina.config import VisibleGpu, open_nvml, visible_gpus
 from lumina.train.health.observations import GpuFigures, MachineObservation
 
 _SECONDS = 20.0
@@ -26,7 +26,11 @@ class MachineWatch:
 
     def __init__(self, folders: Sequence[Path], checkpoint_bytes: int, seconds: float = _SECONDS) -> None:
         self._folders, self._checkpoint_bytes, self._seconds = folders, checkpoint_bytes, seconds
-        self._gpus = _handles()
+        self._nvml = open_nvml()
+        self._gpus: list[VisibleGpu] = []
+        if self._nvml is not None:
+            with suppress(Exception):  # a driver that does not answer must not stop a run
+                self._gpus = visible_gpus(self._nvml)
         self._found: tuple[dict[str, int], tuple[GpuFigures, ...]] | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lumina-machine", daemon=True)
@@ -41,7 +45,7 @@ class MachineWatch:
             gpus = []
             for gpu in self._gpus:
                 with suppress(Exception):  # a GPU that fell off the bus must not end the thread
-                    gpus.append(_gpu(gpu.index, gpu.handle))
+                    gpus.append(_gpu(self._nvml, gpu.index, gpu.handle))
             self._found = free, tuple(gpus)
             if self._closed.wait(self._seconds):
                 return
@@ -55,26 +59,14 @@ class MachineWatch:
         self._closed.set()
 
 
-def _handles() -> list[VisibleGpu]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return visible_gpus(pynvml)
-    except Exception:  # no library, no driver, no GPU
-        return []
-
-
-def _gpu(index: int, handle: Any) -> GpuFigures:
-    import pynvml
-
-    temperature = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
+def _gpu(nvml: Any, index: int, handle: Any) -> GpuFigures:
+    temperature = nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
     reasons, errors = 0, 0
-    with suppress(pynvml.NVMLError):
-        reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-    with suppress(pynvml.NVMLError):  # cards without ECC
-        errors = pynvml.nvmlDeviceGetTotalEccErrors(
-            handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+    with suppress(nvml.NVMLError):
+        reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    with suppress(nvml.NVMLError):  # cards without ECC
+        errors = nvml.nvmlDeviceGetTotalEccErrors(
+            handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
         )
     slowed = ", ".join(text for bit, text in _REASONS.items() if reasons & bit)
     return GpuFigures(index, temperature, slowed, errors)

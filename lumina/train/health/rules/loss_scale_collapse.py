@@ -1,4 +1,4 @@
-"""Fp16's loss scale has collapsed."""
+"""The loss scale of fp16 has collapsed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Configuration: what a run is. Schema, presets, the merge of preset < YAML < flags < --set, and the DeepSpeed JSON.
 
 Nothing here imports torch, so that commands which only read or print a configuration answer at once; names are loaded
-on first use, so that `lumina --help` needs no pydantic. `deepspeed` (the DeepSpeed JSON) and `precision` are handed out
-as modules.
+on first use, so that `lumina --help` needs no pydantic. Handed out as modules: `deepspeed` (the DeepSpeed JSON),
+`precision`, `private_names` and `versions` (what is relied on of libraries), `registry` and `schema`.
 """
 
 from typing import TYPE_CHECKING
@@ -134,10 +134,14 @@ __all__ = [
     "parse_settings",
     "precision",
     "preset_names",
+    "private_names",
+    "registry",
     "round_up",
     "run_config",
+    "schema",
     "take_device",
     "upgrade",
+    "versions",
     "visible_gpus",
     "visible_names",
 ]

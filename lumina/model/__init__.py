@@ -22,9 +22,9 @@ _HOMES = {
     "keep_heap": "cpu",
     "report_kernel": "attention",
 }
-_MODULES = ("float8", "lora", "ops")
+_MODULES = ("families", "float8", "lora", "ops")
 
-__all__ = ["Decoder", "KVCache", "Transformer", "float8", "keep_heap", "lora", "ops", "report_kernel"]
+__all__ = ["Decoder", "KVCache", "Transformer", "families", "float8", "keep_heap", "lora", "ops", "report_kernel"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,4 +21,5 @@ __all__ = [
     "read_events",
     "read_metrics",
     "read_run",
+    "reports",
 ]

@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from lumina.chat import ChatTokenizer
-from lumina.config import Config
-from lumina.config.registry import OBJECTIVES
+from lumina.config import OBJECTIVES, Config
 from lumina.data import Samples, TorchBatch
 
 

@@ -54,8 +54,8 @@ def worker(arguments: argparse.Namespace) -> None:
     with Watchdog(config.hang_timeout, config.stop_timeout, StopRequest(), rank) as dog:
 
         def beats() -> None:  # of one step: its micro-batch, its update, and the times that it took
-            dog.beat("step 1, micro-batch 1")
-            dog.beat("step 1, update")
+            dog.heartbeat("step 1, micro-batch 1")
+            dog.heartbeat("step 1, update")
             stragglers.add(0.1, 0.1)
 
         def compare() -> None:
@@ -82,12 +82,12 @@ def worker(arguments: argparse.Namespace) -> None:
                 if number >= 3:  # the first steps allocate
                     seconds[name].append(value)
     if rank == 0:
-        step, beat, tick, sums, comparison = (statistics.median(values) for values in seconds.values())
+        step, heartbeat, tick, sums, comparison = (statistics.median(values) for values in seconds.values())
         print(
-            f"training step {1e3 * step:.1f} ms; beats {1e6 * beat:.1f} us, sample sums {1e6 * sums:.1f} us, a tick "
-            f"{1e6 * tick:.0f} us every {TICK} s, a comparison {1e3 * comparison:.2f} ms every {interval} steps"
+            f"training step {1e3 * step:.1f} ms; heartbeats {1e6 * heartbeat:.1f} us, sample sums {1e6 * sums:.1f} us, "
+            f"a tick {1e6 * tick:.0f} us every {TICK} s, a comparison {1e3 * comparison:.2f} ms every {interval} steps"
         )
-        print(f"overhead {(beat + sums + comparison / interval) / step + tick / TICK:.3%} of a step")
+        print(f"overhead {(heartbeat + sums + comparison / interval) / step + tick / TICK:.3%} of a step")
     dist.barrier()
     end_process(0)
 

@@ -41,7 +41,7 @@ from lumina.train.recovery.recovery import Recovery
 from lumina.train.recovery.spikes import SpikeDetector
 from lumina.train.saves import Saves
 from lumina.train.schedules import Schedule, schedule
-from lumina.train.state import TrainingState
+from lumina.train.state import RunState
 from lumina.train.stragglers import Stragglers
 from lumina.train.watchdog import Watchdog
 
@@ -59,7 +59,7 @@ class Run:
     order: GlobalOrder
     total_steps: int
     schedule: Schedule
-    state: TrainingState
+    state: RunState
     deferred: Deferred
     saves: Saves
     recovery: Recovery
@@ -91,13 +91,13 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
 
     # Data, in its order
     tokenizer = open_run_tokenizer(config)
-    train_data, eval_data = prepare_data(config, tokenizer, ranks, start.progress.data_fingerprint or None)
+    train_data, eval_data = prepare_data(config, tokenizer, ranks, start.trainer_state.data_fingerprint or None)
     order = GlobalOrder(train_data.num_samples, config.global_batch_size, config.seed, train_data.fingerprint)
     steps = config.epochs * order.steps_per_epoch
     total_steps = min(steps, config.max_steps or steps)
 
     # State
-    settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.progress))
+    settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     torch.manual_seed(config.seed)
     engine = make_engine(settings, drawn=start.checkpoint is None and config.init_from is None)
     objective(config).prepare(
@@ -113,7 +113,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
             forward=engine.forward,
             evaluation=engine.evaluation,
             device=engine.device,
-            heartbeat=watchdog.beat,
+            heartbeat=watchdog.heartbeat,
         )
     )
     if start.checkpoint is not None:
@@ -128,7 +128,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     lock = RunLock(folder, os.environ.get("LUMINA_JOB"), config.global_batch_size) if ranks.main else None
     outputs = _open_outputs(settings, ranks, folder, state, events, health, train_data, order, total_steps)
     deferred = Deferred()
-    saves = Saves(config, ranks, folder, state, deferred, events, health, lock, watchdog.beat)
+    saves = Saves(config, ranks, folder, state, deferred, events, health, lock, watchdog.heartbeat)
     recovery = Recovery(config, ranks, folder, start.recovery, state, events, health)
     return Run(
         ranks=ranks,
@@ -145,7 +145,9 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
         recovery=recovery,
         outputs=outputs,
         stragglers=Stragglers(ranks, config.straggler_interval, config.straggler_factor),
-        callbacks=Callbacks(callbacks, ranks, folder, total_steps, state, order, outputs, saves.request, watchdog.beat),
+        callbacks=Callbacks(
+            callbacks, ranks, folder, total_steps, state, order, outputs, saves.request, watchdog.heartbeat
+        ),
         watchdog=watchdog,
         stop=stop,
     )
@@ -158,25 +160,23 @@ def _initial_weights(settings: Settings, ranks: Ranks, engine: Engine) -> None:
         load_initial_weights(config.init_from, config, ranks, engine)
 
 
-def _state(
-    start: Start, settings: Settings, ranks: Ranks, engine: Engine, fingerprint: str, folder: Path
-) -> TrainingState:
+def _state(start: Start, settings: Settings, ranks: Ranks, engine: Engine, fingerprint: str, folder: Path) -> RunState:
     """The state, with what a checkpoint of it will say of this start."""
-    config, progress = settings.config, start.progress
+    config, trainer_state = settings.config, start.trainer_state
     assert config.global_batch_size is not None
-    progress.global_batch_size, progress.world = config.global_batch_size, ranks.world
-    progress.precision, progress.zero_stage = settings.precision, engine.stage
-    progress.lora = checkpoint.adapter_settings(config)
-    progress.base = {} if settings.base is None else checkpoint.base_reference(settings.base, folder)
-    progress.model, progress.data_fingerprint = checkpoint.model_shape(config), fingerprint
-    return TrainingState(engine, progress, SpikeDetector(config, progress.guard))
+    trainer_state.global_batch_size, trainer_state.world = config.global_batch_size, ranks.world
+    trainer_state.precision, trainer_state.zero_stage = settings.precision, engine.stage
+    trainer_state.lora = checkpoint.adapter_settings(config)
+    trainer_state.base = {} if settings.base is None else checkpoint.base_reference(settings.base, folder)
+    trainer_state.model, trainer_state.data_fingerprint = checkpoint.model_shape(config), fingerprint
+    return RunState(engine, trainer_state, SpikeDetector(config, trainer_state.guard))
 
 
 def _open_outputs(
     settings: Settings,
     ranks: Ranks,
     folder: Path,
-    state: TrainingState,
+    state: RunState,
     events: EventLog,
     health: Health,
     data: Samples,

@@ -1,4 +1,4 @@
-"""A step's numbers (loss, gradient norm, what the ranks agree on), read while the next step is computed.
+"""Deferred readback: a step's numbers (loss, gradient norm, what the ranks agree on) are read during the next step.
 
 Reading a number from a GPU waits for everything that was queued before it. A loop that reads each step's loss at the
 step's end so lets the device run dry, and queues the next step's first kernels while it idles. Here a step leaves its

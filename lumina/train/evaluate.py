@@ -1,4 +1,4 @@
-"""Loss over the whole evaluation set, weighted by tokens over all ranks."""
+"""Evaluation: the mean loss over the whole evaluation set, weighted by tokens over all ranks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def evaluate(
     dataset: Samples,
     micro_batch_size: int,
     ranks: Ranks,
-    beat: Callable[[str], None] = lambda what: None,
+    heartbeat: Callable[[str], None] = lambda what: None,
 ) -> float:
     """Mean loss in nats per supervised token, or per preference pair; collective. Every rank runs the same number of
-    forward passes (ZeRO-3 gathers weights in each), padded with samples of weight zero. `beat` is called before each
-    pass."""
+    forward passes (ZeRO-3 gathers weights in each), padded with samples of weight zero. `heartbeat` is called
+    before each pass."""
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
     indices = torch.arange(dataset.num_samples).numpy()
     with engine.evaluation():
         for share in deal(indices, ranks.rank, ranks.world, micro_batch_size):
-            beat("evaluation")
+            heartbeat("evaluation")
             batch = dataset.batch(share).torch()
             # Added up where they are: reading each batch's loss would make the host wait for it.
             totals[0] += engine.loss(batch)

@@ -27,12 +27,12 @@ from lumina.train.snapshot import load_weights
 @dataclass(frozen=True)
 class Start:
     """What a start of a run goes on from, the same on every rank. config: as given, with the global batch of the run's
-    first start; checkpoint: None to begin anew, with progress at step 0; trainer: what trainer.json says beside the
-    progress; recovery: what earlier starts did about trouble."""
+    first start; checkpoint: None to begin anew, with trainer_state at step 0; trainer: what trainer.json says beside
+    trainer_state; recovery: what earlier starts did about trouble."""
 
     config: Config
     checkpoint: Path | None
-    progress: TrainerState
+    trainer_state: TrainerState
     trainer: dict[str, Any]
     recovery: RecoveryRecord
 
@@ -45,13 +45,13 @@ def find_start(config: Config, folder: Path, ranks: Ranks) -> Start:
     if relaunched is not None:
         config = same_batch(config.replace(resume="auto"), relaunched)
     source = decided_by_rank_0(ranks, lambda: checkpoint_to_resume(config, folder))
-    progress, trainer = checkpoint.read_trainer_state(source) if source is not None else (TrainerState(), {})
-    if progress.step:
-        config = same_batch(config, progress.global_batch_size)
+    trainer_state, trainer = checkpoint.read_trainer_state(source) if source is not None else (TrainerState(), {})
+    if trainer_state.step:
+        config = same_batch(config, trainer_state.global_batch_size)
     record = decided_by_rank_0(ranks, lambda: _recovery_record(config, folder))
     if record.global_batch_size is not None:
         config = same_batch(config, record.global_batch_size)
-    return Start(config, source, progress, trainer, record)
+    return Start(config, source, trainer_state, trainer, record)
 
 
 def _recovery_record(config: Config, folder: Path) -> RecoveryRecord:
@@ -101,18 +101,18 @@ def load_initial_weights(given: str, config: Config, ranks: Ranks, engine: Engin
 
 
 def base_of_adapters(
-    config: Config, ranks: Ranks, source: Path | None, progress: checkpoint.TrainerState
+    config: Config, ranks: Ranks, source: Path | None, trainer_state: checkpoint.TrainerState
 ) -> Path | None:
     """The checkpoint under the adapters that the run trains, chosen by rank 0 for all: what a resumed run's checkpoint
     `source` names, else what --init-from means. None for a run that trains every weight; collective."""
     if source is not None:
-        _same_adapters(progress, config, source)
+        _same_adapters(trainer_state, config, source)
     if not config.lora_rank:
         return None
 
     def chosen() -> Path:
         if source is not None:
-            found = checkpoint.valid_base(source, progress)
+            found = checkpoint.valid_base(source, trainer_state)
             assert found is not None
             return found
         if config.init_from is None:
@@ -127,10 +127,10 @@ def base_of_adapters(
     return found
 
 
-def _same_adapters(progress: checkpoint.TrainerState, config: Config, source: Path) -> None:
+def _same_adapters(trainer_state: checkpoint.TrainerState, config: Config, source: Path) -> None:
     own = checkpoint.adapter_settings(config)
-    if progress.lora != own:
-        there, here = (", ".join(f"{k} {v}" for k, v in one.items()) or "none" for one in (progress.lora, own))
+    if trainer_state.lora != own:
+        there, here = (", ".join(f"{k} {v}" for k, v in one.items()) or "none" for one in (trainer_state.lora, own))
         raise UserError(
             f"{source} has other adapters: {there} there, {here} here",
             "Resume with the run's own configuration (its folder has config.yaml), or start a new run --init-from it.",
@@ -152,8 +152,8 @@ def load_resumed(start: Start, config: Config, fingerprint: str, engine: Engine)
     """Load the checkpoint that the run goes on from; collective. `fingerprint`: of the training data. Raises UserError
     where model or data are not those of the checkpoint."""
     assert start.checkpoint is not None
-    checkpoint.check_same_model(start.progress.model, checkpoint.model_shape(config), start.checkpoint)
-    if start.progress.data_fingerprint != fingerprint:
+    checkpoint.check_same_model(start.trainer_state.model, checkpoint.model_shape(config), start.checkpoint)
+    if start.trainer_state.data_fingerprint != fingerprint:
         raise UserError(
             f"the training data is not what {start.checkpoint} was trained on, so its position in the data means "
             "nothing",

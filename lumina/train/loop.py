@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import traceback
 from contextlib import ExitStack, suppress
@@ -12,11 +11,11 @@ import torch.distributed as dist
 
 from lumina.config import UserError
 from lumina.data import Loader
-from lumina.train import apply
 from lumina.train.build import Run
 from lumina.train.evaluate import evaluate
 from lumina.train.outcomes import Fail, HalveMicroBatch, Outcome, Rewind, Stop, StopKind
 from lumina.train.outputs.samples import sample_answers
+from lumina.train.recovery import apply
 from lumina.train.recovery.recovery import RestartError
 from lumina.train.step import record_last, settle, take_step
 from lumina.train.watchdog import report_failure
@@ -106,26 +105,24 @@ def _between_steps(run: Run, last: bool) -> Outcome:
 def _evaluate(run: Run) -> Stop | None:
     """Evaluate, keep the best checkpoint, and stop when patience has run out."""
     assert run.eval_data is not None
-    engine, config, progress, beat = run.state.engine, run.config, run.state.progress, run.watchdog.beat
+    engine, config, heartbeat = run.state.engine, run.config, run.watchdog.heartbeat
     began = time.perf_counter()
     with engine.timer.phase("evaluation"):
-        loss = evaluate(engine, run.eval_data, config.batch_size, run.ranks, beat)
-    run.outputs.evaluation(progress.step, loss, time.perf_counter() - began)
+        loss = evaluate(engine, run.eval_data, config.batch_size, run.ranks, heartbeat)
+    run.outputs.evaluation(run.state.step, loss, time.perf_counter() - began)
     with engine.timer.phase("evaluation"):
         if config.sample_prompts:
-            prompts, most = config.sample_prompts, config.sample_tokens
-            run.outputs.samples(progress.step, sample_answers(engine, run.tokenizer, prompts, most, beat))
+            prompts, longest = config.sample_prompts, config.sample_tokens
+            run.outputs.samples(run.state.step, sample_answers(engine, run.tokenizer, prompts, longest, heartbeat))
         run.callbacks.at_evaluation(loss)
-    if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
-        progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
+    if run.state.note_evaluation(loss):
         run.saves.best()
         return None
-    progress.evaluations_without_gain += 1
-    patience = config.early_stopping_patience
-    if patience is None or progress.evaluations_without_gain < patience:
+    best, patience = run.state.trainer_state, config.early_stopping_patience
+    if patience is None or best.evaluations_without_gain < patience:
         return None
-    best = f"best {progress.best_loss:.4f} at step {progress.best_step}"
-    return Stop(StopKind.EARLY_STOPPING, f"no better evaluation in {patience} ({best})")
+    where = f"best {best.best_loss:.4f} at step {best.best_step}"
+    return Stop(StopKind.EARLY_STOPPING, f"no better evaluation in {patience} ({where})")
 
 
 def _loader(run: Run) -> Loader:
@@ -177,7 +174,7 @@ def _emergency(run: Run, error: BaseException) -> None:
         return
     why = f"{type(error).__name__}: {error}"
     report_failure(why, "".join(traceback.format_exception(error)))
-    run.watchdog.beat("emergency checkpoint")
+    run.watchdog.heartbeat("emergency checkpoint")
     alone = _lost_a_rank(error)
     with suppress(Exception):  # what ended the run is what the user must hear of
         record_last(run, wait=not alone)

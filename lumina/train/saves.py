@@ -35,7 +35,7 @@ from lumina.train.agreement import exchange
 from lumina.train.deepspeed.engine import Ranks
 from lumina.train.deferred import Deferred
 from lumina.train.health import Health
-from lumina.train.state import TrainingState
+from lumina.train.state import RunState
 
 log = logging.getLogger("lumina")
 
@@ -54,17 +54,17 @@ class Saves:
         config: Config,
         ranks: Ranks,
         folder: Path,
-        state: TrainingState,
+        state: RunState,
         deferred: Deferred,
         events: EventLog,
         health: Health,
         lock: RunLock | None,
-        beat: Callable[[str], None],
+        heartbeat: Callable[[str], None],
     ) -> None:
-        """`folder`: the run's; `lock`: rank 0's claim on it, None on the others; `beat`: of the watchdog."""
+        """`folder`: the run's; `lock`: rank 0's claim on it, None on the others; `heartbeat`: of the watchdog."""
         self._config, self._ranks, self._folder = config, ranks, folder
         self._state, self._deferred, self._events, self._health = state, deferred, events, health
-        self._beat = beat
+        self._heartbeat = heartbeat
         start = [secrets.token_hex(4)]
         dist.broadcast_object_list(start)
         may_write = lock.held if lock is not None else lambda: True
@@ -143,7 +143,7 @@ class Saves:
     def best(self) -> None:
         """Save this step as the best so far. Waits for a save under way, since a later step would not be it."""
         if self._settled():
-            self._begin({"checkpoint", *self._wanted}, best_loss=self._state.progress.best_loss)
+            self._begin({"checkpoint", *self._wanted}, best_loss=self._state.trainer_state.best_loss)
         else:
             self._failed("save-failed", "the checkpoint of the best evaluation: the save before it still runs")
 
@@ -187,7 +187,7 @@ class Saves:
         began = time.perf_counter()
         deadline = time.monotonic() + 66 * self._config.save_timeout_minutes
         while not (free := self._saver.wait(1.0)) and time.monotonic() < deadline:
-            self._beat("waiting for a save")
+            self._heartbeat("waiting for a save")
         agreement = torch.tensor(float(free), device=self._state.engine.device)
         dist.all_reduce(agreement, op=dist.ReduceOp.MIN)
         self._busy_anywhere = not bool(agreement.item())

@@ -1,11 +1,12 @@
 """The state of a run: what a checkpoint saves, and nothing else that training goes on from (law 6).
 
 Weights, moments and fp16's loss scale are in the engine; the step, the best evaluation and what the run depends on are
-in the progress; the spike detector has the baselines of loss and gradient norm.
+in the trainer's state; the spike detector has the baselines of loss and gradient norm.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,32 +18,45 @@ from lumina.train.recovery.spikes import SpikeDetector
 
 
 @dataclass
-class TrainingState:
+class RunState:
     """One per rank. consistent: False while an update is being made, when weights and moments may be of two steps."""
 
     engine: Engine
-    progress: TrainerState
+    trainer_state: TrainerState
     spikes: SpikeDetector
     consistent: bool = True
 
     @property
     def step(self) -> int:
         """Optimizer steps done, which is also the position in the data (law 1)."""
-        return self.progress.step
+        return self.trainer_state.step
+
+    def note_evaluation(self, loss: float) -> bool:
+        """Whether an evaluation of this state is the best so far; one that is not finite never is."""
+        best = self.trainer_state
+        if math.isfinite(loss) and (best.best_loss is None or loss < best.best_loss):
+            best.best_loss, best.best_step, best.evaluations_without_gain = loss, self.step, 0
+            return True
+        best.evaluations_without_gain += 1
+        return False
 
     def snapshot(self, copies: StagingBuffer) -> Snapshot:
         """Begin to copy all of it into host memory, for a checkpoint; not collective. See
         lumina.train.snapshot.take."""
-        self.progress.guard = self.spikes.state()
-        return snapshot.take_snapshot(self.engine, self.progress, copies)
+        self.trainer_state.guard = self.spikes.state()
+        return snapshot.take_snapshot(self.engine, self.trainer_state, copies)
 
     def rewind(self, checkpoint: Path, config: Config) -> None:
         """Take the state of an earlier checkpoint of this start or of one before; collective."""
-        progress, trainer = read_trainer_state(checkpoint)
+        trainer_state, trainer = read_trainer_state(checkpoint)
         self.engine.discard()  # the gradients of the step that was begun
         self.consistent = False
         snapshot.load_checkpoint(checkpoint, self.engine, trainer)
-        now = self.progress
-        progress.world, progress.precision, progress.zero_stage = now.world, now.precision, now.zero_stage
-        self.progress, self.spikes = progress, SpikeDetector(config, progress.guard)
+        now = self.trainer_state
+        trainer_state.world, trainer_state.precision, trainer_state.zero_stage = (
+            now.world,
+            now.precision,
+            now.zero_stage,
+        )
+        self.trainer_state, self.spikes = trainer_state, SpikeDetector(config, trainer_state.guard)
         self.consistent = True

@@ -33,7 +33,7 @@ def take_step(run: Run, data: StepData) -> Outcome:
     if run.recovery.skips(data):
         outcome = settle(run)
         if outcome is None:  # the step counts as done without an update
-            state.progress.step = step
+            state.trainer_state.step = step
             run.recovery.skipped(data)
         return outcome
     run.callbacks.before_step()
@@ -44,7 +44,7 @@ def take_step(run: Run, data: StepData) -> Outcome:
         return action
     if action is not None:
         return replace(action, then=settle(run))
-    run.watchdog.beat(f"step {step}, update")
+    run.watchdog.heartbeat(f"step {step}, update")
     sums = pack(_own_sums(run, data, loss), loss.device)
     with timer.phase("communication"):
         dist.all_reduce(sums)
@@ -58,7 +58,7 @@ def take_step(run: Run, data: StepData) -> Outcome:
     norm, applied = updated
     run.deferred.put(state.engine, data, lr, sums, norm, applied)
     # From here on a checkpoint of this step can be made: what its spike detector and its record need is under way.
-    state.progress.step, state.consistent = step, True
+    state.trainer_state.step, state.consistent = step, True
     _measure_layers(run, step, applied)
     return None
 
@@ -74,7 +74,7 @@ def accumulate(run: Run, data: StepData) -> tuple[Tensor, HalveMicroBatch | Fail
         torch.manual_seed(_dropout_seed(run.config.seed, step, run.ranks.rank))
     try:
         for number, batch in enumerate(data.micro_batches, 1):
-            run.watchdog.beat(f"step {step}, micro-batch {number}")
+            run.watchdog.heartbeat(f"step {step}, micro-batch {number}")
             loss += engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
             batch.made = None  # its memory on the device, which a step's record would keep to the next update
     except torch.OutOfMemoryError as error:
@@ -82,9 +82,9 @@ def accumulate(run: Run, data: StepData) -> tuple[Tensor, HalveMicroBatch | Fail
             raise
         failure = str(error).splitlines()[0]
     if failure is None:
-        run.recovery.passes_done(step)
+        run.recovery.micro_batches_done(step)
         return loss, None
-    return loss, run.recovery.after_passes(step, data.samples, failure, clean=not engine.collectives)
+    return loss, run.recovery.out_of_memory_in_micro_batches(step, data.samples, failure, clean=not engine.collectives)
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -130,7 +130,7 @@ def update(run: Run, data: StepData, limit: Tensor) -> tuple[Tensor, Tensor] | H
         if run.config.on_oom == "fail":
             raise
         failure = str(error).splitlines()[0]
-    return run.recovery.inside_update(step, data.samples, failure)
+    return run.recovery.out_of_memory_in_update(step, data.samples, failure)
 
 
 def _layer_stats(run: Run, step: int) -> LayerStats | None:

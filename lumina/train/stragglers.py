@@ -1,4 +1,4 @@
-"""Which rank is slower than the others, and on which host.
+"""Straggler detection: which rank is slower than the others, and on which host.
 
 Under synchronous training the slowest rank sets the pace of all, and the others wait for it inside collectives. So a
 step's wall time says nothing; what each rank spends before it meets the others does: its own computing (forward and

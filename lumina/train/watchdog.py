@@ -1,6 +1,6 @@
-"""A process that makes no progress ends itself and says where it stood, instead of waiting out a collective's timeout.
+"""Watchdog: ends a process that makes no progress and says where it stood, rather than wait for a collective's timeout.
 
-Progress is a call of `beat`: at every micro-batch, step, evaluation batch and save. Two clocks watch it. One is a
+Progress is a call of `heartbeat`: at every micro-batch, step, evaluation batch and save. Two clocks watch it. One is a
 Python thread that finds the usual hang, a collective whose other side is gone (those wait without the interpreter's
 lock): it writes every thread's stack to stderr, says which collective the main thread sits in, and ends the process.
 Where the lock itself is held, by a kernel that never returns, that thread cannot run: every half second it re-arms
@@ -28,10 +28,11 @@ _C_GRACE = 5.0  # seconds that the C clock leaves to the Python one
 
 
 class Watchdog:
-    """Ends the process when `timeout` seconds pass without a beat, or `stop_timeout` once a signal asked it to stop.
+    """Ends the process when `timeout` seconds pass without a heartbeat, or `stop_timeout` once a signal asked it to
+    stop.
 
-    `rank` is for the message. 0 turns a limit off. The first beat may take `start_timeout`: data is prepared, kernels
-    are compiled and workers imported before it.
+    `rank` is for the message. 0 turns a limit off. The first heartbeat may take `start_timeout`: data is prepared,
+    kernels are compiled and workers imported before it.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Watchdog:
         self._timeout, self._stop_timeout, self._start_timeout = timeout, stop_timeout, start_timeout
         self._stop = stop
         self._rank = rank
-        self._beats = 0
+        self._heartbeats = 0
         self._last = time.monotonic()
         self._what = "starting"
         self._closed = threading.Event()
@@ -59,15 +60,15 @@ class Watchdog:
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def beat(self, what: str) -> None:
+    def heartbeat(self, what: str) -> None:
         """Progress was made; `what` is being done from here on. Costs a microsecond."""
         self._what = what
-        self._beats += 1
+        self._heartbeats += 1
         self._last = time.monotonic()
 
     def limit(self) -> float:
-        """Seconds allowed without a beat now; 0 for no limit."""
-        return max(self._timeout, self._start_timeout) if self._timeout and not self._beats else self._timeout
+        """Seconds allowed without a heartbeat now; 0 for no limit."""
+        return max(self._timeout, self._start_timeout) if self._timeout and not self._heartbeats else self._timeout
 
     def _watch(self) -> None:
         while not self._closed.wait(_TICK):

@@ -37,7 +37,7 @@ def make_run(order: list[str]) -> Any:
     state = SimpleNamespace(
         engine=engine,
         spikes=SimpleNamespace(classify=note(order, "classify")),
-        progress=SimpleNamespace(step=4),
+        trainer_state=SimpleNamespace(step=4),
         consistent=True,
     )
     return SimpleNamespace(
@@ -47,11 +47,11 @@ def make_run(order: list[str]) -> Any:
         recovery=SimpleNamespace(
             after_update=note(order, "baselines"),
             skips=lambda data: False,
-            passes_done=lambda step: None,
+            micro_batches_done=lambda step: None,
             norm_limit=lambda loss: loss,
         ),
         schedule=lambda step: 0.1,
-        watchdog=SimpleNamespace(beat=lambda what: None),
+        watchdog=SimpleNamespace(heartbeat=lambda what: None),
         stop=SimpleNamespace(flags=(0.0, 0.0)),
         saves=SimpleNamespace(flags=(0.0, 0.0, 0.0), before_update=lambda: None),
         ranks=SimpleNamespace(world=1, rank=0),
@@ -109,7 +109,7 @@ def test_a_step_counts_once_its_numbers_are_under_way(group: Any, monkeypatch: p
 
     def fail() -> None:
         assert run.deferred.pending
-        assert (run.state.progress.step, run.state.consistent) == (5, True)
+        assert (run.state.trainer_state.step, run.state.consistent) == (5, True)
         raise RuntimeError("planted")
 
     def full(*given: Any) -> None:
@@ -123,11 +123,11 @@ def test_a_step_counts_once_its_numbers_are_under_way(group: Any, monkeypatch: p
         step.take_step(run, data)
     assert order == ["before", "update", "lap"]
 
-    run.state.progress.step, run.deferred = 4, Deferred()
+    run.state.trainer_state.step, run.deferred = 4, Deferred()
     monkeypatch.setattr(deferred, "Readback", full)
     with pytest.raises(RuntimeError, match="no pinned memory"):
         step.take_step(run, data)
-    found = (run.state.progress.step, run.state.consistent)
+    found = (run.state.trainer_state.step, run.state.consistent)
     assert found == (4, False), "an emergency checkpoint would be of weights half known"
 
 

@@ -26,30 +26,30 @@ def stuck(wait):
 SCRIPTS = {
     "stall": """
 with Watchdog(1.0, 0, StopRequest(), rank=3) as dog:
-    dog.beat("step 7, update")
+    dog.heartbeat("step 7, update")
     stuck(time.sleep)
 """,
     # PyDLL keeps the interpreter's lock while it calls C: no Python thread runs any more.
     "lock": """
 watchdog._C_GRACE = 0.5
 with Watchdog(1.0, 0, StopRequest(), rank=3) as dog:
-    dog.beat("step 7, update")
+    dog.heartbeat("step 7, update")
     time.sleep(0.8)
-    dog.beat("step 8, update")
+    dog.heartbeat("step 8, update")
     stuck(ctypes.PyDLL(None).sleep)
 """,
     "signal": """
 with Watchdog(0, 1.0, StopRequest(), rank=3) as dog:
-    dog.beat("step 7, update")
+    dog.heartbeat("step 7, update")
     os.kill(os.getpid(), signal.SIGUSR1)
     stuck(time.sleep)
 """,
-    # The first beat may take longer than the others.
+    # The first heartbeat may take longer than the others.
     "beats": """
 with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
     time.sleep(2.6)
     for number in range(60):
-        dog.beat(f"step {number}")
+        dog.heartbeat(f"step {number}")
         time.sleep(0.05)
 print("done")
 """,
@@ -68,7 +68,7 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, 
 if rank == 1:
     stuck(time.sleep)
 with Watchdog(1.0, 0, StopRequest(), rank=0) as dog:
-    dog.beat("step 7, update")
+    dog.heartbeat("step 7, update")
     stuck(lambda _: dist.all_reduce(torch.ones(1)))
 """,
 }

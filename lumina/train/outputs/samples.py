@@ -1,4 +1,4 @@
-"""Answers of the model in training to fixed prompts: what the curves do not tell.
+"""Sample answers: the model in training answers fixed prompts, greedily, at each evaluation.
 
 Every rank takes part: under ZeRO-3 each forward pass gathers weights from all of them. Rank 0's choice of a token is
 every rank's, so that all make the same passes even where their arithmetic differs.
@@ -26,11 +26,11 @@ def sample_answers(
     engine: Engine,
     tokenizer: ChatTokenizer,
     prompts: Sequence[str],
-    most: int,
-    beat: Callable[[str], None] = lambda what: None,
+    max_new_tokens: int,
+    heartbeat: Callable[[str], None] = lambda what: None,
 ) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs: greedy, of at most `most` tokens; collective. A prompt that leaves no room in the model's
-    context is left out. `beat` is called before each pass."""
+    """(prompt, answer) pairs: greedy, of at most `max_new_tokens` tokens; collective. A prompt that leaves no room
+    in the model's context is left out. `heartbeat` is called before each pass."""
     context_length = engine.model.config.seq_length
     ids = {prompt: tokenizer.prompt_ids(Conversation((Message("user", prompt),))) for prompt in prompts}
     asked = [prompt for prompt, tokens in ids.items() if len(tokens) < context_length]
@@ -39,7 +39,7 @@ def sample_answers(
     if not asked:
         return []
     with engine.evaluation(), _uncompiled(engine):
-        said = _greedy(engine, tokenizer, [ids[prompt] for prompt in asked], most, beat)
+        said = _greedy(engine, tokenizer, [ids[prompt] for prompt in asked], max_new_tokens, heartbeat)
     return [(prompt, tokenizer.decode(tokens)) for prompt, tokens in zip(asked, said, strict=True)]
 
 
@@ -52,11 +52,15 @@ def _uncompiled(engine: Engine) -> AbstractContextManager[Any]:
 
 
 def _greedy(
-    engine: Engine, tokenizer: ChatTokenizer, prompts: list[list[int]], most: int, beat: Callable[[str], None]
+    engine: Engine,
+    tokenizer: ChatTokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    heartbeat: Callable[[str], None],
 ) -> list[list[int]]:
     """New tokens of each prompt, without the stop token."""
     model, device = engine.model, engine.device
-    room = [min(most, model.config.seq_length - len(prompt)) for prompt in prompts]
+    room = [min(max_new_tokens, model.config.seq_length - len(prompt)) for prompt in prompts]
     capacity = max(len(prompt) + new for prompt, new in zip(prompts, room, strict=True))
     like = torch.empty(0, dtype=model.embedding.weight.dtype, device=device)
     cache = KVCache(model.config, len(prompts), capacity, like)
@@ -66,7 +70,7 @@ def _greedy(
     new_ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)[None]
     positions = cache.extend(going, [len(prompt) for prompt in prompts])
     while True:
-        beat("sample answers")
+        heartbeat("sample answers")
         logits_RV = engine.ds(new_ids, positions, cache=cache)[:, 0]
         chosen_R = logits_RV.masked_fill(forbidden_V, -torch.inf).argmax(-1)
         dist.broadcast(chosen_R, src=0)

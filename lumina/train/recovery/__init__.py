@@ -1,1 +1,1 @@
-"""What a run does about trouble: the spike detector, and which way it goes on."""
+"""Recovery from trouble: the spike detector, out of memory, what is decided and how it is carried out."""

@@ -29,7 +29,7 @@ from lumina.train.outcomes import Fail, HalveMicroBatch, Rewind
 from lumina.train.recovery.out_of_memory import StepReports
 from lumina.train.recovery.record import RecoveryRecord
 from lumina.train.recovery.spikes import NOT_FINITE, Anomaly, not_finite
-from lumina.train.state import TrainingState
+from lumina.train.state import RunState
 
 log = logging.getLogger("lumina")
 
@@ -49,7 +49,7 @@ class Recovery:
         ranks: Ranks,
         folder: Path,
         record: RecoveryRecord,
-        state: TrainingState,
+        state: RunState,
         events: EventLog,
         health: Health,
     ) -> None:
@@ -176,18 +176,20 @@ class Recovery:
 
     # --- Out of memory ---
 
-    def passes_done(self, step: int) -> None:
+    def micro_batches_done(self, step: int) -> None:
         """This rank came through the micro-batches of step `step` (from 1)."""
         self._reports.report(step, "done")
 
-    def after_passes(self, step: int, samples: Iterable[int], failure: str, clean: bool) -> HalveMicroBatch | Fail:
+    def out_of_memory_in_micro_batches(
+        self, step: int, samples: Iterable[int], failure: str, clean: bool
+    ) -> HalveMicroBatch | Fail:
         """What comes of running out of memory in the micro-batches of a step. `clean`: this rank has begun no
         collective in it."""
         if self._reports.all_clean(step, clean):
             return self._halve(step, samples, failure)
         return self._restart(step, "in the middle of a collective")
 
-    def inside_update(self, step: int, samples: Iterable[int], failure: str) -> HalveMicroBatch | Fail:
+    def out_of_memory_in_update(self, step: int, samples: Iterable[int], failure: str) -> HalveMicroBatch | Fail:
         """What comes of running out of memory inside the update of a step. Where every rank did, at the same place and
         before anything was changed, the micro-batch is halved; otherwise some ranks have made the update, or wait for
         this one in a collective."""

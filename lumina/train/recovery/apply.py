@@ -23,22 +23,22 @@ def rewind(run: Run, action: Rewind) -> None:
     run.recovery.remember_rewind(action)
     run.state.rewind(action.checkpoint, run.config)
     if run.ranks.main:
-        _discard_later(action.checkpoint, run.state.progress)
+        _discard_later(action.checkpoint, run.state.trainer_state)
     run.outputs.rewind(run.state.step)
     run.saves.rewound()
     run.recovery.rewound(action, step)
     dist.barrier()
 
 
-def _discard_later(target: Path, progress: TrainerState) -> None:
+def _discard_later(target: Path, trainer_state: TrainerState) -> None:
     """Checkpoints made amid the trouble would be resumed from: they lose their names. Rank 0 only."""
     folder = target.parent
     for path in checkpoint.list_checkpoints(folder):
-        if checkpoint.step_of(path) > progress.step:
+        if checkpoint.step_of(path) > trainer_state.step:
             checkpoint.discard(path)
-    best = progress.best_step
-    if best is not None and progress.best_loss is not None and (folder / checkpoint.name_of(best)).is_dir():
-        checkpoint.record_best(folder, best, progress.best_loss)
+    best = trainer_state.best_step
+    if best is not None and trainer_state.best_loss is not None and (folder / checkpoint.name_of(best)).is_dir():
+        checkpoint.record_best(folder, best, trainer_state.best_loss)
     else:
         (folder / checkpoint.BEST).unlink(missing_ok=True)
 

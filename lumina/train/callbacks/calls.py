@@ -1,104 +1,23 @@
-"""Callbacks: code of the user's that is called at fixed points of a run, on every rank that was given it.
-
-    class StopBelow(Callback):
-        def after_step(self, context: Context, result: StepResult) -> None:
-            context.log("bits per token", result.loss / math.log(2))
-            if result.loss < 2.0:
-                context.stop("the loss is below 2")
-
-    train(config, callbacks=[StopBelow()])
-
-A callback sees figures and may ask for things; it gets no way to change what is trained on, or how. What it must leave
-as it was (lumina.train.unchanged) is compared around each call, and a change ends the run at once, without a save, with
-an error that names the callback: resuming such a run would not end in the same weights (laws 1, 2 and 6). An exception
-in a callback, on whichever rank, ends the run on all ranks with its name, after a save. A request to stop or for a
-checkpoint that one rank makes is every rank's at one of the next steps.
-"""
+"""Calls a rank's callbacks, and keeps what they ask for until the ranks agree on it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from lumina.config import UserError
 from lumina.data import GlobalOrder
+from lumina.train.callbacks.callback import Callback, CallbackError, Context, StepResult
+from lumina.train.callbacks.unchanged import changes, observe
 from lumina.train.deepspeed.engine import Ranks
-from lumina.train.health import LayerFigures
 from lumina.train.outcomes import Stop
 from lumina.train.outputs.outputs import Outputs
-from lumina.train.state import TrainingState
-from lumina.train.unchanged import changes, observe
+from lumina.train.state import RunState
 
 log = logging.getLogger("lumina")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A step's figures. step: from 1; loss: mean over the step's supervised tokens on all ranks, in nats;
-    gradient_norm: before clipping; applied: False when the update was refused; tokens, supervised_tokens: of all ranks;
-    layers: norms by layer, at the steps that `layer_stats_every` is set for, else None."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    applied: bool
-    tokens: int
-    supervised_tokens: int
-    layers: Mapping[str, LayerFigures] | None = None
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a callback may know and ask for. step: optimizer steps done; rank and world as torch.distributed counts
-    them."""
-
-    step: int
-    total_steps: int
-    rank: int
-    world: int
-    folder: Path
-    log: Callable[[str, float], None]
-    stop: Callable[[str], None]
-    request_checkpoint: Callable[[], None]
-
-
-class Callback:
-    """Override what you need. Every method is called on every rank that has the callback, but for `at_save`. None may
-    take part in a collective: another rank may not have the callback.
-
-    `context.log(name, value)` writes a number into metrics.jsonl (kind `callback`) and to the trackers, on rank 0;
-    `context.stop(reason)` ends the run after a save, and `context.request_checkpoint()` has one saved, on all ranks at
-    one of the next three steps."""
-
-    def at_start(self, context: Context) -> None:
-        """Before the first step of this start; `context.step` is what the run goes on from."""
-
-    def before_step(self, context: Context) -> None:
-        """Before the forward passes of step `context.step + 1`."""
-
-    def after_step(self, context: Context, result: StepResult) -> None:
-        """A step's figures are known: as a rule during the next step, between its backward passes and its update, so
-        that nothing waits for the device (lumina.train.deferred)."""
-
-    def at_evaluation(self, context: Context, loss: float) -> None:
-        """After an evaluation; `loss`: mean over its supervised tokens, in nats."""
-
-    def at_save(self, context: Context, path: Path) -> None:
-        """The checkpoint `path` is whole and has its name. Rank 0 alone knows, and it alone calls this, at the step
-        boundary after the writer has finished."""
-
-    def at_end(self, context: Context, stop: Stop) -> None:
-        """After the last step of this start and its save; not after an exception."""
-
-
-class CallbackError(UserError):
-    """A callback raised an exception, or changed what it must leave as it was."""
 
 
 class Callbacks:
@@ -110,17 +29,17 @@ class Callbacks:
         ranks: Ranks,
         folder: Path,
         total_steps: int,
-        state: TrainingState,
+        state: RunState,
         order: GlobalOrder,
         outputs: Outputs,
         request_checkpoint: Callable[[], None],
-        beat: Callable[[str], None],
+        heartbeat: Callable[[str], None],
     ) -> None:
-        """`request_checkpoint`: of the saves; `beat`: of the watchdog, called before each callback."""
+        """`request_checkpoint`: of the saves; `heartbeat`: of the watchdog, called before each callback."""
         self._callbacks = list(callbacks)
         self._ranks, self._folder, self._total_steps = ranks, folder, total_steps
         self._state, self._order, self._outputs = state, order, outputs
-        self._request_checkpoint, self._beat = request_checkpoint, beat
+        self._request_checkpoint, self._heartbeat = request_checkpoint, heartbeat
         self._logged: dict[str, float] = {}
         self._logged_at = 0
         self._anywhere = False  # whether any rank has callbacks
@@ -185,7 +104,7 @@ class Callbacks:
             if getattr(type(callback), method) is getattr(Callback, method):
                 continue
             name = f"{type(callback).__name__}.{method}"
-            self._beat(f"callback {name}")
+            self._heartbeat(f"callback {name}")
             before = observe(self._state.engine, self._order)
             try:
                 with before.writes():

@@ -15,6 +15,7 @@ from typing import Any
 from lumina.chat import Conversation
 from lumina.config import FORMATS, UserError
 from lumina.data.formats._format import DataFormat, Test, has
+from lumina.data.records.containers import container_remedy
 from lumina.data.records.fault import OTHER_FORMAT, UNKNOWN_FORMAT, WRONG_TYPE, Fault, Tree, kind
 from lumina.data.records.fields import FieldTally, Vocabulary
 from lumina.data.records.turns import to_conversation, to_messages
@@ -90,9 +91,13 @@ def convert(record: Any, given: str = "", tally: FieldTally | None = None) -> Co
     FORMATS. Its fields are counted in `tally`."""
     tally = FieldTally() if tally is None else tally
     try:
-        return _convert(record, given, tally)
+        found = _convert(record, given, tally)
     except RecursionError:
         return Fault(WRONG_TYPE, "nested too deep")
+    if type(found) is Fault and type(record) is dict and found.reason in (UNKNOWN_FORMAT, WRONG_TYPE):
+        remedy = container_remedy(record)
+        return found if remedy is None else Fault(found.reason, remedy, found.messages)
+    return found
 
 
 def _convert(record: Any, given: str, tally: FieldTally) -> Conversation | Fault | Tree:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from lumina.config import UserError
 from lumina.data.oasst.trees import is_flat_oasst, trees_of
 from lumina.data.reading.json_values import WRAPPERS, parse_json, read_values, records_in, several
 from lumina.data.reading.streams import FileLayout, lines_of, read_lines, text_of
@@ -47,18 +48,14 @@ def read_items(path: str, layout: FileLayout, start: int = 0, stop: int | None =
 
 
 def read_records(path: str, layout: FileLayout) -> Generator[Item, None, None]:
-    if layout.container == "parquet":
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(path, memory_map=True) as file:
-            yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE))
-    elif layout.container == "arrow":
-        with pa.memory_map(path) as source:
-            reader = pa.ipc.open_file(source)
-            yield from _rows(reader.get_batch(i) for i in range(reader.num_record_batches))
-    elif layout.container == "arrow stream":
-        with pa.memory_map(path) as source:
-            yield from _rows(pa.ipc.open_stream(source))
+    if layout.container in ("parquet", "arrow", "arrow stream"):
+        try:
+            yield from _rows(_batches(path, layout.container))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{path} is a {layout.describe()} file that cannot be read: {error}",
+                "It is cut short or damaged: copy or download it again.",
+            ) from error
     elif layout.container == "json":
         for number, size, record in read_values(text_of(path, layout)):
             yield Item(number, 1, size, record)
@@ -90,6 +87,22 @@ def _lines_to_items(lines: Iterator[bytes | Fault] | Iterator[bytes]) -> Iterato
         for record in [value] if isinstance(value, Fault) else records_in(value) or [Fault(EMPTY, "an empty list")]:
             yield Item(number, 1, size, record)
             size = 0
+
+
+def _batches(path: str, container: str) -> Iterator[Any]:
+    """The record batches of a Parquet or Arrow file."""
+    if container == "parquet":
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path, memory_map=True) as file:
+            yield from file.iter_batches(batch_size=ROWS_AT_ONCE)
+        return
+    with pa.memory_map(path) as source:
+        if container == "arrow":
+            reader = pa.ipc.open_file(source)
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            yield from pa.ipc.open_stream(source)
 
 
 def _rows(batches: Any) -> Iterator[Item]:

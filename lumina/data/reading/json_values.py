@@ -144,7 +144,7 @@ class _Values:
                 if not self._go_on():
                     return
                 continue
-            yield from self.read_records(found)
+            yield from self._records(found)
         if self.inside:
             yield self._next(0, self.failure or Fault(TRUNCATED_ARRAY, f"after element {self.number}"))
         elif self.failure is not None:
@@ -154,7 +154,7 @@ class _Values:
         self.number += 1
         return self.number, size, record
 
-    def read_records(self, element: str) -> Iterator[tuple[int, int, Any]]:
+    def _records(self, element: str) -> Iterator[tuple[int, int, Any]]:
         size = len(element)
         value = parse_json(element.encode("utf-8", "surrogateescape"))
         if self.inside and is_message(value):

@@ -255,3 +255,20 @@ def test_trees_convert_to_several() -> None:
     assert isinstance(found, Tree)
     assert [list(conversation.messages) for conversation in found.conversations] == [[USER, ANSWER]]
     assert found.discarded == {"empty": 1}
+
+
+@pytest.mark.parametrize("container", ["parquet", "arrow", "arrow stream"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_damaged_table_is_named_with_the_remedy(tmp_path: Path, container: str, share: float) -> None:
+    table = pa.Table.from_pylist([chat(f"question {i}", "answer " * 50) for i in range(2000)])
+    path = tmp_path / "data.bin"
+    if container == "parquet":
+        pq.write_table(table, path)
+    else:
+        new = pa.ipc.new_file if container == "arrow" else pa.ipc.new_stream
+        with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=r"data\.bin is a (Parquet|Arrow) file that cannot be read: (.|\n)*download it"):
+        prepare([path], Settings(), TOKENIZER)

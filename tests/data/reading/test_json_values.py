@@ -236,6 +236,7 @@ def test_tables_whose_rows_cannot_be_told_apart_are_not_guessed_at(tmp_path: Pat
     assert [getattr(record, "reason", record) for record in items(tmp_path / "d.csv")] == [
         {"prompt": "q", "response": "a"},
         "broken CSV",
+        "broken CSV",
     ]
     (tmp_path / "d.csv").write_text("prompt,prompt,response\nq,r,a\n")
     assert [record.reason for record in items(tmp_path / "d.csv")] == ["broken CSV"]

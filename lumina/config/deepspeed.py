@@ -5,7 +5,7 @@ contradict each other, and the run is refused with both names. A Lumina default 
 Everything filled or overruled is reported, one line each.
 
 Batch sizes are computed here because DeepSpeed floor-divides them and then asserts. Where the global batch does not
-divide by world size times micro-batch, Lumina pads with samples of weight zero, so DeepSpeed is told the padded size:
+divide by world size times micro-batch, Lumina pads with samples of weight zero, so DeepSpeed gets the padded size:
 
     accumulation     = ceil(ceil(global / world) / micro)
     train_batch_size = micro * accumulation * world            (>= global)

@@ -58,7 +58,7 @@ def resolve(precision: str, device_type: str, *, bf16_supported: bool | None = N
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU has bfloat16 instructions, from /proc/cpuinfo; false where that cannot be told."""
+    """Whether this CPU has bfloat16 instructions, from /proc/cpuinfo; false where that is unknown."""
     if platform.system() == "Darwin":
         return False
     try:

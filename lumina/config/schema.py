@@ -197,7 +197,7 @@ class LoraConfig(_Strict):
 
 class DataSource(_Strict):
     """A training file (or pattern), how often an epoch takes its conversations (0.3 is three tenths of them), and what
-    each of its records has to be (unset: told from its keys, record by record)."""
+    each of its records has to be (unset: found from its keys, record by record)."""
 
     path: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(ge=0.0, le=1000.0, allow_inf_nan=False)] = 1.0

@@ -76,7 +76,7 @@ def _stated() -> list[Requirement]:
 def refuse_untried() -> None:
     """UserError for versions that would break a run; a warning for those that are merely newer."""
     for one in untried():
-        said = f"{one.name} {one.version} is none of the versions that Lumina was tried with ({one.bounds})"
+        message = f"{one.name} {one.version} is none of the versions that Lumina was tried with ({one.bounds})"
         if one.refused:
-            raise UserError(f"{said}.", f"{one.remedy}; docs/install.md lists what was tried.")
-        log.warning("%s", said)
+            raise UserError(f"{message}.", f"{one.remedy}; docs/install.md lists what was tried.")
+        log.warning("%s", message)

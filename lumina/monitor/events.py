@@ -58,7 +58,7 @@ class EventLog:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._refused = False
-        self.listeners: list[Callable[[Event], None]] = []  # told of every event
+        self.listeners: list[Callable[[Event], None]] = []  # called with every event
 
     def add(
         self,

@@ -53,7 +53,7 @@ class MetricsFile:
         self._file = self._open(resumed_step)
         self._lock = threading.Lock()  # system figures come from a thread
         self._refused = False
-        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # told of every record after it was written
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with every record after it was written
 
     def _open(self, resumed_step: int) -> TextIO:
         kept = [record for record in read_metrics(self._path) if record["step"] <= resumed_step] if resumed_step else []
@@ -74,7 +74,7 @@ class MetricsFile:
         self.write("eval", step, {"loss": loss, "ppl": ppl, "seconds": round(seconds, 3)})
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One record. A disk that refuses it does not stop the run: the listeners still hear of it."""
+        """One record. A disk that refuses it does not stop the run: the listeners still get it."""
         record = {"kind": kind, "step": step, **_plain(values)}
         with self._lock:
             try:

@@ -106,14 +106,16 @@ def _titled(title: str, name: str, names: Sequence[str]) -> str:
 
 def _gpu_charts(runs: Sequence[RunData], names: Sequence[str]) -> list[dict[str, Any]]:
     formats = {"utilisation": "percent", "memory": "bytes", "temperature": "celsius", "power": "number"}
-    return _families(runs, names, "system", "system", lambda column: column.split("/")[0].startswith("gpu"), formats)
+    return _charts_by_figure(
+        runs, names, "system", "system", lambda column: column.split("/")[0].startswith("gpu"), formats
+    )
 
 
 def _layer_charts(runs: Sequence[RunData], names: Sequence[str]) -> list[dict[str, Any]]:
-    return _families(runs, names, "layers", "layers", lambda column: "/" in column, {}, log=True)
+    return _charts_by_figure(runs, names, "layers", "layers", lambda column: "/" in column, {}, log=True)
 
 
-def _families(
+def _charts_by_figure(
     runs: Sequence[RunData],
     names: Sequence[str],
     section: str,

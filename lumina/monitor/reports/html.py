@@ -97,19 +97,19 @@ def _bar(names: Sequence[str]) -> str:
 
 
 def _card(run: RunData, name: str, number: int) -> str:
-    told = run.summary
-    total = f" of {told['total_steps']:,}" if told["total_steps"] else ""
-    best = "none" if told["best_eval"] is None else f"{told['best_eval']:.4f} at step {told['best_step']:,}"
+    summary = run.summary
+    total = f" of {summary['total_steps']:,}" if summary["total_steps"] else ""
+    best = "none" if summary["best_eval"] is None else f"{summary['best_eval']:.4f} at step {summary['best_step']:,}"
     rates = [value for value in run.column("step", "tokens_per_s") if value is not None]
     code = run.starts[-1].get("code", {}) if run.starts else {}
     end = run.starts[-1].get("end", {}) if run.starts else {}
     rows = {
-        "state": told["state"] + (f": {end['reason']}" if end.get("reason") else ""),
-        "step": f"{told['step']:,}{total}",
+        "state": summary["state"] + (f": {end['reason']}" if end.get("reason") else ""),
+        "step": f"{summary['step']:,}{total}",
         "best evaluation": best,
         "tokens/s": f"{sorted(rates)[len(rates) // 2]:,.0f} (median)" if rates else "none",
         "started": f"{clock_time(run.starts[0]['time'])}, {len(run.starts)} time(s)" if run.starts else "unknown",
-        "last heard of": f"{span(told['age'])} before this report",
+        "last written": f"{span(summary['age'])} before this report",
         "data": str(run.run.get("data_fingerprint", "unknown"))[:16],
         "code": " ".join(
             (code.get("lumina", "unknown"), code.get("commit", "")[:12], "(changed)" if code.get("changed") else "")

@@ -102,7 +102,7 @@ def starts_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
 
 
 def samples_tables(runs: Sequence[RunData], names: Sequence[str]) -> str:
-    at, said = Column("step", "n"), Column("answer", "text")
+    step_column, answer_column = Column("step", "n"), Column("answer", "text")
     parts = []
     for run, name in zip(runs, names, strict=True):
         prompts: dict[str, list[tuple[int, str]]] = {}
@@ -112,9 +112,9 @@ def samples_tables(runs: Sequence[RunData], names: Sequence[str]) -> str:
         for prompt, answers in prompts.items():
             step = max(1, -(-len(answers) // _SAMPLES))
             kept = answers[::-1][::step]  # the newest is always there
-            rows = [{at: f"{place:,}", said: escape(answer)} for place, answer in kept]
+            rows = [{step_column: f"{place:,}", answer_column: escape(answer)} for place, answer in kept]
             title = escape(f"{name}: {prompt}" if len(names) > 1 else prompt)
-            table = _table([at, said], rows)
+            table = _table([step_column, answer_column], rows)
             parts.append(f"<details open><summary>{title}</summary>{table}</details>")
     return "".join(parts) or '<p class="none">None; set sample_prompts to see some.</p>'
 

@@ -31,7 +31,7 @@ def line(record: StepRecord) -> str:
 
 class Console:
     """Shows a run's progress on one rank; the others get a silent one (`enabled=False`). In a terminal that is the
-    live view, with what is said above it; elsewhere it is the seed's lines."""
+    live view, with printed lines above it; elsewhere it is the seed's lines."""
 
     def __init__(
         self, enabled: bool, total_steps: int, start_step: int, title: str = "lumina", live: bool = True

@@ -103,8 +103,8 @@ class LiveView:
             self._best = loss, step
 
     def event(self, event: Event) -> None:
-        told = f"step {event.step}: {event.rule}: {event.reason}" + (f" → {event.action}" if event.action else "")
-        self._events.append(Text(told, style=_LEVELS[event.level], no_wrap=True, overflow="ellipsis"))
+        text = f"step {event.step}: {event.rule}: {event.reason}" + (f" → {event.action}" if event.action else "")
+        self._events.append(Text(text, style=_LEVELS[event.level], no_wrap=True, overflow="ellipsis"))
 
     # --- Drawing ---
 
@@ -144,11 +144,11 @@ class LiveView:
         best = "" if self._best is None else f" (best {self._best[0]:.4f} at {self._best[1]:,})"
         supervised = record.supervised_tokens_per_s
         mfu = "" if record.mfu is None else f", MFU {record.mfu:.1%}"
-        learned = "" if supervised is None else f" ({supervised:,.0f} supervised)"
+        supervised_rate = "" if supervised is None else f" ({supervised:,.0f} supervised)"
         health = Text(str(record.health), _HEALTH[record.health.level])
         grid.add_row("Loss", f"{record.loss:.4f}", "PPL", f"{record.ppl:.2f}", "Eval", f"{evaluated}{best}")
         grid.add_row("LR", f"{record.lr:.2e}", "GradNorm", f"{record.grad_norm:.3f}", "Tokens/s",
-                     f"{record.tokens_per_s:,.0f}{learned}{mfu}")  # fmt: skip
+                     f"{record.tokens_per_s:,.0f}{supervised_rate}{mfu}")  # fmt: skip
         memory = f"{record.memory / _GIB:.1f}/{record.memory_total / _GIB:.1f} GB"
         grid.add_row(record.memory_kind, memory, "Step", self._split(record), "Health", health)
         return grid

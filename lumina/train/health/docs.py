@@ -13,8 +13,8 @@ _HEAD = """\
 The console line ends in `Health: OK`, `WARN(reason)` or `CRIT(reason)`. Behind it, rules watch the steps, evaluations,
 layers and the machine. A baseline is the median and the median absolute deviation over the last `health_window` steps;
 the current value is never part of its own baseline, and a refused step never enters one. What a rule finds is one
-episode: told once in `train.log`, with its beginning and its end in `events.jsonl`, and shown in the console line until
-`health_check_interval` steps have passed without a sign of it (or at once, where its cause is plainly gone).
+episode: logged once in `train.log`, with its beginning and its end in `events.jsonl`, and shown in the console line
+until `health_check_interval` steps have passed without a sign of it (or at once, where its cause is plainly gone).
 
 `events.jsonl` in the run's folder has one JSON object per line: `step`, `time`, `kind` (`health`, `recovery`, `save`,
 `run`), `level`, `rule`, `reason`, `action`, and where they apply `samples` and `values`.

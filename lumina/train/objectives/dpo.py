@@ -2,7 +2,7 @@
 
 The reference model is the one that the run begins with. The engine holds it before the first step, so no second model
 is ever in memory: each pair's margin under it, log p(chosen) - log p(rejected), is one number, computed once and kept
-in RUN/reference/ for the run's whole life. The loss is lumina.model.preference's.
+in RUN/reference/ for the run's intact life. The loss is lumina.model.preference's.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def _read(folder: Path, dataset: PairDataset) -> NDArray[np.float32] | None:
     """The margins in the run's folder; None where there are none for these very pairs, or damaged ones."""
     values, facts = _paths(folder, dataset)
     try:
-        said = json.loads(facts.read_text())
-        whole = hashlib.sha256(values.read_bytes()).hexdigest() == said["sha256"]
-        if not whole or said["fingerprint"] != dataset.fingerprint:
+        stored = json.loads(facts.read_text())
+        intact = hashlib.sha256(values.read_bytes()).hexdigest() == stored["sha256"]
+        if not intact or stored["fingerprint"] != dataset.fingerprint:
             raise ValueError("it does not match its hash")
         margins_P: NDArray[np.float32] = np.load(values, allow_pickle=False)
         return margins_P

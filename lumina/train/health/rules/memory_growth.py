@@ -31,7 +31,7 @@ class MemoryGrowth(Rule[StepObservation]):
             return None
         if now <= max(self._base * (1 + self.config.memory_growth), self._base + self._SLACK):
             return None
-        before, self._base = self._base, now  # growing on, it is said again at the next such step up
+        before, self._base = self._base, now  # growing on, it is reported again at the next such step up
         return f"memory grew from {before / 2**30:.2f} to {now / 2**30:.2f} GiB"
 
 

@@ -267,7 +267,7 @@ def _with_room_for_the_tokenizer(config: Config) -> Config:
     if config.tokenizer is not None or config.vocab_size >= MIN_VOCAB:
         return config
     log.warning(
-        "vocab_size %d is smaller than the tokenizer's %d ids (cl100k_base and the control tokens): raised to %d",
+        "vocab_size %d is smaller than the tokenizer's %d ids (cl100k_base and the special tokens): raised to %d",
         config.vocab_size,
         MIN_VOCAB,
         MIN_VOCAB,

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from lumina.config.registry import FAMILIES, FORMATS, HEALTH_RULES, OBJECTIVES, SCHEDULES, TRACKERS
 
-# What the tokenizer needs: cl100k_base and the control tokens above it, padded to a multiple of 128. lumina.chat owns
+# What the tokenizer needs: cl100k_base and the special tokens above it, padded to a multiple of 128. lumina.chat owns
 # the number; it is repeated here so that reading a configuration loads no tokenizer (a test holds the two together).
 MIN_VOCAB = 100_352
 

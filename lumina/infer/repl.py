@@ -1,7 +1,7 @@
-"""`lumina chat`: a conversation in the terminal.
+"""The chat REPL (`lumina chat`): a conversation in the terminal.
 
 `Chat` is the conversation itself and knows no terminal; `converse` reads lines and prints. When prompt and answer no
-longer fit the model's window, the oldest turns are left out of the prompt, whole turns at a time, and the user is told.
+longer fit the context length, the oldest turns are left out of the prompt, whole turns at a time, and the user is told.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ class Chat:
     def prompt(self) -> tuple[list[int], int]:
         """The ids to answer, and how many of the oldest messages had to be left out to leave room for an answer.
 
-        Room is max_length tokens, or half the window when that is less. Raises UserError when not even the last message
-        fits.
+        Room is max_length tokens, or half the context length when that is less. Raises UserError when not even the last
+        message fits.
         """
-        window = self.model.config.seq_length
-        room = min(self.sampling.max_length, window // 2)
+        context_length = self.model.config.seq_length
+        room = min(self.sampling.max_length, context_length // 2)
         starts = [at for at, message in enumerate(self.messages) if message.role == "user"] or [0]
         for skipped in [0, *(start for start in starts if start > 0)]:
             ids = self.tokenizer.prompt_ids(self._conversation(skipped))
-            if len(ids) + room <= window:
+            if len(ids) + room <= context_length:
                 return ids, skipped
-        check_prompt(len(ids), window)
+        check_prompt(len(ids), context_length)
         return ids, skipped
 
     def answer(self, answer: Answer) -> Iterator[str]:
@@ -166,7 +166,8 @@ def converse(chat: Chat, about: str, read: Callable[[str], str] = input, console
                 skipped = chat.say(text)
                 if skipped:
                     kept = len(chat.messages) - skipped
-                    note = f"The window is full: the answer sees only the last {kept} of {len(chat.messages)} messages."
+                    of = len(chat.messages)
+                    note = f"The context is full: the answer sees only the last {kept} of {of} messages."
                     console.print(note, style="yellow")
                 _answer(chat, console)
         except UserError as error:
@@ -194,7 +195,7 @@ def _answer(chat: Chat, console: Console) -> None:
         return
     console.print()
     if answer.finish != "stop":
-        why = f"max_length {chat.sampling.max_length}" if answer.finish == "length" else "the model's window is full"
+        why = f"max_length {chat.sampling.max_length}" if answer.finish == "length" else "the model's context is full"
         console.print(f"(cut off: {why})", style="dim")
 
 

@@ -226,7 +226,7 @@ def test_a_key_is_asked_for(server: Running, said: Callable[[str], None], browse
 
 
 @needs_browser
-def test_a_full_window_leaves_out_old_turns_and_says_so(
+def test_a_full_context_leaves_out_old_turns_and_says_so(
     server: Running, said: Callable[[str], None], browser: Browser
 ) -> None:
     page(server, browser)
@@ -235,5 +235,5 @@ def test_a_full_window_leaves_out_old_turns_and_says_so(
         send(browser, "word " * 120)
         browser.wait(f"document.querySelectorAll('article').length === {2 * number + 2} && {DONE}")
     note = browser.ask("document.querySelector('.note').textContent")
-    assert note.startswith("The window is full: the answer sees only the last")
+    assert note.startswith("The context is full: the answer sees only the last")
     assert browser.ask("document.getElementById('alert').hidden")

@@ -148,7 +148,7 @@ _SPACES = "\t\n\r \x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u200b\u2028\u202f\u3000\u
 @settings(max_examples=600, deadline=None)
 @given(st.one_of(st.text(max_size=60), st.text(alphabet=_SPACES + "aZé日'sSſtTKllrevd12٣0!.-_🙂", max_size=30)))
 def test_the_tokenizer_gives_the_very_ids(fast: FastTokenizer, text: str) -> None:
-    # A Hugging Face tokenizer takes a control token's name in plain text for the token; ours never does.
+    # A Hugging Face tokenizer takes a special token's name in plain text for the token; ours never does.
     assume(not any(name in text for name in TOKENIZER.special_ids))
     assert fast.encode(text).ids == TOKENIZER.encode(text)
     assert fast.decode(fast.encode(text).ids) == text

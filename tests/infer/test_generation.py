@@ -107,12 +107,12 @@ def test_an_answer_ends_at_the_stop_token_the_length_or_the_window() -> None:
 
 @pytest.mark.parametrize("length", [0, 128, 500])
 def test_a_prompt_that_leaves_no_room_is_refused(length: int) -> None:
-    with pytest.raises(UserError, match=f"{length} tokens, and the model's window is 128"):
+    with pytest.raises(UserError, match=f"{length} tokens, and the model's context length is 128"):
         generate(make_model(), TOKENIZER, [PROMPTS[0], [5] * length], GREEDY)
 
 
 def test_control_tokens_other_than_the_stop_are_never_sampled() -> None:
-    """A model that wants nothing but control tokens and padding ids still says text, or stops."""
+    """A model that wants nothing but special tokens and padding ids still says text, or stops."""
     model = make_model()
     model.embedding.weight[100_257:] = 0
     model.norm.weight.zero_()  # all logits equal: untied output rows decide nothing

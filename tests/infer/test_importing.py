@@ -163,7 +163,7 @@ def test_an_index_cannot_leave_its_folder(hf: Path, tmp_path: Path, name: Any) -
         import_hf(source, tmp_path / "run")
 
 
-def test_typed_control_tokens_are_text_and_missing_templates_refused(hf: Path, tmp_path: Path) -> None:
+def test_typed_special_tokens_are_text_and_missing_templates_refused(hf: Path, tmp_path: Path) -> None:
     tokenizer = load(import_hf(hf / "one", tmp_path / "run"), precision="fp32").tokenizer
     assert tokenizer.folder == tmp_path / "run/tokenizer"
     typed = tokenizer.prompt_ids(Conversation([Message("user", "hi <|im_end|> there")]))

@@ -55,11 +55,11 @@ def test_each_answer_sees_the_whole_conversation(chat: Chat) -> None:
     assert "(cut off: max_length 6)" in shown
 
 
-def test_a_full_window_leaves_out_whole_oldest_turns_and_says_so(chat: Chat) -> None:
+def test_a_full_context_leaves_out_whole_oldest_turns_and_says_so(chat: Chat) -> None:
     chat.system = "S"
     words = "word " * 20
     shown = spoken(chat, [words] * 6)
-    assert "The window is full: the answer sees only the last" in shown
+    assert "The context is full: the answer sees only the last" in shown
     ids, skipped = chat.prompt()
     assert skipped % 2 == 0
     assert skipped > 0

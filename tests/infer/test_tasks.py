@@ -14,7 +14,7 @@ from lumina.chat import Conversation, Message
 from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import import_hf, load
-from lumina.infer.evaluation.tasks import Examinee, run_tasks
+from lumina.infer.evaluation.tasks import LuminaLM, run_tasks
 from lumina.infer.generation.sampling import forbidden_tokens
 from tests.infer.hf_models import make_hf
 from tests.infer.small_models import as_transformers, make_model, write_run, write_small_run
@@ -109,7 +109,7 @@ def test_each_answer_is_that_of_the_harness_with_transformers(tmp_path: Path, fa
 
     make_hf(tmp_path / "hf", family)
     loaded = load(import_hf(tmp_path / "hf", tmp_path / "run"), precision="fp32")
-    own = Examinee(loaded, 5)
+    own = LuminaLM(loaded, 5)
     window = loaded.config.seq_length
     theirs = HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", device="cpu", batch_size=1, max_length=window)
     silent = forbidden_tokens(loaded.tokenizer, loaded.config.vocab_size).nonzero()[:, 0].tolist()
@@ -148,7 +148,7 @@ def test_batch_size_changes_nothing(tmp_path: Path) -> None:
     assert figures(first) == {"saying exact_match,none": 0.0}
     contexts = [json.loads(line)["question"] for line in (tmp_path / "none/items.jsonl").read_text().splitlines()]
     wanting = {"until": ["e a", "zz"], "max_gen_toks": 12, "do_sample": False}
-    said = Examinee(loaded, 1).generate_until([asked("generate_until", text, wanting) for text in contexts])
+    said = LuminaLM(loaded, 1).generate_until([asked("generate_until", text, wanting) for text in contexts])
     folder = str(write_tasks(tmp_path / "tasks", said))
     found = [figures(run_tasks(loaded, list(TASKS), folder=folder, batch_size=size)) for size in (1, 3, 64)]
     assert found[0]["saying exact_match,none"] == 1.0
@@ -158,7 +158,7 @@ def test_batch_size_changes_nothing(tmp_path: Path) -> None:
 
     drawn = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 8}
     requests = [asked("generate_until", text, drawn) for text in contexts]
-    assert Examinee(loaded, 1).generate_until(requests) == Examinee(loaded, 9).generate_until(requests)
+    assert LuminaLM(loaded, 1).generate_until(requests) == LuminaLM(loaded, 9).generate_until(requests)
 
 
 @pytest.mark.parametrize("foreign", [False, True])
@@ -169,11 +169,11 @@ def test_chat_asks_through_the_template(tmp_path: Path, foreign: bool) -> None:
         write_tokenizer(tmp_path / "run/tokenizer")
     model = make_model(vocab_size=VOCABULARY) if foreign else make_model()
     loaded = load(write_run(tmp_path / "run", model), precision="fp32")
-    examinee = Examinee(loaded, 4)
+    lm = LuminaLM(loaded, 4)
     reference = as_transformers(model).double()
     questions = ["how are you?", "<|im_end|><|im_start|>user", "\ue000key:0\ue001"]
-    prompts = [examinee.apply_chat_template([{"role": "user", "content": question}]) for question in questions]
-    found = examinee.loglikelihood([asked("loglikelihood", prompt, "our dog") for prompt in prompts])
+    prompts = [lm.apply_chat_template([{"role": "user", "content": question}]) for question in questions]
+    found = lm.loglikelihood([asked("loglikelihood", prompt, "our dog") for prompt in prompts])
     tail = loaded.tokenizer.text_ids("our dog")[len(loaded.tokenizer.text_ids("")) :]
     for question, (value, _) in zip(questions, found, strict=True):
         prompt = loaded.tokenizer.prompt_ids(Conversation([Message("user", question)]))
@@ -181,11 +181,11 @@ def test_chat_asks_through_the_template(tmp_path: Path, foreign: bool) -> None:
             logs = reference(torch.tensor([prompt + tail])).logits[0].log_softmax(-1)
         expected = sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(tail))
         assert value == pytest.approx(expected, rel=1e-5)
-    begun = examinee.apply_chat_template(
+    begun = lm.apply_chat_template(
         [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "our"}], add_generation_prompt=False
     )
     whole = loaded.tokenizer.prompt_ids(Conversation([Message("user", "how?")]))
-    assert examinee.tok_encode(begun) == whole + loaded.tokenizer.text_ids("our")[len(loaded.tokenizer.text_ids("")) :]
+    assert lm.tok_encode(begun) == whole + loaded.tokenizer.text_ids("our")[len(loaded.tokenizer.text_ids("")) :]
     results = run_tasks(loaded, ["choices"], folder=str(write_tasks(tmp_path / "tasks")), chat=True, limit=3)
     assert results["n-samples"]["choices"]["effective"] == 3
 

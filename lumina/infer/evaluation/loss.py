@@ -1,7 +1,7 @@
 """`lumina evaluate`: how well a model predicts conversations it was not trained on.
 
-Every token of every message is predicted once: in its conversation when that fits the model's window, else within the
-window that it falls into. Sums are kept per message and added up by role and, for assistants, by turn.
+Every token of every message is predicted once: in its conversation when that fits the context length, else within
+the window of that length that it falls into. Sums are kept per message and added up by role and, for assistants, by turn.
 
 - loss: nats per token; a message's tokens are its content and the token that ends it. The headline is the assistants'.
 - bits per byte: the same nats in bits, over the UTF-8 bytes of the content. It compares models of different tokenizers.
@@ -67,7 +67,7 @@ class Evaluation:
     turns: dict[int, Score] = field(default_factory=dict)
     conversations: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    cut: int = 0  # places where a conversation longer than the window had to be cut
+    cut: int = 0  # places where a conversation longer than the context had to be cut
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -105,7 +105,7 @@ def read_conversations(paths: Sequence[str], skipped: Counter[str]) -> Iterator[
 
 
 class Window(NamedTuple):
-    """Tokens of which those from `first` (at least 1) on are predicted. The last one the model does not see."""
+    """One window of a long text that is scored in several. Tokens of which those from `first` (at least 1) on are predicted. The last one the model does not see."""
 
     ids: list[int]
     first: int = 1
@@ -161,8 +161,8 @@ def _pass(model: Transformer, batch: list[Window]) -> Iterator[Predicted]:
 
 
 @dataclass
-class _Talk:
-    """A conversation as tokens, and once scored what each of them cost (nats; 0 for the first)."""
+class _TokenizedConversation:
+    """A tokenized conversation, and once scored the loss of each token (nats; 0 for the first)."""
 
     conversation: Conversation
     ids: list[int]
@@ -170,7 +170,7 @@ class _Talk:
     nats_T: Tensor
 
     @classmethod
-    def of(cls, conversation: Conversation, loaded: Loaded) -> _Talk:
+    def of(cls, conversation: Conversation, loaded: Loaded) -> _TokenizedConversation:
         ids, spans = loaded.tokenizer.message_spans(conversation)
         return cls(conversation, ids, spans, torch.zeros(len(ids), dtype=torch.float64))
 
@@ -183,22 +183,22 @@ class _Talk:
 def evaluate(loaded: Loaded, conversations: Iterable[Conversation]) -> Evaluation:
     """Score conversations. Raises UserError when an imported model's template refuses one."""
     result = Evaluation()
-    for talks in _groups(_Talk.of(conversation, loaded) for conversation in conversations):
-        pieces = [(talk, *window) for talk in talks for window in talk.windows(loaded.config.seq_length)]
-        result.cut += len(pieces) - len(talks)
-        windows = [Window(talk.ids[start:end]) for talk, start, end in pieces]
-        for (talk, start, end), found in zip(pieces, predict(loaded.model, windows), strict=True):
-            talk.nats_T[start + 1 : end] = found.nats_N
-        for talk in talks:
-            _tally(result, talk)
+    for group in _groups(_TokenizedConversation.of(conversation, loaded) for conversation in conversations):
+        parts = [(tokenized, *span) for tokenized in group for span in tokenized.windows(loaded.context_length)]
+        result.cut += len(parts) - len(group)
+        windows = [Window(tokenized.ids[start:end]) for tokenized, start, end in parts]
+        for (tokenized, start, end), found in zip(parts, predict(loaded.model, windows), strict=True):
+            tokenized.nats_T[start + 1 : end] = found.nats_N
+        for tokenized in group:
+            _tally(result, tokenized)
     return result
 
 
-def _groups(talks: Iterator[_Talk]) -> Iterator[list[_Talk]]:
-    """Talks in order, as many at a time as fill a few forward passes."""
-    group: list[_Talk] = []
-    for talk in talks:
-        group.append(talk)
+def _groups(conversations: Iterator[_TokenizedConversation]) -> Iterator[list[_TokenizedConversation]]:
+    """Conversations in order, as many at a time as fill a few forward passes."""
+    group: list[_TokenizedConversation] = []
+    for tokenized in conversations:
+        group.append(tokenized)
         if sum(len(t.ids) for t in group) >= 4 * _TOKENS_AT_ONCE:
             yield group
             group = []
@@ -206,12 +206,12 @@ def _groups(talks: Iterator[_Talk]) -> Iterator[list[_Talk]]:
         yield group
 
 
-def _tally(result: Evaluation, talk: _Talk) -> None:
+def _tally(result: Evaluation, tokenized: _TokenizedConversation) -> None:
     result.conversations += 1
     turn = 0
-    for index, start, end in talk.spans:
-        message = talk.conversation.messages[index]
-        nats, size = float(talk.nats_T[start:end].sum()), len(message.content.encode("utf-8", "replace"))
+    for index, start, end in tokenized.spans:
+        message = tokenized.conversation.messages[index]
+        nats, size = float(tokenized.nats_T[start:end].sum()), len(message.content.encode("utf-8", "replace"))
         result.roles.setdefault(message.role, Score()).add(nats, end - start, size)
         if message.role == "assistant":
             turn += 1

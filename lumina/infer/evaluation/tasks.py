@@ -2,11 +2,11 @@
 
 The harness hands over texts, and wants to know how likely one is to follow another, or what the model says
 (lm_eval.api.model.LM, version 0.4). Requests are scored in windows that attend to themselves alone, so the answers do
-not depend on how many are taken at a time. A context that leaves no room in the model's window loses its beginning, as
+not depend on how many are taken at a time. A context that leaves no room in the context length loses its beginning, as
 everywhere in the harness; how often is said.
 
-With `chat`, questions go through the model's own template. The harness carries prompts as text, where a control token
-would be just its name, and text never becomes a control token here. So a templated prompt is handed to the harness as a
+With `chat`, questions go through the model's own template. The harness carries prompts as text, where a special token
+would be just its name, and text never becomes a special token here. So a templated prompt is handed to the harness as a
 key, which nothing in a data set can forge, and comes back to be looked up.
 """
 
@@ -71,7 +71,7 @@ def run_tasks(
             f"lm-evaluation-harness has no task {', '.join(unknown)}",
             "`lm-eval ls tasks` lists them; --task-path DIR adds a folder of task files.",
         )
-    model = Examinee(loaded, batch_size)
+    model = LuminaLM(loaded, batch_size)
     try:
         found = simple_evaluate(
             model=model,
@@ -86,7 +86,9 @@ def run_tasks(
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the tasks cannot be run: {type(error).__name__}: {error}") from error
     if model.cut:
-        log.warning("%d contexts were longer than the window (%d tokens): begun later", model.cut, model.window)
+        log.warning(
+            "%d contexts were longer than the context (%d tokens): begun later", model.cut, model.context_length
+        )
     kept: dict[str, Any] = {key: value for key, value in dict(found or {}).items() if key in _KEPT}
     return kept
 
@@ -99,13 +101,13 @@ def task_table(results: dict[str, Any]) -> str:
     return str(make_table(results))
 
 
-class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
-    """A Lumina model as the harness sees one."""
+class LuminaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
+    """The harness's model interface over a Lumina model."""
 
     def __init__(self, loaded: Loaded, batch_size: int) -> None:
         super().__init__()
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
-        self.window = loaded.config.seq_length
+        self.context_length = loaded.config.seq_length
         self._at_once = batch_size
         self._opening = self._tokenizer.text_ids("")  # what begins every text
         self._key, self._prompts = f"\ue000{secrets.token_hex(8)}:", list[list[int]]()
@@ -147,7 +149,7 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
         windows = []
         for _texts, context, continuation in requests:
             ids = [*context, *continuation]
-            kept = ids[-self.window - 1 :]
+            kept = ids[-self.context_length - 1 :]
             self.cut += len(kept) < len(ids)
             windows.append(Window(kept, max(len(kept) - len(continuation), 1)))
         found = predict(self._model, windows, self._at_once)
@@ -159,7 +161,7 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
         for number, request in enumerate(requests):
-            pairs = get_rolling_token_windows(self._text(request.args[0]), self.eot_token_id, self.window, 1)
+            pairs = get_rolling_token_windows(self._text(request.args[0]), self.eot_token_id, self.context_length, 1)
             for context, predicted in map(make_disjoint_window, pairs):
                 windows.append(Window([*context, *predicted], len(context)))
                 owners.append(number)
@@ -175,7 +177,7 @@ class Examinee(TemplateLM):  # type: ignore[misc]  # the harness has no types
         for number, request in enumerate(requests):
             context, wanted = request.args
             sampling = _sampling(wanted, number)
-            room = max(self.window - sampling.max_length, self.window // 2)
+            room = max(self.context_length - sampling.max_length, self.context_length // 2)
             ids = self.tok_encode(context)
             self.cut += len(ids) > room
             prompts.append(ids[-room:])

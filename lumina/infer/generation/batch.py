@@ -1,4 +1,4 @@
-"""Sequences that are generated together: each may join or leave between any two passes, the others go on.
+"""A batch of sequences over one KV cache: each may join or leave between any two passes, the others go on.
 
 What a sequence says must not depend on its neighbours. Three things see to that:
 
@@ -35,7 +35,7 @@ TIE = (
 )
 
 Finish = Literal["stop", "length", "window"]
-"""Why a sequence ended: its stop token or a stop text, max_length, or the window being full."""
+"""Why a sequence ended: its stop token or a stop text, max_length, or the context being full."""
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
-"""An answer's tokens as text, up to its stop texts.
+"""Incremental detokenizer: an answer's tokens as text, up to its stop texts.
 
 Text that may turn out to be the beginning of a stop text is held back until it is known not to be one, so what a
-listener has heard never has to be taken back.
+reader has seen never has to be taken back.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ class Detokenizer:
         self._stream, self._stops = stream, tuple(stops)
         self._held = ""
         self.text = ""
-        """What has been told so far."""
+        """What has been given out so far."""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """What can be told now that `token` has come; often nothing."""
-        return self._tell(self._stream.push(token), final=False)
+        """What can be given out now that `token` has come; often nothing."""
+        return self._emit(self._stream.push(token), final=False)
 
     def end(self) -> str:
         """The answer is over: the rest. U+FFFD stands for a character that was not finished."""
-        return self._tell(self._stream.end(), final=True)
+        return self._emit(self._stream.end(), final=True)
 
-    def _tell(self, new: str, final: bool) -> str:
+    def _emit(self, new: str, final: bool) -> str:
         if self.stopped:
             return ""
         text = self._held + new

@@ -1,4 +1,4 @@
-"""Generation: prefill the prompts in one pass, then one token per sequence and pass until each has stopped."""
+"""Generation with a KV cache: prefill the prompts in one pass, then one token per sequence and pass until each has stopped."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Answer:
     finish: Finish | None = None
 
 
-def check_prompt(length: int, window: int) -> None:
+def check_prompt(length: int, context_length: int) -> None:
     """Raise UserError when a prompt leaves no room for an answer."""
-    if not 1 <= length < window:
+    if not 1 <= length < context_length:
         raise UserError(
-            f"the prompt has {length} tokens, and the model's window is {window}",
-            "Shorten it: the prompt and the answer share the window (seq_length).",
+            f"the prompt has {length} tokens, and the model's context length is {context_length}",
+            "Shorten it: the prompt and the answer share the context length (seq_length).",
         )
 
 
@@ -38,10 +38,10 @@ def _begin(
     model: Transformer, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> tuple[Batch, list[Token]]:
     """A batch of just these prompts, and their first tokens."""
-    window = model.config.seq_length
+    context_length = model.config.seq_length
     for prompt in prompts:
-        check_prompt(len(prompt), window)
-    capacity = max(min(len(prompt) + sampling.max_length, window) for prompt in prompts)
+        check_prompt(len(prompt), context_length)
+    capacity = max(min(len(prompt) + sampling.max_length, context_length) for prompt in prompts)
     batch = Batch(model, tokenizer, len(prompts), capacity)
     sequences = [batches.Sequence(list(prompt), sampling, number) for number, prompt in enumerate(prompts)]
     for sequence in sequences:
@@ -62,7 +62,7 @@ def stream(
     `stream_texts`.
 
     Raises:
-        UserError: a prompt that fills the window; a model whose weights are not finite.
+        UserError: a prompt that fills the context length; a model whose weights are not finite.
     """
     batch, tokens = _begin(model, tokenizer, prompts, sampling)
     while tokens:
@@ -82,7 +82,7 @@ def stream_texts(
     detokenizers = [Detokenizer(tokenizer.incremental_decoder(), sampling.stop) for _ in prompts]
     batch, tokens = _begin(model, tokenizer, prompts, sampling)
     while tokens:
-        told = []
+        chunks = []
         for token in tokens:
             number = token.sequence.number
             answer, detokenizer = answers[number], detokenizers[number]
@@ -96,8 +96,8 @@ def stream_texts(
             elif token.finish is not None:
                 piece += detokenizer.end()
             answer.text += piece
-            told.append((number, piece))
-        yield told
+            chunks.append((number, piece))
+        yield chunks
         tokens = batch.step()
 
 
@@ -115,9 +115,9 @@ def stream_text(
     model: Transformer, tokenizer: ChatTokenizer, prompt: list[int], sampling: Sampling, answer: Answer
 ) -> Iterator[str]:
     """Generate for one prompt, yielding text as it is there, and filling in `answer`. Raises UserError when the prompt
-    fills the window."""
-    for told in stream_texts(model, tokenizer, [prompt], sampling, [answer]):
-        yield from (piece for _, piece in told)
+    fills the context length."""
+    for chunks in stream_texts(model, tokenizer, [prompt], sampling, [answer]):
+        yield from (text for _, text in chunks)
 
 
 def printable(text: str) -> str:

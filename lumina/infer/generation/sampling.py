@@ -1,4 +1,4 @@
-"""From logits to the next token.
+"""Sampling: from logits to the next token.
 
 Filters apply in the order that transformers uses: repetition penalty on the logits, then temperature, top-k, top-p on
 what top-k left, min-p. One uniform number per token and sequence picks from the remaining probabilities, likeliest

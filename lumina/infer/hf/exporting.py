@@ -91,17 +91,17 @@ def export(
     check_size(checkpoint, config)
     fitting_tokenizer(checkpoint, config)  # a tokenizer that does not fit is found before anything is written
     with atomic_folder(out) as scratch:
-        foreign = tokenizer_folder(checkpoint)
+        imported = tokenizer_folder(checkpoint)
         if form == "peft":
             shards, total = write_adapter(scratch, checkpoint, DTYPES[dtype])
         else:
             rename = family_of(config).split if form == "hf" else _own_names
             shards, total = _write_weights(scratch, checkpoint, config, DTYPES[dtype], limit, rename)
         if form == "hf":
-            _describe_hf(scratch, config, dtype, foreign)
+            _describe_hf(scratch, config, dtype, imported)
         elif form == "safetensors":
             _write_json(scratch / "lumina.json", config.model_dump())
-        write_text(scratch / "README.md", _card(checkpoint, config, dtype, form, foreign))
+        write_text(scratch / "README.md", _card(checkpoint, config, dtype, form, imported))
     return Exported(out, shards, total, checkpoint)
 
 
@@ -110,18 +110,18 @@ def _write_json(path: Path, value: Any) -> None:
     write_json(path, value, indent=2, sort_keys=False, ensure_ascii=False)
 
 
-def _describe_hf(folder: Path, config: ModelConfig, dtype: str, foreign: Path | None) -> None:
+def _describe_hf(folder: Path, config: ModelConfig, dtype: str, imported: Path | None) -> None:
     """config.json, and the tokenizer and chat template: Lumina's own, or an imported model's as they came."""
-    if foreign is None:
+    if imported is None:
         for name, value in _description(config, dtype).items():
             _write_json(folder / name, value)
         return
-    stops = sorted(open_tokenizer(foreign).stop_ids)
+    stops = sorted(open_tokenizer(imported).stop_ids)
     written = family_of(config).hf_config(config, dtype, stops if len(stops) > 1 else stops[0], None)
     _write_json(folder / "config.json", written)
     for name in TOKENIZER_FILES:
-        if name != STOPS and (foreign / name).is_file():
-            shutil.copyfile(foreign / name, folder / name)
+        if name != STOPS and (imported / name).is_file():
+            shutil.copyfile(imported / name, folder / name)
 
 
 def _description(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _renamed(
             yield theirs, tensor.to(dtype).contiguous()
 
 
-def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, foreign: Path | None) -> str:
+def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, imported: Path | None) -> str:
     """The model card: what is known about the run, and nothing else."""
     state = trainer_state_of(checkpoint)
     name = checkpoint.parent.parent.name
@@ -226,7 +226,7 @@ def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, foreign:
     if state.data_fingerprint:
         facts["Training data"] = f"fingerprint {state.data_fingerprint}"
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    whose = "cl100k_base vocabulary with control tokens above it" if foreign is None else "its own vocabulary"
+    whose = "cl100k_base vocabulary with special tokens above it" if imported is None else "its own vocabulary"
     usage = {"hf": _HF_USAGE, "safetensors": _OWN_USAGE, "peft": PEFT_USAGE}[form]
     library = {"hf": "transformers", "safetensors": "lumina", "peft": "peft"}[form]
     return (
@@ -244,7 +244,7 @@ inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```
 
-Lumina's own commands never read control tokens out of text that a user typed. transformers does: remove
+Lumina's own commands never read special tokens out of text that a user typed. transformers does: remove
 `<|im_start|>` and its like from untrusted messages before `apply_chat_template`.
 """
 _OWN_USAGE = """The weights have Lumina's own names and shapes: `blocks.N.attention.qkv` is queries, keys and values one

@@ -7,7 +7,7 @@ const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty",
 const KEPT = [...NUMBERS, "system", "stop_text"]; // kept for the next visit; the key only as long as the tab
 let messages = []; // {role, content, ending}
 let running = null; // the AbortController of the answer that is being made
-let room = null; // the model's window in tokens
+let room = null; // the model's context length in tokens
 let perLetter = 0.3; // tokens; from the last answer's account
 
 // --- the conversation ----------------------------------------------------------------------------
@@ -109,7 +109,7 @@ function regenerate() {
 
 // --- an answer -----------------------------------------------------------------------------------
 
-/** Whole turns from the oldest on are left out until the rest and an answer fit the window, as `lumina chat` does. */
+/** Whole turns from the oldest on are left out until the rest and an answer fit the context, as `lumina chat` does. */
 function fitting(skip) {
   const most = room ? room - Math.min(Number($("max_tokens").value) || 512, room / 2) : Infinity;
   const size = (kept) => kept.reduce((sum, m) => sum + 4 + m.content.length * perLetter, $("system").value.length * perLetter);
@@ -182,7 +182,7 @@ async function ask(said, node, skip) {
   if (skip > 0) {
     const note = document.createElement("p");
     note.className = "note";
-    note.textContent = `The window is full: the answer sees only the last ${messages.length - skip} of ${messages.length} messages.`;
+    note.textContent = `The context is full: the answer sees only the last ${messages.length - skip} of ${messages.length} messages.`;
     node.before(note);
   }
   await listen(response, said, node, skip);
@@ -200,7 +200,7 @@ async function listen(response, said, node, skip) {
     const choice = event.choices?.[0];
     if (!choice) continue;
     said.content += choice.delta.content ?? "";
-    if (choice.finish_reason === "length") said.ending = "Cut off: the longest answer, or the model's window, is reached.";
+    if (choice.finish_reason === "length") said.ending = "Cut off: the longest answer, or the model's context, is reached.";
     if (!planned) { // once a frame, however fast the words come
       planned = true;
       requestAnimationFrame(() => {

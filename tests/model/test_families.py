@@ -1,6 +1,6 @@
 """Biases, norms of heads, heads of any width, slowed rotary angles: gradients, packing and half precision.
 
-That the logits are transformers' own is shown with imported models in tests/infer/test_importing.py.
+That the logits are transformers' own is shown with imported models in tests/infer/hf/test_importing.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters over the fused projections; tests/infer/test_peft.py holds them to peft."""
+"""Adapters over the fused projections; tests/infer/hf/test_peft.py holds them to peft."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`lumina evaluate`: how well a model predicts conversations it was not trained on.
 
-Every token of every message is predicted once: in its conversation when that fits the context length, else within
-the window of that length that it falls into. Sums are kept per message and added up by role and, for assistants, by turn.
+Every token of every message is predicted once: in its conversation when that fits the context length, else within the
+window of that length that it falls into. Sums are kept per message and added up by role and, for assistants, by turn.
 
 - loss: nats per token; a message's tokens are its content and the token that ends it. The headline is the assistants'.
 - bits per byte: the same nats in bits, over the UTF-8 bytes of the content. It compares models of different tokenizers.
@@ -105,7 +105,8 @@ def read_conversations(paths: Sequence[str], skipped: Counter[str]) -> Iterator[
 
 
 class Window(NamedTuple):
-    """One window of a long text that is scored in several. Tokens of which those from `first` (at least 1) on are predicted. The last one the model does not see."""
+    """One of the windows that a long text is scored in: its tokens from `first` (at least 1) on are predicted. The last
+    one the model does not see."""
 
     ids: list[int]
     first: int = 1

@@ -1,4 +1,4 @@
-"""Generation with a KV cache: prefill the prompts in one pass, then one token per sequence and pass until each has stopped."""
+"""Generation with a KV cache: the prompts are prefilled in one pass, then each pass adds a token to each sequence."""
 
 from __future__ import annotations
 

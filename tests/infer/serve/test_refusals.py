@@ -24,7 +24,7 @@ from starlette.types import Message
 from lumina.cli import main
 from lumina.infer import Loaded, load
 from lumina.infer.serve.streaming import EventStream
-from tests.infer.serving import Running, running, wait_for
+from tests.infer.serve.running_server import Running, running, wait_for
 from tests.infer.small_models import write_small_run
 
 KEY = "open sesame 123"
@@ -80,7 +80,7 @@ def test_the_client_reads_the_refusal_of_a_key(server: Running) -> None:
 @pytest.mark.parametrize(
     ("settings", "says", "param"),
     [
-        ({"messages": [{"role": "user", "content": "my dog " * 2100}]}, "and the model's context length is 4096", "messages"),
+        ({"messages": [{"role": "user", "content": "my dog " * 2100}]}, "context length is 4096", "messages"),
         ({"max_tokens": 2001}, "max_tokens 2001 is more than this server's 2000", "max_tokens"),
         ({"max_tokens": 0}, "max_tokens 0 is outside 1 to 2048", "max_tokens"),
         ({"temperature": 0.05}, "temperature 0.05 is outside 0.1 to 2", "temperature"),

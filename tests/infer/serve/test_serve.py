@@ -15,7 +15,7 @@ from lumina.chat import Conversation, Message
 from lumina.infer import Loaded, Sampling, generate, import_hf, load
 from lumina.infer.generation.sampling import forbidden_tokens
 from tests.infer.hf_models import make_hf
-from tests.infer.serving import Running, running, wait_for
+from tests.infer.serve.running_server import Running, running, wait_for
 from tests.infer.small_models import make_model, write_run, write_small_run
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]

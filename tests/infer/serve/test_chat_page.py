@@ -18,7 +18,7 @@ from lumina.chat import Tokenizer
 from lumina.infer import load
 from lumina.infer.generation.batch import Batch, Sequence, Token
 from tests.browser import Browser, needs_browser
-from tests.infer.serving import Running, running, wait_for
+from tests.infer.serve.running_server import Running, running, wait_for
 from tests.infer.small_models import make_model, write_run
 
 TOKENIZER = Tokenizer.load()

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from .cases import OPERATORS, PRESETS, Case, cases, sweep
+from .benchmark import Case
+from .cases import OPERATORS, PRESETS, cases, sweep
 from .launch import INTERPRETED
 from .peers import environment, measure
 from .static import CARDS, Card, rows_of

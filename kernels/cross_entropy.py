@@ -14,11 +14,15 @@ memory sees one read and one write: 4 bytes per logit in bf16. A row of weight 0
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from . import launch, plans
+from . import launch, plans, reference
+from .benchmark import Case, Function, benchmark
 from .launch import Launch, power_of_two
 from .plans import Plans
 
@@ -143,3 +147,47 @@ def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, weights: torch.T
     _check_shapes(logits, targets, weights)
     losses: torch.Tensor = cross_entropy_op(logits, targets, weights)
     return losses
+
+
+# ---------------------------------------------------------------- benchmark
+
+
+def _arguments(case: Case, device: str) -> tuple[Any, ...]:
+    targets = torch.randint(0, case.width, (case.rows,), device=device)
+    logits = case.normal(case.rows, case.width, device=device, grad=False)
+    return logits, targets, torch.ones(case.rows, device=device)
+
+
+def _launches(case: Case, device: str) -> list[Launch]:
+    logits = torch.empty(case.rows, case.width, dtype=case.dtype, device=device)
+    targets = torch.empty(case.rows, dtype=torch.int64, device=device)
+    weights, losses = (torch.empty(case.rows, device=device) for _ in range(2))
+    return [cross_entropy_launch(logits, targets, weights, losses)]
+
+
+def _liger() -> Function:
+    """Liger's writes the gradient into the logits as ours does, but takes no weights."""
+    losses = importlib.import_module("liger_kernel.ops.cross_entropy")
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> Any:
+        # The gradient is computed, in the forward pass, only for logits that require one.
+        with torch.enable_grad():
+            given = logits.detach().requires_grad_()
+            return losses.LigerCrossEntropyFunction.apply(given, targets, None, -100, 0.0, 0.0, "sum")[0]
+
+    return loss
+
+
+benchmark(
+    "cross_entropy",
+    cross_entropy_,
+    reference.cross_entropy_,
+    limits={"both": 2},
+    width=lambda shape: shape.vocabulary,
+    arguments=_arguments,
+    launches=_launches,
+    other_bytes=lambda case, launches: case.rows * (8 + 4 + 4),
+    narrow={"_cross_entropy": 5},
+    most_rows=1024,  # the output loss works on chunks of so many
+    liger=_liger,
+)

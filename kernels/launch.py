@@ -87,9 +87,9 @@ _planned: ContextVar[int] = ContextVar("planned", default=DEFAULT_MULTIPROCESSOR
 
 
 @contextlib.contextmanager
-def planned_for(units: int) -> Iterator[None]:
-    """Plan launches on tensors that are on no GPU for a card of `units` multiprocessors."""
-    token = _planned.set(units)
+def planned_for(sms: int) -> Iterator[None]:
+    """Plan launches on tensors that are on no GPU for a card of `sms` multiprocessors."""
+    token = _planned.set(sms)
     try:
         yield
     finally:
@@ -106,7 +106,7 @@ def multiprocessors(device: torch.device) -> int:
 # ---------------------------------------------------------------- the table
 
 
-def norm_tiles(width: int, rows: int, units: int, size: int, *, backward: bool) -> list[Tile]:
+def norm_tiles(width: int, rows: int, sms: int, size: int, *, backward: bool) -> list[Tile]:
     """Tiles for a row-wise norm of elements of `size` bytes, best guess first; the rest are candidates for tuning.
 
     A forward thread holds 32 elements of a row, a backward one 16 (it also holds the weight's gradient, the incoming
@@ -119,20 +119,20 @@ def norm_tiles(width: int, rows: int, units: int, size: int, *, backward: bool) 
     if size > 2:
         per_thread //= 2
     height = max(1, elements // cols)
-    while height > 1 and cdiv(rows, height) < units:
+    while height > 1 and cdiv(rows, height) < sms:
         height //= 2
     warps = min(32, max(1, height * cols // (32 * per_thread)))
     return _around(Tile(height, cols, warps))
 
 
-def elementwise_tiles(width: int, rows: int, units: int) -> list[Tile]:
+def elementwise_tiles(width: int, rows: int, sms: int) -> list[Tile]:
     """Tiles for an elementwise kernel over rows: the widest power of two that wastes at most 5% of its lanes."""
     cols = 1024
     while cols > 64 and (cdiv(width, cols) * cols - width) * 20 > width:
         cols //= 2
     cols = min(cols, power_of_two(width))
     height = max(1, 2048 // cols)
-    while height > 1 and cdiv(rows, height) * cdiv(width, cols) < units:
+    while height > 1 and cdiv(rows, height) * cdiv(width, cols) < sms:
         height //= 2
     return _around(Tile(height, cols, min(4, max(1, height * cols // 256))))
 

@@ -118,7 +118,7 @@ class Trainer:
         self.engine.set_lr(1e-4)
 
     def batch(self, seed: int) -> Any:
-        """A micro-batch of random tokens: documents that fill the window, the share of them supervised."""
+        """A micro-batch of random tokens: documents that fill the context, a part of them supervised."""
         numpy = importlib.import_module("numpy")
         batch = importlib.import_module("lumina.data").Batch
         draw, window = numpy.random.default_rng(seed), self.config.seq_length
@@ -147,10 +147,10 @@ class Trainer:
         device = importlib.import_module("lumina.plan.costs.devices").local_device()
         peak = None if device is None else device.peak.get(self.precision)
         options, config = self.options, self.config
-        shape = workload.Shape(
+        setup = importlib.import_module("lumina.plan.costs.setup").Setup(
             options.batch, options.accumulation, self.ranks.world, self.precision, supervised=options.supervised
         )
-        flops = workload.flops_per_token(config, shape).model * self.tokens
+        flops = workload.flops_per_token(config, setup).model * self.tokens
         return None if peak is None else float(flops / seconds / peak)
 
     @property

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .cases import Shape
-from .peers import Function, environment
+from .benchmark import Function, Shape
+from .peers import environment
 from .timing import Step, device_seconds
 
 #: Rows of one call: the supervised half of a micro-batch of 8,192 tokens.

@@ -7,7 +7,6 @@ together pass the L2 twice over. The bandwidth is told as a fraction of a plain 
 from __future__ import annotations
 
 import functools
-import importlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,30 +15,8 @@ from typing import Any
 import torch
 import triton
 
-from . import reference
-from .cases import Case
-from .cross_entropy import cross_entropy_
-from .rms_norm import add_rms_norm, rms_norm
-from .rope import rope
-from .swiglu import swiglu
+from .benchmark import BENCHMARKS, Case, Function
 from .timing import Step, Timed, copy_time, device_seconds
-
-Function = Callable[..., Any]
-
-OURS: dict[str, Function] = {
-    "rms_norm": rms_norm,
-    "add_rms_norm": add_rms_norm,
-    "rope": rope,
-    "swiglu": swiglu,
-    "cross_entropy": cross_entropy_,
-}
-EAGER: dict[str, Function] = {
-    "rms_norm": reference.rms_norm,
-    "add_rms_norm": reference.add_rms_norm,
-    "rope": reference.rope,
-    "swiglu": reference.swiglu,
-    "cross_entropy": reference.cross_entropy_,
-}
 
 
 @dataclass(frozen=True)
@@ -75,64 +52,18 @@ class Measured:
         }
 
 
-def liger() -> dict[str, Function]:
-    """Liger's functions with our arguments; {} where it is not installed. Its RMSNorm casts as Llama's does, and its
-    cross entropy writes the gradient into the logits as ours does, but takes no weights."""
+def liger(op: str) -> Function | None:
+    """Liger's function with our arguments; None where it has none or is not installed."""
+    get = BENCHMARKS[op].liger
     try:
-        losses = importlib.import_module("liger_kernel.ops.cross_entropy")
-        norms = importlib.import_module("liger_kernel.ops.rms_norm")
-        ropes = importlib.import_module("liger_kernel.ops.rope")
-        gates = importlib.import_module("liger_kernel.ops.swiglu")
+        return None if get is None else get()
     except ImportError:
-        return {}
-
-    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Any:
-        # It wants [B, H, S, D] and angles [B, S, D] of both halves; preparing them is part of what using it costs.
-        both = [torch.cat((t[positions], t[positions]), -1).to(q.dtype) for t in (cos, sin)]
-        return ropes.LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), *both)
-
-    def gate(gate_up: torch.Tensor) -> Any:
-        return gates.LigerSiLUMulFunction.apply(*gate_up.chunk(2, -1))
-
-    def loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> Any:
-        # The gradient is computed, in the forward pass, only for logits that require one.
-        with torch.enable_grad():
-            given = logits.detach().requires_grad_()
-            return losses.LigerCrossEntropyFunction.apply(given, targets, None, -100, 0.0, 0.0, "sum")[0]
-
-    return {
-        "rms_norm": lambda x, w, eps: norms.LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False),
-        "rope": rotate,
-        "swiglu": gate,
-        "cross_entropy": loss,
-    }
-
-
-def inputs(case: Case, device: str) -> tuple[Any, ...]:
-    """Random arguments of a case's operator; tensors to differentiate require gradients."""
-
-    def normal(*size: int, grad: bool = True) -> torch.Tensor:
-        return torch.randn(size, dtype=torch.float32, device=device).to(case.dtype).requires_grad_(grad)
-
-    s, rows, width = case.shape, case.rows, case.width
-    if case.op == "rms_norm":
-        return normal(rows, width), normal(width), 1e-5
-    if case.op == "add_rms_norm":
-        return normal(rows, width), normal(rows, width), normal(width), 1e-5
-    if case.op == "swiglu":
-        return (normal(rows, 2 * width),)
-    if case.op == "rope":
-        qkv = normal(1, rows, s.heads + 2 * s.kv_heads, s.head_dim)
-        angles = torch.rand(s.sequence, s.head_dim // 2, device=device) * 6.28
-        positions = torch.arange(rows, device=device).remainder(s.sequence).view(1, -1)
-        return qkv.narrow(2, 0, s.heads), qkv.narrow(2, s.heads, s.kv_heads), angles.cos(), angles.sin(), positions
-    targets = torch.randint(0, width, (rows,), device=device)
-    return normal(rows, width, grad=False), targets, torch.ones(rows, device=device)
+        return None
 
 
 def step_of(function: Function, case: Case, device: str) -> Step:
     """The timed step of one side on fresh inputs: its forward without a graph, or the backward of one made before."""
-    arguments = inputs(case, device)
+    arguments = BENCHMARKS[case.op].arguments(case, device)
     if case.direction != "backward":
 
         def forward() -> Any:
@@ -172,10 +103,11 @@ def really_compiled() -> bool:
 def sides_of(case: Case, device: str) -> dict[str, Callable[[], Function]]:
     """How to get each side's function, ours first. Made only when its turn comes: compiling forgets what was compiled
     before."""
-    sides: dict[str, Callable[[], Function]] = {"lumina": lambda: OURS[case.op], "eager": lambda: EAGER[case.op]}
+    of_op = BENCHMARKS[case.op]
+    sides: dict[str, Callable[[], Function]] = {"lumina": lambda: of_op.ours, "eager": lambda: of_op.eager}
     if device.startswith("cuda"):
-        sides["compile"] = lambda: compiled(EAGER[case.op])
-        peer = liger().get(case.op)
+        sides["compile"] = lambda: compiled(of_op.eager)
+        peer = liger(case.op)
         if peer is not None:
             sides["liger"] = lambda: peer
     return sides

@@ -18,13 +18,15 @@ one projection, and rewriting them would have to be told to their base.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from . import launch, plans
+from . import launch, plans, reference
+from .benchmark import Case, Function, benchmark
 from .launch import Launch, Tile, cdiv, power_of_two
 from .plans import Plans
 
@@ -285,3 +287,52 @@ def rope_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
         _rope_in_place(q, k, cos, sin, positions)
         return
     rope_in_place_op(q, k, cos, sin, positions)
+
+
+# ---------------------------------------------------------------- benchmark
+
+
+def _arguments(case: Case, device: str) -> tuple[Any, ...]:
+    s, rows = case.shape, case.rows
+    qkv = case.normal(1, rows, s.heads + 2 * s.kv_heads, s.head_dim, device=device)
+    angles = torch.rand(s.sequence, s.head_dim // 2, device=device) * 6.28
+    positions = torch.arange(rows, device=device).remainder(s.sequence).view(1, -1)
+    return qkv.narrow(2, 0, s.heads), qkv.narrow(2, s.heads, s.kv_heads), angles.cos(), angles.sin(), positions
+
+
+def _launches(case: Case, device: str) -> list[Launch]:
+    s = case.shape
+    # As the model does it: q and k straight out of a fused projection, whose heads for v follow.
+    qkv = torch.empty(1, case.rows, s.heads + 2 * s.kv_heads, s.head_dim, dtype=case.dtype, device=device)
+    q, k = qkv.narrow(2, 0, s.heads), qkv.narrow(2, s.heads, s.kv_heads)
+    q_out, k_out = (torch.empty(x.shape, dtype=case.dtype, device=device) for x in (q, k))
+    cos, sin = (torch.empty(s.sequence, s.head_dim // 2, device=device) for _ in range(2))
+    positions = torch.arange(case.rows, device=device).remainder(s.sequence).view(1, -1)
+    return [rope_launch(q, k, q_out, k_out, cos, sin, positions, case.direction == "backward")]
+
+
+def _liger() -> Function:
+    ropes = importlib.import_module("liger_kernel.ops.rope")
+
+    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> Any:
+        # It wants [B, H, S, D] and angles [B, S, D] of both halves; preparing them is part of what using it costs.
+        both = [torch.cat((t[positions], t[positions]), -1).to(q.dtype) for t in (cos, sin)]
+        return ropes.LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), *both)
+
+    return rotate
+
+
+benchmark(
+    "rope",
+    rope,
+    reference.rope,
+    limits={"forward": 2, "backward": 2},
+    width=lambda shape: (shape.heads + shape.kv_heads) * shape.head_dim,
+    arguments=_arguments,
+    launches=_launches,
+    other_bytes=lambda case, launches: (
+        launches[0].grid[1] * case.rows * 8 + 2 * case.shape.sequence * (case.shape.head_dim // 2) * 4
+    ),
+    narrow={"_rope": 2},
+    liger=_liger,
+)

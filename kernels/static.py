@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .cases import Case
+from .benchmark import BENCHMARKS, Case
 from .launch import INTERPRETED, Launch, planned_for
 
 _POINTERS = {
@@ -31,18 +31,8 @@ _POINTERS = {
     torch.int64: "*i64",
 }
 
-#: Narrow accesses that a kernel is allowed, each made once per program or once per row, beside the streamed tensors:
-#: weights of narrow norms and their shares, positions, targets and losses, and the few columns of dweight.
-NARROW_ALLOWED = {
-    "_forward": 1,
-    "_backward": 2,
-    "_forward_wide": 0,
-    "_backward_wide": 1,
-    "_wide_shares": 5,
-    "_add_shares": 1,
-    "_rope": 2,
-    "_cross_entropy": 5,
-}
+#: Accesses below 128 bits that a kernel is allowed, by its name.
+NARROW_ALLOWED = {kernel: most for each in BENCHMARKS.values() for kernel, most in each.narrow.items()}
 
 
 @dataclass(frozen=True)
@@ -92,8 +82,9 @@ class Resources:
         found = []
         if self.spills:
             found.append(f"spills {self.spills} bytes")
-        if self.narrow > NARROW_ALLOWED[self.kernel]:
-            found.append(f"{self.narrow} accesses below 128 bits, {NARROW_ALLOWED[self.kernel]} allowed")
+        allowed = NARROW_ALLOWED.get(self.kernel, 0)
+        if self.narrow > allowed:
+            found.append(f"{self.narrow} accesses below 128 bits, {allowed} allowed")
         if not self.wide:
             found.append("no access of 128 bits")
         if self.registers > 128:

@@ -13,13 +13,15 @@ element of h in bf16: 6 forward (read gate and up, write h), 10 backward (read d
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from . import launch, plans
+from . import launch, plans, reference
+from .benchmark import Case, Function, benchmark
 from .launch import Launch, Tile, cdiv
 from .plans import Plans
 
@@ -178,3 +180,29 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     _check_width(gate_up)
     h = swiglu_op(gate_up)
     return h
+
+
+# ---------------------------------------------------------------- benchmark
+
+
+def _launches(case: Case, device: str) -> list[Launch]:
+    x, dx = (torch.empty(case.rows, 2 * case.width, dtype=case.dtype, device=device) for _ in range(2))
+    h = torch.empty(case.rows, case.width, dtype=case.dtype, device=device)
+    return [forward_launch(x, h) if case.direction == "forward" else backward_launch(h, x, dx)]
+
+
+def _liger() -> Function:
+    gates = importlib.import_module("liger_kernel.ops.swiglu")
+    return lambda gate_up: gates.LigerSiLUMulFunction.apply(*gate_up.chunk(2, -1))
+
+
+benchmark(
+    "swiglu",
+    swiglu,
+    reference.swiglu,
+    limits={"forward": 3, "backward": 5},
+    width=lambda shape: shape.ffn,
+    arguments=lambda case, device: (case.normal(case.rows, 2 * case.width, device=device),),
+    launches=_launches,
+    liger=_liger,
+)

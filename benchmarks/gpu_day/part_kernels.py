@@ -12,11 +12,11 @@ def main(day: Day) -> None:
     if day.rehearse:
         os.environ["LUMINA_KERNELS"] = "interpret"
     import torch
-    from lumina.kernels import cases, output_layer, peers
+    from lumina.kernels import benchmark, cases, output_layer, peers
 
     device = "cpu" if day.rehearse else "cuda"
     if day.rehearse:
-        shapes = (cases.Shape("tiny", 64, 96, 4, 2, 16, 200, tokens=20, sequence=10),)
+        shapes = (benchmark.Shape("tiny", 64, 96, 4, 2, 16, 200, tokens=20, sequence=10),)
         operators, dtype, repeats, rows = ("rms_norm", "swiglu", "cross_entropy"), torch.float32, 2, 16
     else:
         shapes = tuple(shape for shape in cases.PRESETS if shape.name in ("medium", "large"))

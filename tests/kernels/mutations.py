@@ -36,6 +36,7 @@ NORM, ROPE, SWIGLU, ENTROPY, LAUNCH, PLANS = (
     f"test_{name}.py" for name in ("rms_norm", "rope", "swiglu", "cross_entropy", "launch", "plans")
 )
 # One shape of the tests that go over many: a mutant's death must not take long.
+NORM_FILE = "rms_norm_kernels.py"
 NORM_NUMBERS = f"{NORM}::test_add_norm_and_its_gradients[7-123-dtype1]"
 NORM_ROWS = f"{NORM}::test_add_norm_and_its_gradients[513-256-dtype1]"
 ROPE_NUMBERS = f"{ROPE}::test_rotation_and_its_gradient[65-4-4-48-dtype1]"
@@ -44,9 +45,9 @@ ENTROPY_NUMBERS = f"{ENTROPY}::test_losses_and_gradients[7-123-dtype1]"
 
 MUTATIONS = (
     # --- a mask dropped
-    Mutation("norm: rows not masked", "rms_norm.py", "(row_R < rows)[:, None]", "(row_R < rows + 1)[:, None]",
+    Mutation("norm: rows not masked", NORM_FILE, "(row_R < rows)[:, None]", "(row_R < rows + 1)[:, None]",
              f"{LAUNCH}::test_norm_writes_nothing_outside", every=True),
-    Mutation("norm: columns not masked", "rms_norm.py", "inside_W = col_W < width", "inside_W = col_W < width + 1",
+    Mutation("norm: columns not masked", NORM_FILE, "inside_W = col_W < width", "inside_W = col_W < width + 1",
              f"{LAUNCH}::test_norm_writes_nothing_outside", every=True),
     Mutation("rope: tokens not masked", "rope.py", "there_T = token_T < tokens", "there_T = token_T < tokens + 1",
              f"{LAUNCH}::test_rope_writes_nothing_outside"),
@@ -59,25 +60,25 @@ MUTATIONS = (
     Mutation("cross entropy: padding counts as logit 0", "cross_entropy.py",
              'mask=here_KV < width, other=float("-inf")', "mask=here_KV < width, other=0.0", ENTROPY_NUMBERS),
     # --- a wrong constant or formula
-    Mutation("norm: eps doubled", "rms_norm.py", "/ width + eps)", "/ width + 2 * eps)",
+    Mutation("norm: eps doubled", NORM_FILE, "/ width + eps)", "/ width + 2 * eps)",
              f"{NORM}::test_drawn_shapes_strides_and_eps", every=True),
-    Mutation("norm: mean over the padded width", "rms_norm.py", "tl.sum(x_RW * x_RW, axis=1) / width",
+    Mutation("norm: mean over the padded width", NORM_FILE, "tl.sum(x_RW * x_RW, axis=1) / width",
              "tl.sum(x_RW * x_RW, axis=1) / COLS", NORM_NUMBERS),
-    Mutation("norm backward: no mean term", "rms_norm.py", "- n_RW * mean_R[:, None]", "- 0.0 * n_RW * mean_R[:, None]",
+    Mutation("norm backward: no mean term", NORM_FILE, "- n_RW * mean_R[:, None]", "- 0.0 * n_RW * mean_R[:, None]",
              NORM_NUMBERS),
-    Mutation("norm backward: residual's gradient lost", "rms_norm.py", "dx_RW += tl.load(", "dx_RW += 0.0 * tl.load(",
+    Mutation("norm backward: residual's gradient lost", NORM_FILE, "dx_RW += tl.load(", "dx_RW += 0.0 * tl.load(",
              NORM_NUMBERS),
-    Mutation("norm backward: sums in the input's type", "rms_norm.py", "share_RW += dy32_RW * n_RW",
-             "share_RW = (share_RW + dy32_RW * n_RW).to(dx_ptr.dtype.element_ty).to(tl.float32)", NORM_NUMBERS),
-    Mutation("norm backward: last share lost", "rms_norm.py", "(share_R < shares)", "(share_R < shares - 1)",
+    Mutation("norm backward: sums in the input's type", NORM_FILE, "partial_RW += dy32_RW * n_RW",
+             "partial_RW = (partial_RW + dy32_RW * n_RW).to(dx_ptr.dtype.element_ty).to(tl.float32)", NORM_NUMBERS),
+    Mutation("norm backward: last partial lost", NORM_FILE, "(partial_R < partials)", "(partial_R < partials - 1)",
              NORM_ROWS),
-    Mutation("norm backward: the same row again where none is prefetched", "rms_norm.py",
+    Mutation("norm backward: the same row again where none is prefetched", NORM_FILE,
              "if not PREFETCH:\n            next_x_RW = tl.load(x_ptr + next_R[:, None]",
              "if not PREFETCH:\n            next_x_RW = tl.load(x_ptr + row_R[:, None]",
              f"{NORM}::test_norm_and_its_gradients[19-5504-dtype0]"),
-    Mutation("norm backward: shares added by atomics", "rms_norm.py",
-             "tl.store(share_ptr + program * width + col_W, tl.sum(share_RW, axis=0), mask=inside_W)",
-             "tl.atomic_add(share_ptr + program * width + col_W, tl.sum(share_RW, axis=0), mask=inside_W)",
+    Mutation("norm backward: partials added by atomics", NORM_FILE,
+             "tl.store(partial_ptr + program * width + col_W, tl.sum(partial_RW, axis=0), mask=inside_W)",
+             "tl.atomic_add(partial_ptr + program * width + col_W, tl.sum(partial_RW, axis=0), mask=inside_W)",
              f"{NORM}::test_no_float_atomics_anywhere", every=True),
     Mutation("rope: turns the wrong way", "rope.py", "low_TD * cos_TD - high_TD", "low_TD * cos_TD + high_TD",
              ROPE_NUMBERS),
@@ -94,7 +95,7 @@ MUTATIONS = (
     Mutation("cross entropy: target's gradient lost", "cross_entropy.py", "tl.where(here_KV == target, 1.0, 0.0)",
              "0.0", ENTROPY_NUMBERS),
     # --- an unwritten tail
-    Mutation("norm forward: last rows unwritten", "rms_norm.py", "cdiv(rows, tile.rows),)",
+    Mutation("norm forward: last rows unwritten", NORM_FILE, "cdiv(rows, tile.rows),)",
              "max(1, rows // tile.rows),)", NORM_ROWS),
     Mutation("swiglu: last rows unwritten", "swiglu.py", "cdiv(rows, tile.rows) * blocks",
              "max(1, rows // tile.rows) * blocks", SWIGLU_NUMBERS, every=True),
@@ -107,9 +108,9 @@ MUTATIONS = (
              "tl.store(row_ptr + here_KV, zero_KV, mask=here_KV < 0)",
              f"{ENTROPY}::test_strided_logits_leave_their_neighbours_alone"),
     # --- a 32-bit offset
-    Mutation("norm forward: 32-bit rows", "rms_norm.py", "row_R = tl.program_id(0).to(tl.int64)",
+    Mutation("norm forward: 32-bit rows", NORM_FILE, "row_R = tl.program_id(0).to(tl.int64)",
              "row_R = tl.program_id(0)", f"{LAUNCH}::test_norm_reads_and_writes_past_two_to_the_31"),
-    Mutation("norm backward: 32-bit rows", "rms_norm.py",
+    Mutation("norm backward: 32-bit rows", NORM_FILE,
              "program = tl.program_id(0).to(tl.int64)\n    step = tl.num_programs(0).to(tl.int64)",
              "program = tl.program_id(0)\n    step = tl.num_programs(0)",
              f"{LAUNCH}::test_norm_reads_and_writes_past_two_to_the_31"),
@@ -136,7 +137,7 @@ MUTATIONS = (
              f"{PLANS}::test_who_must_see_an_operator_does"),
     Mutation("more per thread than registers hold", "launch.py", "(4096, 16) if backward", "(16384, 64) if backward",
              f"{LAUNCH}::test_norm_tiles"),
-    Mutation("more programs than the bytes allow", "rms_norm.py", "ROWS_PER_PROGRAM = 32", "ROWS_PER_PROGRAM = 2",
+    Mutation("more programs than the bytes allow", NORM_FILE, "ROWS_PER_PROGRAM = 32", "ROWS_PER_PROGRAM = 2",
              f"{NORM}::test_backward_programs"),
 )  # fmt: skip
 

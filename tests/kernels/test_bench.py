@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lumina.kernels import bench, cases, model_step, output_layer, peers, reference
+from lumina.kernels import bench, benchmark, cases, model_step, output_layer, peers, reference
+from lumina.kernels.benchmark import BENCHMARKS
 
-SMALL = cases.Setup("tiny", 64, 96, 4, 2, 16, 200, tokens=20, sequence=10)
+SMALL = benchmark.Shape("tiny", 64, 96, 4, 2, 16, 200, tokens=20, sequence=10)
 
 
 def test_without_a_gpu_it_prints_the_static_table_and_says_so(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_interpreted_kernels_cannot_be_compiled(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(("op", "direction"), cases.LIMITS)
 def test_measuring_runs_every_side(op: str, direction: str) -> None:
     """The GPU's benchmark, on interpreted kernels and the wall clock: what it computes, not how fast."""
-    case = cases.Case(op, direction, SMALL, torch.float32)
+    case = benchmark.Case(op, direction, SMALL, torch.float32)
     measured = peers.measure(case, "cpu", repeats=1)
     rows = [found.fields() for found in measured]
     assert [row["side"] for row in rows] == ["lumina", "eager", "copy"]
@@ -64,14 +65,14 @@ def test_measuring_runs_every_side(op: str, direction: str) -> None:
 
 
 def test_a_side_that_fails_is_named_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sides(case: cases.Case, device: str) -> dict[str, object]:
+    def sides(case: benchmark.Case, device: str) -> dict[str, object]:
         def broken(*_: object) -> None:
             raise ZeroDivisionError
 
-        return {"lumina": lambda: peers.OURS[case.op], "liger": lambda: broken}
+        return {"lumina": lambda: BENCHMARKS[case.op].ours, "liger": lambda: broken}
 
     monkeypatch.setattr(peers, "sides_of", sides)
-    case = cases.Case("swiglu", "forward", SMALL, torch.float32)
+    case = benchmark.Case("swiglu", "forward", SMALL, torch.float32)
     ours, liger, _ = (found.fields() for found in peers.measure(case, "cpu", repeats=1))
     assert ours["us"] > 0
     assert (liger["us"], liger["of_copy"], liger["timed"]) == (None, None, "failed: ZeroDivisionError")
@@ -92,9 +93,9 @@ def test_twelve_shapes_are_all_compiled_and_a_fallback_is_seen() -> None:
 
 
 def test_a_side_that_was_not_compiled_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "sides_of", lambda case, device: {"compile": lambda: peers.EAGER[case.op]})
+    monkeypatch.setattr(peers, "sides_of", lambda case, device: {"compile": lambda: BENCHMARKS[case.op].eager})
     peers.compiled(reference.swiglu)  # forgets, and is not what runs
-    row = peers.measure(cases.Case("swiglu", "forward", SMALL, torch.float32), "cpu", repeats=1)[0].fields()
+    row = peers.measure(benchmark.Case("swiglu", "forward", SMALL, torch.float32), "cpu", repeats=1)[0].fields()
     assert (row["us"], row["timed"]) == (None, "not compiled")
 
 
@@ -114,25 +115,25 @@ def test_the_output_layer_is_measured_and_right(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
 def test_sides_compute_the_same(op: str) -> None:
-    case = cases.Case(op, "forward", SMALL, torch.float32)
+    case = benchmark.Case(op, "forward", SMALL, torch.float32)
     torch.manual_seed(0)
-    given = peers.inputs(case, "cpu")
+    given = BENCHMARKS[op].arguments(case, "cpu")
     copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in given]
     with torch.no_grad():
-        ours, eager = peers.OURS[op](*given), peers.EAGER[op](*copies)
+        ours, eager = BENCHMARKS[op].ours(*given), BENCHMARKS[op].eager(*copies)
     torch.testing.assert_close(ours, eager)
     torch.testing.assert_close(given[0], copies[0])
 
 
 def test_backward_steps_give_gradients() -> None:
-    case = cases.Case("add_rms_norm", "backward", SMALL, torch.float32)
-    gradients = peers.step_of(peers.OURS["add_rms_norm"], case, "cpu")()
+    case = benchmark.Case("add_rms_norm", "backward", SMALL, torch.float32)
+    gradients = peers.step_of(BENCHMARKS["add_rms_norm"].ours, case, "cpu")()
     assert [g.shape for g in gradients] == [(20, 64), (20, 64), (64,)]
     assert all(g.isfinite().all() for g in gradients)
 
 
 def test_measured_tables_are_written_and_drawn(tmp_path: Path) -> None:
-    case = cases.Case("swiglu", "forward", SMALL, torch.float32)
+    case = benchmark.Case("swiglu", "forward", SMALL, torch.float32)
     table = bench.measured_table([case], "cpu", 1)
     bench.write_csv(tmp_path / "m.csv", table, {"gpu": "none"})
     bench.write_plot(tmp_path / "m.png", table, static=False)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from lumina.kernels import launch
-from lumina.kernels.cases import LIMITS, PRESETS, Case, Shape
+from lumina.kernels.benchmark import Case, Shape
+from lumina.kernels.cases import LIMITS, PRESETS
 from lumina.kernels.launch import Launch
 from triton.runtime import interpreter
 
@@ -121,10 +122,10 @@ def test_second_sweep_is_one_sweep() -> None:
 
 @pytest.mark.parametrize("shape", PRESETS, ids=lambda s: s.name)
 @pytest.mark.parametrize(("op", "direction"), LIMITS)
-@pytest.mark.parametrize("units", [108, 132, 148])
-def test_presets_stay_within_five_percent_of_the_limit(op: str, direction: str, shape: Shape, units: int) -> None:
+@pytest.mark.parametrize("sms", [108, 132, 148])
+def test_presets_stay_within_five_percent_of_the_limit(op: str, direction: str, shape: Shape, sms: int) -> None:
     case = Case(op, direction, shape, torch.bfloat16)
-    with launch.planned_for(units):
+    with launch.planned_for(sms):
         launches = case.launches()
     assert case.limit <= case.bytes(launches) <= 1.05 * case.limit
 

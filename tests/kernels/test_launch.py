@@ -10,7 +10,7 @@ import triton.language as tl
 from lumina.kernels import cross_entropy_, launch, reference, rope_
 from lumina.kernels.launch import Launch, Tile
 
-norms = importlib.import_module("lumina.kernels.rms_norm")
+norms = importlib.import_module("lumina.kernels.rms_norm_kernels")
 swiglus = importlib.import_module("lumina.kernels.swiglu")
 
 #: Elements between rows: the third row starts past 2^31.

@@ -8,7 +8,7 @@ from lumina.kernels import add_rms_norm, reference, rms_norm
 
 from tests.kernels.kernel_checks import DTYPES, check, strided
 
-norms = importlib.import_module("lumina.kernels.rms_norm")
+norms = importlib.import_module("lumina.kernels.rms_norm_kernels")
 
 EPS = 1e-5
 # Widths that divide nothing, rows that fill no block; 513 x 768 makes many programs, the last one ragged. 19 x 5504
@@ -126,7 +126,7 @@ def test_weight_gradients_are_the_same_bits_every_time() -> None:
 
 
 def test_no_float_atomics_anywhere() -> None:
-    for name in ("rms_norm", "rope", "swiglu", "cross_entropy"):
+    for name in ("rms_norm_kernels", "rope", "swiglu", "cross_entropy"):
         module = importlib.import_module(f"lumina.kernels.{name}")
         with open(module.__file__, encoding="utf-8") as file:
             assert "atomic" not in file.read(), name
@@ -134,9 +134,9 @@ def test_no_float_atomics_anywhere() -> None:
 
 @pytest.mark.parametrize("rows", [1, 31, 2048, 4096, 8192, 10**6])
 def test_backward_programs(rows: int) -> None:
-    """No program without rows, and the shares' traffic stays below 5% of 6 bytes where rows are many."""
-    shares = norms.shares_of(rows, 4, 132)
-    assert 1 <= shares <= -(-rows // 4)
-    assert shares <= 2 * 132
+    """No program without rows, and the partials' traffic stays below 5% of 6 bytes where rows are many."""
+    partials = norms.num_partials(rows, 4, 132)
+    assert 1 <= partials <= -(-rows // 4)
+    assert partials <= 2 * 132
     if rows >= 4096:
-        assert shares * 8 / rows <= 0.05 * 6
+        assert partials * 8 / rows <= 0.05 * 6

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from lumina.checkpoint.format import FORMAT, MANIFEST, NAME, TRAINER, list_checkpoints, step_of
-from lumina.config import UserError
+from lumina.config import UserError, usable_cpus
 from lumina.files import file_sha256
 
 log = logging.getLogger("lumina")
@@ -44,7 +43,7 @@ def integrity_error(checkpoint: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
     # One rank checks for all of them, who wait: so with all its cores (hashlib lets other threads run).
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(16, len(usable_cpus()))) as pool:
         hashes = pool.map(lambda file: file_sha256(checkpoint / file[0]), files)
         for (name, _, sha256), found in zip(files, hashes, strict=True):
             if found != sha256:

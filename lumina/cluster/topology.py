@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from lumina.config import UserError, VisibleGpu, open_nvml, visible_gpus
+from lumina.config import UserError, VisibleGpu, open_nvml, usable_cpus, visible_gpus
 
 _ETHERNET, _LOOPBACK, _INFINIBAND = 1, 772, 32  # /sys/class/net/*/type (linux/if_arp.h)
 _KINDS = {_ETHERNET: "ethernet", _LOOPBACK: "loopback", _INFINIBAND: "infiniband"}
@@ -95,7 +95,7 @@ class Node:
 def read(sys_root: Path = Path("/sys"), allowed: set[int] | None = None) -> Node:
     """This machine, or the one that a copy of sysfs describes. `allowed`: the CPUs that this process may use."""
     if allowed is None:
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+        allowed = usable_cpus()
     return Node(socket.gethostname(), _cores(sys_root, allowed), _interfaces(sys_root), _gpus(), _infiniband(sys_root))
 
 

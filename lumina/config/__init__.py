@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         explain_duplicate,
         open_nvml,
         take_device,
+        usable_cpus,
         visible_gpus,
         visible_names,
     )
@@ -91,6 +92,7 @@ _HOMES = {
     "run_config": "loading",
     "take_device": "visible",
     "upgrade": "renamed",
+    "usable_cpus": "visible",
     "visible_gpus": "visible",
     "visible_names": "visible",
 }
@@ -141,6 +143,7 @@ __all__ = [
     "schema",
     "take_device",
     "upgrade",
+    "usable_cpus",
     "versions",
     "visible_gpus",
     "visible_names",

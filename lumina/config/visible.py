@@ -84,6 +84,11 @@ def visible_names(environment: Mapping[str, str] = os.environ) -> list[str] | No
     return names
 
 
+def usable_cpus() -> set[int]:
+    """The CPUs that this process may run on, by the kernel's numbers; where that cannot be asked, all of them."""
+    return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def open_nvml() -> Any | None:
     """The pynvml module, initialised; None without the package, a driver or a GPU."""
     try:

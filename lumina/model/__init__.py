@@ -1,12 +1,14 @@
 """The decoder, its operators, its losses and its adapters. Knows only torch, the kernels and the model's configuration.
 
-Everything is loaded when it is asked for, since the families (lumina.model.families) are wanted without torch.
+`families`, `float8`, `lora` and `ops` are handed out as modules. Everything is loaded on first use, since the families
+are wanted without torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.model.attention import report_kernel as report_kernel
@@ -15,21 +17,15 @@ if TYPE_CHECKING:
     from lumina.model.decode import Decoder as Decoder
     from lumina.model.transformer import Transformer as Transformer
 
-_HOMES = {
-    "Decoder": "decode",
-    "KVCache": "cache",
-    "Transformer": "transformer",
-    "keep_heap": "cpu",
-    "report_kernel": "attention",
-}
-_MODULES = ("families", "float8", "lora", "ops")
-
 __all__ = ["Decoder", "KVCache", "Transformer", "families", "float8", "keep_heap", "lora", "ops", "report_kernel"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"lumina.model.{_HOMES[name]}"), name)
-    if name in _MODULES:
-        return import_module(f"lumina.model.{name}")
-    raise AttributeError(f"module {__name__} has no attribute {name}")
+__getattr__ = names_of(
+    __name__,
+    {
+        "Decoder": "decode",
+        "KVCache": "cache",
+        "Transformer": "transformer",
+        "keep_heap": "cpu",
+        "report_kernel": "attention",
+    },
+)

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lumina.config import UserError, upgrade
+from lumina.config import UserError, upgrade, usable_cpus
 from lumina.files import write_json
 
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "pyarrow", "tiktoken", "flash-attn")
@@ -102,7 +102,7 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "packages": versions,
         "cuda": torch.version.cuda,
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": len(usable_cpus()),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     job = {name: value for name, value in os.environ.items() if name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST")}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.plan.costs.devices import Device as Device
@@ -47,7 +48,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"lumina.plan.{_HOMES[name]}"), name)
+__getattr__ = names_of(__name__, _HOMES)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from lumina.config import usable_cpus
 from lumina.config.precision import cpu_has_bf16
 from lumina.config.versions import untried
 
@@ -191,7 +192,7 @@ def check_memory() -> Iterator[CheckResult]:
 
 
 def check_cpu() -> Iterator[CheckResult]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(usable_cpus())
     if cpu_has_bf16():
         yield CheckResult("OK", "cpu", f"{cores} cores, bfloat16 instructions")
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lumina.config import Config, UserError
+from lumina.config import Config, UserError, usable_cpus
 from lumina.monitor import read_metrics
 
 WARM_UP = 5
@@ -138,7 +137,7 @@ def summarise(
 
 def usable_processes(asked: int) -> int:
     """UserError when more processes are asked for than this machine has cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(usable_cpus())
     if asked > cores:
         raise UserError(f"--measure with {asked} processes on {cores} cores", "Ask for fewer with --gpus-per-node.")
     return asked

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lumina.config import UserError
-from lumina.config.visible import device_of, explain_duplicate, take_device, visible_gpus, visible_names
+from lumina.config.visible import device_of, explain_duplicate, take_device, usable_cpus, visible_gpus, visible_names
 
 
 class NVMLError(Exception):
@@ -113,3 +114,12 @@ def test_physical_gpus(value: str | None, indices: list[int]) -> None:
     assert [gpu.handle for gpu in found] == [f"GPU-{index:04d}-abc" for index in indices]
     if value == "MIG-a,MIG-b":
         assert [gpu.share for gpu in found] == ["MIG-a", "MIG-b"]
+
+
+def test_usable_cpus_are_those_of_the_process() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert usable_cpus() == {min(before)}
+    finally:
+        os.sched_setaffinity(0, before)

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from lumina.chat import ChatTokenizer
-from lumina.config import UserError
+from lumina.config import UserError, usable_cpus
 from lumina.data.preparing.worker import Task, run_task
 
 # A worker takes about half a second of a core to start, in which a core prepares some 25 MB: with less than this for
@@ -29,7 +29,7 @@ Done = Callable[[int, Report], None]
 
 def usable_cores() -> int:
     """Cores this process may run on (a batch system may have given it fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(usable_cpus())
 
 
 def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: ChatTokenizer, done: Done) -> None:

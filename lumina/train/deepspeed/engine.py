@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lumina.cluster import bind, detect_launcher, end_with_parent, parent_signal
-from lumina.config import Config, UserError, explain_duplicate, take_device
+from lumina.config import Config, UserError, explain_duplicate, take_device, usable_cpus
 from lumina.model import Transformer
 from lumina.train.deepspeed import half_precision
 from lumina.train.deepspeed.gradient_gate import GradientGate, refusal
@@ -61,7 +61,7 @@ def join() -> Ranks:
     if os.environ.get("LUMINA_BIND") == "1":
         cpus, threads = bind(local, local_world)
     else:
-        cpus, threads = [], max(1, len(os.sched_getaffinity(0)) // local_world)
+        cpus, threads = [], max(1, len(usable_cpus()) // local_world)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     if cpus:

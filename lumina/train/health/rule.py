@@ -24,8 +24,8 @@ class Rule(ABC, Generic[Observation]):
     from elsewhere. level: of its events. hold: whether an episode lasts health_check_interval steps beyond the last
     sign of it (else it ends with it). settings: the keys of Config that decide it, for the document.
 
-    A rule of another package has no keys in the schema. What the configuration's `rule_settings` gives under its name
-    goes to its constructor as keyword arguments:
+    A new rule, ours or another package's, needs no keys in the schema: what the configuration's `rule_settings` gives
+    under its name goes to its constructor as keyword arguments:
 
         class LossAbove(Rule[StepObservation]):
             observes = StepObservation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -104,10 +103,8 @@ def test_every_way_of_stopping_saves_requeues_and_finishes(
             return len(worlds(run)) == number and at(run) > before + 1
 
         until(trains, REQUEUED, lambda: story(slurm, job, log))
-        asked = time.monotonic()
         slurm.run("head", way)
         until(lambda n=number: log.read_text().count("The checkpoint is saved") == n, 30, "nothing was saved in 30 s")
-        assert time.monotonic() - asked < 30
     until(lambda: start_soon(slurm, job) or at(run) == STEPS, REQUEUED, lambda: story(slurm, job, log))
     wait_for(slurm, job, "COMPLETED", log)
     assert worlds(run) == [2, 2, 2, 2]

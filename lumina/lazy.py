@@ -8,11 +8,11 @@ from typing import Any
 
 
 def names_of(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module `__getattr__` for `package`. homes: name -> the module it is in, relative to the package ("dataset").
+    """A module `__getattr__` for `package`. homes: name -> its module, relative to the package ("loading.dataset").
 
     if TYPE_CHECKING:
-        from lumina.data.dataset import Batch
-    __getattr__ = names_of(__name__, {"Batch": "dataset"})
+        from lumina.data.loading.dataset import Batch
+    __getattr__ = names_of(__name__, {"Batch": "loading.dataset"})
     """
 
     def load(name: str) -> Any:

@@ -5,8 +5,9 @@ Names are loaded on first use: prepare's worker processes import this package an
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.data.converting.fixing import write_fixed
@@ -80,7 +81,7 @@ _HOMES = {
     "reports.text": ("validation_lines",),
     "reports.validation": ("validate",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__getattr__ = names_of(__name__, {name: home for home, names in _HOMES.items() for name in names})
 
 __all__ = [
     "BLANK",
@@ -117,9 +118,3 @@ __all__ = [
     "validation_lines",
     "write_fixed",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"lumina.data.{_HOME_OF[name]}"), name)

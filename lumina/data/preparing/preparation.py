@@ -81,16 +81,12 @@ def prepare(
     by_file = [(weights or {}).get(str(path), 1.0) for path in files]
     digests = content_digests(files, root / "sources.json")
     fixed = [(formats or {}).get(str(path), "") for path in files]
-    fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed)
-    for version in EARLIER_FORMATS if earlier else ():
-        before = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed, version)
-        found = open_cached(root / before[:32], before)
+    for version in (*(EARLIER_FORMATS if earlier else ()), FORMAT_VERSION):
+        fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed, version)
+        final = root / fingerprint[:32]
+        found = open_cached(final, fingerprint)
         if found is not None:
             return found
-    final = root / fingerprint[:32]
-    found = open_cached(final, fingerprint)
-    if found is not None:
-        return found
     with cache_lock(root / f"{final.name}.lock", final, wait_seconds):
         found = open_cached(final, fingerprint)  # another process may have made it while we waited
         if found is None:

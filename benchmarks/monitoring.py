@@ -29,7 +29,7 @@ def main() -> None:
 
     from lumina.config import load
     from lumina.monitor import EventLog, MetricsFile, StepRecord
-    from lumina.train.deepspeed.layers import LayerStats
+    from lumina.train.deepspeed import LayerStats
     from lumina.train.health import Health, LayerObservation, StepObservation
     from lumina.train.recovery.spikes import SpikeDetector
 

@@ -60,9 +60,9 @@ def update_traffic(own: bool, precision: str, clip: float) -> tuple[Counter[str]
     from lumina.config import Config
     from lumina.config import deepspeed as ds_json
     from lumina.model import Transformer
-    from lumina.train.deepspeed import engine, half_precision
+    from lumina.train.deepspeed import engine, half_precision, startup
 
-    engine.join()
+    startup.init_process_group()
     shape: dict[str, Any] = {
         "hidden_size": WIDTH,
         "num_layers": LAYERS,

@@ -50,12 +50,12 @@ class Parts:
 _MEET = """
 import time
 import deepspeed
-from lumina.train.deepspeed import engine
+from lumina.train.deepspeed import startup
 began = time.perf_counter()
-engine.join()
+startup.init_process_group()
 print(f"met {time.perf_counter() - began:.3f}", flush=True)
-engine.leave()
-engine.end_process(0)
+startup.destroy_process_group()
+startup.end_process(0)
 """
 
 

@@ -17,9 +17,9 @@ def debug_trainer(tokens: int, preset: str = "debug") -> tuple[Any, Any]:
     from lumina.config import load
     from lumina.data import Batch
     from lumina.model import Transformer
-    from lumina.train.deepspeed import engine
+    from lumina.train.deepspeed import engine, startup
 
-    ranks = engine.join()
+    ranks = startup.init_process_group()
     config = load(preset, {"batch_size": 1, "gradient_accumulation_steps": 1})
     settings, _, config = ds_json.resolve(config, ranks.world, "cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

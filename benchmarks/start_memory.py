@@ -77,9 +77,11 @@ def begin(rank: int, world: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
     from lumina.model import keep_heap
     from lumina.train import run
+    from lumina.train.deepspeed import init_process_group
 
+    assert run  # its imports are what is left out of the account
     keep_heap()
-    run.engine.join()
+    init_process_group()
 
 
 def build(options: argparse.Namespace, start: str, base: Path, peak: Peak) -> Any:
@@ -92,7 +94,7 @@ def build(options: argparse.Namespace, start: str, base: Path, peak: Peak) -> An
 
     config, document = make(options, 3, **({"lora_rank": 8} if start == "adapts" else {}))
     torch.manual_seed(config.seed)
-    with partitioned_init.partitioned(document, drawn=start != "loads"):
+    with partitioned_init.partition_on_init(document, drawn=start != "loads"):
         model = Transformer(config)
         if start == "adapts":
             lora.attach(model, config)
@@ -112,9 +114,9 @@ def digest(made: Any) -> str:
 
     hashed = hashlib.sha256()
     masters: dict[str, Any] = {}
-    from lumina.train.deepspeed.fragments import fragments
+    from lumina.train.deepspeed import owned_fragments
 
-    for piece in fragments(made):
+    for piece in owned_fragments(made):
         masters[piece.name] = piece.view(piece.owner)
     for name, parameter in made.model.named_parameters():
         share = torch.zeros(parameter.ds_tensor.ds_numel)
@@ -131,7 +133,7 @@ def one_rank(rank: int, world: int, port: int, options: Any, start: str, base: P
     from lumina.train.deepspeed import partitioned_init
 
     if whole:
-        partitioned_init.partitions_while_building = lambda _: False
+        partitioned_init.partitions_on_init = lambda _: False
     began = time.perf_counter()
     with Peak() as peak:
         made = build(options, start, base, peak)

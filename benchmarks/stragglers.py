@@ -42,7 +42,7 @@ def worker(arguments: argparse.Namespace) -> None:
     from lumina.cluster import StopRequest
     from lumina.config import load
     from lumina.data import sample_sums, samples_id
-    from lumina.train.deepspeed.engine import Ranks, end_process
+    from lumina.train.deepspeed import Ranks, end_process
     from lumina.train.stragglers import Stragglers
     from lumina.train.watchdog import Watchdog
 

@@ -28,7 +28,7 @@ def worker(arguments: argparse.Namespace) -> None:
     """Train for a few steps on random tokens through Lumina's own engine and print tokens/s."""
     from lumina.kernels import model_step
 
-    from lumina.train.deepspeed import engine
+    from lumina.train.deepspeed import startup
 
     arguments.sets.append(f"seq_length={arguments.seq}")
     trainer = model_step.Trainer(model_step.options_of(arguments))
@@ -36,8 +36,8 @@ def worker(arguments: argparse.Namespace) -> None:
     if trainer.ranks.main:
         print(model_step.line(asdict(found)))
         print(f"peak_gib={found.peak / 2**30:.2f} tokens_per_s={found.tokens_per_second:.0f}")
-    engine.leave()
-    engine.end_process(0)
+    startup.destroy_process_group()
+    startup.end_process(0)
 
 
 def measure(command: list[str], environment: dict[str, str]) -> tuple[float, float]:

@@ -82,11 +82,11 @@ class Trainer:
     """The engine of a run, and random batches for it. Joins the process group; `close` before another is made."""
 
     def __init__(self, options: Options) -> None:
-        engines = importlib.import_module("lumina.train.deepspeed.engine")
+        engines = importlib.import_module("lumina.train.deepspeed")
         ds_json = importlib.import_module("lumina.config.deepspeed")
         model = importlib.import_module("lumina.model")
         model.keep_heap()
-        self.ranks = engines.join()
+        self.ranks = engines.init_process_group()
         flags = {
             "batch_size": options.batch,
             "gradient_accumulation_steps": options.accumulation,
@@ -102,8 +102,7 @@ class Trainer:
         settings, _, self.config = ds_json.resolve(config, self.ranks.world, device, document=document)
         self.precision = next((n for n in ("bf16", "fp16") if settings.get(n, {}).get("enabled")), "fp32")
         torch.manual_seed(0)
-        partitioned_init = importlib.import_module("lumina.train.deepspeed.partitioned_init")
-        partitioned = partitioned_init.partitioned(settings, True)  # as the run does it
+        partitioned = engines.partition_on_init(settings, True)  # as the run does it
         with torch.device(options.drawn_on), partitioned:
             transformer = model.Transformer(self.config)
         if self.config.float8 is not None:

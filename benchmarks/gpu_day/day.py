@@ -95,7 +95,7 @@ def preload() -> None:
 
     import lumina.infer
     import lumina.train.run
-    from lumina.train.deepspeed.engine import import_deepspeed
+    from lumina.train.deepspeed import import_deepspeed
 
     import_deepspeed()
     assert all((torch._dynamo, transformers.Trainer, accelerate, lumina.infer, lumina.train.run))

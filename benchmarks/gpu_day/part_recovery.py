@@ -43,7 +43,7 @@ def planted() -> None:
     """The first micro-batch of the second step runs out of memory, once."""
     import torch
 
-    from lumina.train.deepspeed.engine import Engine
+    from lumina.train.deepspeed import Engine
 
     accumulate, calls = Engine.accumulate, []
 

@@ -10,9 +10,10 @@ import dis
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import CodeType, ModuleType
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from lumina.config.errors import UserError
@@ -45,14 +46,16 @@ class PrivateName:
             return f"{self.owner} ({self.name}: {self.why}) is not there"
         # Of classes and modules: what instances have besides is what their methods assign.
         here = inspect.getattr_static(owner, self.name, _MISSING)
-        if here is _MISSING and self.name not in set(_assigned(owner)):
+        if here is _MISSING and not _assigns(owner, self.name):
             return f"{self.owner} has no {self.name} ({self.why})"
         if self.parameters is not None:
-            found = list(inspect.signature(getattr(owner, self.name)).parameters.values())
-            found = found[1:] if inspect.isclass(owner) and not isinstance(here, staticmethod | classmethod) else found
+            found = _parameters(inspect.unwrap(getattr(owner, self.name)))
+            if inspect.isclass(owner) and not isinstance(here, staticmethod | classmethod):
+                found = found[1:]
             names = tuple(one.name for one in found)
-            extra = found[len(self.parameters) :]
-            optional = all(one.default is not one.empty or one.kind in _VARIADIC for one in extra)
+            optional = all(
+                one.default is not one.empty or one.kind in _VARIADIC for one in found[len(self.parameters) :]
+            )
             if names[: len(self.parameters)] != self.parameters or not optional:
                 return f"{self.owner}.{self.name} takes ({', '.join(names)}), not {self.parameters} ({self.why})"
         return None
@@ -82,19 +85,48 @@ def _resolve(owner: str) -> Any:
     return found
 
 
-def _assigned(owner: Any) -> Iterator[str]:
-    """The attributes that a class's methods, inherited ones too, or a function assign to any object."""
+def _assigns(owner: Any, name: str) -> bool:
+    """Whether a method of a class, an inherited one too, or a function assigns to an attribute `name` of any object."""
+    return any(
+        one.opname == "STORE_ATTR" and one.argval == name
+        for code in _codes(owner)
+        if name in code.co_names
+        for one in dis.get_instructions(code)
+    )
+
+
+@cache
+def _codes(owner: Any) -> list[CodeType]:
     if isinstance(owner, ModuleType):
-        return
-    functions = (value for cls in owner.__mro__ for value in vars(cls).values()) if inspect.isclass(owner) else (owner,)
-    for function in functions:
-        code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
-        if code is not None:
-            yield from _stored(code)
+        return []
+    values = [value for cls in owner.__mro__ for value in vars(cls).values()] if inspect.isclass(owner) else [owner]
+    found = [function.__code__ for value in values for function in functions_in(value)]
+    for code in found:  # and those nested in it
+        found.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return found
 
 
-def _stored(code: CodeType) -> Iterator[str]:
-    yield from (one.argval for one in dis.get_instructions(code) if one.opname == "STORE_ATTR")
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _stored(constant)
+def functions_in(value: Any) -> list[FunctionType]:
+    """The function that `value` is, and those that its decorators hide, said (`__wrapped__`) or not (a closure)."""
+    found: list[FunctionType] = []
+    waiting, seen = [value], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        waiting += [inner for name in ("__func__", "__wrapped__") if (inner := getattr(one, name, None)) is not None]
+        if isinstance(one, FunctionType):
+            found.append(one)
+            waiting += [value for value in inspect.getclosurevars(one).nonlocals.values() if callable(value)]
+    return found
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    """Those of a function, under decorators that only pass on what they are given."""
+    found: list[inspect.Parameter] = []
+    for one in (function, *functions_in(function)):
+        found = list(inspect.signature(one).parameters.values())
+        if not found or any(parameter.kind not in _VARIADIC for parameter in found):
+            break
+    return found

@@ -25,8 +25,8 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
 
 
 def end_process(code: int) -> int:
-    """End the process of a rank whose training returned `code`. See lumina.train.deepspeed.engine."""
-    from lumina.train.deepspeed.engine import end_process as end
+    """End the process of a rank whose training returned `code`. See lumina.train.deepspeed.startup."""
+    from lumina.train.deepspeed import end_process as end
 
     return end(code)
 

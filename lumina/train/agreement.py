@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumina.config import UserError
-from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deepspeed import Ranks
 from lumina.train.torch_private import default_store
 
 log = logging.getLogger("lumina")

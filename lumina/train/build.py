@@ -20,8 +20,7 @@ from lumina.files import write_text
 from lumina.model import lora, report_kernel
 from lumina.monitor import EventLog
 from lumina.train.callbacks import Callback, Callbacks
-from lumina.train.deepspeed.engine import Engine, Ranks
-from lumina.train.deepspeed.layers import LayerStats
+from lumina.train.deepspeed import Engine, LayerStats, Ranks
 from lumina.train.deferred import Deferred
 from lumina.train.health import Health, MachineWatch
 from lumina.train.initialise import (

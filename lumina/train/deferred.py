@@ -23,8 +23,7 @@ from torch import Tensor
 
 from lumina.data import StepData
 from lumina.train.agreement import StepSums, pack, unpack
-from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.timing import PhaseTimes
+from lumina.train.deepspeed import Engine, PhaseTimes
 from lumina.train.health import LayerFigures
 
 

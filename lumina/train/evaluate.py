@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lumina.data import Samples, deal
-from lumina.train.deepspeed.engine import Engine, Ranks
+from lumina.train.deepspeed import Engine, Ranks
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from lumina.config import Config, UserError
 from lumina.data import Samples
 from lumina.files import atomic_folder
 from lumina.train.agreement import decided_by_rank_0
-from lumina.train.deepspeed.engine import Engine, Ranks
+from lumina.train.deepspeed import Engine, Ranks
 from lumina.train.objectives import objective
 from lumina.train.recovery.record import RecoveryRecord
 from lumina.train.snapshot import load_checkpoint as load

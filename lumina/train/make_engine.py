@@ -11,9 +11,7 @@ from lumina.config import Config
 from lumina.config import deepspeed as ds_json
 from lumina.model import Transformer, float8, lora
 from lumina.plan import default_document, smallest_memory
-from lumina.train.deepspeed import partitioned_init
-from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import allocate_optimizer_state
+from lumina.train.deepspeed import Engine, allocate_optimizer_state, partitioned_init
 from lumina.train.snapshot import load_frozen_weights
 
 
@@ -59,7 +57,7 @@ def make_engine(settings: Settings, drawn: bool) -> Engine:
     """`drawn`: False where every trained weight is loaded next; adapters are drawn after the weights under them."""
     config, base = settings.config, settings.base
     drawn = drawn or base is not None
-    with partitioned_init.partitioned(settings.ds_config, drawn):
+    with partitioned_init.partition_on_init(settings.ds_config, drawn):
         model = Transformer(config)
         if base is not None:  # before the engine is made: what is frozen has no place in its optimizer
             lora.attach(model, config)

@@ -32,7 +32,7 @@ from lumina.checkpoint import (
 from lumina.config import Config
 from lumina.monitor import EventLog
 from lumina.train.agreement import exchange
-from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deepspeed import Ranks
 from lumina.train.deferred import Deferred
 from lumina.train.health import Health
 from lumina.train.state import RunState

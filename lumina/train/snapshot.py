@@ -11,16 +11,17 @@ import torch
 import torch.distributed as dist
 
 from lumina.checkpoint import MASTER, CheckpointReader, Snapshot, StagingBuffer, TrainerState, open_weights
-from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import (
-    fragments,
+from lumina.train.deepspeed import (
+    Engine,
+    drop_secondary_copy,
     fragments_to_load,
     init_optimizer_state,
+    local_shard,
     moments,
+    owned_fragments,
     raw_step_count,
     sync_weights,
 )
-from lumina.train.deepspeed.partitioned_init import drop_secondary_copy, local_shard
 
 
 def take_snapshot(engine: Engine, state: TrainerState, copies: StagingBuffer | None = None) -> Snapshot:
@@ -30,7 +31,7 @@ def take_snapshot(engine: Engine, state: TrainerState, copies: StagingBuffer | N
     copies = StagingBuffer(engine.device) if copies is None else copies
     values: dict[str, torch.Tensor] = {}
     ranges: dict[str, list[int]] = {}
-    for fragment in fragments(engine):
+    for fragment in owned_fragments(engine):
         ranges[fragment.name] = [fragment.start, fragment.numel]
         for key, value in {MASTER: fragment.view(fragment.owner), **moments(engine, fragment)}.items():
             values[f"{key}/{fragment.name}"] = value

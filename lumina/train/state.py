@@ -13,7 +13,7 @@ from pathlib import Path
 from lumina.checkpoint import Snapshot, StagingBuffer, TrainerState, read_trainer_state
 from lumina.config import Config
 from lumina.train import snapshot
-from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed import Engine
 from lumina.train.recovery.spikes import SpikeDetector
 
 

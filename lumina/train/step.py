@@ -17,8 +17,7 @@ from lumina.data import StepData, sample_sums, samples_id
 from lumina.train.agreement import StepSums, entry, pack
 from lumina.train.build import Run
 from lumina.train.callbacks import StepResult
-from lumina.train.deepspeed.engine import scale_exhausted
-from lumina.train.deepspeed.layers import LayerStats
+from lumina.train.deepspeed import LayerStats, scale_exhausted
 from lumina.train.deferred import StepTaken, UpdateNumbers
 from lumina.train.outcomes import Fail, HalveMicroBatch, Outcome, Rewind, Stop, StopKind
 from lumina.train.outputs.outputs import StepFigures

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deepspeed import Ranks
 
 _PROBE = 256  # rows and columns: 34 million operations, a millisecond on one core
 _REPEATS = 3

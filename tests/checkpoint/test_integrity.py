@@ -18,7 +18,7 @@ from lumina.checkpoint import MANIFEST, TRAINER, TrainerState, integrity_error, 
 from lumina.config import UserError
 from lumina.files import file_sha256
 from lumina.train import snapshot
-from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed import Engine
 from tests.train.tiny_engines import make_engine, save, train_step
 
 

@@ -12,7 +12,7 @@ import torch
 
 from lumina.config import ModelConfig, RopeScaling
 from lumina.model import Transformer, ops
-from lumina.train.deepspeed.optimizer import parameter_groups
+from lumina.train.deepspeed import parameter_groups
 from tests.model.tiny_models import SHAPE, make_model, pack
 
 LLAMA_3 = {

@@ -39,7 +39,7 @@ def allocated(stage: int, precision: str, tied: bool) -> dict[str, int]:
 
     from lumina.config import ModelConfig
     from lumina.model import Transformer
-    from lumina.train.deepspeed.optimizer import parameter_groups
+    from lumina.train.deepspeed import parameter_groups
 
     setup = {"hidden_size": 72, "num_layers": 3, "num_heads": 6, "num_kv_heads": 3, "intermediate_size": 101}
     model = Transformer(ModelConfig(**setup, seq_length=16, vocab_size=257, tie_word_embeddings=tied))
@@ -71,7 +71,7 @@ def _probe(rank: int, *, out: Path, pretended: int = 0) -> None:
     collectives do nothing."""
     import torch
 
-    from lumina.train.deepspeed import engine
+    from lumina.train.deepspeed import startup
 
     if pretended:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -79,9 +79,9 @@ def _probe(rank: int, *, out: Path, pretended: int = 0) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE=str(pretended))
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=pretended)
         backend = importlib.import_module("deepspeed.comm.torch")
-        vars(backend)["build_shm_op"] = lambda: None  # as engine.join has it
+        vars(backend)["build_shm_op"] = lambda: None  # as init_process_group has it
     else:
-        engine.join()
+        startup.init_process_group()
     found = [allocated(*case) for case in CASES]
     out.with_suffix(f".{rank}").write_text(json.dumps(found), encoding="utf-8")
     os._exit(0)
@@ -113,7 +113,7 @@ def test_tensors_are_the_models() -> None:
     import torch
 
     from lumina.model import Transformer
-    from lumina.train.deepspeed.optimizer import parameter_groups as real_groups
+    from lumina.train.deepspeed import parameter_groups as real_groups
 
     families = (["family=qwen2"], ["family=qwen3", "head_size=96"])
     for sets in ([], ["tie_word_embeddings=false"], *families):

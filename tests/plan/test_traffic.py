@@ -30,7 +30,7 @@ def counted(stage: int) -> dict[str, float]:
     from lumina.model import Transformer
     from lumina.plan.costs.setup import Data, read_setup
     from lumina.plan.costs.workload import traffic
-    from lumina.train.deepspeed.engine import Engine
+    from lumina.train.deepspeed import Engine
     from tests.train.tiny_engines import batch, make_config
 
     received: Counter[str] = Counter()
@@ -83,7 +83,7 @@ def _probe(rank: int, *, out: Path) -> None:
 
     os.environ.update(RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", WORLD_SIZE=str(WORLD))
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
-    vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None  # as engine.join has it
+    vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None  # as init_process_group has it
     out.write_text(json.dumps([counted(stage) for stage in range(4)]), encoding="utf-8")
     os._exit(0)
 

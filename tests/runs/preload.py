@@ -5,7 +5,7 @@ import os
 import torch._dynamo  # imported by torch's optimizers when the first is made
 
 import lumina.train.run
-from lumina.train.deepspeed.engine import import_deepspeed
+from lumina.train.deepspeed import import_deepspeed
 
 import_deepspeed()
 assert torch._dynamo

@@ -21,7 +21,7 @@ from lumina.monitor.events import read_events
 from lumina.monitor.run_json import read_run
 from lumina.train import build, loop, make_engine, snapshot
 from lumina.train import step as step_module
-from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed import Engine
 from lumina.train.recovery import apply
 from tests.runs import Runs, State, arguments, differing, final
 

@@ -28,8 +28,7 @@ def _measure(rank: int, *, runs: dict[str, list[str]], out: Path) -> None:
     """Trains each of `runs`, in this process, and leaves in `out` what its steady steps waited for, and when."""
     import lumina.train
     from lumina.cli import main
-    from lumina.train import Callback, Context, StepResult, loop, step
-    from lumina.train.deepspeed import engine
+    from lumina.train import Callback, Context, StepResult, loop, run, step
     from lumina.train.deferred import Readback
     from tests.train.host_waits import Recorder
 
@@ -72,8 +71,8 @@ def _measure(rank: int, *, runs: dict[str, list[str]], out: Path) -> None:
     loop.take_step, Readback.read = counted, deliberate  # type: ignore[method-assign]
     ordered("accumulate")
     ordered("update")
-    engine.leave = lambda: None  # the next one joins the same group
-    engine.end_process = lambda code: code
+    run.destroy_process_group = lambda: None  # the next one joins the same group
+    lumina.train.end_process = lambda code: code
     recorder.install()
     found = {}
     for name, argv in runs.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deepspeed import Ranks
 from lumina.train.stragglers import Comparison, Stragglers, probe
 
 HOSTS = ["a", "a", "b", "b"]
@@ -74,7 +74,7 @@ def test_alone_there_is_nothing_to_compare() -> None:
 _RANK = """
 import json, os, sys
 import torch.distributed as dist
-from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deepspeed import Ranks
 from lumina.train.stragglers import Stragglers
 child = os.fork()
 rank = 0 if child else 1

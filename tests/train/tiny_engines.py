@@ -18,9 +18,7 @@ from lumina.config import Config
 from lumina.config import deepspeed as ds_json
 from lumina.data import Batch, TorchBatch
 from lumina.model import Transformer, float8, lora
-from lumina.train.deepspeed import engine, partitioned_init
-from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import fragments, moments
+from lumina.train.deepspeed import Engine, moments, owned_fragments, partitioned_init, startup
 from lumina.train.snapshot import take_snapshot
 
 VOCABULARY = 61
@@ -57,7 +55,7 @@ def make_engine(
     stage: int, precision: str = "fp32", seed: int = 0, json: dict[str, dict[str, Any]] | None = None, **changes: Any
 ) -> Engine:
     """An engine with freshly drawn weights, at learning rate 1e-2. `json`: keys for blocks of the DeepSpeed JSON."""
-    engine.join()
+    startup.init_process_group()
     config = make_config(precision, **changes)
     document = ds_json.default_json(1)
     document["zero_optimization"]["stage"] = stage
@@ -66,7 +64,7 @@ def make_engine(
     resolved = ds_json.resolve(config, 1, "cuda", bf16_supported=True, document=document)  # a CPU's fp16 is refused
     torch.manual_seed(seed)
     with fp16_on_a_cpu():
-        with partitioned_init.partitioned(resolved.json):
+        with partitioned_init.partition_on_init(resolved.json):
             model = Transformer(config)
             if config.lora_rank:
                 lora.attach(model, config)
@@ -115,7 +113,7 @@ def train_step(made: Engine, seed: int, bad: bool = False, limit: float = math.i
 def state_of(made: Engine) -> dict[str, Tensor]:
     """Copies of every weight and moment by key and parameter, flat and whole (world 1: a rank holds everything)."""
     found = {}
-    for piece in fragments(made):
+    for piece in owned_fragments(made):
         for key, value in {MASTER: piece.view(piece.owner), **moments(made, piece)}.items():
             found[f"{key}/{piece.name}"] = value.detach().float().clone()
     return found

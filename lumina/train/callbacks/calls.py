@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lumina.data import GlobalOrder
 from lumina.train.callbacks.callback import Callback, CallbackError, Context, StepResult
 from lumina.train.callbacks.unchanged import changes, observe
-from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deepspeed import Ranks
 from lumina.train.outcomes import Stop
 from lumina.train.outputs.outputs import Outputs
 from lumina.train.state import RunState

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.data import GlobalOrder
-from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed import Engine
 
 _WEIGHTS, _MOMENTS, _GRADIENTS = "weights", "the optimizer's moments", "gradients"
 _ORDER = ("num_samples", "global_batch_size", "seed", "fingerprint", "steps_per_epoch")

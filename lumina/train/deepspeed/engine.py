@@ -1,151 +1,31 @@
-"""The DeepSpeed engine: process group, initialisation, and one optimizer step with its gradient norm.
+"""The DeepSpeed engine: forward, backward, and one optimizer step with its gradient norm.
 
 What DeepSpeed does differently from stage to stage is evened out here, so that the loop sees one engine.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 import math
-import os
-import socket
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lumina.cluster import bind, detect_launcher, end_with_parent, parent_signal
-from lumina.config import Config, UserError, explain_duplicate, take_device, usable_cpus
+from lumina.config import Config
 from lumina.model import Transformer
 from lumina.train.deepspeed import half_precision
 from lumina.train.deepspeed.gradient_gate import GradientGate, refusal
+from lumina.train.deepspeed.half_precision import HalfPrecisionAdamW
 from lumina.train.deepspeed.optimizer import build_optimizer
 from lumina.train.deepspeed.release import clear_failed_backward_passes, oldest_node, release
+from lumina.train.deepspeed.surface import Wrapper
 from lumina.train.deepspeed.timing import StepTimer
 from lumina.train.objectives import objective
 from lumina.train.torch_private import AdamW
 
 if TYPE_CHECKING:
     from lumina.data import TorchBatch
-
-
-log = logging.getLogger("lumina")
-_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-
-def join() -> Ranks:
-    """Join the process group that the launcher described, or be a world of one. Sets the threads of this rank."""
-    launcher = detect_launcher()
-    rank, world, local, local_world = (int(os.environ[name]) for name in _NAMES)
-    if launcher is not None and world > 1:
-        end_with_parent(parent_signal())
-    if os.environ.get("LUMINA_BIND") == "1":
-        cpus, threads = bind(local, local_world)
-    else:
-        cpus, threads = [], max(1, len(usable_cpus()) // local_world)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads)
-    if cpus:
-        log.info("rank %d on %s: CPUs %s, %d thread(s)", rank, socket.gethostname(), cpus, torch.get_num_threads())
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if devices:
-        torch.cuda.set_device(take_device(local, local_world, devices))
-    _hush()
-    deepspeed = import_deepspeed()
-
-    if not torch.distributed.is_initialized():
-        backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` is torch itself
-        # Its all-reduce through shared memory is for tensor-parallel inference alone. Made at every start, it would
-        # cost a compilation on a new machine and 66 MB a rank, in a segment that a killed rank leaves to the next run
-        # on the same port.
-        vars(backend)["build_shm_op"] = lambda: None
-        try:
-            deepspeed.init_distributed(verbose=False)
-        except RuntimeError as error:
-            raise explain_duplicate(error, devices, local_world) or error from None
-    return Ranks(rank, world, local, local_world)
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, without two things that it loads at every start for nobody: mlflow, which its autotuner imports
-    wherever there is one (three seconds), and torch's compiler, for functions of the Muon optimizer (four a rank)."""
-    if not torch.cuda.is_available():
-        # A CUDA build without a driver, too: unset, DeepSpeed looks for every kind of accelerator and warns.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    hide, compile_ = "mlflow" not in sys.modules, torch.compile
-    if hide:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # so Python marks what cannot be imported
-    torch.compile = lambda model=None, **_: model
-    try:
-        import deepspeed
-        import deepspeed.runtime.zero.muon.muon_optimizer
-    finally:
-        torch.compile = compile_
-        if hide:
-            del sys.modules["mlflow"]
-    return deepspeed
-
-
-def _quiet() -> bool:
-    return os.environ.get("LUMINA_DEBUG") != "1"
-
-
-def _hush() -> None:
-    """DeepSpeed logs dozens of lines on start; Lumina says what matters itself. LUMINA_DEBUG=1 keeps them."""
-    if not _quiet():
-        return
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    import_deepspeed().utils.logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
-    warnings.filterwarnings("ignore", message=".*barrier.*device.*")
-
-
-def leave() -> None:
-    """Leave the process group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def end_process(code: int) -> int:
-    """With several ranks, end the process here and now with `code`; alone, return it.
-
-    gloo's threads outlive destroy_process_group while DeepSpeed holds its groups. One that drops its last tensor while
-    the interpreter is being torn down is killed inside a destructor, and the process aborts: one in six of the shortest
-    two-rank runs reported -6 after finishing well (torch 2.13, Python 3.11).
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
-def scale_exhausted(where: str = "") -> UserError:
-    """What ends an fp16 run whose gradients are not finite at the smallest loss scale."""
-    return UserError(
-        f"{where}fp16's loss scale is at its smallest and the gradients are still not finite",
-        "Train in bf16 or fp32 (precision), lower learning_rate, or go on from an earlier checkpoint (--resume PATH).",
-    )
 
 
 class Engine:
@@ -172,8 +52,9 @@ class Engine:
         allowed["timers"] = {"throughput": {"enabled": False}}  # it waits for the device at each micro-batch
         with half_precision.installed():
             self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**allowed, **ds_config})
-        wrapper = self.ds.optimizer
-        self._own = wrapper if isinstance(wrapper, half_precision.HalfPrecisionAdamW) else None
+        self.wrapped: Any = self.ds.optimizer
+        self.wrapper = Wrapper.of(self.wrapped)
+        self._own: HalfPrecisionAdamW | None = self.wrapped if self.wrapper is Wrapper.HALF else None
         self.device: torch.device = self.ds.device
         self.timer = StepTimer(self.device)
         self.timer.watch_collectives()
@@ -181,14 +62,14 @@ class Engine:
         self._accumulated = False  # whether there are gradients that no step has used
         self._stepping = False  # whether the optimizer proper has been called in this step
         self.optimizer.step = self._noted(self.optimizer.step)  # type: ignore[method-assign]
-        self._gate = GradientGate(self.ds.optimizer, self.optimizer, self.device, self.fp16)
+        self._gate = GradientGate(self.wrapper, self.wrapped, self.optimizer, self.device, self.fp16)
         if self.stage == 0 and torch.distributed.get_world_size() == 1:
             # Alone there is nothing to reduce, but DeepSpeed would flatten all gradients and copy them back.
             self.ds.enable_backward_allreduce = False
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer proper, inside DeepSpeed's wrapper."""
+        """The optimizer proper, inside DeepSpeed's wrapper (`wrapped`, of the kind `wrapper`)."""
         return self.ds.basic_optimizer  # type: ignore[no-any-return]
 
     @property
@@ -222,6 +103,11 @@ class Engine:
     def loss(self, batch: TorchBatch, scale: float = 1.0) -> torch.Tensor:
         """scale * sum(weight * loss) of a micro-batch by the run's objective, in nats."""
         return self._objective.loss(self.forward, batch.to(self.device), scale)
+
+    def logits(self, ids_BS: torch.Tensor, positions_BS: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The model's output for these tokens; collective under ZeRO-3. `options`: what else its forward takes."""
+        out: torch.Tensor = self.ds(ids_BS, positions_BS, **options)
+        return out
 
     def forward(self, batch: TorchBatch, weights_N: torch.Tensor | None, **options: Any) -> torch.Tensor:
         """The model's forward pass, as lumina.train.objectives.Forward says."""
@@ -286,10 +172,6 @@ class Engine:
         except torch.OutOfMemoryError:
             scaler.update(before)  # the step will be taken again
             raise
-        except Exception as error:
-            if self.fp16 and "loss scale already at minimum" in str(error):  # DeepSpeed's, of no type of its own
-                raise scale_exhausted() from None
-            raise
 
     def exhausted(self) -> torch.Tensor | None:
         """Whether the last step overflowed at fp16's smallest loss scale (bool, on the device), where `step` does not
@@ -301,7 +183,7 @@ class Engine:
             self._own.limit = limit
             self.ds.step()
             return self._own.norm, self._own.applied
-        if self.stage != 0 or self.half:
+        if self.wrapper is not Wrapper.NONE:
             norm, refused = self._gate.step(self.ds.step, limit)
             return norm, ~refused
         # In float64: torch's float32 norm of the embedding's 25 million gradients is off in the fifth digit.
@@ -338,4 +220,4 @@ class Engine:
             vars(self._scaler()).update(state)
 
     def _scaler(self) -> Any:
-        return self.ds.optimizer.loss_scaler
+        return self.wrapped.loss_scaler

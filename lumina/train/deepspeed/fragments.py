@@ -20,7 +20,8 @@ from torch import Tensor
 from lumina.checkpoint import MASTER
 from lumina.config import UserError
 from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.partitioned_init import drop_secondary_copy
+from lumina.train.deepspeed.partitioned_init import drop_secondary_copy, whole_numel
+from lumina.train.deepspeed.surface import Wrapper
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Fragment:
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
-def fragments(engine: Engine) -> list[Fragment]:
+def owned_fragments(engine: Engine) -> list[Fragment]:
     """Every fragment this rank owns. Together the ranks' fragments cover each trained parameter exactly once, except
     that ranks of stage 0 all hold everything and each names its equal share."""
     names = {id(p): name for name, p in engine.model.named_parameters()}
@@ -48,15 +49,16 @@ def fragments(engine: Engine) -> list[Fragment]:
 
 
 def _by_stage(engine: Engine, names: dict[int, str]) -> Iterator[Fragment]:
-    wrapper = engine.ds.optimizer
-    if engine.stage == 3:
-        yield from _stage3(wrapper, names)
-    elif hasattr(wrapper, "single_partition_of_fp32_groups"):  # stages 1 and 2
-        yield from _partitioned(wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, names)
-    elif hasattr(wrapper, "fp32_groups_flat_partition"):  # stage 1 with float32 gradient accumulation
-        yield from _partitioned(wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, names)
-    else:
-        yield from _replicated(engine, names)
+    wrapped = engine.wrapped
+    match engine.wrapper:
+        case Wrapper.ZERO_3:
+            yield from _stage3(wrapped, names)
+        case Wrapper.ZERO_1_2:
+            yield from _partitioned(wrapped.bit16_groups, wrapped.single_partition_of_fp32_groups, names)
+        case Wrapper.BF16:
+            yield from _partitioned(wrapped.bf16_groups, wrapped.fp32_groups_flat_partition, names)
+        case Wrapper.HALF | Wrapper.NONE:
+            yield from _replicated(engine, names)
 
 
 def _partitioned(groups: list[list[Tensor]], flats: list[Tensor], names: dict[int, str]) -> Iterator[Fragment]:
@@ -68,31 +70,30 @@ def _partitioned(groups: list[list[Tensor]], flats: list[Tensor], names: dict[in
                 yield Fragment(names[id(parameter)], low.start, high.numel, flat, high.start)
 
 
-def _stage3(wrapper: Any, names: dict[int, str]) -> Iterator[Fragment]:
-    if any(flat is None for flat in wrapper.fp16_partitioned_groups_flat) or wrapper.swap_optimizer:
+def _stage3(wrapped: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    if any(flat is None for flat in wrapped.fp16_partitioned_groups_flat) or wrapped.swap_optimizer:
         raise UserError(
             "checkpoints of state offloaded to NVMe are not supported",
             'Use "offload_optimizer": {"device": "cpu"} in the DeepSpeed configuration.',
         )
-    rank = torch.distributed.get_rank(wrapper.dp_process_group)
-    for group in wrapper.fp16_groups:
+    rank = torch.distributed.get_rank(wrapped.dp_process_group)
+    for group in wrapped.fp16_groups:
         for parameter in group:
-            index, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            index, offset, size = wrapped.grad_position[wrapped.get_param_id(parameter)]
             start = rank * size
             numel = min(size, parameter.ds_numel - start)  # the last rank's share ends in padding
-            yield Fragment(names[id(parameter)], start, numel, wrapper.fp32_partitioned_groups_flat[index], int(offset))
+            yield Fragment(names[id(parameter)], start, numel, wrapped.fp32_partitioned_groups_flat[index], int(offset))
 
 
 def _replicated(engine: Engine, names: dict[int, str]) -> Iterator[Fragment]:
-    wrapper = engine.ds.optimizer
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def share(name: str, owner: Tensor, numel: int) -> Fragment:
         start = numel * rank // world
         return Fragment(name, start, numel * (rank + 1) // world - start, owner, start)
 
-    if hasattr(wrapper, "fp32_groups"):  # half precision: one float32 copy per parameter
-        for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+    if engine.wrapper is Wrapper.HALF:  # one float32 copy per parameter
+        for group, masters in zip(engine.wrapped.weight_groups, engine.wrapped.master_groups, strict=True):
             for parameter, master in zip(group, masters, strict=True):
                 yield share(names[id(parameter)], master, parameter.numel())
     else:  # float32: the parameter itself
@@ -104,7 +105,7 @@ def _replicated(engine: Engine, names: dict[int, str]) -> Iterator[Fragment]:
 def fragments_to_load(engine: Engine) -> list[Fragment]:
     """The ranges this rank must read from a checkpoint: its fragments, but all of every parameter under stage 0."""
     if engine.stage != 0:
-        return fragments(engine)
+        return owned_fragments(engine)
     names = {id(p): name for name, p in engine.model.named_parameters()}
     sizes = {name: p.numel() for name, p in engine.model.named_parameters()}
     shares = _replicated(engine, names)
@@ -148,8 +149,8 @@ def init_optimizer_state(engine: Engine, keys: list[str], step: int) -> None:
                     value.zero_()
             state["step"] = state["step"] if isinstance(state["step"], Tensor) else 0
         return
-    if hasattr(engine.ds.optimizer, "load_step"):  # stage 0 in half precision
-        engine.ds.optimizer.load_step(step)
+    if engine.wrapper is Wrapper.HALF:
+        engine.wrapped.load_step(step)
         return
     for owner in _owners(engine):
         state = engine.optimizer.state[owner]
@@ -164,8 +165,7 @@ def allocate_optimizer_state(engine: Engine) -> None:
     """Allocate the optimizer's state before the first step, which would allocate it in its update, and see that there
     is room for what an update holds besides: the gradients, and their float32 copies. Then memory that is too small for
     the model ends the start with what to do, and not the first update."""
-    wrapper = engine.ds.optimizer
-    if getattr(wrapper, "swap_optimizer", False):  # on NVMe
+    if engine.wrapper is Wrapper.ZERO_3 and engine.wrapped.swap_optimizer:  # on NVMe
         return
     owners = _owners(engine)
     sizes = [owner.numel() for owner in owners if owner.device == engine.device]
@@ -187,33 +187,37 @@ def allocate_optimizer_state(engine: Engine) -> None:
 def _gradient_bytes(engine: Engine) -> int:
     """What this rank's gradients take before an update."""
     trained = [p for p in engine.model.parameters() if p.requires_grad]
-    whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained)
+    whole = sum(whole_numel(p) * p.element_size() for p in trained)
     return whole if engine.stage < 2 else whole // torch.distributed.get_world_size()
 
 
 def _owners(engine: Engine) -> list[Tensor]:
-    wrapper = engine.ds.optimizer
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-        if hasattr(wrapper, name):
-            return list(getattr(wrapper, name))
-    return [p for group in engine.optimizer.param_groups for p in group["params"]]
+    match engine.wrapper:
+        case Wrapper.ZERO_3:
+            return list(engine.wrapped.fp32_partitioned_groups_flat)
+        case Wrapper.ZERO_1_2:
+            return list(engine.wrapped.single_partition_of_fp32_groups)
+        case Wrapper.BF16:
+            return list(engine.wrapped.fp32_groups_flat_partition)
+        case Wrapper.HALF | Wrapper.NONE:
+            return [p for group in engine.optimizer.param_groups for p in group["params"]]
 
 
 @torch.no_grad()
 def sync_weights(engine: Engine) -> None:
     """Make the model's weights follow the float32 ones after these were loaded, on every rank."""
-    wrapper = engine.ds.optimizer
-    if engine.stage == 3:
+    wrapped = engine.wrapped
+    if engine.wrapper is Wrapper.ZERO_3:
         for parameter in engine.model.parameters():
             drop_secondary_copy(parameter)
-        for index, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
-            wrapper.fp16_partitioned_groups_flat[index].copy_(flat)
-            wrapper._unflatten_partitioned_parameters(index)
-        if wrapper.persistent_parameters:  # small parameters are kept whole on every rank: gather them anew
-            wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
-            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
-    elif hasattr(wrapper, "update_lp_params"):
-        wrapper.update_lp_params()
+        for index, flat in enumerate(wrapped.fp32_partitioned_groups_flat):
+            wrapped.fp16_partitioned_groups_flat[index].copy_(flat)
+            wrapped._unflatten_partitioned_parameters(index)
+        if wrapped.persistent_parameters:  # small parameters are kept whole on every rank: gather them anew
+            wrapped.persistent_parameters[0].partition(wrapped.persistent_parameters)
+            wrapped.persistent_parameters[0].all_gather(wrapped.persistent_parameters)
+    elif engine.wrapper is not Wrapper.NONE:  # there the optimizer updates the model's weights themselves
+        wrapped.update_lp_params()
 
 
 @dataclass

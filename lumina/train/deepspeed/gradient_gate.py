@@ -27,7 +27,6 @@ This is the one file that replaces DeepSpeed's private functions of a step.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -36,6 +35,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lumina.train.deepspeed.half_precision import scale_exhausted
+from lumina.train.deepspeed.surface import Wrapper
 from lumina.train.torch_private import foreach_multiply
 
 
@@ -45,27 +46,30 @@ def refusal(norm: Tensor, limit: float | Tensor) -> Tensor:
 
 
 class GradientGate:
-    """Installed once on an engine's ZeRO wrapper; `optimizer` is the one inside it, `device` the one
-    that computes."""
+    """Installed once on an engine's wrapper (`wrapped`, of the kind `wrapper`); `optimizer` is the one inside it,
+    `device` the one that computes. Of a wrapper that is ours, or none, it does nothing but order streams."""
 
-    def __init__(self, wrapper: Any, optimizer: torch.optim.Optimizer, device: torch.device, fp16: bool) -> None:
-        self._wrapper, self._optimizer, self._device = wrapper, optimizer, device
-        self._scaler: Any = getattr(wrapper, "loss_scaler", None)
+    def __init__(
+        self, wrapper: Wrapper, wrapped: Any, optimizer: torch.optim.Optimizer, device: torch.device, fp16: bool
+    ) -> None:
+        self._wrapper, self._wrapped, self._optimizer, self._device = wrapper, wrapped, optimizer, device
         self._on_host = fp16 or not isinstance(optimizer, torch.optim.AdamW)
         self._skip = False  # whether this step's update is refused, where the host is asked
         self._limit: float | Tensor = math.inf
         self._norm = self._refused = torch.zeros((), device=device)
         # Functions that DeepSpeed's step finds in its own module.
-        self._module = sys.modules[type(wrapper).__module__]
+        self._module: Any = None
         self._replaced: dict[str, Callable[..., Any]] = {}
-        if hasattr(self._module, "is_invalid_grad_norm"):
-            self._replaced["is_invalid_grad_norm"] = lambda norm: self._skip
-        if hasattr(wrapper, "_get_norm_groups") or hasattr(wrapper, "scaled_global_norm"):
-            self._watch_zero(wrapper)
-        elif hasattr(wrapper, "get_grads_for_norm"):  # stage 1 with float32 accumulation (BF16_Optimizer)
-            self._replaced["get_global_norm_of_tensors"] = lambda input_tensors, **_: self._decide(_norm(input_tensors))
-            self._replaced["clip_tensors_by_global_norm"] = _clip
-        self._order = _Order(wrapper)
+        match wrapper:
+            case Wrapper.ZERO_3:
+                self._watch_zero3()
+            case Wrapper.ZERO_1_2:
+                self._watch_zero_1_2()
+            case Wrapper.BF16:
+                self._watch_bf16()
+            case Wrapper.HALF | Wrapper.NONE:
+                pass  # one decides itself, the other's step is not DeepSpeed's
+        self._order = _StreamOrder(wrapper, wrapped)
 
     def step(self, step: Callable[[], None], limit: float | Tensor) -> tuple[Tensor, Tensor]:
         """Run DeepSpeed's `step` under a limit, a number or a 0-dimensional tensor on the device. Returns the global
@@ -85,19 +89,43 @@ class GradientGate:
         """Within it DeepSpeed orders its streams on the device where it would make the host wait."""
         return self._order.in_place()
 
-    def _watch_zero(self, wrapper: Any) -> None:
-        """Stages 1 to 3: the norms of groups stay on the device, and where they meet it is decided."""
-        if getattr(wrapper, "compute_grad_norm", True):  # a gradient that is not finite makes a norm that is not
-            wrapper.check_overflow = lambda *_, **__: None
-            wrapper.check_grad_overflow = True  # or the norm of a bf16 gradient would not be asked about
-        wrapper.get_grad_norm_direct = self._norm_of
-        wrapper.complete_grad_norm_calculation_for_cpu_offload = self._norm_of_offloaded
-        if hasattr(wrapper, "_get_norm_groups"):  # stage 3
-            norms = wrapper._get_norm_groups
-            wrapper._get_norm_groups = lambda: [self._decide(_norm(norms()))]
-        else:
-            norm = wrapper.scaled_global_norm
-            wrapper.scaled_global_norm = lambda norm_type=2: self._decide(norm(norm_type))
+    def _watch_zero3(self) -> None:
+        """Stage 3: the norms of groups stay on the device, and where they meet it is decided."""
+        from deepspeed.runtime.zero import stage3
+
+        self._watch_zero(stage3)
+        norms = self._wrapped._get_norm_groups
+        self._wrapped._get_norm_groups = lambda: [self._decide(_norm(norms()))]
+
+    def _watch_zero_1_2(self) -> None:
+        """Stages 1 and 2: the same. Where the JSON says that no norm is computed (zero_optimization.compute_grad_norm)
+        DeepSpeed's own search for gradients that are not finite stays: elsewhere one makes a norm that is not."""
+        from deepspeed.runtime.zero import stage_1_and_2
+
+        self._watch_zero(stage_1_and_2, self._wrapped.compute_grad_norm)
+        if self._wrapped.compute_grad_norm:
+            self._wrapped.check_grad_overflow = True  # or the norm of a bf16 gradient would not be asked about
+        norm = self._wrapped.scaled_global_norm
+        self._wrapped.scaled_global_norm = lambda norm_type=2: self._decide(norm(norm_type))
+
+    def _watch_zero(self, module: Any, has_norm: bool = True) -> None:
+        self._module = module
+        self._replaced["is_invalid_grad_norm"] = lambda norm: self._skip
+        if has_norm:
+            self._wrapped.check_overflow = lambda *_, **__: None
+        self._wrapped.get_grad_norm_direct = self._norm_of
+        self._wrapped.complete_grad_norm_calculation_for_cpu_offload = self._norm_of_offloaded
+        scaler = self._wrapped.loss_scaler
+        scaler.update_scale = _exhausted_by_type(scaler.update_scale)
+
+    def _watch_bf16(self) -> None:
+        """Stage 1 with float32 accumulation."""
+        from deepspeed.runtime import bf16_optimizer
+
+        self._module = bf16_optimizer
+        self._replaced["is_invalid_grad_norm"] = lambda norm: self._skip
+        self._replaced["get_global_norm_of_tensors"] = lambda input_tensors, **_: self._decide(_norm(input_tensors))
+        self._replaced["clip_tensors_by_global_norm"] = _clip
 
     def _norm_of(self, gradients: list[Tensor], params: list[Any], norm_type: float = 2) -> Tensor:
         """What DeepSpeed's function of this place returns, without the copy of a number to the device in it."""
@@ -105,21 +133,24 @@ class GradientGate:
 
     def _norm_of_offloaded(self, params: list[Any]) -> Tensor:
         """The same for gradients that have left the device, whose norms were taken before."""
-        norms, key = self._wrapper.norm_for_param_grads, self._wrapper.get_param_id
+        norms, key = self._wrapped.norm_for_param_grads, self._wrapped.get_param_id
         found = [norms[key(p)] for p in params if key(p) in norms]
         return self._over_ranks([torch.stack(found)] if found else [], params)
 
     def _over_ranks(self, parts: list[Tensor], params: list[Any]) -> Tensor:
-        group_of = getattr(self._wrapper, "_get_param_partition_group", lambda _: self._wrapper.dp_process_group)
+        of_zero_3 = self._wrapper is Wrapper.ZERO_3
+        group = self._wrapped._get_param_partition_group(params[0]) if of_zero_3 else self._wrapped.dp_process_group
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         total = _norm(parts).to(self._device).square() if parts else zero
-        dist.all_reduce(total, group=group_of(params[0]))
+        dist.all_reduce(total, group=group)
         return total.sqrt().float()
 
     def _decide(self, scaled: Tensor) -> Tensor:
         """Called within DeepSpeed's step, where it has the norm, still multiplied by the loss scale; returns the norm
         that the step goes on with."""
-        self._norm = scaled / (float(getattr(self._scaler, "cur_scale", 1.0)) if self._scaler is not None else 1.0)
+        # BF16_Optimizer has no loss scale, and its device is the engine's.
+        bf16 = self._wrapper is Wrapper.BF16
+        self._norm = scaled / (1.0 if bf16 else float(self._wrapped.loss_scaler.cur_scale))
         self._refuse(refusal(self._norm, self._limit))
         if not self._on_host:
             return scaled
@@ -128,7 +159,7 @@ class GradientGate:
         if self._skip and math.isfinite(norm):
             self._keep_scale()
         found = math.inf if self._skip else norm
-        return torch.full((), found, dtype=torch.float32, device=getattr(self._wrapper, "device", self._device))
+        return torch.full((), found, dtype=torch.float32, device=self._device if bf16 else self._wrapped.device)
 
     def _refuse(self, refused: Tensor) -> None:
         self._refused = refused
@@ -136,31 +167,32 @@ class GradientGate:
 
     def _keep_scale(self) -> None:
         """Have this step leave the loss scale as it is, which it would halve."""
-        self._wrapper._update_scale = lambda *_: delattr(self._wrapper, "_update_scale")
+        self._wrapped._update_scale = lambda *_: delattr(self._wrapped, "_update_scale")
 
 
-class _Order:
+class _StreamOrder:
     """The streams of a ZeRO wrapper, and DeepSpeed's accelerator as its modules see it: `synchronize` is `join`."""
 
-    def __init__(self, wrapper: Any) -> None:
+    def __init__(self, wrapper: Wrapper, wrapped: Any) -> None:
         from deepspeed.accelerator import get_accelerator
 
         self._accelerator: Any = get_accelerator()
         self._streams: list[Any] = []
         self._modules: list[Any] = []
         self._gathers = False  # whether weights are put together from the ranks' shards: stage 3
-        offloaded = any(getattr(wrapper, name, False) for name in ("cpu_offload", "offload_optimizer", "offload_param"))
-        if offloaded or self._accelerator.resolves_data_dependency():
+        if self._accelerator.resolves_data_dependency():
             return
-        if hasattr(wrapper, "reduction_stream"):  # stages 1 and 2
-            self._streams = [wrapper.reduction_stream]
-            self._modules = [sys.modules[type(wrapper).__module__]]
-        elif hasattr(wrapper, "reduce_and_partition_stream"):  # stage 3
+        if wrapper is Wrapper.ZERO_1_2 and not wrapped.cpu_offload:
+            from deepspeed.runtime.zero import stage_1_and_2
+
+            self._streams, self._modules = [wrapped.reduction_stream], [stage_1_and_2]
+        elif wrapper is Wrapper.ZERO_3 and not (wrapped.offload_optimizer or wrapped.offload_param):
+            from deepspeed.runtime.zero import partition_parameters
+
             self._gathers = True
-            gathering = vars(wrapper.parameter_offload)["_DeepSpeedZeRoOffload__allgather_stream"]
-            self._streams = [wrapper.reduce_and_partition_stream, gathering]
-            self._modules = [sys.modules["deepspeed.runtime.zero.partition_parameters"]]
-            wrapper.reduce_and_partition_stream.synchronize = self.join
+            gathering = wrapped.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+            self._streams, self._modules = [wrapped.reduce_and_partition_stream, gathering], [partition_parameters]
+            wrapped.reduce_and_partition_stream.synchronize = self.join
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._accelerator, name)
@@ -191,9 +223,24 @@ class _Order:
             yield
 
 
+def _exhausted_by_type(update_scale: Callable[..., None]) -> Callable[..., None]:
+    """The one exception of DeepSpeed's loss scalers, of no type of its own, means that the scale is exhausted."""
+
+    def update(overflow: bool) -> None:
+        try:
+            update_scale(overflow)
+        except Exception:
+            raise scale_exhausted() from None
+
+    return update
+
+
 @contextmanager
 def _replaced(module: Any, functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Within it a module finds these functions under its own names."""
+    if not functions:
+        yield
+        return
     found = {name: getattr(module, name) for name in functions}
     vars(module).update(functions)
     try:

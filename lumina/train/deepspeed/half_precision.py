@@ -19,9 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumina.config import UserError
 from lumina.train.torch_private import foreach_copy, foreach_norm, fused_adamw
 
 _BUCKET = 64 * 2**20  # elements whose gradients exist in float32 at one time: 256 MiB, whatever the model's size
+
+
+def scale_exhausted(where: str = "") -> UserError:
+    """What ends an fp16 run whose gradients are not finite at the smallest loss scale."""
+    return UserError(
+        f"{where}fp16's loss scale is at its smallest and the gradients are still not finite",
+        "Train in bf16 or fp32 (precision), lower learning_rate, or go on from an earlier checkpoint (--resume PATH).",
+    )
 
 
 class LossScale:
@@ -118,13 +127,13 @@ class HalfPrecisionAdamW:
         self.overflow = False  # DeepSpeed's engine asks, and must not wait for the device: see `applied`
         self.updating = False  # whether the update has changed anything since `step` was called
         self._clip = clip
-        self.fp16_groups: list[list[Tensor]] = []  # named as in DeepSpeed's wrappers
-        self.fp32_groups: list[list[Tensor]] = []
+        self.weight_groups: list[list[Tensor]] = []
+        self.master_groups: list[list[Tensor]] = []
         for group in optimizer.param_groups:
-            self.fp16_groups.append(list(group["params"]))
-            self.fp32_groups.append([p.detach().clone().float() for p in group["params"]])
-            group["params"] = self.fp32_groups[-1]
-        device = self.fp32_groups[0][0].device
+            self.weight_groups.append(list(group["params"]))
+            self.master_groups.append([p.detach().clone().float() for p in group["params"]])
+            group["params"] = self.master_groups[-1]
+        device = self.master_groups[0][0].device
         self.norm = torch.zeros((), device=device)
         self.applied = torch.ones((), dtype=torch.bool, device=device)
         self.load_step(0)
@@ -141,7 +150,7 @@ class HalfPrecisionAdamW:
     def load_step(self, step: int) -> None:
         """Set the count of updates made, and create the moments that are missing, as zeros."""
         self._step = torch.tensor(float(step), device=self.norm.device)
-        for masters in self.fp32_groups:
+        for masters in self.master_groups:
             for master in masters:
                 state = self.optimizer.state[master]
                 for key in ("exp_avg", "exp_avg_sq"):
@@ -150,7 +159,7 @@ class HalfPrecisionAdamW:
                 state["step"] = self._step
 
     def _divide(self) -> Iterator[_Bucket]:
-        for settings, weights, masters in zip(self.param_groups, self.fp16_groups, self.fp32_groups, strict=True):
+        for settings, weights, masters in zip(self.param_groups, self.weight_groups, self.master_groups, strict=True):
             bucket = _Bucket(settings)
             for parameter, master in zip(weights, masters, strict=True):
                 flat, low = parameter.detach().view(-1), 0
@@ -169,7 +178,7 @@ class HalfPrecisionAdamW:
                 yield bucket
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for group in self.fp16_groups:
+        for group in self.weight_groups:
             for parameter in group:
                 parameter.grad = None
 
@@ -198,7 +207,7 @@ class HalfPrecisionAdamW:
 
     def _scaled_norm(self) -> Tensor:
         """The global norm of the gradients as they are, loss scale included."""
-        grads = [p.grad for group in self.fp16_groups for p in group if p.grad is not None]
+        grads = [p.grad for group in self.weight_groups for p in group if p.grad is not None]
         if not grads:
             return torch.zeros_like(self.norm)
         return torch.linalg.vector_norm(torch.stack(foreach_norm(grads, 2, dtype=torch.float32)))  # type: ignore[no-any-return]
@@ -242,7 +251,7 @@ class HalfPrecisionAdamW:
     @torch.no_grad()
     def update_lp_params(self) -> None:
         """Make the half-precision weights follow the masters."""
-        for weights, masters in zip(self.fp16_groups, self.fp32_groups, strict=True):
+        for weights, masters in zip(self.weight_groups, self.master_groups, strict=True):
             foreach_copy(weights, masters)
 
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import Fragment, fragments, moments, step_count
+from lumina.train.deepspeed.fragments import Fragment, moments, owned_fragments, step_count
+from lumina.train.deepspeed.surface import Wrapper
 from lumina.train.health import LayerFigures
 
 _CHUNK = 4 * 2**20  # elements worked on at once: bounds the scratch memory to a few tens of MB
@@ -30,11 +31,14 @@ def layer_of(name: str) -> str:
 
 def _gradient(engine: Engine, parameters: dict[str, Any], piece: Fragment) -> Tensor | None:
     """This rank's part of the reduced gradient, in DeepSpeed's own scale and type."""
+    from deepspeed.utils import safe_get_local_grad
+
     parameter = parameters[piece.name]
-    if engine.stage == 3:
-        whole: Tensor = engine.ds.optimizer.get_local_fp32_grad_for_param(parameter)
+    if engine.wrapper is Wrapper.ZERO_3:
+        whole: Tensor = safe_get_local_grad(parameter)
         return whole.view(-1)[: piece.numel]
-    if hasattr(parameter, "_hp_mapping"):
+    if engine.wrapper in (Wrapper.ZERO_1_2, Wrapper.BF16):
+        # DeepSpeed's public safe_get_full_grad would put the whole gradient together from every rank, one by one.
         found: Tensor = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
         return found.narrow(0, piece.start, piece.numel) if found.numel() == parameter.numel() else found
     if parameter.grad is None:
@@ -66,7 +70,7 @@ class LayerStats:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._pieces = fragments(engine)
+        self._pieces = owned_fragments(engine)
         trained = [name for name, parameter in engine.model.named_parameters() if parameter.requires_grad]
         self._names = list(dict.fromkeys(map(layer_of, trained)))
         self._index = {name: index for index, name in enumerate(self._names)}

@@ -9,6 +9,7 @@ from torch import nn
 
 from lumina.config import Config
 from lumina.train.deepspeed import extensions
+from lumina.train.deepspeed.partitioned_init import whole_shape
 from lumina.train.torch_private import AdamW
 
 
@@ -20,7 +21,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     free: list[nn.Parameter] = []
     embedding = {id(p) for name, p in model.named_parameters() if name.startswith("embedding.")}
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # divided by ZeRO-3, its own shape is (0,)
+        matrix = len(whole_shape(parameter)) >= 2
         (decayed if matrix and id(parameter) not in embedding else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]  # adapters are matrices all; DeepSpeed takes no empty group

@@ -22,6 +22,7 @@ Why `zero.Init` is not entered as a context, its documented use (read and tried 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -34,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 _DRAWS = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_}
 
 
-def partitions_while_building(ds_config: dict[str, Any]) -> bool:
+def partitions_on_init(ds_config: dict[str, Any]) -> bool:
     """Whether weights are partitioned while the model is built: under ZeRO-3, but for two settings for which DeepSpeed
     must have the whole model first: weights on NVMe (its swapper belongs to the engine), and quantised frozen weights.
     """
@@ -45,7 +46,7 @@ def partitions_while_building(ds_config: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def partitioned(ds_config: dict[str, Any], drawn: bool = True) -> Iterator[None]:
+def partition_on_init(ds_config: dict[str, Any], drawn: bool = True) -> Iterator[None]:
     """A context in which a model is built; every rank must build the same one. Under ZeRO-3 its weights are partitioned
     as they come, under other stages nothing changes.
 
@@ -55,7 +56,7 @@ def partitioned(ds_config: dict[str, Any], drawn: bool = True) -> Iterator[None]
             held, and torch's generator stays where it was. Each rank draws every weight twice (nn.Linear's own values,
             then ours): 22 ns a weight on the CPU of the tables in docs/plan.md, 25 minutes for 70B.
     """
-    if not partitions_while_building(ds_config):
+    if not partitions_on_init(ds_config):
         yield
         return
     from deepspeed.runtime.zero.partition_parameters import Init
@@ -73,7 +74,7 @@ def partitioned(ds_config: dict[str, Any], drawn: bool = True) -> Iterator[None]
 @torch.no_grad()
 def _partition(module: nn.Module, init: Any) -> None:
     for parameter in module.parameters():
-        if not hasattr(parameter, "ds_id"):  # the output layer's is the embedding's, an adapted matrix has been moved
+        if not is_partitioned(parameter):  # the output layer's is the embedding's, an adapted matrix has been moved
             parameter.data = parameter.data.to(init.local_device, init.dtype)
             init._zero_init_param(parameter)
 
@@ -87,12 +88,27 @@ class _NoDraws(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed has sharded this parameter; its own shape is (0,) then, but while it is gathered."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """A parameter's shape, sharded or not."""
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
+
+
+def whole_numel(parameter: Tensor) -> int:
+    """A parameter's number of elements, sharded or not."""
+    return math.prod(whole_shape(parameter))
+
+
 def local_shard(parameter: Tensor) -> tuple[Tensor, int]:
     """What this rank keeps of a parameter: a writable flat tensor and the index of its first element in the whole. All
     of it where nothing is partitioned."""
-    shard = getattr(parameter, "ds_tensor", None)
-    if shard is None:
+    if not is_partitioned(parameter):
         return parameter.detach().view(-1), 0
+    shard: Any = parameter.ds_tensor  # type: ignore[attr-defined]
     whole: int = parameter.ds_numel  # type: ignore[attr-defined]
     start = shard.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
     return shard.detach()[: max(0, min(shard.ds_numel, whole - start))], start  # the last shares end in padding
@@ -100,5 +116,5 @@ def local_shard(parameter: Tensor) -> tuple[Tensor, int]:
 
 def drop_secondary_copy(parameter: Tensor) -> None:
     """Drop the second copy that hpZ keeps within a node: the part was written to, and the next gather makes another."""
-    if getattr(parameter, "ds_secondary_tensor", None) is not None:
+    if is_partitioned(parameter):
         parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]

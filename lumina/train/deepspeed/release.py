@@ -12,6 +12,7 @@ in; and a cache of which parameters to release after a module, whose keys are th
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -37,7 +38,6 @@ def release(model: nn.Module) -> None:
     own = set(model.modules())
     parameter_offload.FWD_MODULE_STACK[:] = [m for m in parameter_offload.FWD_MODULE_STACK if m not in own]
     # A method whose cache is that of all engines: another one fills it again. A decorator hides it.
-    cached: Any = vars(PartitionedParameterCoordinator).get("_PartitionedParameterCoordinator__params_to_release")
-    for cell in getattr(cached, "__closure__", None) or ():
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
+    cached: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    (cache,) = inspect.getclosurevars(cached).nonlocals.values()
+    cache.cache_clear()

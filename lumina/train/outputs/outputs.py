@@ -17,7 +17,7 @@ import torch
 from lumina.config import Config
 from lumina.data import StepData
 from lumina.monitor import Console, EventLog, MetricsFile, Recorder, StepRecord, perplexity
-from lumina.train.deepspeed.timing import PHASES
+from lumina.train.deepspeed import PHASES
 from lumina.train.health import Health, LayerFigures, LayerObservation, MachineWatch, StepObservation
 from lumina.train.outputs.profiling import Profile
 from lumina.train.outputs.throughput import Utilisation

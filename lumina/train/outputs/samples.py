@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from lumina.chat import ChatTokenizer, Conversation, Message
 from lumina.model import KVCache
-from lumina.train.deepspeed.engine import Engine
+from lumina.train.deepspeed import Engine
 
 log = logging.getLogger("lumina")
 
@@ -71,7 +71,7 @@ def _greedy(
     positions = cache.extend(going, [len(prompt) for prompt in prompts])
     while True:
         heartbeat("sample answers")
-        logits_RV = engine.ds(new_ids, positions, cache=cache)[:, 0]
+        logits_RV = engine.logits(new_ids, positions, cache=cache)[:, 0]
         chosen_R = logits_RV.masked_fill(forbidden_V, -torch.inf).argmax(-1)
         dist.broadcast(chosen_R, src=0)
         kept = []

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lumina import checkpoint
 from lumina.checkpoint import TrainerState
 from lumina.train.build import Run
-from lumina.train.deepspeed.fragments import restore_engine, snapshot_engine
+from lumina.train.deepspeed import restore_engine, snapshot_engine
 from lumina.train.make_engine import make_engine
 from lumina.train.outcomes import HalveMicroBatch, Rewind
 

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 
 from lumina.train.agreement import exchange
-from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deepspeed import Ranks
 from lumina.train.torch_private import default_store
 
 _MANY = 64  # ranks

@@ -23,7 +23,7 @@ from lumina.config import Config, UserError
 from lumina.data import StepData
 from lumina.monitor import EventLog
 from lumina.train.agreement import decided_by_rank_0
-from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deepspeed import Ranks
 from lumina.train.health import Health
 from lumina.train.outcomes import Fail, HalveMicroBatch, Rewind
 from lumina.train.recovery.out_of_memory import StepReports

@@ -15,7 +15,7 @@ import torch
 
 from lumina.data import GlobalOrder
 from lumina.train.callbacks import Callback, CallbackError, Callbacks, Context, StepResult
-from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deepspeed import Ranks
 from lumina.train.outcomes import Stop, StopKind
 from lumina.train.outputs.outputs import Outputs
 

@@ -13,7 +13,7 @@ import pytest
 
 from lumina.chat import Conversation, Message
 from lumina.infer import Sampling, generate, load
-from lumina.train.deepspeed.timing import PHASES
+from lumina.train.deepspeed import PHASES
 from tests.runs import Runs, arguments, newest, steps, write_conversations
 
 PROMPTS = ["How is the weather?", "Say something long about my sister, please."]

@@ -27,10 +27,10 @@ def _probe(rank: int, *, out: Path) -> None:
 
     from lumina.config import deepspeed as ds_json
     from lumina.model import Transformer
-    from lumina.train.deepspeed import engine
+    from lumina.train.deepspeed import engine, startup
     from tests.train.tiny_engines import batch, make_config
 
-    engine.join()
+    startup.init_process_group()
     found = []
     for stage, overlap in CASES:
         config = make_config("bf16", vocab_size=128, num_layers=6)
@@ -80,7 +80,7 @@ def _order(rank: int, *, out: Path) -> None:
 
     from lumina.config import deepspeed as ds_json
     from lumina.model import Transformer
-    from lumina.train.deepspeed import engine
+    from lumina.train.deepspeed import engine, startup
     from tests.train.host_waits import Recorder
     from tests.train.tiny_engines import batch, make_config
 
@@ -114,7 +114,7 @@ def _order(rank: int, *, out: Path) -> None:
     kind.current_stream = lambda self, index=None: current[-1]
     kind.default_stream = lambda self, index=None: main
     kind.synchronize = lambda self, index=None: events.append(["host waits", "device"])
-    world, found = engine.join().world, {}
+    world, found = startup.init_process_group().world, {}
     for stage in (1, 2):
         config = make_config("bf16", vocab_size=128)
         document = ds_json.default_json(world, stage)

@@ -17,10 +17,15 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from lumina.config import UserError
 from lumina.model import Transformer
-from lumina.train.deepspeed import half_precision
-from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import allocate_optimizer_state, fragments, moments, step_count
-from lumina.train.deepspeed.optimizer import parameter_groups
+from lumina.train.deepspeed import (
+    Engine,
+    allocate_optimizer_state,
+    half_precision,
+    moments,
+    owned_fragments,
+    parameter_groups,
+    step_count,
+)
 from tests.train.tiny_engines import (
     EVERY,
     arrays,
@@ -241,7 +246,7 @@ def test_optimizer_state_is_allocated_ahead(stage: int, precision: str, monkeypa
     """It is there before the first step, no step is another for it, and a start without room for it says what to do."""
     made, lazy = (make_engine(stage, precision) for _ in range(2))
     allocate_optimizer_state(made)
-    pieces = fragments(made)
+    pieces = owned_fragments(made)
     assert all(set(moments(made, piece)) == {"exp_avg", "exp_avg_sq"} for piece in pieces)
     places = [moments(made, piece)["exp_avg"].data_ptr() for piece in pieces]
     assert step_count(made) == 0

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lumina.model import Transformer
-from lumina.train.deepspeed.optimizer import build_optimizer, parameter_groups
+from lumina.train.deepspeed import parameter_groups
+from lumina.train.deepspeed.optimizer import build_optimizer
 from tests.train.tiny_engines import make_config
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lumina.train.deepspeed import timing
-from lumina.train.deepspeed.timing import StepTimer
+from lumina.train.deepspeed import StepTimer, timing
 
 
 class Clock:
@@ -87,11 +86,11 @@ def backend() -> Iterator[object]:
     import deepspeed
     from deepspeed.comm import comm
 
-    from lumina.train.deepspeed import engine
+    from lumina.train.deepspeed import startup
 
-    engine.join()
+    startup.init_process_group()
     yield comm.cdb
-    engine.leave()
+    startup.destroy_process_group()
     del deepspeed
 
 

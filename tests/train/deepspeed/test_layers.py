@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lumina.model import Transformer
-from lumina.train.deepspeed.layers import LayerStats, layer_of
+from lumina.train.deepspeed import LayerStats
+from lumina.train.deepspeed.layers import layer_of
 from tests.train.tiny_engines import EVERY, arrays, batch, make_config, make_engine, state_of, whole
 
 LAYERS = ["embedding", "blocks.0", "blocks.1", "norm"]

@@ -11,7 +11,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config import UserError
-from lumina.train.deepspeed import engine, half_precision
+from lumina.train.deepspeed import half_precision, startup
 from lumina.train.deepspeed.half_precision import HalfPrecisionAdamW, LossScale
 from tests.train.tiny_engines import make_engine, same_state, state_of, train_step
 
@@ -42,7 +42,7 @@ def give_gradients(made: HalfPrecisionAdamW, seed: int, times: float = 1.0) -> l
     """Random gradients in the weights' own type, `times` too large; returns their float32 values."""
     torch.manual_seed(seed)
     found = []
-    for group in made.fp16_groups:
+    for group in made.weight_groups:
         for weight in group:
             weight.grad = (torch.randn(weight.shape) * times).to(weight.dtype)
             found.append(weight.grad.float() / times)
@@ -72,7 +72,9 @@ def test_an_update_is_plain_adamw(
         plain.step()
         assert bool(made.applied)
         assert float(made.norm) == pytest.approx(float(norm), rel=1e-6)
-    flat = [(w, m) for pair in zip(made.fp16_groups, made.fp32_groups, strict=True) for w, m in zip(*pair, strict=True)]
+    flat = [
+        (w, m) for pair in zip(made.weight_groups, made.master_groups, strict=True) for w, m in zip(*pair, strict=True)
+    ]
     for (weight, master), copy in zip(flat, copies, strict=True):
         torch.testing.assert_close(master, copy.detach(), rtol=1e-5, atol=1e-6)
         assert torch.equal(weight, master.to(dtype))
@@ -85,16 +87,16 @@ def test_a_refused_update_changes_nothing(as_tensor: bool) -> None:
     made = build(torch.bfloat16, 1.0)
     give_gradients(made, 0)
     made.step()
-    masters = [master.clone() for group in made.fp32_groups for master in group]
+    masters = [master.clone() for group in made.master_groups for master in group]
     states = [{key: value.clone() for key, value in state.items()} for state in made.state.values()]
     for bad in (1.0, math.nan, math.inf):
         give_gradients(made, 1)
-        made.fp16_groups[1][0].grad.mul_(bad)  # type: ignore[union-attr]
+        made.weight_groups[1][0].grad.mul_(bad)  # type: ignore[union-attr]
         made.limit = torch.tensor(1e-3) if as_tensor else 1e-3
         with NoWaits():
             made.step()
         assert not made.applied
-        assert all(map(torch.equal, masters, (m for group in made.fp32_groups for m in group)))
+        assert all(map(torch.equal, masters, (m for group in made.master_groups for m in group)))
         for before, state in zip(states, made.state.values(), strict=True):
             assert all(torch.equal(before[key], state[key]) for key in before)
     assert int(next(iter(made.state.values()))["step"]) == 1
@@ -104,7 +106,7 @@ def test_a_refused_update_changes_nothing(as_tensor: bool) -> None:
 @pytest.mark.parametrize("hysteresis", [1, 2])
 def test_the_loss_scale_is_deepspeeds(hysteresis: int, refill: bool) -> None:
     """As under ZeRO 1 to 3, over overflows and long enough without them; and its state is exchanged with theirs."""
-    engine.join()  # DeepSpeed's scaler asks for its rank
+    startup.init_process_group()  # DeepSpeed's scaler asks for its rank
     cpu, yes, no = torch.device("cpu"), torch.tensor(True), torch.tensor(False)
     ours = LossScale(256.0, cpu, window=5, hysteresis=hysteresis, refill=refill, least=4.0)
     theirs = DynamicLossScaler(256.0, 5, 4.0, hysteresis, refill, raise_error_at_min_scale=False)
@@ -129,7 +131,7 @@ def test_the_loss_scale_is_deepspeeds(hysteresis: int, refill: bool) -> None:
 
 @pytest.mark.parametrize("hysteresis", [1, 2])
 def test_the_loss_scale_is_exhausted_where_deepspeeds_raises(hysteresis: int) -> None:
-    engine.join()
+    startup.init_process_group()
     ours = LossScale(16.0, torch.device("cpu"), window=3, hysteresis=hysteresis, least=4.0)
     theirs = DynamicLossScaler(16.0, 3, 4.0, hysteresis, False)
     torch.manual_seed(2)

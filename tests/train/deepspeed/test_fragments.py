@@ -11,8 +11,7 @@ import torch
 from lumina import checkpoint
 from lumina.checkpoint import MASTER, TrainerState
 from lumina.train import snapshot
-from lumina.train.deepspeed.engine import Engine
-from lumina.train.deepspeed.fragments import fragments, fragments_to_load, moments, step_count
+from lumina.train.deepspeed import Engine, fragments_to_load, moments, owned_fragments, step_count
 from tests.train.tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +27,7 @@ def shapes(made: Engine) -> dict[str, int]:
 def test_fragments_cover_every_parameter_once(stage: int, precision: str, tied: bool) -> None:
     made = make_engine(stage, precision, tie_word_embeddings=tied)
     train_step(made, 0)
-    for pieces in (fragments(made), fragments_to_load(made)):
+    for pieces in (owned_fragments(made), fragments_to_load(made)):
         covered: dict[str, list[tuple[int, int]]] = {}
         for piece in pieces:
             covered.setdefault(piece.name, []).append((piece.start, piece.numel))
@@ -37,7 +36,7 @@ def test_fragments_cover_every_parameter_once(stage: int, precision: str, tied: 
             assert set(moments(made, piece)) == {"exp_avg", "exp_avg_sq"}
         assert covered == {name: [(0, numel)] for name, numel in shapes(made).items()}
     # No two of them share memory: every one is the parameter's own.
-    spans = sorted((p.view(p.owner).data_ptr(), p.numel * 4) for p in fragments(made))
+    spans = sorted((p.view(p.owner).data_ptr(), p.numel * 4) for p in owned_fragments(made))
     for (place, size), (following, _) in itertools.pairwise(spans):
         assert place + size <= following
 
@@ -64,7 +63,7 @@ def test_weights_alone_start_a_new_run(tmp_path: Path, stage: int, precision: st
     assert masters
     assert all(torch.equal(given[key], taken[key]) for key in masters)
     assert step_count(fresh) == 0
-    assert not any(value.any() for piece in fragments(fresh) for value in moments(fresh, piece).values())
+    assert not any(value.any() for piece in owned_fragments(fresh) for value in moments(fresh, piece).values())
 
 
 def saved(folder: Path, stage: int, precision: str = "fp32") -> tuple[Path, Engine]:

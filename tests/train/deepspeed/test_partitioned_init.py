@@ -14,9 +14,7 @@ from lumina.checkpoint import CheckpointReader
 from lumina.config import deepspeed as ds_json
 from lumina.model import Transformer
 from lumina.model.lora import attach
-from lumina.train.deepspeed import partitioned_init
-from lumina.train.deepspeed.engine import join
-from lumina.train.deepspeed.fragments import sync_weights
+from lumina.train.deepspeed import init_process_group, partitioned_init, sync_weights
 from tests.runs import Runs, arguments, differing, final
 from tests.train.tiny_engines import make_config, make_engine, same_state, state_of, train_step
 
@@ -42,7 +40,7 @@ def test_the_weights_are_those_of_a_whole_model(
     made = make_engine(3, precision, **changes)
     random = torch.get_rng_state()
     with monkeypatch.context() as patch:
-        patch.setattr(partitioned_init, "partitions_while_building", lambda _: False)
+        patch.setattr(partitioned_init, "partitions_on_init", lambda _: False)
         whole = make_engine(3, precision, **changes)
     assert torch.equal(torch.get_rng_state(), random)
     assert same_state(state_of(made), state_of(whole))
@@ -59,7 +57,7 @@ def test_the_weights_are_those_of_a_whole_model(
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_no_two_matrices_are_whole_at_once(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    join()
+    init_process_group()
     config, most = make_config(**(ADAPTERS if lora else {})), 0
     living: list[nn.Parameter] = []
     register = nn.Module.register_parameter
@@ -72,7 +70,7 @@ def test_no_two_matrices_are_whole_at_once(lora: bool, monkeypatch: pytest.Monke
             most = max(most, sum(p.numel() for p in living))
 
     monkeypatch.setattr(nn.Module, "register_parameter", watched)
-    with partitioned_init.partitioned(settings()):
+    with partitioned_init.partition_on_init(settings()):
         model = Transformer(config)
         if lora:
             attach(model, config)
@@ -83,13 +81,13 @@ def test_no_two_matrices_are_whole_at_once(lora: bool, monkeypatch: pytest.Monke
 
 
 def test_nothing_is_drawn_where_all_is_loaded() -> None:
-    join()
+    init_process_group()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    with partitioned_init.partitioned(settings(), drawn=False):
+    with partitioned_init.partition_on_init(settings(), drawn=False):
         Transformer(make_config(tie_word_embeddings=False))
     assert torch.equal(torch.get_rng_state(), before)
-    with partitioned_init.partitioned(settings(stage=2), drawn=False):
+    with partitioned_init.partition_on_init(settings(stage=2), drawn=False):
         model = Transformer(make_config())
     assert not torch.equal(torch.get_rng_state(), before), "other stages draw as ever"
     assert all(p.numel() for p in model.parameters())
@@ -107,8 +105,8 @@ def test_nothing_is_drawn_where_all_is_loaded() -> None:
     ids=str,
 )
 def test_when_weights_are_divided(zero: dict[str, Any], expected: bool) -> None:
-    assert partitioned_init.partitions_while_building({"zero_optimization": {"stage": 3} | zero}) == expected
-    assert not partitioned_init.partitions_while_building({})
+    assert partitioned_init.partitions_on_init({"zero_optimization": {"stage": 3} | zero}) == expected
+    assert not partitioned_init.partitions_on_init({})
 
 
 def test_loading_drops_the_second_copies_of_hpz() -> None:
@@ -126,7 +124,7 @@ def test_loading_drops_the_second_copies_of_hpz() -> None:
 
 def built_whole(rank: int) -> None:
     """In a rank's process: as it was before weights were divided while they are drawn."""
-    partitioned_init.partitions_while_building = lambda _: False
+    partitioned_init.partitions_on_init = lambda _: False
 
 
 def reads(place: Path, rank: int) -> None:

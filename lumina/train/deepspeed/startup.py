@@ -1,0 +1,127 @@
+"""The start of a rank: DeepSpeed imported and checked, the process group joined, and the end of both.
+
+DeepSpeed is imported here first, without what it loads for nobody; see `import_deepspeed`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lumina.cluster import bind, detect_launcher, end_with_parent, parent_signal
+from lumina.config import explain_duplicate, take_device, usable_cpus
+from lumina.train.deepspeed import surface
+
+log = logging.getLogger("lumina")
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def init_process_group() -> Ranks:
+    """Join the process group that the launcher described, or be a world of one. Sets the threads of this rank.
+
+    Raises:
+        UserError: this DeepSpeed is not one that Lumina knows (surface.py), or two ranks were given one GPU.
+    """
+    launcher = detect_launcher()
+    rank, world, local, local_world = (int(os.environ[name]) for name in _NAMES)
+    if launcher is not None and world > 1:
+        end_with_parent(parent_signal())
+    if os.environ.get("LUMINA_BIND") == "1":
+        cpus, threads = bind(local, local_world)
+    else:
+        cpus, threads = [], max(1, len(usable_cpus()) // local_world)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    if cpus:
+        log.info("rank %d on %s: CPUs %s, %d thread(s)", rank, socket.gethostname(), cpus, torch.get_num_threads())
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if devices:
+        torch.cuda.set_device(take_device(local, local_world, devices))
+    _quiet_deepspeed()
+    deepspeed = import_deepspeed()
+    surface.check()
+
+    if not torch.distributed.is_initialized():
+        backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` is torch itself
+        # Its all-reduce through shared memory is for tensor-parallel inference alone. Made at every start, it would
+        # cost a compilation on a new machine and 66 MB a rank, in a segment that a killed rank leaves to the next run
+        # on the same port.
+        vars(backend)["build_shm_op"] = lambda: None
+        try:
+            deepspeed.init_distributed(verbose=False)
+        except RuntimeError as error:
+            raise explain_duplicate(error, devices, local_world) or error from None
+    return Ranks(rank, world, local, local_world)
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, without two things that it loads at every start for nobody: mlflow, which its autotuner imports
+    wherever there is one (three seconds), and torch's compiler, for functions of the Muon optimizer (four a rank)."""
+    if not torch.cuda.is_available():
+        # A CUDA build without a driver, too: unset, DeepSpeed looks for every kind of accelerator and warns.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    hide, compile_ = "mlflow" not in sys.modules, torch.compile
+    if hide:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # so Python marks what cannot be imported
+    torch.compile = lambda model=None, **_: model
+    try:
+        import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer
+    finally:
+        torch.compile = compile_
+        if hide:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
+def _quiet_deepspeed() -> None:
+    """DeepSpeed logs dozens of lines on start; Lumina says what matters itself. LUMINA_DEBUG=1 keeps them."""
+    if os.environ.get("LUMINA_DEBUG") == "1":
+        return
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    import_deepspeed().utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
+    warnings.filterwarnings("ignore", message=".*barrier.*device.*")
+
+
+def destroy_process_group() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def end_process(code: int) -> int:
+    """With several ranks, end the process here and now with `code`; alone, return it.
+
+    gloo's threads outlive destroy_process_group while DeepSpeed holds its groups. One that drops its last tensor while
+    the interpreter is being torn down is killed inside a destructor, and the process aborts: one in six of the shortest
+    two-rank runs reported -6 after finishing well (torch 2.13, Python 3.11).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

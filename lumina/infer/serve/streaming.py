@@ -64,7 +64,13 @@ async def stream_deltas(
 
 class EventStream(StreamingResponse):
     """Server-sent events (HTML standard, section 9.2). A client that does not read for `stall` seconds, or has gone, is
-    let go of: the connection is closed without an end mark."""
+    let go of: the connection is closed without an end mark.
+
+    sse-starlette (3.7.0 read) is not used: importing it replaces uvicorn's signal handler for the whole process and
+    ends open streams at SIGTERM at once, where answers here have their grace; it reads `receive` for the client's
+    leaving, which `stream_deltas` does already, also for answers that are not streamed; and its send_timeout opens a
+    time limit around every send.
+    """
 
     def __init__(self, events: AsyncIterator[bytes], stall: float) -> None:
         super().__init__(events, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")

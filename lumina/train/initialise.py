@@ -73,24 +73,24 @@ def checkpoint_to_resume(config: Config, folder: Path) -> Path | None:
             )
         return None
     choices = saved if config.resume == "auto" else checkpoint.candidates(config.resume)
-    sound = checkpoint.latest_valid(choices)
-    if choices and sound is None:
+    valid = checkpoint.latest_valid(choices)
+    if choices and valid is None:
         raise UserError(f"no checkpoint under {choices[0].parent} is whole", "See the warnings above for each one.")
-    return sound
+    return valid
 
 
 def weights_of(given: str, tokenizer: str | None) -> Path:
     """The newest valid checkpoint that --init-from means, whose model reads the tokens that it will be trained on."""
-    sound = checkpoint.latest_valid(checkpoint.candidates(given))
-    if sound is None:
+    valid = checkpoint.latest_valid(checkpoint.candidates(given))
+    if valid is None:
         raise UserError(f"no checkpoint of {given} is whole", "See the warnings above for each one.")
-    own = sound.parent.parent / "tokenizer"  # as lumina import leaves it
+    own = valid.parent.parent / "tokenizer"  # as lumina import leaves it
     if own.is_dir() and tokenizer is None:
         raise UserError(
             f"{given} has a tokenizer of its own, and this run would be prepared with Lumina's",
             f"Leave the setting `tokenizer` out, or give {own}.",
         )
-    return sound
+    return valid
 
 
 def load_initial_weights(given: str, config: Config, ranks: Ranks, engine: Engine) -> None:

@@ -222,12 +222,12 @@ class Saves:
     # --- What came of it; rank 0 has the word ---
 
     def collect(self) -> None:
-        """Tell what was finished since the last time."""
+        """Report what was finished since the last time."""
         for outcome in self._saver.outcomes():
             if self._ranks.main:
-                self._tell(outcome)
+                self._report(outcome)
 
-    def _tell(self, outcome: SaveOutcome) -> None:
+    def _report(self, outcome: SaveOutcome) -> None:
         step = outcome.job.snapshot.step
         rule = "save-failed" if outcome.kind == "checkpoint" else "backup-failed"
         if outcome.path is not None:
@@ -277,7 +277,7 @@ class Saves:
     # --- Going back ---
 
     def drain(self) -> bool:
-        """Nothing is being written any more, on any rank, and what came of it was told."""
+        """Nothing is being written any more, on any rank, and what came of it is reported."""
         settled = self._settled()
         self.collect()
         return settled
@@ -322,11 +322,11 @@ class Saves:
                 refusal = "the weights are not finite"
         saved = (self._checkpoints.folder / checkpoint.name_of(state.step)).is_dir() or state.step == 0
         own = {"step": state.step, "refusal": refusal, "saved": ranks.main and saved}
-        told = exchange("lumina/emergency", own, ranks, min(seconds, _MEETING))
-        if told is None or any(one["step"] != state.step for one in told):
+        states = exchange("lumina/emergency", own, ranks, min(seconds, _MEETING))
+        if states is None or any(one["step"] != state.step for one in states):
             return "the ranks do not stand at the same step"
-        refusals = [one["refusal"] for one in told if one["refusal"]] + (
-            ["the step is saved already"] if told[0]["saved"] else []
+        refusals = [one["refusal"] for one in states if one["refusal"]] + (
+            ["the step is saved already"] if states[0]["saved"] else []
         )
         if refusals or snapshot is None:
             return str(refusals[0])

@@ -115,7 +115,7 @@ def test_bad_steps_are_skipped_and_repeated_ones_roll_back(
     assert [e["step"] for e in spikes] == [8, 12, 13, 14]
     assert all(len(e["samples"]) == 4 and "skipped" in e["action"] for e in spikes)
     (back,) = [e for e in events(bad, rule="rollback") if e["level"] == "crit"]
-    assert back["values"] == {"to": 9, "past": [12, 13, 14], "rollbacks": 1}
+    assert back["values"] == {"to": 9, "skipped_steps": [12, 13, 14], "rollbacks": 1}
     assert "WARN(step 8: loss" in job.stdout()
 
     clean.mkdir()

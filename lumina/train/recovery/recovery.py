@@ -72,7 +72,7 @@ class Recovery:
     def skipped(self, data: StepData) -> None:
         """Take note of such a step."""
         reason = "its samples brought the run back"
-        self._events.add(data.step + 1, "recovery", "info", "rollback", reason, "gone past", data.samples)
+        self._events.add(data.step + 1, "recovery", "info", "rollback", reason, "skipped", data.samples)
 
     def note_corrupt(self, data: StepData) -> None:
         """Some rank replaced samples of this step by ones of weight zero; collective."""
@@ -161,7 +161,7 @@ class Recovery:
     def rewound(self, action: Rewind, step: int) -> None:
         """After it was carried out at step `step`."""
         to, skipped = self._state.step, ", ".join(map(str, action.skipped))
-        done = f"back to the checkpoint of step {to}; steps {skipped} are gone past"
+        done = f"back to the checkpoint of step {to}; steps {skipped} are skipped"
         self._events.add(
             step,
             "recovery",
@@ -170,7 +170,7 @@ class Recovery:
             action.reason,
             done,
             to=to,
-            past=action.skipped,
+            skipped_steps=action.skipped,
             rollbacks=self.record.rollbacks,
         )
 

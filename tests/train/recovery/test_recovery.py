@@ -1,0 +1,139 @@
+"""What recovery decides, as values: go back, halve the micro-batch, or fail; each bounded, and remembered."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lumina.config import UserError
+from lumina.monitor import EventLog, read_events
+from lumina.train.deepspeed.engine import Ranks
+from lumina.train.health import Health
+from lumina.train.outcomes import Fail, HalveMicroBatch, Rewind
+from lumina.train.recovery.record import RecoveryRecord
+from lumina.train.recovery.recovery import Recovery, RestartError
+from lumina.train.recovery.spikes import SpikeDetector
+from tests.train.tiny_engines import make_config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone."""
+    file = tmp_path_factory.mktemp("group") / "file"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def make(folder: Path, rollbacks: int = 0, begun: bool = False, **settings: Any) -> Recovery:
+    values = {"batch_size": 4, "global_batch_size": 8, "health_warmup": 4, "health_window": 16, **settings}
+    config = make_config(**values)
+    events = EventLog(folder / "events.jsonl")
+    engine = SimpleNamespace(stage=2, fp16=False, begun=begun, timer=SimpleNamespace(collectives=3))
+    state: Any = SimpleNamespace(engine=engine, step=9, spikes=SpikeDetector(config), consistent=False)
+    record = RecoveryRecord(rollbacks=rollbacks)
+    return Recovery(config, Ranks(0, 1, 0, 1), folder, record, state, events, Health(config, events))
+
+
+def refuse(recovery: Recovery, *steps: int) -> None:
+    for step in steps:
+        data: Any = SimpleNamespace(step=step - 1, samples=[step])
+        recovery.after_update(data, 99.0, 1.0, False, None)
+
+
+def told(folder: Path) -> list[tuple[int, str, str]]:
+    return [(event["step"], event["level"], event["rule"]) for event in read_events(folder / "events.jsonl")]
+
+
+def test_the_limit_is_one_that_no_norm_keeps_when_the_loss_is_anomalous(tmp_path: Path) -> None:
+    recovery = make(tmp_path)
+    for step in range(1, 9):
+        recovery.after_update(SimpleNamespace(step=step), 2.0 + step / 100, 1.0, True, None)  # type: ignore[arg-type]
+    limits = [float(recovery.norm_limit(torch.tensor(loss, dtype=torch.float64))) for loss in (2.0, 50.0, math.nan)]
+    assert limits[0] > 1.0
+    assert limits[1:] == [-1.0, -1.0]
+
+
+def test_one_refused_step_is_no_reason_to_go_back(tmp_path: Path) -> None:
+    recovery = make(tmp_path, rollback_after=3)
+    refuse(recovery, 8, 9)
+    assert not recovery.rewinding
+    assert recovery.action(drain=pytest.fail) is None
+
+
+def test_repeated_ones_without_a_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    recovery, drained = make(tmp_path, rollback_after=3), []
+    refuse(recovery, 7, 8, 9)
+    assert recovery.rewinding
+    assert recovery.action(drain=lambda: drained.append(1)) is None
+    assert drained == [1], "what is being written may be what there is to go back to"
+    assert told(tmp_path)[-1] == (9, "warn", "rollback")
+    refuse(recovery, 10, 11)
+    assert not recovery.rewinding, "the count begins anew"
+
+
+def test_the_rollbacks_are_bounded(tmp_path: Path) -> None:
+    recovery = make(tmp_path, rollback_after=3, rollbacks=2, max_rollbacks=2)
+    refuse(recovery, 7, 8, 9)
+    action = recovery.action(drain=pytest.fail)
+    assert isinstance(action, Fail)
+    assert isinstance(action.error, UserError)
+    assert "after 2 rollbacks" in str(action.error)
+
+
+def test_none_allowed_is_none_taken(tmp_path: Path) -> None:
+    recovery = make(tmp_path, rollback_after=3, max_rollbacks=0)
+    refuse(recovery, 7, 8, 9)
+    assert recovery.action(drain=pytest.fail) is None
+
+
+def test_skipped_steps_are_remembered_before_the_run_goes_back(tmp_path: Path) -> None:
+    recovery = make(tmp_path)
+    recovery.remember_rewind(Rewind(tmp_path, [7, 9], "many"))
+    assert json.loads((tmp_path / "recovery.json").read_text())["skipped_steps"] == [7, 9]
+    assert [recovery.skips(SimpleNamespace(step=step - 1)) for step in (7, 8, 9)] == [True, False, True]  # type: ignore[arg-type]
+
+
+def test_memory_halves_the_micro_batch_down_to_one_sample(tmp_path: Path) -> None:
+    recovery = make(tmp_path)
+    sizes = []
+    while isinstance(
+        action := recovery.out_of_memory_in_micro_batches(5, [1, 2], "no memory", clean=True), HalveMicroBatch
+    ):
+        assert (action.step, action.failure, action.then) == (5, "no memory", None)
+        recovery.remember_micro_batch(action.batch_size)
+        assert RecoveryRecord.read(tmp_path).micro_batch_size == action.batch_size
+        recovery.halved(action)
+        sizes.append(action.batch_size)
+    assert sizes == [2, 1]
+    assert isinstance(action, Fail)
+    assert "micro-batch of one sample" in str(action.error)
+
+
+@pytest.mark.parametrize("agent", [False, True])
+def test_an_update_that_was_begun_ends_the_start(agent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one takes half: by itself under an agent, which a UserError would end."""
+    if agent:
+        monkeypatch.setenv("LUMINA_AGENT", "1")
+    else:
+        monkeypatch.delenv("LUMINA_AGENT", raising=False)
+    recovery = make(tmp_path, begun=True)
+    action = recovery.out_of_memory_in_update(5, [1], "no memory")
+    assert isinstance(action, Fail)
+    assert isinstance(action.error, RestartError if agent else UserError)
+    record = RecoveryRecord.read(tmp_path)
+    assert (record.micro_batch_size, record.global_batch_size) == (2, 8)
+
+
+def test_an_update_that_nobody_began_is_taken_again(tmp_path: Path) -> None:
+    recovery = make(tmp_path)
+    action = recovery.out_of_memory_in_update(5, [1], "no memory")
+    assert isinstance(action, HalveMicroBatch)
+    assert action.batch_size == 2

@@ -38,7 +38,7 @@ FRAGMENT = "deepspeed.utils.tensor_fragment"
 BACKEND = "deepspeed.comm.torch:TorchBackend"
 BUILDER = "deepspeed.ops.op_builder.builder:OpBuilder"
 
-#: The collectives of DeepSpeed's backend that are timed (collectives.py).
+#: The collectives of DeepSpeed's backend that are timed (timing.py).
 COLLECTIVES = (
     "all_reduce",
     "inference_all_reduce",

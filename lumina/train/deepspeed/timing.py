@@ -17,22 +17,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from lumina.train.deepspeed.surface import COLLECTIVES
+
 PHASES = ("data", "forward", "backward", "communication", "optimizer", "saving", "evaluation", "other")
-_COLLECTIVES = (
-    "all_reduce",
-    "inference_all_reduce",
-    "all_reduce_coalesced",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_coalesced",
-    "all_to_all",
-    "all_to_all_single",
-    "broadcast",
-    "barrier",
-)
 T = TypeVar("T")
 
 
@@ -128,12 +115,10 @@ class StepTimer:
         from deepspeed.comm import comm
 
         backend = comm.cdb
-        for name in _COLLECTIVES:
-            call = getattr(type(backend), name, None)
-            if call is not None:
-                timed = self._timed(partial(call, backend))
-                setattr(backend, name, timed)
-                self._undo.append(partial(_unset, backend, name, timed))
+        for name in COLLECTIVES:
+            timed = self._timed(partial(getattr(type(backend), name), backend))
+            setattr(backend, name, timed)
+            self._undo.append(partial(_unset, backend, name, timed))
 
     def close(self) -> None:
         while self._undo:

@@ -1,8 +1,9 @@
 """Memory of one rank, by part, at the two moments that can be the highest: the end of the forward pass (activations are
 all there, gradients begin) and the optimizer step (activations are gone, float32 copies of gradients are there).
 
-Weights, master weights and moments are what DeepSpeed 0.19 allocates, to the byte (tests/plan/test_memory.py holds them
-against real runs). It keeps two flat buffers, one per parameter group (decayed matrices; norms and embeddings):
+Weights, master weights and moments are what DeepSpeed 0.19 allocates, to the byte (tests/plan/costs/test_memory.py
+holds them against real runs). It keeps two flat buffers, one per parameter group (decayed matrices; norms and
+embeddings):
 
 - stage 0: nothing is shared. In half precision each tensor has a float32 master copy; in float32 the weights are it.
 - stages 1, 2: each group is padded to a multiple of 2 * world; weights whole, master and moments 1/world of it.

@@ -6,6 +6,7 @@
 # make gpu-wheels     what a GPU machine without an index lacks, into wheels/gpu (GPU_PYTHON=3.12)
 # make resolve        both sets of pinned versions (CPU, CUDA), resolved dry for x86_64 and aarch64
 # make test-triton    the kernels compiled by the Triton of GPU users, or TRITON=x.y.z; registers, spills and bytes held
+# make mutation       the laws' sources changed one place at a time, or LAWS="order packing": what no test notices (hours)
 # make check          ruff, formatting, mypy
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -24,7 +25,7 @@ CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install quickstart test test-long test-cluster cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels resolve test-triton check format clean
+.PHONY: install quickstart test test-long test-cluster mutation cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels resolve test-triton check format clean
 
 install: $(STAMP)
 
@@ -94,6 +95,9 @@ test-triton: $(STAMP)
 	  --target build/triton.tmp triton==$(TRITON) && mv build/triton.tmp build/triton-$(TRITON); }
 	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)', triton; print('triton', triton.__version__)"
 	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/kernels/test_static.py
+
+mutation: $(STAMP)
+	$(BIN)/python -m tests.mutation $(LAWS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

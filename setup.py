@@ -61,6 +61,7 @@ EXTRAS_REQUIRE = {
         "lm-eval>=0.4.9",
         "trl>=1.0",  # the preference loss is held to its trainer
         "httpx>=0.27",  # requests that no well-behaved client makes
+        "mutmut>=3.8",  # changes the laws' sources a place at a time, to see that a test notices (make mutation)
         "ruff>=0.6",
         "uv>=0.8",  # resolves the pinned sets for machines other than this one (make resolve)
         "mypy>=1.11",

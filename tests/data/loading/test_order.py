@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,6 +71,31 @@ def test_the_order_is_fixed_for_good() -> None:
 
 FIRST = [744, 181, 50, 958]
 LATER = [934270388, 228833206, 617227863, 94124249]
+SMALL = [
+    (1, [0]),
+    (4, [2, 3, 1, 0]),
+    (5, [0, 2, 1, 4, 3]),
+    (16, [11, 12, 10, 8, 3, 9, 2, 7, 4, 14, 1, 13, 6, 15, 0, 5]),
+    (17, [10, 3, 1, 4, 16, 14, 2, 8, 9, 12, 6, 15, 11, 13, 7, 0, 5]),
+]
+
+
+@pytest.mark.parametrize(("size", "image"), SMALL)
+def test_so_are_those_of_sizes_about_a_power_of_four(size: int, image: list[int]) -> None:
+    """Where the domain of the permutation changes."""
+    assert Permutation(size, b"lumina")(np.arange(size)).tolist() == image
+
+
+def test_one_order_goes_from_epoch_to_epoch_and_back() -> None:
+    order = GlobalOrder(10, 2, seed=1, fingerprint="a")
+    for step in (0, 5, 6, 1, 12, 0):
+        assert np.array_equal(order.indices(step), GlobalOrder(10, 2, seed=1, fingerprint="a").indices(step))
+
+
+def test_ranks_count_from_zero() -> None:
+    for rank in (-1, 2):
+        with pytest.raises(AssertionError):
+            GlobalOrder(10, 2, seed=1, fingerprint="a").shard(0, rank, 2, 1)
 
 
 # --- The record of a step's samples ---------------------------------------------------------------
@@ -108,6 +134,21 @@ def test_the_record_is_splitmix64s_sum() -> None:
     """The first outputs of splitmix64 seeded with 0 and 1234567, as published with the algorithm's test vectors."""
     assert id_of([0]) == "1:e220a8397b1dcdaf"
     assert id_of([1234567]) == f"1:{6457827717110365317:016x}"
+
+
+def splitmix64(sample: int) -> int:
+    """The first output after the seed `sample`, in Python's integers (https://prng.di.unimi.it/splitmix64.c)."""
+    z = (sample + 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
+
+
+@given(samples)
+def test_the_sum_goes_round_at_32_bits(taken: list[int]) -> None:
+    halves = [(splitmix64(sample) >> 32, splitmix64(sample) % 2**32) for sample in taken]
+    high, low = sum(half for half, _ in halves), sum(half for _, half in halves)
+    assert id_of(taken) == f"{len(taken)}:{high % 2**32:08x}{low % 2**32:08x}"
 
 
 def test_two_million_samples_are_added_exactly() -> None:

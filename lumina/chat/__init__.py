@@ -5,8 +5,7 @@ Room's door: everything that other rooms use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lumina.chat.cl100k import SPECIAL_TOKENS
 from lumina.chat.conversation import (
@@ -22,6 +21,7 @@ from lumina.chat.loading import open_tokenizer
 from lumina.chat.protocol import ChatTokenizer, IncrementalDecoder, MessageSpan, RenderedBlock
 from lumina.chat.template import TEMPLATE_VERSION, Rendered, render, render_many
 from lumina.chat.tokenizer import Tokenizer
+from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.chat.hf_export import tokenizer_config, tokenizer_json
@@ -29,22 +29,18 @@ if TYPE_CHECKING:
     from lumina.chat.hf_tokenizer import HFTokenizer
 
 # Not loaded with the others: prepare's workers must start fast.
-_LAZY = {
-    "HFTokenizer": "hf_tokenizer",
-    "STOPS": "hf_files",
-    "TOKENIZER_FILES": "hf_files",
-    "copy_files": "hf_files",
-    "read_json": "hf_files",
-    "tokenizer_config": "hf_export",
-    "tokenizer_json": "hf_export",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"lumina.chat.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+__getattr__ = names_of(
+    __name__,
+    {
+        "HFTokenizer": "hf_tokenizer",
+        "STOPS": "hf_files",
+        "TOKENIZER_FILES": "hf_files",
+        "copy_files": "hf_files",
+        "read_json": "hf_files",
+        "tokenizer_config": "hf_export",
+        "tokenizer_json": "hf_export",
+    },
+)
 
 __all__ = [
     "ROLES",

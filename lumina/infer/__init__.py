@@ -4,14 +4,53 @@ Room's doors: this one, lumina.infer.serve (needs the extra `serve`) and lumina.
 `tasks`).
 """
 
-from lumina.infer.evaluation.loss import Evaluation, evaluate, evaluation_table, read_conversations
-from lumina.infer.generation.batch import Batch, Sequence, Token
-from lumina.infer.generation.generate import Answer, generate, printable, stream, stream_text, stream_texts
-from lumina.infer.generation.sampling import Sampling, forbidden_tokens
-from lumina.infer.hf.exporting import Exported, export
-from lumina.infer.hf.importing import import_hf
-from lumina.infer.loading import Loaded, choose_dtype, find_checkpoint, load, read_config, tokenizer_folder
-from lumina.infer.repl import Chat, converse
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lumina.lazy import names_of
+
+if TYPE_CHECKING:
+    from lumina.infer.evaluation.loss import Evaluation, evaluate, evaluation_table, read_conversations
+    from lumina.infer.generation.batch import Batch, Sequence, Token
+    from lumina.infer.generation.generate import Answer, generate, printable, stream, stream_text, stream_texts
+    from lumina.infer.generation.sampling import Sampling, forbidden_tokens
+    from lumina.infer.hf.exporting import Exported, export
+    from lumina.infer.hf.importing import import_hf
+    from lumina.infer.loading import Loaded, choose_dtype, find_checkpoint, load, read_config, tokenizer_folder
+    from lumina.infer.repl import Chat, converse
+
+__getattr__ = names_of(
+    __name__,
+    {
+        "Answer": "generation.generate",
+        "Batch": "generation.batch",
+        "Chat": "repl",
+        "Evaluation": "evaluation.loss",
+        "Exported": "hf.exporting",
+        "Loaded": "loading",
+        "Sampling": "generation.sampling",
+        "Sequence": "generation.batch",
+        "Token": "generation.batch",
+        "choose_dtype": "loading",
+        "converse": "repl",
+        "evaluate": "evaluation.loss",
+        "evaluation_table": "evaluation.loss",
+        "export": "hf.exporting",
+        "find_checkpoint": "loading",
+        "forbidden_tokens": "generation.sampling",
+        "generate": "generation.generate",
+        "import_hf": "hf.importing",
+        "load": "loading",
+        "printable": "generation.generate",
+        "read_config": "loading",
+        "read_conversations": "evaluation.loss",
+        "stream": "generation.generate",
+        "stream_text": "generation.generate",
+        "stream_texts": "generation.generate",
+        "tokenizer_folder": "loading",
+    },
+)
 
 __all__ = [
     "Answer",

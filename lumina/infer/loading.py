@@ -154,7 +154,7 @@ def trainer_state_of(checkpoint: Path) -> TrainerState:
 
 
 def tokenizer_folder(checkpoint: Path) -> Path | None:
-    """The folder of an imported model's own tokenizer; None when the model speaks Lumina's."""
+    """The folder of an imported model's own tokenizer; None when the model has Lumina's."""
     folder = checkpoint.parent.parent / "tokenizer"
     return folder if folder.is_dir() else None
 

@@ -46,7 +46,7 @@ class Sequence:
     sampling: Sampling
     number: int = 0  # of several answers to one request: each draws other numbers
     logprobs: int | None = None  # report the probability of each token, and of so many of the likeliest
-    said: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
     slot: int = -1
     fed: int = 0  # tokens of the prompt that the cache holds
     room: int = 0  # tokens that it may still say
@@ -132,7 +132,7 @@ class Batch:
         going = list(self.going)
         if not going:
             return []
-        ids_R1 = torch.tensor([s.said[-1] for s in going], device=self._forbidden_V.device)[:, None]
+        ids_R1 = torch.tensor([s.generated[-1] for s in going], device=self._forbidden_V.device)[:, None]
         rows = [s.slot for s in going]
         if any(s.special for s in going):
             return self._choose(going, *self._largest(going, self._decoder.logits(ids_R1, rows)))
@@ -159,7 +159,7 @@ class Batch:
     def _adjusted(self, sequence: Sequence, logits_V: Tensor) -> Tensor:
         if sequence.sampling.repetition_penalty == 1:
             return logits_V
-        held_n = torch.tensor([*sequence.prompt, *sequence.said], device=logits_V.device)
+        held_n = torch.tensor([*sequence.prompt, *sequence.generated], device=logits_V.device)
         return penalised(logits_V, held_n, sequence.sampling.repetition_penalty)
 
     def _choose(
@@ -176,14 +176,14 @@ class Batch:
             picked.append(choose(kept_Rk[where, :k], ids_Rk[where, :k], sampling, generators))
         # All that the host must know comes in one transfer: each is a wait for the device.
         finite_R, near_R = kept_Rk[:, 0].isfinite(), self._near(sequences, kept_Rk)
-        told = torch.stack((torch.cat(picked), finite_R.long(), near_R.long())).tolist()
-        if not all(told[1]):
+        host = torch.stack((torch.cat(picked), finite_R.long(), near_R.long())).tolist()
+        if not all(host[1]):
             raise UserError("the model's logits are not finite", "Its training diverged: use an earlier checkpoint.")
-        chosen = [token for _, token in sorted(zip(order, told[0], strict=True))]
-        for row, near in enumerate(told[2]):
+        chosen = [token for _, token in sorted(zip(order, host[0], strict=True))]
+        for row, near in enumerate(host[2]):
             if near and sequences[row].sampling.greedy:
                 chosen[row] = self._alone(sequences[row])
-        return [self._said(s, row, chosen[row], logprobs_RV) for row, s in enumerate(sequences)]
+        return [self._add(s, row, chosen[row], logprobs_RV) for row, s in enumerate(sequences)]
 
     def _near(self, sequences: list[Sequence], kept_Rk: Tensor) -> Tensor:
         """Rows (bool) whose greedy choice rounding could turn."""
@@ -193,19 +193,19 @@ class Batch:
 
     def _alone(self, sequence: Sequence) -> int:
         """The greedy choice of a pass over this sequence only."""
-        ids = torch.tensor([*sequence.prompt, *sequence.said], device=self._forbidden_V.device)[None]
+        ids = torch.tensor([*sequence.prompt, *sequence.generated], device=self._forbidden_V.device)[None]
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         logits_V = self._model.output(self._model.trunk(ids, positions)[:, -1])[0]
         return int(self._adjusted(sequence, logits_V).masked_fill(self._forbidden_V, -torch.inf).argmax())
 
-    def _said(self, sequence: Sequence, row: int, token: int, logprobs_RV: Tensor | None) -> Token:
-        sequence.said.append(token)
+    def _add(self, sequence: Sequence, row: int, token: int, logprobs_RV: Tensor | None) -> Token:
+        sequence.generated.append(token)
         sequence.room -= 1
         finish: Finish | None = None
         if token in self._stop_ids:
             finish = "stop"
         elif sequence.room == 0:
-            finish = "length" if len(sequence.said) == sequence.sampling.max_length else "window"
+            finish = "length" if len(sequence.generated) == sequence.sampling.max_length else "window"
         if finish is not None:
             self.leave(sequence)
         if sequence.logprobs is None or logprobs_RV is None:

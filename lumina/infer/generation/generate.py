@@ -17,7 +17,7 @@ from lumina.model import Transformer
 
 @dataclass
 class Answer:
-    """What one sequence said: its tokens without the stop token, and its text up to the first stop text, whose tokens
+    """One generated answer: its tokens without the stop token, and its text up to the first stop text, whose tokens
     are among the ids."""
 
     ids: list[int] = field(default_factory=list)
@@ -78,7 +78,7 @@ def stream_texts(
     answers: Sequence[Answer],
 ) -> Iterator[list[tuple[int, str]]]:
     """As `stream`, but yields (sequence, text), and sequences end at stop texts too. Fills `answers` in on the way, so
-    that a caller who stops listening still knows what was said."""
+    that a caller who stops reading still has what was generated."""
     detokenizers = [Detokenizer(tokenizer.incremental_decoder(), sampling.stop) for _ in prompts]
     batch, tokens = _begin(model, tokenizer, prompts, sampling)
     while tokens:

@@ -72,7 +72,7 @@ class CompletionOptions(StrictModel):
         return self.max_tokens
 
     def sampling(self, most: int) -> Sampling:
-        """How to choose; Lumina's defaults where nothing is said. Raises UserError outside the ranges."""
+        """How to choose; Lumina's defaults where a field is missing. Raises UserError outside the ranges."""
         wanted: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,

@@ -74,7 +74,7 @@ def test_joining_and_leaving_change_nothing(small: Small) -> None:
     assert shared.free == 3
     assert 0 < len(given_up) < 10
     for sequence, ids in zip(asked, alone, strict=True):
-        said = [token for token in sequence.said if token not in small.tokenizer.stop_ids]
+        said = [token for token in sequence.generated if token not in small.tokenizer.stop_ids]
         assert said == (ids[: len(said)] if sequence in given_up else ids)
 
 
@@ -128,7 +128,7 @@ def test_reported_probabilities_change_no_choice(small: Small) -> None:
     while tokens:
         told += tokens
         tokens = shared.step()
-    assert reporting.said == plain
+    assert reporting.generated == plain
     assert all(len(t.top) == 3 and t.logprob is not None for t in told if t.sequence is reporting)
     assert all(t.top == () and t.logprob is None for t in told if t.sequence is silent)
 

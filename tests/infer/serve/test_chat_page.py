@@ -70,7 +70,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def choose(self: Batch, sequences: list[Sequence], kept: Tensor, _: Tensor, logprobs: Any) -> list[Token]:
         words = ids or TOKENIZER.encode(" on and on") * 200
-        tokens = [(words[len(s.said)] if len(s.said) < len(words) else TOKENIZER.stop_id) for s in sequences]
+        tokens = [(words[len(s.generated)] if len(s.generated) < len(words) else TOKENIZER.stop_id) for s in sequences]
         return [self._said(s, row, tokens[row], logprobs) for row, s in enumerate(sequences)]
 
     monkeypatch.setattr(Batch, "_choose", choose)

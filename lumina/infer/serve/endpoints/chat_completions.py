@@ -92,7 +92,7 @@ class ChatResponse(ResponseBuilder):
 
     def _one(self, token: int, logprob: float | None) -> dict[str, Any]:
         text, raw = self._text(token), self._tokenizer.token_bytes(token)
-        unknown = "\ufffd" in text and raw == text.encode()  # a part of a character, whose bytes nobody told
+        unknown = "\ufffd" in text and raw == text.encode()  # a part of a character, whose bytes are not known
         return {"token": text, "logprob": finite_logprob(logprob), "bytes": None if unknown else list(raw)}
 
 

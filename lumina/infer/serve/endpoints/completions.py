@@ -44,7 +44,7 @@ class TextResponse(ResponseBuilder):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._offsets: dict[int, int] = {}  # of each choice, characters told so far
+        self._offsets: dict[int, int] = {}  # of each choice, characters sent so far
 
     def _choice_body(self, index: int, choice: Choice) -> dict[str, Any]:
         ending = {"logprobs": self._table(index, choice.tokens), "finish_reason": choice.finish}
@@ -60,7 +60,7 @@ class TextResponse(ResponseBuilder):
             offsets.append(at)
             at += len(text)
         self._offsets[index] = at
-        # Two tokens may look alike as text: the likelier one is told.
+        # Two tokens may look alike as text: the likelier one is reported.
         top = [
             {self._text(other): finite_logprob(logprob) for other, logprob in reversed(token.top)} for token in tokens
         ]

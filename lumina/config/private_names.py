@@ -69,12 +69,16 @@ def require(package: str, names: Iterable[PrivateName]) -> None:
     """
     problems = [problem for name in names if (problem := name.problem()) is not None]
     if problems:
-        stated = bounds(package)
         raise UserError(
             f"{package} {importlib.metadata.version(package)} lacks what Lumina uses of its private names: "
             + "; ".join(problems),
-            f"Install a version that was tried: pip install '{package}{stated}'; docs/install.md lists them.",
+            tried(package),
         )
+
+
+def tried(package: str) -> str:
+    """The remedy: which versions were tried, and how to have one."""
+    return f"Install a version that was tried: pip install '{package}{bounds(package)}'; docs/install.md lists them."
 
 
 def _resolve(owner: str) -> Any:

@@ -30,14 +30,25 @@ def clear_failed_backward_passes(older: Tensor) -> None:
     torch.autograd.backward(older, retain_graph=True)
 
 
+def release_cache() -> Any:
+    """The cache of which parameters to release after a module: that of all engines, on a method under a decorator.
+
+    Raises:
+        LookupError: there is none where it was.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    cached: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    found = [value for value in inspect.getclosurevars(cached).nonlocals.values() if hasattr(value, "cache_clear")]
+    if len(found) != 1:
+        raise LookupError("_PartitionedParameterCoordinator__params_to_release has no cache")
+    return found[0]
+
+
 def release(model: nn.Module) -> None:
     """Make DeepSpeed forget a model whose engine is closed."""
     from deepspeed.runtime.zero import parameter_offload
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     own = set(model.modules())
     parameter_offload.FWD_MODULE_STACK[:] = [m for m in parameter_offload.FWD_MODULE_STACK if m not in own]
-    # A method whose cache is that of all engines: another one fills it again. A decorator hides it.
-    cached: Any = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    (cache,) = inspect.getclosurevars(cached).nonlocals.values()
-    cache.cache_clear()
+    release_cache().cache_clear()  # another engine fills it again

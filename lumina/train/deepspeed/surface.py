@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from lumina.config import UserError
-from lumina.config.private_names import PrivateName, require
+from lumina.config.private_names import PrivateName, require, tried
 from lumina.config.versions import refuse_untried
 from lumina.train.deepspeed.half_precision import HalfPrecisionAdamW
+from lumina.train.deepspeed.release import release_cache
 
 _RUNTIME = "deepspeed.runtime"
 ENGINE = f"{_RUNTIME}.engine:DeepSpeedEngine"
@@ -231,6 +232,10 @@ def check() -> None:
     """
     refuse_untried()
     require("deepspeed", NAMES)
+    try:
+        release_cache()
+    except LookupError as error:
+        raise UserError(f"this DeepSpeed is not as Lumina knows it: {error}", tried("deepspeed")) from None
 
 
 class Wrapper(Enum):

@@ -85,7 +85,7 @@ def begin(rank: int, world: int, port: int) -> None:
 
 
 def build(options: argparse.Namespace, start: str, base: Path, peak: Peak) -> Any:
-    """A started engine, as lumina.train.run makes one. Notes in `peak` how much the model alone took."""
+    """A started engine, as lumina.train.make_engine makes one. Notes in `peak` how much the model alone took."""
     import torch
 
     from lumina.model import Transformer, lora

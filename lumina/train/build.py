@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 
 from lumina import checkpoint
-from lumina.chat import ChatTokenizer
 from lumina.checkpoint import RunLock
 from lumina.cluster import StopRequest
 from lumina.config import Config
-from lumina.data import GlobalOrder, Samples
 from lumina.files import write_text
 from lumina.model import lora, report_kernel
 from lumina.monitor import EventLog
@@ -25,13 +23,13 @@ from lumina.train.deferred import Deferred
 from lumina.train.health import Health, MachineWatch
 from lumina.train.initialise import (
     Start,
+    TrainingData,
     base_of_adapters,
     find_start,
     keep_tokenizer,
     load_initial_weights,
     load_resumed,
-    open_run_tokenizer,
-    prepare_data,
+    open_data,
 )
 from lumina.train.make_engine import Settings, make_engine, resolve
 from lumina.train.objectives import Preparation, objective
@@ -52,11 +50,7 @@ class Run:
 
     ranks: Ranks
     settings: Settings
-    tokenizer: ChatTokenizer
-    train_data: Samples
-    eval_data: Samples | None
-    order: GlobalOrder
-    total_steps: int
+    data: TrainingData
     schedule: Schedule
     state: RunState
     deferred: Deferred
@@ -81,63 +75,26 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     watchdog = Watchdog(config.hang_timeout, config.stop_timeout, stop, ranks.rank)
     folder = Path(config.output_dir) / config.experiment_name
     start = find_start(config, folder, ranks)
-
-    # Settings
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = resolve(start.config, ranks.world, device, start.recovery.micro_batch_size)
     config = settings.config
     assert config.global_batch_size is not None  # filled in by `resolve`
-
-    # Data, in its order
-    tokenizer = open_run_tokenizer(config)
-    train_data, eval_data = prepare_data(config, tokenizer, ranks, start.trainer_state.data_fingerprint or None)
-    order = GlobalOrder(train_data.num_samples, config.global_batch_size, config.seed, train_data.fingerprint)
-    steps = config.epochs * order.steps_per_epoch
-    total_steps = min(steps, config.max_steps or steps)
-
-    # State
+    data = open_data(start, config, ranks)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     torch.manual_seed(config.seed)
-    engine = make_engine(settings, drawn=start.checkpoint is None and config.init_from is None)
-    objective(config).prepare(
-        Preparation(
-            train_data=train_data,
-            eval_data=eval_data,
-            folder=folder,
-            rank=ranks.rank,
-            world=ranks.world,
-            micro_batch_size=config.batch_size,
-            resumed=start.checkpoint is not None,
-            initialise=partial(_initial_weights, settings, ranks, engine),
-            forward=engine.forward,
-            evaluation=engine.evaluation,
-            device=engine.device,
-            heartbeat=watchdog.heartbeat,
-        )
-    )
-    if start.checkpoint is not None:
-        load_resumed(start, config, train_data.fingerprint, engine)
-    else:
-        _initial_weights(settings, ranks, engine)
-    state = _state(start, settings, ranks, engine, train_data.fingerprint, folder)
-
-    # What is shown, written and watched
+    state = _initialise(start, settings, ranks, data, folder, watchdog.heartbeat)
     events = EventLog(folder / "events.jsonl" if ranks.main else None)
     health = Health(config, events)
     lock = RunLock(folder, os.environ.get("LUMINA_JOB"), config.global_batch_size) if ranks.main else None
-    outputs = _open_outputs(settings, ranks, folder, state, events, health, train_data, order, total_steps)
+    outputs = _open_outputs(settings, ranks, folder, state, events, health, data)
     deferred = Deferred()
     saves = Saves(config, ranks, folder, state, deferred, events, health, lock, watchdog.heartbeat)
     recovery = Recovery(config, ranks, folder, start.recovery, state, events, health)
     return Run(
         ranks=ranks,
         settings=settings,
-        tokenizer=tokenizer,
-        train_data=train_data,
-        eval_data=eval_data,
-        order=order,
-        total_steps=total_steps,
-        schedule=schedule(config, total_steps),
+        data=data,
+        schedule=schedule(config, data.total_steps),
         state=state,
         deferred=deferred,
         saves=saves,
@@ -145,7 +102,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
         outputs=outputs,
         stragglers=Stragglers(ranks, config.straggler_interval, config.straggler_factor),
         callbacks=Callbacks(
-            callbacks, ranks, folder, total_steps, state, order, outputs, saves.request, watchdog.heartbeat
+            callbacks, ranks, folder, data.total_steps, state, data.order, outputs, saves.request, watchdog.heartbeat
         ),
         watchdog=watchdog,
         stop=stop,
@@ -159,15 +116,44 @@ def _initial_weights(settings: Settings, ranks: Ranks, engine: Engine) -> None:
         load_initial_weights(config.init_from, config, ranks, engine)
 
 
-def _state(start: Start, settings: Settings, ranks: Ranks, engine: Engine, fingerprint: str, folder: Path) -> RunState:
-    """The state, with what a checkpoint of it will say of this start."""
-    config, trainer_state = settings.config, start.trainer_state
+def _initialise(
+    start: Start,
+    settings: Settings,
+    ranks: Ranks,
+    data: TrainingData,
+    folder: Path,
+    heartbeat: Callable[[str], None],
+) -> RunState:
+    """An engine with the checkpoint's weights and optimizer state, or initial ones, and what a checkpoint will say of
+    this start."""
+    config, trainer_state, resumed = settings.config, start.trainer_state, start.checkpoint is not None
+    engine = make_engine(settings, drawn=not resumed and config.init_from is None)
+    objective(config).prepare(
+        Preparation(
+            train_data=data.train,
+            eval_data=data.evaluation,
+            folder=folder,
+            rank=ranks.rank,
+            world=ranks.world,
+            micro_batch_size=config.batch_size,
+            resumed=resumed,
+            initialise=partial(_initial_weights, settings, ranks, engine),
+            forward=engine.forward,
+            evaluation=engine.evaluation,
+            device=engine.device,
+            heartbeat=heartbeat,
+        )
+    )
+    if resumed:
+        load_resumed(start, config, data.train.fingerprint, engine)
+    else:
+        _initial_weights(settings, ranks, engine)
     assert config.global_batch_size is not None
     trainer_state.global_batch_size, trainer_state.world = config.global_batch_size, ranks.world
     trainer_state.precision, trainer_state.zero_stage = settings.precision, engine.stage
     trainer_state.lora = checkpoint.adapter_settings(config)
     trainer_state.base = {} if settings.base is None else checkpoint.base_reference(settings.base, folder)
-    trainer_state.model, trainer_state.data_fingerprint = checkpoint.model_shape(config), fingerprint
+    trainer_state.model, trainer_state.data_fingerprint = checkpoint.model_shape(config), data.train.fingerprint
     return RunState(engine, trainer_state, SpikeDetector(config, trainer_state.guard))
 
 
@@ -178,9 +164,7 @@ def _open_outputs(
     state: RunState,
     events: EventLog,
     health: Health,
-    data: Samples,
-    order: GlobalOrder,
-    total_steps: int,
+    data: TrainingData,
 ) -> Outputs:
     """The run's folder with its resolved configuration, log and metrics, on rank 0."""
     config, engine = settings.config, state.engine
@@ -198,14 +182,14 @@ def _open_outputs(
         events,
         health,
         MachineWatch(disks, 12 * trained),
-        fingerprint=data.fingerprint,
-        steps_per_epoch=order.steps_per_epoch,
+        fingerprint=data.train.fingerprint,
+        steps_per_epoch=data.order.steps_per_epoch,
         device=engine.device,
         step=state.step,
-        total_steps=total_steps,
+        total_steps=data.total_steps,
         world=ranks.world,
         nodes=ranks.world // ranks.local_world,
-        global_batch=order.global_batch_size,
+        global_batch=data.order.global_batch_size,
         precision=settings.precision,
         zero_stage=engine.stage,
     )
@@ -213,8 +197,9 @@ def _open_outputs(
     at = f", resumed at step {state.step}" if state.step else ""
     outputs.say(
         f"{config.model_name}: {config.num_parameters() / 1e6:.1f}M parameters{over}, {settings.precision}, "
-        f"ZeRO-{engine.stage}, {ranks.world} process(es), {total_steps} steps of {order.global_batch_size} samples{at}"
+        f"ZeRO-{engine.stage}, {ranks.world} process(es), {data.total_steps} steps of {config.global_batch_size} "
+        f"samples{at}"
     )
-    for text in [*settings.report, *kernel, *data.account_lines()]:
+    for text in [*settings.report, *kernel, *data.train.account_lines()]:
         outputs.say(f"  {text}")
     return outputs

@@ -14,7 +14,7 @@ from lumina import checkpoint
 from lumina.chat import ChatTokenizer, copy_files, open_tokenizer
 from lumina.checkpoint import TrainerState
 from lumina.config import Config, UserError
-from lumina.data import Samples
+from lumina.data import GlobalOrder, Samples
 from lumina.files import atomic_folder
 from lumina.train.agreement import decided_by_rank_0
 from lumina.train.deepspeed import Engine, Ranks
@@ -160,6 +160,27 @@ def load_resumed(start: Start, config: Config, fingerprint: str, engine: Engine)
             "Resume with the same files and data settings, or start a run with another --experiment-name.",
         )
     load(start.checkpoint, engine, start.trainer)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run is trained and evaluated on, in which order, and for how many steps altogether."""
+
+    tokenizer: ChatTokenizer
+    train: Samples
+    evaluation: Samples | None
+    order: GlobalOrder
+    total_steps: int
+
+
+def open_data(start: Start, config: Config, ranks: Ranks) -> TrainingData:
+    """The run's data, prepared where that was not done yet; collective. `config`: resolved. Raises UserError."""
+    tokenizer = open_run_tokenizer(config)
+    train, evaluation = prepare_data(config, tokenizer, ranks, start.trainer_state.data_fingerprint or None)
+    assert config.global_batch_size is not None
+    order = GlobalOrder(train.num_samples, config.global_batch_size, config.seed, train.fingerprint)
+    steps = config.epochs * order.steps_per_epoch
+    return TrainingData(tokenizer, train, evaluation, order, min(steps, config.max_steps or steps))
 
 
 def prepare_data(

@@ -33,7 +33,7 @@ def fit(run: Run) -> int:
         closing.callback(_record_what_is_there, run)
         try:
             run.callbacks.at_start()
-            if run.state.step >= run.total_steps:
+            if run.state.step >= run.data.total_steps:
                 run.outputs.end("finished", run.state.step, "")
                 return 0
             return _end(run, _train(run))
@@ -72,7 +72,7 @@ def _steps(run: Run) -> Outcome:
     timer.lap()  # what came before is no step's
     for data in timer.waits(_loader(run)):
         outcome = take_step(run, data)
-        last = run.state.step == run.total_steps
+        last = run.state.step == run.data.total_steps
         if outcome is None:
             outcome = _between_steps(run, last)
         if outcome is None and last:
@@ -89,7 +89,7 @@ def _between_steps(run: Run, last: bool) -> Outcome:
     """What is done at some steps only: comparing the ranks, and evaluating."""
     run.outputs.profile_step()
     step, outcome = run.state.step, None
-    evaluating = run.eval_data is not None and (last or step % run.config.eval_every_n_batches == 0)
+    evaluating = run.data.evaluation is not None and (last or step % run.config.eval_every_n_batches == 0)
     if last or evaluating or run.saves.due() or run.stragglers.due(step):
         outcome = settle(run)  # these wait for the device anyway
     if isinstance(outcome, Rewind | Fail):
@@ -104,16 +104,16 @@ def _between_steps(run: Run, last: bool) -> Outcome:
 
 def _evaluate(run: Run) -> Stop | None:
     """Evaluate, keep the best checkpoint, and stop when patience has run out."""
-    assert run.eval_data is not None
+    assert run.data.evaluation is not None
     engine, config, heartbeat = run.state.engine, run.config, run.watchdog.heartbeat
     began = time.perf_counter()
     with engine.timer.phase("evaluation"):
-        loss = evaluate(engine, run.eval_data, config.batch_size, run.ranks, heartbeat)
+        loss = evaluate(engine, run.data.evaluation, config.batch_size, run.ranks, heartbeat)
     run.outputs.evaluation(run.state.step, loss, time.perf_counter() - began)
     with engine.timer.phase("evaluation"):
         if config.sample_prompts:
             prompts, longest = config.sample_prompts, config.sample_tokens
-            run.outputs.samples(run.state.step, sample_answers(engine, run.tokenizer, prompts, longest, heartbeat))
+            run.outputs.samples(run.state.step, sample_answers(engine, run.data.tokenizer, prompts, longest, heartbeat))
         run.callbacks.at_evaluation(loss)
     if run.state.note_evaluation(loss):
         run.saves.best()
@@ -127,13 +127,13 @@ def _evaluate(run: Run) -> Stop | None:
 
 def _loader(run: Run) -> Loader:
     return Loader(
-        run.train_data,
-        run.order,
+        run.data.train,
+        run.data.order,
         rank=run.ranks.rank,
         world=run.ranks.world,
         micro_batch_size=run.config.batch_size,
         start_step=run.state.step,
-        stop_step=run.total_steps,
+        stop_step=run.data.total_steps,
         replace_corrupt=run.config.on_corrupt_sample == "zero_weight",
         vocab_size=run.config.vocab_size,
         device=run.state.engine.device,
@@ -150,7 +150,7 @@ def _tell_of_saves(run: Run) -> None:
 
 def _end(run: Run, stop: Stop) -> int:
     """Save what there is, and the exit code: a run whose last checkpoint could not be written has failed."""
-    step, done = run.state.step, stop.finished or run.state.step == run.total_steps
+    step, done = run.state.step, stop.finished or run.state.step == run.data.total_steps
     saved = run.saves.finish()
     _tell_of_saves(run)
     if not saved:

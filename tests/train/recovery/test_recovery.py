@@ -14,7 +14,7 @@ import torch
 
 from lumina.config import UserError
 from lumina.monitor import EventLog, read_events
-from lumina.train.deepspeed.engine import Ranks
+from lumina.train.deepspeed import Ranks
 from lumina.train.health import Health
 from lumina.train.outcomes import Fail, HalveMicroBatch, Rewind
 from lumina.train.recovery.record import RecoveryRecord

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from lumina.cluster.launcher_detection import detect_launcher, free_port, parent_signal
     from lumina.cluster.launching import Launch, launch
     from lumina.cluster.preflight.run import preflight_command
-    from lumina.cluster.signals import EXIT_HUNG, EXIT_RESIZE, EXIT_STOPPED, StopRequest, end_with_parent
+    from lumina.cluster.signals import EXIT_HUNG, EXIT_RESIZE, EXIT_STOPPED, StopRequest, end_with_parent, handlers_kept
     from lumina.cluster.topology import bind
 
 _HOMES = {
@@ -21,6 +21,7 @@ _HOMES = {
     "detect_launcher": "launcher_detection",
     "end_with_parent": "signals",
     "free_port": "launcher_detection",
+    "handlers_kept": "signals",
     "launch": "launching",
     "parent_signal": "launcher_detection",
     "preflight_command": "preflight.run",
@@ -36,6 +37,7 @@ __all__ = [
     "detect_launcher",
     "end_with_parent",
     "free_port",
+    "handlers_kept",
     "launch",
     "parent_signal",
     "preflight_command",

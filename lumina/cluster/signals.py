@@ -10,7 +10,10 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 # sysexits.h EX_TEMPFAIL: the run was asked to stop, saved, and can be resumed. Not a failure of the run.
@@ -24,14 +27,16 @@ _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Set by a signal. A second SIGINT interrupts at once, for a user who will not wait."""
+    """Set by a signal. A second SIGINT interrupts at once, for a user who will not wait. Python gives signals to the
+    main thread alone: made in another one, it is never set."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self.resize = False
         self.since: float | None = None  # time.monotonic() of the first signal
-        for number in (*_STOP, signal.SIGUSR2):
-            signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in (*_STOP, signal.SIGUSR2):
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -44,6 +49,18 @@ class StopRequest:
     def flags(self) -> tuple[float, float]:
         """(asked to stop, asked to restart at another size), for the sum over all ranks."""
         return float(self.signal is not None and not self.resize), float(self.signal is not None and self.resize)
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Puts this process's handlers back at the end, for a caller that goes on with something else."""
+    before = {number: signal.getsignal(number) for number in (*_STOP, signal.SIGUSR2)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 _PR_SET_PDEATHSIG = 1

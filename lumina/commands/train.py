@@ -14,10 +14,9 @@ def train(arguments: Arguments) -> int:
         from lumina.config import UserError
 
         raise UserError("no training data", "Give --train-data FILE [FILE …], or train_data in the YAML.")
-    from lumina.train import end_process
-    from lumina.train import train as run
+    from lumina.train import end_process, train_rank
 
-    return end_process(run(config))
+    return end_process(train_rank(config))
 
 
 def train_options(parser: Parser) -> None:

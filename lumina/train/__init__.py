@@ -1,43 +1,59 @@
-"""Training under DeepSpeed: a run is built (build), trained step by step (loop), and goes on from its state (state)."""
+"""Training under DeepSpeed: a run is built (build), trained step by step (loop), and goes on from its state (state).
+
+The module itself can be called as its `train`: `from lumina import train` is then what a user means by it, whether or
+not something else has imported this package before.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from lumina.config import Config
+from lumina.lazy import names_of
 
 if TYPE_CHECKING:
+    from lumina.config import Config
     from lumina.train.callbacks import Callback, CallbackError, Context, StepResult
+    from lumina.train.deepspeed import end_process
     from lumina.train.outcomes import Stop, StopKind
+    from lumina.train.run import TrainedRun, train, train_rank
 
 _HOMES = {
-    **dict.fromkeys(("Callback", "CallbackError", "Context", "StepResult"), "callbacks"),
-    **dict.fromkeys(("Stop", "StopKind"), "outcomes"),
+    "Callback": "callbacks",
+    "CallbackError": "callbacks",
+    "Context": "callbacks",
+    "StepResult": "callbacks",
+    "Stop": "outcomes",
+    "StopKind": "outcomes",
+    "TrainedRun": "run",
+    "end_process": "deepspeed",
+    "train": "run",
+    "train_rank": "run",
 }
 
+__all__ = [
+    "Callback",
+    "CallbackError",
+    "Context",
+    "StepResult",
+    "Stop",
+    "StopKind",
+    "TrainedRun",
+    "end_process",
+    "train",
+    "train_rank",
+]
 
-def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
-    """Train as `config` says and return the exit code. See lumina.train.run."""
-    from lumina.train.run import train as run
-
-    return run(config, callbacks)
-
-
-def end_process(code: int) -> int:
-    """End the process of a rank whose training returned `code`. See lumina.train.deepspeed.startup."""
-    from lumina.train.deepspeed import end_process as end
-
-    return end(code)
-
-
-def __getattr__(name: str) -> Any:
-    """The rest, which needs torch, on first use."""
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = names_of(__name__, _HOMES)
 
 
-__all__ = ["Callback", "CallbackError", "Context", "StepResult", "Stop", "StopKind", "end_process", "train"]
+class _Callable(ModuleType):
+    def __call__(self, config: Config, callbacks: Sequence[Callback] = ()) -> TrainedRun:
+        from lumina.train.run import train
+
+        return train(config, callbacks)
+
+
+sys.modules[__name__].__class__ = _Callable

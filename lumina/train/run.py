@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from lumina.cluster import handlers_kept
 from lumina.config import Config
 from lumina.model import keep_heap
+from lumina.monitor import read_metrics
 from lumina.train.build import build
 from lumina.train.callbacks import Callback
 from lumina.train.deepspeed import destroy_process_group, init_process_group
@@ -13,13 +18,48 @@ from lumina.train.determinism import set_deterministic
 from lumina.train.loop import fit
 
 
-def train(config: Config, callbacks: Sequence[Callback] = ()) -> int:
-    """Train as `config` says, on however many ranks the launcher started. Returns the exit code: 0 when the run is
-    complete, signals.EXIT_STOPPED when a signal stopped it after a save. `callbacks`: see lumina.train.callbacks."""
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run after `train`. folder: where everything of it is; exit_code: 0 when it is complete, 75 when a signal or a
+    callback stopped it after a save, 1 when its last checkpoint could not be written."""
+
+    folder: Path
+    exit_code: int
+
+    @property
+    def finished(self) -> bool:
+        return self.exit_code == 0
+
+    def metrics(self, kind: str | None = "step") -> Iterator[dict[str, Any]]:
+        """The records of metrics.jsonl in order: step, eval, layers, ranks, system, callback; None for every kind."""
+        for record in read_metrics(self.folder / "metrics.jsonl"):
+            if kind is None or record.get("kind") == kind:
+                yield record
+
+
+def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainedRun:
+    """Train as `config` says: in this process alone, or on every rank where a launcher has started several. The process
+    goes on as it was, with the signal handlers that it had, and may train again: its process group stays, because
+    DeepSpeed keeps hold of it.
+
+    Raises:
+        UserError: what the user can put right.
+        CallbackError: a callback failed, or changed what it must leave as it was.
+    """
+    with handlers_kept():
+        code = _train(config, callbacks)
+    return TrainedRun(Path(config.output_dir) / config.experiment_name, code)
+
+
+def train_rank(config: Config) -> int:
+    """A rank's whole life: train, leave the process group, and return the exit code (see TrainedRun)."""
+    code = _train(config, ())
+    destroy_process_group()
+    return code
+
+
+def _train(config: Config, callbacks: Sequence[Callback]) -> int:
     keep_heap()
     if config.deterministic:
         set_deterministic()
-    ranks = init_process_group()
-    code = fit(build(config, ranks, callbacks))
-    destroy_process_group()
-    return code
+    return fit(build(config, init_process_group(), callbacks))

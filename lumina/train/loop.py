@@ -35,6 +35,7 @@ def fit(run: Run) -> int:
             run.callbacks.at_start()
             if run.state.step >= run.data.total_steps:
                 run.outputs.end("finished", run.state.step, "")
+                run.callbacks.at_end(Stop(StopKind.FINISHED))
                 return 0
             return _end(run, _train(run))
         except BaseException as error:

@@ -152,4 +152,4 @@ class Callbacks:
 
 
 def _failed(what: str) -> CallbackError:
-    return CallbackError(what, "The run is saved. Mend the callback, and go on with --resume auto.")
+    return CallbackError(what, "Mend the callback, then go on from the run's last checkpoint with --resume auto.")

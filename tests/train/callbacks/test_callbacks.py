@@ -255,3 +255,12 @@ def test_an_exception_is_a_failure_with_the_callbacks_name(tmp_path: Path) -> No
     with pytest.raises(CallbackError, match=failure):
         setting.callbacks.at_end(Stop(StopKind.FINISHED))
     assert setting.state.consistent, "the run is saved"
+
+
+def test_an_exception_at_the_start_ends_the_run_there(tmp_path: Path) -> None:
+    class Failing(Callback):
+        def at_start(self, context: Context) -> None:
+            raise OSError("planted")
+
+    with pytest.raises(CallbackError, match=r"rank 0: Failing\.at_start raised OSError: planted"):
+        Setting(tmp_path, Failing()).callbacks.at_start()

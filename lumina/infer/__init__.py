@@ -1,7 +1,7 @@
 """Using a trained model: load it, generate, talk to it, measure it, import and export it.
 
-Room's doors: this one, lumina.infer.serve (needs the extra `serve`) and lumina.infer.evaluation.tasks (the extra
-`tasks`).
+Handed out as rooms of their own: `serve` (needs the extra of that name) and `evaluation`, whose `tasks` needs the extra
+`tasks`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ __all__ = [
     "choose_dtype",
     "converse",
     "evaluate",
+    "evaluation",
     "evaluation_table",
     "export",
     "find_checkpoint",
@@ -75,6 +76,7 @@ __all__ = [
     "printable",
     "read_config",
     "read_conversations",
+    "serve",
     "stream",
     "stream_text",
     "stream_texts",

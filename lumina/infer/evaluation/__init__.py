@@ -1,1 +1,3 @@
 """Measuring a model: loss on conversations held out, and benchmark tasks."""
+
+__all__ = ["tasks"]

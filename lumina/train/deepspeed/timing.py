@@ -44,10 +44,14 @@ class PhaseTimes:
 
 
 class StepTimer:
-    """One rank's clock. A change of phase costs about a microsecond on a CPU and one recorded event on a GPU."""
+    """One rank's clock. A change of phase costs about a microsecond on a CPU and one recorded event on a GPU.
 
-    def __init__(self, device: torch.device) -> None:
+    now: reads the time, in seconds on a CPU and as a recorded event on a GPU; None is the device's own clock.
+    """
+
+    def __init__(self, device: torch.device, now: Callable[[], Any] | None = None) -> None:
         self._gpu = device.type == "cuda"
+        self._now = now or (_event if self._gpu else time.perf_counter)
         self._phases = ["other"]
         self._marks: list[tuple[Any, str]] = []  # GPU: an event, and the phase that it ends
         self._beside: list[tuple[Any, Any]] = []  # GPU: events around a collective on another stream
@@ -55,13 +59,6 @@ class StepTimer:
         self._since: Any = self._now()
         self._undo: list[Callable[[], None]] = []
         self.collectives = 0  # started by DeepSpeed so far: where this rank stands among the others
-
-    def _now(self) -> Any:
-        if not self._gpu:
-            return time.perf_counter()
-        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
 
     def _mark(self) -> None:
         now = self._now()
@@ -144,6 +141,12 @@ class StepTimer:
                 yield
         else:  # a thread that works beside the step, such as one that saves
             yield
+
+
+def _event() -> Any:
+    event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def _unset(owner: object, name: str, value: object) -> None:

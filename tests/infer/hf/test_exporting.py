@@ -189,7 +189,7 @@ def test_the_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     def fails(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("lumina.infer.hf.exporting._card", fails)
+    monkeypatch.setattr("lumina.infer.hf.exporting.write_text", fails)
     with pytest.raises(OSError, match="no space left"):
         export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "run"]

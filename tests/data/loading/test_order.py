@@ -36,6 +36,7 @@ def test_an_epoch_takes_every_sample_once(size: int, batch: int, epoch: int) -> 
     first = epoch * order.steps_per_epoch
     taken = np.concatenate([order.indices(step) for step in range(first, first + order.steps_per_epoch)])
     assert np.array_equal(np.sort(taken), np.arange(size))
+    assert taken.dtype == np.int64
     assert order.epoch_of(first) == epoch
     assert order.batch_in_epoch(first) == 0
 

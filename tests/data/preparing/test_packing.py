@@ -48,6 +48,18 @@ def test_rows_to_pieces_groups_every_piece_once(rows: list[int]) -> None:
         assert chunks[first:last].tolist() == [chunk for chunk, its_row in enumerate(row_of) if its_row == row]
 
 
+def test_the_rows_are_fixed_for_good() -> None:
+    """Which of several equal chunks goes where is part of the order that law 1 promises: these may never change."""
+    lengths = np.array([3, 2, 3, 2, 1, 3, 2, 1, 1, 4] * 2, dtype=np.int32)
+    assert pack(lengths, 6).tolist() == [2, 0, 2, 1, 6, 3, 5, 6, 6, 0, 3, 5, 4, 5, 6, 4, 6, 7, 7, 1]
+
+
+def test_no_chunks_are_no_rows() -> None:
+    none = np.empty(0, dtype=np.int64)
+    chunks, offsets = rows_to_chunks(none)
+    assert (chunks.tolist(), offsets.tolist()) == ([], [0])
+
+
 def test_a_piece_longer_than_a_row_is_a_broken_invariant() -> None:
     with pytest.raises(AssertionError):
         pack(np.array([5], dtype=np.int32), 4)

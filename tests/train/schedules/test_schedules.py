@@ -156,3 +156,21 @@ def test_a_rate_is_a_pure_function_of_the_step(kind: str, total: int, ratio: flo
     backward = [schedule(config, total)(step) for step in reversed(range(total))]
     assert forward == backward[::-1]
     assert all(0 < rate <= 1e-4 * (1 + 1e-12) for rate in forward)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "onecycle"])
+@pytest.mark.parametrize("rise", [0.0, 0.25])
+def test_after_the_last_step_the_rate_stays(kind: str, rise: float) -> None:
+    """A run may go on past its length."""
+    found = schedule(OptimConfig(lr_scheduler=kind, warmup_ratio=rise), 8)
+    assert [found(step) for step in (8, 9, 50)] == pytest.approx([found(7)] * 3, rel=1e-12)
+
+
+def test_onecycle_ends_after_a_run_that_was_all_rise() -> None:
+    found = schedule(OptimConfig(lr_scheduler="onecycle", warmup_ratio=1.0, learning_rate=0.5), 8)
+    assert [found(step) for step in (8, 50)] == pytest.approx([0.5 / 25 / 1e4] * 2, rel=1e-12)
+
+
+def test_onecycle_begins_at_its_peak_where_the_rise_is_one_step() -> None:
+    """torch divides by zero there."""
+    assert schedule(OptimConfig(lr_scheduler="onecycle", warmup_ratio=0.25, learning_rate=0.5), 4)(0) == 0.5

@@ -44,6 +44,7 @@ def test_large_random_lengths_against_the_slow_way() -> None:
 def test_rows_to_pieces_groups_every_piece_once(rows: list[int]) -> None:
     row_of = np.unique(rows, return_inverse=True)[1]  # rows numbered without gaps
     chunks, offsets = rows_to_chunks(row_of)
+    assert len(offsets) == row_of.max() + 2
     for row, (first, last) in enumerate(itertools.pairwise(offsets)):
         assert chunks[first:last].tolist() == [chunk for chunk, its_row in enumerate(row_of) if its_row == row]
 

@@ -28,6 +28,7 @@ ROLE_ALIASES = {
 TEXT_ROLE = "text"
 ROLES = ("user", "assistant", "system", TEXT_ROLE)
 SUPERVISED_ROLES = ("assistant", TEXT_ROLE)
+SUPERVISION_VERSION = ""  # part of every data fingerprint: change it with the rule, or earlier caches are still used
 
 
 class Message(NamedTuple):

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lumina.chat import conversation as rule
 from lumina.chat import hf_files
 from lumina.chat.conversation import SUPERVISED_ROLES, TEXT_ROLE, Conversation, Message, is_supervised, loss_mask
 from lumina.chat.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure
@@ -100,8 +101,9 @@ class HFTokenizer:
         pad = self._id_of(names.get("pad_token"))
         self.pad_id: int = min(self.stop_ids) if pad is None else pad
         vocabulary = hashlib.sha256(raw.encode()).hexdigest()
-        self.template_version: str = "jinja:" + _digest([text, names])
-        self.fingerprint: str = _digest([vocabulary, self.template_version, sorted(self.stop_ids)])
+        rendering = "jinja:" + _digest([text, names])
+        self.template_version: str = rendering + rule.SUPERVISION_VERSION
+        self.fingerprint: str = _digest([vocabulary, rendering, sorted(self.stop_ids)])
 
     def _id_of(self, name: str | None) -> int | None:
         found: int | None = None if name is None else self._tokenizer.token_to_id(name)

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Sequence
 from pathlib import Path
 
+from lumina.chat import conversation as rule
 from lumina.chat import template
 from lumina.chat.cl100k import Cl100kEncoder
 from lumina.chat.conversation import Conversation
@@ -21,7 +22,7 @@ class Tokenizer(Cl100kEncoder):
         self.folder: Path | None = None
         self.begin_id: int = self.end_of_text_id
         self.stop_ids: frozenset[int] = frozenset([self.stop_id])
-        self.template_version = template.TEMPLATE_VERSION
+        self.template_version = template.TEMPLATE_VERSION + rule.SUPERVISION_VERSION
 
     @classmethod
     def load(cls) -> Tokenizer:

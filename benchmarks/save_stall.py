@@ -28,7 +28,7 @@ def main() -> None:
     trainer, batch = debug_trainer(arguments.tokens)
 
     from lumina.checkpoint import Retention, SaveJob, Saver, SaveTarget, StagingBuffer, TrainerState
-    from lumina.train.snapshot import take_snapshot
+    from lumina.train.saving.snapshot import take_snapshot
 
     def train() -> float:
         began = time.perf_counter()

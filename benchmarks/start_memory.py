@@ -89,8 +89,8 @@ def build(options: argparse.Namespace, start: str, base: Path, peak: Peak) -> An
     import torch
 
     from lumina.model import Transformer, lora
-    from lumina.train import snapshot
     from lumina.train.deepspeed import engine, partitioned_init
+    from lumina.train.saving import snapshot
 
     config, document = make(options, 3, **({"lora_rank": 8} if start == "adapts" else {}))
     torch.manual_seed(config.seed)
@@ -152,7 +152,7 @@ def write_base(port: int, options: argparse.Namespace, folder: Path) -> None:
     from lumina.checkpoint import Retention, SaveJob, Saver, SaveTarget, TrainerState, model_shape
     from lumina.model import Transformer
     from lumina.train.deepspeed import engine
-    from lumina.train.snapshot import take_snapshot
+    from lumina.train.saving.snapshot import take_snapshot
 
     config, document = make(options, 0, precision="fp32")
     torch.manual_seed(7)

@@ -43,8 +43,8 @@ def worker(arguments: argparse.Namespace) -> None:
     from lumina.config import load
     from lumina.data import sample_sums, samples_id
     from lumina.train.deepspeed import Ranks, end_process
-    from lumina.train.stragglers import Stragglers
-    from lumina.train.watchdog import Watchdog
+    from lumina.train.liveness.stragglers import Stragglers
+    from lumina.train.liveness.watchdog import Watchdog
 
     config, world, rank = load("nano"), dist.get_world_size(), dist.get_rank()
     interval = config.straggler_interval

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 import lumina
 from lumina import Callback, UserError, evaluate, export, generate, load_config, load_model, train
+from tests.runs.processes import clean_environment
 from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 
@@ -49,7 +49,7 @@ def alone(body: Callable[[Path, Path], None], folder: Path, data: Path) -> None:
     name = f"from {__name__} import {body.__name__} as body"
     code = f"import sys; from pathlib import Path; {name}; body(*map(Path, sys.argv[1:]))"
     write_tokenizer(folder / "tokenizer")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**clean_environment(), "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", code, str(folder), str(data)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -31,16 +31,16 @@ from lumina.train.initialise import (
     load_resumed,
     open_data,
 )
+from lumina.train.liveness.stragglers import Stragglers
+from lumina.train.liveness.watchdog import Watchdog
 from lumina.train.make_engine import Settings, make_engine, resolve
 from lumina.train.objectives import Preparation, objective
 from lumina.train.outputs.outputs import Outputs, RunOutputs
 from lumina.train.recovery.recovery import Recovery
 from lumina.train.recovery.spikes import SpikeDetector
-from lumina.train.saves import Saves
+from lumina.train.saving.saves import Saves
 from lumina.train.schedules import Schedule, schedule
 from lumina.train.state import RunState
-from lumina.train.stragglers import Stragglers
-from lumina.train.watchdog import Watchdog
 
 
 @dataclass

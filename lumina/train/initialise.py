@@ -20,8 +20,8 @@ from lumina.train.agreement import decided_by_rank_0
 from lumina.train.deepspeed import Engine, Ranks
 from lumina.train.objectives import objective
 from lumina.train.recovery.record import RecoveryRecord
-from lumina.train.snapshot import load_checkpoint as load
-from lumina.train.snapshot import load_weights
+from lumina.train.saving.snapshot import load_checkpoint as load
+from lumina.train.saving.snapshot import load_weights
 
 
 @dataclass(frozen=True)

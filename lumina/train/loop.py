@@ -13,12 +13,12 @@ from lumina.config import UserError
 from lumina.data import Loader
 from lumina.train.build import Run
 from lumina.train.evaluate import evaluate
+from lumina.train.liveness.watchdog import report_failure
 from lumina.train.outcomes import Fail, HalveMicroBatch, Outcome, Rewind, Stop, StopKind
 from lumina.train.outputs.samples import sample_answers
 from lumina.train.recovery import apply
 from lumina.train.recovery.recovery import RestartError
 from lumina.train.step import record_last, settle, take_step
-from lumina.train.watchdog import report_failure
 
 log = logging.getLogger("lumina")
 

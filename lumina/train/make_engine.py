@@ -12,7 +12,7 @@ from lumina.config import deepspeed as ds_json
 from lumina.model import Transformer, float8, lora
 from lumina.plan import default_document, smallest_memory
 from lumina.train.deepspeed import Engine, allocate_optimizer_state, partitioned_init
-from lumina.train.snapshot import load_frozen_weights
+from lumina.train.saving.snapshot import load_frozen_weights
 
 
 @dataclass(frozen=True)

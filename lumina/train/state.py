@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lumina.checkpoint import Snapshot, StagingBuffer, TrainerState, read_trainer_state
 from lumina.config import Config
-from lumina.train import snapshot
 from lumina.train.deepspeed import Engine
 from lumina.train.recovery.spikes import SpikeDetector
+from lumina.train.saving import snapshot
 
 
 @dataclass
@@ -42,7 +42,7 @@ class RunState:
 
     def snapshot(self, copies: StagingBuffer) -> Snapshot:
         """Begin to copy all of it into host memory, for a checkpoint; not collective. See
-        lumina.train.snapshot.take."""
+        lumina.train.saving.snapshot.take."""
         self.trainer_state.guard = self.spikes.state()
         return snapshot.take_snapshot(self.engine, self.trainer_state, copies)
 

@@ -17,8 +17,8 @@ from lumina import checkpoint
 from lumina.checkpoint import MANIFEST, TRAINER, TrainerState, integrity_error, latest_valid
 from lumina.config import UserError
 from lumina.files import file_sha256
-from lumina.train import snapshot
 from lumina.train.deepspeed import Engine
+from lumina.train.saving import snapshot
 from tests.train.tiny_engines import make_engine, save, train_step
 
 

@@ -32,7 +32,7 @@ from lumina.checkpoint import (
 from lumina.config import load
 from lumina.plan.costs.memory import parameter_groups
 from lumina.train import loop
-from lumina.train.snapshot import take_snapshot
+from lumina.train.saving.snapshot import take_snapshot
 from tests.train.tiny_engines import make_engine, state_of, train_step
 
 # --- Memory ---

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs.processes import clean_environment
 from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ def install(example: str, folder: Path) -> dict[str, str]:
     shutil.copytree(EXAMPLES / example, source)  # a build leaves files beside its source
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
     subprocess.run([*command, str(site), str(source)], check=True, timeout=120)
-    return {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    return {**clean_environment(), "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
 
 def python(code: str, environment: dict[str, str], *arguments: object) -> str:
@@ -97,7 +97,7 @@ def test_the_callback(tmp_path: Path, chitchat: Path) -> None:
         f'"max_steps": 4, "output_dir": {str(tmp_path)!r}, "batch_size": 1, "gradient_accumulation_steps": 1',
     )
     code = code.replace("bits=8.0", "bits=100.0")
-    printed = python(code, {**os.environ, "OMP_NUM_THREADS": "2"}, chitchat)
+    printed = python(code, {**clean_environment(), "OMP_NUM_THREADS": "2"}, chitchat)
     assert "good-enough" in printed
     run = json.loads((tmp_path / "good-enough" / "run.json").read_text())
     assert run["starts"][-1]["end"]["state"] == "stopped", "at the first steps, whose loss is below 100 bits"

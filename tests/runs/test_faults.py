@@ -19,10 +19,11 @@ from lumina import checkpoint
 from lumina.data import StepData
 from lumina.monitor.events import read_events
 from lumina.monitor.run_json import read_run
-from lumina.train import build, loop, make_engine, snapshot
+from lumina.train import build, loop, make_engine
 from lumina.train import step as step_module
 from lumina.train.deepspeed import Engine
 from lumina.train.recovery import apply
+from lumina.train.saving import snapshot
 from tests.runs import Runs, State, arguments, differing, final
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators

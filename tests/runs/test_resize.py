@@ -31,7 +31,7 @@ def watch(groups: Path, last: int, rank: int) -> None:
     """In a rank's process: write the groups to a file once the checkpoint is loaded, and ask the run to stop
     after step `last`."""
     from lumina.train import build
-    from lumina.train.stragglers import Stragglers
+    from lumina.train.liveness.stragglers import Stragglers
 
     resume, compare = build.load_resumed, Stragglers.compare
 

@@ -17,7 +17,7 @@ import pytest
 import tests.runs as real
 from lumina import checkpoint
 from lumina.checkpoint import write
-from lumina.train.saves import Saves
+from lumina.train.saving.saves import Saves
 from tests.runs import Runs, State, arguments, differing, final, losses, newest
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators

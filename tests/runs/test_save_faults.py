@@ -18,8 +18,9 @@ from lumina import checkpoint
 from lumina.checkpoint import write
 from lumina.monitor import read_metrics
 from lumina.monitor.events import read_events
-from lumina.train import loop, saves
+from lumina.train import loop
 from lumina.train import step as step_module
+from lumina.train.saving import saves
 from tests.runs import Job, Runs, arguments
 
 pytestmark = pytest.mark.timeout(900)

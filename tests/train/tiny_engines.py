@@ -19,7 +19,7 @@ from lumina.config import deepspeed as ds_json
 from lumina.data import Batch, TorchBatch
 from lumina.model import Transformer, float8, lora
 from lumina.train.deepspeed import Engine, moments, owned_fragments, partitioned_init, startup
-from lumina.train.snapshot import take_snapshot
+from lumina.train.saving.snapshot import take_snapshot
 
 VOCABULARY = 61
 SHAPE: dict[str, Any] = {

@@ -19,10 +19,10 @@ from lumina.data import StepData
 from lumina.monitor import Console, EventLog, MetricsFile, Recorder, StepRecord, perplexity
 from lumina.train.deepspeed import PHASES
 from lumina.train.health import Health, LayerFigures, LayerObservation, MachineWatch, StepObservation
+from lumina.train.liveness.stragglers import Comparison
 from lumina.train.outputs.profiling import Profile
 from lumina.train.outputs.throughput import Utilisation
 from lumina.train.recovery.spikes import Anomaly
-from lumina.train.stragglers import Comparison
 
 log = logging.getLogger("lumina")
 # What the console shows is kept in the run's log too, without being printed a second time.

@@ -11,9 +11,9 @@ import torch
 from lumina import checkpoint
 from lumina.checkpoint import TrainerState
 from lumina.model import lora
-from lumina.train import snapshot
 from lumina.train.deepspeed import Engine, LayerStats
 from lumina.train.deepspeed.layers import layer_of
+from lumina.train.saving import snapshot
 from tests.train.tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators

@@ -10,8 +10,8 @@ import torch
 
 from lumina import checkpoint
 from lumina.checkpoint import MASTER, TrainerState
-from lumina.train import snapshot
 from lumina.train.deepspeed import Engine, fragments_to_load, moments, owned_fragments, step_count
+from lumina.train.saving import snapshot
 from tests.train.tiny_engines import EVERY, batch, make_engine, same_state, save, state_of, train_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

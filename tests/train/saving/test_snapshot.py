@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lumina.checkpoint import StagingBuffer, TrainerState
-from lumina.train.snapshot import take_snapshot
+from lumina.train.saving.snapshot import take_snapshot
 from tests.train.tiny_engines import make_engine, train_step
 
 

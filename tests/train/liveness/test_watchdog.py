@@ -18,8 +18,8 @@ PATIENCE = 120
 _START = """
 import ctypes, os, signal, sys, time
 from lumina.cluster.signals import StopRequest
-from lumina.train import watchdog
-from lumina.train.watchdog import Watchdog
+from lumina.train.liveness import watchdog
+from lumina.train.liveness.watchdog import Watchdog
 def stuck(wait):
     wait(600)
 """

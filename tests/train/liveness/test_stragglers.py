@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lumina.train.deepspeed import Ranks
-from lumina.train.stragglers import Comparison, Stragglers, probe
+from lumina.train.liveness.stragglers import Comparison, Stragglers, probe
 
 HOSTS = ["a", "a", "b", "b"]
 EVEN = [0.1, 0.1, 0.1, 0.1]
@@ -75,7 +75,7 @@ _RANK = """
 import json, os, sys
 import torch.distributed as dist
 from lumina.train.deepspeed import Ranks
-from lumina.train.stragglers import Stragglers
+from lumina.train.liveness.stragglers import Stragglers
 child = os.fork()
 rank = 0 if child else 1
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2)

@@ -1,0 +1,1 @@
+"""Whether all ranks still move: a watchdog that ends a hung rank, and the comparison that names a slow one."""

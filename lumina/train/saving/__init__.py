@@ -1,0 +1,1 @@
+"""Saving a run: when checkpoints and backups are made, and how an engine is taken into one and filled from one."""

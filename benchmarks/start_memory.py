@@ -116,15 +116,15 @@ def digest(made: Any) -> str:
     masters: dict[str, Any] = {}
     from lumina.train.deepspeed import owned_fragments
 
-    for piece in owned_fragments(made):
-        masters[piece.name] = piece.view(piece.owner)
+    for fragment in owned_fragments(made):
+        masters[fragment.name] = fragment.view(fragment.owner)
     for name, parameter in made.model.named_parameters():
-        share = torch.zeros(parameter.ds_tensor.ds_numel)
-        own = masters.get(name, parameter.ds_tensor)[: len(share)]
-        share[: len(own)] = own
-        shares = [torch.empty_like(share) for _ in range(dist.get_world_size())]
-        dist.all_gather(shares, share)
-        hashed.update(torch.cat(shares)[: parameter.ds_numel].numpy().tobytes())
+        shard = torch.zeros(parameter.ds_tensor.ds_numel)
+        own = masters.get(name, parameter.ds_tensor)[: len(shard)]
+        shard[: len(own)] = own
+        shards = [torch.empty_like(shard) for _ in range(dist.get_world_size())]
+        dist.all_gather(shards, shard)
+        hashed.update(torch.cat(shards)[: parameter.ds_numel].numpy().tobytes())
     return hashed.hexdigest()[:16]
 
 

@@ -2,12 +2,11 @@
 
     python benchmarks/stragglers.py [--steps 12] [--tokens 512]
 
-What a step does for it is timed by itself: the watchdog's beats and the two ticks a second of its thread, this step's
-times kept, the three sums over its samples, and a fiftieth of the comparison of the ranks (straggler_interval 50; a
-barrier before it, so that it is not charged with waiting for the other rank). That is put over the time of a real
-training step of one micro-batch, the shortest there is, in the same processes and in turn with it: a difference of two
-step times would drown in their noise. The last line is the overhead; the bar is 1%.
-"""
+What a step does for it is timed by itself: the watchdog's heartbeats and the two ticks a second of its thread, this
+step's times kept, the three sums over its samples, and a fiftieth of the comparison of the ranks (straggler_interval
+50; a barrier before it, so that it is not charged with waiting for the other rank). That is put over the time of a
+real training step of one micro-batch, the shortest there is, in the same processes and in turn with it: a difference
+of two step times would drown in their noise. The last line is the overhead; the bar is 1%."""
 
 from __future__ import annotations
 
@@ -50,10 +49,10 @@ def worker(arguments: argparse.Namespace) -> None:
     interval = config.straggler_interval
     stragglers = Stragglers(Ranks(rank, world, rank, world), interval, config.straggler_factor)
     samples = np.arange(arguments.samples)
-    seconds: dict[str, list[float]] = {name: [] for name in ("step", "beats", "tick", "sums", "comparison")}
+    seconds: dict[str, list[float]] = {name: [] for name in ("step", "heartbeats", "tick", "sums", "comparison")}
     with Watchdog(config.hang_timeout, config.stop_timeout, StopRequest(), rank) as dog:
 
-        def beats() -> None:  # of one step: its micro-batch, its update, and the times that it took
+        def heartbeats() -> None:  # of one step: its micro-batch, its update, and the times that it took
             dog.heartbeat("step 1, micro-batch 1")
             dog.heartbeat("step 1, update")
             stragglers.add(0.1, 0.1)
@@ -72,7 +71,7 @@ def worker(arguments: argparse.Namespace) -> None:
             dist.barrier()
             found = {
                 "step": step,
-                "beats": per_call(beats),
+                "heartbeats": per_call(heartbeats),
                 "tick": per_call(lambda: faulthandler.dump_traceback_later(600, exit=True), 20),
                 "sums": per_call(lambda: samples_id(*sample_sums(samples))),
             }

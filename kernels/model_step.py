@@ -31,7 +31,7 @@ WARM = 3  # steps that allocate, compile and tune
 
 @dataclass(frozen=True)
 class Options:
-    """What is timed: samples of a micro-batch, each filled to the window; the rest as in Lumina's configuration."""
+    """What is timed: samples of a micro-batch, each of `seq_length` tokens; the rest as in Lumina's configuration."""
 
     preset: str
     sets: tuple[str, ...] = ()
@@ -120,14 +120,14 @@ class Trainer:
         """A micro-batch of random tokens: documents that fill the context, a part of them supervised."""
         numpy = importlib.import_module("numpy")
         batch = importlib.import_module("lumina.data").Batch
-        draw, window = numpy.random.default_rng(seed), self.config.seq_length
-        tokens = self.options.batch * window
+        draw, seq_length = numpy.random.default_rng(seed), self.config.seq_length
+        tokens = self.options.batch * seq_length
         ids = draw.integers(self.config.vocab_size, size=tokens)
         weights = (draw.random(tokens) < self.options.supervised).astype(numpy.float32)
         weights[0] = 1.0
-        positions = numpy.tile(numpy.arange(window), self.options.batch)
-        edges = numpy.arange(0, tokens + 1, window, dtype=numpy.int32)
-        return batch(ids, numpy.roll(ids, -1), weights, positions, edges, window).torch()
+        positions = numpy.tile(numpy.arange(seq_length), self.options.batch)
+        edges = numpy.arange(0, tokens + 1, seq_length, dtype=numpy.int32)
+        return batch(ids, numpy.roll(ids, -1), weights, positions, edges, seq_length).torch()
 
     def step(self, micro_batches: Sequence[Any]) -> torch.Tensor:
         """One optimizer step; returns the loss of a supervised token on the engine's device."""

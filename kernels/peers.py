@@ -20,7 +20,7 @@ from .timing import Step, Timed, copy_time, device_seconds
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One side of one case: its time, None where it has none and `note` says why; the bytes that our kernels move; and
     the seconds of a copy of as many."""
 
@@ -113,7 +113,7 @@ def sides_of(case: Case, device: str) -> dict[str, Callable[[], Function]]:
     return sides
 
 
-def measure(case: Case, device: str, repeats: int = 50) -> list[Measured]:
+def measure(case: Case, device: str, repeats: int = 50) -> list[Measurement]:
     """Time every side of a case; ours first, a copy of as many bytes as our kernels move last, in the same run. A side
     that fails has no figures and says why."""
     moved = case.bytes(case.launches(device))
@@ -126,13 +126,13 @@ def measure(case: Case, device: str, repeats: int = 50) -> list[Measured]:
         except Exception as error:  # another library's: the other sides are still worth measuring
             if side in ("lumina", "eager"):
                 raise
-            found.append(Measured(case, side, None, moved, copy.seconds, f"failed: {type(error).__name__}"))
+            found.append(Measurement(case, side, None, moved, copy.seconds, f"failed: {type(error).__name__}"))
             continue
         if side == "compile" and not really_compiled():
-            found.append(Measured(case, side, None, moved, copy.seconds, "not compiled"))
+            found.append(Measurement(case, side, None, moved, copy.seconds, "not compiled"))
         else:
-            found.append(Measured(case, side, timed, moved, copy.seconds))
-    return [*found, Measured(case, "copy", copy, moved, copy.seconds)]
+            found.append(Measurement(case, side, timed, moved, copy.seconds))
+    return [*found, Measurement(case, "copy", copy, moved, copy.seconds)]
 
 
 def environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 VOCABULARY = 512  # ids; the tokenizer itself has fewer
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
 
-# The words of runs.write_conversations, so that what is learned there is a few tokens a sentence.
+# The words of runs.write_conversations, so that what is supervised there is a few tokens a sentence.
 _TEXTS = [
     "Honestly, my sister makes me happy. You know, our dog was a surprise! Well, the weather could be better?",
     "To be fair, that film reminds me of home. I think the old library is worth the wait. Funny, but your garden",

@@ -28,7 +28,7 @@ SHAPES = {"nano": (("seq_length=256",), 20, None), "tiny": (TINY, 6, 512)}  # se
 
 
 def losses(shape: str, precision: str, stage: int) -> dict[str, list[float]]:
-    """Loss of a supervised token and gradient norm of every step, two batches in turn: they are learned by heart, so
+    """Loss of a supervised token and gradient norm of every step, two batches in turn: they are memorised, so
     that a wrong update is seen at the next step."""
     from lumina.kernels import model_step
 
@@ -69,7 +69,7 @@ def main(day: Day) -> None:
             found = day.attempt(case, lambda p=precision, s=stage: losses(shape, p, s))
             if found is not None:
                 stages[stage] = found
-                judge(day, case, precision, found, recorded["fp32"]["0"])
+                compare(day, case, precision, found, recorded["fp32"]["0"])
         if len(stages) > 1:
             middle = [statistics.median(values) for values in zip(*(f["loss"] for f in stages.values()), strict=True)]
             spread = max(furthest(found["loss"], middle) for found in stages.values())
@@ -78,7 +78,7 @@ def main(day: Day) -> None:
         day.attempt("kill and resume", lambda: kill_and_resume(day))
 
 
-def judge(day: Day, case: str, precision: str, found: dict[str, list[float]], wanted: dict[str, list[float]]) -> None:
+def compare(day: Day, case: str, precision: str, found: dict[str, list[float]], wanted: dict[str, list[float]]) -> None:
     """Losses are held to the recorded ones at every step, the gradient norm at the first, whose weights are equal."""
     loss = furthest(found["loss"], wanted["loss"])
     norm = furthest(found["norm"][:1], wanted["norm"][:1])

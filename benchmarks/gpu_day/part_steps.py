@@ -72,7 +72,7 @@ def figures(found: Any) -> dict[str, Any]:
 
 
 class Work(NamedTuple):
-    """One piece of device work: microseconds."""
+    """One span of device work: microseconds."""
 
     start: float
     end: float

@@ -59,9 +59,9 @@ def collect(folder: Path, python: str) -> int:
                 print(f"error: no wheel of {pinned(name)} could be downloaded or built", file=sys.stderr)
                 return 1
         made = sorted(Path(scratch).glob("*.whl"))
-        foreign = [path.name for path in made if not _fits(path.name, python)]
-        if foreign:
-            print(f"error: not for Python {python} on x86-64: {', '.join(foreign)}", file=sys.stderr)
+        unfit = [path.name for path in made if not _fits(path.name, python)]
+        if unfit:
+            print(f"error: not for Python {python} on x86-64: {', '.join(unfit)}", file=sys.stderr)
             return 1
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.whl"):

@@ -326,7 +326,7 @@ class HFTokenizer:
 
     @cached_property
     def _joins(self) -> bool:
-        """Whether texts can be encoded piece by piece: nothing is put before each of them."""
+        """Whether texts can be encoded segment by segment: nothing is put before each of them."""
         whole, parts = self.encode("a\nb"), [*self.encode("a\n"), *self.encode("b")]
         return whole == parts
 
@@ -334,9 +334,9 @@ class HFTokenizer:
         """Rendered text to ids; `contents` and `edges`, in characters, become tokens."""
         known = [edge for edge in edges if edge is not None]
         places = sorted({0, len(text), *contents, *known})
-        pieces = [self._escaping.to_placeholders(text[a:b], character) for a, b in pairwise(places)]
-        moved = dict(zip(places, [0, *accumulate(map(len, pieces))], strict=True))
-        named, cuts = "".join(pieces), [moved[at] for at in contents]
+        segments = [self._escaping.to_placeholders(text[a:b], character) for a, b in pairwise(places)]
+        moved = dict(zip(places, [0, *accumulate(map(len, segments))], strict=True))
+        named, cuts = "".join(segments), [moved[at] for at in contents]
         encoded = self._joined(named, cuts) if self._joins else self._escaping.encode(named)
         starts = boundaries(encoded, cuts)
         if min(starts, default=0) < 0:
@@ -346,13 +346,13 @@ class HFTokenizer:
         return _Tokens(encoded.ids, starts, _complete([None if edge is None else next(found) for edge in edges]))
 
     def _joined(self, named: str, cuts: Sequence[int]) -> Encoded:
-        """Piece by piece between the cuts, with the characters of the whole."""
+        """Segment by segment between the cuts, with the characters of the whole."""
         places = sorted({0, len(named), *cuts})
-        pieces = [(start, self._escaping.encode(named[start:end])) for start, end in pairwise(places)]
+        segments = [(start, self._escaping.encode(named[start:end])) for start, end in pairwise(places)]
         return Encoded(
-            np.concatenate([np.empty(0, np.int32), *(piece.ids for _, piece in pieces)]),
-            np.concatenate([np.empty(0, np.int64), *(start + piece.starts for start, piece in pieces)]),
-            np.concatenate([np.empty(0, np.int64), *(start + piece.ends for start, piece in pieces)]),
+            np.concatenate([np.empty(0, np.int32), *(segment.ids for _, segment in segments)]),
+            np.concatenate([np.empty(0, np.int64), *(start + segment.starts for start, segment in segments)]),
+            np.concatenate([np.empty(0, np.int64), *(start + segment.ends for start, segment in segments)]),
         )
 
 

@@ -34,7 +34,7 @@ class TrainerState:
     precision: str = ""
     zero_stage: int = 0
     world: int = 1
-    guard: dict[str, Any] = field(default_factory=dict)  # statistics of the spike detector
+    guard: dict[str, Any] = field(default_factory=dict)  # of the spike detector, by the key that 0.1.0 wrote
     lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha and targets of the adapters that are all it holds
     base: dict[str, str] = field(default_factory=dict)  # the checkpoint under them (lumina.checkpoint.base_reference)
 

@@ -1,7 +1,7 @@
 """Integrity of checkpoints: what the manifest records of every file, and its check before anything is loaded (law 5).
 Loads no torch.
 
-A damaged checkpoint is passed over with a warning in favour of the one before it.
+A damaged checkpoint is skipped with a warning and the one before it is taken.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ class Saver:
         self._attempt = 0
         self._thread: threading.Thread | None = None
         self._done: queue.SimpleQueue[SaveOutcome] = queue.SimpleQueue()
-        # Called before publishing or pruning; false if a newer launch owns the run (the run lock's `held`).
+        # Called before a checkpoint gets its name and before pruning; false if a newer launch owns the run (`held` of
+        # the run lock).
         self._may_write = may_write
 
     @property

@@ -155,7 +155,7 @@ def commit(
             _verify(partial, entries)
         if not may_commit():
             raise SaveError("another start of this run owns its folder now", retry=False)
-        if final.exists():  # left by an earlier life of the run: damaged, or passed over when resuming from before it
+        if final.exists():  # left by an earlier start of the run: damaged, or skipped when resuming from before it
             set_aside(final)
         os.replace(partial, final)
         fsync(partial.parent)

@@ -6,7 +6,7 @@ from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.cluster.launcher_detection import detect_launcher, free_port, parent_signal
-    from lumina.cluster.launching import Launch, launch
+    from lumina.cluster.launching import LaunchOptions, launch
     from lumina.cluster.preflight.run import preflight_command
     from lumina.cluster.signals import EXIT_HUNG, EXIT_RESIZE, EXIT_STOPPED, StopRequest, end_with_parent, handlers_kept
     from lumina.cluster.topology import bind
@@ -15,7 +15,7 @@ _HOMES = {
     "EXIT_HUNG": "signals",
     "EXIT_RESIZE": "signals",
     "EXIT_STOPPED": "signals",
-    "Launch": "launching",
+    "LaunchOptions": "launching",
     "StopRequest": "signals",
     "bind": "topology",
     "detect_launcher": "launcher_detection",
@@ -31,7 +31,7 @@ __all__ = [
     "EXIT_HUNG",
     "EXIT_RESIZE",
     "EXIT_STOPPED",
-    "Launch",
+    "LaunchOptions",
     "StopRequest",
     "bind",
     "detect_launcher",

@@ -22,7 +22,7 @@ AGENT = "lumina.cluster.elastic.agent"
 
 
 @dataclass
-class Launch:
+class LaunchOptions:
     """What `lumina launch` was asked for. `words` is what follows `--`: `train …`, or a script with its arguments."""
 
     words: list[str]
@@ -41,7 +41,7 @@ class Launch:
     dry_run: bool = False
 
 
-def launch(asked: Launch) -> int:
+def launch(asked: LaunchOptions) -> int:
     """Run the job to its end; returns the exit code (see lumina.cluster.elastic.supervisor)."""
     hosts = _hosts(asked)
     min_nodes = len(hosts) if asked.min_nodes is None else asked.min_nodes
@@ -88,7 +88,7 @@ def rank_command(words: list[str], python: str = sys.executable) -> list[str]:
     )
 
 
-def _hosts(asked: Launch) -> list[Host]:
+def _hosts(asked: LaunchOptions) -> list[Host]:
     if asked.hostfile is not None:
         return read_hostfile(asked.hostfile)
     if asked.slurm or slurm.in_allocation():
@@ -96,7 +96,7 @@ def _hosts(asked: Launch) -> list[Host]:
     raise UserError("no nodes", "Give --hostfile FILE, or start inside a Slurm allocation (launchers/train.sbatch).")
 
 
-def _commands(asked: Launch, hosts: list[Host], folder: str) -> list[list[str]]:
+def _commands(asked: LaunchOptions, hosts: list[Host], folder: str) -> list[list[str]]:
     name = "srun" if asked.transport == "auto" and asked.hostfile is None else asked.transport
     cpus = slurm.cpus() if name == "srun" else []
     commands = []

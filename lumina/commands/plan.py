@@ -115,7 +115,9 @@ def _cluster_options(parser: Parser) -> None:
     data = parser.add_argument_group("data, where no --train-data is given")
     data.add_argument("--tokens", type=float, metavar="N", help="tokens in the training data (20 per parameter)")
     data.add_argument("--document-tokens", type=_positive, metavar="N", help="tokens of a conversation (the context)")
-    data.add_argument("--supervised", type=float, default=1.0, metavar="SHARE", help="share of tokens learnt from (1)")
+    data.add_argument(
+        "--supervised", type=float, default=1.0, metavar="SHARE", help="supervised share of the tokens (1)"
+    )
 
 
 def _positive(text: str) -> int:

@@ -1,6 +1,6 @@
 """Every setting of a run, with its type, its default and its bounds.
 
-The classes are mixins of one flat `Config`, so that YAML keys stay flat (the seed's keys work verbatim) while a room
+The classes are mixins of one flat `Config`, so that YAML keys stay flat (the early README's work verbatim) while a room
 can ask for only the part that it needs: the model takes a `ModelConfig`, tests build one without a data path.
 
 Units: lengths in tokens, batch sizes in samples, "batch" in `*_every_n_batches` is one global batch, that is one

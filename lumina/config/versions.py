@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: What Lumina's results depend on beyond a documented interface; other packages' bounds are pip's business.
-GUARDED = ("torch", "deepspeed", "triton")
+TRIED = ("torch", "deepspeed", "triton")
 
 
 class Untried(NamedTuple):
@@ -43,7 +43,7 @@ def untried() -> list[Untried]:
 
     found = []
     for requirement in _stated():
-        if requirement.name not in GUARDED:
+        if requirement.name not in TRIED:
             continue
         try:
             version = importlib.metadata.version(requirement.name)

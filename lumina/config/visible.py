@@ -52,7 +52,7 @@ def take_device(
 
 def explain_duplicate(error: Exception, devices: int, local_world: int) -> UserError | None:
     """NCCL's refusal of two ranks on one GPU, in words of what the user can do; None for another error."""
-    if "Duplicate GPU" not in str(error):
+    if "Duplicate GPU" not in str(error):  # torch hands NCCL's text on and no code of it
         return None
     return UserError(
         f"{local_world} ranks on this machine share a GPU: each sees {devices}, and it is the same one",

@@ -12,7 +12,7 @@ from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.infer.evaluation.loss import Evaluation, evaluate, evaluation_table, read_conversations
-    from lumina.infer.generation.batch import Batch, Sequence, Token
+    from lumina.infer.generation.batch import Sequence, SequenceBatch, Token
     from lumina.infer.generation.generate import Answer, generate, printable, stream, stream_text, stream_texts
     from lumina.infer.generation.sampling import Sampling, forbidden_tokens
     from lumina.infer.hf.exporting import Exported, export
@@ -24,7 +24,7 @@ __getattr__ = names_of(
     __name__,
     {
         "Answer": "generation.generate",
-        "Batch": "generation.batch",
+        "SequenceBatch": "generation.batch",
         "Chat": "repl",
         "Evaluation": "evaluation.loss",
         "Exported": "hf.exporting",
@@ -54,13 +54,13 @@ __getattr__ = names_of(
 
 __all__ = [
     "Answer",
-    "Batch",
     "Chat",
     "Evaluation",
     "Exported",
     "Loaded",
     "Sampling",
     "Sequence",
+    "SequenceBatch",
     "Token",
     "choose_dtype",
     "converse",

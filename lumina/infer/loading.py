@@ -35,7 +35,7 @@ from lumina.model import Transformer, keep_heap
 log = logging.getLogger("lumina")
 
 RUNS = Path("experiments")
-_SEED_SPELLING = "best_model.pt"  # `--resume checkpoints/best_model.pt`, as the project was first described
+_EARLY_BEST = "best_model.pt"  # `--resume checkpoints/best_model.pt`, as the early README has it
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,13 +60,13 @@ class Loaded:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The valid checkpoint that a path means. Damaged ones are reported and passed over.
+    """The valid checkpoint that a path means. Damaged ones are reported and skipped.
 
     Raises:
         UserError: nothing there, a file in a format that is not read, or no whole checkpoint.
     """
     given = Path(path)
-    if given.name == _SEED_SPELLING and not given.exists():
+    if given.name == _EARLY_BEST and not given.exists():
         run = _newest_run()
         if run is None:
             raise UserError(f"{given} does not exist, and no run under {RUNS}/ has a checkpoint", "Train one first.")

@@ -184,13 +184,13 @@ def _read(read: Callable[[str], str]) -> str:
 
 def _answer(chat: Chat, console: Console) -> None:
     answer = Answer()
-    pieces = chat.answer(answer)
+    texts = chat.answer(answer)
     try:
-        for piece in pieces:
-            console.file.write(printable(piece))
+        for text in texts:
+            console.file.write(printable(text))
             console.file.flush()
     except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
+        texts.close()  # type: ignore[attr-defined]
         console.print("\n(stopped)", style="dim")
         return
     console.print()

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) over the decoder's fused projections.
 
-An adapter belongs to one of the projections that transformers knows, so that what is learned is what peft computes:
+An adapter belongs to one of the projections that transformers knows, so that the adapters are what peft computes:
 W x + scale * B A dropout(x). Our fused matrices are several of those laid one on top of the other (qkv = q, k, v and
 gate_up = gate, up), each with an adapter of its own and none shared: the fused output gains their outputs side by side.
 

@@ -19,7 +19,7 @@ TOKENS_PER_PARAMETER = 20
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """Everything that is said about one run on one cluster."""
 
     cluster: Cluster
@@ -76,7 +76,7 @@ def data_of_files(config: Config) -> Data:
     )
 
 
-def estimate_run(config: Config, cluster: Cluster, data: Data, document: dict[str, Any] | None = None) -> Estimate:
+def estimate_run(config: Config, cluster: Cluster, data: Data, document: dict[str, Any] | None = None) -> RunEstimate:
     """Estimate the run that this configuration describes. Its DeepSpeed JSON (or `document` in its place) is resolved
     as training would resolve it."""
     has_bf16 = "bf16" in cluster.device.peak
@@ -91,12 +91,12 @@ def estimate_run(config: Config, cluster: Cluster, data: Data, document: dict[st
 
 def estimate_setup(
     config: Config, setup: Setup, buffers: Buffers, cluster: Cluster, data: Data, global_batch: int
-) -> Estimate:
+) -> RunEstimate:
     """The same for a setup that was chosen, not read from a configuration."""
     speed = predict(config, setup, cluster)
     steps = total_steps(config, data, global_batch)
     memory = peak_memory(config, setup, buffers, cluster.device.memory)
-    return Estimate(cluster, setup, memory, speed, global_batch, steps, steps * speed.step)
+    return RunEstimate(cluster, setup, memory, speed, global_batch, steps, steps * speed.step)
 
 
 def total_steps(config: Config, data: Data, global_batch: int) -> int:

@@ -16,7 +16,7 @@ from lumina.plan.costs.memory import PARTS, peak_memory
 from lumina.plan.costs.setup import Data, Setup
 from lumina.plan.costs.speed import UNCERTAINTY
 from lumina.plan.costs.workload import flops_per_token
-from lumina.plan.estimate import Estimate, assumed_data, data_of_files, estimate_run, total_steps
+from lumina.plan.estimate import RunEstimate, assumed_data, data_of_files, estimate_run, total_steps
 from lumina.plan.search import buffers_for
 
 REFERENCE = ("a100-80gb", "h100")  # shown where no GPU is named and none is here
@@ -115,7 +115,7 @@ def model_dict(config: Config, data: Data) -> dict[str, Any]:
     }
 
 
-def as_dict(config: Config, each: Estimate, price: float | None) -> dict[str, Any]:
+def as_dict(config: Config, each: RunEstimate, price: float | None) -> dict[str, Any]:
     """One estimate for --json; sizes in bytes, times in seconds."""
     speed, memory = each.speed, each.memory
     return {
@@ -160,7 +160,7 @@ def as_dict(config: Config, each: Estimate, price: float | None) -> dict[str, An
     }
 
 
-def by_stage(config: Config, each: Estimate) -> dict[str, float]:
+def by_stage(config: Config, each: RunEstimate) -> dict[str, float]:
     """Peak bytes of a rank under every ZeRO stage, and with offload, at the same batch."""
     plain = replace(each.setup, hpz=0, offload_optimizer=False, offload_params=False)
     capacity = each.cluster.device.memory
@@ -189,7 +189,7 @@ def model_lines(config: Config, data: Data) -> list[str]:
     ]
 
 
-def run_lines(config: Config, each: Estimate, price: float | None) -> list[str]:
+def run_lines(config: Config, each: RunEstimate, price: float | None) -> list[str]:
     """One estimate as text."""
     setup, memory, speed = each.setup, each.memory, each.speed
     capacity = each.cluster.device.memory

@@ -30,7 +30,7 @@ WORDS = ("the", "a", "we", "they", "you", "cat", "dog", "house", "water", "day",
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSteps:
     """What the timed steps took. seconds: of a step, on average; spread: (max - min) / mean; memory: bytes, the largest
     process."""
 
@@ -47,7 +47,7 @@ class Measured:
         return self.tokens_per_step / self.seconds
 
 
-def measure(config: Config, processes: int, document_tokens: int | None, supervised: float) -> Measured:
+def measure(config: Config, processes: int, document_tokens: int | None, supervised: float) -> MeasuredSteps:
     """Train WARM_UP + COUNTED steps or more with `processes` processes here. supervised: the share of the tokens with a
     loss, in the whole data or to be made up. UserError when a run fails."""
     made_up = not (config.train_data or config.data)
@@ -112,7 +112,7 @@ def _seconds(record: dict[str, Any]) -> float:
 
 def summarise(
     steps: list[dict[str, Any]], processes: int, global_batch: int, supervised: float | None = None
-) -> Measured:
+) -> MeasuredSteps:
     """The mean of the counted steps; with `supervised`, the share of the tokens of the whole data that have a loss,
     what it would be at that share: by least squares of a step's seconds on its supervised tokens."""
     seconds = [_seconds(record) for record in steps]
@@ -120,11 +120,11 @@ def summarise(
     mean = statistics.fmean(seconds)
     usual = mean
     if supervised is not None:
-        learnt = [record["supervised_tokens"] for record in steps]
-        if len(set(learnt)) > 1:
-            slope = max(0.0, statistics.linear_regression(learnt, seconds).slope)
-            usual += slope * (supervised * tokens - statistics.fmean(learnt))
-    return Measured(
+        counts = [record["supervised_tokens"] for record in steps]
+        if len(set(counts)) > 1:
+            slope = max(0.0, statistics.linear_regression(counts, seconds).slope)
+            usual += slope * (supervised * tokens - statistics.fmean(counts))
+    return MeasuredSteps(
         processes=processes,
         steps=len(steps),
         seconds=usual,
@@ -153,12 +153,12 @@ def _made_up(path: Path, config: Config, document_tokens: int | None, supervised
     """Conversations of common words (about a token each), enough for the measured steps."""
     draw = random.Random(0)
     words = max(4, int(0.9 * min(document_tokens or config.seq_length, config.seq_length)) - 8)
-    learnt = max(1, min(words - 1, round(words * supervised)))
+    answer = max(1, min(words - 1, round(words * supervised)))
     batch = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps * 8
     count = (WARM_UP + COUNTED + 1) * batch * max(1, config.seq_length // (words + 8))
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
-            asked, answered = (" ".join(draw.choices(WORDS, k=length)) for length in (words - learnt, learnt))
+            asked, answered = (" ".join(draw.choices(WORDS, k=length)) for length in (words - answer, answer))
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
             file.write(json.dumps({"messages": turns}) + "\n")
     return path

@@ -1,6 +1,6 @@
 """The README's table of what the presets take on GPUs: `python -m lumina.plan.presets`.
 
-Each preset sees 20 tokens per parameter once (arXiv:2203.15556), all of them learned from, documents as long as its
+Each preset sees 20 tokens per parameter once (arXiv:2203.15556), all of them supervised, documents as long as its
 context, in steps of half a million tokens, by the fastest way that fits (lumina.plan.search).
 """
 

@@ -116,7 +116,7 @@ def test_losses_are_held_to_the_recorded_ones(load: object, worse: float, ok: bo
     assert len(recorded["loss"]) == 20
     assert recorded["loss"][-1] < recorded["loss"][0] - 2  # it learns, so that a wrong update is seen
     found = {"loss": [*recorded["loss"][:-1], recorded["loss"][-1] * worse], "norm": recorded["norm"]}
-    part.judge(SimpleNamespace(check=lambda case, good, **_: seen.append(good)), "x", "fp32", found, recorded)
+    part.compare(SimpleNamespace(check=lambda case, good, **_: seen.append(good)), "x", "fp32", found, recorded)
     assert seen == [ok]
 
 

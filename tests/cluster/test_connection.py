@@ -38,7 +38,7 @@ async def start(code: str) -> NodeConnection:
 def converse(code: str, *questions: tuple[str, float, dict[str, Any]], patience: float = 2.0) -> tuple[list[Any], int]:
     """The answers or errors, and the pid of the process, which must be gone."""
 
-    async def talk() -> tuple[list[Any], int]:
+    async def exchange() -> tuple[list[Any], int]:
         line = await start(code)
         answers: list[Any] = []
         try:
@@ -51,7 +51,7 @@ def converse(code: str, *questions: tuple[str, float, dict[str, Any]], patience:
             await line.close(patience)
         return answers, line._process.pid
 
-    answers, pid = asyncio.run(talk())
+    answers, pid = asyncio.run(exchange())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     return answers, pid

@@ -59,13 +59,13 @@ def test_orders_reach_every_agent_once(launcher: LauncherControl) -> None:
     assert agent(launcher, "n1").commands() == commands, "one that comes late hears of all"
 
 
-def test_beats_are_counted(launcher: LauncherControl) -> None:
+def test_heartbeats_are_counted(launcher: LauncherControl) -> None:
     n0 = agent(launcher, "n0")
     assert launcher.heartbeats(n0.index) == 0
     for _ in range(3):
         n0.store.add(f"heartbeat/{n0.index}", 1)
     assert launcher.heartbeats(n0.index) == 3
-    assert launcher.heartbeats(n0.index) == 3, "looking is no beat"
+    assert launcher.heartbeats(n0.index) == 3, "looking is no heartbeat"
 
 
 def test_a_fence_is_for_one_agent(launcher: LauncherControl) -> None:

@@ -1,4 +1,4 @@
-"""Presets, the seed's YAML, precedence, and what is refused."""
+"""Presets, the early README's YAML, precedence, and what is refused."""
 
 import logging
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lumina.config import MIN_VOCAB, Config, UserError, load, preset_names
 
-SEED_YAML = """\
+EARLY_YAML = """\
 # config/custom.yaml
 model_name: "custom_model"
 hidden_size: 1024
@@ -51,7 +51,7 @@ def write(folder: Path, text: str) -> str:
 
 def test_the_seeds_yaml_loads_verbatim(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        config = load(write(tmp_path, SEED_YAML))
+        config = load(write(tmp_path, EARLY_YAML))
     expected = {
         "model_name": "custom_model",
         "hidden_size": 1024,

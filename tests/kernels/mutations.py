@@ -204,8 +204,8 @@ def main(words: list[str]) -> int:
         start = time.perf_counter()
         caught = not passes(mutation, [mutation.tests])
         missed += [] if caught else [mutation.name]
-        verdict = "caught" if caught else "MISSED"
-        print(f"{verdict}  {mutation.name}  ({mutation.tests}, {time.perf_counter() - start:.1f} s)", flush=True)
+        outcome = "caught" if caught else "MISSED"
+        print(f"{outcome}  {mutation.name}  ({mutation.tests}, {time.perf_counter() - start:.1f} s)", flush=True)
     print(f"{len(chosen) - len(missed)} of {len(chosen)} mutants caught")
     return 1 if missed else 0
 

@@ -99,7 +99,7 @@ def record_run(
 
 
 def step_record(**changes: Any) -> StepRecord:
-    """Step 150 of the seed's README, but for `changes`."""
+    """Step 150 of the early README, but for `changes`."""
     values: dict[str, Any] = {
         "step": 150,
         "epoch": 1,

@@ -26,7 +26,7 @@ def test_warm_up_and_short_batches_do_not_count() -> None:
 
 def test_the_mean_is_moved_to_the_share_of_supervised_tokens_in_the_whole_data() -> None:
     """Steps of 1 s and 10 ms for each supervised token: at 80 of 100 tokens, 1.8 s."""
-    steps = [record(100, 1 + 0.01 * learnt, learnt) for learnt in (10, 40, 20, 30)]
+    steps = [record(100, 1 + 0.01 * count, count) for count in (10, 40, 20, 30)]
     assert summarise(steps, 1, 8, supervised=0.8).seconds == pytest.approx(1.8)
     assert summarise(steps, 1, 8).seconds == pytest.approx(1.25)
 

@@ -145,16 +145,16 @@ def test_prepared_data_follow_the_template(tmp_path: Path, capsys: pytest.Captur
     assert account["messages"] == turns
     assert account["messages_trained"] + account["messages_masked"] + sum(account["messages_dropped"].values()) == turns
     assert account["overlong_conversations"] > 0
-    learned = []
+    supervised = []
     for sample in range(dataset.num_samples):
         batch = dataset.batch([sample, -1])
         assert batch.ids_T.max() < 400
-        learned += batch.targets_T[batch.weights_T == 1].tolist()
-        for piece in dataset.chunks_of(sample):
-            assert piece.context or int(piece.ids[0]) in (1, 2)  # cut where a message begins, or a text
+        supervised += batch.targets_T[batch.weights_T == 1].tolist()
+        for chunk in dataset.chunks_of(sample):
+            assert chunk.context or int(chunk.ids[0]) in (1, 2)  # split where a message begins, or a text
     answers = sum(len(c["messages"]) // 2 for c in chats[:60])
     own = [*tokenizer.encode("how <|im_end|> are you?"), 2]
-    assert sorted(learned) == sorted(own * answers + [*tokenizer.encode("our dog was a surprise"), 2])
+    assert sorted(supervised) == sorted(own * answers + [*tokenizer.encode("our dog was a surprise"), 2])
 
     changed = write_tokenizer(tmp_path / "other", CHATML.replace("<|im_end|>\n", "<|im_end|>\n\n"))
     assert prepare_splits(config, open_tokenizer(changed))[0].fingerprint != dataset.fingerprint

@@ -104,7 +104,7 @@ def test_killed_and_resumed_bit_for_bit(
     assert kept.read_bytes() == values
 
 
-def test_what_is_preferred_is_learned(runs: Runs, place: Path, base: Path, data: Path) -> None:
+def test_the_loss_falls_to_the_preferred_answers(runs: Runs, place: Path, base: Path, data: Path) -> None:
     held_out = write_pairs(place / "eval.jsonl", 9, seed=6)
     run = place / "run"
     more = {"max_steps": 15, "batch_size": 3, "eval_every_n_batches": 5, "precision": "bf16"}

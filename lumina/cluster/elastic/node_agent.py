@@ -35,7 +35,7 @@ class ReceivedCommands:
 
     def __init__(self, control: AgentControl) -> None:
         self.control = control
-        self.joined = 0  # the round this agent's ranks belong to
+        self.joined = 0  # the generation that this agent's ranks belong to
         self.newest = ControlCommand("generation")
         self.regroup: ControlCommand | None = None
         self.stop = False

@@ -88,6 +88,7 @@ class NodeConnection:
         raise NoAnswerError(self._last_words())
 
     def _last_words(self) -> str:
+        # ssh's own, such as "Warning: Permanently added …": not why it ended. For people; nothing is decided by it.
         words = [word for word in self._words if not word.startswith("Warning:")]
         # The last line of a traceback, or of ssh, says most; a shell's complaint may come before others.
         return words[-1] if words else f"ended with exit code {self._process.returncode}, saying nothing"

@@ -52,9 +52,9 @@ def write_fixed(paths: Sequence[str], out: Path) -> tuple[int, int, Path]:
 
 def _sound(conversation: Conversation) -> dict[str, Any]:
     """The canonical record of a conversation: reading it again gives the same one."""
-    identity = {"id": conversation.id} if conversation.id else {}
+    conversation_id = {"id": conversation.id} if conversation.id else {}
     if conversation.messages[0].role == TEXT_ROLE:
-        return {**identity, "text": conversation.messages[0].content}
+        return {**conversation_id, "text": conversation.messages[0].content}
     messages: list[dict[str, Any]] = []
     for message in conversation.messages:
         entry: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -63,7 +63,7 @@ def _sound(conversation: Conversation) -> dict[str, Any]:
                 {"begin_offset": start, "end_offset": end - 1, "train": False} for start, end in message.masked
             ]
         messages.append(entry if message.supervise else {**entry, "weight": 0})
-    return {**identity, "messages": messages}
+    return {**conversation_id, "messages": messages}
 
 
 def _reject(path: Path, number: int, fault: Fault, record: Any) -> dict[str, Any]:

@@ -49,13 +49,18 @@ class Summary:
         return {**vars(self), "discarded": dict(self.discarded), "bad": bad}
 
     def lines(self) -> list[str]:
-        what, parts = ("preference pairs", "pairs of replies") if self.pairs else ("conversations", "paths")
-        out = [
+        what = "preference pairs" if self.pairs else "conversations"
+        return [
             f"{self.source}: {self.layout}, {self.trees:,} trees",
             f"{self.output}: {self.conversations:,} {what}, {self.messages:,} messages"
             + (" (stopped at --max-conversations)" if self.stopped_early else ""),
+            *self.left_out(),
         ]
-        out += [f"  discarded {parts}: {reason}: {count:,}" for reason, count in sorted(self.discarded.items())]
+
+    def left_out(self) -> list[str]:
+        """A line for each reason why something was discarded or could not be read."""
+        parts = "pairs of replies" if self.pairs else "paths"
+        out = [f"  discarded {parts}: {reason}: {count:,}" for reason, count in sorted(self.discarded.items())]
         for reason, (count, *first) in sorted(self.bad.items()):
             out.append(
                 f"  bad: {reason}: {count:,} (line {', '.join(map(str, first))}{', …' if count > len(first) else ''})"
@@ -107,5 +112,5 @@ def process_oasst_file(
                 if summary.trees
                 else "it holds no OASST trees or messages"
             )
-            raise UserError(f"nothing to write from {path}: {what}", "\n  ".join(summary.lines()[2:]) or None)
+            raise UserError(f"nothing to write from {path}: {what}", "\n  ".join(summary.left_out()) or None)
     return summary

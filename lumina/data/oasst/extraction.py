@@ -11,7 +11,7 @@ candidate that is not taken is counted under the first of these reasons that app
     roles do not alternate  the path is not prompter, assistant, prompter, …
     rank                    `all` with top_k: an assistant message's rank is not below K, or it is unranked and has a
                             sibling
-    no assistant reply      nothing is left to learn
+    no assistant reply      nothing is left to train on
     unanswered sibling      a path ending in an unanswered prompter message loses that message; of several such
                             siblings only the first admissible one stands for the shortened path
     not the best            `best` takes one path a tree: at each step the reply of lowest rank, unranked ones last,

@@ -53,7 +53,7 @@ def build(
     """Runs the tasks that are not done yet, packs, and gives the folder its name.
 
     Raises:
-        UserError: an input cannot be read, or nothing is left to learn from.
+        UserError: an input cannot be read, or nothing is left to train on.
     """
     partial = final.with_name(f"{final.name}.partial")
     files = list(dict.fromkeys(task.path for task in tasks))
@@ -103,7 +103,7 @@ def build(
 
 
 def _refuse_nothing(account: Account, files: Sequence[str], config: PrepareSettings, partial: Path) -> None:
-    """Raises a UserError that says why, when there is nothing to learn from."""
+    """Raises a UserError that says why, when nothing is left to train on."""
     if not account.conversations:
         shutil.rmtree(partial)
         raise UserError(
@@ -114,8 +114,7 @@ def _refuse_nothing(account: Account, files: Sequence[str], config: PrepareSetti
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in account.conversations_dropped.items())
         why = dropped or f"no answer lies within the first {config.seq_length:,} tokens"
         raise UserError(
-            f"nothing is left to learn from of the {account.conversations:,} conversations in {', '.join(files)}:"
-            f" {why}",
+            f"nothing is left to train on of the {account.conversations:,} conversations in {', '.join(files)}: {why}",
             "Raise seq_length or use --overlong split." if not dropped or account.overlong_conversations else None,
         )
 

@@ -61,17 +61,17 @@ class Task:
     format: str = ""
 
 
-class Block(NamedTuple):
+class ConversationBlock(NamedTuple):
     """Conversations and the record number each comes from."""
 
     conversations: list[Conversation]
     numbers: list[int]
 
 
-def read_blocks(task: Task, account: Account, statistics: Statistics | None = None) -> Iterator[Block]:
+def read_blocks(task: Task, account: Account, statistics: Statistics | None = None) -> Iterator[ConversationBlock]:
     """The task's conversations, some BLOCK_BYTES of input at a time; every record is entered into `account`, and
     the used ones' formats into `statistics`."""
-    block, held, tally = Block([], []), 0, FieldTally()
+    block, held, tally = ConversationBlock([], []), 0, FieldTally()
     decided = np.load(task.decisions) if task.decisions else None
     for item in read_items(task.path, FileLayout(*task.layout), task.start, task.stop):
         account.lines += item.lines
@@ -99,7 +99,7 @@ def read_blocks(task: Task, account: Account, statistics: Statistics | None = No
         held += item.size
         if held >= BLOCK_BYTES and block.conversations:
             yield block
-            block, held = Block([], []), 0
+            block, held = ConversationBlock([], []), 0
     account.last_line = tally.line
     account.add_fields(tally)
     if block.conversations:
@@ -118,7 +118,7 @@ def _chosen(
     return [c for c, its_split in zip(conversations, decided.tolist(), strict=True) if its_split == split]
 
 
-def rendered(tokenizer: ChatTokenizer, block: Block, account: Account) -> tuple[RenderedBlock, list[int]]:
+def rendered(tokenizer: ChatTokenizer, block: ConversationBlock, account: Account) -> tuple[RenderedBlock, list[int]]:
     """A block's conversations and their record numbers; those that an imported model's template does not take are
     entered as dropped."""
     together, refused = tokenizer.render_valid(block.conversations)

@@ -100,7 +100,7 @@ def _only_harmless(value: Mapping[str, Any], besides: str) -> bool:
 
 
 def _says_nothing(name: str, held: Any) -> bool:
-    """Whether what stands beside the records is nothing to learn: numbers, and keys that are no content."""
+    """Whether what stands beside the records holds no content: numbers, and keys that are no content."""
     return is_empty(held) or name in HARMLESS or (name not in CONTENT and not isinstance(held, list | dict))
 
 
@@ -226,7 +226,8 @@ class _Values:
             return element
 
     def _is_wrong(self, error: json.JSONDecodeError) -> bool:
-        """Whether more text cannot mend it: it breaks well before the text's end, and not for want of a quote."""
+        """Whether more text cannot complete the value: the error is well before the text's end, and no open string."""
+        # json has one exception type for all errors and no code: that a string is open stands in its message alone.
         return not error.msg.startswith("Unterminated") and error.pos < len(self.text) - 64
 
     def _go_on(self) -> bool:
@@ -244,7 +245,7 @@ class _Values:
             self._more()
 
     def _close(self) -> Fault | None:
-        """Past the rest of an object that wrapped the array: keys that hold nothing to learn."""
+        """Past the rest of an object that wrapped the array: keys without content."""
         self.wrapped = False
         while True:
             rest = self.text[self.at :].lstrip()

@@ -69,7 +69,7 @@ def _are_lines(start: bytes, whole: bool) -> bool:
         lines.pop()  # cut
     full = [line for line in lines if line and not line.isspace()]
     if not full:
-        # One line longer than what was looked at: an array, or what wraps one, is read piece by piece.
+        # One line longer than what was looked at: an array, or what wraps one, is read element by element.
         return not start.lstrip().startswith(b"[") and not WRAPPED.match(start.lstrip().decode("utf-8", "replace"))
     sound = [not isinstance(parse_json(line), Fault) for line in full]
     if any(map(_opens, full, [*full[1:], b" "], sound)):

@@ -48,7 +48,7 @@ def to_conversation(
     record: dict[str, Any], messages: Sequence[Message], tally: FieldTally, vocabulary: Vocabulary
 ) -> Conversation | Fault:
     """The conversation of these messages after the record's own `system`, when every field of the record has a place
-    and there is something to learn."""
+    and something is supervised."""
     if record.get("system") is not None:
         opening = system_message(record, messages)
         if isinstance(opening, Fault):
@@ -61,7 +61,7 @@ def to_conversation(
             break
     else:
         reason = EMPTY if EMPTY_LAST in tally.left_out else NO_ASSISTANT
-        return Fault(reason, "no assistant message to learn from", len(messages) + len(tally.left_out))
+        return Fault(reason, "no assistant message that is supervised", len(messages) + len(tally.left_out))
     fault = tally.count(vocabulary, record, messages)
     if fault is not None:
         return Fault(fault.reason, fault.detail, fault.messages + len(tally.left_out))
@@ -98,7 +98,7 @@ def to_messages(raw: Sequence[Any], tally: FieldTally) -> list[Message] | Fault:
                 continue
         found = message_of(item, number, tally)
         if isinstance(found, Fault):
-            if found.reason == EMPTY and number == len(raw) and found.detail.startswith("assistant"):
+            if found.reason == EMPTY and number == len(raw) and _role(item) == "assistant":
                 tally.left_out.append(EMPTY_LAST)
                 continue
             return Fault(found.reason, f"message {number}: {found.detail}", len(raw))
@@ -113,14 +113,9 @@ def message_of(item: Any, number: int, tally: FieldTally) -> Message | Fault | N
     """One message of any shape; None for an empty system message, which says nothing."""
     if type(item) is not dict:
         return Fault(WRONG_TYPE, f"it is {kind(item)}, not an object")
-    role = item["role"] if item.get("role") is not None else item.get("from")
-    if None not in (item.get("role"), item.get("from")) and item["role"] != item["from"]:
-        return Fault(TWICE, "`role` and `from` differ")
-    if type(role) is not str:
-        return Fault(WRONG_TYPE, f"`role` is {kind(role)}")
-    known = ROLES.get(role.strip().lower())
-    if known is None:
-        return Fault(UNKNOWN_ROLE, f"role {role[:40]!r}")
+    known = _role(item)
+    if isinstance(known, Fault):
+        return known
     content = _content(item, known)
     if isinstance(content, Fault):
         return content
@@ -139,6 +134,17 @@ def message_of(item: Any, number: int, tally: FieldTally) -> Message | Fault | N
     message = Message(known, content, learn and not _covers(masked, content), masked)
     fault = tally.count(MESSAGE, item, [message])
     return message if fault is None else fault
+
+
+def _role(item: dict[str, Any]) -> str | Fault:
+    """A message's role, one of ours."""
+    role = item["role"] if item.get("role") is not None else item.get("from")
+    if None not in (item.get("role"), item.get("from")) and item["role"] != item["from"]:
+        return Fault(TWICE, "`role` and `from` differ")
+    if type(role) is not str:
+        return Fault(WRONG_TYPE, f"`role` is {kind(role)}")
+    known = ROLES.get(role.strip().lower())
+    return known if known is not None else Fault(UNKNOWN_ROLE, f"role {role[:40]!r}")
 
 
 def _content(item: dict[str, Any], role: str) -> str | Fault:

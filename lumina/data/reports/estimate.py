@@ -27,7 +27,7 @@ FILL = 0.98  # of packed rows, as best-fit decreasing reaches on chats
 
 
 @dataclass(frozen=True)
-class Estimate:
+class DataEstimate:
     """Estimates for the whole input; `sampled` is the share of it that was read."""
 
     input_bytes: int
@@ -59,7 +59,7 @@ class Estimate:
         ]
 
 
-def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatTokenizer) -> Estimate:
+def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatTokenizer) -> DataEstimate:
     """Renders and splits a sample of each file, as preparing does, and extrapolates.
 
     The sample is whole for files of up to 4 MiB. Compressed files are unpacked once to learn their size.
@@ -84,7 +84,7 @@ def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatToken
         seen += path.stat().st_size * share
     workers = max(1, min(config.num_workers or min(usable_cores(), 16), int(size) // BYTES_PER_WORKER))
     samples = total["tokens"] / (config.seq_length * FILL) if config.packing else total["chunks"]
-    return Estimate(
+    return DataEstimate(
         input_bytes=int(size),
         sampled=seen / size,
         lines=round(total["lines"]),

@@ -104,7 +104,7 @@ def read_conversations(paths: Sequence[str], skipped: Counter[str]) -> Iterator[
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-class Window(NamedTuple):
+class ScoringWindow(NamedTuple):
     """One of the windows that a long text is scored in: its tokens from `first` (at least 1) on are predicted. The last
     one the model does not see."""
 
@@ -120,14 +120,14 @@ class Predicted(NamedTuple):
 
 
 @torch.inference_mode()
-def predict(model: Transformer, windows: Sequence[Window], at_once: int | None = None) -> Iterator[Predicted]:
+def predict(model: Transformer, windows: Sequence[ScoringWindow], at_once: int | None = None) -> Iterator[Predicted]:
     """Score windows, laid end to end in passes of up to 4,096 tokens and `at_once` windows; each attends to itself."""
     for batch in _batches(windows, at_once or len(windows)):
         yield from _pass(model, batch)
 
 
-def _batches(windows: Sequence[Window], at_once: int) -> Iterator[list[Window]]:
-    batch: list[Window] = []
+def _batches(windows: Sequence[ScoringWindow], at_once: int) -> Iterator[list[ScoringWindow]]:
+    batch: list[ScoringWindow] = []
     filled = 0
     for window in windows:
         if batch and (filled + len(window.ids) > _TOKENS_AT_ONCE or len(batch) == at_once):
@@ -139,7 +139,7 @@ def _batches(windows: Sequence[Window], at_once: int) -> Iterator[list[Window]]:
         yield batch
 
 
-def _pass(model: Transformer, batch: list[Window]) -> Iterator[Predicted]:
+def _pass(model: Transformer, batch: list[ScoringWindow]) -> Iterator[Predicted]:
     device = model.embedding.weight.device
     lengths = [len(window.ids) - 1 for window in batch]
     starts = (0, *accumulate(lengths))
@@ -187,7 +187,7 @@ def evaluate(loaded: Loaded, conversations: Iterable[Conversation]) -> Evaluatio
     for group in _groups(_TokenizedConversation.of(conversation, loaded) for conversation in conversations):
         parts = [(tokenized, *span) for tokenized in group for span in tokenized.windows(loaded.context_length)]
         result.cut += len(parts) - len(group)
-        windows = [Window(tokenized.ids[start:end]) for tokenized, start, end in parts]
+        windows = [ScoringWindow(tokenized.ids[start:end]) for tokenized, start, end in parts]
         for (tokenized, start, end), found in zip(parts, predict(loaded.model, windows), strict=True):
             tokenized.nats_T[start + 1 : end] = found.nats_N
         for tokenized in group:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from lumina.chat import ROLE_ALIASES, Conversation, Message
 from lumina.config import UserError
-from lumina.infer.evaluation.loss import Window, predict
+from lumina.infer.evaluation.loss import ScoringWindow, predict
 from lumina.infer.generation.generate import generate
 from lumina.infer.generation.sampling import LENGTHS, Sampling
 from lumina.infer.loading import Loaded
@@ -151,7 +151,7 @@ class LuminaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             ids = [*context, *continuation]
             kept = ids[-self.context_length - 1 :]
             self.cut += len(kept) < len(ids)
-            windows.append(Window(kept, max(len(kept) - len(continuation), 1)))
+            windows.append(ScoringWindow(kept, max(len(kept) - len(continuation), 1)))
         found = predict(self._model, windows, self._at_once)
         return [
             (-float(nats.double().sum()), bool(likeliest.all()))
@@ -163,7 +163,7 @@ class LuminaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         for number, request in enumerate(requests):
             pairs = get_rolling_token_windows(self._text(request.args[0]), self.eot_token_id, self.context_length, 1)
             for context, predicted in map(make_disjoint_window, pairs):
-                windows.append(Window([*context, *predicted], len(context)))
+                windows.append(ScoringWindow([*context, *predicted], len(context)))
                 owners.append(number)
         sums = [0.0] * len(requests)
         found = predict(self._model, windows, self._at_once)

@@ -71,7 +71,7 @@ class Token(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Batch:
+class SequenceBatch:
     """Sequences in the rows of one preallocated cache."""
 
     def __init__(self, model: Transformer, tokenizer: ChatTokenizer, rows: int, capacity: int) -> None:
@@ -113,12 +113,12 @@ class Batch:
 
         Returns the first token of each whose prompt is now complete. Raises UserError: logits that are not finite.
         """
-        pieces = [s.prompt[s.fed :][:most] for s in sequences]
-        positions = self._cache.extend([s.slot for s in sequences], [len(piece) for piece in pieces])
-        ids = torch.tensor([token for piece in pieces for token in piece], device=positions.device)[None]
+        chunks = [s.prompt[s.fed :][:most] for s in sequences]
+        positions = self._cache.extend([s.slot for s in sequences], [len(chunk) for chunk in chunks])
+        ids = torch.tensor([token for chunk in chunks for token in chunk], device=positions.device)[None]
         x_R1D = self._model.trunk(ids, positions, cache=self._cache)
-        for sequence, piece in zip(sequences, pieces, strict=True):
-            sequence.fed += len(piece)
+        for sequence, chunk in zip(sequences, chunks, strict=True):
+            sequence.fed += len(chunk)
         ready = [row for row, s in enumerate(sequences) if s.fed == len(s.prompt)]
         if not ready:
             return []

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.infer.generation import batch as batches
-from lumina.infer.generation.batch import Batch, Finish, Token
+from lumina.infer.generation.batch import Finish, SequenceBatch, Token
 from lumina.infer.generation.detokenizer import Detokenizer
 from lumina.infer.generation.sampling import Sampling
 from lumina.model import Transformer
@@ -36,13 +36,13 @@ def check_prompt(length: int, context_length: int) -> None:
 
 def _begin(
     model: Transformer, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
-) -> tuple[Batch, list[Token]]:
+) -> tuple[SequenceBatch, list[Token]]:
     """A batch of just these prompts, and their first tokens."""
     context_length = model.config.seq_length
     for prompt in prompts:
         check_prompt(len(prompt), context_length)
     capacity = max(min(len(prompt) + sampling.max_length, context_length) for prompt in prompts)
-    batch = Batch(model, tokenizer, len(prompts), capacity)
+    batch = SequenceBatch(model, tokenizer, len(prompts), capacity)
     sequences = [batches.Sequence(list(prompt), sampling, number) for number, prompt in enumerate(prompts)]
     for sequence in sequences:
         batch.join(sequence)
@@ -86,17 +86,17 @@ def stream_texts(
         for token in tokens:
             number = token.sequence.number
             answer, detokenizer = answers[number], detokenizers[number]
-            piece, answer.finish = "", token.finish
+            text, answer.finish = "", token.finish
             if token.finish != "stop":
                 answer.ids.append(token.id)
-                piece = detokenizer.push(token.id)
+                text = detokenizer.push(token.id)
             if detokenizer.stopped:
                 answer.finish = "stop"
                 batch.leave(token.sequence)
             elif token.finish is not None:
-                piece += detokenizer.end()
-            answer.text += piece
-            chunks.append((number, piece))
+                text += detokenizer.end()
+            answer.text += text
+            chunks.append((number, text))
         yield chunks
         tokens = batch.step()
 

@@ -211,7 +211,7 @@ def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, imported
         "Architecture": config.family,
         "Parameters": f"{config.num_parameters():,}",
         "Without embeddings": f"{config.num_parameters(with_embeddings=False):,}",
-        "Window": f"{config.seq_length} tokens",
+        "Context length": f"{config.seq_length} tokens",
         "Weights": dtype,
     }
     if state.best_loss is not None and state.best_step == state.step:

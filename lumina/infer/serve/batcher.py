@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lumina.config import UserError
-from lumina.infer.generation.batch import Batch, Finish, Sequence, Token
+from lumina.infer.generation.batch import Finish, Sequence, SequenceBatch, Token
 from lumina.infer.generation.detokenizer import Detokenizer
 from lumina.infer.loading import Loaded
 from lumina.infer.serve.errors import ApiError, shutting_down
@@ -68,7 +68,7 @@ class ContinuousBatcher:
     def __init__(self, loaded: Loaded, slots: int, most_waiting: int, metrics: Metrics) -> None:
         """`slots` sequences at a time; `most_waiting` more may wait for one."""
         self._tokenizer, self._metrics, self._most_waiting = loaded.tokenizer, metrics, most_waiting
-        self._batch = Batch(loaded.model, loaded.tokenizer, slots, loaded.config.seq_length)
+        self._batch = SequenceBatch(loaded.model, loaded.tokenizer, slots, loaded.config.seq_length)
         self._wake = threading.Condition()
         self._waiting: deque[_Entry] = deque()  # guarded by _wake, as is _closing
         self._closing = False

@@ -50,8 +50,8 @@ async def complete(
     sequences = [Sequence(ids, sampling, number, logprobs) for ids, number in each]
     step = f"step-{service.loaded.step}"
     tokens = sum(map(len, prompts))
-    identity = secrets.token_hex(12)
-    response = builder(service.tokenizer, service.name, step, identity, logprobs is not None, tokens)
+    response_id = secrets.token_hex(12)
+    response = builder(service.tokenizer, service.name, step, response_id, logprobs is not None, tokens)
     deltas = stream_deltas(service.batcher, sequences, service.seconds, request.receive)
     if body.stream:
         first = await anext(deltas)  # what is refused is refused with its own status, before a stream begins

@@ -104,20 +104,20 @@ class RequestChecks:
     async def _read(self, receive: Receive) -> bytes:
         """A body that is too large is read to some length and thrown away: a client that is still sending would see a
         broken connection instead of the answer."""
-        limit, pieces, size = self._rules.body_bytes, list[bytes](), 0
+        limit, chunks, size = self._rules.body_bytes, list[bytes](), 0
         while size <= 16 * limit:
             message = await receive()
             if message["type"] == "http.disconnect":
                 break
-            piece = message.get("body", b"")
-            size += len(piece)
+            chunk = message.get("body", b"")
+            size += len(chunk)
             if size <= limit:
-                pieces.append(piece)
+                chunks.append(chunk)
             if not message.get("more_body", False):
                 break
         if size > limit:
             raise ApiError(413, f"The request's body is larger than {limit} bytes.", "body_too_large")
-        return b"".join(pieces)
+        return b"".join(chunks)
 
 
 def _digest(key: bytes) -> bytes:

@@ -45,12 +45,12 @@ class ResponseBuilder(ABC):
     kind, chunk_kind, prefix = "", "", ""
 
     def __init__(
-        self, tokenizer: ChatTokenizer, model: str, fingerprint: str, identity: str, logprobs: bool, prompt: int
+        self, tokenizer: ChatTokenizer, model: str, fingerprint: str, response_id: str, logprobs: bool, prompt: int
     ) -> None:
         """`prompt`: tokens of the request's prompts, for the usage."""
         self._tokenizer, self._logprobs, self._prompt = tokenizer, logprobs, prompt
         self._completion = 0
-        common = {"id": f"{self.prefix}-{identity}", "created": int(time.time()), "model": model}
+        common = {"id": f"{self.prefix}-{response_id}", "created": int(time.time()), "model": model}
         self._common = common | {"system_fingerprint": fingerprint}
 
     def body(self, choices: dict[int, Choice]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def last_record(path: Path) -> dict[str, Any]:
 
 
 def evaluations(path: Path) -> Iterator[tuple[int, float]]:
-    """(step, loss) of every evaluation with a finite loss. The other lines are passed over unread."""
+    """(step, loss) of every evaluation with a finite loss. The other lines are skipped unparsed."""
     with path.open("rb") as file:
         for line in file:
             if b'"kind": "eval"' in line[:40]:

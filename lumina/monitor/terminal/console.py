@@ -1,4 +1,4 @@
-"""The console: the seed's line word for word in form, or the live view where there is a terminal."""
+"""Console: a line per logged step, in the form of the early README's, or the live view where there is a terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def line(record: StepRecord) -> str:
 
 class Console:
     """Shows a run's progress on one rank; the others get a silent one (`enabled=False`). In a terminal that is the
-    live view, with printed lines above it; elsewhere it is the seed's lines."""
+    live view, with printed lines above it; elsewhere it is the early README's lines."""
 
     def __init__(
         self, enabled: bool, total_steps: int, start_step: int, title: str = "lumina", live: bool = True

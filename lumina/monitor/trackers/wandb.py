@@ -31,15 +31,15 @@ class Wandb:
 
         remembered = run.folder / "wandb-run"
         again = run.step > 0 and remembered.exists()
-        identity = remembered.read_text().strip() if again else secrets.token_hex(4)
-        remembered.write_text(identity)
-        self._run = self._start(wandb, run, identity)
+        run_id = remembered.read_text().strip() if again else secrets.token_hex(4)
+        remembered.write_text(run_id)
+        self._run = self._start(wandb, run, run_id)
         for group in GROUPS.values():
             self._run.define_metric(f"{group}/step", hidden=True)
             self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
-        return self._reached(run.folder, identity) if again else {}
+        return self._reached(run.folder, run_id) if again else {}
 
-    def _start(self, wandb: Any, run: RunInfo, identity: str) -> Any:
+    def _start(self, wandb: Any, run: RunInfo, run_id: str) -> Any:
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -49,7 +49,7 @@ class Wandb:
         given: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", "lumina"),
             "name": os.environ.get("WANDB_NAME", run.name),
-            "id": identity,
+            "id": run_id,
             "resume": "allow",
             "dir": str(run.folder),
             "config": dict(run.config),
@@ -66,10 +66,10 @@ class Wandb:
             log.warning("wandb: %s; recorded in %s, send it later with `wandb sync`", error or "no login", kept)
             return wandb.init(mode="offline", **given)
 
-    def _reached(self, folder: Path, identity: str) -> dict[str, int]:
+    def _reached(self, folder: Path, run_id: str) -> dict[str, int]:
         """The last step of each group that the service, or an earlier start's file, has."""
         last: dict[str, int] = {}
-        for row in offline_rows(folder, identity):
+        for row in offline_rows(folder, run_id):
             _raise(last, row)
         _raise(last, dict(self._run.summary))
         return last
@@ -103,12 +103,12 @@ def _raise(last: dict[str, int], row: Mapping[str, Any]) -> None:
             last[group] = max(last.get(group, -1), int(step))
 
 
-def offline_rows(folder: Path, identity: str) -> Iterator[dict[str, Any]]:
+def offline_rows(folder: Path, run_id: str) -> Iterator[dict[str, Any]]:
     """The history rows in the files that wandb left in `folder`, oldest file first."""
     from wandb.proto import wandb_internal_pb2
 
     protocol: Any = wandb_internal_pb2  # generated: a type checker sees no names
-    for path in sorted((folder / "wandb").glob(f"*run-*-{identity}/run-{identity}.wandb")):
+    for path in sorted((folder / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb")):
         for payload in _records(path.read_bytes()):
             record = protocol.Record()
             record.ParseFromString(payload)

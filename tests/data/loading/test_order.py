@@ -138,7 +138,7 @@ def test_the_record_is_splitmix64s_sum() -> None:
 
 
 def splitmix64(sample: int) -> int:
-    """The first output after the seed `sample`, in Python's integers (https://prng.di.unimi.it/splitmix64.c)."""
+    """The first output from the state `sample`, in Python's integers (https://prng.di.unimi.it/splitmix64.c)."""
     z = (sample + 0x9E3779B97F4A7C15) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64

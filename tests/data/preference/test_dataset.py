@@ -33,7 +33,7 @@ def prepared(tmp_path: Path, records: list[Any], **settings: Any) -> PairDataset
     return prepare_pairs([path], Settings(cache_dir=str(tmp_path / "cache"), **settings), TOKENIZER)
 
 
-def test_both_sides_are_the_template_and_only_the_answer_is_learned(tmp_path: Path) -> None:
+def test_both_sides_are_the_template_and_only_the_answer_is_supervised(tmp_path: Path) -> None:
     plain = {"prompt": "a question", "chosen": "yes", "rejected": "no"}
     dataset = prepared(tmp_path, [pair(1), plain, pair(2)])
     assert dataset.num_samples == 3

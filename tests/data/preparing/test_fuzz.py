@@ -19,7 +19,7 @@ from lumina.data.reports.validation import validate
 from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
 
 LINES = 100_000
-SEEDS = [
+CORPUS = [
     orjson.dumps(chat("hello there", "general reply", "and?", "more")),
     orjson.dumps({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "é漢🙂"}]}),
     orjson.dumps({"instruction": "do", "input": "this", "output": "done"}),
@@ -35,7 +35,7 @@ FRAGMENTS = [
 
 
 def mutated(rng: random.Random) -> bytes:
-    line = bytearray(rng.choice(SEEDS))
+    line = bytearray(rng.choice(CORPUS))
     for _ in range(rng.randint(0, 4)):
         at = rng.randrange(len(line) + 1)
         what = rng.randrange(6)
@@ -68,7 +68,7 @@ def test_every_mutated_line_is_accounted_for(fuzzed: Path, monkeypatch: pytest.M
     monkeypatch.setattr("lumina.data.preparing.pool.BYTES_PER_WORKER", 1)
     account = Account.from_dict(prepare([fuzzed], Settings(seq_length=512), TOKENIZER, workers=2).account)
     account.check()
-    # A line may hold an array of records: each is counted, and no line is passed over.
+    # A line may hold an array of records: each is counted, and no line is skipped.
     numbers = [item.number for item in read_items(str(fuzzed), detect(str(fuzzed)))]
     assert account.lines == len(numbers)
     assert sorted(set(numbers)) == list(range(1, LINES + 1))

@@ -74,7 +74,7 @@ def test_truncate_and_drop_against_a_slow_reference(lines: list[dict[str, Any]],
             dropped += (supervised_left == 0) if message.role == "assistant" else start >= keep
     with tempfile.TemporaryDirectory() as folder:
         if not any(sum(mask) for _, mask in kept):
-            with pytest.raises(UserError, match="nothing is left to learn"):
+            with pytest.raises(UserError, match="nothing is left to train on"):
                 prepared(Path(folder), lines, seq_length=seq_length, overlong=policy)
             return
         dataset = prepared(Path(folder), lines, seq_length=seq_length, overlong=policy, packing=False)

@@ -28,7 +28,7 @@ def supervised(*datasets: PackedDataset | None) -> Counter[int]:
 
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), min_size=12, max_size=40), st.booleans())
-def test_every_answer_is_learned_or_held_out_once(drawn: list[tuple[int, int]], packing: bool) -> None:
+def test_every_answer_is_supervised_or_held_out_once(drawn: list[tuple[int, int]], packing: bool) -> None:
     lines = [
         {"id": f"id {group}", **chat(f"question {i}", f"answer {answer}")} for i, (group, answer) in enumerate(drawn)
     ]
@@ -36,11 +36,11 @@ def test_every_answer_is_learned_or_held_out_once(drawn: list[tuple[int, int]], 
         path = str(write_jsonl(Path(folder) / "in.jsonl", lines))
         config = Settings(train_data=(path,), eval_fraction=0.4, packing=packing)
         sides = decided(
-            [talk(f"question {i}", f"answer {answer}", f"id {group}") for i, (group, answer) in enumerate(drawn)],
+            [dialogue(f"question {i}", f"answer {answer}", f"id {group}") for i, (group, answer) in enumerate(drawn)],
             eval_fraction=0.4,
         )
         if len(set(sides)) < 2:  # all on one side, as few groups may be
-            with pytest.raises(UserError, match="nothing is left to learn"):
+            with pytest.raises(UserError, match="nothing is left to train on"):
                 prepare_splits(config, TOKENIZER)
             return
         train, held_out = prepare_splits(config, TOKENIZER)
@@ -62,24 +62,24 @@ def decided(conversations: list[Conversation], given: list[int] | None = None, *
     return decide(signatures, split, how.get("eval_fraction", 0.0), how.get("dedup", "none")).tolist()
 
 
-def talk(prompt: str, answer: str, identity: str = "") -> Conversation:
-    return Conversation([Message("user", prompt), Message("assistant", answer)], identity)
+def dialogue(prompt: str, answer: str, conversation_id: str = "") -> Conversation:
+    return Conversation([Message("user", prompt), Message("assistant", answer)], conversation_id)
 
 
 def test_one_prompt_stays_on_one_side_and_the_share_is_about_right() -> None:
     rng = random.Random(0)
     conversations = [
-        talk(f"please tell me something about topic {i // 4}", f"answer {rng.random()}") for i in range(4000)
+        dialogue(f"please tell me something about topic {i // 4}", f"answer {rng.random()}") for i in range(4000)
     ]
     sides = np.array(decided(conversations, eval_fraction=0.1)).reshape(1000, 4)
     assert (sides == sides[:, :1]).all()
     # 1000 groups at 0.1: a standard deviation of 0.0095; five of them.
     assert abs((sides[:, 0] == EVAL).mean() - 0.1) < 0.048
-    assert abs(np.mean(decided([talk("hi", str(i)) for i in range(1000)], eval_fraction=0.1)) - 0.1) < 0.048
+    assert abs(np.mean(decided([dialogue("hi", str(i)) for i in range(1000)], eval_fraction=0.1)) - 0.1) < 0.048
 
 
 def test_a_side_does_not_depend_on_the_rest_of_the_data() -> None:
-    conversations = [talk(f"please tell me something about topic {i}", "yes") for i in range(200)]
+    conversations = [dialogue(f"please tell me something about topic {i}", "yes") for i in range(200)]
     assert decided(conversations[:120], eval_fraction=0.3) == decided(conversations, eval_fraction=0.3)[:120]
 
 
@@ -88,20 +88,29 @@ LONG = "the quick brown fox jumps over the lazy dog and runs through the deep da
 
 def test_near_duplicates_of_a_prompt_stay_on_one_side() -> None:
     for i in range(40):
-        pair = [talk(f"{LONG} number {i}", "one answer"), talk(f"{LONG} number {i}!!  Thanks", "quite another")]
+        pair = [
+            dialogue(f"{LONG} number {i}", "one answer"),
+            dialogue(f"{LONG} number {i}!!  Thanks", "quite another"),
+        ]
         signatures = signatures_of(pair, near=True)
         sides = decide(signatures, np.zeros(2, dtype=np.uint8), 0.5, "near").tolist()
         assert sides[0] == sides[1] or DUPLICATE in sides
 
 
 def test_duplicates_go_and_the_evaluation_keeps_its_own() -> None:
-    conversations = [talk("a", "b"), talk("c", "d"), talk("a", "b"), talk("c", "d"), talk("e", "f")]
+    conversations = [
+        dialogue("a", "b"),
+        dialogue("c", "d"),
+        dialogue("a", "b"),
+        dialogue("c", "d"),
+        dialogue("e", "f"),
+    ]
     given = [TRAIN, TRAIN, TRAIN, EVAL, EVAL]
     assert decided(conversations, given, dedup="exact") == [TRAIN, DUPLICATE, DUPLICATE, EVAL, EVAL]
-    almost = talk("a", LONG + " one more word")
-    assert decided([talk("a", LONG), almost], dedup="exact") == [TRAIN, TRAIN]
-    assert decided([talk("a", LONG), almost], dedup="near") == [TRAIN, DUPLICATE]
-    assert decided([talk("a", LONG), talk("a", LONG[::-1])], dedup="near") == [TRAIN, TRAIN]
+    almost = dialogue("a", LONG + " one more word")
+    assert decided([dialogue("a", LONG), almost], dedup="exact") == [TRAIN, TRAIN]
+    assert decided([dialogue("a", LONG), almost], dedup="near") == [TRAIN, DUPLICATE]
+    assert decided([dialogue("a", LONG), dialogue("a", LONG[::-1])], dedup="near") == [TRAIN, TRAIN]
 
 
 def test_near_pairs_against_true_jaccard_similarity() -> None:
@@ -116,7 +125,7 @@ def test_near_pairs_against_true_jaccard_similarity() -> None:
         texts.append(words)
     shingles = [{tuple(words[i : i + 5]) for i in range(196)} for words in texts]
     true = lambda a, b: len(shingles[a] & shingles[b]) / len(shingles[a] | shingles[b])
-    signatures = signatures_of([talk("q", " ".join(words)) for words in texts], near=True)
+    signatures = signatures_of([dialogue("q", " ".join(words)) for words in texts], near=True)
     found = near_pairs(signatures.text_minhash)
     assert all(true(a, b) > 0.5 for a, b in found)
     joined = {b for _, b in found}
@@ -176,7 +185,7 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path = str(write_jsonl(tmp_path / "in.jsonl", [chat("a", "one")]))
     with pytest.raises(UserError, match="both eval_data and eval_fraction"):
         prepare_splits(Settings(train_data=(path,), eval_data=(path,), eval_fraction=0.1), TOKENIZER)
-    with pytest.raises(UserError, match="nothing is left to learn from of the 1 conv"):
+    with pytest.raises(UserError, match="nothing is left to train on of the 1 conv"):
         prepare_splits(Settings(train_data=(path,), eval_fraction=1e-9), TOKENIZER)
     monkeypatch.setattr("lumina.data.preparing.splits.near_available", lambda: False)
     with pytest.raises(UserError, match="rensa"):

@@ -242,7 +242,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path: Path) -> Non
     assert expand([str(odd)]) == [str(odd)]
 
 
-def test_plain_text_is_learned_whole(tmp_path: Path) -> None:
+def test_plain_text_is_supervised_whole(tmp_path: Path) -> None:
     texts = ["one two three", "four"]
     dataset = prepare([write_jsonl(tmp_path / "t", [{"text": text} for text in texts])], Settings(), TOKENIZER)
     assert dataset.num_supervised == sum(len(TOKENIZER.encode(text)) + 1 for text in texts)

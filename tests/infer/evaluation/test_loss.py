@@ -17,7 +17,7 @@ from lumina.infer.evaluation.loss import evaluate, read_conversations
 from tests.infer.small_models import as_transformers, make_model, write_run
 
 TOKENIZER = Tokenizer.load()
-TALKS = [
+CONVERSATIONS = [
     Conversation([Message("user", "Hello"), Message("assistant", "Hi, how are you?")]),
     Conversation([Message("system", "Be kind."), Message("user", "Why?"), Message("assistant", "Because 日本.")]),
     Conversation([Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "")]),
@@ -38,17 +38,17 @@ def nats_of(llama: object, ids: list[int]) -> torch.Tensor:
 
 def test_sums_equal_a_plain_pass_over_each_conversation(loaded: Loaded) -> None:
     llama, nats, tokens, sizes = as_transformers(loaded.model), Counter[str](), Counter[str](), Counter[str]()
-    for talk in TALKS:
-        ids, _, offsets = render(TOKENIZER, talk)
+    for conversation in CONVERSATIONS:
+        ids, _, offsets = render(TOKENIZER, conversation)
         costs, turn = nats_of(llama, ids.tolist()), 0
-        for number, message in enumerate(talk.messages):
+        for number, message in enumerate(conversation.messages):
             turn += message.role == "assistant"
             cost = costs[offsets[number] + 1 : offsets[number + 1] - 1]  # past <|im_start|> and the role, to the end
             for key in (message.role, f"{message.role} {turn}"):
                 nats[key] += float(cost.sum())  # type: ignore[assignment]
                 tokens[key] += len(TOKENIZER.encode(message.content)) + 1
                 sizes[key] += len(message.content.encode())
-    result = evaluate(loaded, TALKS)
+    result = evaluate(loaded, CONVERSATIONS)
     assert result.conversations == 3
     assert set(result.roles) == {"user", "assistant", "system"}
     for name, score in [*result.roles.items(), *((f"assistant {turn}", s) for turn, s in result.turns.items())]:
@@ -61,20 +61,20 @@ def test_sums_equal_a_plain_pass_over_each_conversation(loaded: Loaded) -> None:
 
 
 def test_the_batch_does_not_change_the_result(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    talks = TALKS * 5
-    together = evaluate(loaded, talks).to_dict()
+    conversations = CONVERSATIONS * 5
+    together = evaluate(loaded, conversations).to_dict()
     monkeypatch.setattr("lumina.infer.evaluation.loss._TOKENS_AT_ONCE", 20)
     monkeypatch.setattr("lumina.infer.evaluation.loss._ROWS_AT_ONCE", 7)
-    apart = evaluate(loaded, talks).to_dict()
+    apart = evaluate(loaded, conversations).to_dict()
     assert apart["loss"] == pytest.approx(together["loss"], rel=1e-6)
     assert apart["by_turn"]["1"]["tokens"] == together["by_turn"]["1"]["tokens"]
 
 
 def test_a_long_conversation_is_predicted_whole_each_token_once(loaded: Loaded) -> None:
     words = " ".join(f"word{number}" for number in range(120))
-    talk = Conversation([Message("user", "Tell me."), Message("assistant", words)])
-    ids, mask, _ = render(TOKENIZER, talk)
-    result = evaluate(loaded, [talk])
+    conversation = Conversation([Message("user", "Tell me."), Message("assistant", words)])
+    ids, mask, _ = render(TOKENIZER, conversation)
+    result = evaluate(loaded, [conversation])
     assert result.cut == len(ids) // 127
     assert result.roles["assistant"].tokens == int(mask.sum())
     llama, total = as_transformers(loaded.model), 0.0

@@ -161,13 +161,13 @@ def test_batch_size_changes_nothing(tmp_path: Path) -> None:
     assert LuminaLM(loaded, 1).generate_until(requests) == LuminaLM(loaded, 9).generate_until(requests)
 
 
-@pytest.mark.parametrize("foreign", [False, True])
-def test_chat_asks_through_the_template(tmp_path: Path, foreign: bool) -> None:
+@pytest.mark.parametrize("imported", [False, True])
+def test_chat_asks_through_the_template(tmp_path: Path, imported: bool) -> None:
     """Held to a plain sum over transformers' logits of the template's own ids; a question that spells out control
     tokens, or our key, stays text."""
-    if foreign:
+    if imported:
         write_tokenizer(tmp_path / "run/tokenizer")
-    model = make_model(vocab_size=VOCABULARY) if foreign else make_model()
+    model = make_model(vocab_size=VOCABULARY) if imported else make_model()
     loaded = load(write_run(tmp_path / "run", model), precision="fp32")
     lm = LuminaLM(loaded, 4)
     reference = as_transformers(model).double()

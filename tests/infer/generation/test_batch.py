@@ -12,7 +12,7 @@ import torch
 from lumina.chat import ChatTokenizer, Conversation, Message, open_tokenizer
 from lumina.infer import Answer, Sampling, generate
 from lumina.infer.generation import batch
-from lumina.infer.generation.batch import Batch, Sequence, Token
+from lumina.infer.generation.batch import Sequence, SequenceBatch, Token
 from lumina.infer.generation.sampling import forbidden_tokens
 from lumina.model import Transformer
 from lumina.model.decode import Decoder
@@ -56,7 +56,7 @@ def test_joining_and_leaving_change_nothing(small: Small) -> None:
     chance = random.Random(3)
     asked = [Sequence(small.prompts[n % 5], settings(n), logprobs=2 if n % 7 == 0 else None) for n in range(20)]
     alone = [small.generate(s.sampling, [s.prompt])[0].ids for s in asked]
-    shared, waiting, filling = Batch(small.model, small.tokenizer, 3, 128), list(asked), list[Sequence]()
+    shared, waiting, filling = SequenceBatch(small.model, small.tokenizer, 3, 128), list(asked), list[Sequence]()
     given_up: set[Sequence] = set()
     while waiting or filling or shared.going:
         if waiting and shared.free and chance.random() < 0.6:
@@ -120,7 +120,7 @@ def test_a_penalty_equals_transformers(small: Small, penalty: float) -> None:
 def test_reported_probabilities_change_no_choice(small: Small) -> None:
     sampling = Sampling(temperature=0.9, seed=4, max_length=6)
     plain = small.generate(sampling, small.prompts[:1])[0].ids
-    shared, told = Batch(small.model, small.tokenizer, 2, 128), list[Token]()
+    shared, told = SequenceBatch(small.model, small.tokenizer, 2, 128), list[Token]()
     reporting, silent = Sequence(small.prompts[0], sampling, logprobs=3), Sequence(small.prompts[1], sampling)
     for sequence in (reporting, silent):
         shared.join(sequence)
@@ -152,7 +152,7 @@ def test_the_host_asks_once_a_step(dtype: torch.dtype, small: Small, monkeypatch
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, **k: (asked.append(name), real(self, *a, **k))[1])
 
-    shared = Batch(make_model(dtype=dtype, vocab_size=VOCABULARY), small.tokenizer, 4, 128)
+    shared = SequenceBatch(make_model(dtype=dtype, vocab_size=VOCABULARY), small.tokenizer, 4, 128)
     shared._decoder.compiled = shared._decoder._shortlists = False
     sequences = [Sequence(small.prompts[n], replace(settings(n), max_length=20)) for n in range(4)]
     for sequence in sequences:

@@ -111,7 +111,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(length: int) -> None:
         generate(make_model(), TOKENIZER, [PROMPTS[0], [5] * length], GREEDY)
 
 
-def test_control_tokens_other_than_the_stop_are_never_sampled() -> None:
+def test_special_tokens_other_than_the_stop_are_never_sampled() -> None:
     """A model that wants nothing but special tokens and padding ids still says text, or stops."""
     model = make_model()
     model.embedding.weight[100_257:] = 0

@@ -154,7 +154,7 @@ def test_the_tokenizer_gives_the_very_ids(fast: FastTokenizer, text: str) -> Non
     assert fast.decode(fast.encode(text).ids) == text
 
 
-def test_control_tokens_have_their_ids(theirs: Any) -> None:
+def test_special_tokens_have_their_ids(theirs: Any) -> None:
     for name, token in TOKENIZER.special_ids.items():
         assert theirs.convert_tokens_to_ids(name) == token
     assert (theirs.eos_token_id, theirs.pad_token_id) == (TOKENIZER.stop_id, TOKENIZER.pad_id)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lumina.chat import Tokenizer
 from lumina.infer import load
-from lumina.infer.generation.batch import Batch, Sequence, Token
+from lumina.infer.generation.batch import Sequence, SequenceBatch, Token
 from tests.browser import Browser, needs_browser
 from tests.infer.serve.running_server import Running, running, wait_for
 from tests.infer.small_models import make_model, write_run
@@ -68,12 +68,12 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Decide what the model says from now on; an endless word when it is told nothing."""
     ids: list[int] = []
 
-    def choose(self: Batch, sequences: list[Sequence], kept: Tensor, _: Tensor, logprobs: Any) -> list[Token]:
+    def choose(self: SequenceBatch, sequences: list[Sequence], kept: Tensor, _: Tensor, logprobs: Any) -> list[Token]:
         words = ids or TOKENIZER.encode(" on and on") * 200
         tokens = [(words[len(s.generated)] if len(s.generated) < len(words) else TOKENIZER.stop_id) for s in sequences]
-        return [self._said(s, row, tokens[row], logprobs) for row, s in enumerate(sequences)]
+        return [self._add(s, row, tokens[row], logprobs) for row, s in enumerate(sequences)]
 
-    monkeypatch.setattr(Batch, "_choose", choose)
+    monkeypatch.setattr(SequenceBatch, "_choose", choose)
 
     def say(text: str) -> None:
         ids[:] = TOKENIZER.encode(text)

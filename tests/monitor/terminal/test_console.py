@@ -1,4 +1,4 @@
-"""The console line is the seed's, word for word in form."""
+"""The console line is the early README's, word for word in form."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from lumina.monitor import Console, HealthStatus, line
 from lumina.monitor.terminal import console as room
 from tests.monitor.recorded import step_record
 
-# The seed's README, its two lines joined.
-SEED = (
+# The early README, its two lines joined.
+EARLY_LINE = (
     "Epoch 1 | Step    150 | Batch  150/2000 | Loss: 2.456789 | PPL: 11.67 | LR: 8.50e-05 | GradNorm: 0.8432 | "
     "Tokens/s: 1250 | GPU: 8.2GB/16.0GB | Health: OK"
 )
 
 
 def test_the_seeds_line() -> None:
-    assert line(step_record()) == SEED
+    assert line(step_record()) == EARLY_LINE
 
 
 def test_on_a_cpu() -> None:
-    assert line(step_record(memory_kind="Mem")) == SEED.replace("GPU:", "Mem:")
+    assert line(step_record(memory_kind="Mem")) == EARLY_LINE.replace("GPU:", "Mem:")
 
 
 def test_large_and_small_figures_keep_the_form() -> None:

@@ -36,7 +36,7 @@ def test_a_skipped_update_warns_for_the_window(tmp_path: Path) -> None:
 
 
 def test_an_episode_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Two signs within the window are one episode: one line in the log, a beginning and an end in the event log."""
+    """Two findings within the interval are one episode: one line in the log, its beginning and end in the event log."""
     health = make(tmp_path, 3)
     with caplog.at_level(logging.WARNING, "lumina"):
         for step in range(1, 20):

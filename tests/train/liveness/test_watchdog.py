@@ -1,4 +1,4 @@
-"""A process without progress is ended and says where it stood; one that beats is left alone. In real processes."""
+"""A process without heartbeats is ended and says where it stood; one with them is left alone. In real processes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ with Watchdog(0, 1.0, StopRequest(), rank=3) as dog:
     stuck(time.sleep)
 """,
     # The first heartbeat may take longer than the others.
-    "beats": """
+    "heartbeats": """
 with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
     time.sleep(2.6)
     for number in range(60):
@@ -137,8 +137,8 @@ def test_no_boundary_after_a_signal(started: Started) -> None:
     assert "within 1 s of SIGUSR1" in ended.reported
 
 
-def test_beats_keep_it_quiet(started: Started) -> None:
-    ended = started.end("beats")
+def test_heartbeats_keep_it_quiet(started: Started) -> None:
+    ended = started.end("heartbeats")
     assert (ended.code, ended.out, ended.err, ended.reported) == (0, "done\n", "", "")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from lumina.config import UserError
+from lumina.config import UserError, registry
 from lumina.config.registry import Registry
 
 # Any folder of files with one attribute in common serves: here the package's own configuration.
@@ -51,3 +52,9 @@ def test_a_name_taken_twice_is_refused(install) -> None:
     install("lumina.test_settings", "errors", "THING = 1\n")
     with pytest.raises(UserError, match="two packages have a setting called errors: lumina and staircase"):
         OWN.names()
+
+
+def test_the_document_lists_every_group() -> None:
+    documented = re.findall(r"^\| `(lumina\.\w+)` \|", (Path(__file__).parents[2] / "docs/api.md").read_text(), re.M)
+    groups = [each.group for each in vars(registry).values() if isinstance(each, Registry)]
+    assert sorted(documented) == sorted(groups)

@@ -1,4 +1,4 @@
-"""What is measured of an operator, said in the operator's own file: `benchmark(name, ours, plain torch, ...)`.
+"""Benchmark of an operator, declared in the operator's own file: `benchmark(name, ours, plain torch, ...)`.
 
 Bytes are those that memory must see. A streamed tensor counts with every byte that the kernels ask for; a table (the
 norm's weight, RoPE's angles), read by many programs out of L2, counts once; the partial sums of dweight count where

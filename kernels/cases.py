@@ -1,4 +1,4 @@
-"""What is measured: every operator and direction at every preset's shape."""
+"""Benchmark cases: every operator and direction at every preset's shape."""
 
 from __future__ import annotations
 

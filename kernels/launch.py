@@ -1,4 +1,4 @@
-"""How a kernel is launched: block shapes, the number of programs, tuning, and the registration of operators.
+"""Kernel launches: block shapes, the number of programs, tuning, and the registration of operators.
 
 Every operator builds a `Launch` (kernel, grid, arguments, compile-time constants). The same `Launch` is run on a GPU,
 run in Triton's interpreter, and, built from `meta` tensors, compiled by `static.py` for cards that are not here.

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for cards that are not here.
+"""Static analysis of the compiled kernels, for cards that are not here.
 
 Triton compiles to a cubin without a GPU; its own cuobjdump then tells registers, stack (spilled registers), shared
 memory and the width of every load and store. Occupancy follows from the CUDA programming guide's limits per

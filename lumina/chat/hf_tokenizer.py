@@ -158,7 +158,7 @@ class HFTokenizer:
         return allowed_V
 
     def warm_up(self) -> None:
-        """The vocabulary is read already."""
+        """Does nothing: the vocabulary is read when the tokenizer is made."""
 
     # --- Conversations ---
 

@@ -1,4 +1,4 @@
-"""From a setting to a chat tokenizer: Lumina's own, or an imported model's from its folder."""
+"""Opens a chat tokenizer: Lumina's own, or an imported model's from its folder."""
 
 from __future__ import annotations
 

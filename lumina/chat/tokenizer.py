@@ -39,7 +39,7 @@ class Tokenizer(Cl100kEncoder):
         return [self.end_of_text_id, *self.encode(text)]
 
     def message_spans(self, conversation: Conversation) -> tuple[list[int], list[MessageSpan]]:
-        """Of every message."""
+        """The spans of every message."""
         block = template.render_many(self, [conversation])
         starts, ends = block.message_offsets[:-1] + block.head, block.message_offsets[1:]
         spans = zip(range(len(starts)), starts.tolist(), ends.tolist(), strict=True)
@@ -50,7 +50,7 @@ class Tokenizer(Cl100kEncoder):
         return template.render_many(self, conversations), {}
 
     def check_trainable(self) -> None:
-        """It always is."""
+        """Never raises: Lumina's template takes every conversation."""
 
     def warm_up(self) -> None:
         self.encode_many([" "])

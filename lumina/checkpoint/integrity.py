@@ -20,7 +20,7 @@ log = logging.getLogger("lumina")
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file: its name, size in bytes and SHA-256."""
+    """A file's manifest entry: its name, size in bytes and SHA-256."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 

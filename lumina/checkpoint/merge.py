@@ -24,7 +24,7 @@ from lumina.model import lora
 
 
 def adapter_settings(config: LoraConfig) -> dict[str, Any]:
-    """What trainer.json says of a run's adapters: the settings that their values depend on. Nothing without any."""
+    """The adapter settings of trainer.json, on which the adapters' values depend; empty without adapters."""
     if not config.lora_rank:
         return {}
     rank, targets = config.lora_rank, sorted(config.lora_targets)

@@ -1,4 +1,4 @@
-"""What a checkpoint's parameters depend on: recorded in trainer.json; compared before they are loaded."""
+"""Model shape: the settings that a checkpoint's parameters depend on, compared before they are loaded."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def request_save(run: Path, timeout: float) -> SaveReply:
 
 
 def take_save_requests(run: Path) -> list[str]:
-    """The requests made since the last call, taken away. For the job's rank 0."""
+    """The requests made since the last call; their files are removed. For the job's rank 0."""
     found = []
     with suppress(OSError):
         for path in sorted((run / _FOLDER).glob("save-*.json")):
@@ -63,7 +63,7 @@ def take_save_requests(run: Path) -> list[str]:
 
 
 def reply_to_save(run: Path, request: str, reply: SaveReply) -> None:
-    """Say what came of a request. One whose asker cannot be told any more is dropped."""
+    """Write the reply to a request. One whose asker has gone is dropped."""
     with suppress(OSError):
         write_json(_reply_path(run, request), reply)
 

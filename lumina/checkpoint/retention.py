@@ -47,7 +47,7 @@ def discard(checkpoint: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Take a checkpoint's name away; returns the hidden folder that it is now, which the next `prune` deletes."""
+    """Rename a checkpoint to a hidden folder, which the next `prune` deletes; returns that folder."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.discarded")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(checkpoint, hidden)

@@ -49,7 +49,7 @@ class SaveJob:
 
 @dataclass(frozen=True)
 class SaveOutcome:
-    """What came of one target: a path, or an error and whether trying again can help. seconds: writing it."""
+    """The result of writing one target: a path, or an error and whether a retry can help. seconds: writing it."""
 
     job: SaveJob
     kind: SaveKind

@@ -62,7 +62,7 @@ def _room(value: Tensor) -> int:
 
 
 class _Cursor:
-    """Walks along the slabs."""
+    """Allocates from the slabs in their order."""
 
     def __init__(self, slabs: list[Tensor]) -> None:
         self._slabs, self._slab, self._at = slabs, 0, 0

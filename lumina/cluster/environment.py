@@ -1,4 +1,4 @@
-"""Which environment variables travel to the other nodes: named ones and families, nothing else, and any value."""
+"""Environment variables that are forwarded to the other nodes: named ones and families, with any value."""
 
 from __future__ import annotations
 

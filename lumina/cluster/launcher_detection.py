@@ -1,4 +1,4 @@
-"""Where this process stands in the job that a launcher started: rank, world, and where the ranks meet.
+"""Launcher detection: rank, world size and rendezvous address, from whichever launcher started this process.
 
 torchrun, DeepSpeed's launcher and Lumina's agents say it in RANK and its companions. Open MPI, MPICH, Intel MPI and
 srun have names of their own, and none of them says where to meet: that comes from mpi4py where it is installed, from

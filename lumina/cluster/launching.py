@@ -1,4 +1,4 @@
-"""`lumina launch`: one training job over many machines, which goes on when some of them do not."""
+"""`lumina launch`: an elastic training job over many machines, which survives the loss of some."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AGENT = "lumina.cluster.elastic.agent"
 
 @dataclass
 class LaunchOptions:
-    """What `lumina launch` was asked for. `words` is what follows `--`: `train …`, or a script with its arguments."""
+    """The options of `lumina launch`. `words` is what follows `--`: `train …`, or a script with its arguments."""
 
     words: list[str]
     hostfile: str | None = None

@@ -1,4 +1,4 @@
-"""What a Slurm allocation says about itself, from the environment of its jobs (sbatch(1), srun(1))."""
+"""Slurm allocation: its nodes, ranks and CPUs, from the environment of its jobs (sbatch(1), srun(1))."""
 
 from __future__ import annotations
 

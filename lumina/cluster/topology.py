@@ -1,4 +1,4 @@
-"""What a machine looks like to training: its cores by NUMA node, its GPUs and how they are joined, its interfaces.
+"""Hardware topology of a machine: cores by NUMA node, GPUs and how they are joined, network interfaces.
 
 Read from Linux's sysfs (another root can be given) and, for GPUs, from NVML where there is one. Nothing is chosen in
 silence: the interface and the cores of every rank are printed when a job starts.

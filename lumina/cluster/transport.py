@@ -1,4 +1,4 @@
-"""How an agent is started on a node: the exact command, for ssh, pdsh, srun or this machine.
+"""Transport: the exact command that starts an agent on a node, for ssh, pdsh, srun or this machine.
 
 What the agent is to do (arguments, environment, job) reaches it as one line of JSON on its standard input, so that no
 value ever passes through a shell: blank lines, commas and quotes do no harm, and secrets do not show in `ps`. pdsh does

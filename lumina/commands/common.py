@@ -1,4 +1,4 @@
-"""What several commands share: the parser, options, and the configuration that the flags describe.
+"""Shared by several commands: the parser, options, and the configuration that the flags describe.
 
 Nothing heavier than argparse is imported here or beside it: `lumina --help` reads every command's options.
 """

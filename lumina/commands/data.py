@@ -125,7 +125,7 @@ def validate_files(
 
     Args:
         create_report: also write FILE.report.html beside the (first) file.
-        fix: write the sound records to this path, and the rest beside it.
+        fix: write the valid records to this path, and the rest beside it.
 
     Returns:
         0, or 1 when no record is usable.
@@ -158,7 +158,7 @@ def validate_files(
 def _validate_data_options(parser: Parser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="conversations in any data format: {FORMATS}")
     parser.add_argument("--create-report", action="store_true", help="also write FILE.report.html")
-    parser.add_argument("--fix", metavar="OUT", help="write the sound records to OUT, the others beside it")
+    parser.add_argument("--fix", metavar="OUT", help="write the valid records to OUT, the others beside it")
     json_option(parser)
 
 

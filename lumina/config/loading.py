@@ -1,4 +1,4 @@
-"""From a preset's name or a YAML file, command-line flags and --set pairs to one validated `Config`.
+"""Configuration loading: a preset or a YAML file, flags and --set pairs -> one validated `Config`.
 
 Precedence, lowest first: preset < YAML file < flags < --set. A YAML file may name the preset that it starts from with
 a `preset:` key; without one it starts from `medium`, the command line's default.

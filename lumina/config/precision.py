@@ -1,4 +1,4 @@
-"""Which number format a run computes in: what was asked for, held against what the device can do.
+"""Precision: the number format that a run computes in, from what was asked for and what the device has.
 
 `auto` takes bfloat16 where the device has it (float32's range: no loss scaling, no overflow), else float16 on a GPU and
 float32 on a CPU. float16 needs a GPU: DeepSpeed's float16 path does not run on CPUs.

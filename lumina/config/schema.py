@@ -272,7 +272,7 @@ class HealthConfig(_Strict):
     max_rollbacks: NonNegativeInt = 3  # then the run ends with a clear failure
     on_oom: Literal["halve_micro_batch", "fail"] = "halve_micro_batch"  # at the same global batch
     on_corrupt_sample: Literal["zero_weight", "fail"] = "zero_weight"  # of a sample that cannot be read
-    emergency_checkpoint: bool = True  # saved when an exception ends the run and the state is sound
+    emergency_checkpoint: bool = True  # saved when an exception ends the run and the state is valid
     emergency_seconds: PositiveFloat = 60.0  # how long it may take; the ranks have ten seconds of it to agree
 
 

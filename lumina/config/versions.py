@@ -1,4 +1,4 @@
-"""Whether the torch, DeepSpeed and Triton installed here are versions that Lumina was tried with.
+"""Version check: the installed torch, DeepSpeed and Triton against the versions that Lumina was tried with.
 
 The bounds are setup.py's, read from the installed package's metadata: they are written down once.
 """

@@ -1,4 +1,4 @@
-"""From a path that a user gives to a model that is ready to answer.
+"""Model loading: from a path that a user gives to a model in evaluation mode, with its tokenizer.
 
 A path is a run's folder (its best checkpoint, or the newest when none was evaluated), RUN/best, or one checkpoint. Only
 Lumina's own checkpoints are read, whose hashes are checked first: safetensors and JSON, never a pickle.
@@ -115,8 +115,8 @@ def read_config(checkpoint: Path) -> ModelConfig:
 
 
 def check_size(checkpoint: Path, config: ModelConfig) -> None:
-    """Nothing is made in a size that only config.yaml says: raises UserError where the checkpoint's files are far too
-    small for the model. Those of adapters are as small as they are: the checkpoint under them is looked at."""
+    """Check config.yaml's shape before memory of that size is allocated: raises UserError where the checkpoint's files
+    are far too small for the model. Those of adapters are as small as they are: their base checkpoint is looked at."""
     while (base := base_checkpoint(checkpoint, trainer_state_of(checkpoint))) is not None:
         checkpoint = base
     held = sum(path.stat().st_size for path in checkpoint.glob("rank-*.safetensors"))

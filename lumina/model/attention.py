@@ -28,7 +28,7 @@ from lumina.model.varlen import Kernel, find
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents meet. `cu_seqlens` are their edges over the S tokens of a single row, where the row is, for the
+    """Document boundaries. `cu_seqlens` are their edges over the S tokens of a single row, where the row is, for the
     variable-length kernels; None: each row is one document. `bounds` is the same on the host, for the other ways: None
     where nobody said so, since asking the device for it would make the host wait for all that it has to do."""
 

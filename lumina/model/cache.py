@@ -1,4 +1,4 @@
-"""The keys and values of sequences being generated, allocated once.
+"""KV cache: the keys and values of sequences being generated, allocated once.
 
 The cache has rows (one sequence each) of a fixed capacity. A forward pass extends some of its rows; `extend` says which
 and by how much, and returns the positions of the new tokens:

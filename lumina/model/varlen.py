@@ -1,4 +1,4 @@
-"""Which GPU kernel attends over documents of different lengths, and how it is called.
+"""Variable-length attention: the choice of the GPU kernel, and how it is called.
 
     flash4   FlashAttention 4 (package flash-attn-4, `flash_attn.cute`), on Blackwell and Hopper, through torch
     flash3   FlashAttention 3 (package `flash_attn_interface`), on Hopper, through torch

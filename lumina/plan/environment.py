@@ -1,4 +1,4 @@
-"""What a training machine needs, looked at one thing at a time.
+"""Environment checks: what a training machine needs, one function a check.
 
 Every check answers with one or more `CheckResult`s: OK, WARN (training works, but slower or without an extra) or FAIL
 (training will not work), and what to do about it. A check that itself breaks is a FAIL with its error, never a crash.
@@ -37,7 +37,7 @@ OPTIONAL = {
 
 
 class CheckResult(NamedTuple):
-    """One line of the answer. `remedy` is empty when there is nothing to do."""
+    """The result of one check. `remedy` is empty when there is nothing to do."""
 
     level: Status
     name: str

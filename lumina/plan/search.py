@@ -1,4 +1,4 @@
-"""Every way to train one configuration on a cluster: ZeRO stage, hpZ, offload, micro-batch and recomputation.
+"""Search over the ways to train a configuration on a cluster: ZeRO stage, hpZ, offload, micro-batch and recomputation.
 
 The global batch is kept: accumulation follows from the micro-batch, and where the batch does not divide, the padding of
 weight zero counts as time but not as progress. Differences below `NOISE` are less than the model can tell, so among the

@@ -1,4 +1,4 @@
-"""How ranks agree, in three ways.
+"""Agreement between ranks: summed every step, decided by rank 0, or exchanged through the store.
 
 `pack` and `unpack`: what every rank contributes to a step, in one all-reduce of one tensor. The numbers have names, not
 positions: the record's fields decide where each one travels, so that a new one cannot shift the others.

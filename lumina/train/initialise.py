@@ -55,7 +55,7 @@ def find_start(config: Config, folder: Path, ranks: Ranks) -> Start:
 
 
 def _recovery_record(config: Config, folder: Path) -> RecoveryRecord:
-    """A run that begins anew has learned nothing."""
+    """The run's recovery record; a run that is initialised anew has an empty one."""
     if config.resume is not None:
         return RecoveryRecord.read(folder)
     RecoveryRecord.remove(folder)
@@ -220,7 +220,7 @@ def keep_tokenizer(config: Config, folder: Path) -> Config:
 
 
 def same_batch(config: Config, size: int) -> Config:
-    """The global batch of the run's first start holds for its whole life (law 1), whatever the world size is now."""
+    """The global batch of the run's first start holds for all later ones (law 1), whatever the world size is now."""
     wanted = config.global_batch_size
     if wanted is not None and wanted != size:
         raise UserError(

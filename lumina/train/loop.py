@@ -1,4 +1,4 @@
-"""The training loop. Everything it calls is elsewhere; what is here is the order of things."""
+"""Training loop: the order of steps, evaluations, saves and recovery. What it calls is elsewhere."""
 
 from __future__ import annotations
 
@@ -184,6 +184,7 @@ def _emergency(run: Run, error: BaseException) -> None:
 
 def _lost_a_rank(error: Exception) -> bool:
     """Whether an exception says that another rank's process is gone: then no checkpoint of all ranks can be made."""
+    # The backends raise plain RuntimeErrors: only gloo's and NCCL's own texts tell a lost peer from another error.
     gone = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "ncclRemoteError")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in gone)
 

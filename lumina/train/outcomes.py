@@ -1,4 +1,4 @@
-"""What a step can lead to other than the next one: the end of this start (`Stop`), or an action of recovery.
+"""Outcomes of a step other than the next step: the end of this start (`Stop`), or an action of recovery.
 
 The exit code of the process comes from `StopKind`, never from a text.
 """

@@ -52,7 +52,7 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainedRun:
 
 
 def train_rank(config: Config) -> int:
-    """A rank's whole life: train, leave the process group, and return the exit code (see TrainedRun)."""
+    """Run one rank: train, leave the process group, and return the exit code (see TrainedRun)."""
     code = _train(config, ())
     destroy_process_group()
     return code

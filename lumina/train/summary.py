@@ -1,4 +1,4 @@
-"""What a finished run achieved, beside what guessing by word frequency would: `python -m lumina.train.summary RUN`."""
+"""Summary of a finished run beside the unigram baseline: `python -m lumina.train.summary RUN`."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def _try_to_report(control: AgentControl, kind: Any) -> None:
 
 
 def _adopt() -> None:
-    """What a rank started becomes this process's child when the rank dies, and can be ended (Linux, prctl(2))."""
+    """Become the subreaper of what ranks start, so that orphans of theirs can be ended (Linux, prctl(2))."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 

@@ -1,4 +1,4 @@
-"""What went wrong on which rank and where, and which of many failures was the first cause."""
+"""Failures of ranks: what each one was, and which of several was the first cause."""
 
 from __future__ import annotations
 

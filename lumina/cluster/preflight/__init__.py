@@ -1,1 +1,1 @@
-"""Preflight: what would go wrong on the nodes of a hostfile, asked before a job is started."""
+"""Preflight: checks of the nodes of a hostfile before a job is started on them."""

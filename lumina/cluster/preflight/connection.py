@@ -20,7 +20,7 @@ _READING = 1.0  # seconds for the last words of a process that has ended
 
 
 class NoAnswerError(Exception):
-    """The other side has ended, or has been silent for too long; says which, with its last words."""
+    """The probe has ended, or has not answered in time; the message has the last line that it wrote."""
 
 
 class NodeConnection:

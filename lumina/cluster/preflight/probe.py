@@ -1,4 +1,4 @@
-"""What runs on a node during the preflight: questions in JSON lines on standard input, answers on standard output.
+"""Preflight probe, run on each node: questions as JSON lines on standard input, answers on standard output.
 
 `lumina.cluster.preflight.run` asks them; each gets one answer, in order.
 
@@ -55,7 +55,7 @@ def own_versions() -> dict[str, str | None]:
 
 
 class Listener:
-    """Listens on every address and says a token to whoever connects, which proves that it is this one who listens."""
+    """TCP listener on every address that sends a token to whoever connects, as proof of which process it is."""
 
     def __init__(self, port: int, token: str) -> None:
         """Port 0 is any free one. Raises OSError where it is taken."""

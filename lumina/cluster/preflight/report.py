@@ -1,4 +1,4 @@
-"""What a preflight has found."""
+"""Preflight report: the findings, the nodes' facts and the all-reduce's measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The preflight's findings for a reader: a table, what is wrong and what to do; and as JSON."""
+"""Preflight output: the findings as a table with remedies, and as JSON."""
 
 from __future__ import annotations
 

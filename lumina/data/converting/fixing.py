@@ -1,4 +1,4 @@
-"""`lumina validate-data --fix`: sound records as JSON lines of messages, the rest beside them with their reasons."""
+"""`lumina validate-data --fix`: valid records as JSON lines of messages, the rest beside them with their reasons."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lumina.files import atomic_file
 
 
 def write_fixed(paths: Sequence[str], out: Path) -> tuple[int, int, Path]:
-    """Writes what is sound as messages JSON lines to `out`, and what is not, with its reason, to a file beside it.
+    """Writes valid records as messages JSON lines to `out`, and what is not, with its reason, to a file beside it.
 
     Returns (conversations written, records rejected, the rejects' path). Both files appear when whole.
     """
@@ -45,12 +45,12 @@ def write_fixed(paths: Sequence[str], out: Path) -> tuple[int, int, Path]:
                     rejected += 1
                     continue
                 for conversation in found.conversations if isinstance(found, Tree) else [found]:
-                    good.write(orjson.dumps(_sound(conversation)) + b"\n")
+                    good.write(orjson.dumps(_valid(conversation)) + b"\n")
                     written += 1
     return written, rejected, rejects
 
 
-def _sound(conversation: Conversation) -> dict[str, Any]:
+def _valid(conversation: Conversation) -> dict[str, Any]:
     """The canonical record of a conversation: reading it again gives the same one."""
     conversation_id = {"id": conversation.id} if conversation.id else {}
     if conversation.messages[0].role == TEXT_ROLE:

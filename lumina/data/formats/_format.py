@@ -1,4 +1,4 @@
-"""What a data format is: how its records are told from those of others, and what makes a conversation of one."""
+"""Data format interface: how its records are told from others', and the conversion to conversations."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class Loader:
             whole = self.dataset.batch(share)
         except Exception:  # found out sample by sample
             whole = None
-        if whole is not None and self._sound(whole):
+        if whole is not None and self._valid(whole):
             return whole
         bad = [int(sample) for sample in share if sample != PADDING and not self._readable(int(sample))]
         corrupt += bad
@@ -125,11 +125,11 @@ class Loader:
 
     def _readable(self, sample: int) -> bool:
         try:
-            return self._sound(self.dataset.batch([sample]))
+            return self._valid(self.dataset.batch([sample]))
         except Exception:
             return False
 
-    def _sound(self, batch: Batch) -> bool:
+    def _valid(self, batch: Batch) -> bool:
         """Whether every token exists and every weight is 0 or 1: what a damaged cache file breaks."""
         ids, weights = batch.ids_T, batch.weights_T
         inside = ids.min() >= 0 and (self.vocab_size is None or ids.max() < self.vocab_size)

@@ -1,4 +1,4 @@
-"""A micro-batch as the model takes it: tensors in whole tiles of rows, and what the host must know of them.
+"""Micro-batch tensors: whole tiles of rows for the model, and what the host must know of them.
 
 Everything that the model or the loss would otherwise ask a device for is computed here from the host's arrays, before
 the step: where the supervised positions are and how many, where documents begin, the longest of them.

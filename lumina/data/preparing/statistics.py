@@ -1,4 +1,4 @@
-"""What is in the data: mergeable counts over conversations, gathered in the same pass that training's reader makes.
+"""Data statistics: mergeable counts over conversations, gathered in the pass that training's reader makes.
 
 Lengths are kept as exact histograms ({length: count}), so percentiles over any number of workers are exact.
 """
@@ -65,7 +65,7 @@ _SCRIPTS = {
 
 @dataclass
 class Occurrences:
-    """Something to look at: how many messages or conversations, and the first places."""
+    """One kind of anomaly in the data: how many messages or conversations have it, and the first places."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""How a file is laid out, told by its first bytes and records; only CSV and TSV go by their names."""
+"""File layout detection from a file's first bytes and records; only CSV and TSV go by their names."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ def _are_lines(start: bytes, whole: bool) -> bool:
     if not full:
         # One line longer than what was looked at: an array, or what wraps one, is read element by element.
         return not start.lstrip().startswith(b"[") and not WRAPPED.match(start.lstrip().decode("utf-8", "replace"))
-    sound = [not isinstance(parse_json(line), Fault) for line in full]
-    if any(map(_opens, full, [*full[1:], b" "], sound)):
+    valid = [not isinstance(parse_json(line), Fault) for line in full]
+    if any(map(_opens, full, [*full[1:], b" "], valid)):
         return False
-    return not full[0].lstrip().startswith(b"[") or (len(full) > 1 and all(sound[:2]))
+    return not full[0].lstrip().startswith(b"[") or (len(full) > 1 and all(valid[:2]))
 
 
-def _opens(line: bytes, following: bytes, sound: bool) -> bool:
+def _opens(line: bytes, following: bytes, valid: bool) -> bool:
     """Whether a line begins a value that goes on in the next one, as a pretty-printed object or array does."""
     line = line.strip()
     begins = line.startswith((b"{", b"[")) and line.endswith((b"{", b"[", b",", b":"))
     if WRAPPED.fullmatch(line.decode("utf-8", "replace")) or line == b"[":
-        return not sound  # records may follow at the margin
-    return begins and not sound and following.startswith((b" ", b"\t", b'"', b"]", b"}"))
+        return not valid  # records may follow at the margin
+    return begins and not valid and following.startswith((b" ", b"\t", b'"', b"]", b"}"))

@@ -1,4 +1,4 @@
-"""Which files are meant: patterns, folders that `datasets` saved, and what is wrong with a path."""
+"""Input paths: patterns, folders that `datasets` saved, and the refusal of a path that is neither."""
 
 from __future__ import annotations
 

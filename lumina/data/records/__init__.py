@@ -1,1 +1,1 @@
-"""What every data format is made of: faults, the vocabulary of fields, turns, questions and answers."""
+"""Shared by the data formats: faults, the vocabulary of fields, turns, questions and answers."""

@@ -182,7 +182,7 @@ class FieldTally:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field says nothing: null, no text, or lists and objects of nothing else."""
+    """Whether a field is empty: null, no text, or lists and objects of nothing else."""
     if value is None or value is False:
         return True
     if isinstance(value, str):

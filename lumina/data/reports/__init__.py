@@ -1,1 +1,1 @@
-"""What is in the data, for people: validation, estimates before any work, one sample in full."""
+"""Reports on data: validation, estimates before any work, one sample in full."""

@@ -1,4 +1,4 @@
-"""What preparing would come to, from a sample of the input: counts, time and disk, before any work. Writes nothing."""
+"""Estimate of preparing, from a sample of the input: counts, time and disk, before any work. Writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lumina evaluate`: how well a model predicts conversations it was not trained on.
+"""`lumina evaluate`: loss, perplexity and bits per byte of a model on held-out conversations.
 
 Every token of every message is predicted once: in its conversation when that fits the context length, else within the
 window of that length that it falls into. Sums are kept per message and added up by role and, for assistants, by turn.

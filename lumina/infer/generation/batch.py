@@ -34,6 +34,7 @@ TIE = (
     1e-4  # of 1 + |logit|. Orders of summation moved logits by at most 7e-7 of that at nano's shape, 1.3e-6 at debug's
 )
 
+# "window": the context is full, in the word that `lumina generate --json` and /metrics have had since 0.1.0.
 Finish = Literal["stop", "length", "window"]
 """Why a sequence ended: its stop token or a stop text, max_length, or the context being full."""
 

@@ -75,7 +75,7 @@ class _Tensors:
                 file = files.enter_context(safe_open(path, framework="pt"))
                 names = list(file.keys())
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a sound safetensors file: {error}") from None
+                raise UserError(f"{path} is not a valid safetensors file: {error}") from None
             self._homes |= dict.fromkeys(names, file)
 
     def __len__(self) -> int:

@@ -106,7 +106,7 @@ class ContinuousBatcher:
             self._wake.notify()
 
     def cancel(self, request: GenerationRequest) -> None:
-        """Nobody listens any more: its slots are free before the next token."""
+        """Cancel a request whose client has gone: its slots are free before the next token."""
         request.ended = True
 
     def _run(self) -> None:
@@ -157,7 +157,7 @@ class ContinuousBatcher:
             self._metrics.running.set(len(self._active))
 
     def _sweep(self) -> None:
-        """Give up what is cancelled or late, in the batch and in the queue."""
+        """Remove cancelled and timed-out sequences from the batch and the queue."""
         now = time.monotonic()
         for entry in self._all():
             request = entry.request

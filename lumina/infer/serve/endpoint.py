@@ -1,4 +1,4 @@
-"""What an HTTP endpoint is: a method, a path and its handler. Each file of endpoints/ lists its own under ENDPOINTS."""
+"""HTTP endpoint: a method, a path and its handler. Each file of endpoints/ lists its own under ENDPOINTS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong on a request, in the shape that OpenAI's clients read."""
+"""HTTP errors as OpenAI's clients read them."""
 
 from __future__ import annotations
 

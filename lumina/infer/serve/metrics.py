@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus."""
+"""Prometheus metrics of a server, for `/metrics`."""
 
 from __future__ import annotations
 

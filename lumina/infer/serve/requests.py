@@ -1,5 +1,5 @@
-"""What the bodies of requests share, as OpenAI's API reference has them, and the settings that Lumina adds (top_k,
-min_p, repetition_penalty; openai's client sends them with `extra_body`).
+"""Request bodies: the fields of both completion endpoints as OpenAI's API reference has them, and the settings that
+Lumina adds (top_k, min_p, repetition_penalty; openai's client sends them with `extra_body`).
 
 Fields that would change an answer and are not supported are refused by name; those that change nothing are taken and
 ignored.

@@ -1,4 +1,4 @@
-"""The server: from a run to a listening process, and down again."""
+"""HTTP server: loads a run's model, serves until a signal, and shuts down."""
 
 from __future__ import annotations
 

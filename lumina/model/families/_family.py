@@ -1,4 +1,4 @@
-"""What a model family is, and which one a configuration or a config.json names."""
+"""Model family: what differs between decoders, and which one a configuration or a config.json names."""
 
 from __future__ import annotations
 

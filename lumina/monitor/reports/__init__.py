@@ -1,4 +1,4 @@
-"""What is made of runs afterwards, from their files: the HTML report, the list of runs, the loss curve's picture."""
+"""Reports on runs from their files: the HTML report, the list of runs, the loss curve as a picture."""
 
 from typing import TYPE_CHECKING
 

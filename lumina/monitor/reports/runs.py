@@ -1,4 +1,4 @@
-"""`lumina runs`: what became of every run in a folder, from the files that it left."""
+"""`lumina runs`: state, step and best evaluation of every run in a folder, from its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows in a terminal: the console line, or the live view with its curves."""
+"""Terminal output of a run: the console line, or the live view with its curves."""
 
 from lumina.monitor.terminal.console import Console, line
 

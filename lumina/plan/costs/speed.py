@@ -1,4 +1,4 @@
-"""How long a step takes on a cluster, from the counted work and the sourced rates of the device.
+"""Speed model: the time of a step on a cluster, from the counted work and the device's sourced rates.
 
     compute  = products / (peak * share reached) + element-wise bytes / bandwidth
     exposed  = communication that the stage cannot hide behind compute

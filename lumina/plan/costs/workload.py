@@ -1,4 +1,4 @@
-"""What one optimizer step does, counted: matrix-product FLOPs, bytes through memory, bytes between ranks.
+"""Workload of one optimizer step: matrix-product FLOPs, bytes through memory, bytes between ranks.
 
 A product of (m, k) and (k, n) is 2mkn FLOPs. A token at position p of its document attends to p + 1 keys, so documents
 of L tokens cost (L + 1) / 2 keys per token on average: packing never pays for attention across documents. The output

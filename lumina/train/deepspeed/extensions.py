@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operators, built once and never waited for in vain.
+"""DeepSpeed's compiled operators: built once, by one process, whatever locks a killed build left.
 
 torch guards a build by a plain file, `lock`, that a killed process leaves behind, and every later start then waits for
 it for ever (torch.utils.file_baton, torch 2.13). Here builds are made one at a time under a lock that the kernel takes

@@ -1,4 +1,4 @@
-"""What DeepSpeed (0.19.8) and torch keep of an engine after its `destroy`, given up.
+"""Release of what DeepSpeed (0.19.8) and torch keep of an engine after its `destroy`.
 
 A backward pass on a CPU that fails half way leaves its tasks in the queue of the thread that called it, and with them
 the graph, its activations and, through DeepSpeed's nodes, the engine. Tasks of a pass that is over are thrown away when

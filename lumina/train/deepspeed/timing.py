@@ -1,4 +1,4 @@
-"""Where the time of a step goes: waiting for data, forward, backward, communication, optimizer, saving, evaluation.
+"""Step timing by phase: waiting for data, forward, backward, communication, optimizer, saving, evaluation.
 
 Phases nest, and time counts for the innermost only: the collectives that DeepSpeed starts within a backward pass count
 as communication, not as backward. On a GPU the times are those of CUDA events, read one step late (`PhaseTimes`): by

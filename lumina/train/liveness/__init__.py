@@ -1,1 +1,1 @@
-"""Whether all ranks still move: a watchdog that ends a hung rank, and the comparison that names a slow one."""
+"""Liveness of ranks: a watchdog that ends a hung one, and straggler detection."""

@@ -1,1 +1,1 @@
-"""What a run shows and writes down: console, metrics.jsonl, events.jsonl, trackers, profile, sample answers."""
+"""Outputs of a run: console, metrics.jsonl, events.jsonl, trackers, profile, sample answers."""

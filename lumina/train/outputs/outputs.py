@@ -1,4 +1,4 @@
-"""What a run shows and writes down: console, metrics.jsonl, train.log, trackers, profile and sample answers, on rank 0.
+"""Outputs of a run: console, metrics.jsonl, train.log, trackers, profile and sample answers, on rank 0.
 
 `Outputs` is what the loop calls, and what it does is nothing: the other ranks have one of these. `RunOutputs` is rank
 0's. Neither takes part in a collective.

@@ -37,11 +37,11 @@ _NEVER = -1.0  # a limit that no gradient norm keeps
 
 
 class RestartError(RuntimeError):
-    """This start cannot go on, and the next one will do better. Not saved first: the ranks do not stand together."""
+    """This start must end, and the next one resumes. Nothing is saved first: the ranks may be at different steps."""
 
 
 class Recovery:
-    """One per rank, for one start of the run."""
+    """Decides what is done about trouble: one per rank, for one start of the run."""
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ _MEETING = 10.0
 
 
 class Saves:
-    """One per rank, for one start of the run."""
+    """Decides when to save, and follows each save to its end: one per rank, for one start of the run."""
 
     def __init__(
         self,

@@ -147,7 +147,7 @@ def test_a_pickled_model_is_refused_and_does_not_run(hf: Path, tmp_path: Path) -
     with pytest.raises(UserError, match=r"pytorch_model.bin: a pickle, which can run code"):
         import_hf(source, tmp_path / "other")
     shutil.copyfile(source / "pytorch_model.bin", source / "model.safetensors")
-    with pytest.raises(UserError, match="not a sound safetensors file"):
+    with pytest.raises(UserError, match="not a valid safetensors file"):
         import_hf(source, tmp_path / "other")
     assert not marker.exists()
 

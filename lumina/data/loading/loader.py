@@ -94,9 +94,9 @@ class Loader:
     def step_data(self, step: int) -> StepData:
         """Global step `step`, made now."""
         samples = self.order.indices(step)
-        shares = deal(samples, self.rank, self.world, self.micro_batch_size)
+        dealt = deal(samples, self.rank, self.world, self.micro_batch_size)
         corrupt: list[int] = []
-        micro_batches = [self._read(share, corrupt) for share in shares]
+        micro_batches = [self._read(indices, corrupt) for indices in dealt]
         return StepData(
             step=step,
             epoch=self.order.epoch_of(step),
@@ -105,7 +105,7 @@ class Loader:
             supervised_tokens=float(max(1, self.dataset.supervised_per_sample[samples].sum(dtype=np.int64))),
             tokens=int(self.dataset.tokens_per_sample[samples].sum(dtype=np.int64)),
             samples=samples,
-            own_samples=np.concatenate([share[share != PADDING] for share in shares]),
+            own_samples=np.concatenate([indices[indices != PADDING] for indices in dealt]),
             corrupt=corrupt,
         )
 

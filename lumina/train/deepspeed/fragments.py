@@ -108,8 +108,8 @@ def fragments_to_load(engine: Engine) -> list[Fragment]:
         return owned_fragments(engine)
     names = {id(p): name for name, p in engine.model.named_parameters()}
     sizes = {name: p.numel() for name, p in engine.model.named_parameters()}
-    shares = _replicated(engine, names)
-    return [Fragment(f.name, 0, sizes[f.name], f.owner, f.offset - f.start) for f in shares]
+    fragments = _replicated(engine, names)
+    return [Fragment(f.name, 0, sizes[f.name], f.owner, f.offset - f.start) for f in fragments]
 
 
 # --- Optimizer state ------------------------------------------------------------------------------

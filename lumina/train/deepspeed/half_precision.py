@@ -36,7 +36,7 @@ def scale_exhausted(where: str = "") -> UserError:
 class LossScale:
     """fp16's loss scale, kept on the device. Grows and shrinks as DeepSpeed's DynamicLossScaler does under ZeRO 1 to 3
     (deepspeed.runtime.fp16.loss_scaler), so that a run sees the same scales under every stage: halved at an overflow
-    once `hysteresis` of them have been seen, doubled after `window` steps without one. Constant when `window` is 0."""
+    once `hysteresis` of them have been seen, doubled after `scale_window` steps without one. 0: constant."""
 
     NAMES = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # as DeepSpeed's scaler calls them
 
@@ -45,12 +45,12 @@ class LossScale:
         scale: float,
         device: torch.device,
         *,
-        window: int = 0,
+        scale_window: int = 0,
         hysteresis: int = 1,
         refill: bool = False,
         least: float = 1.0,
     ) -> None:
-        self._window, self._hysteresis, self._refill, self._least = window, hysteresis, refill, least
+        self._window, self._hysteresis, self._refill, self._least = scale_window, hysteresis, refill, least
         self._state = torch.tensor([scale, 0.0, -1.0, hysteresis], dtype=torch.float64, device=device)
         self.exhausted = torch.zeros((), dtype=torch.bool, device=device)
         """Whether the last step overflowed where the scale cannot shrink: DeepSpeed's scaler raises there."""
@@ -278,7 +278,7 @@ def _make(engine: Any, optimizer: torch.optim.AdamW, low_precision_dtype: torch.
             scale = LossScale(
                 float(options["init_scale"]),
                 engine.device,
-                window=int(options["scale_window"]),
+                scale_window=int(options["scale_window"]),
                 hysteresis=int(options["delayed_shift"]),
                 refill=bool(options["consecutive_hysteresis"]),
                 least=float(options["min_scale"]),

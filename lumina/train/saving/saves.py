@@ -195,9 +195,9 @@ class Saves:
         self.stall += took
         return took
 
-    def _begin(self, places: set[SaveKind], best_loss: float | None = None) -> None:
+    def _begin(self, kinds: set[SaveKind], best_loss: float | None = None) -> None:
         began = time.perf_counter()
-        wanted, self._wanted = set(places), set()
+        wanted, self._wanted = set(kinds), set()
         targets = [t for t in (self._checkpoints, self._backups) if t is not None and t.kind in wanted]
         if not targets:
             return
@@ -344,35 +344,35 @@ class Saves:
 
 
 class _Retry:
-    """Which places wait for another try, and when it is due: back-off doubled, bounded, none where it cannot help."""
+    """Kinds of save to retry, and when: the back-off is doubled and bounded, with no retry where it cannot help."""
 
     def __init__(self) -> None:
         self._at: dict[str, float | None] = {}
         self._count: dict[str, int] = {}
         self.hopeful = True
 
-    def failed(self, place: str, retry: bool) -> float | None:
+    def failed(self, kind: str, retry: bool) -> float | None:
         """Seconds until the next try; None for no further try before the next save is due anyway."""
-        self._count[place] = self._count.get(place, 0) + 1
+        self._count[kind] = self._count.get(kind, 0) + 1
         self.hopeful = retry
-        wait = _BACK_OFF * 2 ** (self._count[place] - 1)
-        hopeless = not retry or self._count[place] > _RETRIES
-        self._at[place] = None if hopeless else time.monotonic() + wait
+        wait = _BACK_OFF * 2 ** (self._count[kind] - 1)
+        hopeless = not retry or self._count[kind] > _RETRIES
+        self._at[kind] = None if hopeless else time.monotonic() + wait
         return None if hopeless else wait
 
-    def succeeded(self, place: str) -> None:
-        self._at.pop(place, None)
-        self._count.pop(place, None)
+    def succeeded(self, kind: str) -> None:
+        self._at.pop(kind, None)
+        self._count.pop(kind, None)
         self.hopeful = True
 
-    def begun(self, place: str) -> None:
-        if place in self._at:
-            self._at[place] = None  # under way: its outcome decides
+    def begun(self, kind: str) -> None:
+        if kind in self._at:
+            self._at[kind] = None  # under way: its outcome decides
 
-    def due(self, place: str) -> bool:
-        at = self._at.get(place)
+    def due(self, kind: str) -> bool:
+        at = self._at.get(kind)
         return at is not None and time.monotonic() >= at
 
-    def pending(self, place: str) -> bool:
+    def pending(self, kind: str) -> bool:
         """Whether the last try failed."""
-        return place in self._at
+        return kind in self._at

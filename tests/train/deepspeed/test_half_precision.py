@@ -108,7 +108,7 @@ def test_the_loss_scale_is_deepspeeds(hysteresis: int, refill: bool) -> None:
     """As under ZeRO 1 to 3, over overflows and long enough without them; and its state is exchanged with theirs."""
     startup.init_process_group()  # DeepSpeed's scaler asks for its rank
     cpu, yes, no = torch.device("cpu"), torch.tensor(True), torch.tensor(False)
-    ours = LossScale(256.0, cpu, window=5, hysteresis=hysteresis, refill=refill, least=4.0)
+    ours = LossScale(256.0, cpu, scale_window=5, hysteresis=hysteresis, refill=refill, least=4.0)
     theirs = DynamicLossScaler(256.0, 5, 4.0, hysteresis, refill, raise_error_at_min_scale=False)
     torch.manual_seed(1)
     seen = set()
@@ -122,7 +122,7 @@ def test_the_loss_scale_is_deepspeeds(hysteresis: int, refill: bool) -> None:
         ours.update(no, yes)  # refused for its norm: nothing overflowed
         assert ours.state() == before
         if step % 50 == 0:  # saved and loaded
-            fresh = LossScale(1.0, cpu, window=5, hysteresis=hysteresis, refill=refill, least=4.0)
+            fresh = LossScale(1.0, cpu, scale_window=5, hysteresis=hysteresis, refill=refill, least=4.0)
             fresh.load({k: v for k, v in vars(theirs).items() if isinstance(v, int | float)})
             ours = fresh
     assert min(seen) == 4.0
@@ -132,7 +132,7 @@ def test_the_loss_scale_is_deepspeeds(hysteresis: int, refill: bool) -> None:
 @pytest.mark.parametrize("hysteresis", [1, 2])
 def test_the_loss_scale_is_exhausted_where_deepspeeds_raises(hysteresis: int) -> None:
     startup.init_process_group()
-    ours = LossScale(16.0, torch.device("cpu"), window=3, hysteresis=hysteresis, least=4.0)
+    ours = LossScale(16.0, torch.device("cpu"), scale_window=3, hysteresis=hysteresis, least=4.0)
     theirs = DynamicLossScaler(16.0, 3, 4.0, hysteresis, False)
     torch.manual_seed(2)
     raised = []
@@ -170,7 +170,7 @@ def test_a_gradient_that_no_scale_makes_finite(stage: int) -> None:
 
 def test_a_loss_scale_saved_by_deepspeeds_wrapper_of_stage_0() -> None:
     """Checkpoints from before this optimizer: no hysteresis in them."""
-    made = LossScale(1.0, torch.device("cpu"), window=1000, hysteresis=2)
+    made = LossScale(1.0, torch.device("cpu"), scale_window=1000, hysteresis=2)
     old = {"use_grad_scaling": True, "dynamic_loss_scale": True, "cur_iter": 41, "cur_scale": 2048.0}
     made.load({**old, "last_overflow_iter": 7, "scale_factor": 2.0, "scale_window": 1000, "min_loss_scale": 0.25})
     assert made.state() == {"cur_scale": 2048.0, "cur_iter": 41, "last_overflow_iter": 7, "cur_hysteresis": 2}

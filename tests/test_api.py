@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -105,6 +106,33 @@ def test_the_documents_blocks_run(tmp_path: Path, conversations: Path) -> None:
     alone(documented, tmp_path, conversations)
 
 
+def alive_engines() -> int:
+    from lumina.train.deepspeed import Engine
+
+    return sum(isinstance(found, Engine) for found in gc.get_objects())
+
+
+class Raise(Callback):
+    def before_step(self, context: lumina.Context) -> None:
+        raise KeyboardInterrupt  # as the second press of a notebook's button does
+
+
+def train_under_each_stage(folder: Path, data: Path) -> None:
+    for stage in range(4):
+        settings = {"ds_config": str(Path(__file__).parents[1] / "ds_configs" / f"zero{stage}.json")}
+        assert train(tiny(folder, data, f"stage{stage}").replace(**settings)).finished
+        assert alive_engines() == 0, f"stage {stage}"
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(folder, data, f"interrupted{stage}").replace(**settings), callbacks=[Raise()])
+        gc.collect()
+        assert alive_engines() == 0, f"stage {stage}, interrupted"
+
+
+def test_the_engine_of_a_run_is_gone_after_it(tmp_path: Path, conversations: Path) -> None:
+    """A notebook trains many times: each engine, a GPU's memory, stayed until the process ended."""
+    alone(train_under_each_stage, tmp_path, conversations)
+
+
 def train_twice(folder: Path, data: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     seen = [Count(), Count()]
@@ -115,6 +143,7 @@ def train_twice(folder: Path, data: Path) -> None:
     losses = [[record["loss"] for record in run.metrics()] for run in runs]
     assert losses[0] == losses[1] == pytest.approx(seen[0].losses)
     assert len(losses[0]) == 3
+    assert alive_engines() == 0
     assert {record["kind"] for record in runs[0].metrics(None)} >= {"step"}
     with pytest.raises(UserError, match="already holds checkpoints"):
         train(tiny(folder, data, "run0"))

@@ -60,7 +60,8 @@ def handlers_kept() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:  # one that C code installed, which Python cannot put back
+                    signal.signal(number, handler)
 
 
 _PR_SET_PDEATHSIG = 1

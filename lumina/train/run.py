@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from lumina.cluster import handlers_kept
 from lumina.config import Config
 from lumina.model import keep_heap
 from lumina.monitor import read_metrics
-from lumina.train.build import build
+from lumina.train.build import Run, build
 from lumina.train.callbacks import Callback
 from lumina.train.deepspeed import destroy_process_group, init_process_group
 from lumina.train.determinism import set_deterministic
@@ -20,14 +22,16 @@ from lumina.train.loop import fit
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run after `train`. folder: where everything of it is; exit_code: 0 when it is complete, 75 when a signal or a
-    callback stopped it after a save, 1 when its last checkpoint could not be written."""
+    """A run after `train`. folder: where everything of it is; exit_code: 0 when it is complete or a callback ended it,
+    75 when a signal stopped it after a save (76 when that asked for another world size), 1 when its last checkpoint
+    could not be written."""
 
     folder: Path
     exit_code: int
 
     @property
     def finished(self) -> bool:
+        """Whether nothing but the run itself, or a callback, ended it."""
         return self.exit_code == 0
 
     def metrics(self, kind: str | None = "step") -> Iterator[dict[str, Any]]:
@@ -39,27 +43,44 @@ class TrainedRun:
 
 def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainedRun:
     """Train as `config` says: in this process alone, or on every rank where a launcher has started several. The process
-    goes on as it was, with the signal handlers that it had, and may train again: its process group stays, because
-    DeepSpeed keeps hold of it.
+    goes on as it was, with the signal handlers and the memory that it had, and may train again: its process group
+    stays, because DeepSpeed keeps hold of it.
 
     Raises:
         UserError: what the user can put right.
         CallbackError: a callback failed, or changed what it must leave as it was.
     """
-    with handlers_kept():
-        code = _train(config, callbacks)
+    try:
+        with handlers_kept():
+            code = _fit_and_release(_build(config, callbacks))
+    finally:
+        gc.collect()  # an engine is full of cycles, and its memory may be a GPU's
     return TrainedRun(Path(config.output_dir) / config.experiment_name, code)
 
 
 def train_rank(config: Config) -> int:
     """Run one rank: train, leave the process group, and return the exit code (see TrainedRun)."""
-    code = _train(config, ())
+    code = fit(_build(config, ()))
     destroy_process_group()
     return code
 
 
-def _train(config: Config, callbacks: Sequence[Callback]) -> int:
+def _build(config: Config, callbacks: Sequence[Callback]) -> Run:
     keep_heap()
     if config.deterministic:
         set_deterministic()
-    return fit(build(config, init_process_group(), callbacks))
+    return build(config, init_process_group(), callbacks)
+
+
+def _fit_and_release(run: Run) -> int:
+    """`fit`, and then nothing of DeepSpeed's or torch's holds the engine. After an exception only where this rank is
+    alone: closing an engine waits for its device, which may wait for a rank that is gone."""
+    try:
+        code = fit(run)
+    except BaseException:
+        if run.ranks.world == 1:
+            with suppress(Exception):  # what ended the run is what the user must hear of
+                run.state.engine.close()
+        raise
+    run.state.engine.close()
+    return code

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lumina.cluster.signals import EXIT_STOPPED, StopRequest
+from lumina.cluster.signals import EXIT_STOPPED, StopRequest, handlers_kept
 
 
 @pytest.fixture
@@ -31,6 +31,20 @@ def test_a_second_interrupt_does_not_wait(request_: StopRequest) -> None:
     assert request_.signal == "SIGTERM"
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_are_put_back_where_python_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that C code installed before Python looked is None to it (an interpreter inside another program)."""
+    before = signal.getsignal(signal.SIGUSR1)
+    with handlers_kept():
+        StopRequest()
+    assert signal.getsignal(signal.SIGUSR1) is before
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: None)
+        with handlers_kept():
+            pass
+    assert {number: signal.getsignal(number) for number in kept} == kept
 
 
 def test_the_exit_code_is_its_own() -> None:

@@ -11,8 +11,9 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,37 @@ def rename_durably(scratch: Path, path: Path) -> None:
     os.replace(scratch, path)
 
 
+def _beside(path: Path, *tokens: str) -> Path:
+    """A hidden name in `path`'s folder. Path(".") has no name, and fails where it is renamed, with an OSError."""
+    return path.parent / ".".join(("", path.name, *tokens, "partial"))
+
+
+def _copy_mode(source: Path, target: Path) -> None:
+    """The mode of `source`, but that its owner may write."""
+    mode = stat.S_IMODE(source.stat().st_mode) | stat.S_IWUSR
+    if mode != stat.S_IMODE(target.stat().st_mode):
+        with suppress(PermissionError):  # a file system without modes
+            target.chmod(mode)
+
+
 @contextmanager
-def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
+def atomic_file(path: Path, durable: bool = True, follow: bool = False) -> Iterator[Path]:
     """A name to write `path`'s new contents under, of this process alone; at the end it becomes `path`, unless the
-    block raised. durable: flushed before that, so that a power cut leaves the old contents or the new ones too."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    block raised. durable: flushed before that, so that a power cut leaves the old contents or the new ones too. follow:
+    a symbolic link stays and the file that it names is replaced, not the link. A file that was there keeps its mode;
+    what is no file, as /dev/stdout or a pipe, is written to in place."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    if follow:
+        path = path.resolve()
+    scratch = _beside(path, secrets.token_hex(4))
     try:
         yield scratch
         if durable:
             fsync(scratch)
+        if path.is_file():
+            _copy_mode(path, scratch)
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -59,7 +82,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """A new folder to fill, beside `path`; at the end it is flushed and becomes `path`, unless the block raised. One
     process at a time: what an earlier one left is removed. replace: so is a folder that has the name already; otherwise
     it must be empty, or OSError is raised."""
-    scratch = path.with_name(f".{path.name}.partial")
+    scratch = _beside(path)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
@@ -75,9 +98,9 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Write a UTF-8 file atomically. What UTF-8 does not hold, a lone surrogate, becomes a question mark."""
-    with atomic_file(path, durable) as scratch:
+def write_text(path: Path, text: str, durable: bool = True, follow: bool = False) -> None:
+    """Write a UTF-8 file as `atomic_file` does. What UTF-8 does not hold, a lone surrogate, becomes a question mark."""
+    with atomic_file(path, durable, follow) as scratch:
         scratch.write_text(text, encoding="utf-8", errors="replace")
 
 

@@ -75,6 +75,48 @@ def test_killed_while_writing(tmp_path: Path, when: str) -> None:
     assert json.loads(path.read_text()) == {"old": 1}
 
 
+def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    for mode, kept in ((0o600, 0o600), (0o664, 0o664), (0o444, 0o644)):
+        path.chmod(mode)
+        write_text(path, "new")
+        assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", kept)
+
+
+def test_a_link_is_followed_or_replaced(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    link.symlink_to("real")
+    write_text(link, "new", follow=True)
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    write_text(link, "newer")
+    assert not link.is_symlink()
+    assert contents(tmp_path) == {"real": "new", "link": "newer"}
+
+
+def test_what_is_no_file_is_written_in_place(tmp_path: Path) -> None:
+    """Renaming onto /dev/null or a pipe would put a file in its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "text", durable=False)
+    write_text(pipe, " more", follow=True)
+    assert os.read(reader, 100) == b"text more"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.parametrize("name", [".", "/"])
+def test_a_folder_in_the_way_is_an_os_error(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r".*"):
+        write_text(Path(name), "text")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     (tmp_path / ".folder.partial").mkdir()

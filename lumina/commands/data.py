@@ -141,7 +141,7 @@ def validate_files(
     extra: list[str] = []
     if create_report:
         report = Path(f"{next(iter(validation.layouts))}.report.html")
-        write_text(report, render_report(validation))
+        write_text(report, render_report(validation), follow=True)
         figures["report"] = str(report)
         extra.append(f"report         {report}")
     if fix is not None:

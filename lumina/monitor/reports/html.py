@@ -26,9 +26,9 @@ def report_command(folders: Sequence[Path], out: Path | None, *, show: bool) -> 
     out = out or runs[0].folder / "report.html"
     html = render(runs)
     try:
-        write_text(out, html)
+        write_text(out, html, follow=True)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error}", "Choose another file with --out.") from None
+        raise UserError(f"cannot write {out}: {error.strerror or error}", "Choose another file with --out.") from None
     print(f"Report of {', '.join(run.name for run in runs)}: {out} ({len(html.encode()) / 1e6:.2f} MB)")
     if show and not webbrowser.open(out.resolve().as_uri()):
         print("No browser was found to open it in.")

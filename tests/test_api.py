@@ -133,6 +133,34 @@ def test_the_engine_of_a_run_is_gone_after_it(tmp_path: Path, conversations: Pat
     alone(train_under_each_stage, tmp_path, conversations)
 
 
+REFUSING = """
+from lumina import UserError
+
+def refusing(config, total_steps):
+    raise UserError(f"not for {total_steps} steps", "Take more.")
+"""
+
+
+def train_with_a_refusing_schedule(folder: Path, data: Path) -> None:
+    import logging
+
+    installed = folder / "installed"
+    (info := installed / "refusing-1.0.dist-info").mkdir(parents=True)
+    (installed / "refusing.py").write_text(REFUSING)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: refusing\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lumina.schedules]\nrefusing = refusing:refusing\n")
+    sys.path.insert(0, str(installed))
+    with pytest.raises(UserError, match="not for 3 steps"):
+        train(tiny(folder, data, "refused").replace(lr_scheduler="refusing"))
+    assert not (folder / "refused").exists(), "the folder is claimed when the run can start"
+    assert logging.getLogger("lumina").handlers == []
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lumina")]
+
+
+def test_a_refused_run_leaves_nothing(tmp_path: Path, conversations: Path) -> None:
+    alone(train_with_a_refusing_schedule, tmp_path, conversations)
+
+
 def train_twice(folder: Path, data: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     seen = [Count(), Count()]

@@ -106,9 +106,11 @@ def decided_by_rank_0(ranks: Ranks, choose: Callable[[], T]) -> T:
 
 
 def exchange(key: str, value: dict[str, Any], ranks: Ranks, seconds: float) -> list[dict[str, Any]] | None:
-    """Every rank's `value` under `key`, without a collective; None when some rank says nothing for `seconds`."""
+    """Every rank's `value` under `key`, which is used once in a start, without a collective; None when some rank says
+    nothing for `seconds`."""
     if ranks.world == 1:
         return [value]
+    key = f"{key}/{ranks.start}"
     try:
         group = default_store()
         group.set(f"{key}/{ranks.rank}", json.dumps(value))

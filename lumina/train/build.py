@@ -80,6 +80,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     config = settings.config
     assert config.global_batch_size is not None  # filled in by `resolve`
     data = open_data(start, config, ranks)
+    rates = schedule(config, data.total_steps)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     torch.manual_seed(config.seed)
     state = _initialise(start, settings, ranks, data, folder, watchdog.heartbeat)
@@ -94,7 +95,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
         ranks=ranks,
         settings=settings,
         data=data,
-        schedule=schedule(config, data.total_steps),
+        schedule=rates,
         state=state,
         deferred=deferred,
         saves=saves,

@@ -119,11 +119,8 @@ def _evaluate(run: Run) -> Stop | None:
     if run.state.note_evaluation(loss):
         run.saves.best()
         return None
-    best, patience = run.state.trainer_state, config.early_stopping_patience
-    if patience is None or best.evaluations_without_gain < patience:
-        return None
-    where = f"best {best.best_loss:.4f} at step {best.best_step}"
-    return Stop(StopKind.EARLY_STOPPING, f"no better evaluation in {patience} ({where})")
+    why = run.state.out_of_patience(config.early_stopping_patience)
+    return None if why is None else Stop(StopKind.EARLY_STOPPING, why)
 
 
 def _loader(run: Run) -> Loader:

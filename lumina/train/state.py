@@ -40,6 +40,14 @@ class RunState:
         best.evaluations_without_gain += 1
         return False
 
+    def out_of_patience(self, patience: int | None) -> str | None:
+        """Why to stop early: the last `patience` evaluations, or more, were no better than the best one."""
+        best = self.trainer_state
+        if patience is None or best.evaluations_without_gain < patience:
+            return None
+        found = "none was finite" if best.best_loss is None else f"best {best.best_loss:.4f} at step {best.best_step}"
+        return f"no better evaluation in {patience} ({found})"
+
     def snapshot(self, copies: StagingBuffer) -> Snapshot:
         """Begin to copy all of it into host memory, for a checkpoint; not collective. See
         lumina.train.saving.snapshot.take."""

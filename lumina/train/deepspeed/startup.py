@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import secrets
 import socket
 import sys
 import warnings
@@ -26,12 +27,14 @@ _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands."""
+    """Where this process stands. start: a token of this start of a run, the same on every rank: a process may train
+    several runs one after another, and the process group's store keeps what the ranks of an earlier one said in it."""
 
     rank: int
     world: int
     local_rank: int
     local_world: int
+    start: str = ""
 
     @property
     def main(self) -> bool:
@@ -73,7 +76,9 @@ def init_process_group() -> Ranks:
             deepspeed.init_distributed(verbose=False)
         except RuntimeError as error:
             raise explain_duplicate(error, devices, local_world) or error from None
-    return Ranks(rank, world, local, local_world)
+    start = [secrets.token_hex(4)]
+    torch.distributed.broadcast_object_list(start)
+    return Ranks(rank, world, local, local_world, start[0])
 
 
 def import_deepspeed() -> Any:

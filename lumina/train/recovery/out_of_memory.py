@@ -26,14 +26,18 @@ class StepReports:
         self._ranks, self._seconds = ranks, seconds
         self._reporting = enabled and 1 < ranks.world <= _MANY and zero_stage < 3
 
-    def report(self, step: int, state: str) -> None:
-        """Let the other ranks know how this one came through the micro-batches of `step` (from 1): "done", or out of
-        memory "clean" (no collective begun) or "dirty"."""
+    def report(self, step: int, batch_size: int, state: str) -> None:
+        """Let the other ranks know how this one came through the micro-batches, of `batch_size` samples, of `step`
+        (from 1): "done", or out of memory "clean" (no collective begun) or "dirty". A step that is taken again with
+        smaller micro-batches is another try, of which what was said of the first one says nothing."""
         if self._reporting:
             with suppress(RuntimeError):  # the store is gone with rank 0: the next collective says so
-                default_store().set(f"lumina/step/{self._ranks.rank}", f"{step}:{state}")
+                default_store().set(self._key(self._ranks.rank), f"{step}/{batch_size}:{state}")
 
-    def all_clean(self, step: int, clean: bool) -> bool:
+    def _key(self, rank: int) -> str:
+        return f"lumina/step/{self._ranks.start}/{rank}"
+
+    def all_clean(self, step: int, batch_size: int, clean: bool) -> bool:
         """After this rank ran out of memory in `step`: wait until every rank has reported. Returns whether all ran out
         with no collective begun. One that came through has reduced its gradients with the others, or waits for them.
         `clean`: this rank has begun no collective."""
@@ -41,13 +45,13 @@ class StepReports:
             return True
         if not self._reporting:
             return False
-        self.report(step, "clean" if clean else "dirty")
-        return all(self._state_of(rank, step) == "clean" for rank in range(self._ranks.world))
+        self.report(step, batch_size, "clean" if clean else "dirty")
+        return all(self._state_of(rank, f"{step}/{batch_size}") == "clean" for rank in range(self._ranks.world))
 
-    def _state_of(self, rank: int, step: int) -> str:
-        """What `rank` reported of `step`; "silent" when nothing comes in time, because it sits in a collective; "gone"
-        when rank 0, which holds the store, has given up before this rank could ask."""
-        key, deadline = f"lumina/step/{rank}", time.monotonic() + self._seconds
+    def _state_of(self, rank: int, attempt: str) -> str:
+        """What `rank` reported of `attempt`; "silent" when nothing comes in time, because it sits in a collective;
+        "gone" when rank 0, which holds the store, has given up before this rank could ask."""
+        key, deadline = self._key(rank), time.monotonic() + self._seconds
         while time.monotonic() < deadline:
             try:
                 told = default_store().get(key).decode() if default_store().check([key]) else None
@@ -55,7 +59,7 @@ class StepReports:
                 return "gone"
             if told is not None:
                 at, state = told.split(":")
-                if int(at) == step:
+                if at == attempt:
                     return str(state)
             time.sleep(0.02)
         return "silent"

@@ -178,14 +178,14 @@ class Recovery:
 
     def micro_batches_done(self, step: int) -> None:
         """This rank came through the micro-batches of step `step` (from 1)."""
-        self._reports.report(step, "done")
+        self._reports.report(step, self._batch_size, "done")
 
     def out_of_memory_in_micro_batches(
         self, step: int, samples: Iterable[int], failure: str, clean: bool
     ) -> HalveMicroBatch | Fail:
         """What comes of running out of memory in the micro-batches of a step. `clean`: this rank has begun no
         collective in it."""
-        if self._reports.all_clean(step, clean):
+        if self._reports.all_clean(step, self._batch_size, clean):
             return self._halve(step, samples, failure)
         return self._restart(step, "in the middle of a collective")
 

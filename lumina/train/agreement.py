@@ -46,13 +46,13 @@ class StepSums:
     corrupt: float = 0.0  # samples that could not be read
     callback_stop: float = 0.0  # a callback asks to stop
     callback_failed: float = 0.0  # a callback raised an exception
-    sample_count: float = 0.0  # lumina.data.order.sample_sums of this rank's samples
+    sample_count: float = 0.0  # lumina.data.loading.order.sample_sums of this rank's samples
     sample_high: float = 0.0
     sample_low: float = 0.0
 
     @property
     def samples(self) -> tuple[float, float, float]:
-        """For lumina.data.order.samples_id."""
+        """For lumina.data.loading.order.samples_id."""
         return self.sample_count, self.sample_high, self.sample_low
 
 

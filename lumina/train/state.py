@@ -50,7 +50,7 @@ class RunState:
 
     def snapshot(self, copies: StagingBuffer) -> Snapshot:
         """Begin to copy all of it into host memory, for a checkpoint; not collective. See
-        lumina.train.saving.snapshot.take."""
+        lumina.train.saving.snapshot.take_snapshot."""
         self.trainer_state.guard = self.spikes.state()
         return snapshot.take_snapshot(self.engine, self.trainer_state, copies)
 

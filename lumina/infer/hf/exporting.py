@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from lumina.chat import STOPS, TOKENIZER_FILES, Tokenizer, open_tokenizer, tokenizer_config, tokenizer_json
 from lumina.config import ModelConfig, UserError
@@ -22,6 +21,7 @@ from lumina.files import atomic_folder, write_json, write_text
 from lumina.infer.generation.sampling import forbidden_tokens
 from lumina.infer.hf.peft import USAGE as PEFT_USAGE
 from lumina.infer.hf.peft import write_adapter
+from lumina.infer.hf.safetensors_file import write_safetensors
 from lumina.infer.loading import (
     check_size,
     find_checkpoint,
@@ -172,7 +172,7 @@ def _write_weights(
     homes: dict[str, str] = {}
     for file, members in zip(names, plan, strict=True):
         tensors = dict(_renamed(stream, members, config, dtype, rename))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_safetensors(folder / file, tensors)
         homes |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     next(stream, None)  # lets it close its files

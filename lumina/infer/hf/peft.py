@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from lumina.checkpoint import MergedWeights, open_weights, saved_adapter_settings
 from lumina.config import LoraConfig, UserError
 from lumina.files import write_json
+from lumina.infer.hf.safetensors_file import write_safetensors
 from lumina.infer.loading import trainer_state_of
 from lumina.model import lora
 
@@ -43,7 +43,7 @@ def write_adapter(folder: Path, checkpoint: Path, dtype: torch.dtype) -> tuple[l
         tensors = {theirs: weights.adapter(ours).to(dtype) for ours, theirs in lora.peft_names(shape, settings)}
     except (SafetensorError, KeyError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{checkpoint} cannot be read: {error}") from None
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", _description(settings), indent=2, sort_keys=False)
     return ["adapter_model.safetensors"], sum(tensor.nbytes for tensor in tensors.values())
 

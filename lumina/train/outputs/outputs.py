@@ -35,7 +35,7 @@ record_log.setLevel(logging.INFO)
 class StepFigures:
     """What is known of a step once its numbers have been read. loss: mean over the step's supervised tokens, in nats;
     applied: whether the update was made; seconds: by phase (lumina.train.deepspeed.timing); samples:
-    lumina.data.order.samples_id; ended: seconds since 1970; loss_scale: fp16's, None elsewhere."""
+    lumina.data.loading.order.samples_id; ended: seconds since 1970; loss_scale: fp16's, None elsewhere."""
 
     data: StepData
     loss: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,17 @@ def test_the_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="no space left"):
         export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "run"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read_it(tmp_path: Path, umask: int, mode: int) -> None:
+    run = write_run(tmp_path / "run", make_model(num_layers=1))
+    before = os.umask(umask)
+    try:
+        export(run, tmp_path / "hf")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()} == {mode}
 
 
 def test_the_command_and_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from lumina.config.registry import FAMILIES, FORMATS, HEALTH_RULES, OBJECTIVES, SCHEDULES, TRACKERS
 
@@ -48,7 +48,10 @@ class RopeScaling(_Strict):
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     low_freq_factor: PositiveFloat | None = None
     high_freq_factor: PositiveFloat | None = None
-    original_max_position_embeddings: PositiveInt | None = None
+    # original_window in plain safetensors that 0.1.0 exported, whose card builds a ModelConfig of lumina.json.
+    original_max_position_embeddings: PositiveInt | None = Field(
+        None, validation_alias=AliasChoices("original_max_position_embeddings", "original_window")
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> RopeScaling:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lumina.config import UserError, load
+from lumina.config import RopeScaling, UserError, load
 from lumina.config.loading import inherited
 from lumina.config.renamed import RENAMED
 
@@ -85,3 +85,14 @@ def test_a_value_that_was_never_right_is_refused_by_its_line(tmp_path: Path) -> 
     path.write_text("health_off: [platau]\n")
     with pytest.raises(UserError, match=r"wrong.yaml, line 1: `disabled_rules` .*no such health rule: platau"):
         load(str(path))
+
+
+def test_the_card_of_an_export_of_0_1_0_builds_its_model() -> None:
+    """Such a card calls ModelConfig with the keys of lumina.json, past the table."""
+    values = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    old, new = (
+        RopeScaling(**values, **{name: 8192}) for name in ("original_window", "original_max_position_embeddings")
+    )
+    assert old == new
+    assert old.original_max_position_embeddings == 8192
+    assert "original_window" not in old.model_dump()

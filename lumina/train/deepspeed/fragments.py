@@ -71,6 +71,8 @@ def _partitioned(groups: list[list[Tensor]], flats: list[Tensor], names: dict[in
 
 
 def _stage3(wrapped: Any, names: dict[int, str]) -> Iterator[Fragment]:
+    # Not by deepspeed.utils.safe_get_local_fp32_param: under offload it returns a copy on the device, and what is
+    # loaded must be written into the tensor that the optimizer updates.
     if any(flat is None for flat in wrapped.fp16_partitioned_groups_flat) or wrapped.swap_optimizer:
         raise UserError(
             "checkpoints of state offloaded to NVMe are not supported",

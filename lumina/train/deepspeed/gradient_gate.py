@@ -21,7 +21,7 @@ several autograd streams were not waited for (8061), stage 3 waited for the wron
 are in 0.19.8. A gradient larger than the bucket is still reduced where it lies, and freed under stage 2 without a word
 to the allocator: the bucket is therefore never smaller than the largest tensor (lumina.config.deepspeed).
 
-This is the one file that replaces DeepSpeed's private functions of a step.
+half_precision and timing replace others of DeepSpeed's private functions; surface lists all of them.
 """
 
 from __future__ import annotations

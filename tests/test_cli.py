@@ -55,7 +55,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Catches the configuration that `lumina train` hands to the train room."""
     caught: list[Config] = []
     room = ModuleType("lumina.train")
-    room.train = lambda config: caught.append(config) or 0  # type: ignore[attr-defined]
+    room.train_rank = lambda config: caught.append(config) or 0  # type: ignore[attr-defined]
     room.end_process = lambda code: code  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lumina.train", room)
     return caught

@@ -1,4 +1,4 @@
-"""The README's table of what the presets take on GPUs: `python -m lumina.plan.presets`.
+"""The table (docs/presets.md) of what the presets take on GPUs: `python -m lumina.plan.presets`.
 
 Each preset sees 20 tokens per parameter once (arXiv:2203.15556), all of them supervised, documents as long as its
 context, in steps of half a million tokens, by the fastest way that fits (lumina.plan.search).

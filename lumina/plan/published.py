@@ -250,7 +250,7 @@ the tenths show, the speed moves by as much within a run, and a short one has le
 
 ## The presets
 
-As their settings stand. The README's table is of the fastest settings that fit (`python -m lumina.plan.presets`).
+As their settings stand. presets.md is of the fastest settings that fit (`python -m lumina.plan.presets`).
 
 {presets}
 """

@@ -31,7 +31,7 @@ from lumina.checkpoint import (
 )
 from lumina.config import load
 from lumina.plan.costs.memory import parameter_groups
-from lumina.train import loop
+from lumina.train import step as step_module
 from lumina.train.saving.snapshot import take_snapshot
 from tests.train.tiny_engines import make_engine, state_of, train_step
 
@@ -238,15 +238,15 @@ def test_the_loop_does_not_wait_and_the_file_is_the_same(tmp_path: Path, monkeyp
         assert torch.equal(found, value)
 
 
-def test_the_update_comes_after_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_update_comes_after_the_copies() -> None:
     order: list[str] = []
+    engine = SimpleNamespace(step=lambda limit: (order.append("update"), (1.0, True))[1])
     run = SimpleNamespace(
-        layer_stats=lambda step: None,
+        config=SimpleNamespace(layer_stats_every=0),
         saves=SimpleNamespace(before_update=lambda: order.append("wait")),
-        engine=SimpleNamespace(step=lambda limit: (order.append("update"), (1.0, True))[1]),
-        progress=SimpleNamespace(step=0),
+        state=SimpleNamespace(engine=engine, consistent=True),
     )
-    loop._update(run, SimpleNamespace(step=0), torch.tensor(2.0))  # type: ignore[arg-type]
+    step_module.update(run, SimpleNamespace(step=0), torch.tensor(2.0))  # type: ignore[arg-type]
     assert order == ["wait", "update"]
 
 

@@ -1,6 +1,7 @@
 """--measure: which steps count, and one real measured run of a very small model."""
 
 import json
+import os
 
 import pytest
 
@@ -8,6 +9,7 @@ from lumina import cli
 from lumina.config import UserError
 from lumina.plan import measure
 from lumina.plan.measure import WARM_UP, counted, summarise, usable_processes
+from tests.runs.processes import clean_environment
 
 
 def record(tokens: int, seconds: float, supervised: int = 50) -> dict[str, object]:
@@ -53,6 +55,8 @@ def test_this_machine_only(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_real_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ.keys() - clean_environment().keys():
+        monkeypatch.delenv(name)  # of a process group that another test made in this process
     monkeypatch.setattr(measure, "COUNTED", 2)
     monkeypatch.setattr(measure, "ENOUGH", 2.0)  # a step takes some 30 ms: a second run is needed
     tiny = ["hidden_size=32", "num_layers=1", "num_heads=2", "num_kv_heads=1", "seq_length=64"]

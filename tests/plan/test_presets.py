@@ -1,4 +1,4 @@
-"""The README's table of presets is what its command prints, quickly and without torch."""
+"""The table of docs/presets.md is what its command prints, quickly and without torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from lumina.plan.presets import duration
 
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "presets.md"
 
 
-def test_the_readme_has_the_table_that_the_command_prints() -> None:
+def test_the_document_has_the_table_that_the_command_prints() -> None:
     code = (
         "import runpy, sys; runpy.run_module('lumina.plan.presets', run_name='__main__');"
         "assert 'torch' not in sys.modules"
@@ -22,7 +22,7 @@ def test_the_readme_has_the_table_that_the_command_prints() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 9
-    assert done.stdout in README.read_text()
+    assert done.stdout in DOCUMENT.read_text()
 
 
 @pytest.mark.parametrize(("hours", "text"), [(0.15, "9 min"), (1.0, "1.0 h"), (47.9, "47.9 h"), (72.0, "3.0 days")])

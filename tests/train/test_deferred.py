@@ -13,6 +13,7 @@ import torch
 from lumina.config import load
 from lumina.train import deferred, loop, step
 from lumina.train.agreement import StepSums, pack
+from lumina.train.deepspeed import init_process_group
 from lumina.train.deferred import Deferred
 from lumina.train.outputs.outputs import Outputs
 
@@ -95,11 +96,9 @@ def test_a_record_that_fails_leaves_the_baselines_whole() -> None:
 
 
 @pytest.fixture
-def group(tmp_path: Any) -> Any:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+def group() -> None:
+    """The process group of this process alone, which all test files in it share: DeepSpeed keeps hold of the first."""
+    init_process_group()
 
 
 def test_a_step_counts_once_its_numbers_are_under_way(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable as Function
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from lumina.data import GlobalOrder
 from lumina.train.callbacks import Callback, CallbackError, Callbacks, Context, StepResult
-from lumina.train.deepspeed import Ranks
+from lumina.train.deepspeed import Ranks, init_process_group
 from lumina.train.outcomes import Stop, StopKind
 from lumina.train.outputs.outputs import Outputs
 
@@ -56,12 +55,9 @@ class Setting:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone."""
-    file = tmp_path_factory.mktemp("group") / "file"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+def group() -> None:
+    """The process group of this process alone, which all test files in it share: DeepSpeed keeps hold of the first."""
+    init_process_group()
 
 
 class Noting(Callback):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from lumina.config import UserError
 from lumina.monitor import EventLog, read_events
-from lumina.train.deepspeed import Ranks
+from lumina.train.deepspeed import Ranks, init_process_group
 from lumina.train.health import Health
 from lumina.train.outcomes import Fail, HalveMicroBatch, Rewind
 from lumina.train.recovery.record import RecoveryRecord
@@ -24,12 +23,9 @@ from tests.train.tiny_engines import make_config
 
 
 @pytest.fixture(autouse=True, scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone."""
-    file = tmp_path_factory.mktemp("group") / "file"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+def group() -> None:
+    """The process group of this process alone, which all test files in it share: DeepSpeed keeps hold of the first."""
+    init_process_group()
 
 
 def make(folder: Path, rollbacks: int = 0, begun: bool = False, **settings: Any) -> Recovery:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config import ROW_TILE, load, output_chunk_bytes
 from lumina.model import loss as room
-from lumina.model.loss import output_loss
+from lumina.model.loss import output_loss, token_losses
 from lumina.plan.costs.devices import find_device
 from lumina.plan.costs.memory import peak_memory
 from lumina.plan.costs.setup import Setup
@@ -332,6 +332,58 @@ def test_a_torch_without_the_product_adds_apart(monkeypatch: pytest.MonkeyPatch)
     for _ in range(3):
         assert not room._adds_in_products(torch.device("cuda:0"), torch.bfloat16)
     assert len(asked) == 1
+
+
+def test_a_torch_with_the_product_is_found_by_asking_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked is what the chunks need: half-precision factors added to a float32 matrix, in place."""
+    stand_in, zeros = Products(), torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, dtype=None: zeros(*size, dtype=dtype))
+    monkeypatch.setattr(torch, "addmm", stand_in.addmm)
+    monkeypatch.setattr(room, "_in_products", {})
+    for _ in range(3):
+        assert room._adds_in_products(torch.device("cuda:0"), torch.bfloat16)
+    assert stand_in.added == 1
+
+
+def test_logits_on_a_cpu_share_memory_that_grows_by_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter more than asked for, up to a full chunk; a smaller chunk's logits lie where larger ones did."""
+    vocabulary, full = 12, 14  # rows
+    rows_per_chunk(monkeypatch, full, vocabulary, 4)
+    monkeypatch.setattr(room, "_workspace", None)
+    weight = torch.randn(vocabulary, 4)
+
+    def place(rows: int, dtype: torch.dtype = torch.float32) -> int:
+        hidden = torch.randn(rows, 4, dtype=dtype)
+        found = room._logits(hidden, weight.to(dtype))
+        assert found.dtype is dtype
+        torch.testing.assert_close(found, hidden @ weight.to(dtype).T)
+        return found.untyped_storage().data_ptr()
+
+    def rows() -> float:
+        assert room._workspace is not None
+        return room._workspace.numel() / vocabulary
+
+    first = place(8)
+    assert rows() == 10
+    assert place(5) == place(10) == first
+    place(12)
+    assert rows() == full, "15 would be more than a chunk"
+    place(20)
+    assert rows() == 20
+    place(20, torch.float64)
+    place(3)
+    assert rows() == 3.75
+
+
+@pytest.mark.parametrize("rows", [0, 1, 9, 10])
+def test_the_loss_of_each_position(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_per_chunk(monkeypatch, 4, 11, 8)
+    hidden, weight, targets, _ = case(rows, 4, 11)
+    found = token_losses(hidden, weight, targets)
+    assert not found.requires_grad
+    assert found.dtype is torch.float64
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="none").detach()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("preset", ["debug", "medium", "large", "1b"])

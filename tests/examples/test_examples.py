@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,8 @@ def install(example: str, folder: Path) -> dict[str, str]:
 
 
 def python(code: str, environment: dict[str, str], *arguments: object) -> str:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    # Not from the working directory: there transformers would take kernels/ for the package of that name (-P).
+    command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -117,6 +119,8 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbformat
     from nbclient import NotebookClient
 
+    for name in os.environ.keys() - clean_environment().keys():
+        monkeypatch.delenv(name)  # of a process group that another test made in this process
     for name, value in {"STEPS": "2", "WORK": str(tmp_path), "OMP_NUM_THREADS": "2"}.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(EXAMPLES / "train_nano.ipynb", as_version=4)

@@ -51,12 +51,13 @@ def _slow(rank: int, *, metrics: Path) -> None:
 def test_a_slow_disk_puts_saves_off(runs: Runs, conversations: Path, place: Path) -> None:
     """Steps go on while one save is written; the one due at step 6 begins when the writer is free."""
     run = place / "run"
-    settings = {**SETTINGS, "max_steps": 13, "keep_last": 9}
+    # Steps take milliseconds, and the writer is to be free before the last of them on a busy machine too.
+    settings = {**SETTINGS, "max_steps": 40, "keep_last": 40}
     slow = partial(_slow, metrics=run / "metrics.jsonl")
     job = runs.start(arguments(run, conversations, stage=2, **settings), 2, slow)
     assert job.wait() == [0, 0], job.stderr()
     assert 6 not in names(run)
-    assert {3, 13} < set(names(run))
+    assert {3, 40} < set(names(run))
     assert all(checkpoint.integrity_error(path) is None for path in checkpoint.list_checkpoints(run / "checkpoints"))
 
 

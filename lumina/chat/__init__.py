@@ -15,10 +15,19 @@ from lumina.chat.conversation import (
     TEXT_ROLE,
     Conversation,
     Message,
+    ToolCall,
+    full_text,
     is_supervised,
 )
 from lumina.chat.loading import open_tokenizer
-from lumina.chat.protocol import ChatTokenizer, IncrementalDecoder, MessageSpan, RenderedBlock
+from lumina.chat.protocol import (
+    AnswerDelta,
+    AnswerReader,
+    ChatTokenizer,
+    IncrementalDecoder,
+    MessageSpan,
+    RenderedBlock,
+)
 from lumina.chat.template import TEMPLATE_VERSION, Rendered, render, render_many
 from lumina.chat.tokenizer import Tokenizer
 from lumina.lazy import names_of
@@ -51,6 +60,8 @@ __all__ = [
     "TEMPLATE_VERSION",
     "TEXT_ROLE",
     "TOKENIZER_FILES",
+    "AnswerDelta",
+    "AnswerReader",
     "ChatTokenizer",
     "Conversation",
     "HFTokenizer",
@@ -60,7 +71,9 @@ __all__ = [
     "Rendered",
     "RenderedBlock",
     "Tokenizer",
+    "ToolCall",
     "copy_files",
+    "full_text",
     "is_supervised",
     "open_tokenizer",
     "read_json",

@@ -1,8 +1,9 @@
 """Conversations, the roles of their messages, and the one rule of what is supervised.
 
-The rule: supervised (part of the loss) are the assistant's messages and plain texts, each from the first token of its
-content to the token that ends it; a record may set a message aside as context (`supervise`) or spans of it (`masked`).
-Tokenizers say where contents begin and end; `loss_mask` says which tokens count.
+The rule: supervised (part of the loss) are the assistant's messages and plain texts, each from the first token that the
+model is to say (of its reasoning, its content or its tool calls) to the token that ends it; a record may set a message
+aside as context (`supervise`) or spans of it (`masked`). Tools and their results are context. Tokenizers say where
+contents begin and end; `loss_mask` says which tokens count.
 
 Shapes: T tokens, M messages.
 """
@@ -31,23 +32,51 @@ SUPERVISED_ROLES = ("assistant", TEXT_ROLE)
 SUPERVISION_VERSION = ""  # part of every data fingerprint: change it with the rule, or earlier caches are still used
 
 
+class ToolCall(NamedTuple):
+    """A call of a tool. `arguments` is the JSON text of an object, as the model is to write it; `id` ties the result to
+    the call and is not rendered by every template."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
 class Message(NamedTuple):
     """One message. `role` is one of ROLES; `supervise` False makes an assistant's message context, as `masked` does
-    with spans [start, end) of its characters."""
+    with spans [start, end) of the characters of its content.
+
+    An assistant says its reasoning, then its content, then its tool calls; each may be empty. `name` and `call_id` are
+    a tool result's: the tool that was called, and the id of the call.
+    """
 
     role: str
     content: str
     supervise: bool = True
     masked: tuple[tuple[int, int], ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    call_id: str = ""
 
 
 @dataclass(slots=True)
 class Conversation:
-    """Messages in order; `id` groups what must stay on one side of a split, `origin` says where it was read."""
+    """Messages in order; `id` groups what must stay on one side of a split, `origin` says where it was read. `tools`:
+    JSON texts, one for each tool that the assistant may call, as OpenAI's API has them: `{"type": "function",
+    "function": {"name", "description"?, "parameters"?}}`."""
 
     messages: Sequence[Message]
     id: str = ""
     origin: str = ""
+    tools: tuple[str, ...] = ()
+
+
+def full_text(message: Message) -> str:
+    """All that a message says: reasoning, content and tool calls. Of a message with nothing but content, that alone."""
+    if not message.reasoning and not message.tool_calls:
+        return message.content
+    calls = (f"{call.name} {call.arguments}" for call in message.tool_calls)
+    return "\n".join(text for text in (message.reasoning, message.content, *calls) if text)
 
 
 def is_supervised(message: Message) -> bool:

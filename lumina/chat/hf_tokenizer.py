@@ -35,8 +35,9 @@ from lumina.chat import conversation as rule
 from lumina.chat import hf_files
 from lumina.chat.conversation import SUPERVISED_ROLES, TEXT_ROLE, Conversation, Message, is_supervised, loss_mask
 from lumina.chat.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure
+from lumina.chat.hf_decoding import PrefixDecoder
 from lumina.chat.jinja import INSTALL, JinjaTemplate, RefusalError
-from lumina.chat.protocol import IncrementalDecoder, MessageSpan, RenderedBlock
+from lumina.chat.protocol import AnswerReader, ContentReader, IncrementalDecoder, MessageSpan, RenderedBlock
 from lumina.config import UserError
 
 REWRITES = "the chat template rewrites earlier turns"
@@ -146,7 +147,10 @@ class HFTokenizer:
         return self.decode([token]).encode()
 
     def incremental_decoder(self) -> IncrementalDecoder:
-        return _PrefixDecoder(self)
+        return PrefixDecoder(self.decode_text)
+
+    def answer_reader(self) -> AnswerReader:
+        return ContentReader(self.incremental_decoder())
 
     def is_special(self, token: int) -> bool:
         return token in self._special or token >= self.vocab_size
@@ -162,7 +166,7 @@ class HFTokenizer:
 
     # --- Conversations ---
 
-    def prompt_ids(self, conversation: Conversation) -> list[int]:
+    def prompt_ids(self, conversation: Conversation, thinking: bool | None = None) -> list[int]:
         """The ids to generate from. Raises UserError when the template does not take the conversation."""
         try:
             character, turns = self._escaped(conversation.messages)
@@ -237,6 +241,8 @@ class HFTokenizer:
             np.array(counts, dtype=np.int64),
             np.array([is_supervised(message) for message in messages], dtype=np.bool_),
             np.array([head for one in whole for head in one.head], dtype=np.int64),
+            np.array([number for number in range(len(conversations)) if number not in refused], dtype=np.int64),
+            np.zeros(len(messages), dtype=np.bool_),
         )
         return block, refused
 
@@ -362,26 +368,6 @@ class _Tokens(NamedTuple):
     ids: NDArray[np.int32]
     contents: list[int]
     edges: list[int]
-
-
-class _PrefixDecoder:
-    """Decodes all ids so far each time and gives what is new: right for any tokenizer, whatever its spaces do. Answers
-    are at most 2,048 tokens, so the repeated work stays far below a forward pass."""
-
-    def __init__(self, tokenizer: HFTokenizer) -> None:
-        self._tokenizer, self._ids, self._given = tokenizer, list[int](), 0
-
-    def _new(self, text: str) -> str:
-        new = text[self._given :]
-        self._given = max(self._given, len(text))
-        return new
-
-    def push(self, token: int) -> str:
-        self._ids.append(token)
-        return self._new(self._tokenizer.decode_text(self._ids).rstrip("\ufffd"))
-
-    def end(self) -> str:
-        return self._new(self._tokenizer.decode_text(self._ids))
 
 
 def _digest(value: Any) -> str:

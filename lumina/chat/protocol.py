@@ -15,14 +15,19 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.chat.conversation import Conversation
+from lumina.chat.conversation import Conversation, ToolCall
 
 
 class RenderedBlock(NamedTuple):
     """N tokenized conversations one after another.
 
     ids_T int32, mask_T uint8 (1: supervised), message_offsets int64[M+1] into T, conversation_offsets int64[N+1] into
-    M, supervised_M bool (the message has supervised tokens), head_M int64 (the template's tokens before its content).
+    M, supervised_M bool (the message has supervised tokens), head_M int64 (the template's tokens before its content),
+    source_N int64 (which of the given conversations it is), repeated_M bool (context that an earlier one of the same
+    source has too, and accounts for).
+
+    A template that renders earlier turns differently once later ones follow makes several of one conversation: one for
+    each assistant turn, in which that turn alone is supervised.
     """
 
     ids: NDArray[np.int32]
@@ -31,6 +36,8 @@ class RenderedBlock(NamedTuple):
     conversation_offsets: NDArray[np.int64]
     supervised: NDArray[np.bool_]
     head: NDArray[np.int64]
+    source: NDArray[np.int64]
+    repeated: NDArray[np.bool_]
 
 
 class MessageSpan(NamedTuple):
@@ -48,6 +55,39 @@ class IncrementalDecoder(Protocol):
 
     def end(self) -> str:
         """What was still held back, U+FFFD for broken characters."""
+
+
+class AnswerDelta(NamedTuple):
+    """What one token added to an answer: text in whole characters, and tool calls that are complete."""
+
+    reasoning: str = ""
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class AnswerReader(Protocol):
+    """The tokens of one answer to its reasoning, content and tool calls, as they arrive: the template read backwards.
+
+    What does not parse as a call is given as content, so that nothing that the model said is lost.
+    """
+
+    def push(self, token: int) -> AnswerDelta: ...
+
+    def end(self) -> AnswerDelta:
+        """What was still held back."""
+
+
+class ContentReader:
+    """Reads an answer of which everything is content (an AnswerReader)."""
+
+    def __init__(self, decoder: IncrementalDecoder) -> None:
+        self._decoder = decoder
+
+    def push(self, token: int) -> AnswerDelta:
+        return AnswerDelta(content=self._decoder.push(token))
+
+    def end(self) -> AnswerDelta:
+        return AnswerDelta(content=self._decoder.end())
 
 
 class ChatTokenizer(Protocol):
@@ -78,12 +118,17 @@ class ChatTokenizer(Protocol):
     def is_special(self, token: int) -> bool:
         """Whether the id is a special token, or none at all."""
 
-    def allowed_tokens(self, vocab_size: int) -> NDArray[np.bool_]:
-        """bool (V): text and the stop tokens, which alone the model may say."""
+    def answer_reader(self) -> AnswerReader:
+        """Reads the tokens of an answer to `prompt_ids`."""
 
-    def prompt_ids(self, conversation: Conversation) -> list[int]:
+    def allowed_tokens(self, vocab_size: int) -> NDArray[np.bool_]:
+        """bool (V): text, the stop tokens, and those around reasoning and tool calls: what the model may say."""
+
+    def prompt_ids(self, conversation: Conversation, thinking: bool | None = None) -> list[int]:
         """The ids to generate from: the conversation so far and the opening of the assistant's message. They are a
-        prefix of the same conversation's ids with the answer. Raises UserError: the template does not take it."""
+        prefix of the same conversation's ids with the answer. `thinking` asks for an answer with or without reasoning,
+        where the template knows how; None leaves it to the template. Raises UserError: the template does not take it,
+        or has no place for its tools."""
 
     def text_ids(self, text: str) -> list[int]:
         """The ids of a text that is to be continued, not answered. Raises UserError."""

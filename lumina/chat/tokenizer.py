@@ -10,7 +10,7 @@ from lumina.chat import conversation as rule
 from lumina.chat import template
 from lumina.chat.cl100k import Cl100kEncoder
 from lumina.chat.conversation import Conversation
-from lumina.chat.protocol import IncrementalDecoder, MessageSpan, RenderedBlock
+from lumina.chat.protocol import AnswerReader, ContentReader, IncrementalDecoder, MessageSpan, RenderedBlock
 
 
 class Tokenizer(Cl100kEncoder):
@@ -32,7 +32,10 @@ class Tokenizer(Cl100kEncoder):
     def incremental_decoder(self) -> IncrementalDecoder:
         return _Utf8Decoder(self)
 
-    def prompt_ids(self, conversation: Conversation) -> list[int]:
+    def answer_reader(self) -> AnswerReader:
+        return ContentReader(self.incremental_decoder())
+
+    def prompt_ids(self, conversation: Conversation, thinking: bool | None = None) -> list[int]:
         return template.prompt_ids(self, conversation)
 
     def text_ids(self, text: str) -> list[int]:

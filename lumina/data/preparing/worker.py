@@ -127,7 +127,7 @@ def rendered(tokenizer: ChatTokenizer, block: ConversationBlock, account: Accoun
         account.drop_conversations(reason, 1)
         account.messages += count
         account.drop_messages(reason, count)
-    return together, [number for i, number in enumerate(block.numbers) if i not in refused]
+    return together, [block.numbers[i] for i in together.source.tolist()]
 
 
 def run_task(tokenizer: ChatTokenizer, task: Task) -> dict[str, Any]:

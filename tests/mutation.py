@@ -35,11 +35,11 @@ GROUPS = {
     "schedule": Group(("train/schedules/*.py",), ("train/schedules",)),
     "loss": Group(("model/loss.py",), ("model/test_output_loss.py",), names="compiled", sample="*[38]"),
     "chat": Group(
-        ("chat/template.py", "chat/escaping.py"),
+        ("chat/template.py", "chat/hf/escaping.py"),
         (
             "chat/test_template.py",
-            "chat/test_escaping.py",
-            "chat/test_hf_tokenizer.py",
+            "chat/hf/test_escaping.py",
+            "chat/hf/test_tokenizer.py",
             "data/records/test_fields.py",
         ),
         names="very_same_data",  # eleven seconds

@@ -33,19 +33,18 @@ from lumina.chat.tokenizer import Tokenizer
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
+    from lumina.chat.hf import STOPS, TOKENIZER_FILES, HFTokenizer, copy_files, read_json
     from lumina.chat.hf_export import tokenizer_config, tokenizer_json
-    from lumina.chat.hf_files import STOPS, TOKENIZER_FILES, copy_files, read_json
-    from lumina.chat.hf_tokenizer import HFTokenizer
 
 # Not loaded with the others: prepare's workers must start fast.
 __getattr__ = names_of(
     __name__,
     {
-        "HFTokenizer": "hf_tokenizer",
-        "STOPS": "hf_files",
-        "TOKENIZER_FILES": "hf_files",
-        "copy_files": "hf_files",
-        "read_json": "hf_files",
+        "HFTokenizer": "hf",
+        "STOPS": "hf",
+        "TOKENIZER_FILES": "hf",
+        "copy_files": "hf",
+        "read_json": "hf",
         "tokenizer_config": "hf_export",
         "tokenizer_json": "hf_export",
     },

@@ -16,6 +16,6 @@ def open_tokenizer(folder: str | Path | None) -> ChatTokenizer:
     """
     if folder is None:
         return Tokenizer.load()
-    from lumina.chat.hf_tokenizer import HFTokenizer  # not at the top: prepare's workers must start fast
+    from lumina.chat.hf import HFTokenizer  # not at the top: prepare's workers must start fast
 
     return HFTokenizer(Path(folder))

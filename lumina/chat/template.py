@@ -4,7 +4,7 @@
     <|endoftext|>TEXT<|endoftext|>               a plain text for continued pretraining (role "text")
 
 Training, inference and export all go through here, so what the model is asked is what it was taught. What is supervised
-is conversation.py's to say. An imported model brings a tokenizer and a template of its own (hf_tokenizer.py).
+is conversation.py's to say. An imported model brings a tokenizer and a template of its own (hf/).
 
 Shapes: T tokens, M messages, N conversations.
 """

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from lumina.chat import Conversation, Message
-from lumina.chat.hf_tokenizer import HFTokenizer
+from lumina.chat.hf.tokenizer import HFTokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.infer import export, import_hf, load
 from lumina.model import Transformer

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lumina.chat.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure, special_names
-from lumina.chat.jinja import RefusalError
+from lumina.chat.hf.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure, special_names
+from lumina.chat.hf.jinja import RefusalError
 
 
 def added(content: str, number: int, special: bool = True) -> dict[str, Any]:

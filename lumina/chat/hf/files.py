@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lumina.chat.escaping import clean
+from lumina.chat.hf.escaping import clean
 from lumina.config import UserError
 
 STOPS = "stops.json"  # the ids that end a turn, as lumina import found them in the model's configuration

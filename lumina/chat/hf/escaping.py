@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.chat.jinja import RefusalError
+from lumina.chat.hf.jinja import RefusalError
 
 # Noncharacters, which no text is meant to hold (Unicode 16, section 23.7): two enclose placeholders, one escapes.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"

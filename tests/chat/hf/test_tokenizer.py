@@ -17,12 +17,12 @@ from lumina.chat import (
     Conversation,
     Message,
     Tokenizer,
-    jinja,
     open_tokenizer,
     render_many,
 )
-from lumina.chat.hf_tokenizer import ENDLESS, FOLDED, REWRITES, HFTokenizer
-from lumina.chat.jinja import RefusalError
+from lumina.chat.hf import jinja
+from lumina.chat.hf.jinja import RefusalError
+from lumina.chat.hf.tokenizer import ENDLESS, FOLDED, REWRITES, HFTokenizer
 from lumina.config import UserError
 from tests.small_tokenizer import CHATML, write_tokenizer
 

@@ -32,11 +32,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumina.chat import conversation as rule
-from lumina.chat import hf_files
 from lumina.chat.conversation import SUPERVISED_ROLES, TEXT_ROLE, Conversation, Message, is_supervised, loss_mask
-from lumina.chat.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure
-from lumina.chat.hf_decoding import PrefixDecoder
-from lumina.chat.jinja import INSTALL, JinjaTemplate, RefusalError
+from lumina.chat.hf import files as hf_files
+from lumina.chat.hf.decoding import PrefixDecoder
+from lumina.chat.hf.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure
+from lumina.chat.hf.jinja import INSTALL, JinjaTemplate, RefusalError
 from lumina.chat.protocol import AnswerReader, ContentReader, IncrementalDecoder, MessageSpan, RenderedBlock
 from lumina.config import UserError
 

@@ -1,0 +1,27 @@
+"""An imported model's chat tokenizer, from the files of its Hugging Face folder.
+
+Its names are loaded on first use: who has Lumina's own tokenizer needs neither tokenizers nor jinja2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lumina.lazy import names_of
+
+if TYPE_CHECKING:
+    from lumina.chat.hf.files import STOPS, TOKENIZER_FILES, copy_files, read_json
+    from lumina.chat.hf.tokenizer import HFTokenizer
+
+__getattr__ = names_of(
+    __name__,
+    {
+        "HFTokenizer": "tokenizer",
+        "STOPS": "files",
+        "TOKENIZER_FILES": "files",
+        "copy_files": "files",
+        "read_json": "files",
+    },
+)
+
+__all__ = ["STOPS", "TOKENIZER_FILES", "HFTokenizer", "copy_files", "read_json"]

@@ -24,7 +24,7 @@ class RenderedBlock(NamedTuple):
     ids_T int32, mask_T uint8 (1: supervised), message_offsets int64[M+1] into T, conversation_offsets int64[N+1] into
     M, supervised_M bool (the message has supervised tokens), head_M int64 (the template's tokens before its content),
     source_N int64 (which of the given conversations it is), repeated_M bool (context that an earlier one of the same
-    source has too, and accounts for).
+    source has too, and accounts for), role_M int8 (the message's role, as an index into ROLES).
 
     A template that renders earlier turns differently once later ones follow makes several of one conversation: one for
     each assistant turn, in which that turn alone is supervised.
@@ -38,6 +38,7 @@ class RenderedBlock(NamedTuple):
     head: NDArray[np.int64]
     source: NDArray[np.int64]
     repeated: NDArray[np.bool_]
+    role: NDArray[np.int8]
 
 
 class MessageSpan(NamedTuple):

@@ -77,7 +77,9 @@ def render_many(tokenizer: Cl100kEncoder, conversations: Sequence[Conversation])
     conversation_offsets = np.zeros(len(conversations) + 1, dtype=np.int64)
     np.cumsum([len(conversation.messages) for conversation in conversations], out=conversation_offsets[1:])
     source_N, repeated_M = np.arange(len(conversations), dtype=np.int64), np.zeros(count, dtype=np.bool_)
-    return RenderedBlock(ids_T, mask_T, offsets, conversation_offsets, supervised_M, head_M, source_N, repeated_M)
+    return RenderedBlock(
+        ids_T, mask_T, offsets, conversation_offsets, supervised_M, head_M, source_N, repeated_M, role_M.astype(np.int8)
+    )
 
 
 def masked_tokens(tokenizer: Cl100kEncoder, ids_T: NDArray[np.int32], message: Message) -> NDArray[np.bool_]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.chat import Conversation, Message, Tokenizer, render, render_many
+from lumina.chat import ROLES, Conversation, Message, Tokenizer, render, render_many
 
 TOKENIZER = Tokenizer.load()
 CONTROL = TOKENIZER.special_ids
@@ -71,3 +71,9 @@ def test_plain_text_is_supervised_whole_with_its_end() -> None:
 def test_an_unmapped_role_is_refused() -> None:
     with pytest.raises(KeyError):
         render(TOKENIZER, Conversation([Message("bot", "hi")]))
+
+
+def test_a_block_says_the_role_of_every_message() -> None:
+    chat = Conversation([Message("system", "s"), Message("user", "q"), Message("assistant", "a")])
+    block = render_many(TOKENIZER, [chat, Conversation([Message("text", "t")])])
+    assert [ROLES[role] for role in block.role] == ["system", "user", "assistant", "text"]

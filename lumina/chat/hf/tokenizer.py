@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumina.chat import conversation as rule
-from lumina.chat.conversation import SUPERVISED_ROLES, TEXT_ROLE, Conversation, Message, is_supervised, loss_mask
+from lumina.chat.conversation import ROLES, SUPERVISED_ROLES, TEXT_ROLE, Conversation, Message, is_supervised, loss_mask
 from lumina.chat.hf import files as hf_files
 from lumina.chat.hf.decoding import PrefixDecoder
 from lumina.chat.hf.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure
@@ -243,6 +243,7 @@ class HFTokenizer:
             np.array([head for one in whole for head in one.head], dtype=np.int64),
             np.array([number for number in range(len(conversations)) if number not in refused], dtype=np.int64),
             np.zeros(len(messages), dtype=np.bool_),
+            np.array([ROLES.index(message.role) for message in messages], dtype=np.int8),
         )
         return block, refused
 

@@ -154,7 +154,7 @@ def test_luminas_own_tokenizer_read_back_makes_the_very_same_data(tmp_path: Path
     chats = [Conversation(CHAT), hard, Conversation([CHAT[1], CHAT[2]._replace(supervise=False)])]
     (block, refused), expected = ours.render_valid(chats), render_many(own, chats)
     assert not refused
-    for name in ("ids", "mask", "message_offsets", "conversation_offsets", "supervised"):
+    for name in ("ids", "mask", "message_offsets", "conversation_offsets", "supervised", "role"):
         assert np.array_equal(getattr(block, name), getattr(expected, name)), name
     assert np.array_equal(block.head[block.supervised], expected.head[expected.supervised])
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from lumina.commands import COMMANDS, Arguments, Command, Parser
+from lumina.commands.common import exit_code_of
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -54,21 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     arguments = parse(list(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s: %(message)s")
-    try:
-        return COMMANDS[arguments.command].run(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `lumina config show medium | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        from lumina.config import UserError
-
-        if not isinstance(error, UserError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code_of(lambda: COMMANDS[arguments.command].run(arguments))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -121,3 +123,22 @@ def _config_of_resumed_run(flags: dict[str, Any]) -> str | None:
 
 def _existing(path: Path) -> str | None:
     return str(path) if path.is_file() else None
+
+
+def exit_code_of(run: Callable[[], int]) -> int:
+    """Runs a command. Returns its exit code: 2 for a user's mistake, which is told; 130 when it was interrupted."""
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `lumina config show medium | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        from lumina.config import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import traceback
 
-from lumina.commands.common import Arguments, Command, Parser, add_files, config_options, data_options, load_config
+from lumina.commands.common import (
+    Arguments,
+    Command,
+    Parser,
+    add_files,
+    config_options,
+    data_options,
+    exit_code_of,
+    load_config,
+)
 
 
 def train(arguments: Arguments) -> int:
@@ -16,7 +26,16 @@ def train(arguments: Arguments) -> int:
         raise UserError("no training data", "Give --train-data FILE [FILE …], or train_data in the YAML.")
     from lumina.train import end_process, train_rank
 
-    return end_process(train_rank(config))
+    try:
+        code = exit_code_of(lambda: train_rank(config))
+    except Exception:
+        from lumina.train import several_ranks
+
+        if not several_ranks():
+            raise
+        traceback.print_exc()
+        code = 1
+    return end_process(code)
 
 
 def train_options(parser: Parser) -> None:

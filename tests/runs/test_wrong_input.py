@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from multiprocessing import util
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,34 @@ def test_a_contradicting_deepspeed_configuration(tmp_path: Path, conversations: 
     message = refused(argv)
     assert "train_micro_batch_size_per_gpu" in message
     assert "batch_size" in message
+
+
+# --- The exit code of one rank of several ---------------------------------------------------------
+
+
+def _abort_at_teardown(rank: int) -> None:
+    """What gloo's threads sometimes do while the interpreter is torn down: the process aborts."""
+    util.Finalize(None, os.abort, exitpriority=10)
+
+
+def _fail(rank: int) -> None:
+    from lumina.train import run
+
+    def failing(_: object) -> int:
+        raise RuntimeError("a planted exception")
+
+    _abort_at_teardown(rank)
+    run.fit = failing  # type: ignore[assignment]
+
+
+def test_the_exit_code_of_a_users_mistake_outlives_teardown(runs: Runs, tmp_path: Path) -> None:
+    """A launcher restarts what crashed and not what the user must mend: it has only the exit code to tell by."""
+    job = runs.start(arguments(tmp_path / "run", tmp_path / "missing.jsonl", **QUICK), 2, _abort_at_teardown)
+    assert job.wait() == [2, 2], job.stderr()
+    assert "missing.jsonl" in job.stderr()
+
+
+def test_the_exit_code_of_an_exception_outlives_teardown(runs: Runs, conversations: Path, tmp_path: Path) -> None:
+    job = runs.start(arguments(tmp_path / "run", conversations, **QUICK), 2, _fail)
+    assert job.wait() == [1, 1], job.stderr()
+    assert job.stderr().count("RuntimeError: a planted exception") == 2

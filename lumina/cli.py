@@ -11,8 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from lumina.commands import COMMANDS, Arguments, Command, Parser
-from lumina.commands.common import exit_code_of
+from lumina.commands import COMMANDS, Arguments, Command, Parser, exit_code_of
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:

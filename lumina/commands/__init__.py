@@ -6,7 +6,7 @@ answer without loading torch.
 """
 
 from lumina.commands import checkpoints, cluster, data, infer, monitor, plan, train
-from lumina.commands.common import Arguments, Command, Parser
+from lumina.commands.common import Arguments, Command, Parser, exit_code_of
 
 COMMANDS: dict[str, Command] = {
     **train.COMMANDS,
@@ -18,4 +18,4 @@ COMMANDS: dict[str, Command] = {
     **cluster.COMMANDS,
 }
 
-__all__ = ["COMMANDS", "Arguments", "Command", "Parser"]
+__all__ = ["COMMANDS", "Arguments", "Command", "Parser", "exit_code_of"]

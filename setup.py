@@ -73,7 +73,7 @@ EXTRAS_REQUIRE = {
 }
 
 setup(
-    name="lumina",
+    name="lumina-train",  # `lumina` on the package index is another project; the import name and the command stay
     version=VERSION,
     description="Trains conversational transformers with DeepSpeed, from one CPU core to a cluster",
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",

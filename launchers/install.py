@@ -27,6 +27,12 @@ try: torch = m.distribution("torch")
 except m.PackageNotFoundError: print("null")
 else: print(json.dumps([torch.version, str(torch.locate_file(""))]))
 """
+#: Prints version and requirements of what is installed under the former name, which another project has on the index.
+FIND_FORMER = """
+import importlib.metadata as m, json
+try: print(json.dumps([m.version("lumina"), m.requires("lumina") or []]))
+except m.PackageNotFoundError: print("null")
+"""
 
 
 class Choice(NamedTuple):
@@ -164,6 +170,23 @@ def _give_pip(venv: Path) -> None:
         subprocess.run([python, "-m", "ensurepip", "--default-pip"], check=True, stdout=subprocess.DEVNULL)
 
 
+def remove_former(python: Path) -> None:
+    """Uninstall a Lumina of the name that it had up to 0.2.0: the same files would belong to two distributions. Raises
+    ValueError where it is another project, whose package would be imported in place of ours."""
+    answer = subprocess.run([python, "-c", FIND_FORMER], stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(answer.stdout)
+    if found is None:
+        return
+    version, requirements = found
+    if not any(requirement.startswith("deepspeed") for requirement in requirements):
+        raise ValueError(
+            f"lumina {version} in {python.parent.parent} is another project with the same import name: "
+            f"{shlex.quote(str(python))} -m pip uninstall lumina"
+        )
+    print(f"install: lumina {version} is now called lumina-train: the former is uninstalled", flush=True)
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "lumina"], check=True)
+
+
 def main(venv: Path, extras: str, *options: str) -> int:
     """Decide, say what was decided, and let pip install; returns pip's exit status."""
     setup = (ROOT / "setup.py").read_text()
@@ -172,6 +195,7 @@ def main(venv: Path, extras: str, *options: str) -> int:
     kept = torch_of(python)
     try:
         choice = choose(kept, None if kept else wheel_of_pip(python), has_gpu(), setup)
+        remove_former(python)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, MutableMapping
 
 from lumina.cluster import slurm
-from lumina.config import UserError
+from lumina.config import UserError, install_command
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _SOURCES = {
@@ -103,7 +103,7 @@ def _meeting_place(launcher: str, environment: Mapping[str, str]) -> tuple[str, 
     except ImportError:
         raise UserError(
             f"{launcher} started ranks on several machines, and nothing says where they meet",
-            "pip install mpi4py, or export MASTER_ADDR (rank 0's host) and MASTER_PORT to every rank.",
+            f"{install_command('mpi')}, or export MASTER_ADDR (rank 0's host) and MASTER_PORT to every rank.",
         ) from None
     place: tuple[str, int] = MPI.COMM_WORLD.bcast((socket.getfqdn(), free_port()))
     MPI.Finalize()  # a rank may end without passing through the interpreter's exit, where mpi4py would do it

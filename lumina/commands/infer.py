@@ -189,13 +189,13 @@ def evaluate(arguments: Arguments) -> int:
 
 def _require(module: str, what: str, extra: str) -> None:
     """Raise UserError before the model is loaded when a package of an extra is missing."""
-    from lumina.config import UserError
+    from lumina.config import UserError, install_command
 
     try:
         import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{what} {error.name}, which is not installed", f"Install it with `pip install 'lumina[{extra}]'`."
+            f"{what} {error.name}, which is not installed", f"Install it: {install_command(extra)}"
         ) from None
 
 

@@ -11,6 +11,7 @@ from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.config.errors import UserError, did_you_mean
+    from lumina.config.installing import DISTRIBUTION, FORMER_DISTRIBUTION, install_command
     from lumina.config.loading import DEFAULT_PRESET, PRESETS, load, parse_settings, preset_names, run_config
     from lumina.config.registry import (
         FAMILIES,
@@ -54,8 +55,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "CHUNK_BYTES": "rows",
     "DEFAULT_PRESET": "loading",
+    "DISTRIBUTION": "installing",
     "FAMILIES": "registry",
     "FORMATS": "registry",
+    "FORMER_DISTRIBUTION": "installing",
     "HEALTH_RULES": "registry",
     "MIN_VOCAB": "schema",
     "OBJECTIVES": "registry",
@@ -83,6 +86,7 @@ _HOMES = {
     "VisibleGpu": "visible",
     "did_you_mean": "errors",
     "explain_duplicate": "visible",
+    "install_command": "installing",
     "load": "loading",
     "open_nvml": "visible",
     "output_chunk_bytes": "rows",
@@ -100,8 +104,10 @@ _HOMES = {
 __all__ = [
     "CHUNK_BYTES",
     "DEFAULT_PRESET",
+    "DISTRIBUTION",
     "FAMILIES",
     "FORMATS",
+    "FORMER_DISTRIBUTION",
     "HEALTH_RULES",
     "MIN_VOCAB",
     "OBJECTIVES",
@@ -130,6 +136,7 @@ __all__ = [
     "deepspeed",
     "did_you_mean",
     "explain_duplicate",
+    "install_command",
     "load",
     "open_nvml",
     "output_chunk_bytes",

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from lumina.config.errors import UserError
+from lumina.config.installing import DISTRIBUTION, FORMER_DISTRIBUTION
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -64,13 +66,24 @@ def bounds(package: str) -> str:
 
 
 def _stated() -> list[Requirement]:
-    """The requirements of the installed Lumina, in setup.py's words."""
+    """The requirements of the installed Lumina, in setup.py's words; of one that is installed under its former name
+    too: a clone that was updated and not installed again."""
     from packaging.requirements import Requirement
 
+    for name in (DISTRIBUTION, FORMER_DISTRIBUTION):
+        if name == FORMER_DISTRIBUTION and not is_former(name):
+            continue
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return [Requirement(line) for line in importlib.metadata.requires(name) or []]
+    return []
+
+
+def is_former(name: str) -> bool:
+    """Whether an installed distribution is a Lumina, and not another project's of that name: it requires DeepSpeed."""
     try:
-        return [Requirement(line) for line in importlib.metadata.requires("lumina") or []]
+        return any(line.startswith("deepspeed") for line in importlib.metadata.requires(name) or [])
     except importlib.metadata.PackageNotFoundError:
-        return []
+        return False
 
 
 def refuse_untried() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from lumina.config import UserError
+from lumina.config import UserError, install_command
 from lumina.files import atomic_file
 
 EVAL_SHARE = 20
@@ -47,7 +47,7 @@ def write_files(out_dir: Path) -> tuple[Path, Path, int, int]:
     """
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or spec.origin is None:
-        raise UserError("the chitchat corpus is not installed", "pip install chitchat-dataset")
+        raise UserError("the chitchat corpus is not installed", install_command("quickstart"))
     dialogues = json.loads((Path(spec.origin).parent / "dataset.json").read_bytes())
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = [out_dir / TRAIN_FILE, out_dir / EVAL_FILE]

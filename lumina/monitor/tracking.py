@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lumina.config import TRACKERS, UserError
+from lumina.config import TRACKERS, UserError, install_command
 from lumina.monitor.metrics import read_metrics
 
 log = logging.getLogger("lumina")
@@ -126,8 +126,9 @@ class _Feed:
                     self._last = {group: min(last, item.step) for group, last in self._last.items()}
             tracker.close()
         except ImportError as error:
-            where = "pip install 'lumina[tracking]'" if self.name in TRACKERS.own() else f"pip install {error.name}"
-            self._give_up(f"it needs the package {error.name}: {where}" if error.name else str(error))
+            # Of another package's tracker, which distribution has this module is not for us to guess.
+            where = f": {install_command('tracking')}" if self.name in TRACKERS.own() else ""
+            self._give_up(f"it needs the package {error.name}{where}" if error.name else str(error))
         except UserError as error:
             self._give_up(error.message)
         except BaseException as error:  # a tracker's library may even call sys.exit

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lumina.config import usable_cpus
+from lumina.config import DISTRIBUTION, FORMER_DISTRIBUTION, install_command, usable_cpus
 from lumina.config.precision import cpu_has_bf16
-from lumina.config.versions import untried
+from lumina.config.versions import is_former, untried
 
 Status = Literal["OK", "WARN", "FAIL"]
 
@@ -30,9 +30,9 @@ MIN_SHM = 64 * 2**20  # bytes: Docker's default is this and is too small for NCC
 MIN_OPEN_FILES = 1024
 REQUIRED = ("torch", "deepspeed", "numpy", "pyarrow", "orjson", "tiktoken", "pydantic", "PyYAML", "rich", "psutil")
 OPTIONAL = {
-    "mpi4py": "start under mpirun: pip install 'lumina[mpi]'",
-    "transformers": "import and export of Hugging Face checkpoints: pip install 'lumina[hf]'",
-    "wandb": "experiment tracking: pip install 'lumina[tracking]'",
+    "mpi4py": ("start under mpirun", "mpi"),
+    "transformers": ("import and export of Hugging Face checkpoints", "hf"),
+    "wandb": ("experiment tracking", "tracking"),
 }
 
 
@@ -56,6 +56,21 @@ def check_python() -> Iterator[CheckResult]:
         yield CheckResult("OK", "python", found)
 
 
+def check_distribution() -> Iterator[CheckResult]:
+    """Which distribution has the import name `lumina`: ours alone, under today's name."""
+    found = [name for name in (DISTRIBUTION, FORMER_DISTRIBUTION) if _version(name) is not None]
+    if FORMER_DISTRIBUTION not in found:
+        if found:
+            yield CheckResult("OK", "installation", f"{DISTRIBUTION} {_version(DISTRIBUTION)}")
+        return  # a source tree on the path, which pip knows nothing of
+    version = f"{FORMER_DISTRIBUTION} {_version(FORMER_DISTRIBUTION)}"
+    remedy = f"pip uninstall {FORMER_DISTRIBUTION}, then {install_command()}"
+    if is_former(FORMER_DISTRIBUTION):
+        yield CheckResult("WARN", "installation", f"{version} is Lumina's name up to 0.2.0", remedy)
+    else:
+        yield CheckResult("FAIL", "installation", f"{version} is another project of the same import name", remedy)
+
+
 def check_packages() -> Iterator[CheckResult]:
     outside = {one.name: one for one in untried()}
     for name in REQUIRED:
@@ -65,16 +80,16 @@ def check_packages() -> Iterator[CheckResult]:
             yield CheckResult("FAIL" if one.refused else "WARN", name, f"{version}, tried: {one.bounds}", one.remedy)
         elif version is None:
             yield CheckResult(
-                "FAIL", name, "not installed", f"pip install {name}, or pip install -e . for all of them."
+                "FAIL", name, "not installed", install_command()
             )
         else:
             yield CheckResult("OK", name, version)
-    for name, use in OPTIONAL.items():
+    for name, (use, extra) in OPTIONAL.items():
         version = _version(name)
         yield (
             CheckResult("OK", name, version)
             if version
-            else CheckResult("WARN", name, "not installed", f"Only for {use}.")
+            else CheckResult("WARN", name, "not installed", f"Only for {use}: {install_command(extra)}")
         )
 
 
@@ -138,7 +153,7 @@ def check_kernels() -> Iterator[CheckResult]:
         yield CheckResult("OK", "flash-attn", version)
     else:
         yield CheckResult(
-            "WARN", "flash-attn", "not installed", "PyTorch's own attention is used: pip install flash-attn."
+            "WARN", "flash-attn", "not installed", f"PyTorch's own attention is used: {install_command('gpu', '--no-build-isolation')}"
         )
 
 
@@ -158,7 +173,7 @@ def check_compilers() -> Iterator[CheckResult]:
     if ninja:
         yield CheckResult("OK", "ninja", ninja)
     else:
-        yield CheckResult("FAIL", "ninja", "not found", "pip install ninja.")
+        yield CheckResult("FAIL", "ninja", "not found", install_command())
 
 
 def check_deepspeed_ops() -> Iterator[CheckResult]:
@@ -296,6 +311,7 @@ def check_driver() -> Iterator[CheckResult]:
 
 CHECKS: tuple[Check, ...] = (
     check_python,
+    check_distribution,
     check_packages,
     check_driver,
     check_devices,

@@ -59,3 +59,18 @@ def test_newer_ones_are_warned_of(
 def test_a_vendors_build_counts_as_its_release(installed: dict[str, str]) -> None:
     installed["torch"] = "2.11.0a0+8a7f3c1.nv26.2"
     assert versions.untried() == []
+
+
+def test_the_bounds_are_found_under_the_former_name_but_not_in_another_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone that was updated and not installed again; and `lumina` of the package index."""
+    of_lumina = STATED
+
+    def requires(name: str) -> list[str]:
+        if name != "lumina":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return of_lumina
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    assert versions.bounds("torch") == "<2.14,>=2.11"
+    of_lumina = ["torch<1.9", "PyQt5"]
+    assert versions.bounds("torch") == ""

@@ -38,7 +38,7 @@ def answer(
 
 
 def test_loss_and_gradients_are_trls(tmp_path: Path) -> None:
-    pytest.importorskip("trl", reason="needs trl: pip install 'lumina[dev]'")
+    pytest.importorskip("trl", reason="needs trl: pip install -e '.[dev]'")
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer

@@ -73,6 +73,35 @@ def test_an_environment_without_pip_gets_it(install: ModuleType, tmp_path: Path)
     subprocess.run([venv / "bin/python", "-m", "pip", "--version"], check=True, capture_output=True)
 
 
+def installed(venv: Path, name: str, requirement: str) -> Path:
+    """An environment in which pip finds a package of this name and requirement."""
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    info = next((venv / "lib").glob("python*/site-packages")) / f"{name}-0.2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.2.0\nRequires-Dist: {requirement}\n")
+    (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
+    (info / "INSTALLER").write_text("pip\n")
+    return info
+
+
+def test_an_earlier_lumina_is_uninstalled_under_its_former_name(
+    install: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = installed(tmp_path / "venv", "lumina", "deepspeed<0.20,>=0.19.8")
+    install.remove_former(tmp_path / "venv/bin/python")
+    assert not info.exists()
+    assert "lumina 0.2.0 is now called lumina-train" in capsys.readouterr().out
+    install.remove_former(tmp_path / "venv/bin/python")
+    assert capsys.readouterr().out == ""
+
+
+def test_another_projects_lumina_is_refused_not_removed(install: ModuleType, tmp_path: Path) -> None:
+    info = installed(tmp_path / "venv", "lumina", "PyQt5")
+    with pytest.raises(ValueError, match=r"another project with the same import name: \S+ -m pip uninstall lumina"):
+        install.remove_former(tmp_path / "venv/bin/python")
+    assert info.exists()
+
+
 def test_a_card_is_seen_by_its_device_file(install: ModuleType, tmp_path: Path) -> None:
     assert not install.has_gpu(tmp_path)
     (tmp_path / "nvidiactl").touch()  # the driver's own, there without a card too

@@ -13,12 +13,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lumina.config import UserError
+from lumina.config import UserError, install_command
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-INSTALL = "Install it with `pip install 'lumina[hf]'`."
 _REASON_LENGTH = 100  # of a template's complaint: reasons are counted, and a table has room for that much
 
 
@@ -33,7 +32,7 @@ def _environment() -> Environment:
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise UserError("an imported model's chat template needs jinja2", INSTALL) from None
+        raise UserError("an imported model's chat template needs jinja2", install_command("hf")) from None
 
     class Generation(Extension):
         """{% generation %} marks an answer for other trainers: what is inside is written as it is."""

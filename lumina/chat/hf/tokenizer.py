@@ -36,9 +36,9 @@ from lumina.chat.conversation import ROLES, SUPERVISED_ROLES, TEXT_ROLE, Convers
 from lumina.chat.hf import files as hf_files
 from lumina.chat.hf.decoding import PrefixDecoder
 from lumina.chat.hf.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure
-from lumina.chat.hf.jinja import INSTALL, JinjaTemplate, RefusalError
+from lumina.chat.hf.jinja import JinjaTemplate, RefusalError
 from lumina.chat.protocol import AnswerReader, ContentReader, IncrementalDecoder, MessageSpan, RenderedBlock
-from lumina.config import UserError
+from lumina.config import UserError, install_command
 
 REWRITES = "the chat template rewrites earlier turns"
 ENDLESS = "the chat template does not end an answer with a stop token"
@@ -76,7 +76,7 @@ class HFTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise UserError("an imported model's tokenizer needs tokenizers", INSTALL) from None
+            raise UserError("an imported model's tokenizer needs tokenizers", install_command("hf")) from None
         self.folder: Path | None = folder
         raw, spec = hf_files.read_json(folder / "tokenizer.json")
         settings = hf_files.read_settings(folder)

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from lumina.chat import ChatTokenizer
-from lumina.config import UserError
+from lumina.config import UserError, install_command
 from lumina.data.cache.files import content_digests
 from lumina.data.formats import added_versions
 from lumina.data.loading.dataset import PackedDataset
@@ -95,7 +95,7 @@ def _prepare_parts(
             "both eval_data and eval_fraction are given", "Keep one: eval_fraction holds out of train_data."
         )
     if config.dedup == "near" and not near_available():
-        raise UserError("near-duplicates need the package rensa", "pip install rensa, or use --dedup exact.")
+        raise UserError("near-duplicates need the package rensa", f"{install_command('dedup')}, or use --dedup exact.")
     train_files = check_inputs(train_paths)
     eval_files = check_inputs(config.eval_data) if config.eval_data else []
     folder, *fingerprints = _decisions_on(train_files, eval_files, formats, config, tokenizer, progress)

@@ -23,7 +23,7 @@ from lumina.chat import (
 from lumina.chat.hf import jinja
 from lumina.chat.hf.jinja import RefusalError
 from lumina.chat.hf.tokenizer import ENDLESS, FOLDED, REWRITES, HFTokenizer
-from lumina.config import UserError
+from lumina.config import UserError, install_command
 from tests.small_tokenizer import CHATML, write_tokenizer
 
 # The forms of template that the families use; each written here anew.
@@ -316,4 +316,4 @@ def test_a_missing_library_is_named_with_the_remedy(
         monkeypatch.delitem(sys.modules, loaded)
     with pytest.raises(UserError, match=f"needs {library}") as refused:
         open_tokenizer(folders["chatml"])
-    assert "lumina[hf]" in str(refused.value)
+    assert install_command("hf") in str(refused.value)

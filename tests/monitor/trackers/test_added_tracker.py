@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lumina.config import UserError, load
+from lumina.config import UserError, install_command, load
 from lumina.monitor.tracking import RunInfo, Trackers
 
 NOTEBOOK = """
@@ -69,7 +69,7 @@ def test_the_library_of_one_of_ours_names_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "mlflow.tracking", None)
     Trackers(["mlflow"], RunInfo(tmp_path, "tested", {}, 0)).close()
     assert "mlflow is no longer followed, the run goes on: it needs the package mlflow" in caplog.text
-    assert "pip install 'lumina[tracking]'" in caplog.text
+    assert install_command("tracking") in caplog.text
 
 
 def test_a_misspelt_one_is_told_the_near_one() -> None:

@@ -79,9 +79,7 @@ def check_packages() -> Iterator[CheckResult]:
             one = outside[name]
             yield CheckResult("FAIL" if one.refused else "WARN", name, f"{version}, tried: {one.bounds}", one.remedy)
         elif version is None:
-            yield CheckResult(
-                "FAIL", name, "not installed", install_command()
-            )
+            yield CheckResult("FAIL", name, "not installed", install_command())
         else:
             yield CheckResult("OK", name, version)
     for name, (use, extra) in OPTIONAL.items():
@@ -153,7 +151,10 @@ def check_kernels() -> Iterator[CheckResult]:
         yield CheckResult("OK", "flash-attn", version)
     else:
         yield CheckResult(
-            "WARN", "flash-attn", "not installed", f"PyTorch's own attention is used: {install_command('gpu', '--no-build-isolation')}"
+            "WARN",
+            "flash-attn",
+            "not installed",
+            f"PyTorch's own attention is used: {install_command('gpu', '--no-build-isolation')}",
         )
 
 

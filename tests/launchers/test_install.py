@@ -78,9 +78,10 @@ def installed(venv: Path, name: str, requirement: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     info = next((venv / "lib").glob("python*/site-packages")) / f"{name}-0.2.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.2.0\nRequires-Dist: {requirement}\n")
-    (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
-    (info / "INSTALLER").write_text("pip\n")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.2.0\nRequires-Dist: {requirement}\n"
+    )
+    (info / "RECORD").write_text("".join(f"{info.name}/{file},,\n" for file in ("METADATA", "RECORD")))
     return info
 
 

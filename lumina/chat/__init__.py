@@ -13,6 +13,7 @@ from lumina.chat.conversation import (
     ROLES,
     SUPERVISED_ROLES,
     TEXT_ROLE,
+    TOOL_ROLE,
     Conversation,
     Message,
     ToolCall,
@@ -28,8 +29,9 @@ from lumina.chat.protocol import (
     MessageSpan,
     RenderedBlock,
 )
-from lumina.chat.template import TEMPLATE_VERSION, Rendered, render, render_many
+from lumina.chat.template import FIRST_TEMPLATE, NEWEST_TEMPLATE, TEMPLATES, Rendered, render, render_many
 from lumina.chat.tokenizer import Tokenizer
+from lumina.chat.tool_calls import json_text
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
@@ -51,14 +53,17 @@ __getattr__ = names_of(
 )
 
 __all__ = [
+    "FIRST_TEMPLATE",
+    "NEWEST_TEMPLATE",
     "ROLES",
     "ROLE_ALIASES",
     "SPECIAL_TOKENS",
     "STOPS",
     "SUPERVISED_ROLES",
-    "TEMPLATE_VERSION",
+    "TEMPLATES",
     "TEXT_ROLE",
     "TOKENIZER_FILES",
+    "TOOL_ROLE",
     "AnswerDelta",
     "AnswerReader",
     "ChatTokenizer",
@@ -74,6 +79,7 @@ __all__ = [
     "copy_files",
     "full_text",
     "is_supervised",
+    "json_text",
     "open_tokenizer",
     "read_json",
     "render",

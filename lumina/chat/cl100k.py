@@ -41,7 +41,17 @@ SPECIAL_TOKENS = (
     "<|system|>",
     "<|pad|>",
     "<|endoftext|>",
+    "<|tool|>",
+    "<|reasoning|>",
+    "<|reasoning_end|>",
+    "<|tool_def|>",
+    "<|tool_call|>",
+    "<|tool_call_end|>",
+    "<|tool_result|>",
 )
+FIRST_SPECIAL_TOKENS = SPECIAL_TOKENS[:7]  # of version 0.2.0 and earlier, which had no form for tools and reasoning
+# What the model may say beside text and the token that ends its message.
+_AROUND_PARTS = ("<|reasoning|>", "<|reasoning_end|>", "<|tool_call|>", "<|tool_call_end|>")
 VOCAB_MULTIPLE = 128
 
 # The published pre-tokenisation pattern of cl100k_base, and its own special tokens (never produced, only decoded).
@@ -133,16 +143,20 @@ class _BulkEncoder:
 
 
 class Cl100kEncoder:
-    """Text to ids and back. Cheap to make: the vocabulary is read (0.2 s) when text is first encoded or decoded."""
+    """Text to ids and back. Cheap to make: the vocabulary is read (0.2 s) when text is first encoded or decoded.
 
-    def __init__(self) -> None:
-        self.special_ids: dict[str, int] = {name: BASE_VOCAB + i for i, name in enumerate(SPECIAL_TOKENS)}
-        used = BASE_VOCAB + len(SPECIAL_TOKENS)
+    special_tokens: their names, in the order of their ids.
+    """
+
+    def __init__(self, special_tokens: tuple[str, ...] = SPECIAL_TOKENS) -> None:
+        self._special_tokens = special_tokens
+        self.special_ids: dict[str, int] = {name: BASE_VOCAB + i for i, name in enumerate(special_tokens)}
+        used = BASE_VOCAB + len(special_tokens)
         self.vocab_size: int = -(-used // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.pad_id: int = self.special_ids["<|pad|>"]
         self.stop_id: int = self.special_ids["<|im_end|>"]
         self.end_of_text_id: int = self.special_ids["<|endoftext|>"]
-        layout = f"cl100k_base:{RANKS_SHA256}:{_PATTERN}:{SPECIAL_TOKENS}:{self.vocab_size}"
+        layout = f"cl100k_base:{RANKS_SHA256}:{_PATTERN}:{special_tokens}:{self.vocab_size}"
         self.fingerprint: str = hashlib.sha256(layout.encode()).hexdigest()
 
     @cached_property
@@ -194,10 +208,11 @@ class Cl100kEncoder:
         return token >= _FIRST_SPECIAL
 
     def allowed_tokens(self, vocab_size: int) -> NDArray[np.bool_]:
-        """bool (V): text and the stop token, which alone the model may say; ids past the tokenizer's own only pad the
-        vocabulary."""
+        """bool (V): text, the stop token and those around reasoning and tool calls, which alone the model may say; ids
+        past the tokenizer's own only pad the vocabulary."""
         allowed_V = np.arange(vocab_size) < _FIRST_SPECIAL
         allowed_V[self.stop_id] = True
+        allowed_V[[self.special_ids[name] for name in _AROUND_PARTS if name in self.special_ids]] = True
         return allowed_V
 
     def token_bytes(self, token: int) -> bytes:
@@ -208,7 +223,7 @@ class Cl100kEncoder:
             except (KeyError, OverflowError):
                 return _UNKNOWN
         offset = token - BASE_VOCAB
-        return SPECIAL_TOKENS[offset].encode() if offset < len(SPECIAL_TOKENS) else _UNKNOWN
+        return self._special_tokens[offset].encode() if offset < len(self._special_tokens) else _UNKNOWN
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text. Special tokens appear by name; bytes that are not UTF-8 appear as U+FFFD."""

@@ -25,9 +25,11 @@ ROLE_ALIASES = {
     "ai": "assistant",
     "bot": "assistant",
     "system": "system",
+    "tool": "tool",
 }
+TOOL_ROLE = "tool"  # a message that is a tool's result
 TEXT_ROLE = "text"
-ROLES = ("user", "assistant", "system", TEXT_ROLE)
+ROLES = ("user", "assistant", "system", TOOL_ROLE, TEXT_ROLE)
 SUPERVISED_ROLES = ("assistant", TEXT_ROLE)
 SUPERVISION_VERSION = ""  # part of every data fingerprint: change it with the rule, or earlier caches are still used
 
@@ -82,6 +84,13 @@ def full_text(message: Message) -> str:
 def is_supervised(message: Message) -> bool:
     """Whether any token of the message is part of the loss."""
     return message.supervise and message.role in SUPERVISED_ROLES
+
+
+def are_supervised(role_M: NDArray[np.int64], supervise: Sequence[bool]) -> NDArray[np.bool_]:
+    """`is_supervised` of many messages (M) at once, from their roles, as indices into ROLES, and their flags."""
+    by_role = np.array([role in SUPERVISED_ROLES for role in ROLES])
+    flags_M: NDArray[np.bool_] = by_role[role_M] & np.fromiter(supervise, dtype=np.bool_, count=len(role_M))
+    return flags_M
 
 
 def loss_mask(

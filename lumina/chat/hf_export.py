@@ -13,8 +13,9 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from lumina.chat.cl100k import SPECIAL_TOKENS, find_ranks
+from lumina.chat.cl100k import find_ranks
 from lumina.chat.conversation import ROLE_ALIASES
+from lumina.chat.template import TEMPLATES
 from lumina.chat.tokenizer import Tokenizer
 
 # cl100k_base's published pattern without possessive quantifiers, which Oniguruma (inside `tokenizers`) reads otherwise:
@@ -24,20 +25,75 @@ _PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_ROLES = "{" + ", ".join(f"'{alias}': '{role}'" for alias, role in ROLE_ALIASES.items()) + "}"
-CHAT_TEMPLATE = (
-    "{%- set roles = " + _ROLES + " -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'text' -%}"
-    "{{- '<|endoftext|>' + message['content'] + '<|endoftext|>' -}}"
-    "{%- elif message['role'] in roles -%}"
-    "{{- '<|im_start|><|' + roles[message['role']] + '|>' + message['content'] + '<|im_end|>' -}}"
-    "{%- else -%}"
-    "{{- raise_exception('unknown role: ' + message['role']) -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|><|assistant|>' -}}{%- endif -%}"
-)
+# The layout of im-roles-1, which has no form for tools: their results are what the user says.
+_WITHOUT_PARTS = """
+{%- for message in messages -%}
+{%- if message['role'] == 'text' -%}
+{{- '<|endoftext|>' + message['content'] + '<|endoftext|>' -}}
+{%- elif message['role'] in roles -%}
+{{- '<|im_start|><|' + roles[message['role']] + '|>' + message['content'] + '<|im_end|>' -}}
+{%- else -%}
+{{- raise_exception('unknown role: ' + message['role']) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|><|assistant|>' -}}{%- endif -%}
+"""
+# That of im-roles-2 (agent_parts.py). Arguments and tools are JSON texts, or objects that are written as json_text
+# does; a content may be null, or a list of parts of text.
+_WITH_PARTS = """
+{%- macro said(content) -%}
+{%- if content is string -%}{{- content -}}
+{%- elif content -%}{%- for part in content -%}{{- part['text'] -}}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- macro json(value) -%}{{- value if value is string else value | tojson -}}{%- endmacro -%}
+{%- macro definitions(tools) -%}
+{%- for tool in tools or [] -%}{{- '<|tool_def|>' + json(tool) -}}{%- endfor -%}
+{%- endmacro -%}
+{%- set seen = namespace(names={}) -%}
+{%- if tools and not (messages and roles.get(messages[0]['role']) == 'system') -%}
+{{- '<|im_start|><|system|>' + definitions(tools) + '<|im_end|>' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'text' -%}
+{{- '<|endoftext|>' + said(message['content']) + '<|endoftext|>' -}}
+{%- elif message['role'] not in roles -%}
+{{- raise_exception('unknown role: ' + message['role']) -}}
+{%- else -%}
+{%- set role = roles[message['role']] -%}
+{{- '<|im_start|><|' + role + '|>' -}}
+{%- if role == 'tool' -%}
+{{- (message['name'] or seen.names.get(message['tool_call_id']) or '') + '<|tool_result|>' -}}
+{%- endif -%}
+{%- set reasoning = message['reasoning_content'] or message['reasoning'] -%}
+{%- if role == 'assistant' and reasoning -%}
+{{- '<|reasoning|>' + reasoning + '<|reasoning_end|>' -}}
+{%- endif -%}
+{{- said(message['content']) -}}
+{%- if loop.first and role == 'system' -%}{{- definitions(tools) -}}{%- endif -%}
+{%- if role == 'assistant' -%}
+{%- for call in message['tool_calls'] or [] -%}
+{%- set function = call['function'] or call -%}
+{{- '<|tool_call|>{"name": ' + function['name'] | tojson + ', "arguments": ' + json(function['arguments']) -}}
+{{- '}<|tool_call_end|>' -}}
+{%- if call['id'] -%}{%- set seen.names = dict(seen.names, **{call['id']: function['name']}) -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|><|assistant|>' + ('<|reasoning|>' if enable_thinking else '') -}}
+{%- endif -%}
+"""
+
+
+def chat_template(name: str) -> str:
+    """The own template of that name in Jinja, as transformers and vLLM run it."""
+    has_parts = "<|tool_call|>" in TEMPLATES[name]
+    roles = ROLE_ALIASES if has_parts else ROLE_ALIASES | {"tool": "user"}
+    pairs = ", ".join(f"'{alias}': '{role}'" for alias, role in roles.items())
+    return f"{{%- set roles = {{{pairs}}} -%}}{(_WITH_PARTS if has_parts else _WITHOUT_PARTS).strip()}"
 
 
 def _alphabet() -> list[str]:
@@ -67,10 +123,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "normalized": False,
         "special": True,
     }
-    added = [{**plain, "id": tokenizer.special_ids[name], "content": name} for name in SPECIAL_TOKENS]
+    added = [{**plain, "id": token, "content": name} for name, token in tokenizer.special_ids.items()]
     # `tokenizers` numbers added tokens on from the vocabulary's size, unless the vocabulary has them: so it does, and
     # the base's special ids between are filled with names that no text can spell (a space is written otherwise).
-    first = tokenizer.special_ids[SPECIAL_TOKENS[0]]
+    first = min(tokenizer.special_ids.values())
     unused = {f"<unused {token}>": token for token in range(len(ranks), first)}
     bytes_to_text = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     words = {"type": "Split", "pattern": {"Regex": _PATTERN}, "behavior": "Isolated", "invert": False}
@@ -105,8 +161,8 @@ def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any
         "model_max_length": context_length,
         "eos_token": "<|im_end|>",
         "pad_token": "<|pad|>",
-        "additional_special_tokens": [name for name in SPECIAL_TOKENS if name not in ("<|im_end|>", "<|pad|>")],
+        "additional_special_tokens": [name for name in tokenizer.special_ids if name not in ("<|im_end|>", "<|pad|>")],
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template(tokenizer.chat_template),
         "lumina_fingerprint": tokenizer.fingerprint,
     }

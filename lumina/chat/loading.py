@@ -8,14 +8,16 @@ from lumina.chat.protocol import ChatTokenizer
 from lumina.chat.tokenizer import Tokenizer
 
 
-def open_tokenizer(folder: str | Path | None) -> ChatTokenizer:
-    """Lumina's tokenizer, or with a folder an imported model's own and its chat template.
+def open_tokenizer(folder: str | Path | None, chat_template: str | None = None) -> ChatTokenizer:
+    """Lumina's tokenizer with the chat template of that name, or with a folder an imported model's own and the chat
+    template that it brings.
 
     Raises:
-        UserError: a file is missing or damaged, or the libraries that read it are not installed.
+        UserError: a file is missing or damaged, the libraries that read it are not installed, or there is no such chat
+            template.
     """
     if folder is None:
-        return Tokenizer.load()
+        return Tokenizer.load(chat_template)
     from lumina.chat.hf import HFTokenizer  # not at the top: prepare's workers must start fast
 
     return HFTokenizer(Path(folder))

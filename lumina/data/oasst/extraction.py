@@ -12,8 +12,11 @@ candidate that is not taken is counted under the first of these reasons that app
     rank                    `all` with top_k: an assistant message's rank is not below K, or it is unranked and has a
                             sibling
     no assistant reply      nothing is left to train on
-    unanswered sibling      a path ending in an unanswered prompter message loses that message; of several such
-                            siblings only the first admissible one stands for the shortened path
+    unanswered sibling      `all`: the path ends in an unanswered prompter message that is not the first reply to its
+                            parent, in the tree's order and whatever those before it are. Where it is the first, or
+                            with `best`, the path loses that message and is taken: what the training code of
+                            Open-Assistant (model_training/custom_datasets/oasst_dataset.py) does, so that its counts
+                            are met
     not the best            `best` takes one path a tree: at each step the reply of lowest rank, unranked ones last,
                             ties by order, among the replies that an admissible path goes through
 """
@@ -140,14 +143,12 @@ def extract(tree: dict[str, Any], options: OasstOptions) -> Extraction:
     if options.threads == "best" and admissible:
         result.discarded["not the best"] += len(admissible) - 1
         admissible = [min(admissible, key=_preference)]
-    shortened: set[int] = set()
     for path in admissible:
         if path[-1]["role"] == "prompter":
-            path = path[:-1]
-            if id(path[-1]) in shortened:
+            if options.threads == "all" and path[-2]["replies"][0] is not path[-1]:
                 result.discarded["unanswered sibling"] += 1
                 continue
-            shortened.add(id(path[-1]))
+            path = path[:-1]
         result.records.append(_record(tree, path, last_only=prefixes))
     result.discarded += Counter()  # drops zero counts
     return result

@@ -9,11 +9,14 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lumina.commands.data import extract_oasst
 from lumina.config import UserError
 from lumina.data import prepare
 from lumina.data.oasst.extraction import OasstOptions, extract
+from lumina.data.oasst.trees import trees_of
 from tests.data.helpers import TOKENIZER, Settings, supervised_targets, write_jsonl
 from tests.data.oasst.trees import node, the_tree
 
@@ -25,9 +28,9 @@ def paths(tree: dict[str, Any], **options: Any) -> tuple[list[str], dict[str, in
 
 def test_all() -> None:
     assert paths(the_tree()) == (
-        ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A10", "P0 A12"],
+        ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A10", "P0 A12"],
         {
-            "unanswered sibling": 1,  # P6
+            "unanswered sibling": 2,  # P5, P6: P2 is the first reply
             "deleted": 1,  # A9
             "synthetic": 1,  # A11
             "rejected prompt": 1,  # A15
@@ -76,16 +79,16 @@ def test_prefixes_learn_only_the_last_reply() -> None:
 @pytest.mark.parametrize(
     ("options", "taken"),
     [
-        ({"top_k": 1}, ["P0 A1 P2 A4", "P0 A1"]),  # A10 is unranked with siblings, A12 has rank 3
-        ({"top_k": 2}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1"]),
-        ({"top_k": 2, "include_deleted": True}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A7 P8 A9"]),
-        ({"top_k": 4}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A12"]),
-        ({"languages": frozenset({"en"})}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A10"]),
+        ({"top_k": 1}, ["P0 A1 P2 A4"]),  # A10 is unranked with siblings, A12 has rank 3
+        ({"top_k": 2}, ["P0 A1 P2 A3", "P0 A1 P2 A4"]),
+        ({"top_k": 2, "include_deleted": True}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A7 P8 A9"]),
+        ({"top_k": 4}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A12"]),
+        ({"languages": frozenset({"en"})}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A10"]),
         ({"languages": frozenset({"de"})}, []),  # the prompt is English
-        ({"languages": frozenset({"en", "de"})}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A10", "P0 A12"]),
-        ({"include_deleted": True}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A7 P8 A9", "P0 A10", "P0 A12"]),
-        ({"include_synthetic": True}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A10", "P0 A11", "P0 A12"]),
-        ({"max_toxicity": 0.5}, ["P0 A1 P2 A3", "P0 A1", "P0 A10", "P0 A12"]),
+        ({"languages": frozenset({"en", "de"})}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A10", "P0 A12"]),
+        ({"include_deleted": True}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A7 P8 A9", "P0 A10", "P0 A12"]),
+        ({"include_synthetic": True}, ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A10", "P0 A11", "P0 A12"]),
+        ({"max_toxicity": 0.5}, ["P0 A1 P2 A3", "P0 A10", "P0 A12"]),
         ({"min_quality": 0.9}, ["P0 A10", "P0 A12"]),  # A1 has 0.8; a message without the label passes
         ({"tree_states": frozenset({"growing"})}, []),
     ],
@@ -101,12 +104,82 @@ def test_each_path_is_taken_or_counted_once() -> None:
         assert len(taken) + sum(discarded.values()) == leaves
 
 
-def test_an_unanswered_child_that_may_not_pass_leaves_its_place_to_the_next() -> None:
+def test_only_the_first_reply_stands_for_the_shortened_path() -> None:
+    """A1's replies in another order: an unanswered one comes first, of which whether it may pass decides."""
     tree = the_tree()
-    tree["prompt"]["replies"][0]["replies"][1]["deleted"] = True  # P5
+    replies = tree["prompt"]["replies"][0]["replies"]
+    replies.insert(0, replies.pop(1))  # P5 before P2
     taken, discarded = paths(tree)
-    assert taken == ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1", "P0 A10", "P0 A12"]
-    assert "unanswered sibling" not in discarded
+    assert taken == ["P0 A1", "P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A10", "P0 A12"]
+    assert discarded["unanswered sibling"] == 1  # P6
+    replies[0]["deleted"] = True
+    taken, discarded = paths(tree)
+    assert taken == ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A10", "P0 A12"]
+    assert discarded["unanswered sibling"] == 1
+    assert discarded["deleted"] == 2
+    assert paths(tree, threads="best")[0] == ["P0 A1 P2 A4"]
+
+
+def reference(root: dict[str, Any], top_k: int | None, languages: set[str]) -> list[str]:
+    """The rule of Open-Assistant's training code in its terms, by recursion over one tree: no thread through a deleted
+    message; a thread ends where nothing replies; one that ends with a prompter counts if that is the first reply to its
+    parent, and loses it; top_k as the documents say."""
+
+    def below(message: dict[str, Any], siblings: list[dict[str, Any]]) -> list[list[str]]:
+        if message["deleted"] or (languages and message["lang"] not in languages):
+            return []
+        if message["role"] == "assistant" and top_k is not None:
+            if message["rank"] is None and len(siblings) != 1:
+                return []
+            if message["rank"] is not None and message["rank"] >= top_k:
+                return []
+        if not message["replies"]:
+            if message["role"] == "assistant":
+                return [[message["message_id"]]]
+            first = bool(siblings) and siblings[0]["message_id"] == message["message_id"]
+            return [[]] if first else []
+        return [
+            [message["message_id"], *rest] for reply in message["replies"] for rest in below(reply, message["replies"])
+        ]
+
+    return [" ".join(thread) for thread in below(root, [])]
+
+
+@st.composite
+def drawn_trees(draw: st.DrawFn) -> dict[str, Any]:
+    """Trees of alternating roles, up to six deep."""
+    count = 0
+
+    def message(depth: int) -> dict[str, Any]:
+        nonlocal count
+        count += 1
+        name = f"{'A' if depth % 2 else 'P'}{count}"
+        fields = {
+            "deleted": draw(st.sampled_from([False] * 5 + [True])),
+            "lang": draw(st.sampled_from(["en"] * 5 + ["de"])),
+            "rank": draw(st.sampled_from([None, 0, 1, 2])) if depth % 2 else None,
+        }
+        replies = draw(st.integers(0, 3)) if depth < 5 else 0
+        return node(name, [message(depth + 1) for _ in range(replies)], **fields)
+
+    return message(0)
+
+
+@settings(max_examples=300)
+@given(drawn_trees(), st.sampled_from([None, 1, 2]), st.sampled_from([set(), {"en"}]), st.booleans())
+def test_all_against_a_reference_over_drawn_trees(
+    root: dict[str, Any], top_k: int | None, languages: set[str], flat: bool
+) -> None:
+    tree = {"message_tree_id": "T", "tree_state": "ready_for_export", "prompt": root}
+    expected = reference(root, top_k, languages)
+    if flat:
+        rows = [{**row, "_number": number} for number, row in enumerate(flat_rows(tree))]
+        (tree,), left = trees_of(rows)
+        assert not left
+    taken, discarded = paths(tree, top_k=top_k, languages=frozenset(languages))
+    assert taken == expected
+    leaves = str(root).count("'replies': []")
+    assert len(taken) + sum(discarded.values()) == leaves
 
 
 def test_a_prompt_without_replies_and_a_tree_without_state() -> None:
@@ -189,13 +262,13 @@ def test_orphans_and_duplicates_of_flat_messages_are_counted(
         "parent missing": {"count": 2, "first": [n + 1, n + 2]},
         "duplicate message_id": {"count": 1, "first": [n + 3]},
     }
-    assert summary["conversations"] == 5
+    assert summary["conversations"] == 4
     assert summary["discarded"]["deleted"] == 1
 
 
 def test_provenance_and_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_jsonl(tmp_path / "in", [the_tree(), the_tree()])
-    assert processed(source, max_conversations=3) == ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A1"]
+    assert processed(source, max_conversations=3) == ["P0 A1 P2 A3", "P0 A1 P2 A4", "P0 A10"]
     assert "stopped at --max-conversations" in capsys.readouterr().out
     first = orjson.loads((tmp_path / "out.jsonl").read_bytes().splitlines()[0])
     assert first["tree_id"] == "T"

@@ -5,10 +5,14 @@ then skips what is not its own and counts it. Split and duplicates are decided o
 format or line they come from.
 
 Groups: conversations that share an id (an OASST tree's is its tree id), or whose first user message is the same, or
-with `near` nearly the same, stay on one side. A prompt of fewer than PROMPT_WORDS words tells nothing ("hi") and groups
-nothing. A group's side follows from a hash of its first member, so that it does not depend on the other data.
+with `near` nearly the same, stay on one side. A prompt that does not tell (shingles.is_telling; "hi") groups nothing.
+A group's side follows from a hash of its first member, so that it does not depend on the other data, unless groups are
+so large or so few that this would miss the share asked (hold_out.py).
 
-Duplicates: the first conversation stays, one in the evaluation files before any in the training files.
+Duplicates: the first conversation stays, one in the evaluation files before any in the training files. Exact ones say
+the same in the same places, reasoning and tool calls among it, with the same tools and the same supervised. Near ones
+say nearly the same in their turns, and in what they are set up with (system messages and tools) nearly the same too:
+by itself, because one long system message in all conversations must not make duplicates of them.
 
 Near: MinHash (Broder, 1997) of 5-word shingles by rensa, 64 values; candidates share one of 16 bands of 4 values, and
 are duplicates when at least NEAR of the 64 values agree, an estimate of the Jaccard similarity with a standard error of
@@ -19,32 +23,34 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.chat import Conversation
+from lumina.chat import Conversation, Message, full_text
+from lumina.data.preparing.hold_out import HoldOut, hold_out
+from lumina.data.preparing.shingles import VALUES, is_telling, minhash_of, words_of
 
 TRAIN, EVAL, DUPLICATE = 0, 1, 2
 DEDUP = ("none", "exact", "near")
-PROMPT_WORDS = 5
-SHINGLE_WORDS = 5
-VALUES, BANDS = 64, 16
+BANDS = 16
 NEAR = 0.8
-_WORD = re.compile(r"\w+")
 
 UInt64 = NDArray[np.uint64]
 UInt32 = NDArray[np.uint32]
 
 
+_PLAIN = Message("", "")[2:]
+
+
 class Signatures(NamedTuple):
     """Signatures of N conversations, equal for equal ones and alike for near-duplicates.
 
-    exact_N, group_N, prompt_N uint64 (0: none); text_NV, prompt_NV uint32: MinHash values of the conversation and of
-    its prompt (no columns without `near`).
+    exact_N, group_N, prompt_N uint64 (0: none); text_minhash_NV, prompt_minhash_NV, setup_minhash_NV uint32: MinHash
+    values of the turns, of the prompt, and of system messages with tools (no columns without `near`).
     """
 
     exact: UInt64
@@ -52,6 +58,14 @@ class Signatures(NamedTuple):
     prompt: UInt64
     text_minhash: UInt32
     prompt_minhash: UInt32
+    setup_minhash: UInt32
+
+
+class Decisions(NamedTuple):
+    """split_N: TRAIN, EVAL or DUPLICATE for each conversation, uint8[N]; hold_out: what came of an eval_fraction."""
+
+    split: NDArray[np.uint8]
+    hold_out: HoldOut | None
 
 
 def near_available() -> bool:
@@ -62,22 +76,52 @@ def near_available() -> bool:
 def signatures_of(conversations: Sequence[Conversation], near: bool) -> Signatures:
     """The signatures of a block of conversations."""
     rows: list[tuple[int, int, int]] = []
-    texts: list[list[int]] = []
-    prompts: list[list[int]] = []
+    minhashes: list[list[list[int]]] = [[], [], []]
+    none = [0] * VALUES
     for conversation in conversations:
-        whole = "\x00".join(f"{message.role}\x00{message.content}" for message in conversation.messages)
         first = next((message.content for message in conversation.messages if message.role == "user"), "")
-        words = _WORD.findall(first.casefold())
-        telling = len(words) >= PROMPT_WORDS
-        rows.append((_hash(whole), _hash(conversation.id), _hash(" ".join(words)) if telling else 0))
+        words = words_of(first)
+        telling = is_telling(words)
+        rows.append(
+            (conversation_hash(conversation), _hash(conversation.id.strip()), _hash(" ".join(words)) if telling else 0)
+        )
         if near:
-            contents = " ".join(message.content for message in conversation.messages)
-            texts.append(_minhash(_WORD.findall(contents.casefold())))
-            prompts.append(_minhash(words) if telling else [0] * VALUES)
+            turns = " ".join(full_text(message) for message in conversation.messages if message.role != "system")
+            setup = [message.content for message in conversation.messages if message.role == "system"]
+            found = (
+                minhash_of(words_of(turns)),
+                minhash_of(words) if telling else none,
+                _setup_minhash(" ".join([*setup, *conversation.tools])) if setup or conversation.tools else none,
+            )
+            for column, values in zip(minhashes, found, strict=True):
+                column.append(values)
     table = np.array(rows, dtype=np.uint64).reshape(-1, 3)
     shape = (len(rows), VALUES if near else 0)
-    minhashes = (np.array(values, dtype=np.uint32).reshape(shape) for values in (texts, prompts))
-    return Signatures(table[:, 0], table[:, 1], table[:, 2], *minhashes)
+    columns = (np.array(values, dtype=np.uint32).reshape(shape) for values in minhashes)
+    return Signatures(table[:, 0], table[:, 1], table[:, 2], *columns)
+
+
+@lru_cache(maxsize=64)
+def _setup_minhash(text: str) -> list[int]:
+    return minhash_of(words_of(text))
+
+
+def conversation_hash(conversation: Conversation) -> int:
+    """64 bits of all that a conversation says, in its places, and of what of it is supervised; ids aside."""
+    whole = "\x00".join(f"{message.role}\x00{message.content}{_beside(message)}" for message in conversation.messages)
+    return _hash("\x00\x05".join([whole, *conversation.tools]))
+
+
+def _beside(message: Message) -> str:
+    """What a message has beside its content, each thing under a number of its own: nothing as a rule."""
+    if message[2:] == _PLAIN:
+        return ""
+    calls = "".join(f"\x00\x02{call.name}\x00{call.arguments}" for call in message.tool_calls)
+    reasoning, name = (
+        f"\x00{mark}{text}" if text else "" for mark, text in (("\x01", message.reasoning), ("\x03", message.name))
+    )
+    mask = "" if message.supervise and not message.masked else f"\x00\x04{message.supervise} {message.masked}"
+    return reasoning + calls + name + mask
 
 
 def join_signatures(blocks: Sequence[Signatures]) -> Signatures:
@@ -85,49 +129,64 @@ def join_signatures(blocks: Sequence[Signatures]) -> Signatures:
     return Signatures(*(np.concatenate(columns) for columns in zip(*blocks, strict=True)))
 
 
-def decide(signatures: Signatures, given_N: NDArray[np.uint8], eval_fraction: float, dedup: str) -> NDArray[np.uint8]:
-    """TRAIN, EVAL or DUPLICATE for each conversation: uint8[N].
+def decide(signatures: Signatures, given_N: NDArray[np.uint8], eval_fraction: float, dedup: str) -> Decisions:
+    """The split of each conversation.
 
     Args:
         given_N: the split of the file it is in. With an eval_fraction all are TRAIN, and groups are held out.
     """
-    count = len(signatures.exact)
-    split_N = given_N.copy()
+    split_N, outcome = given_N.copy(), None
+    near = signatures.text_minhash.shape[1] > 0
+    alike = near_pairs(signatures.text_minhash, _setups(signatures.setup_minhash)) if near else []
+    twins = None
+    if dedup != "none":
+        twins = _Union(len(given_N))
+        twins.join_equal(signatures.exact)
+        twins.join_pairs(alike)
     if eval_fraction > 0:
-        groups = _Union(count)
+        groups = _Union(len(given_N))
         for key_N in (signatures.group, signatures.prompt, signatures.exact):
             groups.join_equal(key_N)
-        for minhash in (signatures.prompt_minhash, signatures.text_minhash):
-            for one, other in near_pairs(minhash):
-                groups.join(one, other)
-        root_N = groups.roots()
-        # A root is its group's first conversation; its own hash, not its place, chooses the side.
-        salted = signatures.exact[root_N] ^ np.uint64(0x9E3779B97F4A7C15)
-        share_N = (salted * np.uint64(0xD1342543DE82EF95) >> np.uint64(11)).astype(np.float64) / 2.0**53
-        split_N[share_N < eval_fraction] = EVAL
-    if dedup != "none":
-        twins = _Union(count)
-        twins.join_equal(signatures.exact)
-        for one, other in near_pairs(signatures.text_minhash):
-            twins.join(one, other)
-        root_N = twins.roots()
-        order_N = np.lexsort((np.arange(count), split_N != EVAL))  # evaluation first, then as read
-        _, first = np.unique(root_N[order_N], return_index=True)
-        stays_N = np.zeros(count, dtype=np.bool_)
-        stays_N[order_N[first]] = True
-        split_N[~stays_N] = DUPLICATE
-    return split_N
+        groups.join_pairs(near_pairs(signatures.prompt_minhash))
+        groups.join_pairs(alike)
+        stays_N = np.ones(len(given_N), dtype=np.bool_) if twins is None else _firsts(twins.roots(), split_N)
+        held_N, outcome = hold_out(groups.roots(), signatures.exact, stays_N, eval_fraction)
+        split_N[held_N] = EVAL
+    if twins is not None:
+        split_N[~_firsts(twins.roots(), split_N)] = DUPLICATE
+    return Decisions(split_N, outcome)
 
 
-def near_pairs(minhash_NV: UInt32) -> list[tuple[int, int]]:
-    """Pairs (earlier, later) whose MinHash values agree in at least NEAR of the places. Members of a band's bucket are
-    compared with its first one: a chain of near-duplicates needs no all-pairs comparison."""
+def _firsts(root_N: NDArray[np.int64], split_N: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which conversations are the first of their duplicates: those in the evaluation first, then as read."""
+    order_N = np.lexsort((np.arange(len(root_N)), split_N != EVAL))
+    _, first = np.unique(root_N[order_N], return_index=True)
+    stays_N = np.zeros(len(root_N), dtype=np.bool_)
+    stays_N[order_N[first]] = True
+    return stays_N
+
+
+def _setups(minhash_NV: UInt32) -> NDArray[np.int64]:
+    """A number for each conversation, the same for those that are set up nearly alike: int64[N]."""
+    groups = _Union(len(minhash_NV))
+    groups.join_pairs(near_pairs(minhash_NV))
+    roots_N = groups.roots()
+    roots_N[~minhash_NV.any(axis=1)] = -1  # without any
+    return roots_N
+
+
+def near_pairs(minhash_NV: UInt32, within_N: NDArray[np.int64] | None = None) -> list[tuple[int, int]]:
+    """Pairs (earlier, later) whose MinHash values agree in at least NEAR of the places, of equal `within_N` if given.
+    Members of a band's bucket are compared with its first one: a chain of near-duplicates needs no all-pairs
+    comparison."""
     if minhash_NV.shape[1] == 0:
         return []
     known_N = np.flatnonzero(minhash_NV.any(axis=1))
+    within = np.zeros(len(known_N), dtype=np.int64) if within_N is None else within_N[known_N]
     pairs: set[tuple[int, int]] = set()
     for band in np.split(minhash_NV[known_N], BANDS, axis=1):
-        keys = np.ascontiguousarray(band).view(np.dtype((np.void, band.itemsize * band.shape[1]))).ravel()
+        key = np.concatenate([np.ascontiguousarray(band).view(np.uint8), within[:, None].view(np.uint8)], axis=1)
+        keys = np.ascontiguousarray(key).view(np.dtype((np.void, key.shape[1]))).ravel()
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         leader = known_N[first[inverse]]
         alike = (minhash_NV[leader] == minhash_NV[known_N]).mean(axis=1) >= NEAR
@@ -151,6 +210,10 @@ class _Union:
         low, high = sorted((self.root(one), self.root(other)))
         self._parent[high] = low
 
+    def join_pairs(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for one, other in pairs:
+            self.join(one, other)
+
     def join_equal(self, key_N: UInt64) -> None:
         """Joins the conversations of equal keys; key 0 is none."""
         known_N = np.flatnonzero(key_N)
@@ -169,13 +232,3 @@ def _hash(text: str) -> int:
     if not text:
         return 0
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") or 1
-
-
-def _minhash(words: list[str]) -> list[int]:
-    import rensa
-
-    shingles = [" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))]
-    minhash: Any = rensa.RMinHash(num_perm=VALUES, seed=1)
-    minhash.update(shingles)
-    values: list[int] = minhash.digest()
-    return values

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ from lumina.data.reading.paths import check_inputs
 
 log = logging.getLogger("lumina.data")
 
-FORMAT_VERSION = 3
-EARLIER_FORMATS = (2,)  # 2: version 0.1.0, which left fields out in silence
+FORMAT_VERSION = 4
+# 3: version 0.2.0, which split conversations in languages without spaces badly; 2: 0.1.0, which left fields out.
+EARLIER_FORMATS = (3, 2)
 # A task is a 16th of the input within these bounds: small files still feed several workers, large ones make few files.
 MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 64 << 20
 
@@ -54,7 +55,6 @@ def prepare(
     selection: Selection | None = None,
     weights: Mapping[str, float] | None = None,
     formats: Mapping[str, str] | None = None,
-    earlier: bool = False,
 ) -> PackedDataset:
     """The packed data set of these files, from the cache when nothing has changed.
 
@@ -65,8 +65,6 @@ def prepare(
         selection: the split of the conversations to take; None takes all.
         weights: how often an epoch takes the conversations of a file; 1 for files not named. See mixing.py.
         formats: what every record of a file has to be (a name of FORMATS); files not named are told record by record.
-        earlier: take the cache that an earlier version of the reader made of these files and settings, if it is there:
-            a run is resumed on what it was trained on.
 
     Raises:
         UserError: a file is missing or empty, no line of any file is a usable conversation, or the chat template of an
@@ -78,15 +76,10 @@ def prepare(
     if config.seq_length < MIN_SEQ_LENGTH:
         raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_SEQ_LENGTH} tokens")
     root = make_root(config, files)
-    by_file = [(weights or {}).get(str(path), 1.0) for path in files]
-    digests = content_digests(files, root / "sources.json")
-    fixed = [(formats or {}).get(str(path), "") for path in files]
-    for version in (*(EARLIER_FORMATS if earlier else ()), FORMAT_VERSION):
-        fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed, version)
-        final = root / fingerprint[:32]
-        found = open_cached(final, fingerprint)
-        if found is not None:
-            return found
+    final, fingerprint = _place(files, root, config, tokenizer, selection, weights or {}, formats or {})
+    found = open_cached(final, fingerprint)
+    if found is not None:
+        return found
     with cache_lock(root / f"{final.name}.lock", final, wait_seconds):
         found = open_cached(final, fingerprint)  # another process may have made it while we waited
         if found is None:
@@ -106,6 +99,41 @@ def prepare(
     return found
 
 
+def find_earlier(
+    paths: Sequence[str | os.PathLike[str]],
+    config: PrepareSettings,
+    tokenizer: ChatTokenizer,
+    version: int,
+    *,
+    selection: Selection | None = None,
+    weights: Mapping[str, float] | None = None,
+    formats: Mapping[str, str] | None = None,
+) -> PackedDataset | None:
+    """The cache that a version of EARLIER_FORMATS made of these files and settings, None if it is not there: a run is
+    resumed on what it was trained on. Arguments and errors as of `prepare`."""
+    files = check_inputs(paths)
+    root = make_root(config, files)
+    return open_cached(*_place(files, root, config, tokenizer, selection, weights or {}, formats or {}, version))
+
+
+def _place(
+    files: Sequence[Path],
+    root: Path,
+    config: PrepareSettings,
+    tokenizer: ChatTokenizer,
+    selection: Selection | None,
+    weights: Mapping[str, float],
+    formats: Mapping[str, str],
+    version: int | None = None,
+) -> tuple[Path, str]:
+    """The folder of a cache, and its fingerprint."""
+    by_file = [weights.get(str(path), 1.0) for path in files]
+    fixed = [formats.get(str(path), "") for path in files]
+    digests = content_digests(files, root / "sources.json")
+    fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed, version)
+    return root / fingerprint[:32], fingerprint
+
+
 def make_root(config: PrepareSettings, files: Sequence[Path]) -> Path:
     """Creates the cache's folder. Returns its path."""
     root = cache_root(config.cache_dir, files[0])
@@ -123,9 +151,11 @@ def fingerprint_of(
     selection: Selection | None = None,
     weights: Sequence[float] = (),
     formats: Sequence[str] = (),
-    version: int = FORMAT_VERSION,
+    version: int | None = None,
 ) -> str:
-    """SHA-256 over the inputs' contents, the tokenizer, the template and every setting that changes the result."""
+    """SHA-256 over the inputs' contents, the tokenizer, the template and every setting that changes the result.
+    `version`: one of EARLIER_FORMATS, None for this one."""
+    version = FORMAT_VERSION if version is None else version
     determinants: dict[str, Any] = {
         "format": version,
         "inputs": list(digests),
@@ -136,7 +166,7 @@ def fingerprint_of(
         "overlong": config.overlong,
     }
     if selection is not None:
-        chosen = selection.fingerprint if version == FORMAT_VERSION else selection.earlier
+        chosen = selection.fingerprint if version == FORMAT_VERSION else selection.earlier[version]
         determinants["selection"] = [chosen, selection.split]
     if any(weight != 1 for weight in weights):
         determinants["weights"] = list(weights)
@@ -170,7 +200,7 @@ class Selection:
     fingerprint: str
     split: int
     formats: Mapping[str, str]
-    earlier: str = ""  # the decisions' fingerprint in the version of EARLIER_FORMATS
+    earlier: Mapping[int, str] = field(default_factory=dict)  # the decisions' fingerprint in each of EARLIER_FORMATS
 
     def tasks(self, own: Sequence[Path], folder: Path, config: PrepareSettings) -> list[Task]:
         """The tasks of the files `own`, each with its decisions: those of planning all files together."""

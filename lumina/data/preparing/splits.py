@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import orjson
 
-from lumina.chat import ChatTokenizer
+from lumina.chat import ChatTokenizer, Conversation
 from lumina.config import UserError, install_command
+from lumina.data.account import Account
 from lumina.data.cache.files import content_digests
 from lumina.data.formats import added_versions
 from lumina.data.loading.dataset import PackedDataset
@@ -25,13 +26,25 @@ from lumina.data.preparing.deduplication import (
     join_signatures,
     near_available,
 )
+from lumina.data.preparing.hold_out import explain
 from lumina.data.preparing.pool import run_tasks, usable_cores
-from lumina.data.preparing.preparation import Selection, cache_lock, decisions_name, make_root, plan_tasks, prepare
+from lumina.data.preparing.preparation import (
+    EARLIER_FORMATS,
+    Selection,
+    cache_lock,
+    decisions_name,
+    find_earlier,
+    make_root,
+    plan_tasks,
+    prepare,
+)
+from lumina.data.preparing.worker import Task, read_blocks
 from lumina.data.reading.paths import check_inputs, expand
-from lumina.files import atomic_folder
+from lumina.files import atomic_folder, write_json
 
-DECISIONS_VERSION = 2
-EARLIER_DECISIONS = 1  # of version 0.1.0
+DECISIONS_VERSION = 3
+EARLIER_DECISIONS = {3: 2, 2: 1}  # by the version of EARLIER_FORMATS
+HELD_OUT = "hold-out.json"  # beside the decisions: a note on how the share asked was met
 
 
 class Source(Protocol):
@@ -71,43 +84,75 @@ def prepare_splits(
     say how many conversations went where.
 
     Raises:
-        UserError: as `prepare`; eval_data and eval_fraction together; near-duplicates without rensa.
+        UserError: as `prepare`; eval_data and eval_fraction together; near-duplicates without rensa; a share that the
+            groups do not allow.
     """
     if resumed is not None:
-        train, evaluation = _prepare_parts(config, tokenizer, progress, earlier=True)
-        if train.fingerprint == resumed:
-            return train, evaluation
-    return _prepare_parts(config, tokenizer, progress, earlier=False)
-
-
-def _prepare_parts(
-    config: SplitSettings, tokenizer: ChatTokenizer, progress: OnProgress | None, earlier: bool
-) -> tuple[PackedDataset, PackedDataset | None]:
+        for version in EARLIER_FORMATS:
+            found = _earlier_splits(config, tokenizer, version, resumed)
+            if found is not None:
+                return found
     assert config.dedup in DEDUP
-    common: dict[str, Any] = {"progress": progress, "earlier": earlier}
     train_paths, weights, formats = _sources(config)
+    how: dict[str, Any] = {"progress": progress, "formats": formats}
     if not config.eval_fraction and config.dedup == "none":
-        held_out = prepare(config.eval_data, config, tokenizer, **common) if config.eval_data else None
-        train = prepare(train_paths, config, tokenizer, weights=weights, formats=formats, **common)
-        return train, held_out
+        held_out = prepare(config.eval_data, config, tokenizer, progress=progress) if config.eval_data else None
+        return prepare(train_paths, config, tokenizer, weights=weights, **how), held_out
     if config.eval_fraction and config.eval_data:
         raise UserError(
             "both eval_data and eval_fraction are given", "Keep one: eval_fraction holds out of train_data."
         )
     if config.dedup == "near" and not near_available():
         raise UserError("near-duplicates need the package rensa", f"{install_command('dedup')}, or use --dedup exact.")
-    train_files = check_inputs(train_paths)
-    eval_files = check_inputs(config.eval_data) if config.eval_data else []
-    folder, *fingerprints = _decisions_on(train_files, eval_files, formats, config, tokenizer, progress)
-    everything = (*train_files, *eval_files)
+    files = _Files(check_inputs(train_paths), check_inputs(config.eval_data) if config.eval_data else [])
+    folder, fingerprint = _decisions_on(files, formats, config, tokenizer, progress)
     evaluation: PackedDataset | None = None
-    if eval_files or config.eval_fraction:
-        source = eval_files or train_files
-        selection = Selection(everything, folder, fingerprints[0], EVAL, formats, fingerprints[1])
-        evaluation = prepare(source, config, tokenizer, selection=selection, formats=formats, **common)
-    selection = Selection(everything, folder, fingerprints[0], TRAIN, formats, fingerprints[1])
-    train = prepare(train_files, config, tokenizer, selection=selection, weights=weights, formats=formats, **common)
+    if files.eval or config.eval_fraction:
+        chosen = Selection(files.all, folder, fingerprint, EVAL, formats)
+        evaluation = prepare(files.eval or files.train, config, tokenizer, selection=chosen, **how)
+    chosen = Selection(files.all, folder, fingerprint, TRAIN, formats)
+    train = prepare(files.train, config, tokenizer, selection=chosen, weights=weights, **how)
+    if (folder / HELD_OUT).exists():
+        train.account["notes"].append(orjson.loads((folder / HELD_OUT).read_bytes())["note"])
     return train, evaluation
+
+
+class _Files(NamedTuple):
+    train: list[Path]
+    eval: list[Path]
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        return (*self.train, *self.eval)
+
+
+def _earlier_splits(
+    config: SplitSettings, tokenizer: ChatTokenizer, version: int, resumed: str
+) -> tuple[PackedDataset, PackedDataset | None] | None:
+    """Both sets as an earlier version made them, when their caches are there and the training set is the one that was
+    trained on. Nothing is decided anew: a split that is refused today goes on as it was."""
+    train_paths, weights, formats = _sources(config)
+
+    def find(paths: Sequence[Any], **how: Any) -> PackedDataset | None:
+        return find_earlier(paths, config, tokenizer, version, **how)
+
+    if not config.eval_fraction and config.dedup == "none":
+        train = find(train_paths, weights=weights, formats=formats)
+        if train is None or train.fingerprint != resumed:
+            return None
+        held_out = find(config.eval_data) or prepare(config.eval_data, config, tokenizer) if config.eval_data else None
+        return train, held_out
+    files = _Files(check_inputs(train_paths), check_inputs(config.eval_data) if config.eval_data else [])
+    root = make_root(config, files.all)
+    earlier = {version: _fingerprint(files, root, formats, config, EARLIER_DECISIONS[version])}
+    sides = {split: Selection(files.all, root, "", split, formats, earlier) for split in (TRAIN, EVAL)}
+    train = find(files.train, selection=sides[TRAIN], weights=weights, formats=formats)
+    if train is None or train.fingerprint != resumed:
+        return None
+    if not files.eval and not config.eval_fraction:
+        return train, None
+    evaluation = find(files.eval or files.train, selection=sides[EVAL], formats=formats)
+    return None if evaluation is None else (train, evaluation)
 
 
 def _sources(config: SplitSettings) -> tuple[list[str], dict[str, float], dict[str, str]]:
@@ -128,46 +173,48 @@ def _sources(config: SplitSettings) -> tuple[list[str], dict[str, float], dict[s
     return paths, weights, formats
 
 
+def _fingerprint(files: _Files, root: Path, formats: Mapping[str, str], config: SplitSettings, version: int) -> str:
+    """SHA-256 over what decisions on all conversations of these files depend on."""
+    digests = content_digests(files.all, root / "sources.json")
+    settings: list[Any] = [version, len(files.train), config.eval_fraction, config.dedup, digests]
+    settings += [dict(formats)] if formats else []
+    settings += [added_versions()] if added_versions() else []
+    return hashlib.sha256(orjson.dumps(settings)).hexdigest()
+
+
 def _decisions_on(
-    train_files: Sequence[Path],
-    eval_files: Sequence[Path],
+    files: _Files,
     formats: Mapping[str, str],
     config: SplitSettings,
     tokenizer: ChatTokenizer,
     progress: OnProgress | None,
-) -> tuple[Path, str, str]:
-    """The folder of decisions on all conversations, made if it is not there, its fingerprint, and the one that version
-    0.1.0 gave such decisions."""
-    files = [*train_files, *eval_files]
-    root = make_root(config, files)
-    digests = content_digests(files, root / "sources.json")
-    settings: list[Any] = [len(train_files), config.eval_fraction, config.dedup, digests]
-    settings += [dict(formats)] if formats else []
-    settings += [added_versions()] if added_versions() else []
-    fingerprint, earlier = (
-        hashlib.sha256(orjson.dumps([version, *settings])).hexdigest()
-        for version in (DECISIONS_VERSION, EARLIER_DECISIONS)
-    )
+) -> tuple[Path, str]:
+    """The folder of decisions on all conversations, made if it is not there, and its fingerprint."""
+    root = make_root(config, files.all)
+    fingerprint = _fingerprint(files, root, formats, config, DECISIONS_VERSION)
     final = root / f"curation-{fingerprint[:32]}"
     with cache_lock(root / f"{final.name}.lock", final, 3600.0):
         if not final.exists():
             with atomic_folder(final) as scratch:
-                _write_decisions(files, len(train_files), formats, config, tokenizer, scratch, progress)
-    return final, fingerprint, earlier
+                _write_decisions(files, formats, config, tokenizer, scratch, progress)
+    return final, fingerprint
 
 
 def _write_decisions(
-    files: Sequence[Path],
-    train_count: int,
+    files: _Files,
     formats: Mapping[str, str],
     config: SplitSettings,
     tokenizer: ChatTokenizer,
     folder: Path,
     progress: OnProgress | None,
 ) -> None:
-    """Gathers every conversation's signature in parallel, decides, and writes a file of decisions for each task."""
+    """Gathers every conversation's signature in parallel, decides, and writes a file of decisions for each task.
+
+    Raises:
+        UserError: the groups of conversations allow no evaluation set of about the size asked.
+    """
     kind = "near signatures" if config.dedup == "near" else "signatures"
-    tasks = plan_tasks(files, kind, folder, config, formats)
+    tasks = plan_tasks(files.all, kind, folder, config, formats)
     total, seen = sum(task.stop - task.start for task in tasks), 0
 
     def done(number: int, report: object) -> None:
@@ -182,14 +229,32 @@ def _write_decisions(
         with np.load(task.out) as loaded:
             found.append(Signatures(**{name: loaded[name] for name in Signatures._fields}))
         Path(task.out).unlink()
-    in_eval = set(map(str, files[train_count:]))
+    in_eval = set(map(str, files.eval))
     given_N = np.concatenate(
         [
             np.full(len(signatures.exact), EVAL if task.path in in_eval else TRAIN, dtype=np.uint8)
             for task, signatures in zip(tasks, found, strict=True)
         ]
     )
-    decided_N = decide(join_signatures(found), given_N, config.eval_fraction, config.dedup)
-    bounds = np.cumsum([len(signatures.exact) for signatures in found])[:-1]
-    for number, decided in enumerate(np.split(decided_N, bounds)):
+    joined = join_signatures(found)
+    split_N, outcome = decide(joined, given_N, config.eval_fraction, config.dedup)
+    counts = [len(signatures.exact) for signatures in found]
+    if outcome is not None and outcome.conversations and not outcome.by_hash:
+        why, remedy = explain(outcome, joined.group, joined.prompt, lambda number: _conversation(tasks, counts, number))
+        if outcome.refused:
+            raise UserError(f"eval_fraction {config.eval_fraction:g} cannot be held out: {why}", remedy)
+        write_json(folder / HELD_OUT, {"note": f"{outcome.note()}; {why}. {remedy}"})
+    for number, decided in enumerate(np.split(split_N, np.cumsum(counts)[:-1])):
         np.save(folder / decisions_name(number), decided)
+
+
+def _conversation(tasks: Sequence[Task], counts: Sequence[int], number: int) -> Conversation:
+    """The conversation with this number among all that the tasks read."""
+    for task, count in zip(tasks, counts, strict=True):
+        if number < count:
+            for block in read_blocks(task, Account()):
+                if number < len(block.conversations):
+                    return block.conversations[number]
+                number -= len(block.conversations)
+        number -= count
+    raise AssertionError("no such conversation")

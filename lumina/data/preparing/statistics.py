@@ -5,7 +5,6 @@ Lengths are kept as exact histograms ({length: count}), so percentiles over any 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from lumina.chat import SPECIAL_TOKENS, Conversation, RenderedBlock
 from lumina.data.account import FIRST_LINES, add_counts
 from lumina.data.cache import arrow
+from lumina.data.preparing.deduplication import conversation_hash
 from lumina.data.preparing.packing import pack
 
 SEQ_LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -130,8 +130,7 @@ class Statistics:
         head = messages[0].content[:200]
         script = "Latin" if head.isascii() else max(_SCRIPTS, key=lambda name: len(_SCRIPTS[name].findall(head)))
         self.scripts[script] = self.scripts.get(script, 0) + 1
-        whole = "\x00".join([*roles, *(message.content for message in messages)]).encode("utf-8", "surrogatepass")
-        self.hashes.append(int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "big") >> 1)
+        self.hashes.append(conversation_hash(conversation) >> 1)
         return roles
 
     def _search(self, conversations: Sequence[Conversation], lines: Sequence[int]) -> None:

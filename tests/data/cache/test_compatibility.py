@@ -1,4 +1,4 @@
-"""The cache's format: what the version before this one's names made is found and used, and made again the same.
+"""The cache's format: a run goes on with what an earlier version made, and what is made now has the same contents.
 
 `of_0_1/` holds a file of ten lines and the caches that commit 93dd0ad made of it (truncated, a third held out,
 duplicates removed).
@@ -39,25 +39,28 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_cache_of_before_is_found_and_used(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_a_cache_of_before(tmp_path: Path) -> None:
     shutil.copytree(KEPT, "cache")
     kept = {name: path.stat().st_ino for name, path in files(tmp_path / "cache").items()}
-    train, evaluation = prepare_splits(SETTINGS, TOKENIZER)
+    train, evaluation = prepare_splits(SETTINGS, TOKENIZER, resumed=TRAIN)
     assert evaluation is not None
     assert (train.fingerprint, evaluation.fingerprint) == (TRAIN, EVAL)
     now = {name: path.stat().st_ino for name, path in files(tmp_path / "cache").items()}
     assert {name: now[name] for name in kept} == kept, "nothing was made again"
+    made = {path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()}
+    assert made == {path.name for path in KEPT.iterdir() if path.is_dir()}, "nothing was decided anew"
     assert "messages       18 = 3 supervised + 3 masked + 12 dropped" in evaluation.account_lines()
     assert "  dropped tokens: past seq_length (overlong: truncate): 6" in evaluation.account_lines()
     assert evaluation.seq_length == 48
     assert TOKENIZER.decode(train.chunks_of(0)[0].ids.tolist()).startswith("<|im_start|><|user|>question")
 
 
-def test_what_is_made_now_is_what_was_made_before(tmp_path: Path) -> None:
-    prepare_splits(SETTINGS, TOKENIZER)
-    for fingerprint in (TRAIN, EVAL):
-        before, now = KEPT / fingerprint[:32], tmp_path / "cache" / fingerprint[:32]
+def test_what_is_made_now_is_what_was_made_before() -> None:
+    for dataset, fingerprint in zip(prepare_splits(SETTINGS, TOKENIZER), (TRAIN, EVAL), strict=True):
+        assert dataset is not None
+        before, now = KEPT / fingerprint[:32], dataset.folder
         old, new = (orjson.loads((folder / "meta.json").read_bytes()) for folder in (before, now))
+        assert new.pop("fingerprint") != old.pop("fingerprint")  # the format's version is part of it
         # How many bytes Arrow takes for the same columns is its own affair.
         assert new.pop("sizes").keys() == old.pop("sizes").keys()
         assert new == old

@@ -113,18 +113,18 @@ def test_a_sources_format_is_what_every_record_has_to_be(tmp_path: Path, how: di
     }
 
 
+@pytest.mark.parametrize("version", preparation.EARLIER_FORMATS)
 @pytest.mark.parametrize("how", [{}, {"eval_fraction": 0.3}, {"dedup": "exact"}])
 def test_a_run_goes_on_with_the_data_that_an_earlier_version_read(
-    tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, how: dict[str, Any], version: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read anew, the records may be others, in another order: what was trained on is taken from its cache, and only by
     the run that was trained on it."""
     path = write_jsonl(tmp_path / "d.jsonl", [{**chat("q", f"a {i}"), "id": str(i)} for i in range(40)])
     config = Settings(train_data=(str(path),), **how)
     with monkeypatch.context() as patch:
-        patch.setattr(preparation.fingerprint_of, "__defaults__", (None, (), (), preparation.EARLIER_FORMATS[0]))
-        patch.setattr(preparation, "FORMAT_VERSION", preparation.EARLIER_FORMATS[0])
-        patch.setattr(splits, "DECISIONS_VERSION", splits.EARLIER_DECISIONS)
+        patch.setattr(preparation, "FORMAT_VERSION", version)
+        patch.setattr(splits, "DECISIONS_VERSION", splits.EARLIER_DECISIONS[version])
         before = prepare_splits(config, TOKENIZER)
     now = prepare_splits(config, TOKENIZER)
     assert now[0].fingerprint != before[0].fingerprint

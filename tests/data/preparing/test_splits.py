@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -13,13 +14,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina.chat import Conversation, Message
+from lumina.chat import Conversation, Message, ToolCall
 from lumina.config import UserError
 from lumina.data import PackedDataset
 from lumina.data.account import Account
-from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, decide, near_pairs, signatures_of
+from lumina.data.preparing.deduplication import (
+    DUPLICATE,
+    EVAL,
+    TRAIN,
+    conversation_hash,
+    decide,
+    near_pairs,
+    signatures_of,
+)
 from lumina.data.preparing.splits import prepare_splits
-from tests.data.helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
+from tests.data.helpers import TOKENIZER, Settings, Source, chat, expected_targets, supervised_targets, write_jsonl
+from tests.data.languages import LANGUAGES
 
 
 def supervised(*datasets: PackedDataset | None) -> Counter[int]:
@@ -39,8 +49,8 @@ def test_every_answer_is_supervised_or_held_out_once(drawn: list[tuple[int, int]
             [dialogue(f"question {i}", f"answer {answer}", f"id {group}") for i, (group, answer) in enumerate(drawn)],
             eval_fraction=0.4,
         )
-        if len(set(sides)) < 2:  # all on one side, as few groups may be
-            with pytest.raises(UserError, match="nothing is left to train on"):
+        if len(set(sides)) < 2:  # one group
+            with pytest.raises(UserError, match=r"eval_fraction 0.4 cannot be held out: \d+ of"):
                 prepare_splits(config, TOKENIZER)
             return
         train, held_out = prepare_splits(config, TOKENIZER)
@@ -59,7 +69,7 @@ def test_every_answer_is_supervised_or_held_out_once(drawn: list[tuple[int, int]
 def decided(conversations: list[Conversation], given: list[int] | None = None, **how: Any) -> list[int]:
     signatures = signatures_of(conversations, near=how.get("dedup") == "near")
     split = np.array(given or [TRAIN] * len(conversations), dtype=np.uint8)
-    return decide(signatures, split, how.get("eval_fraction", 0.0), how.get("dedup", "none")).tolist()
+    return decide(signatures, split, how.get("eval_fraction", 0.0), how.get("dedup", "none")).split.tolist()
 
 
 def dialogue(prompt: str, answer: str, conversation_id: str = "") -> Conversation:
@@ -93,7 +103,7 @@ def test_near_duplicates_of_a_prompt_stay_on_one_side() -> None:
             dialogue(f"{LONG} number {i}!!  Thanks", "quite another"),
         ]
         signatures = signatures_of(pair, near=True)
-        sides = decide(signatures, np.zeros(2, dtype=np.uint8), 0.5, "near").tolist()
+        sides = decide(signatures, np.zeros(2, dtype=np.uint8), 0.5, "near").split.tolist()
         assert sides[0] == sides[1] or DUPLICATE in sides
 
 
@@ -181,11 +191,155 @@ def test_decisions_line_up_across_tasks_trees_and_workers(tmp_path: Path, monkey
         assert (f"reply {i}a<" in text(train)) == (f"reply {i}b<" in text(train)), "a tree is on both sides"
 
 
+@pytest.mark.parametrize("language", [*LANGUAGES, "mixed"])
+def test_no_prompt_is_on_both_sides_in_languages_without_spaces(tmp_path: Path, language: str) -> None:
+    """300 prompts with four answers each."""
+    rng = random.Random(language)
+    words = " ".join(LANGUAGES.values()) + " Python GPU train" if language == "mixed" else LANGUAGES[language]
+    said = lambda count: "".join(rng.choice(words.split()) for _ in range(count))
+    prompts = [f"{said(rng.randint(6, 14))}。{said(5)}？" for _ in range(300)]
+    assert len(set(prompts)) == 300
+    lines = [chat(prompt, said(20)) for prompt in prompts for _ in range(4)]
+    rng.shuffle(lines)
+    path = str(write_jsonl(tmp_path / "in.jsonl", lines))
+    train, held_out = prepare_splits(Settings(train_data=(path,), eval_fraction=0.15, seq_length=512), TOKENIZER)
+    assert held_out is not None
+    sides = [
+        {lines[chunk.line - 1]["messages"][0]["content"] for s in range(d.num_samples) for chunk in d.chunks_of(s)}
+        for d in (train, held_out)
+    ]
+    assert len(sides[1]) > 20
+    assert not sides[0] & sides[1]
+    assert len(sides[0]) + len(sides[1]) == 300
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_long_texts_that_differ_in_a_word_are_near_duplicates_in_every_language(language: str) -> None:
+    rng = random.Random(language)
+    words = LANGUAGES[language].split()
+    text = [rng.choice(words) for _ in range(150)]
+    other = [rng.choice(words) for _ in range(150)]
+    changed = [*text[:70], "Python" if text[70] != "Python" else "GPU", *text[71:]]
+    texts = ["".join(text), "".join(changed), "".join(other)]
+    found = decided([dialogue("a", answer) for answer in texts], dedup="near")
+    assert found == [TRAIN, DUPLICATE, TRAIN]
+    assert decided([dialogue("a", answer) for answer in texts], dedup="exact") == [TRAIN] * 3
+
+
+def test_one_long_setting_does_not_make_duplicates_of_different_conversations() -> None:
+    """What is compared are the turns and, by itself, what conversations are set up with."""
+    system = Message("system", LONG * 5)
+    tools = ('{"type": "function", "function": {"name": "look", "description": "' + LONG * 5 + '"}}',)
+    turns = [
+        [Message("user", f"where is {name} now"), Message("assistant", f"in the {name} street")] for name in "abcdefgh"
+    ]
+    for messages, offered in (([system], ()), ([], tools), ([system], tools)):
+        conversations = [Conversation([*messages, *own], tools=offered) for own in turns]
+        assert decided(conversations, dedup="near") == [TRAIN] * len(turns)
+        again = [*conversations, Conversation([*messages, *turns[0]], tools=offered)]
+        assert decided(again, dedup="near") == [*[TRAIN] * len(turns), DUPLICATE]
+    answer = Message("assistant", LONG)
+    setups = [LONG * 2, LONG * 2 + "today", LONG[::-1] * 2, ""]
+    conversations = [Conversation([Message("system", text), answer]) for text in setups]
+    assert decided(conversations, dedup="near") == [TRAIN, DUPLICATE, TRAIN, TRAIN]
+
+
+def test_what_makes_a_conversation_another_one() -> None:
+    call = ToolCall("weather", '{"city": "Oslo"}', "call_1")
+    plain = Message("assistant", "it is cold")
+    different = [
+        plain,
+        plain._replace(reasoning="so far north"),
+        plain._replace(content="so far north", reasoning="it is cold"),
+        plain._replace(content="so far north\nit is cold"),
+        plain._replace(tool_calls=(call,)),
+        plain._replace(tool_calls=(call._replace(name="climate"),)),
+        plain._replace(tool_calls=(call._replace(arguments='{"city": "Rome"}'),)),
+        plain._replace(tool_calls=(call, call)),
+        plain._replace(content="", tool_calls=(call,)),
+        plain._replace(supervise=False),
+        plain._replace(masked=((0, 3),)),
+    ]
+    conversations = [Conversation([Message("user", "hm"), message]) for message in different]
+    conversations += [Conversation([Message("user", "hm"), plain], tools=tools) for tools in (("{}",), ("{}", "{}"))]
+    assert decided(conversations, dedup="exact") == [TRAIN] * len(conversations)
+    hashes = {conversation_hash(conversation) for conversation in conversations}
+    assert len(hashes) == len(conversations)
+    # Ids say nothing: of conversations, of calls.
+    other = plain._replace(tool_calls=(call._replace(id="call_2"),))
+    same = [Conversation([Message("user", "hm"), m], id=i) for m, i in ((different[4], "1"), (other, "2"))]
+    assert decided(same, dedup="exact") == [TRAIN, DUPLICATE]
+    assert len({conversation_hash(conversation) for conversation in same}) == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "asked", "held", "message"),
+    [
+        (["x"] * 200, 0.1, None, r"0.1 cannot be held out: 200 of 200 conv.*because they have one `id`.*'x'"),
+        ([7] * 200, 0.5, None, r"'7'"),
+        (["a", "b"] * 100, 0.1, None, r"(?s)100 of 200 conv.*ask for 0.5, the nearest"),
+        (["a", "b"] * 100, 0.4, 100, r"100 of 200 conversations held out, 50% where 40% was asked"),
+        (["a", "b", "c"] * 67, 0.01, None, r"(?s)67 of 201 conv.*ask for 0.33"),
+        (["unknown"] * 190 + [f"n{i}" for i in range(10)], 0.1, 10, r"10 of 200 conversations held out, 5% where 10%"),
+        (["train"] * 150 + ["validation"] * 50, 0.2, 50, None),
+        ([""] * 200, 0.1, None, ""),
+        (["  "] * 200, 0.1, None, ""),
+        ([None] * 200, 0.1, None, ""),
+        (list(range(200)), 0.1, None, ""),
+    ],
+)  # fmt: skip
+def test_ids_of_large_groups_are_told_before_they_cost_a_run(
+    tmp_path: Path, ids: list[Any], asked: float, held: int | None, message: str | None
+) -> None:
+    """Refused where no choice comes near the share, told where one does; ids that name nothing group nothing."""
+    path = str(write_jsonl(tmp_path / "in.jsonl", [{"id": v, **chat(f"q {i}", f"a {i}")} for i, v in enumerate(ids)]))
+    config = Settings(train_data=(path,), eval_fraction=asked)
+    if message and held is None:
+        with pytest.raises(UserError, match=message) as refused:
+            prepare_splits(config, TOKENIZER)
+        assert "eval_data" in str(refused.value)
+        assert "jq -c 'del(.id)'" in str(refused.value)
+        weighted = Settings(data=(Source(path, 0.5),), eval_fraction=asked)
+        with pytest.raises(UserError, match=message):
+            prepare_splits(weighted, TOKENIZER)
+        return
+    for _ in range(2):  # from the cache too
+        train, held_out = prepare_splits(config, TOKENIZER)
+        assert held_out is not None
+        count = train.account["conversations_dropped"]["held out for evaluation"]
+        if held is None:
+            assert 0.5 * asked <= count / len(ids) <= 2 * asked
+        else:
+            assert count == held
+        notes = [line for line in train.account_lines() if "note:" in line]
+        if message:
+            assert len(notes) == 1
+            assert re.search(message, notes[0])
+        elif message == "":
+            assert not notes
+
+
+def test_one_first_prompt_of_many_conversations_is_told_too(tmp_path: Path) -> None:
+    prompt = "Translate the following text into German please"
+    path = str(write_jsonl(tmp_path / "in.jsonl", [chat(prompt, "ok", f"t {i}", f"a {i}") for i in range(50)]))
+    with pytest.raises(UserError, match=r"(?s)50 of 50 .* begin with one prompt: 'Translate the.*system mess"):
+        prepare_splits(Settings(train_data=(path,), eval_fraction=0.1), TOKENIZER)
+
+
+def test_a_group_of_duplicates_counts_as_the_one_that_stays(tmp_path: Path) -> None:
+    lines = [*[chat("the same question again", "yes")] * 300, *(chat(f"q {i}", f"a {i}") for i in range(100))]
+    path = str(write_jsonl(tmp_path / "in.jsonl", lines))
+    train, held_out = prepare_splits(Settings(train_data=(path,), eval_fraction=0.2, dedup="exact"), TOKENIZER)
+    assert held_out is not None
+    assert 10 <= held_out.account["messages_trained"] <= 40
+    assert train.account["messages_trained"] + held_out.account["messages_trained"] == 101
+
+
 def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(write_jsonl(tmp_path / "in.jsonl", [chat("a", "one")]))
     with pytest.raises(UserError, match="both eval_data and eval_fraction"):
         prepare_splits(Settings(train_data=(path,), eval_data=(path,), eval_fraction=0.1), TOKENIZER)
-    with pytest.raises(UserError, match="nothing is left to train on of the 1 conv"):
+    with pytest.raises(UserError, match=r"cannot be held out: there are only 1 conversation\(s\)"):
         prepare_splits(Settings(train_data=(path,), eval_fraction=1e-9), TOKENIZER)
     monkeypatch.setattr("lumina.data.preparing.splits.near_available", lambda: False)
     with pytest.raises(UserError, match="rensa"):

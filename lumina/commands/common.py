@@ -95,16 +95,22 @@ def print_json(value: Any) -> None:
 
 
 def load_config(arguments: Arguments) -> Config:
-    """The configuration that the parsed flags describe. A run that is resumed without --config keeps its own."""
+    """The configuration that the parsed flags describe. A run that is resumed without --config keeps its own, and its
+    folder, wherever that is now, unless the flags name another."""
     from lumina.config import DEFAULT_PRESET, Config, load
 
     given = vars(arguments)
     flags = {name: value for name, value in given.items() if name in Config.model_fields}
-    base = arguments.config or _config_of_resumed_run(flags) or DEFAULT_PRESET
-    return load(base, flags, arguments.sets)
+    base = arguments.config
+    if base is None and (own := _config_of_resumed_run(flags)) is not None:
+        base = str(own)
+        if flags["resume"] != "auto" and flags.get("output_dir") is None and flags.get("experiment_name") is None:
+            folder = own.resolve().parent
+            flags |= {"output_dir": str(folder.parent), "experiment_name": folder.name}
+    return load(base or DEFAULT_PRESET, flags, arguments.sets)
 
 
-def _config_of_resumed_run(flags: dict[str, Any]) -> str | None:
+def _config_of_resumed_run(flags: dict[str, Any]) -> Path | None:
     from lumina.config import RunConfig
 
     resume = flags.get("resume")
@@ -114,15 +120,11 @@ def _config_of_resumed_run(flags: dict[str, Any]) -> str | None:
         output_dir, name = (
             flags.get(field) or RunConfig.model_fields[field].default for field in ("output_dir", "experiment_name")
         )
-        return _existing(Path(output_dir) / name / "config.yaml")
+        path = Path(output_dir) / name / "config.yaml"
+        return path if path.is_file() else None
     from lumina.config import run_config
 
-    found = run_config(resume)
-    return None if found is None else str(found)
-
-
-def _existing(path: Path) -> str | None:
-    return str(path) if path.is_file() else None
+    return run_config(resume)
 
 
 def exit_code_of(run: Callable[[], int]) -> int:

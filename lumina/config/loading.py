@@ -94,7 +94,8 @@ def load(
     Raises:
         UserError: no such preset or file, an unknown key (with a did-you-mean and the line), a value out of bounds.
     """
-    values, file_values, lines, where = _base(preset_or_yaml)
+    resuming = (flags or {}).get("resume") is not None or any(pair.startswith("resume=") for pair in sets)
+    values, file_values, lines, where = _base(preset_or_yaml, resuming)
     origin = {name: f"{where}, line {lines[name]}" for name in file_values}
     explicit = dict(file_values)
     for name, value in (flags or {}).items():
@@ -116,7 +117,7 @@ def load(
     return _with_room_for_the_tokenizer(config)
 
 
-def _base(preset_or_yaml: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, int], str]:
+def _base(preset_or_yaml: str, resuming: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, int], str]:
     """Preset values, the file's own values, the line of each of its keys, and the file's name for messages."""
     if preset_or_yaml in PRESETS:
         return _read_preset(preset_or_yaml), {}, {}, ""
@@ -140,8 +141,24 @@ def _base(preset_or_yaml: str) -> tuple[dict[str, Any], dict[str, Any], dict[str
         raise UserError(f"{path}, line {lines['preset']}: no preset is called `{preset}`.{hint}")
     for name in values:
         _check_key(name, f"{path}, line {lines[name]}")
+    _drop_one_starts(values, lines, path, resuming)
     _find_tokenizer(values, path.parent)
     return _read_preset(preset), values, lines, str(path)
+
+
+def _drop_one_starts(values: dict[str, Any], lines: Mapping[str, int], path: Path, resuming: bool) -> None:
+    """Take `resume` out of a file's values, and `init_from` of one that a run wrote (up to 0.2.0, with `resume` in it):
+    they belong to one start, and a copy of the file would go on with the other run. Said, unless the start resumes."""
+    by_a_run = {"resume", "experiment_name", "output_dir", "keep_last"} <= values.keys()
+    for name, flag in (("resume", "--resume"), ("init_from", "--init-from")):
+        if name == "init_from" and not by_a_run:
+            continue
+        given = values.pop(name, None)
+        if given is not None and not resuming:
+            log.warning(
+                "%s, line %d: `%s: %s` belongs to one start and is not taken from a file; if you mean it: %s %s",
+                path, lines[name], name, given, flag, given,
+            )  # fmt: skip
 
 
 def _find_tokenizer(values: dict[str, Any], folder: Path) -> None:

@@ -349,6 +349,8 @@ class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, Health
         dumped = self.model_dump()
         return {name: dumped[name] for group in GROUPS for name in group.model_fields}
 
-    def to_yaml(self) -> str:
-        """Every value as YAML that `load` reads back to an equal configuration."""
-        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)
+    def to_yaml(self, *without: str) -> str:
+        """Every value as YAML that `load` reads back to an equal configuration, but for `resume`, which belongs to one
+        start, and what else is to be left out."""
+        kept = {name: value for name, value in self.values().items() if name not in ("resume", *without)}
+        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

@@ -13,7 +13,7 @@ import torch
 from lumina import checkpoint
 from lumina.checkpoint import RunLock
 from lumina.cluster import StopRequest
-from lumina.config import Config
+from lumina.config import Config, UserError
 from lumina.files import write_text
 from lumina.model import lora, report_kernel
 from lumina.monitor import EventLog
@@ -25,6 +25,7 @@ from lumina.train.initialise import (
     Start,
     TrainingData,
     base_of_adapters,
+    check_resumed,
     find_start,
     keep_tokenizer,
     load_initial_weights,
@@ -82,12 +83,13 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     data = open_data(start, config, ranks)
     rates = schedule(config, data.total_steps)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
+    origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks.world)]
     torch.manual_seed(config.seed)
     state = _initialise(start, settings, ranks, data, folder, watchdog.heartbeat)
     events = EventLog(folder / "events.jsonl" if ranks.main else None)
     health = Health(config, events)
     lock = RunLock(folder, os.environ.get("LUMINA_JOB"), config.global_batch_size) if ranks.main else None
-    outputs = _open_outputs(settings, ranks, folder, state, events, health, data)
+    outputs = _open_outputs(settings, ranks, folder, state, events, health, data, origin)
     deferred = Deferred()
     saves = Saves(config, ranks, folder, state, deferred, events, health, lock, watchdog.heartbeat)
     recovery = Recovery(config, ranks, folder, start.recovery, state, events, health)
@@ -110,11 +112,16 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     )
 
 
-def _initial_weights(settings: Settings, ranks: Ranks, engine: Engine) -> None:
+def _initial_weights(settings: Settings, ranks: Ranks, engine: Engine, start: Start) -> None:
     """Another run's weights, unless they are there already, under adapters."""
     config = settings.config
     if settings.base is None and config.init_from is not None:
-        load_initial_weights(config.init_from, config, ranks, engine)
+        load_initial_weights(config.init_from, start.weights, config, ranks, engine)
+    elif settings.base is None and start.checkpoint is not None:  # a reference model that has to be made again
+        raise UserError(
+            f"nothing says what the run of {start.checkpoint} began with, whose weights are needed again",
+            "Add --init-from RUN, with the run that it began with.",
+        )
 
 
 def _initialise(
@@ -138,7 +145,7 @@ def _initialise(
             world=ranks.world,
             micro_batch_size=config.batch_size,
             resumed=resumed,
-            initialise=partial(_initial_weights, settings, ranks, engine),
+            initialise=partial(_initial_weights, settings, ranks, engine, start),
             forward=engine.forward,
             evaluation=engine.evaluation,
             device=engine.device,
@@ -146,9 +153,9 @@ def _initialise(
         )
     )
     if resumed:
-        load_resumed(start, config, data.train.fingerprint, engine)
+        load_resumed(start, engine)
     else:
-        _initial_weights(settings, ranks, engine)
+        _initial_weights(settings, ranks, engine, start)
     assert config.global_batch_size is not None
     trainer_state.global_batch_size, trainer_state.world = config.global_batch_size, ranks.world
     trainer_state.precision, trainer_state.zero_stage = settings.precision, engine.stage
@@ -166,15 +173,17 @@ def _open_outputs(
     events: EventLog,
     health: Health,
     data: TrainingData,
+    origin: Sequence[str],
 ) -> Outputs:
-    """The run's folder with its resolved configuration, log and metrics, on rank 0."""
+    """The run's folder with its resolved configuration, log and metrics, on rank 0. `origin`: what the start goes on
+    from, and what is changed, for people."""
     config, engine = settings.config, state.engine
     kernel = report_kernel(engine.device, settings.precision)  # on every rank: chosen here, not in its first step
     if not ranks.main:
         return Outputs()
     for name in ("checkpoints", "backups"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", keep_tokenizer(config, folder).to_yaml())
+    write_text(folder / "config.yaml", keep_tokenizer(config, folder).to_yaml("init_from"))
     disks = [folder / "checkpoints"] + ([Path(config.backup_dir)] if config.backup_dir is not None else [])
     trained = lora.trained_parameters(config)
     outputs = RunOutputs(
@@ -201,6 +210,6 @@ def _open_outputs(
         f"ZeRO-{engine.stage}, {ranks.world} process(es), {data.total_steps} steps of {config.global_batch_size} "
         f"samples{at}"
     )
-    for text in [*settings.report, *kernel, *data.train.account_lines()]:
+    for text in [*origin, *settings.report, *kernel, *data.train.account_lines()]:
         outputs.say(f"  {text}")
     return outputs

@@ -3,6 +3,7 @@ what must be the same to go on."""
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,28 +14,46 @@ import torch.distributed as dist
 from lumina import checkpoint
 from lumina.chat import ChatTokenizer, copy_files, open_tokenizer
 from lumina.checkpoint import TrainerState
-from lumina.config import Config, UserError
+from lumina.config import Config, OnResume, UserError, differences, parse_settings, upgrade
 from lumina.data import GlobalOrder, Samples
 from lumina.files import atomic_folder
+from lumina.monitor import read_run
 from lumina.train.agreement import decided_by_rank_0
 from lumina.train.deepspeed import Engine, Ranks
 from lumina.train.objectives import objective
 from lumina.train.recovery.record import RecoveryRecord
 from lumina.train.saving.snapshot import load_checkpoint as load
 from lumina.train.saving.snapshot import load_weights
+from lumina.train.schedules import schedule
+
+log = logging.getLogger("lumina")
 
 
 @dataclass(frozen=True)
 class Start:
     """What a start of a run goes on from, the same on every rank. config: as given, with the global batch of the run's
-    first start; checkpoint: None to begin anew, with trainer_state at step 0; trainer: what trainer.json says beside
-    trainer_state; recovery: what earlier starts did about trouble."""
+    first start and what the run began with as init_from; checkpoint: None to begin anew, with trainer_state at step 0;
+    trainer: what trainer.json says beside trainer_state; recovery: what earlier starts did about trouble; weights: the
+    checkpoint whose weights a new run begins with; before: the settings of the start before, None where it is not known
+    or there is none."""
 
     config: Config
     checkpoint: Path | None
     trainer_state: TrainerState
     trainer: dict[str, Any]
     recovery: RecoveryRecord
+    weights: Path | None = None
+    before: dict[str, Any] | None = None
+
+    def origin(self, base: Path | None) -> str:
+        """What this start goes on from, for people; `base`: the checkpoint under adapters."""
+        if self.checkpoint is not None:
+            return f"goes on from {self.checkpoint}, step {self.trainer_state.step}"
+        if base is not None:
+            return f"begins with new adapters over {base}, step {checkpoint.step_of(base)}"
+        if self.weights is not None:
+            return f"begins with the weights of {self.weights}, step {checkpoint.step_of(self.weights)}"
+        return f"begins from scratch: weights drawn with seed {self.config.seed}"
 
 
 def find_start(config: Config, folder: Path, ranks: Ranks) -> Start:
@@ -46,12 +65,22 @@ def find_start(config: Config, folder: Path, ranks: Ranks) -> Start:
         config = same_batch(config.replace(resume="auto"), relaunched)
     source = decided_by_rank_0(ranks, lambda: checkpoint_to_resume(config, folder))
     trainer_state, trainer = checkpoint.read_trainer_state(source) if source is not None else (TrainerState(), {})
+    before = decided_by_rank_0(ranks, lambda: settings_before(config, source, folder))
+    if before is not None:
+        if source is not None:
+            refuse_changes(before, config, source)
+        if config.init_from is None and isinstance(began := before.get("init_from"), str):
+            config = config.replace(init_from=began)
     if trainer_state.step:
         config = same_batch(config, trainer_state.global_batch_size)
     record = decided_by_rank_0(ranks, lambda: _recovery_record(config, folder))
     if record.global_batch_size is not None:
         config = same_batch(config, record.global_batch_size)
-    return Start(config, source, trainer_state, trainer, record)
+    weights = None
+    if source is None and config.init_from is not None and not config.lora_rank:
+        given, tokenizer = config.init_from, config.tokenizer
+        weights = decided_by_rank_0(ranks, lambda: weights_of(given, tokenizer))
+    return Start(config, source, trainer_state, trainer, record, weights, before)
 
 
 def _recovery_record(config: Config, folder: Path) -> RecoveryRecord:
@@ -93,9 +122,11 @@ def weights_of(given: str, tokenizer: str | None) -> Path:
     return valid
 
 
-def load_initial_weights(given: str, config: Config, ranks: Ranks, engine: Engine) -> None:
-    """Begin with another run's weights: step 0, no optimizer state; collective."""
-    source = decided_by_rank_0(ranks, lambda: weights_of(given, config.tokenizer))
+def load_initial_weights(given: str, source: Path | None, config: Config, ranks: Ranks, engine: Engine) -> None:
+    """Begin with another run's weights: step 0, no optimizer state; `source`: where they were found in `given` already;
+    collective."""
+    if source is None:
+        source = decided_by_rank_0(ranks, lambda: weights_of(given, config.tokenizer))
     checkpoint.check_same_model(checkpoint.read_trainer_state(source)[0].model, checkpoint.model_shape(config), source)
     load_weights(source, engine)
 
@@ -148,17 +179,95 @@ def open_run_tokenizer(config: Config) -> ChatTokenizer:
     return tokenizer
 
 
-def load_resumed(start: Start, config: Config, fingerprint: str, engine: Engine) -> None:
-    """Load the checkpoint that the run goes on from; collective. `fingerprint`: of the training data. Raises UserError
-    where model or data are not those of the checkpoint."""
-    assert start.checkpoint is not None
-    checkpoint.check_same_model(start.trainer_state.model, checkpoint.model_shape(config), start.checkpoint)
-    if start.trainer_state.data_fingerprint != fingerprint:
+# --- What must be as it was -----------------------------------------------------------------------
+
+
+def settings_before(config: Config, source: Path | None, folder: Path) -> dict[str, Any] | None:
+    """The settings of the start that wrote the checkpoint `source`, as run.json has them, else config.yaml; where the
+    run in `folder` has no checkpoint yet, of its start before. None where there is none or they are not known."""
+    if config.resume is None:
+        return None
+    run = folder if source is None else source.resolve().parent.parent
+    recorded = read_run(run).get("config")
+    if isinstance(recorded, dict):
+        return upgrade(recorded, str(run / "run.json"), warn=False)
+    path = run / "config.yaml"
+    if not path.is_file():
+        if source is not None:
+            log.warning("%s has no run.json and no config.yaml beside it: its settings are not compared", source)
+        return None
+    values, _ = parse_settings(path.read_text(encoding="utf-8"), str(path))
+    return values
+
+
+def refuse_changes(before: dict[str, Any], config: Config, source: Path) -> None:
+    """UserError for a setting that another run would have: the steps that were taken hang on it."""
+    changed = differences(before, config.model_dump(mode="json"), OnResume.REFUSED)
+    if changed:
+        raise UserError(f"{source} cannot be resumed with {'; '.join(map(str, changed))}: {_WHY_NOT}", _another(source))
+
+
+_WHY_NOT = "the order of samples, the loss or the learning rates of the steps that were taken would have been others"
+
+
+def _another(source: Path) -> str:
+    run = source.parent.parent
+    return f"Leave it as it was, or begin another run with these weights: --init-from {run} --experiment-name NAME."
+
+
+def check_resumed(start: Start, config: Config, data: TrainingData, world: int) -> list[str]:
+    """What a resume changes, a line each; `config`: resolved. Raises UserError where data, schedule or the model's
+    shape are not those of the checkpoint. Nothing for a run that begins."""
+    source, before, now = start.checkpoint, start.before, config.model_dump(mode="json")
+    if source is None:
+        return []
+    checkpoint.check_same_model(start.trainer_state.model, checkpoint.model_shape(config), source)
+    if start.trainer_state.data_fingerprint != data.train.fingerprint:
+        changed = differences(before or {}, now, OnResume.DATA)
+        why = "; ".join(map(str, changed)) or "a file's contents changed"
         raise UserError(
-            f"the training data is not what {start.checkpoint} was trained on, so its position in the data means "
-            "nothing",
-            "Resume with the same files and data settings, or start a run with another --experiment-name.",
+            f"the training data is not what {source} was trained on, so its position in the data means nothing: {why}",
+            f"Resume with the same files and data settings. {_another(source)}",
         )
+    if before is None:
+        return []
+    _refuse_another_schedule(before, config, data, start.trainer_state.step, source)
+    lines = [f"changed: {change}" for change in differences(before, now, OnResume.SHOWN, OnResume.SCHEDULE)]
+    given, size = start.config, config.global_batch_size
+    made = given.batch_size * given.gradient_accumulation_steps * world
+    if made != size:
+        lines.append(
+            f"kept: the global batch of {size} samples, of the run's first start (batch_size {given.batch_size} x "
+            f"gradient_accumulation_steps {given.gradient_accumulation_steps} x {world} process(es) would make {made})"
+        )
+    return lines
+
+
+def _refuse_another_schedule(
+    before: dict[str, Any], config: Config, data: TrainingData, step: int, source: Path
+) -> None:
+    """UserError where a step that was taken would have had another learning rate. The rate's own size may change:
+    schedules are compared at the size that it had."""
+    changed = differences(before, config.model_dump(mode="json"), OnResume.SCHEDULE)
+    if not changed:
+        return
+    rates = {name: before[name] for name in ("learning_rate", "min_lr") if name in before}
+    then = {change.name: change.before for change in changed}
+    now, was = config.replace(**rates), config.replace(**rates, **then)
+    after = schedule(now, data.total_steps)
+    planned = schedule(was, total_steps(was, data.order))
+    wrong = next((taken for taken in range(step) if after(taken) != planned(taken)), None)
+    if wrong is not None:
+        raise UserError(
+            f"{source} cannot be resumed with {'; '.join(map(str, changed))}: step {wrong + 1} of the {step} that were "
+            f"taken had the learning rate {planned(wrong):.3g} and would have had {after(wrong):.3g}",
+            _another(source),
+        )
+
+
+def load_resumed(start: Start, engine: Engine) -> None:
+    """Load the checkpoint that the run goes on from; collective."""
+    assert start.checkpoint is not None
     load(start.checkpoint, engine, start.trainer)
 
 
@@ -179,8 +288,13 @@ def open_data(start: Start, config: Config, ranks: Ranks) -> TrainingData:
     train, evaluation = prepare_data(config, tokenizer, ranks, start.trainer_state.data_fingerprint or None)
     assert config.global_batch_size is not None
     order = GlobalOrder(train.num_samples, config.global_batch_size, config.seed, train.fingerprint)
+    return TrainingData(tokenizer, train, evaluation, order, total_steps(config, order))
+
+
+def total_steps(config: Config, order: GlobalOrder) -> int:
+    """Steps of the whole run."""
     steps = config.epochs * order.steps_per_epoch
-    return TrainingData(tokenizer, train, evaluation, order, min(steps, config.max_steps or steps))
+    return min(steps, config.max_steps or steps)
 
 
 def prepare_data(

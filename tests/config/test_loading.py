@@ -186,7 +186,7 @@ def test_yaml_round_trip(tmp_path: Path, preset: str) -> None:
     config = load(preset, {"train_data": ["ä b.jsonl", "c: d"]}, ["gradient_checkpointing=3", "min_lr=3e-9"])
     again = load(write(tmp_path, config.to_yaml()))
     assert again.values() == config.values()
-    assert yaml.safe_load(config.to_yaml()).keys() == Config.model_fields.keys()
+    assert yaml.safe_load(config.to_yaml()).keys() == Config.model_fields.keys() - {"resume"}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ from tests.runs import Runs, differing, final, losses, newest, write_conversatio
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
+# A run may be made longer under this schedule: no step that was taken would have had another learning rate.
+CONSTANT = {"lr_scheduler": "constant", "warmup_ratio": 0}
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -53,7 +56,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_every_stage_and_world_trains_the_same_adapters(runs: Runs, place: Path, base: Path, data: Path) -> None:
     worlds = {"alone": (0, 1), "one": (1, 2), "two": (2, 2), "three": (3, 2), "trio": (3, 3)}
-    settings = {"global_batch_size": 6, "max_steps": 3, "batch_size": 1}
+    settings = {"global_batch_size": 6, "max_steps": 3, "batch_size": 1, **CONSTANT}
     for name, (stage, world) in worlds.items():
         runs.train(argv(place / name, data, base, stage=stage, **settings), world)
     states = {name: final(place / name, 3) for name in worlds}
@@ -176,7 +179,7 @@ def test_what_is_refused(runs: Runs, place: Path, base: Path, data: Path) -> Non
 
     lent = shutil.copytree(base, place / "lent")
     run = place / "run"
-    runs.train(argv(run, data, lent, max_steps=2))
+    runs.train(argv(run, data, lent, max_steps=2, **CONSTANT))
     settings = yaml.safe_load((run / "config.yaml").read_text())
     for changes in ({"lora_rank": 2}, {"lora_rank": 0}, {"lora_targets": ["q_proj"]}):
         (place / "other.yaml").write_text(yaml.safe_dump(settings | changes | {"max_steps": 4}))

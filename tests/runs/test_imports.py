@@ -24,6 +24,9 @@ from tests.infer.hf_models import make_hf
 from tests.runs import Runs, final, losses, write_conversations
 from tests.small_tokenizer import CHATML, small_vocabulary, write_tokenizer
 
+# A run may be made longer under this schedule: no step that was taken would have had another learning rate.
+CONSTANT = {"lr_scheduler": "constant", "warmup_ratio": 0}
+
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -47,7 +50,8 @@ def argv(run: Path, data: Path, *words: str, stage: int = 0, **settings: Any) ->
 
 def test_twenty_steps_resume_answer_export(runs: Runs, place: Path, imported: Path, data: Path) -> None:
     run, begin = place / "tuned", ("--init-from", str(imported))
-    runs.train(argv(run, data, *begin, max_steps=20, batch_size=4, sample_prompts=["hello"], eval_fraction=0.2))
+    more = {"max_steps": 20, "batch_size": 4, "sample_prompts": ["hello"], "eval_fraction": 0.2, **CONSTANT}
+    runs.train(argv(run, data, *begin, **more))
     curve = losses(run)
     assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
     settings = yaml.safe_load((run / "config.yaml").read_text())
@@ -86,7 +90,10 @@ def test_twenty_steps_resume_answer_export(runs: Runs, place: Path, imported: Pa
 
 def test_every_stage_and_world_trains_the_same_weights(runs: Runs, place: Path, imported: Path, data: Path) -> None:
     """Biases and norms of heads under ZeRO: partitioned, saved, and put together again elsewhere."""
-    begin, settings = ("--init-from", str(imported)), {"global_batch_size": 4, "max_steps": 3, "batch_size": 1}
+    begin, settings = (
+        ("--init-from", str(imported)),
+        {"global_batch_size": 4, "max_steps": 3, "batch_size": 1, **CONSTANT},
+    )
     worlds = {"alone": (0, 1), "two": (2, 2), "three": (3, 2)}
     for name, (stage, world) in worlds.items():
         runs.train(argv(place / name, data, *begin, stage=stage, **settings), world)

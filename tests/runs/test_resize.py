@@ -35,8 +35,8 @@ def watch(groups: Path, last: int, rank: int) -> None:
 
     resume, compare = build.load_resumed, Stragglers.compare
 
-    def noted(start: Any, config: Any, fingerprint: str, engine: Any) -> None:
-        resume(start, config, fingerprint, engine)
+    def noted(start: Any, engine: Any) -> None:
+        resume(start, engine)
         decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
         groups.with_suffix(f".{rank}").write_text(json.dumps(decays))
 

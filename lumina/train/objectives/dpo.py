@@ -35,7 +35,7 @@ class DirectPreferenceOptimisation:
 
     def prepare_data(self, tokenizer: ChatTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
         config = self._config
-        if config.init_from is None:
+        if config.init_from is None and resumed is None:
             raise UserError(
                 "objective dpo moves a model away from what it began as, and none is given", "Add --init-from RUN."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,21 @@ def _valid(conversation: Conversation) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     for message in conversation.messages:
         entry: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning:
+            entry["reasoning_content"] = message.reasoning
+        if message.tool_calls:
+            entry["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in message.tool_calls
+            ]
+        entry |= {key: value for key, value in (("name", message.name), ("tool_call_id", message.call_id)) if value}
         if message.masked:
             entry["train_detail"] = [
                 {"begin_offset": start, "end_offset": end - 1, "train": False} for start, end in message.masked
             ]
         messages.append(entry if message.supervise else {**entry, "weight": 0})
-    return {**conversation_id, "messages": messages}
+    tools = {"tools": [json.loads(tool) for tool in conversation.tools]} if conversation.tools else {}
+    return {**conversation_id, "messages": messages, **tools}
 
 
 def _reject(path: Path, number: int, fault: Fault, record: Any) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def convert(record: Any, given: str = "", tally: FieldTally | None = None) -> Co
 def _convert(record: Any, given: str, tally: FieldTally) -> Conversation | Fault | Tree:
     if type(record) is dict:
         tally.format_given = bool(given)
+        if tally.tools:
+            tally.tools.clear()
         if given:
             entry = named(given)
             if not entry.required(record):

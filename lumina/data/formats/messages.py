@@ -1,4 +1,4 @@
-"""`{"messages": [{"role", "content"}, …], "system"?}`: OpenAI's, TRL's and Hugging Face's chat format."""
+"""`{"messages": [{"role", "content"}, …], "system"?, "tools"?}`: OpenAI's, TRL's and Hugging Face's chat format."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 from lumina.chat import Conversation
 from lumina.data.formats._format import DataFormat, has
+from lumina.data.records.calls import TOOLS
 from lumina.data.records.fault import WRONG_TYPE, Fault, kind
 from lumina.data.records.fields import FieldTally, Vocabulary
 from lumina.data.records.turns import decoded, to_conversation, to_messages
 
-RECORD = Vocabulary("messages", frozenset({"messages", "system"}))
+RECORD = Vocabulary("messages", frozenset({"messages", "system", *TOOLS}))
 
 
 def from_messages(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault:

@@ -1,4 +1,4 @@
-"""ShareGPT: `{"conversations": [{"from", "value"}, …], "system"?}`."""
+"""ShareGPT: `{"conversations": [{"from", "value"}, …], "system"?, "tools"?}`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 from lumina.chat import Conversation
 from lumina.data.formats._format import DataFormat, has
+from lumina.data.records.calls import TOOLS
 from lumina.data.records.fault import TWICE, WRONG_TYPE, Fault, kind
 from lumina.data.records.fields import FieldTally, Vocabulary, one_of
 from lumina.data.records.turns import decoded, to_conversation, to_messages
 
 KEYS = ("conversations", "conversation")
-RECORD = Vocabulary("ShareGPT", frozenset({*KEYS, "system"}))
+RECORD = Vocabulary("ShareGPT", frozenset({*KEYS, "system", *TOOLS}))
 
 
 def from_sharegpt(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault:

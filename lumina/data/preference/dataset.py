@@ -40,8 +40,8 @@ from lumina.data.records.fault import BLANK, Fault
 from lumina.data.records.fields import FieldTally
 from lumina.files import atomic_folder, write_json
 
-FORMAT_VERSION = 2
-EARLIER_FORMATS = (1,)  # 1: version 0.1.0, which read fewer shapes of pairs
+FORMAT_VERSION = 3
+EARLIER_FORMATS = (2, 1)  # 2: version 0.2.0, without tools and reasoning; 1: 0.1.0, which read fewer shapes of pairs
 TOO_LONG = "longer than the window"  # as every version has stored it; shown as "longer than seq_length"
 NOTHING = "nothing to learn from"
 _AT_ONCE = 512  # pairs rendered together

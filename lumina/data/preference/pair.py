@@ -1,7 +1,8 @@
 """Preference pairs: `chosen` and `rejected`, each a text, a message or messages, after one prompt.
 
 The prompt is `prompt`, `instruction` (with `input`, `history`) or `question`, a text or messages, or `conversations`; a
-`system` comes before it. Where the sides are whole chats, the prompt is what both begin with.
+`system` comes before it, and both sides have the same tools. Where the sides are whole chats, the prompt is what both
+begin with.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from typing import Any, NamedTuple
 
 from lumina.chat import Conversation, Message
 from lumina.data.formats.sharegpt import KEYS
+from lumina.data.records.calls import TOOLS
 from lumina.data.records.fault import TWICE, WRONG_TYPE, Fault, kind
 from lumina.data.records.fields import FieldTally, Vocabulary, one_of
 from lumina.data.records.questions import ABOUT, QUESTIONS, answer_messages, prompt_messages
-from lumina.data.records.turns import ROLES, decoded, group_id, system_message, to_messages
+from lumina.data.records.turns import ROLES, declared_tools, decoded, group_id, system_message, to_messages
 
 SAME, NO_PAIR = "chosen and rejected are the same", "no prompt, chosen and rejected"
 OTHER_PROMPT = "chosen and rejected answer different prompts"
 _CHATS = (*KEYS, "messages")
-_USED = frozenset({"chosen", "rejected", "system"})
+_USED = frozenset({"chosen", "rejected", "system", *TOOLS})
 # By where the prompt stands: what is not read then has to repeat what is.
 _ASKED = Vocabulary("a preference pair", _USED | {"history", *QUESTIONS, *ABOUT})
 _RECORDS = {name: Vocabulary("a preference pair", _USED | {name}) for name in ("", *_CHATS)}
@@ -47,12 +49,16 @@ def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
         return record
     if type(record) is not dict or any(record.get(key) is None for key in ("chosen", "rejected")):
         return Fault(NO_PAIR, "a pair has the keys chosen and rejected")
-    sides = []
+    sides, declared = [], []
     for key in ("chosen", "rejected"):
+        tally.tools.clear()
         side = answer_messages(record[key], tally)
         if isinstance(side, Fault):
             return Fault(side.reason, f"{key}: {side.detail}")
         sides.append(side)
+        declared.append(list(tally.tools))
+    if declared[0] != declared[1]:
+        return Fault(OTHER_PROMPT, "the system messages of the sides declare different tools")
     prompt = _prompt(record, tally)
     if isinstance(prompt, Fault):
         return prompt
@@ -62,7 +68,7 @@ def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
         while prompt and any(len(side) == len(prompt) for side in sides):
             prompt.pop()
         answers = [side[len(prompt) :] for side in sides]
-        opening = system_message(record, prompt)
+        opening = system_message(record, prompt, tally)
         if isinstance(opening, Fault):
             return opening
         prompt = [*opening, *prompt]
@@ -78,8 +84,11 @@ def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
     fault = tally.count(vocabulary, record, [*prompt, *answers[0], *answers[1]])
     if fault is not None:
         return fault
+    tools = declared_tools(record, tally)
+    if isinstance(tools, Fault):
+        return tools
     masked = [message._replace(supervise=False) for message in prompt]
-    chosen, rejected = (Conversation([*masked, *answer], group_id(record)) for answer in answers)
+    chosen, rejected = (Conversation([*masked, *answer], group_id(record), tools=tools) for answer in answers)
     return Pair(chosen, rejected)
 
 
@@ -112,7 +121,7 @@ def _prompt(record: dict[str, Any], tally: FieldTally) -> list[Message] | Fault 
         messages = to_messages(decoded(record[name]), tally)
     if isinstance(messages, Fault):
         return messages
-    opening = system_message(record, messages)
+    opening = system_message(record, messages, tally)
     return opening if isinstance(opening, Fault) else [*opening, *messages]
 
 

@@ -9,14 +9,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from operator import eq
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lumina.chat import SPECIAL_TOKENS, Conversation, RenderedBlock
+from lumina.chat import SPECIAL_TOKENS, Conversation, RenderedBlock, full_text, is_supervised
 from lumina.data.account import FIRST_LINES, add_counts
 from lumina.data.cache import arrow
 from lumina.data.preparing.deduplication import conversation_hash
@@ -121,21 +123,38 @@ class Statistics:
         """One conversation's structure, script and hash. Returns its roles."""
         messages = conversation.messages
         roles = [message.role for message in messages]
-        if any(map(eq, roles, roles[1:])):
+        if any(one == other != "tool" for one, other in pairwise(roles)):  # a turn may have several results
             self.find("roles that do not alternate", line)
             if any(map(eq, messages, messages[1:])):
                 self.find("a turn repeated at once", line)
-        if roles[-1] == "user":
-            self.find("ends with an unanswered user turn", line)
+        if roles[-1] in ("user", "tool"):
+            self.find(f"ends with an unanswered {roles[-1]} turn", line)
+        if conversation.tools or "tool" in roles or any(message.tool_calls for message in messages):
+            self._look_at_calls(conversation, line)
         head = messages[0].content[:200]
         script = "Latin" if head.isascii() else max(_SCRIPTS, key=lambda name: len(_SCRIPTS[name].findall(head)))
         self.scripts[script] = self.scripts.get(script, 0) + 1
         self.hashes.append(conversation_hash(conversation) >> 1)
         return roles
 
+    def _look_at_calls(self, conversation: Conversation, line: int) -> None:
+        """Tool calls without a declaration and results without a call: they are used as the file has them."""
+        declared = {orjson.loads(tool)["function"]["name"] for tool in conversation.tools}
+        called: set[str] = set()
+        waiting = 0
+        for message in conversation.messages:
+            waiting += len(message.tool_calls)
+            called |= {call.name for call in message.tool_calls}
+            if message.role == "tool":
+                if not waiting:
+                    self.find("a tool's result without a call", line)
+                waiting = max(0, waiting - 1)
+        if called - declared:
+            self.find("a call of a tool that is not declared", line, len(called - declared))
+
     def _search(self, conversations: Sequence[Conversation], lines: Sequence[int]) -> None:
         """Enters the messages of the block that a pattern matches."""
-        texts = [message.content for conversation in conversations for message in conversation.messages]
+        texts = [full_text(message) for conversation in conversations for message in conversation.messages]
         line_of = [line for c, line in zip(conversations, lines, strict=True) for _ in c.messages]
         found = pc.match_substring_regex(arrow.strings(texts), _CANDIDATE)
         candidates = np.flatnonzero(arrow.numpy(found))
@@ -181,16 +200,24 @@ def _sample(conversation: Conversation, line: int) -> dict[str, Any]:
     """A conversation for the report, long messages truncated for display and marked so."""
     return {
         "line": line,
+        "tools": [_shown(tool) for tool in conversation.tools[:12]],
         "messages": [
             {
                 "role": message.role,
-                "content": message.content[:SAMPLE_CHARS] + ("…" if len(message.content) > SAMPLE_CHARS else ""),
-                "supervised": message.supervise and message.role in ("assistant", "text"),
+                "name": message.name,
+                "reasoning": _shown(message.reasoning),
+                "content": _shown(message.content),
+                "tool_calls": [_shown(f"{call.name} {call.arguments}") for call in message.tool_calls],
+                "supervised": is_supervised(message),
             }
             for message in conversation.messages[:12]
         ],
         "more": max(0, len(conversation.messages) - 12),
     }
+
+
+def _shown(text: str) -> str:
+    return text[:SAMPLE_CHARS] + ("…" if len(text) > SAMPLE_CHARS else "")
 
 
 def expand_histogram(histogram: dict[str, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -18,10 +18,12 @@ from lumina.data.oasst.trees import is_flat_oasst, trees_of
 from lumina.data.reading.json_values import WRAPPERS, parse_json, read_values, records_in, several
 from lumina.data.reading.streams import FileLayout, lines_of, read_lines, text_of
 from lumina.data.reading.tables import read_table
+from lumina.data.records.calls import CALLS, TOOLS
 from lumina.data.records.fault import BLANK, EMPTY, Fault
 
 ROWS_AT_ONCE = 512
 _WRAPPERS = frozenset(WRAPPERS)
+_SPARSE = frozenset({*TOOLS, *CALLS, "input", "arguments"})
 
 
 class Item(NamedTuple):
@@ -108,12 +110,34 @@ def _batches(path: str, container: str) -> Iterator[Any]:
 def _rows(batches: Any) -> Iterator[Item]:
     number = 0
     for batch in batches:
+        sparse = [
+            name for name, kind in zip(batch.schema.names, batch.schema.types, strict=True) if _has_calls(name, kind)
+        ]
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
             part = batch.slice(start, ROWS_AT_ONCE)
             size = part.nbytes // max(1, part.num_rows)
             for record in part.to_pylist():
                 number += 1
+                for name in sparse:
+                    record[name] = _without_nulls(record[name])
                 yield Item(number, 1, size, record)
+
+
+def _has_calls(name: str, kind: pa.DataType) -> bool:
+    """Whether a column holds objects whose keys differ from row to row: tools, or the arguments of calls. Arrow gives
+    each of them the keys of all, with null where the row had none."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _has_calls(name, kind.value_type)
+    if not pa.types.is_struct(kind):
+        return False
+    return name in _SPARSE or any(_has_calls(kind[i].name, kind[i].type) for i in range(kind.num_fields))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Objects without the keys that are null."""
+    if type(value) is dict:
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(part) for part in value] if type(value) is list else value
 
 
 def _trees(items: Iterator[Item]) -> Iterator[Item]:

@@ -19,6 +19,10 @@ NOT_TO_BE_TAUGHT = "label is false: no answer to teach"
 UNKNOWN_FORMAT = "unknown format"
 OTHER_FORMAT = "another format than the one given"
 TWICE = "two fields for one thing"
+BAD_TOOL = "tool without a name"
+BAD_CALL = "tool call without a name"
+BAD_ARGUMENTS = "tool call whose arguments are no JSON object"
+OUT_OF_ORDER = "parts in another order than reasoning, content, tool calls"
 
 
 @dataclass(slots=True, frozen=True)

@@ -9,7 +9,7 @@ repeats what is used. Unknown keys are counted, with an example of each.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ CONTENT = frozenset(
         *("documents", "passages", "image", "images", "audio", "audios", "video", "videos", "mask", "train_detail"),
         *("choices", "options", "document", "passage", "article", "persona", "system_message", "instructions"),
         *("chat_history", "available_tools", "thought", "think", "cot", "chain_of_thought", "reasoning_details"),
-        *("tool_call", "masked", "loss_weight", "train_on_turn", "chat_template_kwargs", *FLAGS),
+        *("tool_call", "masked", "loss_weight", "train_on_turn", "chat_template_kwargs", "rationale"),
+        *("thinking_blocks", *FLAGS),
     }
 )
 # What tells formats apart: where a source's format is given, those of the others are set aside on purpose.
@@ -51,11 +52,13 @@ HARMLESS = frozenset(
         *("conversation_id", "conv_id", "dialog_id", "dialogue_id", "prompt_id", "message_id", "message_ids"),
         *("parent_id", "tree_id", "message_tree_id", "tool_call_id", "label", "redacted", "moderation"),
         *("openai_moderation", "detoxify", "country", "state", "hashed_ip", "header", "sender", "type",
-        "__index_level_0__"),
+        "__index_level_0__", "call_id", "tool_use_id", "tool_name", "tool_choice", "parallel_tool_calls", "signature",
+        "is_error", "cache_control"),
     }
 )  # fmt: skip
 
 _PLAIN = {name.replace("_", ""): name for name in sorted(HARMLESS | CONTENT)}
+_EMPTY_JSON = ("[]", "{}", "null")  # in a column of texts
 RENDERINGS = ("text", "prompt")  # may hold a conversation's messages with a template's words around them
 
 MOST_KEY_SETS = 1000  # sets of keys remembered at a time: records may have any
@@ -101,6 +104,7 @@ class FieldTally:
     format_given: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
     left_out: list[str] = field(default_factory=list)
+    tools: list[tuple[str, ...]] = field(default_factory=list)  # that system messages of the record being read declare
     examples: dict[str, tuple[int, str]] = field(default_factory=dict)  # of unknown keys: record, value
     # Messages of two keys, role and content or from and value: too many to look their keys up.
     plain_messages: int = 0
@@ -120,6 +124,8 @@ class FieldTally:
         for name in keys.content:
             value = held[name]
             if is_empty(value) if name not in FLAGS or value is None else value in (1, True):
+                continue
+            if type(value) is str and value.strip() in _EMPTY_JSON:
                 continue
             if self.format_given and name in OF_FORMATS:
                 self._add("set aside", name)
@@ -194,18 +200,27 @@ def is_empty(value: Any) -> bool:
 
 def repeats(value: Any, messages: Sequence[Message], rendering: bool = False) -> bool:
     """Whether a field holds nothing but what the messages say: a message's text, as a `prompt` beside a conversation
-    does; or, for a `rendering` of several messages, all of them in one text."""
+    does, or the messages themselves; or, for a `rendering` of several messages, all of them in one text."""
     if isinstance(value, str):
         text = value.strip()
-        if any(text == message.content.strip() for message in messages):
+        if any(text in (message.content.strip(), message.reasoning.strip()) for message in messages):
             return True
-        return rendering and len(messages) > 1 and all(message.content.strip() in text for message in messages)
+        if not rendering or len(messages) < 2:
+            return False
+        return all(part.strip() in text for message in messages for part in _texts(message))
     if isinstance(value, list | tuple):
         return bool(messages) and all(is_empty(part) or repeats(part, messages) for part in value)
     if isinstance(value, dict) and set(value) <= {"role", "from", "content", "value"}:
         said = value.get("content", value.get("value"))
         return isinstance(said, str) and repeats(said, messages)
     return False
+
+
+def _texts(message: Message) -> Iterator[str]:
+    """What a rendering of the message has to have in it; of arguments it may write the JSON in another way."""
+    yield message.content
+    yield message.reasoning
+    yield from (call.name for call in message.tool_calls)
 
 
 def one_of(record: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None, bool]:

@@ -1,8 +1,10 @@
 """One question and its answer: Alpaca (`instruction`, `input`, `output`, `history`), Dolly (`instruction`, `context`,
-`response`), `prompt` with `response` or `completion` (TRL), `question` with `answer`.
+`response`), `prompt` with `response` or `completion` (TRL), `question` with `answer`, `query` with calls as `answers`
+(xLAM).
 
 What a question is about (`input`, `context`) follows it after a blank line; earlier questions and answers (`history`)
-come before it as turns, and their answers are the assistant's words like any other.
+come before it as turns, and their answers are the assistant's words like any other. Reasoning and tool calls beside an
+answer that is a text are the answer's.
 """
 
 from __future__ import annotations
@@ -11,18 +13,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from lumina.chat import Conversation, Message
+from lumina.data.records.calls import CALLS, TOOLS, from_json
 from lumina.data.records.fault import EMPTY, TWICE, WRONG_TYPE, Fault, kind
-from lumina.data.records.fields import FieldTally, Vocabulary, is_empty, one_of
+from lumina.data.records.fields import NOT_USED, FieldTally, Vocabulary, is_empty, one_of
+from lumina.data.records.parts import REASONING
 from lumina.data.records.turns import decoded, to_conversation, to_messages
 
 ABOUT = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
 QUESTIONS = ("instruction", "prompt", "question", "query")
-RECORD = Vocabulary("question and answer", frozenset({*QUESTIONS, *ABOUT, *ANSWERS, "system", "history"}))
+_USED = frozenset({*QUESTIONS, *ABOUT, *ANSWERS, "system", "history", *TOOLS, *CALLS, *REASONING})
+RECORD = Vocabulary("question and answer", _USED)
+WITH_CALLS = Vocabulary("question and calls", _USED | {"answers"})
+_BESIDE = frozenset({*CALLS, *REASONING})
 
 
 def has_answer(record: dict[str, Any]) -> bool:
-    return any(record.get(name) is not None for name in ANSWERS)
+    return any(record.get(name) is not None for name in ANSWERS) or (
+        any(not is_empty(record.get(name)) for name in CALLS) or _call_answers(record)
+    )
+
+
+def _call_answers(record: dict[str, Any]) -> bool:
+    """Whether `answers` is the answer, a list of tool calls (xLAM)."""
+    if record.get("answers") is None or any(not is_empty(record.get(name)) for name in (*ANSWERS, *CALLS)):
+        return False
+    calls = from_json(record["answers"])
+    return type(calls) is list and bool(calls) and all(type(c) is dict and "name" in c for c in map(from_json, calls))
 
 
 def from_instruction(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault:
@@ -33,6 +50,15 @@ def from_instruction(record: dict[str, Any], tally: FieldTally) -> Conversation 
     assert question[0] is not None
     reply = None if answer[0] is None else decoded(record[answer[0]])
     replies = reply if type(reply) is list else [{"role": "assistant", "content": reply}]
+    vocabulary = RECORD
+    if not _BESIDE.isdisjoint(record) or (answer[0] is None and "answers" in record):
+        beside = {name: record[name] for name in (*CALLS, *REASONING) if not is_empty(record.get(name))}
+        if _call_answers(record):
+            vocabulary, beside["tool_calls"] = WITH_CALLS, record["answers"]
+        if beside and type(reply) is list:
+            name = next(iter(beside))
+            return Fault(f"{NOT_USED}: {name}", f"`{name}` beside an answer in messages has no place", len(reply) + 1)
+        replies = reply if type(reply) is list else [{**replies[0], **beside}]
     asked = prompt_messages(record, tally)
     if isinstance(asked, Fault):
         return asked
@@ -41,7 +67,7 @@ def from_instruction(record: dict[str, Any], tally: FieldTally) -> Conversation 
         return said
     if not said:
         return Fault(EMPTY, "no answer", len(asked) + 1)
-    return to_conversation(record, [*asked, *said], tally, RECORD)
+    return to_conversation(record, [*asked, *said], tally, vocabulary)
 
 
 def prompt_messages(record: dict[str, Any], tally: FieldTally) -> list[Message] | Fault:

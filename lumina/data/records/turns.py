@@ -1,8 +1,9 @@
 """Message objects -> messages: what every data format of conversations is turned into.
 
-A message may carry a flag that says whether it is supervised (`weight`, as OpenAI's fine-tuning has it, `train`,
-`training`, `trainable`, `loss`, `loss_mask` …), or `train_detail`, spans of its text that are not (axolotl's form, both
-ends counted).
+An assistant's message may have reasoning and tool calls beside its content, or as parts of it; a system message may
+declare tools; a tool's result is a message of role tool, or a part of the user's. A message may carry a flag that says
+whether it is supervised (`weight`, as OpenAI's fine-tuning has it, `train`, `training`, `trainable`, `loss`,
+`loss_mask` …), or `train_detail`, spans of its content that are not (axolotl's form, both ends counted).
 """
 
 from __future__ import annotations
@@ -12,22 +13,48 @@ from typing import Any
 
 import orjson
 
-from lumina.chat import ROLE_ALIASES, Conversation, Message
+from lumina.chat import ROLE_ALIASES, Conversation, Message, ToolCall
+from lumina.data.records.calls import CALLS, TOOLS, calls_of, same_calls, tools_of
 from lumina.data.records.fault import EMPTY, NO_ASSISTANT, TWICE, UNKNOWN_ROLE, WRONG_TYPE, Fault, kind
-from lumina.data.records.fields import FLAGS, HARMLESS, FieldTally, Vocabulary, is_empty, one_of
-
-MESSAGE = Vocabulary(
-    "a message", frozenset({"role", "from", "content", "value", "text", "refusal", "train_detail", *FLAGS})
+from lumina.data.records.fields import FLAGS, FieldTally, Vocabulary, is_empty, one_of
+from lumina.data.records.parts import (
+    CALL,
+    REASONING,
+    RESULT,
+    TEXT,
+    THOUGHT,
+    Part,
+    content_parts,
+    content_text,
+    in_order,
+    only_text,
+    reasoning_text,
+    result_message,
+    result_text,
 )
-EMPTY_SYSTEM, EMPTY_LAST = "empty system message", "empty last answer"
 
-# Beside the aliases of lumina.chat. A tool's output is context for the assistant, as a user's words are.
-ROLES = ROLE_ALIASES | {
-    **dict.fromkeys(("gpt", "chatgpt", "model", "chatbot", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function", "function_response", "ipython"), "user"),
+_USED = frozenset({"role", "from", "content", "value", "text", "refusal", "train_detail", *FLAGS})
+_FIELDS = {
+    "user": Vocabulary("a user's message", _USED),
+    "assistant": Vocabulary("an assistant's message", _USED | {*CALLS, *REASONING}),
+    "system": Vocabulary("a system message", _USED | {*TOOLS}),
+    "tool": Vocabulary("a tool's message", _USED - {"refusal", "train_detail"}),
+}
+EMPTY_SYSTEM, EMPTY_LAST = "empty system message", "empty last answer"
+_CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # their content is JSON of the assistant's calls
+_RESULT_ROLES = (
+    *("tool", "observation", "function", "ipython", "function_response", "tool_response", "tool_result", "tool_output"),
+    *("function_result", "function_output"),
+)
+_OF_ASSISTANT = frozenset({*CALLS, *REASONING})
+_TOOLS = frozenset(TOOLS)
+
+_PLAIN_ROLES = ROLE_ALIASES | {
+    **dict.fromkeys(("gpt", "chatgpt", "model", "chatbot"), "assistant"),
+    **dict.fromkeys(_RESULT_ROLES, "tool"),
     "developer": "system",
 }
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+ROLES = _PLAIN_ROLES | dict.fromkeys(_CALL_ROLES, "assistant")  # beside the aliases of lumina.chat
 
 
 def decoded(value: Any) -> Any:
@@ -47,10 +74,10 @@ def decoded(value: Any) -> Any:
 def to_conversation(
     record: dict[str, Any], messages: Sequence[Message], tally: FieldTally, vocabulary: Vocabulary
 ) -> Conversation | Fault:
-    """The conversation of these messages after the record's own `system`, when every field of the record has a place
-    and something is supervised."""
+    """The conversation of these messages after the record's own `system` and with its tools, when every field of the
+    record has a place and something is supervised."""
     if record.get("system") is not None:
-        opening = system_message(record, messages)
+        opening = system_message(record, messages, tally)
         if isinstance(opening, Fault):
             return opening
         messages = [*opening, *messages]
@@ -65,7 +92,31 @@ def to_conversation(
     fault = tally.count(vocabulary, record, messages)
     if fault is not None:
         return Fault(fault.reason, fault.detail, fault.messages + len(tally.left_out))
-    return Conversation(messages, group_id(record))
+    if not tally.tools and _TOOLS.isdisjoint(record):  # by far the most frequent
+        return Conversation(messages, group_id(record))
+    tools = declared_tools(record, tally)
+    if isinstance(tools, Fault):
+        return Fault(tools.reason, tools.detail, len(messages) + len(tally.left_out))
+    return Conversation(messages, group_id(record), tools=tools)
+
+
+def declared_tools(record: dict[str, Any], tally: FieldTally) -> tuple[str, ...] | Fault:
+    """The tools that a record or its system message declares, in one place or alike in several."""
+    declared = list(tally.tools)
+    for name in TOOLS:
+        found = tools_of(record.get(name), name)
+        if isinstance(found, Fault):
+            return found
+        declared.append(found)
+    declared = [tools for tools in declared if tools]
+    if any(not _alike(tools, declared[0]) for tools in declared[1:]):
+        return Fault(TWICE, "the tools stand in two places that differ")
+    return declared[0] if declared else ()
+
+
+def _alike(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether the tools are the same, whatever the order of their keys."""
+    return one == other or list(map(orjson.loads, one)) == list(map(orjson.loads, other))
 
 
 def group_id(record: dict[str, Any]) -> str:
@@ -88,7 +139,7 @@ def to_messages(raw: Sequence[Any], tally: FieldTally) -> list[Message] | Fault:
             sharegpt = role is None and content is None
             if sharegpt:
                 role, content = item.get("from"), item.get("value")
-            known = ROLES.get(role) if type(role) is str else None
+            known = _PLAIN_ROLES.get(role) if type(role) is str else None
             if known is not None and type(content) is str and content and not content.isspace():
                 messages.append(Message(known, content))
                 if sharegpt:
@@ -96,102 +147,161 @@ def to_messages(raw: Sequence[Any], tally: FieldTally) -> list[Message] | Fault:
                 else:
                     plain += 1
                 continue
-        found = message_of(item, number, tally)
+        found = messages_of(item, tally)
         if isinstance(found, Fault):
-            if found.reason == EMPTY and number == len(raw) and _role(item) == "assistant":
+            if found.reason == EMPTY and number == len(raw) and _PLAIN_ROLES.get(str(_role(item))) == "assistant":
                 tally.left_out.append(EMPTY_LAST)
                 continue
             return Fault(found.reason, f"message {number}: {found.detail}", len(raw))
-        if found is not None:
-            messages.append(found)
+        messages += found
     tally.plain_messages += plain
     tally.plain_turns += turns
     return messages
 
 
-def message_of(item: Any, number: int, tally: FieldTally) -> Message | Fault | None:
-    """One message of any shape; None for an empty system message, which says nothing."""
+def messages_of(item: Any, tally: FieldTally) -> list[Message] | Fault:
+    """The messages of one object: one; none of an empty system message, which says nothing; several of a user's whose
+    parts are tool results."""
     if type(item) is not dict:
         return Fault(WRONG_TYPE, f"it is {kind(item)}, not an object")
-    known = _role(item)
-    if isinstance(known, Fault):
-        return known
-    content = _content(item, known)
-    if isinstance(content, Fault):
-        return content
+    role = _role(item)
+    if isinstance(role, Fault):
+        return role
+    known = ROLES[role]
     learn = _flag(item)
     if isinstance(learn, Fault):
         return learn
-    masked = _masked(item.get("train_detail"), content)
-    if isinstance(masked, Fault):
-        return masked
-    if not content or content.isspace():
-        if known == "system":
-            tally.left_out.append(EMPTY_SYSTEM)
-            return None
-        fault = tally.count(MESSAGE, item)
-        return fault if fault is not None else Fault(EMPTY, f"{known} message without content")
-    message = Message(known, content, learn and not _covers(masked, content), masked)
-    fault = tally.count(MESSAGE, item, [message])
-    return message if fault is None else fault
+    name, twice = one_of(item, ("content", "value", "text", "refusal"))
+    if twice:
+        return Fault(TWICE, "its text stands in two fields that differ")
+    content = item[name] if name is not None else None
+    if known == "assistant":
+        found: list[Message] | Fault = _answer(item, role, content, learn, tally)
+    elif known == "tool":
+        text = result_text(content, tally)
+        found = text if isinstance(text, Fault) else [result_message(item, text, learn)]
+    else:
+        found = _asked(item, known, content, learn, tally)
+    if isinstance(found, Fault) and found.reason != EMPTY:
+        return found
+    fault = tally.count(_FIELDS[known], item, [] if isinstance(found, Fault) else found)
+    return found if fault is None else fault
 
 
 def _role(item: dict[str, Any]) -> str | Fault:
-    """A message's role, one of ours."""
+    """A message's role, one of ROLES."""
     role = item["role"] if item.get("role") is not None else item.get("from")
     if None not in (item.get("role"), item.get("from")) and item["role"] != item["from"]:
         return Fault(TWICE, "`role` and `from` differ")
     if type(role) is not str:
         return Fault(WRONG_TYPE, f"`role` is {kind(role)}")
-    known = ROLES.get(role.strip().lower())
-    return known if known is not None else Fault(UNKNOWN_ROLE, f"role {role[:40]!r}")
+    plain = role.strip().lower()
+    return plain if plain in ROLES else Fault(UNKNOWN_ROLE, f"role {role[:40]!r}")
 
 
-def _content(item: dict[str, Any], role: str) -> str | Fault:
-    """A message's text; a refusal is what an assistant says where it says nothing else."""
-    name, twice = one_of(item, ("content", "value", "text", "refusal"))
-    if twice:
-        return Fault(TWICE, "its text stands in two fields that differ")
-    content = item[name] if name is not None else None
-    text = content_text(content)
+def _parts(content: Any, tally: FieldTally) -> list[Part] | Fault:
+    """What a content holds; a Fault where that is nothing that can be read."""
+    if type(content) is str:
+        return [(TEXT, content)]
+    parts = content_parts(content, tally)
+    return Fault(WRONG_TYPE, f"`content` is {kind(content)}") if parts is None else parts
+
+
+def _asked(item: dict[str, Any], role: str, content: Any, learn: bool, tally: FieldTally) -> list[Message] | Fault:
+    """A user's or a system message, and the tool results that a user's has among its parts."""
+    parts = [] if content is None and role == "system" else _parts(content, tally)
+    if isinstance(parts, Fault):
+        return parts
+    if role == "system":
+        for name in () if _TOOLS.isdisjoint(item) else TOOLS:
+            tools = tools_of(item.get(name), name)
+            if isinstance(tools, Fault):
+                return tools
+            tally.tools.append(tools)
+    found: list[Message] = []
+    run: list[Part] = []
+    for part in (*parts, None):
+        if part is not None and (part[0] != RESULT or role == "system"):
+            run.append(part)
+            continue
+        text = only_text(run)
+        if isinstance(text, Fault):
+            return text
+        masked = _masked(item.get("train_detail"), text)
+        if isinstance(masked, Fault):
+            return masked
+        if text and not text.isspace():
+            found.append(Message(role, text, learn and not _covers(masked, text), masked))
+        if part is not None:
+            found.append(part[1])
+        run = []
+    if not found and role == "system":
+        tally.left_out.append(EMPTY_SYSTEM)
+    elif not found:
+        return Fault(EMPTY, f"{role} message without content")
+    return found
+
+
+def _answer(item: dict[str, Any], role: str, content: Any, learn: bool, tally: FieldTally) -> list[Message] | Fault:
+    """An assistant's message: reasoning, content and tool calls, each of which may be missing beside another."""
+    parts: list[Part] | Fault = []
+    calls: tuple[ToolCall, ...] | Fault = ()
+    if role in _CALL_ROLES:
+        calls = calls_of(content, tally)
+    elif content is not None:
+        parts = _parts(content, tally)
+    if isinstance(parts, Fault):
+        return parts
+    if isinstance(calls, Fault):
+        return calls
+    fault = in_order(parts)
+    if fault is not None:
+        return fault
+    text = only_text([part for part in parts if part[0] not in (THOUGHT, CALL)])
     if isinstance(text, Fault):
         return text
-    if text is None:
-        if content is None and (
-            role == "system" or any(not is_empty(item.get(key)) for key in ("tool_calls", "function_call"))
-        ):
-            return ""
-        return Fault(WRONG_TYPE, f"`content` is {kind(content)}")
-    return text
+    masked = _masked(item.get("train_detail"), text)
+    if isinstance(masked, Fault):
+        return masked
+    reasoning = _reasoning(item, "".join(said for sort, said in parts if sort == THOUGHT), tally)
+    if isinstance(reasoning, Fault):
+        return reasoning
+    calls = _calls(item, (*calls, *(call for sort, call in parts if sort == CALL)), tally)
+    if isinstance(calls, Fault):
+        return calls
+    text, reasoning = ("" if is_empty(said) else said for said in (text, reasoning))
+    if not text and not reasoning and not calls:
+        if content is None and _OF_ASSISTANT.isdisjoint(item):
+            return Fault(WRONG_TYPE, "`content` is null")
+        return Fault(EMPTY, "assistant message without content")
+    supervise = learn and not (_covers(masked, text) and not reasoning and not calls)
+    return [Message("assistant", text, supervise, masked, reasoning, calls)]
 
 
-def content_text(content: Any) -> str | Fault | None:
-    """A message's text: a string, or parts of type text joined; None for anything else, a Fault for parts that say
-    something that is no text."""
-    if type(content) is str:
-        return content
-    if type(content) is dict and content.get("type") in _TEXT_PARTS:
-        content = [content]
-    if type(content) is not list:
-        return None
-    texts = []
-    for part in content:
-        if type(part) is str:
-            texts.append(part)
+def _reasoning(item: dict[str, Any], said: str, tally: FieldTally) -> str | Fault:
+    """An assistant's reasoning, from its own field or from the parts of the content (`said`)."""
+    for name in () if _OF_ASSISTANT.isdisjoint(item) else REASONING:
+        if is_empty(item.get(name)):
             continue
-        sort = part.get("type", "text") if type(part) is dict else None
-        where = _TEXT_PARTS.get(sort) if isinstance(sort, str) else None
-        text = part.get(where) if where is not None else None
-        if type(text) is str:
-            for name, held in part.items():
-                if name not in ("type", where) and name not in HARMLESS and not is_empty(held):
-                    return Fault(f"field not used: {name[:30]}", f"`{name[:30]}` in a part of text has no place")
-            texts.append(text)
-        elif isinstance(sort, str) and sort not in _TEXT_PARTS:
-            return Fault(f"field not used: content of type {sort[:30]}", f"a part of type {sort[:30]!r} has no place")
-        else:
-            return None
-    return "".join(texts)
+        text = reasoning_text(item[name], name, tally)
+        if isinstance(text, Fault):
+            return text
+        if said.strip() and text.strip() and said.strip() != text.strip():
+            return Fault(TWICE, "the reasoning stands in two fields that differ")
+        said = said if said.strip() else text
+    return said
+
+
+def _calls(item: dict[str, Any], said: tuple[ToolCall, ...], tally: FieldTally) -> tuple[ToolCall, ...] | Fault:
+    """An assistant's tool calls, from its own field or from elsewhere (`said`)."""
+    for name in () if _OF_ASSISTANT.isdisjoint(item) else CALLS:
+        calls = calls_of(item.get(name), tally)
+        if isinstance(calls, Fault):
+            return calls
+        if said and calls and not same_calls(said, calls):
+            return Fault(TWICE, "the tool calls stand in two fields that differ")
+        said = said or calls
+    return said
 
 
 def _flag(item: dict[str, Any]) -> bool | Fault:
@@ -235,12 +345,12 @@ def _covers(spans: Sequence[tuple[int, int]], content: str) -> bool:
     return bool(spans) and not content[at:].strip()
 
 
-def system_message(record: dict[str, Any], messages: Sequence[Message]) -> list[Message] | Fault:
+def system_message(record: dict[str, Any], messages: Sequence[Message], tally: FieldTally) -> list[Message] | Fault:
     """What a record's own `system` puts before its messages: nothing where it is empty or where they begin with it."""
     system = record.get("system")
     if system is None:
         return []
-    text = content_text(system)
+    text = content_text(system, tally)
     if not isinstance(text, str):
         return text or Fault(WRONG_TYPE, f"`system` is {kind(system)}", len(messages))
     if not text or text.isspace():

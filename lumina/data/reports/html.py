@@ -188,10 +188,17 @@ def _plot(title: str, histogram: dict[str, int]) -> str:
 
 
 def _conversation(sample: Mapping[str, Any]) -> str:
-    turns = "".join(
-        f'<div class="turn {"supervised" if message["supervised"] else "masked"}"><b>{escape(message["role"])}</b> '
-        f"{escape(message['content'])}</div>"
-        for message in sample["messages"]
-    )
+    turns = "".join(map(_turn, sample["messages"]))
+    tools = "".join(f'<div class="turn masked"><b>tools</b> {escape(tool)}</div>' for tool in sample["tools"])
     more = f'<p class="soft">… and {sample["more"]} more</p>' if sample["more"] else ""
-    return f"<details open><summary>{escape(str(sample['line']))}</summary>{turns}{more}</details>"
+    return f"<details open><summary>{escape(str(sample['line']))}</summary>{tools}{turns}{more}</details>"
+
+
+def _turn(message: Mapping[str, Any]) -> str:
+    """A message: its reasoning, content and tool calls, each a block of its own that says what it is."""
+    who = " ".join(filter(None, (message["role"], message["name"])))
+    said = [(f"{who}, reasoning", message["reasoning"]), (who, message["content"])]
+    said += [(f"{who}, tool call", call) for call in message["tool_calls"]]
+    shown = [(what, text) for what, text in said if text] or [(who, "")]
+    kind = "supervised" if message["supervised"] else "masked"
+    return "".join(f'<div class="turn {kind}"><b>{escape(what)}</b> {escape(text)}</div>' for what, text in shown)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lumina.chat import Conversation, Message, render
 from lumina.data import prepare
 from lumina.data.account import Account
 from lumina.data.formats import convert
-from lumina.data.preference.pair import OTHER_PROMPT, Pair, from_pair
-from lumina.data.records.fault import Fault, Tree
+from lumina.data.records.fault import Fault
 from lumina.data.records.fields import CONTENT, HARMLESS, MOST_NAMES, FieldTally, is_empty
 from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
 
@@ -94,9 +90,9 @@ def test_roles_keys_and_empty_messages_in_every_format_alike(messages: list[Any]
     assert read({key: messages}) == [U, A]
 
 
-def test_a_developer_is_the_system_and_a_tool_is_context() -> None:
+def test_a_developer_is_the_system_and_a_tool_has_a_role_of_its_own() -> None:
     found = read({"messages": [turn("developer", "s"), turn("user", "q"), turn("tool", "t"), turn("assistant", "a")]})
-    assert found == [Message("system", "s"), U, Message("user", "t"), A]
+    assert found == [Message("system", "s"), U, Message("tool", "t"), A]
 
 
 @pytest.mark.parametrize("flag", ["weight", "train", "training", "trainable", "loss", "loss_mask"])
@@ -154,28 +150,27 @@ def test_an_answer_masked_whole_teaches_nothing() -> None:
         ({"prompt": "q", "completion": "a", "label": False}, "label is false: no answer to teach"),
         ({**chat("q", "a"), "label": False}, "label is false: no answer to teach"),
         ({**chat("q", "a"), "history": [["x", "y"]]}, "field not used: history"),
-        ({**chat("q", "a"), "tools": [{"type": "function"}]}, "field not used: tools"),
         ({**chat("q", "a"), "prompt": "another"}, "field not used: prompt"),
         ({**chat("q", "a"), "chosen": "better"}, "field not used: chosen"),
-        ({"messages": [turn("user", "q"), turn("assistant", "", tool_calls=[{"id": "c"}])]},
-         "field not used: tool_calls"),
-        ({"messages": [turn("user", "q"), turn("assistant", "a", thinking="t")]}, "field not used: thinking"),
-        ({"messages": [turn("user", "q"), turn("assistant", "a", reasoning_content="t")]},
-         "field not used: reasoning_content"),
-        ({"messages": [turn("user", "q"), turn("assistant", [{"type": "thinking", "thinking": "t"}])]},
-         "field not used: content of type thinking"),
         ({"messages": [turn("user", "q"), turn("assistant", "a", value="b")]}, "two fields for one thing"),
         ({"messages": [turn("system", "s"), turn("user", "q"), turn("assistant", "a")], "system": "t"},
          "two fields for one thing"),
         ({"instruction": "q", "output": "a", "response": "b"}, "two fields for one thing"),
         ({"instruction": "q", "input": "i", "context": "c", "output": "a"}, "two fields for one thing"),
         ({"text": "t", "completion": "c"}, "field not used: completion"),
-        ({"messages": [turn("user", "q"), turn("assistant", "51", reasoning_content="so it is 51")]},
-         "field not used: reasoning_content"),
         ({"text": "a", "answer": "cat"}, "field not used: answer"),
         ({**chat("q", "a"), "train": False}, "field not used: train"),
         ({**chat("q", "a"), "Persona": "a pirate"}, "field not used: Persona"),
         ({**chat("q", "a"), "toolCalls": [{"id": "c"}]}, "field not used: toolCalls"),
+        ({"text": "t", "tools": [{"name": "f"}]}, "field not used: tools"),
+        ({**chat("q", "a"), "reasoning": "r"}, "field not used: reasoning"),
+        ({"messages": [turn("user", "q", tools=[{"name": "f"}]), turn("assistant", "a")]}, "field not used: tools"),
+        ({"messages": [turn("user", "q", thinking="t"), turn("assistant", "a")]}, "field not used: thinking"),
+        ({"messages": [turn("system", "s", reasoning="t"), turn("user", "q"), turn("assistant", "a")]},
+         "field not used: reasoning"),
+        ({"messages": [turn("user", "q", tool_calls=[{"name": "f"}]), turn("assistant", "a")]},
+         "field not used: tool_calls"),
+        ({"prompt": "q", "completion": [turn("assistant", "a")], "thinking": "t"}, "field not used: thinking"),
         ({"prompt": "q", "completion": "a", "label": "False"}, "label is false: no answer to teach"),
         ({"messages": [turn("user", "q"), turn("assistant", [{"type": "text", "text": "a", "thinking": "t"}])]},
          "field not used: thinking"),
@@ -245,168 +240,12 @@ def test_the_vocabulary_has_one_use_for_each_key() -> None:
     assert not CONTENT & HARMLESS
 
 
-# --- Every string of a record is trained, masked, or counted -----------------------------------------
-
-NAMES = sorted(CONTENT | HARMLESS | {"unheard_of", "other"})
-
-
-def planted(value: Any, marks: Iterator[int], path: str = "") -> Any:
-    """A copy in which every text is a marker of its own: `MARKn-`."""
-    if isinstance(value, str):
-        return f"MARK{next(marks)}-"
-    if isinstance(value, list):
-        return [planted(part, marks) for part in value]
-    if isinstance(value, dict):
-        return {k: v if k in ("role", "from", "type") else planted(v, marks) for k, v in value.items()}
-    return value
-
-
-TURN = st.sampled_from(
-    [turn("user", "x"), turn("assistant", "x"), {"from": "gpt", "value": "x"}, turn("system", "x"), turn("tool", "x")]
-)
-EXTRA = st.dictionaries(
-    st.sampled_from(NAMES), st.sampled_from(["x", ["x", "x"], {"k": "x"}, 1, None, True]), max_size=3
-)
-BASE = st.one_of(
-    st.lists(TURN, min_size=1, max_size=4).map(lambda turns: {"messages": turns}),
-    st.lists(TURN, min_size=1, max_size=4).map(lambda turns: {"conversations": turns}),
-    st.sampled_from(
-        [
-            {"instruction": "x", "input": "x", "output": "x"},
-            {"instruction": "x", "output": "x", "history": [["x", "x"]]},
-            {"prompt": "x", "completion": "x", "system": "x"},
-            {"prompt": [turn("user", "x")], "completion": [turn("assistant", "x")]},
-            {"question": "x", "context": "x", "answer": "x"},
-            {"text": "x"},
-        ]
-    ),
-)
-
-
-def strings_of(value: Any) -> set[str]:
-    if isinstance(value, str):
-        return {value} if value.startswith("MARK") else set()
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    return set().union(*map(strings_of, parts))
-
-
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(BASE, EXTRA, st.one_of(st.none(), EXTRA))
-def test_every_marker_is_trained_masked_or_counted(base: Any, extra: Any, in_message: Any) -> None:
-    record = {**base, **extra}
-    turns = record.get("messages", record.get("conversations"))
-    if in_message and isinstance(turns, list) and turns and isinstance(turns[0], dict):
-        record[next(k for k in ("messages", "conversations") if isinstance(record.get(k), list))] = [
-            {**in_message, **turns[0]},
-            *turns[1:],
-        ]
-    record = planted(record, iter(range(10_000)))
-    tally = FieldTally()
-    found = convert(record, tally=tally)
-    if isinstance(found, Fault):
-        assert found.reason  # refused, and counted under this
-        return
-    assert not isinstance(found, Tree)
-    kept = "".join(message.content for message in found.messages)
-    lost = {mark for mark in strings_of(record) if mark not in kept}
-    totals = tally.totals()
-    counted = set(totals.get("harmless", {})) | set(totals.get("unknown", {}))
-
-    def explained(value: Any) -> Iterator[str]:
-        """Markers under keys that were counted as harmless or unknown."""
-        if isinstance(value, dict):
-            for name, held in value.items():
-                yield from strings_of(held) if name in counted else explained(held)
-        elif isinstance(value, list):
-            for part in value:
-                yield from explained(part)
-
-    assert lost <= set(explained(record))
-
-
-# --- Preference pairs --------------------------------------------------------------------------------
-
-EGG = [turn("user", "How do I boil an egg?")]
-GOOD, BAD = "Ten minutes.", "No idea."
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"prompt": EGG[0]["content"], "chosen": GOOD, "rejected": BAD},
-        {"prompt": EGG, "chosen": [turn("assistant", GOOD)], "rejected": [turn("assistant", BAD)]},
-        {
-            "prompt": EGG[0]["content"],
-            "chosen": [*EGG, turn("assistant", GOOD)],
-            "rejected": [*EGG, turn("assistant", BAD)],
-        },
-        {"chosen": [*EGG, turn("assistant", GOOD)], "rejected": [*EGG, turn("assistant", BAD)]},
-        {"instruction": EGG[0]["content"], "input": "", "chosen": GOOD, "rejected": BAD},
-        {"question": EGG[0]["content"], "chosen": GOOD, "rejected": BAD},
-        {
-            "conversations": [{"from": "human", "value": EGG[0]["content"]}],
-            "chosen": {"from": "gpt", "value": GOOD},
-            "rejected": {"from": "gpt", "value": BAD},
-        },
-        {  # as UltraFeedback has it: the chosen chat a second time
-            "prompt": EGG[0]["content"],
-            "messages": [*EGG, turn("assistant", GOOD)],
-            "chosen": [*EGG, turn("assistant", GOOD)],
-            "rejected": [*EGG, turn("assistant", BAD)],
-            "score_chosen": 8.0,
-        },
-    ],
-)
-@pytest.mark.parametrize("system", [None, "Be brief."])
-def test_pairs_in_every_shape_have_their_prompt_once(record: dict[str, Any], system: str | None) -> None:
-    found = from_pair({**record, "system": system})
-    assert isinstance(found, Pair), found
-    opening = [] if system is None else [Message("system", system, supervise=False)]
-    prompt = [*opening, Message("user", EGG[0]["content"], supervise=False)]
-    assert list(found.chosen.messages) == [*prompt, Message("assistant", GOOD)]
-    assert list(found.rejected.messages) == [*prompt, Message("assistant", BAD)]
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ({"prompt": "q", "chosen": [turn("user", "other"), turn("assistant", "a")], "rejected": "b"}, OTHER_PROMPT),
-        ({"chosen": [turn("user", "p"), turn("assistant", "a")],
-          "rejected": [turn("user", "q"), turn("assistant", "b")]}, OTHER_PROMPT),
-        ({"chosen": "a", "rejected": "b"}, "no prompt, chosen and rejected"),
-        ({"chosen": [turn("user", "q"), turn("assistant", "a")], "context": "doc",
-          "rejected": [turn("user", "q"), turn("assistant", "b")]}, "field not used: context"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": ["t"]}, "field not used: tools"),
-        ({"prompt": "q", "question": "r", "chosen": "a", "rejected": "b"}, "two fields for one thing"),
-        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
-    ],
-)  # fmt: skip
-def test_pairs_that_are_none_are_refused(record: dict[str, Any], reason: str) -> None:
-    found = from_pair(record)
-    assert isinstance(found, Fault), found
-    assert found.reason == reason
-
-
-def test_each_vocabulary_is_asked_for_itself() -> None:
-    """A pair whose prompt stands in `messages` must not make the next one's unrelated `messages` a prompt."""
-    tally = FieldTally()
-    whole = {"chosen": [*EGG, turn("assistant", GOOD)], "rejected": [*EGG, turn("assistant", BAD)]}
-    assert isinstance(from_pair({"messages": EGG, "chosen": GOOD, "rejected": BAD}, tally), Pair)
-    other = {**whole, "messages": [turn("user", "x"), turn("assistant", "something else")]}
-    found = from_pair(other, tally)
-    assert isinstance(found, Fault)
-    assert found.reason == "field not used: messages"
-
-
 def test_lists_kept_as_json_in_text_columns() -> None:
     turns = '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'
     for record in ({"messages": turns}, {"conversations": turns}):
         assert read(record) == [U, A]
     answer = '[{"role": "assistant", "content": "a"}]'
     assert read({"prompt": "q", "completion": answer}) == [U, A]
-    pair = from_pair({"prompt": "q", "chosen": answer, "rejected": "b"})
-    assert isinstance(pair, Pair)
-    assert pair.chosen.messages[-1] == A
     assert read({"prompt": "q", "completion": '{"a": 1}'})[-1].content == '{"a": 1}'  # JSON that is the answer
 
 

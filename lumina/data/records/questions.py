@@ -39,7 +39,9 @@ def _call_answers(record: dict[str, Any]) -> bool:
     if record.get("answers") is None or any(not is_empty(record.get(name)) for name in (*ANSWERS, *CALLS)):
         return False
     calls = from_json(record["answers"])
-    return type(calls) is list and bool(calls) and all(type(c) is dict and "name" in c for c in map(from_json, calls))
+    if type(calls) is not list or not calls:
+        return False
+    return all(type(call) is dict and not {"name", "function"}.isdisjoint(call) for call in map(from_json, calls))
 
 
 def from_instruction(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault:

@@ -9,11 +9,12 @@ from typing import Any
 
 import orjson
 
-from lumina.chat import Tokenizer
+from lumina.chat import NEWEST_TEMPLATE, Tokenizer
 from lumina.config import Config, load
 from lumina.data import PackedDataset
 
 TOKENIZER = Tokenizer.load()
+AGENT_TOKENIZER = Tokenizer.load(NEWEST_TEMPLATE)  # whose template has a form for tools, calls and reasoning
 
 
 @dataclass(frozen=True)

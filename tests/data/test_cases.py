@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from lumina.data import PackedDataset, prepare, prepare_pairs
-from tests.data.helpers import TOKENIZER, Settings
+from tests.data.helpers import AGENT_TOKENIZER, Settings
 
 ROOMY = 512  # tokens: nothing here is split
 
@@ -46,7 +46,7 @@ class Seen(NamedTuple):
 
 
 def seen(path: Path) -> Seen:
-    dataset = prepare([path], Settings(seq_length=ROOMY), TOKENIZER)
+    dataset = prepare([path], Settings(seq_length=ROOMY), AGENT_TOKENIZER)
     supervised, context = runs(dataset)
     return Seen(dataset.account["conversations"], supervised, context, dataset.account)
 
@@ -59,7 +59,7 @@ def runs(dataset: PackedDataset) -> tuple[list[str], list[str]]:
             start = 0
             for at in range(1, len(chunk.ids) + 1):
                 if at == len(chunk.ids) or chunk.mask[at] != chunk.mask[start]:
-                    text = TOKENIZER.decode(chunk.ids[start:at].tolist())
+                    text = AGENT_TOKENIZER.decode(chunk.ids[start:at].tolist())
                     found[bool(chunk.mask[start])].append((chunk.line, text))
                     start = at
     return tuple([text for _, text in sorted(found[kind], key=lambda run: run[0])] for kind in (True, False))  # type: ignore[return-value]
@@ -320,14 +320,14 @@ def test_a_pair_has_its_prompt_once(name: str, tmp_path: Path) -> None:
     record, system = PAIRS[name]
     path = tmp_path / f"{name}.jsonl"
     path.write_bytes(lines(record))
-    dataset = prepare_pairs([path], Settings(seq_length=ROOMY, cache_dir=str(tmp_path / "cache")), TOKENIZER)
+    dataset = prepare_pairs([path], Settings(seq_length=ROOMY, cache_dir=str(tmp_path / "cache")), AGENT_TOKENIZER)
     assert dataset.account["pairs"] == 1
     batch = dataset.batch([0])
     opening = f"<|im_start|><|system|>{system}<|im_end|>" if system else ""
     for start, end, answer in zip(batch.cu_seqlens_D, batch.cu_seqlens_D[1:], (GOOD, BAD), strict=False):
-        text = TOKENIZER.decode(batch.ids_T[start:end].tolist())
+        text = AGENT_TOKENIZER.decode(batch.ids_T[start:end].tolist())
         prompt = f"{opening}<|im_start|><|user|>{EGG}<|im_end|><|im_start|><|assistant|>"
         assert text == f"{prompt}{answer}<|im_end|>"
         own = slice(start, end)
         targets = batch.targets_T[own][batch.weights_T[own] == 1].tolist()
-        assert TOKENIZER.decode(targets) == f"{answer}<|im_end|>"
+        assert AGENT_TOKENIZER.decode(targets) == f"{answer}<|im_end|>"

@@ -147,10 +147,9 @@ def run_task(tokenizer: ChatTokenizer, task: Task) -> dict[str, Any]:
     if task.kind == "statistics":
         statistics = Statistics()
         for block in read_blocks(task, account, statistics):
-            ids, refused = tokenizer.render_valid(block.conversations)
-            assert not refused, "statistics are made with Lumina's template, which takes every conversation"
+            ids, numbers = rendered(tokenizer, block, account)
             to_chunks(ids, task.seq_length, task.overlong, account)
-            statistics.add(block.conversations, block.numbers, ids)
+            statistics.add([block.conversations[i] for i in ids.source.tolist()], numbers, ids)
         return {"account": account.to_dict(), "statistics": statistics.to_dict(), "lines": account.last_line}
     with ChunkWriter(Path(task.out)) as writer:
         for block in read_blocks(task, account):

@@ -69,7 +69,7 @@ USER, ANSWER, SYSTEM = Message("user", "q"), Message("assistant", "a"), Message(
                     {"from": "gpt", "value": "a"},
                 ]
             },
-            [SYSTEM, USER, Message("assistant", "call"), USER, ANSWER],
+            [SYSTEM, USER, Message("assistant", "call"), Message("tool", "q"), ANSWER],
         ),
         ("Alpaca", {"instruction": "q", "input": "", "output": "a"}, [USER, ANSWER]),
         ("Alpaca", {"instruction": "do", "input": "this", "output": "a"}, [Message("user", "do\n\nthis"), ANSWER]),

@@ -17,7 +17,7 @@ from lumina.data.formats import convert
 from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
 from lumina.data.records.fault import BAD_ARGUMENTS, BAD_CALL, BAD_TOOL, TWICE, Fault
-from tests.data.helpers import TOKENIZER, write_jsonl
+from tests.data.helpers import AGENT_TOKENIZER, write_jsonl
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "description": "Where, in «city» form"}}}
 FUNCTION = {"name": "get_weather", "description": "Weather now", "parameters": SCHEMA}
@@ -197,7 +197,7 @@ def test_arguments_that_are_no_object_are_refused_with_an_example(arguments: Any
     }
     record = {"messages": [turn("user", "q"), turns[how], turn("assistant", "a")]}
     path = write_jsonl(tmp_path / "d.jsonl", [record, asked()])
-    account = validate([str(path)], TOKENIZER, workers=1).account
+    account = validate([str(path)], AGENT_TOKENIZER, workers=1).account
     account.check()
     assert (account.records, account.bad_lines) == (1, 1)
     assert "get_weather" in account.faults[BAD_ARGUMENTS].example
@@ -310,7 +310,7 @@ def test_a_result_that_is_an_image_is_refused() -> None:
 def test_what_is_undeclared_or_unasked_is_used_and_shown(tmp_path: Path) -> None:
     other = {"messages": [turn("user", "q"), turn("tool", "r"), turn("assistant", "a")]}
     path = write_jsonl(tmp_path / "d.jsonl", [answered(tool_calls=[WRAPPED]), other])
-    validation = validate([str(path)], TOKENIZER, workers=1)
+    validation = validate([str(path)], AGENT_TOKENIZER, workers=1)
     assert validation.account.bad_lines == 0
     counts = {what: found.count for what, found in validation.statistics.findings.items()}
     assert counts == {"a call of a tool that is not declared": 1, "a tool's result without a call": 1}

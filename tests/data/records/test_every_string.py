@@ -17,7 +17,7 @@ from lumina.data.records.calls import CALLS, TOOLS
 from lumina.data.records.fault import Fault, Tree
 from lumina.data.records.fields import CONTENT, FLAGS, HARMLESS, FieldTally
 from lumina.data.records.parts import REASONING
-from tests.data.helpers import TOKENIZER
+from tests.data.helpers import AGENT_TOKENIZER
 
 # --- Records of any format ---------------------------------------------------------------------------
 
@@ -236,10 +236,10 @@ def said(value: Any) -> Iterator[str]:
 def check(record: Any, conversations: list[Conversation], tally: FieldTally) -> None:
     supervised = context = ""
     for conversation in conversations:
-        block, refused = TOKENIZER.render_valid([conversation])
+        block, refused = AGENT_TOKENIZER.render_valid([conversation])
         assert not refused
-        supervised += TOKENIZER.decode(block.ids[block.mask == 1].tolist())
-        context += TOKENIZER.decode(block.ids[block.mask == 0].tolist())
+        supervised += AGENT_TOKENIZER.decode(block.ids[block.mask == 1].tolist())
+        context += AGENT_TOKENIZER.decode(block.ids[block.mask == 0].tolist())
     totals = tally.totals()
     whole = opened(record)
     counted = set(totals.get("harmless", {})) | set(totals.get("unknown", {}))

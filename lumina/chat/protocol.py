@@ -26,8 +26,8 @@ class RenderedBlock(NamedTuple):
     source_N int64 (which of the given conversations it is), repeated_M bool (context that an earlier one of the same
     source has too, and accounts for), role_M int8 (the message's role, as an index into ROLES).
 
-    A template that renders earlier turns differently once later ones follow makes several of one conversation: one for
-    each assistant turn, in which that turn alone is supervised.
+    A template that renders earlier turns differently once later ones follow makes several of one conversation. Each of
+    its assistant's turns is supervised in one of them, in which the context is what the model would be asked with.
     """
 
     ids: NDArray[np.int32]
@@ -104,6 +104,9 @@ class ChatTokenizer(Protocol):
     template_version: str
     fingerprint: str
     """Of vocabulary, template and stop tokens: part of the fingerprint of prepared data."""
+    earlier: tuple[str, str]
+    """fingerprint and template_version of this tokenizer in releases whose format of prepared data is an earlier one: a
+    run is resumed on what they prepared."""
 
     @property
     def chat_template(self) -> str | None:
@@ -139,9 +142,9 @@ class ChatTokenizer(Protocol):
     def text_ids(self, text: str) -> list[int]:
         """The ids of a text that is to be continued, not answered. Raises UserError."""
 
-    def message_spans(self, conversation: Conversation) -> tuple[list[int], list[MessageSpan]]:
-        """A conversation's ids, and where messages are in them: all, or the assistant's where the template tells no
-        more. Raises UserError."""
+    def message_spans(self, conversation: Conversation) -> list[tuple[list[int], list[MessageSpan]]]:
+        """A conversation's samples (several where the template rewrites history): the ids, and where messages are in
+        them, each in one: all messages, or the assistant's where the template tells no more. Raises UserError."""
 
     def render_valid(self, conversations: Sequence[Conversation]) -> tuple[RenderedBlock, dict[int, str]]:
         """The conversations that the template takes, tokenized, and why it does not take the others, by number."""

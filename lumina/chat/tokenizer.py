@@ -34,6 +34,7 @@ class Tokenizer(Cl100kEncoder):
         self.begin_id: int = self.end_of_text_id
         self.stop_ids: frozenset[int] = frozenset([self.stop_id])
         self.template_version = name + rule.SUPERVISION_VERSION
+        self.earlier: tuple[str, str] = (self.fingerprint, self.template_version)
 
     @classmethod
     def load(cls, chat_template: str | None = None) -> Tokenizer:
@@ -56,12 +57,12 @@ class Tokenizer(Cl100kEncoder):
     def text_ids(self, text: str) -> list[int]:
         return [self.end_of_text_id, *self.encode(text)]
 
-    def message_spans(self, conversation: Conversation) -> tuple[list[int], list[MessageSpan]]:
+    def message_spans(self, conversation: Conversation) -> list[tuple[list[int], list[MessageSpan]]]:
         """The spans of every message."""
         block = template.render_many(self, [conversation])
         starts, ends = block.message_offsets[:-1] + block.head, block.message_offsets[1:]
         spans = zip(range(len(starts)), starts.tolist(), ends.tolist(), strict=True)
-        return block.ids.tolist(), [MessageSpan(*span) for span in spans]
+        return [(block.ids.tolist(), [MessageSpan(*span) for span in spans])]
 
     def render_valid(self, conversations: Sequence[Conversation]) -> tuple[RenderedBlock, dict[int, str]]:
         return template.render_valid(self, conversations)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -122,6 +122,12 @@ class EscapingEncoder:
     def special_tokens_in(self, text: str) -> list[int]:
         """The special tokens named in a text, in order."""
         return [self.special_ids[match[0]] for match in self._pattern.finditer(text)]
+
+    def find_special(self, text: str, start: int = 0) -> Iterator[tuple[int, int, int]]:
+        """The special tokens named in a text from `start` on, in order: each one's id, and the characters [start, end)
+        of its name."""
+        for match in self._pattern.finditer(text, start):
+            yield self.special_ids[match[0]], match.start(), match.end()
 
     def to_placeholders(self, rendered: str, character: str) -> str:
         """Rendered text with placeholders for the names that are whole, and without the escape characters."""

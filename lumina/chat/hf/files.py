@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lumina.chat.hf.escaping import clean
 from lumina.config import UserError
 
 STOPS = "stops.json"  # the ids that end a turn, as lumina import found them in the model's configuration
+DATE = "date.json"  # the date that a template which writes one is given, recorded when the folder was copied
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -18,6 +20,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
     STOPS,
+    DATE,
 )
 _LARGEST_FILE = 200 * 10**6  # bytes; the tokenizer.json of the largest vocabularies has a tenth of it
 
@@ -89,9 +92,34 @@ def read_stops(folder: Path) -> frozenset[int]:
     return stops
 
 
+def find_date(folder: Path, template: str | None) -> date | None:
+    """The date for a template that writes one; None for others.
+
+    It is recorded in date.json. A model's own folder has no such file: there it is the day on which its template was
+    written. A folder that has stops.json and no date was imported by version 0.1.0, which gave templates no date; what
+    was trained with it goes on without. Raises UserError.
+    """
+    if template is None or "strftime_now" not in template:
+        return None
+    if (folder / DATE).is_file():
+        try:
+            return date.fromisoformat(read_json(folder / DATE)[1]["date"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{folder / DATE} names no date", 'It holds one like {"date": "2026-01-31"}.') from None
+    if (folder / STOPS).is_file():
+        return None
+    path = folder / "chat_template.jinja"
+    written = (path if path.is_file() else folder / "tokenizer_config.json").stat().st_mtime
+    return datetime.fromtimestamp(written, UTC).date()
+
+
 def copy_files(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files, and nothing else that the folder may hold, into the folder `target`."""
+    """Copy a tokenizer's files, and nothing else that the folder may hold, into the folder `target`, and record the
+    date there for a template that writes one."""
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    day = find_date(source, template_text(source, read_settings(source)))
+    if day is not None:
+        (target / DATE).write_text(json.dumps({"date": day.isoformat()}) + "\n")

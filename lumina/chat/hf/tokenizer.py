@@ -5,15 +5,13 @@ tokenizer_config.json) and stops.json, as `lumina import` leaves them; a model's
 
 What is supervised follows from the template alone. With a ChatML template, a user's "hi" and an assistant's "hello":
 
-    before the answer   <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n     (add_generation_prompt)
-    up to the answer    <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n
-    the answer          hello<|im_end|>\n        what the second adds to the first
-    supervised          hello<|im_end|>          up to its first stop token; what comes after is the template's
+    the prompt     <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n     (add_generation_prompt)
+    the answer     hello<|im_end|>      what a rendering with the answer adds to it, up to its first stop token
 
-Both renderings must be prefixes of the whole conversation's: a template that rewrites earlier turns is not trained on.
-Text is split where an answer begins before it is encoded (above, between "assistant\n" and "hello"), as it is when the
-model is asked, so that a prompt's ids are always a prefix of what was trained on. A vocabulary that puts a space before
-every text cannot be split so; there, a conversation in which a token lies across that place is refused.
+rendering.py has how that is found, also of templates that rewrite history: of those a conversation becomes several
+samples. Text is split where an answer begins before it is encoded (above, between "assistant\n" and "hello"), as it is
+when the model is asked, so that a prompt's ids are always a prefix of what was trained on. A vocabulary that puts a
+space before every text cannot be split so; there, a conversation in which a token lies across that place is refused.
 
 Shapes as in protocol.py.
 """
@@ -32,40 +30,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumina.chat import conversation as rule
-from lumina.chat.conversation import ROLES, SUPERVISED_ROLES, TEXT_ROLE, Conversation, Message, is_supervised, loss_mask
+from lumina.chat.conversation import ROLES, TEXT_ROLE, Conversation, Message, loss_mask
 from lumina.chat.hf import files as hf_files
 from lumina.chat.hf.decoding import PrefixDecoder
 from lumina.chat.hf.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure
 from lumina.chat.hf.jinja import JinjaTemplate, RefusalError
+from lumina.chat.hf.messages import escape_conversation
+from lumina.chat.hf.probing import ChatTemplate
+from lumina.chat.hf.rendering import FOLDED, Rendering, Sample
 from lumina.chat.protocol import AnswerReader, ContentReader, IncrementalDecoder, MessageSpan, RenderedBlock
 from lumina.config import UserError, install_command
 
-REWRITES = "the chat template rewrites earlier turns"
-ENDLESS = "the chat template does not end an answer with a stop token"
 SPANS = "spans of its text are masked (train_detail), which only Lumina's own template keeps"
-FOLDED = "the chat template leaves a message out"
-_PROBE = "\ufdd0"  # stands for a content where only what is around it is wanted
+MIXED = "it mixes plain text with turns, which an imported model's template cannot"
+NO_TEMPLATE = "this imported model has no chat template: it is a base model that was not taught to chat"
 
 
-class TokenizedConversation(NamedTuple):
-    """One conversation: ids_T int32, mask_T uint8, offsets[M+1] of its messages, head[M] tokens before a content, and
-    ends[M], where the content with its stop token ends. Head and end are known for assistants' messages and texts; the
-    others' are those of the whole message."""
+class TokenizedSample(NamedTuple):
+    """The first messages of a conversation: ids_T int32; offsets[M+1] of the messages; head[M] tokens before a content;
+    the messages supervised in it with the tokens [start, end) of each."""
 
     ids: NDArray[np.int32]
-    mask: NDArray[np.uint8]
     offsets: list[int]
     head: list[int]
-    ends: list[int]
+    supervised: dict[int, tuple[int, int]]
 
-
-def _tokenized(
-    messages: Sequence[Message], ids: NDArray[np.int32], offsets: list[int], head: list[int], ends: list[int]
-) -> TokenizedConversation:
-    starts_M = np.array(offsets[:-1], np.int64) + np.array(head, np.int64)
-    supervised_M = np.array([is_supervised(message) for message in messages], np.bool_)
-    mask_T = loss_mask(supervised_M, starts_M, np.array(ends, np.int64), len(ids))
-    return TokenizedConversation(ids, mask_T, offsets, head, ends)
+    @property
+    def mask(self) -> NDArray[np.uint8]:
+        """mask_T (uint8): 1 on the supervised tokens."""
+        places = np.array([*self.supervised.values()], np.int64).reshape(-1, 2)
+        return loss_mask(np.ones(len(places), np.bool_), places[:, 0], places[:, 1], len(self.ids))
 
 
 class HFTokenizer:
@@ -93,8 +87,14 @@ class HFTokenizer:
         names = hf_files.special_names(settings)
         self._end_id = self._id_of(names.get("eos_token"))
         text = hf_files.template_text(folder, settings)
-        self._template = None if text is None else JinjaTemplate(text, names, str(folder))
-        self.stop_ids: frozenset[int] = hf_files.find_stops(folder, self._end_id) | self._turn_end()
+        day = hf_files.find_date(folder, text)
+        known = hf_files.find_stops(folder, self._end_id)
+        self._template: ChatTemplate | None = None
+        self.stop_ids: frozenset[int] = known
+        if text is not None:
+            jinja = JinjaTemplate(text, names, str(folder), day)
+            self._template = ChatTemplate(jinja, self._escaping, known, self._end_id)
+            self.stop_ids = self._template.stop_ids
         if max(self.stop_ids) >= self.vocab_size:
             raise UserError(f"{folder}: stop id {max(self.stop_ids)} is not in the vocabulary of {self.vocab_size}")
         begins = [self._id_of(names.get("bos_token")), self._end_id, min(self.stop_ids)]
@@ -103,23 +103,19 @@ class HFTokenizer:
         pad = self._id_of(names.get("pad_token"))
         self.pad_id: int = min(self.stop_ids) if pad is None else pad
         vocabulary = hashlib.sha256(raw.encode()).hexdigest()
-        rendering = "jinja:" + _digest([text, names])
+        rendering = "turns:" + _digest([text, names, None if day is None else day.isoformat()])
         self.template_version: str = rendering + rule.SUPERVISION_VERSION
         self.fingerprint: str = _digest([vocabulary, rendering, sorted(self.stop_ids)])
+        # Up to 0.2.0: without tools, dates and the stop tokens of tool calls, and what a template writes before a
+        # content was context.
+        stops = known if self._template is None else known | self._template.first_after_answer
+        rendering = "jinja:" + _digest([text, names])
+        earlier = _digest([vocabulary, rendering, sorted(stops)])
+        self.earlier: tuple[str, str] = (earlier, rendering + rule.SUPERVISION_VERSION)
 
     def _id_of(self, name: str | None) -> int | None:
         found: int | None = None if name is None else self._tokenizer.token_to_id(name)
         return found
-
-    def _turn_end(self) -> frozenset[int]:
-        """The special token that the template writes after an answer. Base models' files often name another one, since
-        they end documents and not turns."""
-        try:
-            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-            after = self._render(turns, opening=False).partition(_PROBE)[2]
-        except RefusalError:
-            return frozenset()
-        return frozenset(self._escaping.special_tokens_in(after)[:1])
 
     # --- Text ---
 
@@ -157,9 +153,10 @@ class HFTokenizer:
         return token in self._special or token >= self.vocab_size
 
     def allowed_tokens(self, vocab_size: int) -> NDArray[np.bool_]:
-        """bool (V): text and the stop tokens, which alone the model may say."""
+        """bool (V): text, the stop tokens, and those that the template writes into answers (around tool calls)."""
         allowed_V = np.arange(vocab_size) < self.vocab_size
-        allowed_V[[token for token in self._special - self.stop_ids if token < vocab_size]] = False
+        spoken = self.stop_ids if self._template is None else self._template.spoken_ids
+        allowed_V[[token for token in self._special - spoken if token < vocab_size]] = False
         return allowed_V
 
     def warm_up(self) -> None:
@@ -170,12 +167,10 @@ class HFTokenizer:
     def prompt_ids(self, conversation: Conversation, thinking: bool | None = None) -> list[int]:
         """The ids to generate from. Raises UserError when the template does not take the conversation."""
         try:
-            character, turns = self._escaped(conversation.messages)
-            text, cuts = self._render(turns, opening=True), list[int]()
-            for at, turn in enumerate(turns):
-                if turn["role"] == "assistant" and text.startswith(found := self._render(turns[:at], True)):
-                    cuts.append(len(found))
-            return [int(token) for token in self._encode(text, character, cuts, []).ids]
+            rendering, character = self._rendering(conversation)
+            count = len(conversation.messages)
+            text = rendering.text(count, True, thinking)
+            return [int(token) for token in self._encode(text, character, rendering.cuts(text, count), []).ids]
         except RefusalError as refusal:
             raise UserError(f"{self.folder}: {refusal}") from None
 
@@ -186,65 +181,83 @@ class HFTokenizer:
         except RefusalError as refusal:
             raise UserError(f"{self.folder}: {refusal}") from None
 
-    def tokenize(self, conversation: Conversation) -> TokenizedConversation:
-        """A conversation's ids, loss mask and messages. Raises RefusalError."""
+    def tokenize(self, conversation: Conversation, every_answer: bool = False) -> list[TokenizedSample]:
+        """A conversation's samples, in which each of its supervised messages is supervised once; with `every_answer`,
+        each of the assistant's. Raises RefusalError."""
         messages = conversation.messages
         roles = {message.role for message in messages}
         if TEXT_ROLE in roles:
             if roles != {TEXT_ROLE}:
-                raise RefusalError("it mixes plain text with turns, which an imported model's template cannot")
-            return self._texts(messages)
+                raise RefusalError(MIXED)
+            return [self._texts(messages, every_answer)]
         if any(message.masked for message in messages):
             raise RefusalError(SPANS)
-        character, turns = self._escaped(messages)
-        text = self._render(turns, opening=False)
-        edges, contents = self._edges(text, turns)
-        tokens = self._encode(text, character, list(contents.values()), edges)
-        offsets, head, ends = tokens.edges, [0] * len(messages), tokens.edges[1:]
-        answers = (at for at, message in enumerate(messages) if message.role == "assistant")
-        for at, start in zip(answers, tokens.contents, strict=True):
-            head[at] = start - offsets[at]
-            stop = next((i for i in range(start, offsets[at + 1]) if int(tokens.ids[i]) in self.stop_ids), None)
-            if stop is None:
-                raise RefusalError(ENDLESS)
-            ends[at] = stop + 1
-        return _tokenized(messages, tokens.ids, offsets, head, ends)
+        rendering, character = self._rendering(conversation)
+        answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
+        samples = rendering.samples([at for at in answers if every_answer or messages[at].supervise])
+        rendering.check_context(samples[-1])
+        return [self._tokenized(rendering, sample, character) for sample in samples]
 
-    def message_spans(self, conversation: Conversation) -> tuple[list[int], list[MessageSpan]]:
+    def _rendering(self, conversation: Conversation) -> tuple[Rendering, str]:
+        """The conversation's renderings, and the character that escapes in them."""
+        if self._template is None:
+            raise RefusalError(NO_TEMPLATE)
+        escaped = escape_conversation(conversation, self._escaping)
+        self._template.check_shape(escaped.messages, escaped.tools)
+        return self._template.rendering(escaped.messages, escaped.tools), escaped.character
+
+    def _tokenized(self, rendering: Rendering, sample: Sample, character: str) -> TokenizedSample:
+        places = sorted(sample.supervised.items())
+        cuts = sorted({*rendering.cuts(sample.text, sample.messages), *(start for _, (start, _) in places)})
+        edges = rendering.edges(sample)
+        tokens = self._encode(sample.text, character, cuts, [*edges, *(end for _, (_, end) in places)])
+        offsets = _complete(tokens.edges[: len(edges)])
+        starts, head, supervised = dict(zip(cuts, tokens.cuts, strict=True)), [0] * sample.messages, {}
+        for (at, (start, _)), end in zip(places, tokens.edges[len(edges) :], strict=True):
+            assert end is not None
+            supervised[at] = (starts[start], end)
+            head[at] = max(starts[start] - offsets[at], 0)
+        return TokenizedSample(tokens.ids, offsets, head, supervised)
+
+    def message_spans(self, conversation: Conversation) -> list[tuple[list[int], list[MessageSpan]]]:
         """Of the assistant's messages and texts: what the other messages hold besides is the template's."""
         try:
-            whole = self.tokenize(conversation)
+            samples = self.tokenize(conversation, every_answer=True)
         except RefusalError as refusal:
             raise UserError(f"{self.folder}: {refusal}") from None
-        starts = [offset + head for offset, head in zip(whole.offsets, whole.head, strict=False)]
-        places = zip(conversation.messages, starts, whole.ends, strict=True)
-        spans = [MessageSpan(i, a, b) for i, (m, a, b) in enumerate(places) if m.role in SUPERVISED_ROLES]
-        return whole.ids.tolist(), spans
+        return [
+            (sample.ids.tolist(), [MessageSpan(at, *place) for at, place in sorted(sample.supervised.items())])
+            for sample in samples
+        ]
 
     def render_valid(self, conversations: Sequence[Conversation]) -> tuple[RenderedBlock, dict[int, str]]:
         """The conversations that the template takes, and why it does not take the others, by number."""
-        whole, refused, messages = list[TokenizedConversation](), dict[int, str](), list[Message]()
-        counts = [0]
+        samples, refused = list[tuple[int, TokenizedSample, list[bool]]](), dict[int, str]()
         for number, conversation in enumerate(conversations):
             try:
-                whole.append(self.tokenize(conversation))
+                found = self.tokenize(conversation)
             except RefusalError as refusal:
                 refused[number] = str(refusal)
                 continue
-            messages += conversation.messages
-            counts.append(len(messages))
+            samples += [(number, *pair) for pair in zip(found, _repeated(found), strict=True)]
+        whole = [sample for _, sample, _ in samples]
         starts = [0, *accumulate(len(one.ids) for one in whole)]
         offsets = [[start + at for at in one.offsets[:-1]] for start, one in zip(starts, whole, strict=False)]
+        roles = [
+            ROLES.index(message.role)
+            for number, one, _ in samples
+            for message in conversations[number].messages[: len(one.head)]
+        ]
         block = RenderedBlock(
             np.concatenate([np.empty(0, np.int32), *(one.ids for one in whole)]),
             np.concatenate([np.empty(0, np.uint8), *(one.mask for one in whole)]),
             np.array([*(at for own in offsets for at in own), starts[-1]], dtype=np.int64),
-            np.array(counts, dtype=np.int64),
-            np.array([is_supervised(message) for message in messages], dtype=np.bool_),
+            np.array([0, *accumulate(len(one.head) for one in whole)], dtype=np.int64),
+            np.array([at in one.supervised for one in whole for at in range(len(one.head))], dtype=np.bool_),
             np.array([head for one in whole for head in one.head], dtype=np.int64),
-            np.array([number for number in range(len(conversations)) if number not in refused], dtype=np.int64),
-            np.zeros(len(messages), dtype=np.bool_),
-            np.array([ROLES.index(message.role) for message in messages], dtype=np.int8),
+            np.array([number for number, _, _ in samples], dtype=np.int64),
+            np.array([one for _, _, own in samples for one in own], dtype=np.bool_),
+            np.array(roles, dtype=np.int8),
         )
         return block, refused
 
@@ -258,72 +271,17 @@ class HFTokenizer:
         except RefusalError as refusal:
             raise UserError(f"{self.folder} cannot be trained with: {refusal}") from None
 
-    # --- Rendering ---
-
-    def _escaped(self, messages: Sequence[Message]) -> tuple[str, list[dict[str, str]]]:
-        """The escape character, and the turns with the names of special tokens in their contents escaped by it."""
-        contents = [clean(message.content) for message in messages]
-        character = self._escaping.choose_escape(contents)
-        turns = [
-            {
-                "role": message.role,
-                "content": self._escaping.escape(content, character, declared_only=message.role == "assistant"),
-            }
-            for message, content in zip(messages, contents, strict=True)
-        ]
-        return character, turns
-
-    def _render(self, turns: Sequence[dict[str, str]], opening: bool) -> str:
-        if self._template is None:
-            raise RefusalError(
-                "this imported model has no chat template: it is a base model that was not taught to chat"
-            )
-        return self._template.render(turns, opening)
-
-    def _edges(self, text: str, turns: list[dict[str, str]]) -> tuple[list[int | None], dict[int, int]]:
-        """In characters: where each message ends (None where the template does not say), and where each answer's
-        content begins, by message. Raises RefusalError when an answer cannot be placed."""
-        ends: list[int | None] = []
-        contents: dict[int, int] = {}
-        for at, turn in enumerate(turns):
-            answer = turn["role"] == "assistant"
-            try:
-                after = text if at + 1 == len(turns) else self._render(turns[: at + 1], opening=False)
-                before = self._render(turns[:at], opening=True) if answer else ""
-            except RefusalError:
-                if answer:
-                    raise
-                ends.append(None)  # a template may insist on more turns than a system message
-                continue
-            if answer:
-                if not (text.startswith(after) and after.startswith(before) and len(before) < len(after)):
-                    raise RefusalError(REWRITES)
-                contents[at] = len(before) + self._lead(turns[:at], before, after, turn["content"])
-            last = max((end for end in ends if end is not None), default=0)
-            if len(after) <= last and turn["content"].strip() not in text[last:]:
-                raise RefusalError(FOLDED)
-            ends.append(len(after) if text.startswith(after) and len(after) > last else None)
-        return [*ends[:-1], len(text)], contents
-
-    def _lead(self, turns: Sequence[dict[str, str]], before: str, after: str, content: str) -> int:
-        """How many characters the template puts between the opening of an answer and its content, such as an empty
-        <think> block. White space there goes with the content: templates set it off and trim it as they like."""
-        own = after[len(before) :]
-        if own.lstrip().startswith(content.strip()):
-            return 0
-        probe = self._render([*turns, {"role": "assistant", "content": _PROBE}], opening=False)
-        lead, found, _ = probe[len(before) :].partition(_PROBE)
-        return len(lead) if found and probe.startswith(before) and own.startswith(lead) else 0
-
-    def _texts(self, messages: Sequence[Message]) -> TokenizedConversation:
+    def _texts(self, messages: Sequence[Message], every: bool) -> TokenizedSample:
         """Plain texts, each between what begins and what ends a document for this vocabulary."""
         end = min(self.stop_ids) if self._end_id is None else self._end_id
         begin = [token for token in self._leading if token != end] or [end]
-        ids, offsets = list[int](), [0]
-        for message in messages:
+        ids, offsets, supervised = list[int](), [0], {}
+        for at, message in enumerate(messages):
             ids += [*begin, *self.encode(message.content), end]
+            if message.supervise or every:
+                supervised[at] = (offsets[-1] + len(begin), len(ids))
             offsets.append(len(ids))
-        return _tokenized(messages, np.array(ids, np.int32), offsets, [len(begin)] * len(messages), offsets[1:])
+        return TokenizedSample(np.array(ids, np.int32), offsets, [len(begin)] * len(messages), supervised)
 
     # --- Encoding ---
 
@@ -338,20 +296,20 @@ class HFTokenizer:
         whole, parts = self.encode("a\nb"), [*self.encode("a\n"), *self.encode("b")]
         return whole == parts
 
-    def _encode(self, text: str, character: str, contents: Sequence[int], edges: Sequence[int | None]) -> _Tokens:
-        """Rendered text to ids; `contents` and `edges`, in characters, become tokens."""
+    def _encode(self, text: str, character: str, cuts: Sequence[int], edges: Sequence[int | None]) -> _Tokens:
+        """Rendered text to ids; `cuts` (ascending) and `edges`, in characters, become tokens."""
         known = [edge for edge in edges if edge is not None]
-        places = sorted({0, len(text), *contents, *known})
+        places = sorted({0, len(text), *cuts, *known})
         segments = [self._escaping.to_placeholders(text[a:b], character) for a, b in pairwise(places)]
         moved = dict(zip(places, [0, *accumulate(map(len, segments))], strict=True))
-        named, cuts = "".join(segments), [moved[at] for at in contents]
-        encoded = self._joined(named, cuts) if self._joins else self._escaping.encode(named)
-        starts = boundaries(encoded, cuts)
+        named, starts = "".join(segments), [moved[at] for at in cuts]
+        encoded = self._joined(named, starts) if self._joins else self._escaping.encode(named)
+        starts = boundaries(encoded, starts)
         if min(starts, default=0) < 0:
             raise RefusalError("its tokens run across the beginning of an answer")
         ends = boundaries(encoded, [moved[edge] for edge in known])
         found = iter([at if at >= 0 else -1 - at for at in ends])
-        return _Tokens(encoded.ids, starts, _complete([None if edge is None else next(found) for edge in edges]))
+        return _Tokens(encoded.ids, starts, [None if edge is None else next(found) for edge in edges])
 
     def _joined(self, named: str, cuts: Sequence[int]) -> Encoded:
         """Segment by segment between the cuts, with the characters of the whole."""
@@ -365,15 +323,26 @@ class HFTokenizer:
 
 
 class _Tokens(NamedTuple):
-    """ids_T; where contents begin; the messages' offsets, from 0."""
+    """ids_T; where answers begin; where messages end (None where the template does not say)."""
 
     ids: NDArray[np.int32]
-    contents: list[int]
-    edges: list[int]
+    cuts: list[int]
+    edges: list[int | None]
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _repeated(samples: Sequence[TokenizedSample]) -> list[list[bool]]:
+    """Of each sample's messages, which another sample accounts for: the one in which it is supervised, else the first
+    that has it."""
+    owner: dict[int, int] = {}
+    for number, sample in enumerate(samples):
+        for at in range(len(sample.head)):
+            if at in sample.supervised or at not in owner:
+                owner[at] = number
+    return [[owner[at] != number for at in range(len(sample.head))] for number, sample in enumerate(samples)]
 
 
 def _complete(ends: list[int | None]) -> list[int]:

@@ -108,9 +108,10 @@ def prepare_pairs(
     tokenizer.check_trainable()
     root = make_root(config, files)
     inputs = [content_digests(files, root / "sources.json"), config.seq_length]
-    inputs += [tokenizer.fingerprint, tokenizer.template_version]
+    current = tokenizer.fingerprint, tokenizer.template_version
     for version in (*(EARLIER_FORMATS if earlier else ()), FORMAT_VERSION):
-        fingerprint = hashlib.sha256(orjson.dumps(["pairs", version, *inputs])).hexdigest()
+        names = current if version == FORMAT_VERSION else tokenizer.earlier
+        fingerprint = hashlib.sha256(orjson.dumps(["pairs", version, *inputs, *names])).hexdigest()
         final = root / f"pairs-{fingerprint[:32]}"
         found = _open(final, fingerprint)
         if found is not None:

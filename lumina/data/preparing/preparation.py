@@ -156,11 +156,13 @@ def fingerprint_of(
     """SHA-256 over the inputs' contents, the tokenizer, the template and every setting that changes the result.
     `version`: one of EARLIER_FORMATS, None for this one."""
     version = FORMAT_VERSION if version is None else version
+    current = tokenizer.fingerprint, tokenizer.template_version
+    fingerprint, template = current if version == FORMAT_VERSION else tokenizer.earlier
     determinants: dict[str, Any] = {
         "format": version,
         "inputs": list(digests),
-        "tokenizer": tokenizer.fingerprint,
-        "template": tokenizer.template_version,
+        "tokenizer": fingerprint,
+        "template": template,
         "window": config.seq_length,
         "packing": config.packing,
         "overlong": config.overlong,

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lumina.chat import Conversation, MessageSpan
+from lumina.chat import Conversation, MessageSpan, full_text
 from lumina.config import UserError
 from lumina.data import BLANK, Fault, Tree, convert, detect, expand, read_items
 from lumina.infer.loading import Loaded
@@ -163,17 +163,19 @@ def _pass(model: Transformer, batch: list[ScoringWindow]) -> Iterator[Predicted]
 
 @dataclass
 class _TokenizedConversation:
-    """A tokenized conversation, and once scored the loss of each token (nats; 0 for the first)."""
+    """A sample of a conversation, and once scored the loss of each token (nats; 0 for the first)."""
 
     conversation: Conversation
     ids: list[int]
     spans: list[MessageSpan]
     nats_T: Tensor
+    first: bool  # of the conversation's samples
 
     @classmethod
-    def of(cls, conversation: Conversation, loaded: Loaded) -> _TokenizedConversation:
-        ids, spans = loaded.tokenizer.message_spans(conversation)
-        return cls(conversation, ids, spans, torch.zeros(len(ids), dtype=torch.float64))
+    def of(cls, conversation: Conversation, loaded: Loaded) -> Iterator[_TokenizedConversation]:
+        """Its samples: several where an imported model's template rewrites history."""
+        for number, (ids, spans) in enumerate(loaded.tokenizer.message_spans(conversation)):
+            yield cls(conversation, ids, spans, torch.zeros(len(ids), dtype=torch.float64), number == 0)
 
     def windows(self, size: int) -> list[tuple[int, int]]:
         """[start, end) of the windows in which it is scored. Each begins with the last token of the one before, so that
@@ -184,7 +186,7 @@ class _TokenizedConversation:
 def evaluate(loaded: Loaded, conversations: Iterable[Conversation]) -> Evaluation:
     """Score conversations. Raises UserError when an imported model's template refuses one."""
     result = Evaluation()
-    for group in _groups(_TokenizedConversation.of(conversation, loaded) for conversation in conversations):
+    for group in _groups(one for given in conversations for one in _TokenizedConversation.of(given, loaded)):
         parts = [(tokenized, *span) for tokenized in group for span in tokenized.windows(loaded.context_length)]
         result.cut += len(parts) - len(group)
         windows = [ScoringWindow(tokenized.ids[start:end]) for tokenized, start, end in parts]
@@ -208,14 +210,14 @@ def _groups(conversations: Iterator[_TokenizedConversation]) -> Iterator[list[_T
 
 
 def _tally(result: Evaluation, tokenized: _TokenizedConversation) -> None:
-    result.conversations += 1
-    turn = 0
+    messages = tokenized.conversation.messages
+    result.conversations += tokenized.first
     for index, start, end in tokenized.spans:
-        message = tokenized.conversation.messages[index]
-        nats, size = float(tokenized.nats_T[start:end].sum()), len(message.content.encode("utf-8", "replace"))
+        message = messages[index]
+        nats, size = float(tokenized.nats_T[start:end].sum()), len(full_text(message).encode("utf-8", "replace"))
         result.roles.setdefault(message.role, Score()).add(nats, end - start, size)
         if message.role == "assistant":
-            turn += 1
+            turn = sum(one.role == "assistant" for one in messages[: index + 1])
             result.turns.setdefault(turn, Score()).add(nats, end - start, size)
 
 

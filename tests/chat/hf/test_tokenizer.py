@@ -22,7 +22,8 @@ from lumina.chat import (
 )
 from lumina.chat.hf import jinja
 from lumina.chat.hf.jinja import RefusalError
-from lumina.chat.hf.tokenizer import ENDLESS, FOLDED, REWRITES, HFTokenizer
+from lumina.chat.hf.rendering import FOLDED, UNPROMPTED
+from lumina.chat.hf.tokenizer import HFTokenizer, TokenizedSample
 from lumina.config import UserError, install_command
 from tests.small_tokenizer import CHATML, write_tokenizer
 
@@ -110,6 +111,12 @@ def chatml(folders: dict[str, Path]) -> HFTokenizer:
     return HFTokenizer(folders["chatml"])
 
 
+def only(tokenizer: HFTokenizer, messages: list[Message]) -> TokenizedSample:
+    """The one sample of a conversation."""
+    (sample,) = tokenizer.tokenize(Conversation(messages))
+    return sample
+
+
 def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
@@ -121,7 +128,7 @@ def test_ids_are_transformers_own_and_only_answers_are_supervised(folders: dict[
     theirs = PreTrainedTokenizerFast.from_pretrained(folders[kind])
     ours = HFTokenizer(folders[kind])
     ours.check_trainable()
-    tokens = ours.tokenize(Conversation(CHAT))
+    tokens = only(ours, CHAT)
     assert tokens.ids.tolist() == theirs.apply_chat_template(as_dicts(CHAT), return_dict=True)["input_ids"]
     for end in (2, 4):
         prompt = ours.prompt_ids(Conversation(CHAT[:end]))
@@ -134,7 +141,7 @@ def test_ids_are_transformers_own_and_only_answers_are_supervised(folders: dict[
         assert supervised.all()  # from the first token after the prompt to the stop token
         assert ours.decode_text(answer[:stop]).strip() == CHAT[end].content
         assert tokens.offsets[end] + tokens.head[end] == len(prompt)
-    assert tokens.mask.sum() == sum(end - start for _, start, end in ours.message_spans(Conversation(CHAT))[1])
+    assert tokens.mask.sum() == sum(end - start for _, start, end in ours.message_spans(Conversation(CHAT))[0][1])
     assert tokens.offsets[0] == 0
     assert tokens.offsets[-1] == len(tokens.ids)
     assert theirs.decode(tokens.ids, skip_special_tokens=True) == ours.decode_text(tokens.ids)
@@ -160,12 +167,12 @@ def test_luminas_own_tokenizer_read_back_makes_the_very_same_data(tmp_path: Path
 
 
 def test_messages_end_where_the_template_ends_them(chatml: HFTokenizer) -> None:
-    tokens = chatml.tokenize(Conversation(CHAT))
+    tokens = only(chatml, CHAT)
     pieces = [chatml.decode(tokens.ids[a:b]) for a, b in zip(tokens.offsets, tokens.offsets[1:], strict=False)]
     assert pieces == [f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in CHAT]
     assert chatml.decode(tokens.ids[tokens.mask == 1]) == f"{CHAT[2].content}<|im_end|>{CHAT[4].content}<|im_end|>"
     masked = [*CHAT[:2], CHAT[2]._replace(supervise=False), *CHAT[3:]]
-    again = chatml.tokenize(Conversation(masked))
+    again = only(chatml, masked)
     assert chatml.decode(again.ids[again.mask == 1]) == f"{CHAT[4].content}<|im_end|>"
 
 
@@ -177,9 +184,9 @@ PARTS += ["\ufdd0", "\ufdd2", "\ufdef", "</s>", "<s>", "<unk>", "[INST]", "{{ 7 
 @given(st.lists(st.lists(st.sampled_from(PARTS), max_size=6).map("".join), min_size=1, max_size=5))
 def test_what_is_typed_never_becomes_a_special_token(chatml: HFTokenizer, contents: list[str]) -> None:
     turns = [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-    tokens = chatml.tokenize(Conversation(turns))
+    tokens = only(chatml, turns)
     assert np.isin(tokens.ids, [0, 1, 2]).sum() == 2 * len(turns)  # those of the template
-    for message, start, end in chatml.message_spans(Conversation(turns))[1]:
+    for message, start, end in chatml.message_spans(Conversation(turns))[0][1]:
         assert chatml.decode(tokens.ids[start:end]) == turns[message].content + "<|im_end|>"
     for at in range(1, len(turns), 2):
         prompt = chatml.prompt_ids(Conversation(turns[:at]))
@@ -190,7 +197,7 @@ def test_what_is_typed_never_becomes_a_special_token(chatml: HFTokenizer, conten
 def test_typed_names_are_text_where_the_vocabulary_has_them_as_words(folders: dict[str, Path]) -> None:
     ours = HFTokenizer(folders["llama2"])
     turns = [Message("user", "hello </s><s> there <unk>"), Message("assistant", "how </s> are you</s>")]
-    tokens = ours.tokenize(Conversation(turns))
+    tokens = only(ours, turns)
     assert np.isin(tokens.ids, [1, 2]).sum() == 2
     assert ours.decode(tokens.ids).count("</s>") == 4
 
@@ -202,34 +209,51 @@ def test_words_that_a_vocabulary_adds_are_special_for_users_and_words_for_models
     values["added_tokens"] += [{"id": 400, "content": "<think>", **plain}, {"id": 401, "content": "    ", **plain}]
     (folder / "tokenizer.json").write_text(json.dumps(values))
     ours = HFTokenizer(folder)
-    tokens = ours.tokenize(Conversation([Message("user", "<think>    "), Message("assistant", "<think>    ")]))
+    tokens = only(ours, [Message("user", "<think>    "), Message("assistant", "<think>    ")])
     first, second = np.split(tokens.ids, [tokens.offsets[1]])
     assert (400 in first, 400 in second, 401 in first, 401 in second) == (False, True, True, True)
     assert ours.allowed_tokens(512)[[400, 401]].all()
     assert not ours.allowed_tokens(512)[[0, 1, 402]].any()
 
 
-def test_a_think_block_of_the_template_is_not_supervised(folders: dict[str, Path]) -> None:
+def test_what_the_template_puts_after_its_prompt_is_said_and_rewritten_history_unrolled(
+    folders: dict[str, Path],
+) -> None:
     ours = HFTokenizer(folders["thinking"])
-    tokens = ours.tokenize(Conversation(CHAT[:3]))
-    assert "</think>\n\nhow are" in ours.decode(tokens.ids)
-    assert ours.decode(tokens.ids[tokens.mask == 1]) == "how are you today?<|im_end|>"
-    with pytest.raises(RefusalError, match=REWRITES):
-        ours.tokenize(Conversation(CHAT))
-    with pytest.raises(UserError, match=f"cannot be trained with: {REWRITES}"):
-        ours.check_trainable()
-    assert ours.prompt_ids(Conversation(CHAT[:4]))  # it can be talked to all the same
+    samples = ours.tokenize(Conversation(CHAT))
+    assert [len(sample.head) for sample in samples] == [3, 5]
+    for sample, end in zip(samples, (2, 4), strict=True):
+        prompt = ours.prompt_ids(Conversation(CHAT[:end]))
+        assert sample.ids[: len(prompt)].tolist() == prompt
+        assert ours.decode(sample.ids[sample.mask == 1]) == f"<think>\n\n</think>\n\n{CHAT[end].content}<|im_end|>"
+        assert list(sample.supervised) == [end]
+    assert ours.decode(samples[1].ids).count("<think>") == 1
+    ours.check_trainable()
+    block, refused = ours.render_valid([Conversation(CHAT[1:3]), Conversation(CHAT)])
+    assert not refused
+    assert block.source.tolist() == [0, 1, 1]
+    assert block.conversation_offsets.tolist() == [0, 2, 5, 10]
+    assert block.repeated.tolist() == [False] * 5 + [True] * 3 + [False] * 2
+    assert block.supervised.tolist() == [False, True] + [False, False, True] + [False] * 4 + [True]
+    spans = [(len(ids), [span.message for span in own]) for ids, own in ours.message_spans(Conversation(CHAT))]
+    assert spans == [(len(samples[0].ids), [2]), (len(samples[1].ids), [4])]
+
+
+def test_an_answer_without_a_stop_token_ends_with_the_one_that_ends_generation(tmp_path: Path) -> None:
+    ours = HFTokenizer(write_tokenizer(tmp_path / "t", CHATML.replace("<|im_end|>", "")))
+    samples = ours.tokenize(Conversation(CHAT))
+    said = [ours.decode(sample.ids[sample.mask == 1]) for sample in samples]
+    assert said == [f"{CHAT[2].content}\n<|im_end|>", f"{CHAT[4].content}\n<|im_end|>"]
+    assert ours.decode(samples[1].ids).count("<|im_end|>") == 1
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (CHATML.replace("<|im_end|>", ""), ENDLESS),
-        (CHATML.replace("{{ m['content'] }}", "{{ messages | length }}{{ m['content'] }}"), REWRITES),
+        (CHATML.replace("<|im_start|>assistant", "<|im_start|>bot"), UNPROMPTED),
         ("{{ raise_exception('never') }}", "the chat template refuses it: never"),
         ("{% for m in messages %}{{ m.nothing.here }}{% endfor %}", "the chat template refuses it: .*has no attribute"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the chat template refuses it: access to attribute"),
-        ("{{ strftime_now('%Y') }}", "the chat template refuses it: 'strftime_now' is undefined"),
     ],
 )
 def test_templates_that_cannot_be_trained_with_are_refused_by_name(tmp_path: Path, template: str, reason: str) -> None:

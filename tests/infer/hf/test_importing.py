@@ -170,7 +170,7 @@ def test_typed_special_tokens_are_text_and_missing_templates_refused(hf: Path, t
     assert typed.count(2) == 1  # the template's own; what was typed is text
     with pytest.raises(UserError, match="chat template refuses it: bad role"):
         tokenizer.prompt_ids(Conversation([Message("critic", "hi")]))
-    ids, ((message, start, end),) = tokenizer.message_spans(
+    ((ids, ((message, start, end),)),) = tokenizer.message_spans(
         Conversation([Message("user", "hello"), Message("assistant", "today")])
     )
     assert message == 1

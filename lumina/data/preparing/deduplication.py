@@ -43,9 +43,6 @@ UInt64 = NDArray[np.uint64]
 UInt32 = NDArray[np.uint32]
 
 
-_PLAIN = Message("", "")[2:]
-
-
 class Signatures(NamedTuple):
     """Signatures of N conversations, equal for equal ones and alike for near-duplicates.
 
@@ -77,7 +74,6 @@ def signatures_of(conversations: Sequence[Conversation], near: bool) -> Signatur
     """The signatures of a block of conversations."""
     rows: list[tuple[int, int, int]] = []
     minhashes: list[list[list[int]]] = [[], [], []]
-    none = [0] * VALUES
     for conversation in conversations:
         first = next((message.content for message in conversation.messages if message.role == "user"), "")
         words = words_of(first)
@@ -90,8 +86,8 @@ def signatures_of(conversations: Sequence[Conversation], near: bool) -> Signatur
             setup = [message.content for message in conversation.messages if message.role == "system"]
             found = (
                 minhash_of(words_of(turns)),
-                minhash_of(words) if telling else none,
-                _setup_minhash(" ".join([*setup, *conversation.tools])) if setup or conversation.tools else none,
+                minhash_of(words if telling else ()),
+                _setup_minhash(" ".join([*setup, *conversation.tools])),
             )
             for column, values in zip(minhashes, found, strict=True):
                 column.append(values)
@@ -108,20 +104,20 @@ def _setup_minhash(text: str) -> list[int]:
 
 def conversation_hash(conversation: Conversation) -> int:
     """64 bits of all that a conversation says, in its places, and of what of it is supervised; ids aside."""
-    whole = "\x00".join(f"{message.role}\x00{message.content}{_beside(message)}" for message in conversation.messages)
-    return _hash("\x00\x05".join([whole, *conversation.tools]))
+    parts = []
+    for message in conversation.messages:
+        role, content, supervise, masked, reasoning, calls, name, _ = message
+        parts += (role, content)
+        if masked or reasoning or calls or name or not supervise:  # few
+            parts[-1] += _beside(message)
+    return _hash("\x00\x05".join(["\x00".join(parts), *conversation.tools]))
 
 
 def _beside(message: Message) -> str:
-    """What a message has beside its content, each thing under a number of its own: nothing as a rule."""
-    if message[2:] == _PLAIN:
-        return ""
+    """What a message has beside its content, each thing under a number of its own."""
     calls = "".join(f"\x00\x02{call.name}\x00{call.arguments}" for call in message.tool_calls)
-    reasoning, name = (
-        f"\x00{mark}{text}" if text else "" for mark, text in (("\x01", message.reasoning), ("\x03", message.name))
-    )
-    mask = "" if message.supervise and not message.masked else f"\x00\x04{message.supervise} {message.masked}"
-    return reasoning + calls + name + mask
+    mask = f"\x00\x04{message.supervise} {message.masked}"
+    return f"\x00\x01{message.reasoning}{calls}\x00\x03{message.name}{mask}"
 
 
 def join_signatures(blocks: Sequence[Signatures]) -> Signatures:

@@ -33,10 +33,9 @@ class HoldOut(NamedTuple):
     def note(self) -> str:
         """What was held out, in words."""
         share = 100 * self.held / max(1, self.conversations)
-        largest = f"the largest of {self.groups:,} groups holds {len(self.largest_N):,}"
         return (
             f"{self.held:,} of {self.conversations:,} conversations held out, {share:.3g}% where"
-            f" {100 * self.asked:.3g}% was asked: {largest}"
+            f" {100 * self.asked:.3g}% was asked ({self.groups:,} groups)"
         )
 
 
@@ -120,11 +119,12 @@ def explain(
     if 2 * max(by_id, by_prompt) < len(largest):
         why = f"{share} are linked by their ids, first prompts or near-duplicates and stay on one side"
         return why, f"{without[0].upper()}{without[1:]}."
+    share += " stay on one side"
+    if max(by_id, by_prompt) < len(largest):
+        share += f", {max(by_id, by_prompt):,} of them"
     first = conversation_at(int(largest[with_id if by_id >= by_prompt else with_prompt]))
     if by_id >= by_prompt:
-        why = (
-            f"{share} stay on one side, {by_id:,} of them because they have one `id` (or `tree_id`): {first.id[:60]!r}"
-        )
+        why = f"{share} because they have one `id` (or `tree_id`): {first.id[:60]!r}"
         return why, f"If it names no conversation, leave that field out (jq -c 'del(.id)' IN > OUT). Or {without}."
     prompt = next(message.content for message in first.messages if message.role == "user")
     why = f"{share} because they begin with one prompt: {prompt[:60]!r}"

@@ -58,8 +58,11 @@ def is_telling(words: Sequence[str]) -> bool:
 
 
 def minhash_of(words: Sequence[str]) -> list[int]:
-    """MinHash values of the words' shingles: VALUES numbers of 32 bits."""
+    """MinHash values of the words' shingles: VALUES numbers of 32 bits; zeros without words, which tell nothing."""
     import rensa
+
+    if not words:
+        return [0] * VALUES
 
     shingles = [" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))]
     minhash: Any = rensa.RMinHash(num_perm=VALUES, seed=1)

@@ -244,6 +244,12 @@ def test_one_long_setting_does_not_make_duplicates_of_different_conversations() 
     assert decided(conversations, dedup="near") == [TRAIN, DUPLICATE, TRAIN, TRAIN]
 
 
+def test_texts_without_words_are_not_alike() -> None:
+    texts = ["😀", "👍👍", "—", "…", "?!"]
+    assert decided([dialogue(text, text) for text in texts], dedup="near") == [TRAIN] * len(texts)
+    assert decided([dialogue(text, text) for text in [*texts, texts[0]]], dedup="near")[-1] == DUPLICATE
+
+
 def test_what_makes_a_conversation_another_one() -> None:
     call = ToolCall("weather", '{"city": "Oslo"}', "call_1")
     plain = Message("assistant", "it is cold")
@@ -275,7 +281,7 @@ def test_what_makes_a_conversation_another_one() -> None:
 @pytest.mark.parametrize(
     ("ids", "asked", "held", "message"),
     [
-        (["x"] * 200, 0.1, None, r"0.1 cannot be held out: 200 of 200 conv.*because they have one `id`.*'x'"),
+        (["x"] * 200, 0.1, None, r"0.1 cannot be held out: 200 of 200 .*one side because they have one `id`.*'x'"),
         ([7] * 200, 0.5, None, r"'7'"),
         (["a", "b"] * 100, 0.1, None, r"(?s)100 of 200 conv.*ask for 0.5, the nearest"),
         (["a", "b"] * 100, 0.4, 100, r"100 of 200 conversations held out, 50% where 40% was asked"),

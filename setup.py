@@ -90,6 +90,7 @@ setup(
             "**/*.html",
             "monitor/reports/assets/*",
             "infer/serve/assets/*",
+            "infer/hf/templates/*.jinja",
             "model/*.c",
             "config/presets/*.yaml",
             "plan/costs/*.yaml",

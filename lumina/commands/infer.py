@@ -139,13 +139,21 @@ def _export_options(parser: Parser) -> None:
 
 def import_(arguments: Arguments) -> int:
     """Take a Llama-shaped Hugging Face model from disk, as a run that other commands use."""
-    from lumina.infer import find_checkpoint, import_hf, read_config, tokenizer_folder
+    from lumina.infer import IMPORT_RECORD, find_checkpoint, import_hf, read_config, tokenizer_folder
 
-    folder = import_hf(arguments.source, arguments.out)
+    folder = import_hf(
+        arguments.source,
+        arguments.out,
+        chat_template=arguments.chat_template,
+        grow_vocabulary=arguments.grow_vocabulary,
+        context_length=arguments.context_length,
+    )
     checkpoint = find_checkpoint(folder)
     config, own = read_config(checkpoint), tokenizer_folder(checkpoint) is None
     if arguments.json:
-        print_json({"folder": str(folder), "parameters": config.num_parameters(), "lumina_tokenizer": own})
+        notes = json.loads((folder / IMPORT_RECORD).read_text(encoding="utf-8"))["notes"]
+        facts = {"folder": str(folder), "parameters": config.num_parameters(), "lumina_tokenizer": own, "notes": notes}
+        print_json(facts)
     else:
         whose = "Lumina's tokenizer" if own else "its own tokenizer and chat template"
         print(f"{arguments.source} -> {folder}: {config.num_parameters() / 1e6:.1f}M parameters, {whose}")
@@ -156,6 +164,19 @@ def _import_options(parser: Parser) -> None:
     described = "folder with config.json (model_type {FAMILIES}), safetensors and tokenizer.json"
     parser.add_argument("source", metavar="HF_DIR", help=described)
     parser.add_argument("out", metavar="OUT", help="run's folder to write, such as experiments/NAME")
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="for a base model that brings none: chatml, llama3, mistral, zephyr or a Jinja file",
+    )
+    parser.add_argument(
+        "--grow-vocabulary",
+        action="store_true",
+        help="rows for ids that the tokenizer has beyond the embedding, each the mean of the others",
+    )
+    parser.add_argument(
+        "--context-length", type=between(int, 2, 10**9), metavar="N", help="a shorter one, such as the sliding window"
+    )
     json_option(parser)
 
 

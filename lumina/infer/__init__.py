@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lumina.infer.generation.generate import Answer, generate, printable, stream, stream_text, stream_texts
     from lumina.infer.generation.sampling import Sampling, forbidden_tokens
     from lumina.infer.hf.exporting import Exported, export
-    from lumina.infer.hf.importing import import_hf
+    from lumina.infer.hf.importing import IMPORT_RECORD, import_hf
     from lumina.infer.loading import Loaded, choose_dtype, find_checkpoint, load, read_config, tokenizer_folder
     from lumina.infer.repl import Chat, converse
 
@@ -28,6 +28,7 @@ __getattr__ = names_of(
         "Chat": "repl",
         "Evaluation": "evaluation.loss",
         "Exported": "hf.exporting",
+        "IMPORT_RECORD": "hf.importing",
         "Loaded": "loading",
         "Sampling": "generation.sampling",
         "Sequence": "generation.batch",
@@ -53,6 +54,7 @@ __getattr__ = names_of(
 )
 
 __all__ = [
+    "IMPORT_RECORD",
     "Answer",
     "Chat",
     "Evaluation",

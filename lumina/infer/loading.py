@@ -172,6 +172,11 @@ def fitting_tokenizer(checkpoint: Path, config: ModelConfig) -> ChatTokenizer:
             f"{checkpoint}: the model's {config.vocab_size:,} ids leave out its tokenizer's stop token",
             "The run's config.yaml or its tokenizer folder is not the one that it was trained with.",
         )
+    if tokenizer.folder is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{checkpoint}: the tokenizer has {tokenizer.vocab_size:,} ids, the model only {config.vocab_size:,}",
+            "Import the model again with --grow-vocabulary, or put the tokenizer that belongs to it into the run.",
+        )
     return tokenizer
 
 

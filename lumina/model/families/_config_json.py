@@ -9,6 +9,13 @@ from pydantic import ValidationError
 
 from lumina.config import ModelConfig, RopeScaling, UserError
 
+# What other families' files say of their computation. None of ours reads them: a file that has one was not written for
+# the decoder that its model_type names.
+_FOREIGN = (
+    *("attention_multiplier", "attn_logit_softcapping", "clip_qkv", "embedding_multiplier", "final_logit_softcapping"),
+    *("logit_scale", "logits_scaling", "no_rope_layers", "num_experts", "num_local_experts", "parallel_attn"),
+    *("qk_layernorm", "query_pre_attn_scalar", "residual_multiplier", "rotary_pct", "use_qk_norm"),
+)
 _WIDEST = 2**24  # no width is beyond this but in a damaged file
 
 
@@ -51,42 +58,65 @@ def read(values: dict[str, Any]) -> ModelConfig:
 
 
 def _refuse_unsupported(values: dict[str, Any]) -> None:
-    layers = values.get("layer_types")
-    windows = layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers))
-    # Files may name a window that the model does not use.
-    window = values.get("sliding_window") if values.get("use_sliding_window") else None
     refused = {
         "attention_bias": values.get("attention_bias"),
         "mlp_bias": values.get("mlp_bias"),
         "a quantised checkpoint (quantization_config)": values.get("quantization_config"),
-        "sliding_window": window,
-        "a layer_types with other than full_attention": windows,
     }
+    # None, false and a factor of 1 change nothing.
+    refused |= {name: value for name in _FOREIGN if (value := values.get(name)) != 1}
     for what, value in refused.items():
         if value:
             raise UserError(f"{what} is not supported ({json.dumps(value)})")
-    if values.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act {values['hidden_act']} is not supported, only silu")
-    if values.get("pretraining_tp", 1) != 1:
-        raise UserError(f"pretraining_tp {values['pretraining_tp']} is not supported, only 1")
+    if values.get("hidden_act", "silu") not in ("silu", "swish"):  # transformers has both names
+        raise UserError(f"hidden_act {json.dumps(values['hidden_act'])} is not supported, only silu")
+    if values.get("pretraining_tp", 1) not in (1, None):
+        raise UserError(f"pretraining_tp {json.dumps(values['pretraining_tp'])} is not supported, only 1")
+    _refuse_windows(values)
+
+
+def _refuse_windows(values: dict[str, Any]) -> None:
+    """A token of a sliding window of W attends to itself and the W - 1 before it: in a context of at most W tokens that
+    is all of them, and the window makes no difference. Raises UserError where it would."""
+    # Files may name a window that the model does not use.
+    window = values.get("sliding_window") if values.get("use_sliding_window") else None
+    layers, context = values.get("layer_types"), values["max_position_embeddings"]
+    if layers is None:
+        count, first = values.get("num_hidden_layers"), values.get("max_window_layers") or 0
+        slides = window is not None and not (isinstance(count, int) and isinstance(first, int) and first >= count)
+    else:
+        known = {"full_attention", "sliding_attention"}
+        slides = isinstance(layers, list) and "sliding_attention" in layers
+        if not isinstance(layers, list) or not all(isinstance(kind, str) and kind in known for kind in layers):
+            raise UserError(f"layer_types {json.dumps(layers)} is not supported, only full and sliding attention")
+        if slides and window is None:
+            raise UserError(f"layer_types has sliding_attention without a sliding_window ({json.dumps(layers)})")
+    if not slides or (type(window) is int and type(context) is int and window >= context):
+        return
+    raise UserError(
+        f"sliding_window {json.dumps(window)} is not supported below the context length {json.dumps(context)}",
+        f"In a context of at most {json.dumps(window)} tokens it makes no difference: --context-length does that.",
+    )
 
 
 def _rope(values: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
-    """Rope theta and scaling of the old form (rope_theta, rope_scaling) or the new (rope_parameters)."""
+    """Rope theta and scaling of the old form (rope_theta, rope_scaling) or the new (rope_parameters). As in
+    transformers, the old one goes first, whole, and what a scaling does not say stands beside it."""
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
     for name, given in (("rope_parameters", new), ("rope_scaling", old)):
         if given is not None and not isinstance(given, dict):
             raise UserError(f"{name} {json.dumps(given)} is not supported")
-    new = new or {}
-    theta = new.get("rope_theta", values.get("rope_theta", 10000.0))
-    scaling = old or new
+    scaling = old or new or {}
+    theta = scaling.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    partial = scaling.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    partial = scaling.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     nested = any(isinstance(value, dict) for value in scaling.values())
-    if kind not in ("default", "linear", "llama3") or partial != 1.0 or nested:
+    if kind not in ("default", "linear", "llama3") or nested:
         raise UserError(
             f"rope scaling {json.dumps(scaling)} is not supported", "Supported: linear, llama3, and none at all."
         )
+    if partial not in (None, 1):
+        raise UserError(f"rope scaling with partial_rotary_factor {json.dumps(partial)} is not supported")
     if kind == "default":
         return theta, None
     ours = {"type": kind, "factor": scaling.get("factor")}

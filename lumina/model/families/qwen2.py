@@ -23,6 +23,11 @@ class _Qwen2(Family):
 FAMILY = _Qwen2(
     "Qwen2ForCausalLM",
     qkv_bias=True,
-    defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    defaults={
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
     keys={"use_sliding_window": False},
 )

@@ -108,7 +108,10 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
+        (
+            {"model_type": "mistral", "sliding_window": 95},
+            "sliding_window 95 is not supported below the context length 96",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
         ({"head_dim": 32}, r"q_proj.weight has shape \[48, 48\], config.json says \[128, 48\]"),
         ({"head_dim": "twelve"}, "head_size: Input should be a valid integer"),

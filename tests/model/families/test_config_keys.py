@@ -1,0 +1,175 @@
+"""Every key of a config.json that transformers' own families know: it changes our logits as it changes theirs, or the
+import refuses it by name. None is ignored in silence."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lumina.config import UserError
+from lumina.model import Transformer
+from lumina.model.families import family_of, read_hf_config
+
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CONTEXT = 24
+BASE: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": CONTEXT,
+    "sliding_window": None,
+    "initializer_range": 0.4,
+    "rope_theta": 30.0,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+# What each key is tried with. A key of transformers' that stands neither here nor in OTHER fails the last test.
+TRIED: dict[str, list[Any]] = {
+    "vocab_size": [33],
+    "hidden_size": [32, 20],
+    "intermediate_size": [8],
+    "num_hidden_layers": [1, 3],
+    "num_attention_heads": [2, 8],
+    "num_key_value_heads": [1, 4, None],
+    "head_dim": [2, 8, None],
+    "hidden_act": ["silu", "swish", "gelu", "relu"],
+    "max_position_embeddings": [16, 96],
+    "initializer_range": [0.1],
+    "rms_norm_eps": [0.5],
+    "tie_word_embeddings": [True, False],
+    "pretraining_tp": [2, 1, None],
+    "rope_theta": [3.0, 1000],
+    "partial_rotary_factor": [0.5, 1.0, None],
+    "original_max_position_embeddings": [12, 48],
+    "rope_scaling": [
+        None,
+        {},
+        {"type": "linear", "factor": 3.0},
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0},
+        LLAMA3,
+        LLAMA3 | {"original_max_position_embeddings": 8},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0},
+    ],
+    "rope_parameters": [
+        None,
+        {"rope_type": "default", "rope_theta": 4.0},
+        {"rope_type": "linear", "factor": 2.0},
+        LLAMA3 | {"rope_theta": 7.0, "original_max_position_embeddings": 8},
+        {"rope_type": "default", "rope_theta": 4.0, "partial_rotary_factor": 0.5},
+    ],
+    "attention_bias": [True, False],
+    "mlp_bias": [True, False],
+    "sliding_window": [4, CONTEXT - 1, CONTEXT, 96, None],
+    "use_sliding_window": [True, False],
+    "max_window_layers": [0, 1, 2, 28],
+    # Other families' keys, which transformers' classes of these do not read.
+    "logit_scale": [0.5, 1.0],
+    "final_logit_softcapping": [30.0, None],
+    "num_local_experts": [8],
+    "layer_types": [
+        None,
+        ["full_attention", "full_attention"],
+        ["full_attention", "sliding_attention"],
+        ["sliding_attention", "sliding_attention"],
+    ],
+}
+# They do not reach the logits: files' descriptions, outputs that are returned, training's dropout, tokens' numbers.
+OTHER = {
+    *("transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "torch_dtype"),
+    *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "_name_or_path", "model_type"),
+    "output_attentions",
+}
+
+
+@cache
+def _classes(family: str) -> tuple[Any, Any]:
+    import transformers
+
+    name = CLASSES[family]
+    return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
+
+
+def _theirs(family: str, values: dict[str, Any]) -> Any | None:
+    """transformers' model of a config.json, its norms and biases away from ones and zeros; None where it has none."""
+    config_class, model_class = _classes(family)
+    torch.manual_seed(0)
+    try:
+        model = model_class(config_class.from_dict(json.loads(json.dumps(values)))).eval()
+        model(torch.arange(4)[None])
+    except Exception:  # a combination that transformers itself does not take
+        return None
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.uniform_(parameter, 0.3, 1.7)
+    return model
+
+
+def _differs(family: str, values: dict[str, Any]) -> str | None:
+    """None where our model of a config.json gives transformers' logits; else what was refused. Fails on another."""
+    theirs = _theirs(family, values)
+    try:
+        config = read_hf_config(values)
+    except UserError as error:
+        return str(error)
+    if theirs is None:
+        return None
+    ours = Transformer(config).eval()
+    stored = theirs.state_dict()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            rows = [stored.pop(t.name) for t in family_of(config).tensors(name, config)]
+            parameter.copy_(torch.cat(rows))
+    assert not stored.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set()), "a tensor has no place"
+    length = min(CONTEXT, config.seq_length)
+    ids = torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(ours(ids, torch.arange(length)[None]), expected, rtol=1e-4, atol=1e-4)
+    return None
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_each_key_is_used_or_refused_by_name(family: str) -> None:
+    base = BASE | {"model_type": family}
+    assert _differs(family, base) is None
+    used = 0
+    for key, tried in TRIED.items():
+        for value in tried:
+            refused = _differs(family, base | {key: value})
+            used += refused is None
+            names = (key, *(("rope scaling",) if key.startswith("rope_") else ()))
+            assert refused is None or any(name in refused for name in names), (key, value, refused)
+    assert used > 30  # most are used, not refused
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.sampled_from(sorted(CLASSES)),
+    st.dictionaries(st.sampled_from(sorted(TRIED)), st.integers(0, 7), max_size=5),
+    st.sets(st.sampled_from(["head_dim", "rope_theta", "num_key_value_heads", "sliding_window"])),
+)
+def test_keys_together_and_keys_left_out(family: str, changed: dict[str, int], left_out: set[str]) -> None:
+    values = {key: value for key, value in BASE.items() if key not in left_out} | {"model_type": family}
+    _differs(family, values | {key: TRIED[key][number % len(TRIED[key])] for key, number in changed.items()})
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_no_key_of_transformers_is_missing_here(family: str) -> None:
+    known = _classes(family)[0]().to_dict()
+    assert not known.keys() - TRIED.keys() - OTHER
+    for key in OTHER & known.keys():  # the others are of no account to the shape that is read
+        assert read_hf_config(BASE | {"model_type": family}) == read_hf_config(
+            BASE | {key: known[key], "model_type": family}
+        )

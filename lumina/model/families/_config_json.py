@@ -69,9 +69,9 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
         if value:
             raise UserError(f"{what} is not supported ({json.dumps(value)})")
     if values.get("hidden_act", "silu") not in ("silu", "swish"):  # transformers has both names
-        raise UserError(f"hidden_act {json.dumps(values['hidden_act'])} is not supported, only silu")
+        raise UserError(f"hidden_act {values['hidden_act']} is not supported, only silu")
     if values.get("pretraining_tp", 1) not in (1, None):
-        raise UserError(f"pretraining_tp {json.dumps(values['pretraining_tp'])} is not supported, only 1")
+        raise UserError(f"pretraining_tp {values['pretraining_tp']} is not supported, only 1")
     _refuse_windows(values)
 
 

@@ -35,7 +35,7 @@ from lumina.chat.tool_calls import json_text
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
-    from lumina.chat.hf import STOPS, TOKENIZER_FILES, HFTokenizer, copy_files, read_json
+    from lumina.chat.hf import STOPS, TOKENIZER_FILES, HFTokenizer, copy_files, hf_tokenizer_files, read_json
     from lumina.chat.hf_export import tokenizer_config, tokenizer_json
 
 # Not loaded with the others: prepare's workers must start fast.
@@ -46,6 +46,7 @@ __getattr__ = names_of(
         "STOPS": "hf",
         "TOKENIZER_FILES": "hf",
         "copy_files": "hf",
+        "hf_tokenizer_files": "hf",
         "read_json": "hf",
         "tokenizer_config": "hf_export",
         "tokenizer_json": "hf_export",
@@ -78,6 +79,7 @@ __all__ = [
     "ToolCall",
     "copy_files",
     "full_text",
+    "hf_tokenizer_files",
     "is_supervised",
     "json_text",
     "open_tokenizer",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
+    from lumina.chat.hf.export import hf_tokenizer_files
     from lumina.chat.hf.files import STOPS, TOKENIZER_FILES, copy_files, read_json
     from lumina.chat.hf.tokenizer import HFTokenizer
 
@@ -20,8 +21,9 @@ __getattr__ = names_of(
         "STOPS": "files",
         "TOKENIZER_FILES": "files",
         "copy_files": "files",
+        "hf_tokenizer_files": "export",
         "read_json": "files",
     },
 )
 
-__all__ = ["STOPS", "TOKENIZER_FILES", "HFTokenizer", "copy_files", "read_json"]
+__all__ = ["STOPS", "TOKENIZER_FILES", "HFTokenizer", "copy_files", "hf_tokenizer_files", "read_json"]

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lumina.chat import STOPS, TOKENIZER_FILES, Tokenizer, open_tokenizer, tokenizer_config, tokenizer_json
 from lumina.config import ModelConfig, UserError
-from lumina.files import atomic_folder, write_json, write_text
-from lumina.infer.generation.sampling import forbidden_tokens
+from lumina.files import atomic_folder, write_text
+from lumina.infer.hf.description import describe, write_described
 from lumina.infer.hf.peft import USAGE as PEFT_USAGE
 from lumina.infer.hf.peft import write_adapter
 from lumina.infer.hf.safetensors_file import write_safetensors
@@ -27,7 +24,6 @@ from lumina.infer.loading import (
     find_checkpoint,
     fitting_tokenizer,
     read_config,
-    tokenizer_folder,
     trainer_state_of,
     weights,
 )
@@ -89,57 +85,19 @@ def export(
     checkpoint = find_checkpoint(run)
     config = read_config(checkpoint)
     check_size(checkpoint, config)
-    fitting_tokenizer(checkpoint, config)  # a tokenizer that does not fit is found before anything is written
+    tokenizer = fitting_tokenizer(checkpoint, config)  # one that does not fit is found before anything is written
     with atomic_folder(out) as scratch:
-        imported = tokenizer_folder(checkpoint)
         if form == "peft":
             shards, total = write_adapter(scratch, checkpoint, DTYPES[dtype])
         else:
             rename = family_of(config).split if form == "hf" else _own_names
             shards, total = _write_weights(scratch, checkpoint, config, DTYPES[dtype], limit, rename)
         if form == "hf":
-            _describe_hf(scratch, config, dtype, imported)
+            describe(scratch, config, dtype, tokenizer)
         elif form == "safetensors":
-            _write_json(scratch / "lumina.json", config.model_dump())
-        write_text(scratch / "README.md", _card(checkpoint, config, dtype, form, imported))
+            write_described(scratch / "lumina.json", config.model_dump())
+        write_text(scratch / "README.md", _card(checkpoint, config, dtype, form, tokenizer.folder))
     return Exported(out, shards, total, checkpoint)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """As transformers writes its own."""
-    write_json(path, value, indent=2, sort_keys=False, ensure_ascii=False)
-
-
-def _describe_hf(folder: Path, config: ModelConfig, dtype: str, imported: Path | None) -> None:
-    """config.json, and the tokenizer and chat template: Lumina's own, or an imported model's as they came."""
-    if imported is None:
-        for name, value in _description(config, dtype).items():
-            _write_json(folder / name, value)
-        return
-    stops = sorted(open_tokenizer(imported).stop_ids)
-    written = family_of(config).hf_config(config, dtype, stops if len(stops) > 1 else stops[0], None)
-    _write_json(folder / "config.json", written)
-    for name in TOKENIZER_FILES:
-        if name != STOPS and (imported / name).is_file():
-            shutil.copyfile(imported / name, folder / name)
-
-
-def _description(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Every JSON file but the index of the weights."""
-    tokenizer = Tokenizer.load()
-    suppressed = forbidden_tokens(tokenizer, config.vocab_size).nonzero()[:, 0].tolist()
-    generation = {
-        "eos_token_id": tokenizer.stop_id,
-        "pad_token_id": tokenizer.pad_id,
-        "suppress_tokens": suppressed,  # what Lumina never samples either
-        "max_length": config.seq_length,
-    }
-    return {
-        "config.json": family_of(config).hf_config(config, dtype, tokenizer.stop_id, tokenizer.pad_id),
-        "generation_config.json": generation,
-        "tokenizer.json": tokenizer_json(tokenizer),
-        "tokenizer_config.json": tokenizer_config(tokenizer, config.seq_length),
-    }
 
 
 def _plan(config: ModelConfig, itemsize: int, limit: int) -> list[list[str]]:
@@ -178,7 +136,7 @@ def _write_weights(
     next(stream, None)  # lets it close its files
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_described(folder / "model.safetensors.index.json", index)
     return names, total
 
 

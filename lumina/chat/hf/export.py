@@ -8,6 +8,7 @@ chat template, and which tokens are special.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from lumina.chat.hf import files as hf_files
@@ -21,6 +22,7 @@ _LEFT_OUT = (
     *("padding", "padding_side", "pad_to_multiple_of", "stride", "added_tokens_decoder", "use_default_system_prompt"),
     "clean_up_tokenization_spaces",
 )
+_DATED = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 def hf_tokenizer_files(folder: Path, context_length: int, stop_id: int, pad_id: int) -> dict[str, str]:
@@ -49,6 +51,9 @@ def hf_tokenizer_files(folder: Path, context_length: int, stop_id: int, pad_id: 
     }
     found = {"tokenizer.json": raw}
     if text is not None:
+        day = hf_files.find_date(folder, text)
+        if day is not None:  # elsewhere the template would write today's
+            text = _DATED.sub(lambda call: repr(day.strftime(call[2])), text)
         # Both places: releases of transformers before 4.43, and llama.cpp's converter, know only the key.
         found["chat_template.jinja"], written["chat_template"] = text, text
     return found | {"tokenizer_config.json": json.dumps(written, indent=2, ensure_ascii=False)}

@@ -54,7 +54,7 @@ def stop_ids(tokenizer: ChatTokenizer) -> list[int]:
     """The ids that end an answer, that which the template writes first: readers that know one end take the first."""
     try:
         turns = Conversation([Message("user", "a"), Message("assistant", "b")])
-        ids, spans = tokenizer.message_spans(turns)
+        ids, spans = tokenizer.message_spans(turns)[-1]
         ending = ids[spans[-1].end - 1]
     except UserError:  # a base model without a template, or a template that no answer can be found in
         ending = min(tokenizer.stop_ids)

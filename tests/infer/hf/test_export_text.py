@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lumina.chat import Conversation, Message
 from lumina.cli import main
-from lumina.infer import export, load
+from lumina.infer import export, import_hf, load
 from tests.infer.hf.exported_runs import FAMILIES, KINDS, PROMPTS, lumina_says, make_base, make_run, transformers_says
 from tests.infer.hf_models import make_hf
 
@@ -89,3 +90,21 @@ def test_texts_are_encoded_as_inside(tmp_path: Path) -> None:
     for text in ("hello there", " a\n", ""):
         assert theirs(text)["input_ids"] == own.text_ids(text)
         assert theirs.decode(own.text_ids(text), skip_special_tokens=True) == text
+
+
+def test_a_template_that_writes_the_date_writes_the_recorded_one(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    make_hf(tmp_path / "hf", "tinyllama")
+    template = (
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    template += "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    (tmp_path / "hf/chat_template.jinja").write_text(template)
+    run = import_hf(tmp_path / "hf", tmp_path / "run")
+    (run / "tokenizer/date.json").write_text('{"date": "2020-02-03"}')
+    theirs = AutoTokenizer.from_pretrained(export(run, tmp_path / "out").folder)
+    said = theirs.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
+    assert said == "03 Feb 2020<|im_start|>x<|im_end|><|im_start|>"
+    own = load(run).tokenizer
+    assert own.decode(own.prompt_ids(Conversation([Message("user", "x")]))) == said

@@ -226,7 +226,7 @@ def test_a_base_model_with_a_stock_template(base: Path, tmp_path: Path, name: st
     kept = Tokenizer.from_file(str(run / "tokenizer/tokenizer.json"))
     assert kept.encode(opened, add_special_tokens=False).ids == prompt
     assert kept.token_to_id(stop) in tokenizer.stop_ids
-    ids, spans = tokenizer.message_spans(Conversation([*CHAT, Message("assistant", "today")]))
+    ids, spans = tokenizer.message_spans(Conversation([*CHAT, Message("assistant", "today")]))[-1]
     supervised = ids[spans[-1].start : spans[-1].end]
     assert ids[: len(prompt)] == prompt
     assert tokenizer.decode(supervised).strip() == "today" + stop

@@ -69,7 +69,7 @@ def check_template(folder: Path, template: tuple[str, str] | None, notes: list[s
         except UserError as error:
             raise UserError(
                 f"the chat template {template[0]} does not suit this vocabulary: {error.message}",
-                "An answer must end with a special token of the vocabulary, such as eos_token.",
+                "Each message's content must appear in what it renders, and an answer's after what asks for it.",
             ) from None
     elif not _has_template(folder):
         notes.append(

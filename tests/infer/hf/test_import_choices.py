@@ -261,10 +261,14 @@ def test_tokens_of_a_template_that_the_vocabulary_lacks_are_added_where_there_is
 def test_a_template_from_a_file(base: Path, tmp_path: Path) -> None:
     own = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + END }}{% endfor %}"
     own += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    (tmp_path / "endless.jinja").write_text(own.replace("END", "'\\n'"))
-    with pytest.raises(UserError, match=r"does not suit this vocabulary: .*stop token"):
-        import_hf(base, tmp_path / "run", chat_template=str(tmp_path / "endless.jinja"))
+    (tmp_path / "first.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(UserError, match=r"chat template .*first.jinja does not suit this vocabulary: "):
+        import_hf(base, tmp_path / "run", chat_template=str(tmp_path / "first.jinja"))
     assert not (tmp_path / "run").exists()
+    (tmp_path / "endless.jinja").write_text(own.replace("END", "'\\n'"))
+    endless = load(import_hf(base, tmp_path / "endless", chat_template=str(tmp_path / "endless.jinja"))).tokenizer
+    ids, spans = endless.message_spans(Conversation([Message("user", "x"), Message("assistant", "y")]))[-1]
+    assert ids[spans[-1].end - 1] == 0  # without an end of the template's own, that of a document
     (tmp_path / "own.jinja").write_text(own.replace("END", f"'{END}'"))
     run = import_hf(base, tmp_path / "run", chat_template=str(tmp_path / "own.jinja"))
     tokenizer = load(run).tokenizer

@@ -77,12 +77,17 @@ def config_options(parser: Parser) -> None:
 
 
 def data_options(group: argparse._ArgumentGroup) -> None:
+    columns_option(group)
     group.add_argument("--packing", action=argparse.BooleanOptionalAction, help="several conversations a row (on)")
     group.add_argument("--overlong", choices=["split", "truncate", "drop"], help="longer than seq_length (split)")
     group.add_argument("--cache-dir", metavar="DIR", help="where prepared data is kept")
     group.add_argument("--num-workers", type=int, metavar="N", help="processes that prepare data (one per core)")
     group.add_argument("--eval-fraction", type=float, metavar="F", help="hold this share out of the training data (0)")
     group.add_argument("--dedup", choices=["none", "exact", "near"], help="remove duplicate conversations (none)")
+
+
+def columns_option(group: argparse._ArgumentGroup | Parser) -> None:
+    group.add_argument("--columns", metavar="FIELD=COLUMN,…", help="what stands where: prompt=question,response=answer")
 
 
 def add_files(group: argparse._ArgumentGroup, flag: str, text: str) -> None:

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumina.commands.common import Arguments, Command, Parser, config_options, data_options, json_option, load_config
+from lumina.commands.common import (
+    Arguments,
+    Command,
+    Parser,
+    columns_option,
+    config_options,
+    data_options,
+    json_option,
+    load_config,
+)
 from lumina.files import write_text
 
 if TYPE_CHECKING:
@@ -114,29 +123,41 @@ def _prepare_options(parser: Parser) -> None:
 def validate_data(arguments: Arguments) -> int:
     """Check conversations line by line: what would be supervised, masked or dropped, and why."""
     return validate_files(
-        arguments.files, create_report=arguments.create_report, json=arguments.json, fix=arguments.fix
+        arguments.files,
+        create_report=arguments.create_report,
+        json=arguments.json,
+        fix=arguments.fix,
+        columns=arguments.columns,
     )
 
 
 def validate_files(
-    file: str | Sequence[str], *, create_report: bool = False, json: bool = False, fix: str | None = None
+    file: str | Sequence[str],
+    *,
+    create_report: bool = False,
+    json: bool = False,
+    fix: str | None = None,
+    columns: str | Mapping[str, str] | None = None,
 ) -> int:
     """Reads whole files as training would and prints what is in them.
 
     Args:
         create_report: also write FILE.report.html beside the (first) file.
         fix: write the valid records to this path, and the rest beside it.
+        columns: in which columns of the files the formats' fields stand: `prompt=question,response=answer`.
 
     Returns:
         0, or 1 when no record is usable.
     """
     from lumina.chat import Tokenizer
+    from lumina.config import load
     from lumina.data import render_report, validate, validation_lines, write_fixed
 
     files = [file] if isinstance(file, str) else list(file)
     tokenizer = Tokenizer.load()
+    mapping = load("nano", {"columns": columns}).columns
     with _progress_bar("validating") as progress:
-        validation = validate(files, tokenizer, progress=progress)
+        validation = validate(files, tokenizer, columns=mapping, progress=progress)
     figures = validation.to_dict()
     extra: list[str] = []
     if create_report:
@@ -145,7 +166,7 @@ def validate_files(
         figures["report"] = str(report)
         extra.append(f"report         {report}")
     if fix is not None:
-        written, rejected, rejects = write_fixed(files, Path(fix))
+        written, rejected, rejects = write_fixed(files, Path(fix), mapping)
         figures["fixed"] = {"file": fix, "written": written, "rejected": rejected, "rejects": str(rejects)}
         extra.append(f"fixed          {fix}: {written:,} conversations; {rejects}: {rejected:,} records")
     if json:
@@ -157,6 +178,7 @@ def validate_files(
 
 def _validate_data_options(parser: Parser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="conversations in any data format: {FORMATS}")
+    columns_option(parser)
     parser.add_argument("--create-report", action="store_true", help="also write FILE.report.html")
     parser.add_argument("--fix", metavar="OUT", help="write the valid records to OUT, the others beside it")
     json_option(parser)
@@ -168,19 +190,29 @@ def inspect_data(arguments: Arguments) -> int:
         arguments.files,
         load_config(arguments),
         sample=arguments.sample,
+        line=arguments.line,
         table=arguments.table,
         json=arguments.json,
     )
 
 
 def inspect_sample(
-    files: Sequence[str], config: Config, *, sample: int = 0, table: bool = False, json: bool = False
+    files: Sequence[str],
+    config: Config,
+    *,
+    sample: int = 0,
+    line: int | None = None,
+    table: bool = False,
+    json: bool = False,
 ) -> int:
-    """Shows what the model will see of one sample: text coloured by what is supervised, with `table` every token.
+    """Shows what the model will see of one sample: text coloured by what is supervised, with `table` every token; or
+    with `line` what becomes of that record of a file, from its raw form to its tokens.
 
     Raises:
-        UserError: there is no such sample.
+        UserError: there is no such sample or record.
     """
+    if line is not None:
+        return _inspect_record(files, config, line, table=table, json=json)
     from rich.console import Console
 
     from lumina.chat import open_tokenizer
@@ -203,9 +235,31 @@ def inspect_sample(
     return 0
 
 
+def _inspect_record(files: Sequence[str], config: Config, line: int, *, table: bool, json: bool) -> int:
+    from rich.console import Console
+
+    from lumina.chat import open_tokenizer
+    from lumina.config import UserError
+    from lumina.data import describe_record, expand, render_record
+
+    (path, *others) = expand(files)
+    if others:
+        raise UserError(f"--line {line} of which file? There are {len(others) + 1}", "Name one file.")
+    tokenizer = open_tokenizer(config.tokenizer)
+    description = describe_record(path, line, config, tokenizer)
+    if json:
+        _print_json(description)
+        return 0
+    console = Console(soft_wrap=True, highlight=False)
+    for text in render_record(description, tokenizer, table):
+        console.print(text)
+    return 0
+
+
 def _inspect_data_options(parser: Parser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="conversations in any data format: {FORMATS}")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="which packed sample, from 0 (0)")
+    parser.add_argument("--line", type=int, metavar="N", help="instead record N of the file: raw, conversation, tokens")
     parser.add_argument("--table", action="store_true", help="also a line for each token: position, id, weight, target")
     config_options(parser)
     data_options(parser.add_argument_group("data"))

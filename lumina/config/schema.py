@@ -9,11 +9,20 @@ optimizer step.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
 
+from lumina.config.columns import Columns
 from lumina.config.registry import FAMILIES, FORMATS, HEALTH_RULES, OBJECTIVES, SCHEDULES, TRACKERS
 
 # What the tokenizer needs: cl100k_base and the special tokens above it, padded to a multiple of 128. lumina.chat owns
@@ -36,6 +45,15 @@ TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_of_one(cls, values: Any) -> Any:
+        """A text or a mapping where a list of them is meant is the list of that one."""
+        if not isinstance(values, dict):
+            return values
+        lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
+        return {name: [v] if name in lists and isinstance(v, str | dict) else v for name, v in values.items()}
 
 
 class RopeScaling(_Strict):
@@ -205,6 +223,12 @@ class DataSource(_Strict):
     path: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(ge=0.0, le=1000.0, allow_inf_nan=False)] = 1.0
     format: FormatName | None = None
+    columns: Columns | None = None  # unset: those of `columns`
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, values: Any) -> Any:
+        return {"path": values} if isinstance(values, str) else values
 
 
 class DataConfig(_Strict):
@@ -213,6 +237,7 @@ class DataConfig(_Strict):
     train_data: list[str] = []
     data: list[DataSource] = []  # training files too, with weights
     eval_data: list[str] = []
+    columns: Columns = {}  # {prompt: question}: what a data format calls prompt stands in the column question
     packing: bool = True
     overlong: Literal["split", "truncate", "drop"] = "split"
     cache_dir: str | None = None

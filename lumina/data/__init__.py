@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lumina.data.reports.estimate import estimate
     from lumina.data.reports.html import render_report
     from lumina.data.reports.inspection import describe_sample, render_sample
+    from lumina.data.reports.record import describe_record, render_record
     from lumina.data.reports.text import validation_lines
     from lumina.data.reports.validation import validate
 
@@ -78,6 +79,10 @@ _HOMES = {
         "describe_sample",
         "render_sample",
     ),
+    "reports.record": (
+        "describe_record",
+        "render_record",
+    ),
     "reports.text": ("validation_lines",),
     "reports.validation": ("validate",),
 }
@@ -100,6 +105,7 @@ __all__ = [
     "Tree",
     "convert",
     "deal",
+    "describe_record",
     "describe_sample",
     "detect",
     "estimate",
@@ -109,6 +115,7 @@ __all__ = [
     "prepare_splits",
     "process_oasst_file",
     "read_items",
+    "render_record",
     "render_report",
     "render_sample",
     "sample_sums",

@@ -253,3 +253,28 @@ def test_checkpointing_forms() -> None:
 def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
     text = "data:\n- &first {path: a, weight: 0.5}\n- {<<: *first, path: b}\n"
     assert [(source.path, source.weight) for source in load(write(tmp_path, text)).data] == [("a", 0.5), ("b", 0.5)]
+
+
+def test_a_text_is_a_list_of_one(tmp_path: Path) -> None:
+    """Wherever the schema has a list of texts or of mappings."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "preset: nano\ntrain_data: a.jsonl\neval_data: b.jsonl\ntrackers: wandb\ndisabled_rules: loss-spike\n"
+        "sample_prompts: 'Hello, you'\nlora_targets: q_proj\ndata: {path: c.jsonl, weight: 2}\n"
+    )
+    config = load(str(file))
+    assert config.train_data == ["a.jsonl"]
+    assert config.eval_data == ["b.jsonl"]
+    assert config.trackers == ["wandb"]
+    assert config.sample_prompts == ["Hello, you"]
+    assert config.lora_targets == ["q_proj"]
+    assert [(source.path, source.weight) for source in config.data] == [("c.jsonl", 2.0)]
+    file.write_text("preset: nano\ndata: c.jsonl\n")
+    assert [source.path for source in load(str(file)).data] == ["c.jsonl"]
+    file.write_text("preset: nano\ndata: [c.jsonl, {path: d.jsonl}]\n")
+    assert [source.path for source in load(str(file)).data] == ["c.jsonl", "d.jsonl"]
+    assert load("nano", sets=["train_data=x.jsonl"]).train_data == ["x.jsonl"]
+    for wrong in ("train_data: 7", "data: {weight: 2}", "trackers: nobody"):
+        file.write_text(f"preset: nano\n{wrong}\n")
+        with pytest.raises(UserError):
+            load(str(file))

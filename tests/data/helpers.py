@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class Source:
     path: str
     weight: float = 1.0
     format: str | None = None
+    columns: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Settings:
     eval_fraction: float = 0.0
     dedup: str = "none"
     tokenizer: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def config_of(**changes: Any) -> Config:

@@ -11,16 +11,19 @@ import orjson
 
 from lumina.chat import TEXT_ROLE, Conversation
 from lumina.config import UserError
+from lumina.data.converting.columns import Columns, renamed
 from lumina.data.formats import convert
 from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import check_inputs
 from lumina.data.records.fault import BLANK, Fault, Tree
+from lumina.data.records.fields import FieldTally
 from lumina.files import atomic_file
 
 
-def write_fixed(paths: Sequence[str], out: Path) -> tuple[int, int, Path]:
+def write_fixed(paths: Sequence[str], out: Path, columns: Columns | None = None) -> tuple[int, int, Path]:
     """Writes valid records as messages JSON lines to `out`, and what is not, with its reason, to a file beside it.
+    `columns`: in which columns the formats' fields stand.
 
     Returns (conversations written, records rejected, the rejects' path). Both files appear when whole.
     """
@@ -37,10 +40,13 @@ def write_fixed(paths: Sequence[str], out: Path) -> tuple[int, int, Path]:
         scratch_rejects.open("wb") as bad,
     ):
         for path in files:
-            for item in read_items(str(path), detect(str(path))):
+            layout = detect(str(path))
+            if columns:
+                layout = layout._replace(flat=False)
+            for item in read_items(str(path), layout):
                 if item.record is BLANK:
                     continue
-                found = convert(item.record)
+                found = convert(renamed(item.record, columns or {}, FieldTally()))
                 if isinstance(found, Fault):
                     bad.write(orjson.dumps(_reject(path, item.number, found, item.record)) + b"\n")
                     rejected += 1

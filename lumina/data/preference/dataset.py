@@ -28,6 +28,7 @@ from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.data.account import FIRST_LINES, field_details, field_sums
 from lumina.data.cache.files import content_digests
+from lumina.data.converting.columns import Columns, check_columns, described, renamed
 from lumina.data.loading.dataset import Batch, join
 from lumina.data.loading.order import PADDING
 from lumina.data.preference.pair import Pair, from_pair
@@ -109,9 +110,10 @@ def prepare_pairs(
     root = make_root(config, files)
     inputs = [content_digests(files, root / "sources.json"), config.seq_length]
     current = tokenizer.fingerprint, tokenizer.template_version
+    mapped = [dict(config.columns)] if config.columns else []
     for version in (*(EARLIER_FORMATS if earlier else ()), FORMAT_VERSION):
         names = current if version == FORMAT_VERSION else tokenizer.earlier
-        fingerprint = hashlib.sha256(orjson.dumps(["pairs", version, *inputs, *names])).hexdigest()
+        fingerprint = hashlib.sha256(orjson.dumps(["pairs", version, *inputs, *names, *mapped])).hexdigest()
         final = root / f"pairs-{fingerprint[:32]}"
         found = _open(final, fingerprint)
         if found is not None:
@@ -121,7 +123,7 @@ def prepare_pairs(
         if found is None:
             try:
                 with atomic_folder(final, replace=True) as scratch:  # one that is there already is damaged
-                    _build(files, scratch, fingerprint, config.seq_length, tokenizer)
+                    _build(files, scratch, fingerprint, config, tokenizer)
             except OSError as error:
                 raise UserError(f"cannot make the cache {final}: {error.strerror or error}") from error
             found = _open(final, fingerprint)
@@ -141,8 +143,13 @@ def _open(folder: Path, fingerprint: str) -> PairDataset | None:
 # --- Building -------------------------------------------------------------------------------------
 
 
-def _build(files: list[Path], folder: Path, fingerprint: str, seq_length: int, tokenizer: ChatTokenizer) -> None:
+def _build(
+    files: list[Path], folder: Path, fingerprint: str, config: PrepareSettings, tokenizer: ChatTokenizer
+) -> None:
+    seq_length, columns = config.seq_length, config.columns
     account: dict[str, Any] = {"lines": 0, "blank_lines": 0, "pairs": 0, "skipped": {}, "window": seq_length}
+    if columns:
+        account["columns"] = described(columns)
     ids, masks, lengths = [], [], []
     block: list[tuple[Pair, str]] = []
 
@@ -161,9 +168,9 @@ def _build(files: list[Path], folder: Path, fingerprint: str, seq_length: int, t
         block.clear()
 
     tally = FieldTally()
-    for place, record in _records(files):
+    for place, record in _records(files, columns):
         account["lines"] += 1
-        pair = record if record is BLANK else from_pair(record, tally)
+        pair = record if record is BLANK else from_pair(renamed(record, columns, tally), tally)
         tally.end_record(used=isinstance(pair, Pair))
         if pair is BLANK:
             account["blank_lines"] += 1
@@ -193,9 +200,12 @@ def _build(files: list[Path], folder: Path, fingerprint: str, seq_length: int, t
     write_json(folder / "meta.json", {"fingerprint": fingerprint, "pad_id": pad, "account": account, "sizes": sizes})
 
 
-def _records(files: list[Path]) -> Iterator[tuple[str, Any]]:
+def _records(files: list[Path], columns: Columns) -> Iterator[tuple[str, Any]]:
     for path in files:
-        for item in read_items(str(path), detect(str(path))._replace(flat=False)):
+        layout = detect(str(path))._replace(flat=False)
+        if columns:
+            check_columns(str(path), layout, columns)
+        for item in read_items(str(path), layout):
             yield f"{path.name}:{item.number}", item.record
 
 
@@ -240,5 +250,7 @@ def account_lines(account: dict[str, Any]) -> list[str]:
     for reason, entry in sorted(account["skipped"].items()):
         shown = f"longer than seq_length, {account['window']} tokens" if reason == TOO_LONG else reason
         lines.append(f"skipped, {shown}: {entry['count']:,} ({', '.join(entry['first'])})")
+    if account.get("columns"):
+        lines.append(f"columns: {account['columns']}")
     lines.append(f"fields: {field_sums(account.get('fields', {}))}")
     return [*lines, *field_details(account.get("fields", {}))]

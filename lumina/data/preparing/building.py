@@ -16,6 +16,7 @@ from lumina.config import UserError
 from lumina.data.account import Account
 from lumina.data.cache import arrow
 from lumina.data.cache.shards import open_batches, write_plan
+from lumina.data.converting.columns import described
 from lumina.data.preparing.mixing import LEFT_OUT, repeats, shares
 from lumina.data.preparing.packing import pack, rows_to_chunks
 from lumina.data.preparing.pool import run_tasks
@@ -38,6 +39,8 @@ class PrepareSettings(Protocol):
     def cache_dir(self) -> str | None: ...
     @property
     def num_workers(self) -> int | None: ...
+    @property
+    def columns(self) -> Mapping[str, str]: ...
 
 
 def build(
@@ -76,6 +79,7 @@ def build(
     assert len(complete) == len(tasks)
 
     account = merge_accounts(tasks, complete, config.overlong, config.seq_length)
+    account.notes += column_notes(tasks)
     _refuse_nothing(account, files, config, partial)
     _pack(tasks, config, account, partial, weights or {})
     account.check()
@@ -100,6 +104,12 @@ def build(
     }
     write_json(partial / "meta.json", meta)
     rename_durably(partial, final)  # one that is there already is damaged: open_cached refused it
+
+
+def column_notes(tasks: Sequence[Task]) -> list[str]:
+    """A line for each file with a column mapping."""
+    mapped = {task.path: dict(task.columns) for task in tasks if task.columns}
+    return [f"columns of {path}: {described(columns)}" for path, columns in mapped.items()]
 
 
 def _refuse_nothing(account: Account, files: Sequence[str], config: PrepareSettings, partial: Path) -> None:

@@ -104,7 +104,7 @@ def _setup_minhash(text: str) -> list[int]:
 
 def conversation_hash(conversation: Conversation) -> int:
     """64 bits of all that a conversation says, in its places, and of what of it is supervised; ids aside."""
-    parts = []
+    parts: list[str] = []
     for message in conversation.messages:
         role, content, supervise, masked, reasoning, calls, name, _ = message
         parts += (role, content)

@@ -26,6 +26,7 @@ import orjson
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.data.cache.files import cache_root, content_digests
+from lumina.data.converting.columns import Columns, by_file, check_columns
 from lumina.data.formats import added_versions, tests_by_precedence
 from lumina.data.loading.dataset import PackedDataset
 from lumina.data.preparing.building import OnProgress, PrepareSettings, build
@@ -55,6 +56,7 @@ def prepare(
     selection: Selection | None = None,
     weights: Mapping[str, float] | None = None,
     formats: Mapping[str, str] | None = None,
+    columns: Mapping[str, Columns] | None = None,
 ) -> PackedDataset:
     """The packed data set of these files, from the cache when nothing has changed.
 
@@ -65,10 +67,11 @@ def prepare(
         selection: the split of the conversations to take; None takes all.
         weights: how often an epoch takes the conversations of a file; 1 for files not named. See mixing.py.
         formats: what every record of a file has to be (a name of FORMATS); files not named are told record by record.
+        columns: of a file, the columns in which the formats' fields stand; of files not named, config.columns.
 
     Raises:
-        UserError: a file is missing or empty, no line of any file is a usable conversation, or the chat template of an
-            imported model cannot be trained with.
+        UserError: a file is missing or empty, a column that it has not is mapped, no line of any file is a usable
+            conversation, or the chat template of an imported model cannot be trained with.
     """
     files = check_inputs(paths)
     tokenizer.check_trainable()
@@ -76,7 +79,8 @@ def prepare(
     if config.seq_length < MIN_SEQ_LENGTH:
         raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_SEQ_LENGTH} tokens")
     root = make_root(config, files)
-    final, fingerprint = _place(files, root, config, tokenizer, selection, weights or {}, formats or {})
+    mapped = by_file(map(str, files), columns or {}, config.columns)
+    final, fingerprint = _place(files, root, config, tokenizer, selection, weights or {}, formats or {}, mapped)
     found = open_cached(final, fingerprint)
     if found is not None:
         return found
@@ -88,7 +92,7 @@ def prepare(
                 partial = final.with_name(f"{final.name}.partial")
                 partial.mkdir(exist_ok=True)
                 if selection is None:
-                    tasks = plan_tasks(files, "chunks", partial, config, formats)
+                    tasks = plan_tasks(files, "chunks", partial, config, formats, columns)
                 else:
                     tasks = selection.tasks(files, partial, config)
                 build(tasks, config, tokenizer, fingerprint, final, count, progress, weights)
@@ -108,12 +112,16 @@ def find_earlier(
     selection: Selection | None = None,
     weights: Mapping[str, float] | None = None,
     formats: Mapping[str, str] | None = None,
+    columns: Mapping[str, Columns] | None = None,
 ) -> PackedDataset | None:
     """The cache that a version of EARLIER_FORMATS made of these files and settings, None if it is not there: a run is
     resumed on what it was trained on. Arguments and errors as of `prepare`."""
     files = check_inputs(paths)
     root = make_root(config, files)
-    return open_cached(*_place(files, root, config, tokenizer, selection, weights or {}, formats or {}, version))
+    mapped = by_file(map(str, files), columns or {}, config.columns)
+    return open_cached(
+        *_place(files, root, config, tokenizer, selection, weights or {}, formats or {}, mapped, version)
+    )
 
 
 def _place(
@@ -124,13 +132,15 @@ def _place(
     selection: Selection | None,
     weights: Mapping[str, float],
     formats: Mapping[str, str],
+    columns: Mapping[str, Columns],
     version: int | None = None,
 ) -> tuple[Path, str]:
     """The folder of a cache, and its fingerprint."""
-    by_file = [weights.get(str(path), 1.0) for path in files]
+    by_weight = [weights.get(str(path), 1.0) for path in files]
     fixed = [formats.get(str(path), "") for path in files]
     digests = content_digests(files, root / "sources.json")
-    fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_file, fixed, version)
+    moved = [dict(columns.get(str(path), {})) for path in files]
+    fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_weight, fixed, moved, version)
     return root / fingerprint[:32], fingerprint
 
 
@@ -151,6 +161,7 @@ def fingerprint_of(
     selection: Selection | None = None,
     weights: Sequence[float] = (),
     formats: Sequence[str] = (),
+    columns: Sequence[Columns] = (),
     version: int | None = None,
 ) -> str:
     """SHA-256 over the inputs' contents, the tokenizer, the template and every setting that changes the result.
@@ -174,6 +185,8 @@ def fingerprint_of(
         determinants["weights"] = list(weights)
     if any(formats):
         determinants["formats"] = list(formats)
+    if any(columns):
+        determinants["columns"] = [dict(mapping) for mapping in columns]
     if added_versions():
         determinants["added formats"] = added_versions()
     return hashlib.sha256(orjson.dumps(determinants, option=orjson.OPT_SORT_KEYS)).hexdigest()
@@ -202,11 +215,12 @@ class Selection:
     fingerprint: str
     split: int
     formats: Mapping[str, str]
+    columns: Mapping[str, Columns]
     earlier: Mapping[int, str] = field(default_factory=dict)  # the decisions' fingerprint in each of EARLIER_FORMATS
 
     def tasks(self, own: Sequence[Path], folder: Path, config: PrepareSettings) -> list[Task]:
         """The tasks of the files `own`, each with its decisions: those of planning all files together."""
-        planned = enumerate(plan_tasks(self.files, "chunks", folder, config, self.formats))
+        planned = enumerate(plan_tasks(self.files, "chunks", folder, config, self.formats, self.columns))
         return [
             replace(task, decisions=str(self.folder / decisions_name(i)), split=self.split)
             for i, task in planned
@@ -225,10 +239,12 @@ def plan_tasks(
     folder: Path | None,
     config: PrepareSettings,
     formats: Mapping[str, str] | None = None,
+    columns: Mapping[str, Columns] | None = None,
 ) -> list[Task]:
     """The tasks of these files, from their sizes and layouts alone: byte ranges where a file can be split.
 
-    Statistics need no folder. UserError where another package's data format does not load: found here, not in a worker.
+    Statistics need no folder. UserError where another package's data format does not load, or a column is mapped that a
+    file has not: found here, not in a worker.
     """
     tests_by_precedence()
     sizes = [path.stat().st_size for path in files]
@@ -236,13 +252,17 @@ def plan_tasks(
     tasks: list[Task] = []
     for path, size in zip(files, sizes, strict=True):
         layout, given = detect(str(path)), (formats or {}).get(str(path), "")
-        layout = layout._replace(flat=layout.flat and given in ("", "oasst"))
+        moved = (columns or {}).get(str(path), config.columns)
+        layout = layout._replace(flat=layout.flat and given in ("", "oasst") and not moved)
+        if moved:
+            check_columns(str(path), layout, moved)
         for start in range(0, size, step if layout.splittable else size):
             stop = min(start + step, size) if layout.splittable else size
             suffix = "arrow" if kind == "chunks" else "npz"
             out = "" if folder is None else str(folder / f"pieces-{len(tasks):05d}.{suffix}")
             how = (layout.container, layout.compression, layout.flat, layout.encoding)
-            tasks.append(Task(kind, str(path), how, start, stop, out, config.seq_length, config.overlong, format=given))
+            task = Task(kind, str(path), how, start, stop, out, config.seq_length, config.overlong, format=given)
+            tasks.append(replace(task, columns=tuple(moved.items())))
     return tasks
 
 

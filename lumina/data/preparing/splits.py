@@ -14,6 +14,7 @@ from lumina.chat import ChatTokenizer, Conversation
 from lumina.config import UserError, install_command
 from lumina.data.account import Account
 from lumina.data.cache.files import content_digests
+from lumina.data.converting.columns import Columns, by_file
 from lumina.data.formats import added_versions
 from lumina.data.loading.dataset import PackedDataset
 from lumina.data.preparing.building import OnProgress, PrepareSettings
@@ -48,7 +49,8 @@ HELD_OUT = "hold-out.json"  # beside the decisions: a note on how the share aske
 
 
 class Source(Protocol):
-    """A training file, or pattern, how often an epoch takes its conversations, and what each record has to be."""
+    """A training file, or pattern, how often an epoch takes its conversations, what each record has to be, and which
+    columns its fields stand in."""
 
     @property
     def path(self) -> str: ...
@@ -56,6 +58,8 @@ class Source(Protocol):
     def weight(self) -> float: ...
     @property
     def format(self) -> str | None: ...
+    @property
+    def columns(self) -> Mapping[str, str] | None: ...
 
 
 class SplitSettings(PrepareSettings, Protocol):
@@ -93,8 +97,8 @@ def prepare_splits(
             if found is not None:
                 return found
     assert config.dedup in DEDUP
-    train_paths, weights, formats = _sources(config)
-    how: dict[str, Any] = {"progress": progress, "formats": formats}
+    train_paths, weights, formats, columns = _sources(config)
+    how: dict[str, Any] = {"progress": progress, "formats": formats, "columns": columns}
     if not config.eval_fraction and config.dedup == "none":
         held_out = prepare(config.eval_data, config, tokenizer, progress=progress) if config.eval_data else None
         return prepare(train_paths, config, tokenizer, weights=weights, **how), held_out
@@ -105,12 +109,12 @@ def prepare_splits(
     if config.dedup == "near" and not near_available():
         raise UserError("near-duplicates need the package rensa", f"{install_command('dedup')}, or use --dedup exact.")
     files = _Files(check_inputs(train_paths), check_inputs(config.eval_data) if config.eval_data else [])
-    folder, fingerprint = _decisions_on(files, formats, config, tokenizer, progress)
+    folder, fingerprint = _decisions_on(files, formats, columns, config, tokenizer, progress)
     evaluation: PackedDataset | None = None
     if files.eval or config.eval_fraction:
-        chosen = Selection(files.all, folder, fingerprint, EVAL, formats)
+        chosen = Selection(files.all, folder, fingerprint, EVAL, formats, columns)
         evaluation = prepare(files.eval or files.train, config, tokenizer, selection=chosen, **how)
-    chosen = Selection(files.all, folder, fingerprint, TRAIN, formats)
+    chosen = Selection(files.all, folder, fingerprint, TRAIN, formats, columns)
     train = prepare(files.train, config, tokenizer, selection=chosen, weights=weights, **how)
     if (folder / HELD_OUT).exists():
         train.account["notes"].append(orjson.loads((folder / HELD_OUT).read_bytes())["note"])
@@ -131,10 +135,10 @@ def _earlier_splits(
 ) -> tuple[PackedDataset, PackedDataset | None] | None:
     """Both sets as an earlier version made them, when their caches are there and the training set is the one that was
     trained on. Nothing is decided anew: a split that is refused today goes on as it was."""
-    train_paths, weights, formats = _sources(config)
+    train_paths, weights, formats, columns = _sources(config)
 
     def find(paths: Sequence[Any], **how: Any) -> PackedDataset | None:
-        return find_earlier(paths, config, tokenizer, version, **how)
+        return find_earlier(paths, config, tokenizer, version, columns=columns, **how)
 
     if not config.eval_fraction and config.dedup == "none":
         train = find(train_paths, weights=weights, formats=formats)
@@ -144,8 +148,8 @@ def _earlier_splits(
         return train, held_out
     files = _Files(check_inputs(train_paths), check_inputs(config.eval_data) if config.eval_data else [])
     root = make_root(config, files.all)
-    earlier = {version: _fingerprint(files, root, formats, config, EARLIER_DECISIONS[version])}
-    sides = {split: Selection(files.all, root, "", split, formats, earlier) for split in (TRAIN, EVAL)}
+    earlier = {version: _fingerprint(files, root, formats, columns, config, EARLIER_DECISIONS[version])}
+    sides = {split: Selection(files.all, root, "", split, formats, columns, earlier) for split in (TRAIN, EVAL)}
     train = find(files.train, selection=sides[TRAIN], weights=weights, formats=formats)
     if train is None or train.fingerprint != resumed:
         return None
@@ -155,13 +159,15 @@ def _earlier_splits(
     return None if evaluation is None else (train, evaluation)
 
 
-def _sources(config: SplitSettings) -> tuple[list[str], dict[str, float], dict[str, str]]:
-    """The training paths, and the weights and formats of those in `data`.
+def _sources(
+    config: SplitSettings,
+) -> tuple[list[str], dict[str, float], dict[str, str], dict[str, Columns]]:
+    """The training paths, and the weights, formats and columns of those in `data`.
 
     Raises:
         UserError: a file is given twice, so that its weight is not clear.
     """
-    paths, weights, formats = expand(config.train_data), {}, {}
+    paths, weights, formats, columns = expand(config.train_data), {}, {}, {}
     for source in config.data:
         for path in expand([source.path]):
             if path in paths:
@@ -170,14 +176,25 @@ def _sources(config: SplitSettings) -> tuple[list[str], dict[str, float], dict[s
             weights[str(Path(path))] = source.weight
             if source.format is not None:
                 formats[str(Path(path))] = source.format
-    return paths, weights, formats
+            if source.columns is not None:
+                columns[str(Path(path))] = source.columns
+    return paths, weights, formats, columns
 
 
-def _fingerprint(files: _Files, root: Path, formats: Mapping[str, str], config: SplitSettings, version: int) -> str:
+def _fingerprint(
+    files: _Files,
+    root: Path,
+    formats: Mapping[str, str],
+    columns: Mapping[str, Columns],
+    config: SplitSettings,
+    version: int,
+) -> str:
     """SHA-256 over what decisions on all conversations of these files depend on."""
     digests = content_digests(files.all, root / "sources.json")
     settings: list[Any] = [version, len(files.train), config.eval_fraction, config.dedup, digests]
     settings += [dict(formats)] if formats else []
+    mapped = by_file(map(str, files.all), columns, config.columns)
+    settings += [["columns", *(dict(mapped.get(str(path), {})) for path in files.all)]] if mapped else []
     settings += [added_versions()] if added_versions() else []
     return hashlib.sha256(orjson.dumps(settings)).hexdigest()
 
@@ -185,24 +202,26 @@ def _fingerprint(files: _Files, root: Path, formats: Mapping[str, str], config: 
 def _decisions_on(
     files: _Files,
     formats: Mapping[str, str],
+    columns: Mapping[str, Columns],
     config: SplitSettings,
     tokenizer: ChatTokenizer,
     progress: OnProgress | None,
 ) -> tuple[Path, str]:
     """The folder of decisions on all conversations, made if it is not there, and its fingerprint."""
     root = make_root(config, files.all)
-    fingerprint = _fingerprint(files, root, formats, config, DECISIONS_VERSION)
+    fingerprint = _fingerprint(files, root, formats, columns, config, DECISIONS_VERSION)
     final = root / f"curation-{fingerprint[:32]}"
     with cache_lock(root / f"{final.name}.lock", final, 3600.0):
         if not final.exists():
             with atomic_folder(final) as scratch:
-                _write_decisions(files, formats, config, tokenizer, scratch, progress)
+                _write_decisions(files, formats, columns, config, tokenizer, scratch, progress)
     return final, fingerprint
 
 
 def _write_decisions(
     files: _Files,
     formats: Mapping[str, str],
+    columns: Mapping[str, Columns],
     config: SplitSettings,
     tokenizer: ChatTokenizer,
     folder: Path,
@@ -214,7 +233,7 @@ def _write_decisions(
         UserError: the groups of conversations allow no evaluation set of about the size asked.
     """
     kind = "near signatures" if config.dedup == "near" else "signatures"
-    tasks = plan_tasks(files.all, kind, folder, config, formats)
+    tasks = plan_tasks(files.all, kind, folder, config, formats, columns)
     total, seen = sum(task.stop - task.start for task in tasks), 0
 
     def done(number: int, report: object) -> None:

@@ -25,6 +25,7 @@ from lumina.chat import ChatTokenizer, Conversation, RenderedBlock, open_tokeniz
 from lumina.config import UserError
 from lumina.data.account import Account, add_counts
 from lumina.data.cache.shards import ChunkWriter
+from lumina.data.converting.columns import renamed
 from lumina.data.formats import convert, format_of
 from lumina.data.preparing.chunking import to_chunks
 from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, join_signatures, signatures_of
@@ -45,7 +46,7 @@ class Task:
     `kind` says what becomes of them: "chunks" are written to `out`, and so are "signatures" for deduplication ("near
     signatures" with MinHash); "statistics" are returned. `layout` holds the fields of FileLayout. With `decisions`, a
     file of one uint8 for each conversation, only those equal to `split` are taken. `format` is what every record has
-    to be, if given.
+    to be, if given. `columns`: pairs of a format's field and the file's column that it stands in.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Task:
     decisions: str = ""
     split: int = TRAIN
     format: str = ""
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 class ConversationBlock(NamedTuple):
@@ -72,6 +74,7 @@ def read_blocks(task: Task, account: Account, statistics: Statistics | None = No
     """The task's conversations, some BLOCK_BYTES of input at a time; every record is entered into `account`, and
     the used ones' formats into `statistics`."""
     block, held, tally = ConversationBlock([], []), 0, FieldTally()
+    columns = dict(task.columns)
     decided = np.load(task.decisions) if task.decisions else None
     for item in read_items(task.path, FileLayout(*task.layout), task.start, task.stop):
         account.lines += item.lines
@@ -79,14 +82,15 @@ def read_blocks(task: Task, account: Account, statistics: Statistics | None = No
         if item.record is BLANK:
             account.blank_lines += 1
             continue
-        found = convert(item.record, task.format, tally)
+        record = renamed(item.record, columns, tally) if columns else item.record
+        found = convert(record, task.format, tally)
         tally.end_record(used=not isinstance(found, Fault))
         if isinstance(found, Fault):
             account.fault(found.reason, item.number, found.messages, found.example())
             continue
         account.records += item.lines
         if statistics is not None:
-            statistics.add_record(format_of(item.record), item.record, item.lines)
+            statistics.add_record(format_of(record), record, item.lines)
         conversations = [found] if isinstance(found, Conversation) else found.conversations
         if isinstance(found, Tree):
             add_counts(account.paths_discarded, found.discarded)

@@ -163,6 +163,10 @@ class FieldTally:
         self._key_sets[(id(vocabulary), *held)] = keys
         return keys
 
+    def set_aside(self, name: str) -> None:
+        """Counts a field that the user says is not meant."""
+        self._add("set aside", name)
+
     def _add(self, sort: str, name: str, count: int = 1) -> None:
         names = self._counts.setdefault(sort, Counter())
         names[name if name in names or len(names) < MOST_NAMES else OTHERS] += count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from lumina.chat import ChatTokenizer
 from lumina.data.account import Account
+from lumina.data.converting.columns import check_columns
 from lumina.data.preparing.building import PrepareSettings
 from lumina.data.preparing.chunking import to_chunks
 from lumina.data.preparing.pool import BYTES_PER_WORKER, usable_cores
@@ -73,6 +74,9 @@ def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatToken
     size, seen = 0.0, 0.0
     for path in files:
         layout = detect(str(path))
+        if config.columns:
+            check_columns(str(path), layout, config.columns)
+            layout = layout._replace(flat=False)
         account, seconds, share = _sample(path, layout, config, tokenizer)
         found = (
             account.lines, account.bad_lines, account.conversations, account.tokens + account.tokens_repeated,
@@ -108,6 +112,7 @@ def _sample(
     for start, stop in _ranges(size, layout):
         how = (layout.container, layout.compression, layout.flat, layout.encoding)
         task = Task("chunks", str(path), how, start, stop, "", config.seq_length, config.overlong)
+        task = replace(task, columns=tuple(config.columns.items()))
         for block in read_blocks(task, account):
             to_chunks(rendered(tokenizer, block, account)[0], config.seq_length, config.overlong, account)
             blocks += 1

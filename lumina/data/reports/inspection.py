@@ -77,20 +77,25 @@ def render_sample(description: dict[str, Any], tokenizer: ChatTokenizer, table: 
         inside = ", begins inside a message" if document["begins_inside_a_message"] else ""
         trip = "round-trips" if document["round_trip"] else "does NOT round-trip"
         out.append(Text(f"── document {number}: {document['source']}{inside}; {trip}", style="cyan"))
-        line = Text()
-        # Runs of one style are decoded together: a character may be spread over several tokens.
-        for supervised, tokens in groupby(document["tokens"], key=lambda token: token["supervised"]):
-            line.append("«" if supervised else "", style="dim")
-            for style, run in groupby(tokens, key=lambda token: _style(token, tokenizer)):
-                line.append(tokenizer.decode(token["id"] for token in run), style=style)
-            line.append("»" if supervised else "", style="dim")
-        out.append(line)
+        out.append(coloured(document["tokens"], tokenizer))
         if table:
             for token in document["tokens"]:
                 target = f"-> {token['target']}" if token["weight"] else ""
                 row = f"{token['position']:>6} {token['id']:>7} {token['weight']:.0f} {target:<10} {token['text']!r}"
                 out.append(Text(row, style=_style(token, tokenizer)))
     return out
+
+
+def coloured(tokens: list[dict[str, Any]], tokenizer: ChatTokenizer) -> Text:
+    """Tokens as running text, the supervised ones in «». Runs of one style are decoded together: a character may be
+    spread over several tokens."""
+    line = Text()
+    for supervised, part in groupby(tokens, key=lambda token: token["supervised"]):
+        line.append("«" if supervised else "", style="dim")
+        for style, run in groupby(part, key=lambda token: _style(token, tokenizer)):
+            line.append(tokenizer.decode(token["id"] for token in run), style=style)
+        line.append("»" if supervised else "", style="dim")
+    return line
 
 
 def _style(token: dict[str, Any], tokenizer: ChatTokenizer) -> str:

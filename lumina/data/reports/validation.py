@@ -5,13 +5,13 @@ What validates trains: the records go through the same functions, only nothing i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lumina.chat import Tokenizer
 from lumina.data.account import Account
-from lumina.data.preparing.building import OnProgress, line_bases, merge_accounts
+from lumina.data.preparing.building import OnProgress, column_notes, line_bases, merge_accounts
 from lumina.data.preparing.pool import run_tasks, usable_cores
 from lumina.data.preparing.preparation import plan_tasks
 from lumina.data.preparing.statistics import LENGTHS, Statistics, context_lengths, percentiles
@@ -54,18 +54,25 @@ class _Whole:
     overlong: str = "split"
     cache_dir: str | None = None
     num_workers: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def validate(
-    paths: Sequence[str], tokenizer: Tokenizer, *, workers: int | None = None, progress: OnProgress | None = None
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    columns: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    progress: OnProgress | None = None,
 ) -> Validation:
-    """Reads whole files as training would.
+    """Reads whole files as training would. `columns`: in which columns of them the formats' fields stand.
 
     Raises:
-        UserError: a file is missing or empty. Bad lines are no error here: they are what is asked for.
+        UserError: a file is missing or empty, or has not a column that is mapped. Bad lines are no error here:
+            they are what is asked for.
     """
     files = check_inputs(paths)
-    tasks = plan_tasks(files, "statistics", None, _Whole())
+    tasks = plan_tasks(files, "statistics", None, _Whole(columns=columns or {}))
     reports: dict[int, dict[str, Any]] = {}
     total, seen = sum(task.stop - task.start for task in tasks), 0
 
@@ -79,6 +86,7 @@ def validate(
     run_tasks(list(enumerate(tasks)), workers or min(usable_cores(), 16), tokenizer, done)
     ordered = [reports[i] for i in range(len(tasks))]
     account = merge_accounts(tasks, ordered, "split", 0)
+    account.notes += column_notes(tasks)
     account.check()
     statistics = Statistics()
     for task, report, base in zip(tasks, ordered, line_bases(tasks, ordered), strict=True):

@@ -1,0 +1,101 @@
+"""`lumina inspect --line`: one record, against what preparing the file makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from lumina.cli import main
+from lumina.config import UserError
+from lumina.data import describe_record, prepare
+from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
+from tests.data.oasst.trees import the_tree
+
+RECORDS: list[Any] = [
+    {"id": "first", **chat("hello", "world", "once more", "gladly")},
+    b"",
+    b"{broken",
+    {"question": "what is it", "antwort": "a test"},
+    {"messages": [{"role": "nobody", "content": "x"}]},
+    [chat("two", "in"), chat("one", "line")],
+]
+
+
+def described(path: Path, line: int, **how: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = describe_record(str(path), line, Settings(**how), TOKENIZER)["records"]
+    return found
+
+
+def test_every_record_is_shown_as_it_is_prepared(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", RECORDS)
+    columns = {"answer": "antwort"}
+    dataset = prepare([path], Settings(columns=columns, packing=False), TOKENIZER)
+    chunks = [chunk for sample in range(dataset.num_samples) for chunk in dataset.chunks_of(sample)]
+    for line in range(1, len(RECORDS) + 1):
+        rendered = [
+            [(token["id"], token["supervised"]) for token in sample]
+            for record in described(path, line, columns=columns)
+            for conversation in record["conversations"]
+            for sample in conversation["rendered"]
+        ]
+        own = [
+            list(zip(chunk.ids.tolist(), chunk.mask.astype(bool).tolist(), strict=True))
+            for chunk in chunks
+            if chunk.line == line
+        ]
+        assert rendered == own
+    reasons = {line: described(path, line, columns=columns)[0].get("skipped", {}).get("reason") for line in range(1, 7)}
+    assert reasons == {1: None, 2: "blank line", 3: "broken JSON", 4: None, 5: "unknown role", 6: None}
+    (first,) = described(path, 1)
+    assert first["raw"] == RECORDS[0]
+    assert first["format"] == "messages"
+    assert first["conversations"][0]["id"] == "first"
+    assert [message["supervised"] for message in first["conversations"][0]["messages"]] == [False, True] * 2
+    assert [record["raw"] for record in described(path, 6)] == RECORDS[5]
+
+
+def test_a_tree_and_the_messages_of_one(tmp_path: Path) -> None:
+    tree = write_jsonl(tmp_path / "tree.jsonl", [the_tree()])
+    (record,) = described(tree, 1)
+    assert len(record["conversations"]) == 4
+    assert record["paths_discarded"]["deleted"] == 1
+    rows = [
+        {"message_id": name, "parent_id": parent, "role": role, "text": f"text {name}", "message_tree_id": "t"}
+        for name, parent, role in (("a", None, "prompter"), ("b", "a", "assistant"), ("c", None, "prompter"))
+    ]
+    flat = write_jsonl(tmp_path / "flat.jsonl", rows)
+    for line in (1, 2):
+        (record,) = described(flat, line)
+        assert record["conversations"][0]["messages"][1]["content"] == "text b"
+    assert described(flat, 3)[0]["conversations"] == []
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_jsonl(tmp_path / "in.jsonl", RECORDS))
+    assert main(["inspect", path, "--config", "nano", "--line", "1", "--table"]) == 0
+    said = capsys.readouterr().out
+    assert '"content": "once more"' in said
+    assert "<|assistant|>«world<|im_end|>»" in said
+    assert "assistant, supervised: world" in said
+    assert f"{TOKENIZER.stop_id:>7} supervised" in said
+    assert main(["inspect", path, "--config", "nano", "--line", "3"]) == 0
+    assert "skipped: broken JSON" in capsys.readouterr().out
+    assert main(["inspect", path, "--config", "nano", "--line", "4", "--columns", "answer=antwort", "--json"]) == 0
+    answer = orjson.loads(capsys.readouterr().out)
+    assert answer["columns"] == {"answer": "antwort"}
+    assert answer["records"][0]["conversations"][0]["messages"][1]["content"] == "a test"
+    assert main(["inspect", path, "--config", "nano", "--line", "7"]) == 2
+    assert "numbered from 1 to 6" in capsys.readouterr().err
+    assert main(["inspect", path, path, "--config", "nano", "--line", "1"]) == 2
+    assert "of which file" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [chat("word " * 100, "yes")])
+    (record,) = described(path, 1, seq_length=32, overlong="drop")
+    assert record["conversations"][0]["longer_than_seq_length"] == "drop"
+    with pytest.raises(UserError, match="no column"):
+        described(path, 1, columns={"prompt": "frage"})

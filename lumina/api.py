@@ -43,7 +43,7 @@ def prepare(config: Config) -> tuple[PackedDataset, PackedDataset | None]:
     from lumina.chat import open_tokenizer
     from lumina.data import prepare_splits
 
-    return prepare_splits(config, open_tokenizer(config.tokenizer))
+    return prepare_splits(config, open_tokenizer(config.tokenizer, config.chat_template))
 
 
 def load_model(run: Run, precision: str = "auto") -> Loaded:

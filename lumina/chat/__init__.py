@@ -20,7 +20,7 @@ from lumina.chat.conversation import (
     full_text,
     is_supervised,
 )
-from lumina.chat.loading import open_tokenizer
+from lumina.chat.loading import open_tokenizer, recorded_template
 from lumina.chat.protocol import (
     AnswerDelta,
     AnswerReader,
@@ -84,6 +84,7 @@ __all__ = [
     "json_text",
     "open_tokenizer",
     "read_json",
+    "recorded_template",
     "render",
     "render_many",
     "tokenizer_config",

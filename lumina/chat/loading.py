@@ -1,10 +1,11 @@
-"""Opens a chat tokenizer: Lumina's own, or an imported model's from its folder."""
+"""Opens a chat tokenizer: Lumina's own, or an imported model's from its folder; and which template a model has."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lumina.chat.protocol import ChatTokenizer
+from lumina.chat.template import FIRST_TEMPLATE
 from lumina.chat.tokenizer import Tokenizer
 
 
@@ -21,3 +22,9 @@ def open_tokenizer(folder: str | Path | None, chat_template: str | None = None) 
     from lumina.chat.hf import HFTokenizer  # not at the top: prepare's workers must start fast
 
     return HFTokenizer(Path(folder))
+
+
+def recorded_template(recorded: str) -> str:
+    """Lumina's chat template of a model with Lumina's tokenizer, by what its checkpoint records: version 0.2.0 and
+    earlier recorded none, and had the first."""
+    return recorded or FIRST_TEMPLATE

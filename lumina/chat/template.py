@@ -28,7 +28,6 @@ from lumina.chat.protocol import RenderedBlock
 from lumina.config import UserError
 
 FIRST_TEMPLATE, NEWEST_TEMPLATE = "im-roles-1", "im-roles-2"
-DEFAULT_TEMPLATE = FIRST_TEMPLATE
 # Name -> special tokens. The name is part of every data fingerprint and stands in every checkpoint: a new layout gets a
 # new one. Version 0.2.0 and earlier recorded none, and had the first.
 TEMPLATES = {FIRST_TEMPLATE: FIRST_SPECIAL_TOKENS, NEWEST_TEMPLATE: SPECIAL_TOKENS}

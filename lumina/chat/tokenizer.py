@@ -24,7 +24,7 @@ class Tokenizer(Cl100kEncoder):
     """
 
     def __init__(self, chat_template: str | None = None) -> None:
-        name = template.DEFAULT_TEMPLATE if chat_template is None else chat_template
+        name = template.NEWEST_TEMPLATE if chat_template is None else chat_template
         if name not in template.TEMPLATES:
             hint = did_you_mean(name, template.TEMPLATES)
             raise UserError(f"no chat template is called `{name}`.{hint}", f"They are {', '.join(template.TEMPLATES)}.")

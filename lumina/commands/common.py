@@ -80,6 +80,9 @@ def data_options(group: argparse._ArgumentGroup) -> None:
     columns_option(group)
     group.add_argument("--packing", action=argparse.BooleanOptionalAction, help="several conversations a row (on)")
     group.add_argument("--overlong", choices=["split", "truncate", "drop"], help="longer than seq_length (split)")
+    group.add_argument(
+        "--chat-template", metavar="NAME", help="Lumina's own: im-roles-1 or im-roles-2 (newest, or taught)"
+    )
     group.add_argument("--cache-dir", metavar="DIR", help="where prepared data is kept")
     group.add_argument("--num-workers", type=int, metavar="N", help="processes that prepare data (one per core)")
     group.add_argument("--eval-fraction", type=float, metavar="F", help="hold this share out of the training data (0)")

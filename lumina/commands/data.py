@@ -79,7 +79,7 @@ def prepare_files(files: Sequence[str], config: Config, *, dry_run: bool = False
     from lumina.data import estimate, prepare_splits
 
     if dry_run:
-        expected = estimate(files, config, open_tokenizer(config.tokenizer))
+        expected = estimate(files, config, open_tokenizer(config.tokenizer, config.chat_template))
         if json:
             _print_json(expected.to_dict())
         else:
@@ -88,7 +88,9 @@ def prepare_files(files: Sequence[str], config: Config, *, dry_run: bool = False
     given = config.model_copy(update={"train_data": list(files), "data": [], "eval_data": []})
     start = time.perf_counter()
     with _progress_bar("preparing") as progress:
-        train, evaluation = prepare_splits(given, open_tokenizer(config.tokenizer), progress=progress)
+        train, evaluation = prepare_splits(
+            given, open_tokenizer(config.tokenizer, config.chat_template), progress=progress
+        )
     seconds = time.perf_counter() - start
     if json:
         held_out = {} if evaluation is None else {"held_out": _figures(evaluation)}
@@ -220,7 +222,7 @@ def inspect_sample(
     from lumina.data import describe_sample, render_sample
     from lumina.data import prepare as prepare_data
 
-    tokenizer = open_tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer, config.chat_template)
     with _progress_bar("preparing") as progress:
         dataset = prepare_data(files, config, tokenizer, progress=progress)
     if not 0 <= sample < dataset.num_samples:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from lumina.config.errors import UserError, did_you_mean
 from lumina.config.renamed import new_name, upgrade
-from lumina.config.schema import MIN_VOCAB, Config, ModelConfig
+from lumina.config.schema import FIRST_TEMPLATE, MIN_VOCAB, Config, ModelConfig
 
 DEFAULT_PRESET = "medium"
 PRESETS = ("nano", "debug", "small", "medium", "1b", "large", "3b", "8b")
@@ -96,7 +96,7 @@ def load(
     """
     resuming = (flags or {}).get("resume") is not None or any(pair.startswith("resume=") for pair in sets)
     values, file_values, lines, where = _base(preset_or_yaml, resuming)
-    origin = {name: f"{where}, line {lines[name]}" for name in file_values}
+    origin = {name: f"{where}, line {lines[name]}" if name in lines else where for name in file_values}
     explicit = dict(file_values)
     for name, value in (flags or {}).items():
         if value is not None:
@@ -143,6 +143,8 @@ def _base(preset_or_yaml: str, resuming: bool) -> tuple[dict[str, Any], dict[str
         _check_key(name, f"{path}, line {lines[name]}")
     _drop_one_starts(values, lines, path, resuming)
     _find_tokenizer(values, path.parent)
+    if (path.parent / "checkpoints").is_dir():
+        _name_template(values)
     return _read_preset(preset), values, lines, str(path)
 
 
@@ -168,6 +170,12 @@ def _find_tokenizer(values: dict[str, Any], folder: Path) -> None:
         values["tokenizer"] = str(folder / given)
 
 
+def _name_template(values: dict[str, Any]) -> None:
+    """The settings of a run of version 0.2.0 or earlier name no chat template: they had the first."""
+    if "chat_template" not in values and values.get("tokenizer") is None:
+        values["chat_template"] = FIRST_TEMPLATE
+
+
 def run_config(given: str) -> Path | None:
     """config.yaml of the run that a path means (its folder, a checkpoint, or a file in one), if it is there."""
     start = Path(given)
@@ -176,9 +184,9 @@ def run_config(given: str) -> Path | None:
 
 
 def inherited(given: str, context_length: int) -> dict[str, Any]:
-    """What a run that begins with another's weights takes over: the model's shape and tokenizer, and its seq_length
-    where that is not above `context_length`, since a long context costs memory that fine-tuning seldom needs. Nothing
-    when there is no such run: whoever reads its weights says so.
+    """What a run that begins with another's weights takes over: the model's shape, its tokenizer or chat template, and
+    its seq_length where that is not above `context_length`, since a long context costs memory that fine-tuning seldom
+    needs. Nothing when there is no such run: whoever reads its weights says so.
 
     Raises:
         UserError: its config.yaml is not valid YAML.
@@ -191,7 +199,9 @@ def inherited(given: str, context_length: int) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     _find_tokenizer(values, path.parent)
-    taken = {name: values[name] for name in (*ModelConfig.model_fields, "tokenizer") if name in values}
+    _name_template(values)
+    kept = (*ModelConfig.model_fields, "tokenizer", "chat_template")
+    taken = {name: values[name] for name in kept if name in values}
     if isinstance(taken.get("seq_length"), int) and taken["seq_length"] > context_length:
         taken["seq_length"] = context_length
     return taken

@@ -26,7 +26,7 @@ _NAMES: dict[OnResume, str] = {
     OnResume.REFUSED: "objective seed rope_theta rope_scaling rms_norm_eps",
     OnResume.CHECKPOINT: """
         hidden_size num_layers num_heads num_kv_heads head_size vocab_size intermediate_size family tie_word_embeddings
-        lora_rank lora_alpha lora_targets global_batch_size
+        lora_rank lora_alpha lora_targets global_batch_size chat_template
     """,
     OnResume.DATA: "train_data data columns eval_fraction dedup packing overlong seq_length tokenizer",
     OnResume.SCHEDULE: "epochs max_steps lr_scheduler warmup_ratio",

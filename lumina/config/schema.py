@@ -29,6 +29,10 @@ from lumina.config.registry import FAMILIES, FORMATS, HEALTH_RULES, OBJECTIVES, 
 # the number; it is repeated here so that reading a configuration loads no tokenizer (a test holds the two together).
 MIN_VOCAB = 100_352
 
+# Lumina's own chat templates, the oldest first (lumina.chat.TEMPLATES, for the same reason).
+ChatTemplate = Literal["im-roles-1", "im-roles-2"]
+FIRST_TEMPLATE: ChatTemplate = "im-roles-1"  # of every run that records none
+
 FFN_MULTIPLE = 64  # rows of the feed-forward matrices are a multiple of this: whole tiles on tensor cores
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -247,6 +251,14 @@ class DataConfig(_Strict):
     # An imported model's folder of tokenizer.json and chat template, looked for beside the YAML file first; None:
     # Lumina's own. --init-from fills it in.
     tokenizer: str | None = None
+    # Lumina's own chat template; None: the newest for a new run, what it was taught for a model that is there already.
+    chat_template: ChatTemplate | None = None
+
+    @model_validator(mode="after")
+    def _one_template(self) -> DataConfig:
+        if self.tokenizer is not None and self.chat_template is not None:
+            raise ValueError(f"chat_template {self.chat_template} is Lumina's own: the tokenizer brings another")
+        return self
 
 
 class RunConfig(_Strict):

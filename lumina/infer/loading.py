@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from lumina.chat import ChatTokenizer, open_tokenizer
+from lumina.chat import ChatTokenizer, open_tokenizer, recorded_template
 from lumina.checkpoint import (
     TRAINER,
     TrainerState,
@@ -161,7 +161,8 @@ def tokenizer_folder(checkpoint: Path) -> Path | None:
 
 def read_tokenizer(checkpoint: Path) -> ChatTokenizer:
     """The tokenizer and template that the checkpoint's model was trained with."""
-    return open_tokenizer(tokenizer_folder(checkpoint))
+    folder = tokenizer_folder(checkpoint)
+    return open_tokenizer(folder, recorded_template(trainer_state_of(checkpoint).chat_template))
 
 
 def fitting_tokenizer(checkpoint: Path, config: ModelConfig) -> ChatTokenizer:

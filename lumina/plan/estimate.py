@@ -63,7 +63,7 @@ def data_of_files(config: Config) -> Data:
     from lumina.chat import open_tokenizer
     from lumina.data import prepare_splits
 
-    dataset, _ = prepare_splits(config, open_tokenizer(config.tokenizer))
+    dataset, _ = prepare_splits(config, open_tokenizer(config.tokenizer, config.chat_template))
     # A thousand samples say how long documents are: dataset.batch reads them from the memory map.
     some = dataset.batch(range(0, dataset.num_samples, max(1, dataset.num_samples // 1000)))
     lengths = np.diff(some.cu_seqlens_D).astype(np.float64)

@@ -19,6 +19,7 @@ from lumina.data import GlobalOrder, Samples
 from lumina.files import atomic_folder
 from lumina.monitor import read_run
 from lumina.train.agreement import decided_by_rank_0
+from lumina.train.chat_template import say_taught, with_template
 from lumina.train.deepspeed import Engine, Ranks
 from lumina.train.objectives import objective
 from lumina.train.recovery.record import RecoveryRecord
@@ -77,9 +78,13 @@ def find_start(config: Config, folder: Path, ranks: Ranks) -> Start:
     if record.global_batch_size is not None:
         config = same_batch(config, record.global_batch_size)
     weights = None
-    if source is None and config.init_from is not None and not config.lora_rank:
+    unknown = config.tokenizer is None and config.chat_template is None
+    if source is None and config.init_from is not None and (unknown or not config.lora_rank):
         given, tokenizer = config.init_from, config.tokenizer
         weights = decided_by_rank_0(ranks, lambda: weights_of(given, tokenizer))
+    config = with_template(config, source, weights)
+    if weights is not None and ranks.main:
+        say_taught(weights, config)
     return Start(config, source, trainer_state, trainer, record, weights, before)
 
 
@@ -154,6 +159,8 @@ def base_of_adapters(
         return weights_of(config.init_from, config.tokenizer)
 
     found = decided_by_rank_0(ranks, chosen)
+    if ranks.main and source is None:
+        say_taught(found, config)
     checkpoint.check_same_model(checkpoint.read_trainer_state(found)[0].model, checkpoint.model_shape(config), found)
     return found
 
@@ -170,7 +177,7 @@ def _same_adapters(trainer_state: checkpoint.TrainerState, config: Config, sourc
 
 def open_run_tokenizer(config: Config) -> ChatTokenizer:
     """The tokenizer of the run. Raises UserError where the model has no room for its ids."""
-    tokenizer = open_tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer, config.chat_template)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size:,} ids, the model's vocab_size is {config.vocab_size:,}",

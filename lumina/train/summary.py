@@ -27,7 +27,7 @@ def summarise(folder: Path) -> int:
     ]
     if not losses:
         raise UserError(f"{folder} has no evaluation yet", "Train it to its first evaluation.")
-    tokenizer = open_tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer, config.chat_template)
     train_data, eval_data = prepare_splits(config, tokenizer)
     assert eval_data is not None
     baseline, best = unigram_baseline(train_data, eval_data, config.vocab_size), min(losses)

@@ -40,7 +40,8 @@ def test_a_changed_rule_makes_new_data_but_no_new_tokenizer(tmp_path: Path, monk
     """The rule's version is part of the template's, so of every data fingerprint; 0.1.0's caches are read."""
     folders = (None, write_tokenizer(tmp_path / "imported"))
     before = [open_tokenizer(folder) for folder in folders]
-    assert before[0].template_version == "im-roles-1"
+    assert before[0].template_version == "im-roles-2"
+    assert open_tokenizer(None, "im-roles-1").template_version == "im-roles-1"
     monkeypatch.setattr(conversation, "SUPERVISION_VERSION", "+stop")
     after = [open_tokenizer(folder) for folder in folders]
     for old, new in zip(before, after, strict=True):

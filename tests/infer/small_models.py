@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from lumina.chat import NEWEST_TEMPLATE
 from lumina.config import ModelConfig
 from lumina.config import load as load_config
 from lumina.model import Transformer
@@ -47,7 +48,8 @@ def write_run(folder: Path, model: Transformer, steps: tuple[int, ...] = (5,), w
                     tensors[f"{key}/{name}"] = flat[start:end].clone()
             metadata = {"ranges": json.dumps(ranges)}
             save_file(tensors, checkpoint / f"rank-{rank:05d}-of-{world:05d}.safetensors", metadata=metadata)
-        (checkpoint / "trainer.json").write_text(json.dumps({"step": step}))
+        template = {} if "tokenizer" in shape else {"chat_template": NEWEST_TEMPLATE}
+        (checkpoint / "trainer.json").write_text(json.dumps({"step": step, **template}))
         files = [
             {"name": p.name, "bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
             for p in sorted(checkpoint.iterdir())

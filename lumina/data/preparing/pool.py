@@ -98,8 +98,8 @@ def _start(tokenizer: ChatTokenizer) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(dict.fromkeys([root, *filter(None, sys.path)]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    own = [] if tokenizer.folder is None else [str(tokenizer.folder)]
-    command = [sys.executable, "-m", "lumina.data.preparing.worker", *own]
+    which = [str(tokenizer.folder or ""), tokenizer.chat_template or ""]
+    command = [sys.executable, "-m", "lumina.data.preparing.worker", *which]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 

@@ -123,7 +123,7 @@ def _chosen(
 
 
 def rendered(tokenizer: ChatTokenizer, block: ConversationBlock, account: Account) -> tuple[RenderedBlock, list[int]]:
-    """A block's conversations and their record numbers; those that an imported model's template does not take are
+    """A block's conversations and their record numbers; those that the chat template does not take are
     entered as dropped."""
     together, refused = tokenizer.render_valid(block.conversations)
     for number, reason in refused.items():
@@ -177,7 +177,8 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not break the protocol
     gc.disable()  # nothing here makes cycles, and collections over a block's messages took a sixth of the time
-    tokenizer = open_tokenizer(sys.argv[1] if len(sys.argv) > 1 else None)
+    folder, chat_template = sys.argv[1:]
+    tokenizer = open_tokenizer(folder or None, chat_template or None)
     tokenizer.warm_up()  # while the parent is still planning
     for line in sys.stdin.buffer:
         try:

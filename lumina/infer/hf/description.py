@@ -36,7 +36,7 @@ def describe(folder: Path, config: ModelConfig, dtype: str, tokenizer: ChatToken
     write_described(folder / "config.json", config_json)
     write_described(folder / "generation_config.json", generation_config(tokenizer, config))
     if tokenizer.folder is None:
-        own = Tokenizer.load()
+        own = Tokenizer.load(tokenizer.chat_template)
         write_described(folder / "tokenizer.json", tokenizer_json(own))
         write_described(folder / "tokenizer_config.json", tokenizer_config(own, config.seq_length))
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lumina.chat import ChatTokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.files import atomic_folder, write_text
 from lumina.infer.hf.description import describe, write_described
@@ -96,7 +97,7 @@ def export(
             describe(scratch, config, dtype, tokenizer)
         elif form == "safetensors":
             write_described(scratch / "lumina.json", config.model_dump())
-        write_text(scratch / "README.md", _card(checkpoint, config, dtype, form, tokenizer.folder))
+        write_text(scratch / "README.md", _card(checkpoint, config, dtype, form, tokenizer))
     return Exported(out, shards, total, checkpoint)
 
 
@@ -158,7 +159,7 @@ def _renamed(
             yield theirs, tensor.to(dtype).contiguous()
 
 
-def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, imported: Path | None) -> str:
+def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, tokenizer: ChatTokenizer) -> str:
     """The model card: what is known about the run, and nothing else."""
     state = trainer_state_of(checkpoint)
     name = checkpoint.parent.parent.name
@@ -183,8 +184,10 @@ def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, imported
         facts["Global batch"] = f"{state.global_batch_size} samples"
     if state.data_fingerprint:
         facts["Training data"] = f"fingerprint {state.data_fingerprint}"
+    if tokenizer.chat_template is not None:
+        facts["Chat template"] = tokenizer.chat_template
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    whose = "cl100k_base vocabulary with special tokens above it" if imported is None else "its own vocabulary"
+    whose = "cl100k_base vocabulary with special tokens above it" if tokenizer.folder is None else "its own vocabulary"
     usage = {"hf": _HF_USAGE, "safetensors": _OWN_USAGE, "peft": PEFT_USAGE}[form]
     library = {"hf": "transformers", "safetensors": "lumina", "peft": "peft"}[form]
     return (

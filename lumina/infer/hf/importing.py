@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from lumina.chat import STOPS, Tokenizer, copy_files, open_tokenizer, read_json
+from lumina.chat import STOPS, TEMPLATES, Tokenizer, copy_files, open_tokenizer, read_json
 from lumina.checkpoint import (
     MASTER,
     SaveError,
@@ -82,11 +82,14 @@ def import_hf(
             )
         tensors.check(_shapes(config), config)
         with atomic_folder(out) as scratch:
-            own = _copy_tokenizer(source, scratch / "tokenizer", values, template, notes)
-            if own:
+            luminas = _own_template(source, values)
+            if luminas and template is not None:
+                raise UserError(f"{source} has Lumina's own tokenizer, whose template is fixed")
+            if not luminas:
+                _copy_tokenizer(source, scratch / "tokenizer", values, template, notes)
                 config = fitting_config(scratch / "tokenizer", config, grow_vocabulary, notes)
-            _write_checkpoint(scratch / "checkpoints", tensors, config)
-            settings = config.model_dump() | ({"tokenizer": "tokenizer"} if own else {})
+            _write_checkpoint(scratch / "checkpoints", tensors, config, luminas)
+            settings = config.model_dump() | ({"chat_template": luminas} if luminas else {"tokenizer": "tokenizer"})
             write_text(scratch / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
             write_json(
                 scratch / IMPORT_RECORD, {"chat_template": chat_template, "notes": notes}, indent=2, sort_keys=False
@@ -147,11 +150,11 @@ def _groups(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
     yield group
 
 
-def _write_checkpoint(folder: Path, tensors: TensorFiles, config: ModelConfig) -> None:
+def _write_checkpoint(folder: Path, tensors: TensorFiles, config: ModelConfig, chat_template: str) -> None:
     """A checkpoint of whole parameters, dealt to as many rank files as memory asks for; no optimizer state."""
     shapes = _shapes(config)
     groups = list(_groups(shapes))
-    state = TrainerState(model=model_shape(config), world=len(groups))
+    state = TrainerState(model=model_shape(config), world=len(groups), chat_template=chat_template)
     trainer = {**asdict(state), "optimizer_step": 0, "loss_scale": {}}
 
     def snapshots() -> Iterator[Snapshot]:
@@ -177,18 +180,24 @@ def _filled(weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 # --- Tokenizer ------------------------------------------------------------------------------------
 
 
+def _own_template(source: Path, config: dict[str, Any]) -> str:
+    """The name of Lumina's chat template that the model has with Lumina's tokenizer, which every installation has;
+    empty where it has a tokenizer of its own."""
+    if not (source / "tokenizer_config.json").exists():
+        return ""
+    fingerprint = read_json(source / "tokenizer_config.json")[1].get("lumina_fingerprint")
+    for tokenizer in map(Tokenizer.load, TEMPLATES):
+        if tokenizer.fingerprint == fingerprint:
+            if int(config["vocab_size"]) < tokenizer.vocab_size:
+                raise UserError(f"{source} says that it has Lumina's tokenizer, but has {config['vocab_size']} ids")
+            return tokenizer.chat_template
+    return ""
+
+
 def _copy_tokenizer(
     source: Path, target: Path, config: dict[str, Any], template: tuple[str, str] | None, notes: list[str]
-) -> bool:
-    """Keep the model's own tokenizer, unless it is Lumina's, which every installation has. Returns whether it was."""
-    if (source / "tokenizer_config.json").exists():
-        fingerprint = read_json(source / "tokenizer_config.json")[1].get("lumina_fingerprint")
-        if fingerprint == Tokenizer.load().fingerprint:
-            if int(config["vocab_size"]) < Tokenizer.load().vocab_size:
-                raise UserError(f"{source} says that it has Lumina's tokenizer, but has {config['vocab_size']} ids")
-            if template is not None:
-                raise UserError(f"{source} has Lumina's own tokenizer, whose template is fixed")
-            return False
+) -> None:
+    """Keep the model's own tokenizer."""
     if not (source / "tokenizer.json").exists():
         raise UserError(f"{source} has no tokenizer.json", "Save its tokenizer as a fast one with transformers first.")
     copy_files(source, target)
@@ -201,7 +210,6 @@ def _copy_tokenizer(
     # Found out now rather than at the first question; the checkpoint is not there yet to be half of a run.
     open_tokenizer(target)
     check_template(target, template, notes)
-    return True
 
 
 def _stop_ids(source: Path, config: dict[str, Any]) -> list[int]:

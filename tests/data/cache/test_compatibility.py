@@ -13,9 +13,11 @@ import orjson
 import pyarrow as pa
 import pytest
 
+from lumina.chat import Tokenizer
 from lumina.data import prepare_splits
-from tests.data.helpers import TOKENIZER, Settings
+from tests.data.helpers import Settings
 
+TOKENIZER = Tokenizer.load("im-roles-1")  # what version 0.1.0 had
 KEPT = Path(__file__).parent / "of_0_1"
 SETTINGS = Settings(
     train_data=("data.jsonl",),

@@ -229,16 +229,18 @@ class ChatTemplate:
 
     # --- What the model says ---
 
-    def probe_turn(self, answer: EscapedMessage, thinking: bool | None = None) -> Turn | None:
-        """The turn of this answer to a question; None where the template does not render the whole of it. `thinking`:
-        only if the prompt is the one that asks for it."""
-        rendering = self.rendering([USER, answer], PROBE_TOOLS if answer.calls else None)
+    def probe_turn(self, answer: EscapedMessage, checked: bool = True) -> Turn | None:
+        """The turn of this answer to a question; None where the template refuses it or (`checked`) drops a part."""
         try:
-            turn = rendering.turn(1)
-            fits = thinking is None or turn.prompt == rendering.text(1, True, thinking)
+            turn = self.rendering([USER, answer], PROBE_TOOLS if answer.calls else None).turn(1)
         except RefusalError:
             return None
-        return None if not fits or _missing(turn.answer, answer) else turn
+        return None if checked and _missing(turn.answer, answer) else turn
+
+    def without_stop(self, answer: str) -> str:
+        """An answer up to its stop token."""
+        stops = (start for token, start, _ in self._escaping.find_special(answer) if token in self.stop_ids)
+        return answer[: next(stops, len(answer))]
 
     @cached_property
     def spoken_ids(self) -> frozenset[int]:
@@ -257,12 +259,15 @@ def _missing(answer: str, probe: EscapedMessage) -> Iterable[str]:
     if probe.content and probe.content not in answer:
         beside = " beside tool calls" if probe.calls else " beside reasoning" if probe.reasoning else ""
         found.append(f"the content{beside}")
-    if probe.reasoning and probe.reasoning not in answer:
+    place, others = answer.find(probe.reasoning), [probe.content, *(call.name for call in probe.calls)]
+    if probe.reasoning and not 0 <= place < min(
+        (answer.find(own) for own in others if own and own in answer), default=1 + place
+    ):
         found.append("the reasoning" + (" beside tool calls" if probe.calls else ""))
     lost = [
         call
         for call in probe.calls
-        if not all(text in answer for text in (call.name, *call.arguments, *call.arguments.values()))
+        if not all(text in answer for text in (call.name, *call.arguments, *map(str, call.arguments.values())))
     ]
     if lost:
         found.append("the tool calls" if len(lost) == len(probe.calls) else "all tool calls of a turn but one")

@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 from lumina.chat import conversation as rule
 from lumina.chat.conversation import ROLES, TEXT_ROLE, Conversation, Message, loss_mask
 from lumina.chat.hf import files as hf_files
+from lumina.chat.hf.answer_form import AnswerForm, find_form
+from lumina.chat.hf.answers import FormReader
 from lumina.chat.hf.decoding import PrefixDecoder
 from lumina.chat.hf.escaping import Encoded, EscapingEncoder, boundaries, clean, is_failure
 from lumina.chat.hf.jinja import JinjaTemplate, RefusalError
@@ -147,7 +149,17 @@ class HFTokenizer:
         return PrefixDecoder(self.decode_text)
 
     def answer_reader(self, prompt: Sequence[int] = ()) -> AnswerReader:
-        return ContentReader(self.incremental_decoder())
+        """`prompt`: the ids that the answer follows; some templates' end within reasoning."""
+        form = self._answer_form
+        if form is None or not (form.closing or form.calls or form.header):
+            return ContentReader(self.incremental_decoder())
+        end = form.begun.strip()
+        begun = bool(end) and self.decode(prompt[-32:]).rstrip().endswith(end)
+        return FormReader(form, PrefixDecoder(self.decode), self.stop_ids, begun)
+
+    @cached_property
+    def _answer_form(self) -> AnswerForm | None:
+        return None if self._template is None else find_form(self._template)
 
     def is_special(self, token: int) -> bool:
         return token in self._special or token >= self.vocab_size

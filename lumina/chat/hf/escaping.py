@@ -76,6 +76,7 @@ class EscapingEncoder:
         nonce = secrets.token_hex(16)
         self._placeholders = {name: f"{_OPEN}{nonce}{i}{_CLOSE}" for i, name in enumerate(self.special_ids)}
         longest_first = sorted(self.special_ids, key=len, reverse=True)
+        self._longest = max(map(len, self.special_ids), default=0)
         # Without special tokens, a pattern that matches nowhere.
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         added = [token for token in spec.get("added_tokens") or [] if token.get("special")]
@@ -128,6 +129,13 @@ class EscapingEncoder:
         of its name."""
         for match in self._pattern.finditer(text, start):
             yield self.special_ids[match[0]], match.start(), match.end()
+
+    def outside_names(self, text: str, place: int) -> int:
+        """The place, or the beginning of the special token's name that it lies within."""
+        for _, start, end in self.find_special(text[: place + self._longest], max(place - self._longest, 0)):
+            if start < place < end:
+                return start
+        return place
 
     def to_placeholders(self, rendered: str, character: str) -> str:
         """Rendered text with placeholders for the names that are whole, and without the escape characters."""

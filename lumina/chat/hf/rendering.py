@@ -229,7 +229,7 @@ class Rendering:
         """Where in the text each message ends, in characters; None where the template does not say."""
         found, reached = list[int | None](), 0
         for at in range(sample.messages - 1):
-            end = self._edge(sample, at, reached)
+            end = self._escaping.outside_names(sample.text, self._edge(sample, at, reached))
             found.append(end if end > reached else None)
             reached = max(end, reached)
         return [*found, len(sample.text)]

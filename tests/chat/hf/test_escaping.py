@@ -110,7 +110,8 @@ def test_no_place_lies_within_a_name() -> None:
     """A text that is cut there would have the name as letters."""
     encoder = EscapingEncoder(file_of(WORDS, added("<unk>", 2), added("<think>", 3), split=True))
     text = "a<think>b<unk>"
-    assert [encoder.outside_names(text, place) for place in range(len(text) + 1)] == [0, 1, *[1] * 6, 8, 9, *[9] * 4, 14]
+    found = [encoder.outside_names(text, place) for place in range(len(text) + 1)]
+    assert found == [0, 1, *[1] * 6, 8, 9, *[9] * 4, 14]
 
 
 def test_an_escape_character_that_nobody_typed() -> None:

@@ -21,6 +21,7 @@ from lumina.data.records.fields import NOT_USED, FieldTally, Vocabulary, is_empt
 TOOLS = ("tools", "functions", "available_tools")
 CALLS = ("tool_calls", "tool_call", "function_call")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
+_RESULTS = ("result", "results", "observation", "response")
 _SCHEMAS = ("input_schema", "inputSchema")
 _CALL = Vocabulary("a tool call", frozenset({"type", "function", "name", *_ARGUMENTS}))
 _CALL_TYPES = ("function", "tool_use", "tool_call", "function_call")
@@ -106,6 +107,9 @@ def _call(call: Any, tally: FieldTally) -> ToolCall | Fault:
     sort = call.get("type")
     if sort is not None and sort not in _CALL_TYPES:
         return Fault(f"{NOT_USED}: a tool call of type {str(sort)[:30]}", "only calls of functions are read")
+    result = next((name for name in _RESULTS if not is_empty(call.get(name))), None)
+    if result is not None:
+        return Fault(f"{NOT_USED}: {result}", f"`{result}` in a tool call: a result is a message of its own")
     fault = tally.count(_CALL, call)
     if fault is not None:
         return fault

@@ -74,9 +74,10 @@ def _part(part: dict[str, Any], sort: str, tally: FieldTally) -> list[Part] | Fa
     """What one part says; None where it says nothing that is a text."""
     if sort in _TEXT_PARTS:
         where = _TEXT_PARTS[sort]
-        if type(part.get(where)) is not str:
+        text = part.get(where)
+        if text is not None and type(text) is not str:
             return None
-        return tally.count(_TEXT_FIELDS[where], part) or [(TEXT, part[where])]
+        return tally.count(_TEXT_FIELDS[where], part) or [(TEXT, text or "")]
     if sort in _REASONING_PARTS:
         text = reasoning_text(part, f"content of type {sort}", tally)
         return text if isinstance(text, Fault) else [(THOUGHT, text)]

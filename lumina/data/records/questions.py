@@ -51,7 +51,8 @@ def from_instruction(record: dict[str, Any], tally: FieldTally) -> Conversation 
         return Fault(TWICE, f"{'questions' if question[1] else 'answers'} in several fields differ", 2)
     assert question[0] is not None
     reply = None if answer[0] is None else decoded(record[answer[0]])
-    replies = reply if type(reply) is list else [{"role": "assistant", "content": reply}]
+    spoken = {"role": "assistant"} if answer[0] is None else {"role": "assistant", "content": reply}
+    replies = reply if type(reply) is list else [spoken]
     vocabulary = RECORD
     if not _BESIDE.isdisjoint(record) or (answer[0] is None and "answers" in record):
         beside = {name: record[name] for name in (*CALLS, *REASONING) if not is_empty(record.get(name))}
@@ -60,7 +61,7 @@ def from_instruction(record: dict[str, Any], tally: FieldTally) -> Conversation 
         if beside and type(reply) is list:
             name = next(iter(beside))
             return Fault(f"{NOT_USED}: {name}", f"`{name}` beside an answer in messages has no place", len(reply) + 1)
-        replies = reply if type(reply) is list else [{**replies[0], **beside}]
+        replies = reply if type(reply) is list else [{**spoken, **beside}]
     asked = prompt_messages(record, tally)
     if isinstance(asked, Fault):
         return asked

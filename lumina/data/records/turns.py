@@ -47,6 +47,7 @@ _RESULT_ROLES = (
     *("function_result", "function_output"),
 )
 _OF_ASSISTANT = frozenset({*CALLS, *REASONING})
+_SAYS = frozenset({"content", "value", "text", "refusal", *_OF_ASSISTANT})
 _TOOLS = frozenset(TOOLS)
 
 _PLAIN_ROLES = ROLE_ALIASES | {
@@ -271,8 +272,8 @@ def _answer(item: dict[str, Any], role: str, content: Any, learn: bool, tally: F
         return calls
     text, reasoning = ("" if is_empty(said) else said for said in (text, reasoning))
     if not text and not reasoning and not calls:
-        if content is None and _OF_ASSISTANT.isdisjoint(item):
-            return Fault(WRONG_TYPE, "`content` is null")
+        if _SAYS.isdisjoint(item):
+            return Fault(WRONG_TYPE, "it has no `content`")
         return Fault(EMPTY, "assistant message without content")
     supervise = learn and not (_covers(masked, text) and not reasoning and not calls)
     return [Message("assistant", text, supervise, masked, reasoning, calls)]

@@ -15,10 +15,16 @@ from lumina.data.account import Account
 from lumina.data.converting.fixing import write_fixed
 from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
+from lumina.data.records.fault import BAD_ARGUMENTS, BAD_CALL, BAD_TOOL, OUT_OF_ORDER
 from lumina.data.reports.validation import validate
 from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
 
 LINES = 100_000
+ASKED, SAID = [{"role": "user", "content": "q"}], {"role": "assistant", "content": "a"}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "漢"}'}}
+CALLED, AS_TEXT = '{"name": "f", "arguments": {"a": [1]}}', '[{"name": "f"}]'
+RESULT = {"role": "tool", "tool_call_id": "c", "content": "r"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {}}}}}
 CORPUS = [
     orjson.dumps(chat("hello there", "general reply", "and?", "more")),
     orjson.dumps({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "é漢🙂"}]}),
@@ -26,16 +32,30 @@ CORPUS = [
     orjson.dumps({"prompt": "q", "response": "a"}),
     orjson.dumps({"text": "plain <|im_end|> words"}),
     orjson.dumps({"prompt": {"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": "a"}]}}),
-]
+    orjson.dumps({"messages": [*ASKED, {**SAID, "tool_calls": [CALL]}, RESULT, SAID], "tools": [TOOL]}),
+    orjson.dumps({"conversations": [*ASKED, {"from": "function_call", "value": CALLED},
+                                    {"from": "observation", "value": {"t": 4}}, SAID], "tools": AS_TEXT}),
+    orjson.dumps({"messages": [*ASKED, {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "look"},
+        {"type": "tool_use", "id": "c", "name": "f", "input": {"a": {"b": []}}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "r"}]}, SAID]}),
+    orjson.dumps({"messages": [*ASKED, {**SAID, "reasoning_content": "because", "function_call": {"name": "f"}}]}),
+    orjson.dumps({"query": "q", "tools": [TOOL["function"]], "answers": '[{"name": "f", "arguments": {}}]'}),
+    orjson.dumps({"question": "q", "thinking": "so", "answer": "a"}),
+]  # fmt: skip
+CONTAINERS = [b"[%s, %s]", b'{"data": [%s, %s]}', b"%s %s", b"[[%s], %s]", b'"%s%s"']  # of two lines
 FRAGMENTS = [
     *(b"NaN", b"Infinity", b"-1e999", b"null", b"true", b"[]", b"{}", b'""', b"\\ud800", b"\\u0000", b"\xff\xfe"),
     *(b"\xed\xa0\x80", b'"role":"user",', b'"messages":[],', b"<|im_start|>", b"\r", b"\x00", b"\xe2\x80\xa8"),
-    *(b"\\", b'"', b"[[[[", b"}}}}"),
+    *(b"\\", b'"', b"[[[[", b"}}}}", b'"tools":[{}],', b'"reasoning":["r"],', b'"function_call":"f(x)",'),
+    *(b'"tool_calls":[{"name":"f","arguments":"{"}],', b'"role":"tool",', b'"arguments":{},', b'{"type":"tool_use"},'),
 ]
 
 
 def mutated(rng: random.Random) -> bytes:
     line = bytearray(rng.choice(CORPUS))
+    if rng.random() < 0.1:
+        line = bytearray(rng.choice(CONTAINERS) % (rng.choice(CORPUS), bytes(line)))
     for _ in range(rng.randint(0, 4)):
         at = rng.randrange(len(line) + 1)
         what = rng.randrange(6)
@@ -59,6 +79,7 @@ def mutated(rng: random.Random) -> bytes:
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(20_240_601)
     lines = [mutated(rng) for _ in range(LINES)]
+    lines[:1000] = [rng.choice(CORPUS) for _ in range(1000)]  # so that the file's beginning tells that these are lines
     lines[5000] = orjson.dumps(chat("x" * 3_000_000, " " * 1_000_000 + "end"))  # huge
     lines[6000] = b'{"messages": ' + b"[" * 1_000_000
     return write_jsonl(tmp_path_factory.mktemp("fuzz") / "fuzz.jsonl", lines)
@@ -75,8 +96,9 @@ def test_every_mutated_line_is_accounted_for(fuzzed: Path, monkeypatch: pytest.M
     assert account.conversations > LINES // 10, "mutations should leave some lines sound"
     assert account.bad_lines > LINES // 10
     reasons = {reason for reason in account.faults if not reason.startswith("field not used: ")}
-    assert reasons - {"two fields for one thing", "a Python literal, not JSON"} == {
+    assert reasons - {"two fields for one thing", "a Python literal, not JSON", OUT_OF_ORDER} == {
         "broken JSON", "wrong type", "empty", "unknown role", "no assistant turn", "unknown format",
+        BAD_TOOL, BAD_CALL, BAD_ARGUMENTS,
     }  # fmt: skip
 
 

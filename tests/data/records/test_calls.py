@@ -213,6 +213,7 @@ def test_arguments_that_are_no_object_are_refused_with_an_example(arguments: Any
         (turn("assistant", None, tool_calls=[{"type": "custom", "custom": {"name": "x", "input": "y"}}]),
          "field not used: a tool call of type custom"),
         (turn("assistant", None, tool_calls=[{"name": "f", "arguments": {}, "output": "4"}]), "field not used: output"),
+        (turn("assistant", None, tool_calls=[{"name": "f", "arguments": {}, "result": 4}]), "field not used: result"),
         (turn("assistant", None, tool_calls=[{"name": "f"}], function_call={"name": "g"}), TWICE),
         (turn("assistant", None, tool_calls=[{"name": "f", "arguments": {"a": 1}, "parameters": {"a": 2}}]), TWICE),
         (turn("assistant", None, tool_calls=[{"name": "f", "function": {"name": "g"}}]), TWICE),

@@ -211,26 +211,28 @@ def explained(value: Any, counted: set[str]) -> Iterator[str]:
             yield from explained(part, counted)
 
 
+SPOKEN = {"output", "completion", "answer", "answers", "text", "chosen", "rejected", *REASONING, *CALLS}
+
+
 def said(value: Any) -> Iterator[str]:
     """Markers of what assistants say: supervised, unless a flag says no."""
     if isinstance(value, list):
         for part in value:
             yield from said(part)
-    elif isinstance(value, dict):
-        role = value.get("role", value.get("from"))
-        if role in ("assistant", "function_call"):
+    elif isinstance(value, dict) and ("role" in value or "from" in value):
+        if value.get("role", value.get("from")) in ("assistant", "function_call"):
             if all(value.get(flag) in (None, 1) for flag in FLAGS):
-                yield from marks_in({k: v for k, v in value.items() if k != "replies"})
-        else:
-            for name, held in value.items():
-                if name in ("output", "completion", "answer", "answers", *REASONING, *CALLS) and role is None:
-                    yield from marks_in(held) if isinstance(held, str) or name != "completion" else said(held)
-                elif (name == "text" or (name in ("chosen", "rejected") and isinstance(held, str))) and role is None:
-                    yield from marks_in(held)
-                elif name == "history" and role is None:
-                    yield from marks_in([pair[1] for pair in held if isinstance(pair, list) and len(pair) == 2])
-                else:
-                    yield from said(held)
+                yield from marks_in(value)
+        yield from said(value.get("replies", []))
+    elif isinstance(value, dict):
+        for name, held in value.items():
+            turns = isinstance(held, list) and all(isinstance(part, dict) and "role" in part for part in held)
+            if name == "history":
+                yield from marks_in([pair[1] for pair in held if isinstance(pair, list) and len(pair) == 2])
+            elif name in SPOKEN and not turns and not (isinstance(held, dict) and "role" in held):
+                yield from marks_in(held)
+            else:
+                yield from said(held)
 
 
 def check(record: Any, conversations: list[Conversation], tally: FieldTally) -> None:

@@ -160,14 +160,26 @@ def test_an_order_that_no_template_has_is_refused(parts: list[Any]) -> None:
         ("assistant", {"type": "redacted_thinking", "data": "x"}, "field not used: content of type redacted_thinking"),
         ("user", {"type": "image_url", "image_url": "x"}, "field not used: content of type image_url"),
         ("user", {"type": "text", "text": "t", "thinking": "h"}, "field not used: thinking"),
-        ("user", {"type": "text", "text": None}, "wrong type"),
+        ("user", {"type": "text", "text": 7}, "wrong type"),
+        ("user", {"type": "text", "value": "u"}, "field not used: value"),
     ],
 )
 def test_parts_without_a_place_are_refused_by_name(role: str, part: dict[str, Any], reason: str) -> None:
     assert refused(turn(role, [TEXT, part]), turn("user", "q"), turn("assistant", "51")) == reason
 
 
+def test_a_part_whose_text_is_null_says_nothing() -> None:
+    """As Arrow gives parts the keys of all."""
+    parts = [{"type": "text", "text": "51", "thinking": None}, {"type": "text", "text": None}]
+    assert read(turn("user", "q"), turn("assistant", parts)) == [USER, Message("assistant", "51")]
+
+
 def test_an_empty_last_answer_is_left_out_whatever_its_fields_are() -> None:
+    assert read(turn("user", "q"), turn("assistant", "51"), turn("assistant", None)) == [
+        USER,
+        Message("assistant", "51"),
+    ]
+    assert refused(turn("user", "q"), turn("assistant", "51"), {"role": "assistant", "said": "x"}) == "wrong type"
     for empty in ({"reasoning_content": ""}, {"tool_calls": []}, {"thinking": None, "function_call": {}}):
         assert read(turn("user", "q"), turn("assistant", "51"), turn("assistant", "", **empty)) == [
             USER, Message("assistant", "51")

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from lumina.chat import Conversation, Message, render
 from lumina.commands.data import validate_files
 from lumina.config import UserError
+from lumina.data import describe_sample, prepare, render_sample
 from lumina.data.converting.fixing import write_fixed
 from lumina.data.preparing.statistics import PATTERNS, Statistics, context_lengths, percentiles
 from lumina.data.reports.html import render_report
 from lumina.data.reports.validation import validate
 from tests.browser import browse, needs_browser
-from tests.data.helpers import TOKENIZER, chat, write_jsonl
+from tests.data.helpers import AGENT_TOKENIZER, TOKENIZER, Settings, chat, write_jsonl
 
 KEY = "sk-" + "a1B2c3D4e5F6g7H8i9J0"
 LINES: list[Any] = [
@@ -153,6 +154,46 @@ def test_the_report_is_self_contained_and_escapes_what_people_typed(tmp_path: Pa
     assert html.count("<svg") == 4
     assert html.count('<div class="turn supervised">') == 1
     assert html.count('<div class="turn masked">') == 1
+
+
+def test_tools_calls_reasoning_and_results_are_shown(tmp_path: Path) -> None:
+    call = {"name": "look<up>", "arguments": {"of": "x & y"}}
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "reasoning": "I <b>must</b> look.", "tool_calls": [call]},
+        {"role": "tool", "content": {"found": 1}, "name": "look<up>"},
+        {"role": "assistant", "content": "It is 1.", "weight": 0},
+    ]
+    path = write_jsonl(
+        tmp_path / "in.jsonl", [{"messages": turns, "tools": [{"name": "look<up>", "description": "<i>"}]}]
+    )
+    validation = validate([str(path)], AGENT_TOKENIZER, workers=1)
+    html = render_report(validation)
+    for shown in (
+        "<b>tools</b> {&quot;type&quot;: &quot;function&quot;, &quot;function&quot;: {&quot;name&quot;: &quot;look",
+        "<b>assistant, reasoning</b> I &lt;b&gt;must&lt;/b&gt; look.",
+        "<b>assistant, tool call</b> look&lt;up&gt; {&quot;of&quot;: &quot;x &amp; y&quot;}",
+        "<b>tool look&lt;up&gt;</b> {&quot;found&quot;: 1}",
+    ):
+        assert shown in html
+    assert html.count('<div class="turn supervised">') == 2  # reasoning and call; the last answer has weight 0
+    assert html.count('<div class="turn masked">') == 4
+    assert validation.statistics.roles == {"user": 1, "assistant": 2, "tool": 1}
+    assert validation.statistics.findings == {}
+
+
+def test_a_sample_is_inspected_with_its_calls(tmp_path: Path) -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "thinking": "hm", "tool_calls": [call]},
+    ]
+    path = write_jsonl(tmp_path / "in.jsonl", [{"messages": turns, "tools": [{"name": "add"}]}])
+    dataset = prepare([path], Settings(seq_length=256), AGENT_TOKENIZER)
+    description = describe_sample(dataset, 0, AGENT_TOKENIZER)
+    text = "\n".join(line.plain for line in render_sample(description, AGENT_TOKENIZER, table=False))
+    assert '«<|reasoning|>hm<|reasoning_end|><|tool_call|>{"name": "add", "arguments": {"a": 1}}' in text
+    assert '{"type": "function", "function": {"name": "add"}}' in text.split("«")[0]
 
 
 @needs_browser

@@ -225,10 +225,11 @@ class _Values:
             self.at, self.wanted = end, 0
             return element
 
-    def _is_wrong(self, error: json.JSONDecodeError) -> bool:
-        """Whether more text cannot complete the value: the error is well before the text's end, and no open string."""
+    def _is_wrong(self, error: json.JSONDecodeError, start: int = 0) -> bool:
+        """Whether more text cannot complete the value, which was scanned from `start`: the error is well before the
+        text's end, and no open string."""
         # json has one exception type for all errors and no code: that a string is open stands in its message alone.
-        return not error.msg.startswith("Unterminated") and error.pos < len(self.text) - 64
+        return not error.msg.startswith("Unterminated") and start + error.pos < len(self.text) - 64
 
     def _go_on(self) -> bool:
         """After broken text: move to the next line that begins a value. False when there is none."""
@@ -257,9 +258,19 @@ class _Values:
                 try:
                     others, length = self.scan("{" + self.text[begin + 1 :])
                 except (json.JSONDecodeError, RecursionError) as error:
-                    if self.ended or len(self.text) - begin > MAX_ELEMENT_CHARS:
-                        self.at = len(self.text)
+                    size = len(self.text) - begin
+                    if (
+                        self.ended
+                        or size > MAX_ELEMENT_CHARS
+                        or isinstance(error, RecursionError)
+                        or self._is_wrong(error, begin)
+                    ):
+                        self.at = begin
+                        if not self._go_on():
+                            self.at = len(self.text)
                         return Fault(BROKEN_JSON, f"after element {self.number}: {error}")
+                    while len(self.text) - self.at < 2 * size and not self.ended:  # a long value is scanned a few times
+                        self._more()
                 else:
                     self.at = begin + length
                     held = [name for name in others if not _says_nothing(name, others[name])]

@@ -15,11 +15,12 @@ from lumina.data.account import Account
 from lumina.data.converting.fixing import write_fixed
 from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
+from lumina.data.reading.streams import READ_BYTES
 from lumina.data.records.fault import BAD_ARGUMENTS, BAD_CALL, BAD_TOOL, OUT_OF_ORDER
 from lumina.data.reports.validation import validate
 from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
 
-LINES = 100_000
+LINES = 113_000  # more than 100,000 of them mutated
 ASKED, SAID = [{"role": "user", "content": "q"}], {"role": "assistant", "content": "a"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "漢"}'}}
 CALLED, AS_TEXT = '{"name": "f", "arguments": {"a": [1]}}', '[{"name": "f"}]'
@@ -79,9 +80,10 @@ def mutated(rng: random.Random) -> bytes:
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(20_240_601)
     lines = [mutated(rng) for _ in range(LINES)]
-    lines[:1000] = [rng.choice(CORPUS) for _ in range(1000)]  # so that the file's beginning tells that these are lines
-    lines[5000] = orjson.dumps(chat("x" * 3_000_000, " " * 1_000_000 + "end"))  # huge
-    lines[6000] = b'{"messages": ' + b"[" * 1_000_000
+    beginning = 2 * READ_BYTES // len(CORPUS[0])  # by which it is told that these are lines
+    lines[:beginning] = [CORPUS[0]] * beginning
+    lines[15_000] = orjson.dumps(chat("x" * 3_000_000, " " * 1_000_000 + "end"))  # huge
+    lines[16_000] = b'{"messages": ' + b"[" * 1_000_000
     return write_jsonl(tmp_path_factory.mktemp("fuzz") / "fuzz.jsonl", lines)
 
 

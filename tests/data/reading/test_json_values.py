@@ -248,3 +248,16 @@ def test_what_is_nested_too_deep_is_a_fault(tmp_path: Path) -> None:
     account = Account.from_dict(prepare([tmp_path / "d.jsonl"], Settings(), TOKENIZER).account)
     account.check()
     assert (account.conversations, account.bad_lines) == (1, 2)
+
+
+@pytest.mark.parametrize("rest", ['"meta": {oops', '"meta": ' + '{"a":' * 5000, '"meta": [1 2]}', '"meta": "open'])
+def test_what_breaks_after_the_records_of_an_object_costs_that_alone(tmp_path: Path, rest: str) -> None:
+    """Reading goes on at the next line that begins a value, and the rest of the file is not scanned at every chunk."""
+    many = 20_000
+    path = tmp_path / "d.json"
+    text = '{"data": [\n' + line(chat("q", "a")) + ",\n" + line(chat("b", "c")) + "], " + rest
+    path.write_text("\n".join([text, *(line(chat("d", str(number))) for number in range(many))]))
+    found = items(path)
+    assert sum(isinstance(record, Fault) for record in found) == 1
+    if "open" not in rest:
+        assert len(found) == many + 3

@@ -18,7 +18,7 @@ from lumina.data.reading.layout import detect
 from lumina.data.reading.streams import READ_BYTES
 from lumina.data.records.fault import BAD_ARGUMENTS, BAD_CALL, BAD_TOOL, OUT_OF_ORDER
 from lumina.data.reports.validation import validate
-from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
+from tests.data.helpers import AGENT_TOKENIZER, TOKENIZER, Settings, chat, write_jsonl
 
 LINES = 113_000  # more than 100,000 of them mutated
 ASKED, SAID = [{"role": "user", "content": "q"}], {"role": "assistant", "content": "a"}
@@ -126,6 +126,6 @@ def test_arrays_of_garbage_end(tmp_path: Path) -> None:
     for _ in range(300):
         good = [orjson.dumps(chat("q", "a"))] * rng.randint(0, 3)
         path.write_bytes(b"[" + b",".join([*good, mutated(rng), *good]) + rng.choice([b"]", b"", b"}"]))
-        usable = validate([str(path)], TOKENIZER, workers=1).account.conversations
+        usable = validate([str(path)], AGENT_TOKENIZER, workers=1).account.conversations
         with nullcontext() if usable else pytest.raises(UserError, match="no usable conversation"):
-            Account.from_dict(prepare([path], Settings(), TOKENIZER, workers=1).account).check()
+            Account.from_dict(prepare([path], Settings(), AGENT_TOKENIZER, workers=1).account).check()

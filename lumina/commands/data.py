@@ -232,8 +232,8 @@ def inspect_sample(
         _print_json(description)
         return 0
     console = Console(soft_wrap=True, highlight=False)
-    for line in render_sample(description, tokenizer, table):
-        console.print(line)
+    for text in render_sample(description, tokenizer, table):
+        console.print(text)
     return 0
 
 

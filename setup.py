@@ -40,7 +40,10 @@ EXTRAS_REQUIRE = {
         "fastapi>=0.115",  # paths, and requests checked by pydantic
         "uvicorn>=0.30",  # the HTTP server under it
         "prometheus-client>=0.20",  # the text format of /metrics
+        "llguidance>=1.0",  # response_format: which tokens a JSON schema allows next; 3 MB without dependencies
     ],
+    # Talks to the server in its tests. Not in `dev`: 230 MB, and it wants older versions than those that are pinned.
+    "clients": ["litellm>=1.60"],
     "tasks": ["lm-eval>=0.4.9"],  # lumina evaluate --tasks
     "quickstart": ["chitchat-dataset>=0.9", "matplotlib>=3.8"],  # real conversations and the loss curve's PNG
     "dedup": ["rensa>=0.5"],  # MinHash for near-duplicate conversations
@@ -57,6 +60,8 @@ EXTRAS_REQUIRE = {
         "uvicorn>=0.30",
         "prometheus-client>=0.20",
         "openai>=1.40",  # the client that the server is proven with
+        "langchain-openai>=0.3",  # another, as agents use it
+        "llguidance>=1.0",
         "peft>=0.13",  # loads the adapters that export writes, and computes what they must
         "lm-eval>=0.4.9",
         "trl>=1.0",  # the preference loss is held to its trainer

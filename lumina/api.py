@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "export", "generate", "import_model", "load_config", "load_model", "prepare", "train"]
 
 Run = str | PathLike[str]  # a run's folder or a checkpoint, as the commands take them
-Message = Mapping[str, str]  # {"role": "user", "content": "…"}
+Message = Mapping[str, Any]  # {"role": "user", "content": "…"}
 
 
 def load_config(preset_or_yaml: str = "medium", **settings: Any) -> Config:
@@ -54,27 +54,38 @@ def load_model(run: Run, precision: str = "auto") -> Loaded:
 
 
 def generate(
-    model: Run | Loaded, prompt: str | Sequence[Message], *, system: str | None = None, **sampling: Any
+    model: Run | Loaded,
+    prompt: str | Sequence[Message],
+    *,
+    system: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+    thinking: bool | None = None,
+    **sampling: Any,
 ) -> Answer:
-    """The model's answer to a prompt, or to a conversation that ends with a message of the user's.
+    """The model's answer to a prompt, or to a conversation that ends with a message of the user's or a tool's result.
 
-    sampling: temperature, top_k, top_p, min_p, repetition_penalty, max_length, seed, stop, as `lumina generate` has
-    them. The answer's `text`, `ids` and `finish` ("stop", "length" or "context").
+    Messages are those of OpenAI's API: `role`, `content`, and of an assistant's `reasoning_content` and `tool_calls`,
+    of a tool's `tool_call_id` and `name`. tools: as there too, `{"type": "function", "function": {…}}`. thinking: with
+    or without reasoning, where the template knows how. sampling: temperature, top_k, top_p, min_p, repetition_penalty,
+    max_length, seed, stop, as `lumina generate` has them. The answer's `text`, `reasoning`, `tool_calls`, `ids` and
+    `finish` ("stop", "length" or "window").
     """
     from lumina.chat import Conversation
     from lumina.chat import Message as ChatMessage
-    from lumina.infer import Sampling
+    from lumina.infer import Sampling, message_of, tool_texts
     from lumina.infer import generate as answer_all
 
     loaded = load_model(model) if isinstance(model, str | PathLike) else model
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    try:
+        messages = [ChatMessage("user", prompt)] if isinstance(prompt, str) else [message_of(one) for one in prompt]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"a message is not as OpenAI's API has it: {type(error).__name__}: {error}") from None
     if system is not None:
-        messages = [{"role": "system", "content": system}, *messages]
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError("a conversation to be answered ends with a message of the user's")
-    conversation = Conversation([ChatMessage(message["role"], message["content"]) for message in messages])
-    prompts = [loaded.tokenizer.prompt_ids(conversation)]
-    return answer_all(loaded.model, loaded.tokenizer, prompts, Sampling(**sampling))[0]
+        messages = [ChatMessage("system", system), *messages]
+    if not messages or messages[-1].role not in ("user", "tool"):
+        raise UserError("a conversation to be answered ends with a message of the user's or a tool's result")
+    prompts = [loaded.tokenizer.prompt_ids(Conversation(messages, tools=tool_texts(tools)), thinking)]
+    return answer_all(loaded.model, loaded.tokenizer, prompts, Sampling(**sampling), thinking)[0]
 
 
 def evaluate(model: Run | Loaded, files: Sequence[str]) -> dict[str, Any]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.commands.common import Arguments, Command, Parser, between, json_option, print_json
 
 if TYPE_CHECKING:
-    from lumina.infer import Loaded
+    from lumina.chat import AnswerDelta
+    from lumina.infer import Answer, Loaded
 
 log = logging.getLogger("lumina")
 
@@ -22,32 +26,35 @@ log = logging.getLogger("lumina")
 def generate(arguments: Arguments) -> int:
     """Answer a prompt with a trained model."""
     from lumina.chat import Conversation, Message
-    from lumina.infer import Answer, Sampling, load, printable, stream_text
+    from lumina.infer import Answer, Sampling, load, read_tools, stream_answer
 
     sampling = Sampling(**_sampling(arguments))
+    tools = () if arguments.tools is None else read_tools(Path(arguments.tools))
     loaded = load(arguments.resume)
     log.info("%s, step %d", loaded.checkpoint, loaded.step)
-    ids = loaded.tokenizer.prompt_ids(Conversation([Message("user", arguments.prompt)]))
+    conversation = Conversation([Message("user", arguments.prompt)], tools=tools)
+    ids = loaded.tokenizer.prompt_ids(conversation, arguments.thinking)
     answer = Answer()
-    safe = printable if sys.stdout.isatty() else str
     started = time.perf_counter()
-    for chunk in stream_text(loaded.model, loaded.tokenizer, ids, sampling, answer):
-        if not arguments.json:
-            sys.stdout.write(safe(chunk))
-            sys.stdout.flush()
-    seconds = time.perf_counter() - started
+    deltas = stream_answer(loaded.model, loaded.tokenizer, ids, sampling, answer, arguments.thinking)
     if not arguments.json:
-        print()
+        _print_answer(deltas, answer)
         if answer.finish == "window":
             log.warning("the answer ends here because the model's context (%d tokens) is full", loaded.context_length)
         return 0
+    for _ in deltas:
+        pass
+    calls = [{"name": call.name, "arguments": call.arguments} for call in answer.tool_calls]
+    said = {"reasoning": answer.reasoning} if answer.reasoning else {}
     print_json(
         {
             "text": answer.text,
+            **said,
+            **({"tool_calls": calls} if calls else {}),
             "finish_reason": answer.finish,
             "prompt_tokens": len(ids),
             "tokens": len(answer.ids),
-            "seconds": round(seconds, 4),
+            "seconds": round(time.perf_counter() - started, 4),
             "seed": sampling.seed,
             "checkpoint": str(loaded.checkpoint),
             "step": loaded.step,
@@ -56,19 +63,49 @@ def generate(arguments: Arguments) -> int:
     return 0
 
 
+def _print_answer(deltas: Iterable[AnswerDelta], answer: Answer) -> None:
+    """As it arrives. On a terminal the reasoning is dimmed; elsewhere it goes to stderr, so that stdout has the answer
+    and its tool calls alone, a line of JSON each."""
+    from lumina.infer import printable
+
+    terminal = sys.stdout.isatty()
+    for delta in deltas:
+        if delta.reasoning and terminal:
+            sys.stdout.write(f"\x1b[2m{printable(delta.reasoning)}\x1b[0m")
+        elif delta.reasoning:
+            sys.stderr.write(delta.reasoning)
+        sys.stdout.write(printable(delta.content) if terminal else delta.content)
+        sys.stdout.flush()
+    if answer.text or not answer.tool_calls:
+        print()
+    for call in answer.tool_calls:
+        print_json({"tool_call": {"name": call.name, "arguments": call.arguments}})
+
+
 def _generate_options(parser: Parser) -> None:
     parser.add_argument("--resume", required=True, metavar="RUN|CHECKPOINT", help="the trained model")
     parser.add_argument("--prompt", required=True, help="what the user says")
     _sampling_options(parser)
+    _answer_options(parser)
     json_option(parser)
 
 
-def _sampling_options(parser: Parser) -> None:
+def _answer_options(parser: Parser) -> None:
     parser.add_argument(
-        "--temperature", type=between(float, 0.1, 2.0, 0), default=0.8, help="0.1 to 2.0, or 0 for greedy (0.8)"
+        "--tools", metavar="FILE", help="tools that the model may call: a JSON list as OpenAI's API has it"
     )
-    parser.add_argument("--top-k", type=between(int, 1, 100), default=50, help="1 to 100 likeliest tokens (50)")
-    parser.add_argument("--top-p", type=between(float, 0.1, 1.0), default=0.9, help="0.1 to 1.0 of the mass (0.9)")
+    parser.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="ask for reasoning before the answer, or for none (as the model's template has it)",
+    )
+
+
+def _sampling_options(parser: Parser) -> None:
+    parser.add_argument("--temperature", type=between(float, 0.0, 2.0), default=0.8, help="0 (greedy) to 2.0 (0.8)")
+    parser.add_argument("--top-k", type=between(int, 1, 10**9), default=50, help="so many likeliest tokens (50)")
+    parser.add_argument("--top-p", type=between(float, 0.0, 1.0), default=0.9, help="0 to 1.0 of the mass (0.9)")
     parser.add_argument("--max-length", type=between(int, 1, 2048), default=256, help="new tokens, 1 to 2048 (256)")
     parser.add_argument("--seed", type=int, default=None, help="same seed, same answer")
     parser.add_argument(
@@ -91,7 +128,9 @@ def chat(arguments: Arguments) -> int:
 
     sampling = Sampling(**_sampling(arguments))
     loaded = load(arguments.run)
-    session = Chat(loaded.model, loaded.tokenizer, sampling, arguments.system)
+    session = Chat(loaded.model, loaded.tokenizer, sampling, arguments.system, thinking=arguments.thinking)
+    if arguments.tools is not None:
+        session.load_tools(Path(arguments.tools))
     return converse(session, f"{loaded.checkpoint}, step {loaded.step}")
 
 
@@ -99,6 +138,7 @@ def _chat_options(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN|CHECKPOINT", help="the trained model")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     _sampling_options(parser)
+    _answer_options(parser)
 
 
 def export(arguments: Arguments) -> int:

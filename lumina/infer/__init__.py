@@ -13,11 +13,12 @@ from lumina.lazy import names_of
 if TYPE_CHECKING:
     from lumina.infer.evaluation.loss import Evaluation, evaluate, evaluation_table, read_conversations
     from lumina.infer.generation.batch import Sequence, SequenceBatch, Token
-    from lumina.infer.generation.generate import Answer, generate, printable, stream, stream_text, stream_texts
+    from lumina.infer.generation.generate import Answer, generate, printable, stream, stream_answer, stream_answers
     from lumina.infer.generation.sampling import Sampling, forbidden_tokens
     from lumina.infer.hf.exporting import Exported, export
     from lumina.infer.hf.importing import IMPORT_RECORD, import_hf
     from lumina.infer.loading import Loaded, choose_dtype, find_checkpoint, load, read_config, tokenizer_folder
+    from lumina.infer.records import message_of, read_tools, record_of, tool_texts
     from lumina.infer.repl import Chat, converse
 
 __getattr__ = names_of(
@@ -43,13 +44,17 @@ __getattr__ = names_of(
         "generate": "generation.generate",
         "import_hf": "hf.importing",
         "load": "loading",
+        "message_of": "records",
         "printable": "generation.generate",
         "read_config": "loading",
         "read_conversations": "evaluation.loss",
+        "read_tools": "records",
+        "record_of": "records",
         "stream": "generation.generate",
-        "stream_text": "generation.generate",
-        "stream_texts": "generation.generate",
+        "stream_answer": "generation.generate",
+        "stream_answers": "generation.generate",
         "tokenizer_folder": "loading",
+        "tool_texts": "records",
     },
 )
 
@@ -75,12 +80,16 @@ __all__ = [
     "generate",
     "import_hf",
     "load",
+    "message_of",
     "printable",
     "read_config",
     "read_conversations",
+    "read_tools",
+    "record_of",
     "serve",
     "stream",
-    "stream_text",
-    "stream_texts",
+    "stream_answer",
+    "stream_answers",
     "tokenizer_folder",
+    "tool_texts",
 ]

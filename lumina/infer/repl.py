@@ -16,10 +16,11 @@ from typing import Any
 import orjson
 from rich.console import Console
 
-from lumina.chat import ROLE_ALIASES, ChatTokenizer, Conversation, Message
+from lumina.chat import AnswerDelta, ChatTokenizer, Conversation, Message, ToolCall
 from lumina.config import UserError
-from lumina.infer.generation.generate import Answer, check_prompt, printable, stream_text
+from lumina.infer.generation.generate import Answer, check_prompt, printable, stream_answer
 from lumina.infer.generation.sampling import Sampling
+from lumina.infer.records import conversation_of, read_tools, record_of
 from lumina.model import Transformer
 
 HELP = """\
@@ -27,6 +28,9 @@ HELP = """\
 /reset         forget the conversation
 /undo          take back your last message and its answer
 /retry         answer the last message again
+/tools FILE    tools that the model may call: a JSON list as OpenAI's API has it (no FILE: none)
+/tool TEXT     the result of the tool call that waits for one; the answer comes after the last
+/thinking on   ask for reasoning before answers; off: for none; nothing: as the template has it
 /save FILE     add the conversation to a JSONL file, in the form that `lumina train` reads
 /load FILE     go on from the last conversation of a JSONL file
 /params        show the settings; /params temperature=0.5 top_k=20 changes them
@@ -46,10 +50,12 @@ class Chat:
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     attempt: int = 0  # of the current answer: a retry draws other numbers
+    tools: tuple[str, ...] = ()  # JSON texts, as a Conversation's
+    thinking: bool | None = None  # whether answers have reasoning; None: the template decides
 
     def _conversation(self, skipped: int) -> Conversation:
         opening = [Message("system", self.system)] if self.system else []
-        return Conversation([*opening, *self.messages[skipped:]])
+        return Conversation([*opening, *self.messages[skipped:]], tools=self.tools)
 
     def prompt(self) -> tuple[list[int], int]:
         """The ids to answer, and how many of the oldest messages had to be left out to leave room for an answer.
@@ -61,33 +67,48 @@ class Chat:
         room = min(self.sampling.max_length, context_length // 2)
         starts = [at for at, message in enumerate(self.messages) if message.role == "user"] or [0]
         for skipped in [0, *(start for start in starts if start > 0)]:
-            ids = self.tokenizer.prompt_ids(self._conversation(skipped))
+            ids = self.tokenizer.prompt_ids(self._conversation(skipped), self.thinking)
             if len(ids) + room <= context_length:
                 return ids, skipped
         check_prompt(len(ids), context_length)
         return ids, skipped
 
-    def answer(self, answer: Answer) -> Iterator[str]:
-        """Answer the last message, as text arrives. The answer joins the conversation, also when the caller stops."""
+    def answer(self, answer: Answer) -> Iterator[AnswerDelta]:
+        """Answer the last message, as it arrives. The answer joins the conversation, also when the caller stops."""
         ids, _ = self.prompt()
         assert self.sampling.seed is not None
         turn = replace(self.sampling, seed=(self.sampling.seed + len(self.messages) + 1000 * self.attempt) % 2**63)
         try:
-            yield from stream_text(self.model, self.tokenizer, ids, turn, answer)
+            yield from stream_answer(self.model, self.tokenizer, ids, turn, answer, self.thinking)
         finally:
-            self.messages.append(Message("assistant", answer.text))
+            self.messages.append(answer.message())
 
     def say(self, text: str) -> int:
         """Add a user's message; returns how many old messages its answer will not see.
 
         Raises UserError, and does not add it, when it does not fit."""
-        self.messages.append(Message("user", text))
+        return self._add(Message("user", text))
+
+    def _add(self, message: Message) -> int:
+        self.messages.append(message)
         self.attempt = 0
         try:
             return self.prompt()[1]
         except UserError:
             self.messages.pop()
             raise
+
+    def waiting_calls(self) -> list[ToolCall]:
+        """The tool calls of the last answer that have no result yet, in order."""
+        at = next((i for i in reversed(range(len(self.messages))) if self.messages[i].role != "tool"), None)
+        return [] if at is None else list(self.messages[at].tool_calls[len(self.messages) - at - 1 :])
+
+    def give_result(self, text: str) -> int:
+        """Add the result of the next tool call that waits for one; returns as `say`. Raises UserError."""
+        waiting = self.waiting_calls()
+        if not waiting:
+            raise UserError("no tool call waits for a result")
+        return self._add(Message("tool", text, name=waiting[0].name, call_id=waiting[0].id))
 
     def take_back_answer(self) -> None:
         """Forget the last answer. Raises UserError when there is none."""
@@ -105,10 +126,9 @@ class Chat:
 
     def save(self, path: Path) -> None:
         """Append the conversation as a line of JSON."""
-        messages = [{"role": m.role, "content": m.content} for m in self._conversation(0).messages]
         try:
             with path.open("ab") as file:
-                file.write(orjson.dumps({"messages": messages}) + b"\n")
+                file.write(orjson.dumps(record_of(self._conversation(0))) + b"\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
 
@@ -116,16 +136,26 @@ class Chat:
         """Take the last conversation of a JSONL file. Raises UserError and changes nothing when it is not one."""
         try:
             lines = [line for line in path.read_bytes().splitlines() if line.strip()]
-            record = orjson.loads(lines[-1])
-            messages = [Message(ROLE_ALIASES[m["role"]], str(m["content"])) for m in record["messages"]]
+            conversation = conversation_of(orjson.loads(lines[-1]))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise UserError(f'the last line of {path} is not {{"messages": [{{"role", "content"}}]}}') from None
+        messages = list(conversation.messages)
         if any(message.role == "system" for message in messages[1:]):
             raise UserError(f"{path} has a system message inside the conversation")
         opens = bool(messages) and messages[0].role == "system"
         self.system, self.messages = (messages[0].content if opens else None), messages[int(opens) :]
+        self.tools = conversation.tools
+
+    def load_tools(self, path: Path | None) -> None:
+        """Take tools from a file. Raises UserError, and changes nothing: it holds none, or the template takes none."""
+        before, self.tools = self.tools, () if path is None else read_tools(path)
+        try:
+            self.tokenizer.prompt_ids(Conversation([Message("user", "a")], tools=self.tools))
+        except UserError:
+            self.tools = before
+            raise
 
     def set_params(self, text: str) -> None:
         """Change settings from `name=value` words. Raises UserError, and changes nothing, when one is wrong."""
@@ -163,13 +193,7 @@ def converse(chat: Chat, about: str, read: Callable[[str], str] = input, console
                 if not _command(chat, text, console):
                     return 0
             elif text.strip():
-                skipped = chat.say(text)
-                if skipped:
-                    kept = len(chat.messages) - skipped
-                    of = len(chat.messages)
-                    note = f"The context is full: the answer sees only the last {kept} of {of} messages."
-                    console.print(note, style="yellow")
-                _answer(chat, console)
+                _reply(chat, chat.say(text), console)
         except UserError as error:
             console.print(f"error: {error}", style="red", markup=False)
 
@@ -182,21 +206,56 @@ def _read(read: Callable[[str], str]) -> str:
     return "\n".join(lines)
 
 
+def _reply(chat: Chat, skipped: int, console: Console) -> None:
+    """Answer, without the oldest `skipped` messages."""
+    if skipped:
+        kept, of = len(chat.messages) - skipped, len(chat.messages)
+        console.print(f"The context is full: the answer sees only the last {kept} of {of} messages.", style="yellow")
+    _answer(chat, console)
+
+
 def _answer(chat: Chat, console: Console) -> None:
     answer = Answer()
-    texts = chat.answer(answer)
+    deltas = chat.answer(answer)
+    thought = False
     try:
-        for text in texts:
-            console.file.write(printable(text))
+        for delta in deltas:
+            if delta.reasoning:
+                console.print(printable(delta.reasoning), style="dim", end="", markup=False, soft_wrap=True)
+            if thought and not delta.reasoning and (delta.content.strip() or delta.tool_calls):
+                console.print()  # the answer begins on a line of its own
+                thought = False
+            thought = thought or bool(delta.reasoning)
+            console.file.write(printable(delta.content))
             console.file.flush()
     except KeyboardInterrupt:
-        texts.close()  # type: ignore[attr-defined]
+        deltas.close()  # type: ignore[attr-defined]
         console.print("\n(stopped)", style="dim")
         return
     console.print()
+    for call in answer.tool_calls:
+        console.print(f"calls {printable(call.name)}({printable(call.arguments)})", style="cyan", markup=False)
+    if answer.tool_calls:
+        console.print("/tool TEXT gives the result, in this order.", style="dim")
     if answer.finish != "stop":
         why = f"max_length {chat.sampling.max_length}" if answer.finish == "length" else "the model's context is full"
         console.print(f"(cut off: {why})", style="dim")
+
+
+def _give_result(chat: Chat, text: str, console: Console) -> None:
+    skipped, waiting = chat.give_result(text), chat.waiting_calls()
+    if waiting:
+        console.print(f"{len(waiting)} more: {printable(waiting[0].name)} is next.", style="dim", markup=False)
+    else:
+        _reply(chat, skipped, console)
+
+
+def _set_thinking(chat: Chat, text: str, console: Console) -> None:
+    known: dict[str, bool | None] = {"on": True, "off": False, "": None}
+    if text not in known:
+        raise UserError(f"/thinking takes on, off or nothing, and not {text!r}")
+    chat.thinking = known[text]
+    console.print("The template decides about reasoning." if not text else f"Reasoning is {text}.", style="dim")
 
 
 def _command(chat: Chat, text: str, console: Console) -> bool:
@@ -219,6 +278,13 @@ def _command(chat: Chat, text: str, console: Console) -> bool:
     elif name == "/retry":
         chat.take_back_answer()
         _answer(chat, console)
+    elif name == "/tools":
+        chat.load_tools(Path(rest).expanduser() if rest else None)
+        console.print(f"{len(chat.tools)} tools.", style="dim")
+    elif name == "/tool":
+        _give_result(chat, rest, console)
+    elif name == "/thinking":
+        _set_thinking(chat, rest, console)
     elif name in ("/save", "/load"):
         if not rest:
             raise UserError(f"{name} needs a file")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lumina.chat import Conversation, Message, Tokenizer
+from lumina.chat import AnswerDelta, Conversation, Message, Tokenizer
 from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import Sampling
@@ -98,7 +98,7 @@ def test_params_change_or_are_refused_whole(chat: Chat) -> None:
         chat, ["/params temperature=0.5 top_k=20"]
     )
     shown = spoken(chat, ["/params top_k=3 temperature=9", "/params heat=1", "/params top_k=x", "/params"])
-    assert "temperature 9 is outside 0.1 to 2" in shown
+    assert "temperature 9 is outside 0 to 2" in shown
     assert "no setting is called heat" in shown
     assert "top_k=x: 'x' is not a number" in shown
     assert "temperature=0.5 top_k=20" in shown
@@ -125,14 +125,14 @@ def test_save_and_load_in_the_form_that_training_reads(chat: Chat, tmp_path: Pat
 
 
 def test_an_interrupted_answer_keeps_what_was_said(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*arguments: object) -> Iterator[str]:
-        answer = arguments[-1]
+    def interrupted(*arguments: object) -> Iterator[AnswerDelta]:
+        answer = arguments[-2]
         assert isinstance(answer, Answer)
         answer.text += "Some"
-        yield "Some"
+        yield AnswerDelta(content="Some")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lumina.infer.repl.stream_text", interrupted)
+    monkeypatch.setattr("lumina.infer.repl.stream_answer", interrupted)
     assert "(stopped)" in spoken(chat, ["Hello"])
     assert chat.messages[-1] == Message(BOT, "Some")
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
+from lumina.infer.generation.constraint import Constraint
 from lumina.infer.generation.sampling import Sampling, choose, forbidden_tokens, generator, penalised
 from lumina.model import Decoder, KVCache, Transformer
 
@@ -47,6 +48,7 @@ class Sequence:
     sampling: Sampling
     number: int = 0  # of several answers to one request: each draws other numbers
     logprobs: int | None = None  # report the probability of each token, and of so many of the likeliest
+    constraint: Constraint | None = None  # of its own: it is told each token
     generated: list[int] = field(default_factory=list)
     slot: int = -1
     fed: int = 0  # tokens of the prompt that the cache holds
@@ -58,7 +60,7 @@ class Sequence:
     @property
     def special(self) -> bool:
         """Whether its next token needs all logits, not only the largest."""
-        return self.logprobs is not None or self.sampling.repetition_penalty != 1
+        return self.logprobs is not None or self.sampling.repetition_penalty != 1 or self.constraint is not None
 
 
 class Token(NamedTuple):
@@ -153,15 +155,18 @@ class SequenceBatch:
         logprobs_RV = None
         if any(s.logprobs is not None for s in sequences):
             logprobs_RV = logits_RV.float().masked_fill(self._forbidden_V, -torch.inf).log_softmax(-1)
-        if any(s.sampling.repetition_penalty != 1 for s in sequences):
+        if any(s.sampling.repetition_penalty != 1 or s.constraint is not None for s in sequences):
             logits_RV = torch.stack([self._adjusted(s, row_V) for s, row_V in zip(sequences, logits_RV, strict=True)])
         return *self._decoder.largest(logits_RV, self._most(sequences)), logprobs_RV
 
     def _adjusted(self, sequence: Sequence, logits_V: Tensor) -> Tensor:
-        if sequence.sampling.repetition_penalty == 1:
-            return logits_V
-        held_n = torch.tensor([*sequence.prompt, *sequence.generated], device=logits_V.device)
-        return penalised(logits_V, held_n, sequence.sampling.repetition_penalty)
+        """Not in place."""
+        if sequence.sampling.repetition_penalty != 1:
+            held_n = torch.tensor([*sequence.prompt, *sequence.generated], device=logits_V.device)
+            logits_V = penalised(logits_V, held_n, sequence.sampling.repetition_penalty)
+        if sequence.constraint is not None:
+            logits_V = logits_V.masked_fill(sequence.constraint.forbidden().to(logits_V.device), -torch.inf)
+        return logits_V
 
     def _choose(
         self, sequences: list[Sequence], kept_Rk: Tensor, ids_Rk: Tensor, logprobs_RV: Tensor | None
@@ -202,6 +207,8 @@ class SequenceBatch:
     def _add(self, sequence: Sequence, row: int, token: int, logprobs_RV: Tensor | None) -> Token:
         sequence.generated.append(token)
         sequence.room -= 1
+        if sequence.constraint is not None:
+            sequence.constraint.push(token)
         finish: Finish | None = None
         if token in self._stop_ids:
             finish = "stop"

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from lumina.chat import ChatTokenizer
+from lumina.chat import AnswerDelta, ChatTokenizer, Message, ToolCall
 from lumina.config import UserError
 from lumina.infer.generation import batch as batches
 from lumina.infer.generation.batch import Finish, SequenceBatch, Token
+from lumina.infer.generation.constraint import BannedTokens
 from lumina.infer.generation.detokenizer import Detokenizer
+from lumina.infer.generation.forms import reasoning_tokens
 from lumina.infer.generation.sampling import Sampling
 from lumina.model import Transformer
 
 
 @dataclass
 class Answer:
-    """One generated answer: its tokens without the stop token, and its text up to the first stop text, whose tokens
-    are among the ids."""
+    """One generated answer: its tokens without the stop token, and what they say. `text` is the content up to the first
+    stop text, whose tokens are among the ids."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish: Finish | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    def add(self, delta: AnswerDelta) -> None:
+        self.text += delta.content
+        self.reasoning += delta.reasoning
+        self.tool_calls += delta.tool_calls
+
+    def message(self) -> Message:
+        """The answer as a message of the conversation that it belongs to."""
+        return Message("assistant", self.text, reasoning=self.reasoning, tool_calls=tuple(self.tool_calls))
 
 
 def check_prompt(length: int, context_length: int) -> None:
@@ -35,15 +48,22 @@ def check_prompt(length: int, context_length: int) -> None:
 
 
 def _begin(
-    model: Transformer, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    banned: Iterable[int] = (),
 ) -> tuple[SequenceBatch, list[Token]]:
-    """A batch of just these prompts, and their first tokens."""
+    """A batch of just these prompts, and their first tokens; `banned` ones never come."""
     context_length = model.config.seq_length
     for prompt in prompts:
         check_prompt(len(prompt), context_length)
     capacity = max(min(len(prompt) + sampling.max_length, context_length) for prompt in prompts)
     batch = SequenceBatch(model, tokenizer, len(prompts), capacity)
     sequences = [batches.Sequence(list(prompt), sampling, number) for number, prompt in enumerate(prompts)]
+    if banned:
+        constraint = BannedTokens(banned, model.config.vocab_size)
+        sequences = [replace(sequence, constraint=constraint) for sequence in sequences]
     for sequence in sequences:
         batch.join(sequence)
     return batch, batch.prefill(sequences)
@@ -59,7 +79,7 @@ def stream(
 
     Yields after every pass the new tokens as (sequence, id) pairs, the stop token included: a sequence ends with it, at
     max_length tokens, or when prompt and answer fill the context length. Stop texts are the caller's: see
-    `stream_texts`.
+    `stream_answers`.
 
     Raises:
         UserError: a prompt that fills the context length; a model whose weights are not finite.
@@ -70,54 +90,67 @@ def stream(
         tokens = batch.step()
 
 
-def stream_texts(
+def stream_answers(
     model: Transformer,
     tokenizer: ChatTokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     answers: Sequence[Answer],
-) -> Iterator[list[tuple[int, str]]]:
-    """As `stream`, but yields (sequence, text), and sequences end at stop texts too. Fills `answers` in on the way, so
-    that a caller who stops reading still has what was generated."""
-    detokenizers = [Detokenizer(tokenizer.incremental_decoder(), sampling.stop) for _ in prompts]
-    batch, tokens = _begin(model, tokenizer, prompts, sampling)
+    thinking: bool | None = None,
+) -> Iterator[list[tuple[int, AnswerDelta]]]:
+    """As `stream`, but yields (sequence, what its token added), and sequences end at stop texts too. Fills `answers` in
+    on the way, so that a caller who stops reading still has what was generated. `thinking` is what the prompts were
+    made with: where it is False, no reasoning begins."""
+    detokenizers = [Detokenizer(tokenizer.answer_reader(prompt), sampling.stop) for prompt in prompts]
+    banned = reasoning_tokens(tokenizer) if thinking is False else frozenset[int]()
+    batch, tokens = _begin(model, tokenizer, prompts, sampling, banned)
     while tokens:
-        chunks = []
+        new = []
         for token in tokens:
             number = token.sequence.number
             answer, detokenizer = answers[number], detokenizers[number]
-            text, answer.finish = "", token.finish
+            deltas, answer.finish = list[AnswerDelta](), token.finish
             if token.finish != "stop":
                 answer.ids.append(token.id)
-                text = detokenizer.push(token.id)
+                deltas.append(detokenizer.push(token.id))
             if detokenizer.stopped:
                 answer.finish = "stop"
                 batch.leave(token.sequence)
             elif token.finish is not None:
-                text += detokenizer.end()
-            answer.text += text
-            chunks.append((number, text))
-        yield chunks
+                deltas.append(detokenizer.end())
+            for delta in deltas:
+                answer.add(delta)
+                new.append((number, delta))
+        yield new
         tokens = batch.step()
 
 
 def generate(
-    model: Transformer, tokenizer: ChatTokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    thinking: bool | None = None,
 ) -> list[Answer]:
-    """Answers to a batch of prompts. See `stream_texts`."""
+    """Answers to a batch of prompts. See `stream_answers`."""
     answers = [Answer() for _ in prompts]
-    for _ in stream_texts(model, tokenizer, prompts, sampling, answers):
+    for _ in stream_answers(model, tokenizer, prompts, sampling, answers, thinking):
         pass
     return answers
 
 
-def stream_text(
-    model: Transformer, tokenizer: ChatTokenizer, prompt: list[int], sampling: Sampling, answer: Answer
-) -> Iterator[str]:
-    """Generate for one prompt, yielding text as it is there, and filling in `answer`. Raises UserError when the prompt
-    fills the context length."""
-    for chunks in stream_texts(model, tokenizer, [prompt], sampling, [answer]):
-        yield from (text for _, text in chunks)
+def stream_answer(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    prompt: list[int],
+    sampling: Sampling,
+    answer: Answer,
+    thinking: bool | None = None,
+) -> Iterator[AnswerDelta]:
+    """Answer one prompt, yielding what it says as it is there, and filling in `answer`. Raises UserError when the
+    prompt fills the context length."""
+    for new in stream_answers(model, tokenizer, [prompt], sampling, [answer], thinking):
+        yield from (delta for _, delta in new)
 
 
 def printable(text: str) -> str:

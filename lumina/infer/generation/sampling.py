@@ -19,7 +19,7 @@ from torch import Tensor
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 
-TEMPERATURES, TOP_KS, TOP_PS, LENGTHS = (0.1, 2.0), (1, 100), (0.1, 1.0), (1, 2048)
+TEMPERATURES, TOP_PS, LENGTHS = (0.0, 2.0), (0.0, 1.0), (1, 2048)
 MIN_PS, PENALTIES, STOPS, STOP_LENGTH = (0.0, 1.0), (0.5, 2.0), 16, 256
 
 
@@ -27,10 +27,12 @@ MIN_PS, PENALTIES, STOPS, STOP_LENGTH = (0.0, 1.0), (0.5, 2.0), 16, 256
 class Sampling:
     """How to choose, and when to end.
 
-    temperature 0 is greedy; top_k None, top_p 1 and min_p 0 filter nothing. min_p keeps tokens that are at least that
+    temperature 0 is greedy; top_k None, or more than there are tokens, top_p 1 and min_p 0 filter nothing; top_k 1 and
+    top_p 0 leave the likeliest token. min_p keeps tokens that are at least that
     share as likely as the likeliest (arXiv:2407.01082). repetition_penalty divides the positive logits of tokens that
     prompt or answer hold, and multiplies the negative ones (arXiv:1909.05858, section 4.1); 1 is none. An answer ends
-    before the first of the `stop` texts that it would hold. seed None draws one.
+    before the first of the `stop` texts that it would hold. seed is any integer of 64 bits with its sign; None draws
+    one.
 
     Raises SamplingError (a UserError) when a value is outside its range.
     """
@@ -45,10 +47,9 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature != 0:
-            _within("temperature", self.temperature, TEMPERATURES, " (or 0 for greedy)")
-        if self.top_k is not None:
-            _within("top_k", self.top_k, TOP_KS)
+        _within("temperature", self.temperature, TEMPERATURES)
+        if self.top_k is not None and self.top_k < 1:
+            raise SamplingError("top_k", f"{self.top_k} is less than 1")
         _within("top_p", self.top_p, TOP_PS)
         _within("max_length", self.max_length, LENGTHS)
         _within("min_p", self.min_p, MIN_PS)
@@ -57,8 +58,8 @@ class Sampling:
             raise SamplingError("stop", f"takes up to {STOPS} texts of 1 to {STOP_LENGTH} characters")
         if self.seed is None:
             object.__setattr__(self, "seed", int.from_bytes(os.urandom(4), "little"))
-        elif not 0 <= self.seed < 2**63:
-            raise SamplingError("seed", f"{self.seed} is outside 0 to 2^63 - 1")
+        elif not -(2**63) <= self.seed < 2**63:
+            raise SamplingError("seed", f"{self.seed} is outside -2^63 to 2^63 - 1")
 
     @property
     def greedy(self) -> bool:
@@ -73,10 +74,10 @@ class SamplingError(UserError):
         self.setting, self.reason = setting, reason
 
 
-def _within(name: str, value: float, bounds: tuple[float, float], also: str = "") -> None:
+def _within(name: str, value: float, bounds: tuple[float, float]) -> None:
     low, high = bounds
     if not (math.isfinite(value) and low <= value <= high):
-        raise SamplingError(name, f"{value:g} is outside {low:g} to {high:g}{also}")
+        raise SamplingError(name, f"{value:g} is outside {low:g} to {high:g}")
 
 
 def forbidden_tokens(tokenizer: ChatTokenizer, vocab_size: int) -> Tensor:
@@ -93,9 +94,11 @@ def generator(sampling: Sampling, sequence: int) -> torch.Generator:
 def probabilities(kept_Rk: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities (float64) of candidates whose logits are given, largest first: temperature, then top-p and min-p,
     which leave some of them 0."""
-    p_Rk = (kept_Rk.double() / sampling.temperature).softmax(-1)
+    # Against the largest, so that no temperature above 0 is too small: what overflows is minus infinity.
+    p_Rk = ((kept_Rk.double() - kept_Rk[:, :1].double()) / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         before_Rk = p_Rk.cumsum(-1) - p_Rk
+        before_Rk[:, 0] = -1  # the likeliest token always stays
         p_Rk = p_Rk.masked_fill(before_Rk >= sampling.top_p, 0)  # the token that crosses top-p stays
         p_Rk /= p_Rk.sum(-1, keepdim=True)
     if sampling.min_p > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -13,15 +15,26 @@ from lumina.infer.serve.errors import ApiError
 from lumina.infer.serve.middleware import RequestChecks, Rules
 from lumina.infer.serve.service import Service
 
+_FIELD = 200  # characters of a field's name in an error: names come from clients
+
+
+def _invalid(first: Any) -> ApiError:
+    """The first thing that is wrong with a body, as pydantic tells it."""
+    names = [str(part) for part in first["loc"][1:] if not str(part).isdigit()]
+    if first["type"] == "refused":  # of a model: the field is in the error itself
+        names.append(first["ctx"]["field"])
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body is not JSON: {first['ctx']['error']}")
+    where = ".".join(names)[:_FIELD] or None
+    unknown = first["type"] == "extra_forbidden"
+    text = "is not a field that this server knows" if unknown else first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{where or 'The body'}: {text}", None, where)
+
 
 async def _refused(request: Request, error: Exception) -> Response:
     """Every failure as OpenAI's error object."""
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:] if not str(part).isdigit()) or None
-        unknown = first["type"] == "extra_forbidden"
-        text = "is not a field that this server knows" if unknown else first["msg"].removeprefix("Value error, ")
-        error = ApiError(400, f"{where or 'The body'}: {text}", None, where)
+        error = _invalid(error.errors()[0])
     elif isinstance(error, HTTPException):
         error = ApiError(error.status_code, str(error.detail))
     assert isinstance(error, ApiError)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lumina.chat import AnswerDelta, AnswerReader
 from lumina.config import UserError
 from lumina.infer.generation.batch import Finish, Sequence, SequenceBatch, Token
 from lumina.infer.generation.detokenizer import Detokenizer
@@ -33,10 +34,10 @@ CHUNK = 512  # tokens of prompts fed between two decoding steps
 
 
 class Delta(NamedTuple):
-    """What one token added to an answer: text, often empty; the token, unless it is the stop token."""
+    """What one token added to an answer, often nothing; the token, unless it is the stop token."""
 
     sequence: Sequence
-    text: str
+    said: AnswerDelta
     token: Token | None
     finish: Finish | None
 
@@ -44,22 +45,55 @@ class Delta(NamedTuple):
 @dataclass(eq=False)
 class GenerationRequest:
     """The sequences of one HTTP request. `deliver` is called from the batcher's thread with each delta, or with the
-    error that ends the request; it must not block. Times are of time.monotonic()."""
+    error that ends the request; it must not block. Times are of time.monotonic().
+
+    `reader` makes what reads an answer, `begun` are tokens of it that the prompt ends with, and an answer ends with its
+    tool call number `most_calls`.
+    """
 
     sequences: list[Sequence]
+    reader: Callable[[], AnswerReader]
     deliver: Callable[[Delta | ApiError], None]
     deadline: float
+    begun: list[int] = field(default_factory=list)
+    most_calls: int | None = None
     arrived: float = field(default_factory=time.monotonic)
     ended: bool = False
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A sequence of a request and its detokenizer."""
+    """A sequence of a request and its detokenizer; what that has read and was not handed over yet."""
 
     request: GenerationRequest
     sequence: Sequence
     detokenizer: Detokenizer
+    read: AnswerDelta = AnswerDelta()  # noqa: RUF009 - a tuple
+    calls: int = 0
+
+    def push(self, tokens: list[int]) -> None:
+        for token in tokens:
+            self._add(self.detokenizer.push(token))
+
+    def end(self) -> None:
+        self._add(self.detokenizer.end())
+
+    def _add(self, new: AnswerDelta) -> None:
+        calls, most = new.tool_calls, self.request.most_calls
+        calls = calls if most is None else calls[: most - self.calls]
+        self.calls += len(calls)
+        had = self.read
+        self.read = AnswerDelta(had.reasoning + new.reasoning, had.content + new.content, had.tool_calls + calls)
+
+    def taken(self) -> AnswerDelta:
+        """What has been read since the last time."""
+        read, self.read = self.read, AnswerDelta()
+        return read
+
+    @property
+    def complete(self) -> bool:
+        """Whether a stop text, or the last call that was asked for, has come."""
+        return self.detokenizer.stopped or self.calls == self.request.most_calls
 
 
 class ContinuousBatcher:
@@ -67,7 +101,7 @@ class ContinuousBatcher:
 
     def __init__(self, loaded: Loaded, slots: int, most_waiting: int, metrics: Metrics) -> None:
         """`slots` sequences at a time; `most_waiting` more may wait for one."""
-        self._tokenizer, self._metrics, self._most_waiting = loaded.tokenizer, metrics, most_waiting
+        self._metrics, self._most_waiting = metrics, most_waiting
         self._batch = SequenceBatch(loaded.model, loaded.tokenizer, slots, loaded.config.seq_length)
         self._wake = threading.Condition()
         self._waiting: deque[_Entry] = deque()  # guarded by _wake, as is _closing
@@ -93,10 +127,7 @@ class ContinuousBatcher:
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request. Raises ApiError when the queue is full or the server is going down."""
-        entries = [
-            _Entry(request, s, Detokenizer(self._tokenizer.incremental_decoder(), s.sampling.stop))
-            for s in request.sequences
-        ]
+        entries = [_Entry(request, s, Detokenizer(request.reader(), s.sampling.stop)) for s in request.sequences]
         with self._wake:
             if self._closing or not self.alive:
                 raise shutting_down()
@@ -150,6 +181,7 @@ class ContinuousBatcher:
             while self._waiting and self._batch.free:
                 entry = self._waiting.popleft()
                 self._batch.join(entry.sequence)
+                entry.push(entry.request.begun)
                 self._active[entry.sequence] = entry
                 self._filling.append(entry)
                 self._metrics.queued.observe(time.monotonic() - entry.request.arrived)
@@ -188,17 +220,17 @@ class ContinuousBatcher:
         self._metrics.tokens.inc(len(tokens))
         for token in tokens:
             entry = self._active[token.sequence]
-            text, finish, stops = "", token.finish, token.finish == "stop"
+            finish, stops = token.finish, token.finish == "stop"
             if not stops:
-                text = entry.detokenizer.push(token.id)
-            if entry.detokenizer.stopped:
+                entry.push([token.id])
+            if entry.complete:
                 finish = "stop"
             elif finish is not None:
-                text += entry.detokenizer.end()
+                entry.end()
             if finish is not None:
                 self._drop(entry, finish)
             if not entry.request.ended:
-                entry.request.deliver(Delta(token.sequence, text, None if stops else token, finish))
+                entry.request.deliver(Delta(token.sequence, entry.taken(), None if stops else token, finish))
 
     def _fail_all(self, error: ApiError) -> None:
         for entry in self._all():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lumina.chat import AnswerReader
 from lumina.infer.generation.batch import Sequence
-from lumina.infer.generation.sampling import SamplingError
+from lumina.infer.generation.constraint import Constraint
+from lumina.infer.generation.sampling import Sampling, SamplingError
 from lumina.infer.serve.batcher import Delta
 from lumina.infer.serve.endpoint import json_response
 from lumina.infer.serve.errors import ApiError
@@ -21,47 +24,78 @@ from lumina.infer.serve.responses import Choice, ResponseBuilder, by_choice
 from lumina.infer.serve.service import Service
 from lumina.infer.serve.streaming import EventStream, stream_deltas
 
-_PARAMS = {"max_length": "max_tokens"}  # settings of Sampling that the API calls something else
+CLAMPED = "Lumina-Max-Tokens"
+"""Header of an answer that could not be as long as was asked: the most tokens that it could have."""
+
+
+@dataclass
+class Task:
+    """What is to be generated. `begun`: tokens that every answer begins with. `logprobs`: how many of the likeliest
+    tokens to report with each token; None reports no probabilities. `constraint` makes one for each answer."""
+
+    prompts: list[list[int]]
+    reader: Callable[[], AnswerReader]
+    logprobs: int | None = None
+    begun: list[int] = field(default_factory=list)
+    constraint: Callable[[], Constraint] | None = None
+    most_calls: int | None = None
+
+
+def check_model(service: Service, name: str | None) -> None:
+    """Raise ApiError when a request is for another model."""
+    if name is not None and name != service.name:
+        raise ApiError(404, f"There is no model {name[:80]!r}: this is {service.name!r}.", "model_not_found", "model")
+
+
+def _sampling(service: Service, body: CompletionOptions, task: Task) -> tuple[Sampling, dict[str, str]]:
+    """How to choose, and headers. A limit beyond the server's or the context's is clamped, and that is said. Raises
+    ApiError."""
+    name, asked = body.limit()
+    room = service.loaded.config.seq_length - min(map(len, task.prompts))
+    most = min(service.most_tokens, room)
+    if asked is not None and asked < 1:
+        raise ApiError(400, f"{name} {asked} is less than 1", param=name)
+    length = most if asked is None else min(asked, most)
+    try:
+        # The server's own limit stands where the context ends an answer, so that its end is told as what it is.
+        sampling = body.sampling(max(1, min(asked or service.most_tokens, service.most_tokens) - len(task.begun)))
+    except SamplingError as error:
+        raise ApiError(400, f"{error.setting} {error.reason}", param=error.setting) from None
+    return sampling, {CLAMPED: str(length)} if asked is not None and length < asked else {}
 
 
 async def complete(
-    service: Service,
-    body: CompletionOptions,
-    prompts: list[list[int]],
-    logprobs: int | None,
-    builder: type[ResponseBuilder],
-    request: Request,
+    service: Service, body: CompletionOptions, task: Task, builder: type[ResponseBuilder], request: Request
 ) -> Response:
-    """Generate for the prompts and answer as `body` asks, whole or streamed. Raises ApiError.
-
-    logprobs: how many of the likeliest tokens to report with each token; None reports no probabilities.
-    """
-    if body.model is not None and body.model != service.name:
-        raise ApiError(404, f"There is no model {body.model!r}: this is {service.name!r}.", "model_not_found", "model")
-    if (body.limit() or 0) > service.most_tokens:
-        text = f"max_tokens {body.limit()} is more than this server's {service.most_tokens}"
-        raise ApiError(400, text, param="max_tokens")
-    try:
-        sampling = body.sampling(service.most_tokens)
-    except SamplingError as error:
-        param = _PARAMS.get(error.setting, error.setting)
-        raise ApiError(400, f"{param} {error.reason}", param=param) from None
-    each = [(ids, p * body.n + i) for p, ids in enumerate(prompts) for i in range(body.n)]
-    sequences = [Sequence(ids, sampling, number, logprobs) for ids, number in each]
-    step = f"step-{service.loaded.step}"
-    tokens = sum(map(len, prompts))
-    response_id = secrets.token_hex(12)
-    response = builder(service.tokenizer, service.name, step, response_id, logprobs is not None, tokens)
-    deltas = stream_deltas(service.batcher, sequences, service.seconds, request.receive)
+    """Generate and answer as `body` asks, whole or streamed. Raises ApiError."""
+    sampling, headers = _sampling(service, body, task)
+    sequences = []
+    for p, prompt in enumerate(task.prompts):
+        for i in range(body.n):
+            constraint = None if task.constraint is None else task.constraint()
+            ids = [*prompt, *task.begun]
+            sequences.append(Sequence(ids, sampling, p * body.n + i, task.logprobs, constraint))
+    response = builder(
+        service.tokenizer,
+        service.name,
+        f"step-{service.loaded.step}",
+        secrets.token_hex(12),
+        task.logprobs is not None,
+        sum(map(len, task.prompts)),
+        len(task.begun) * len(sequences),
+    )
+    deltas = stream_deltas(
+        service.batcher, sequences, task.reader, service.seconds, request.receive, task.begun, task.most_calls
+    )
     if body.stream:
         first = await anext(deltas)  # what is refused is refused with its own status, before a stream begins
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(_events(response, len(sequences), first, deltas, usage), service.stall)
+        return EventStream(_events(response, len(sequences), first, deltas, usage), service.stall, headers)
     choices: dict[int, Choice] = {}
     async with aclosing(deltas):  # type: ignore[type-var]
         async for new in deltas:
             by_choice(new, choices)
-    return json_response(response.body(choices))
+    return json_response(response.body(choices), headers=headers)
 
 
 async def _events(

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lumina.chat import ChatTokenizer
+from lumina.chat import ChatTokenizer, ToolCall
 from lumina.infer.generation.batch import Token
 from lumina.infer.serve.batcher import Delta
+from lumina.infer.serve.token_texts import TokenTexts
 
 _LEAST = -9999.0  # JSON has no minus infinity
 
@@ -22,13 +23,21 @@ class Choice:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish: str | None = None
+    reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
-        self.text += delta.text
+        self.text += delta.said.content
+        self.reasoning += delta.said.reasoning
+        self.calls += delta.said.tool_calls
         if delta.token is not None:
             self.tokens.append(delta.token)
         if delta.finish is not None:
             self.finish = "stop" if delta.finish == "stop" else "length"
+
+    @property
+    def said(self) -> bool:
+        return bool(self.text or self.reasoning or self.calls)
 
 
 def by_choice(deltas: Iterable[Delta], choices: dict[int, Choice] | None = None) -> dict[int, Choice]:
@@ -45,11 +54,18 @@ class ResponseBuilder(ABC):
     kind, chunk_kind, prefix = "", "", ""
 
     def __init__(
-        self, tokenizer: ChatTokenizer, model: str, fingerprint: str, response_id: str, logprobs: bool, prompt: int
+        self,
+        tokenizer: ChatTokenizer,
+        model: str,
+        fingerprint: str,
+        response_id: str,
+        logprobs: bool,
+        prompt: int,
+        begun: int,
     ) -> None:
-        """`prompt`: tokens of the request's prompts, for the usage."""
-        self._tokenizer, self._logprobs, self._prompt = tokenizer, logprobs, prompt
-        self._completion = 0
+        """For the usage: tokens of the request's prompts, and of its answers that they ended with."""
+        self._tokenizer, self._logprobs, self._prompt, self._completion = tokenizer, logprobs, prompt, begun
+        self._texts: dict[int, TokenTexts] = {}  # of each choice
         common = {"id": f"{self.prefix}-{response_id}", "created": int(time.time()), "model": model}
         self._common = common | {"system_fingerprint": fingerprint}
 
@@ -65,7 +81,7 @@ class ResponseBuilder(ABC):
         found = []
         for index, choice in sorted(by_choice(deltas).items()):
             self._completion += len(choice.tokens)
-            if choice.text or choice.finish or (self._logprobs and choice.tokens):
+            if choice.said or choice.finish or (self._logprobs and choice.tokens):
                 found.append(self._chunk([self._choice_chunk(index, choice)]))
         return found
 
@@ -92,8 +108,8 @@ class ResponseBuilder(ABC):
     def _choice_chunk(self, index: int, choice: Choice) -> dict[str, Any]:
         """What has come of one of them, in a chunk."""
 
-    def _text(self, token: int) -> str:
-        return self._tokenizer.decode([token])
+    def _token_texts(self, index: int) -> TokenTexts:
+        return self._texts.setdefault(index, TokenTexts(self._tokenizer))
 
 
 def finite_logprob(logprob: float | None) -> float:

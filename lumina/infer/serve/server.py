@@ -11,8 +11,9 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
+from lumina.chat import open_tokenizer
 from lumina.config import UserError
-from lumina.infer.loading import Loaded, load, read_tokenizer
+from lumina.infer.loading import Loaded, load
 from lumina.infer.serve.app import make_app
 from lumina.infer.serve.batcher import ContinuousBatcher
 from lumina.infer.serve.metrics import Metrics
@@ -70,7 +71,8 @@ def make_service(loaded: Loaded, slots: int, queue: int, max_tokens: int, timeou
     """The model's batcher, not yet started, and what the endpoints need."""
     metrics = Metrics(slots)
     batcher = ContinuousBatcher(loaded, slots, queue, metrics)
-    tokenizer = read_tokenizer(loaded.checkpoint)  # a second one: see Service
+    own = loaded.tokenizer
+    tokenizer = open_tokenizer(own.folder, own.chat_template)  # a second one: see Service
     return Service(loaded, tokenizer, batcher, metrics, max_tokens, timeout, STALL_SECONDS)
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
+from lumina.infer.generation.constraint import GrammarCompiler
+from lumina.infer.generation.forms import calling_tokens, reasoning_tokens
 from lumina.infer.generation.generate import check_prompt
 from lumina.infer.loading import Loaded
 from lumina.infer.serve.batcher import ContinuousBatcher
 from lumina.infer.serve.errors import ApiError
 from lumina.infer.serve.metrics import Metrics
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -34,14 +40,32 @@ class Service:
     def name(self) -> str:
         return self.loaded.checkpoint.parent.parent.name
 
-    async def tokenized(self, work: Callable[[], list[int]], param: str) -> list[int]:
-        """A prompt's ids. Megabytes of text take a second: not in the event loop. Raises ApiError, which names
-        the field `param`."""
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer, self.loaded.config.vocab_size)
+
+    @cached_property
+    def calling_tokens(self) -> frozenset[int]:
+        """The tokens that begin a tool call; see there."""
+        return calling_tokens(self.tokenizer)
+
+    @cached_property
+    def reasoning_tokens(self) -> frozenset[int]:
+        """The tokens that begin reasoning; see there."""
+        return reasoning_tokens(self.tokenizer)
+
+    async def apart(self, work: Callable[[], _T], param: str) -> _T:
+        """Work with the tokenizer, which may take a second: not in the event loop. Raises ApiError, which names the
+        field `param`, for a UserError."""
         async with self.one_at_a_time:
             try:
-                ids = await run_in_threadpool(work)
+                return await run_in_threadpool(work)
             except UserError as error:
-                raise ApiError(400, str(error), param=param) from None
+                raise ApiError(400, " ".join(str(error).split()), param=param) from None
+
+    async def tokenized(self, work: Callable[[], list[int]], param: str) -> list[int]:
+        """A prompt's ids, which leave room for an answer. Raises ApiError."""
+        ids = await self.apart(work, param)
         try:
             check_prompt(len(ids), self.loaded.config.seq_length)
         except UserError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from lumina.chat import AnswerReader
 from lumina.infer.generation.batch import Sequence
 from lumina.infer.serve.batcher import ContinuousBatcher, Delta, GenerationRequest
 from lumina.infer.serve.errors import ApiError
@@ -24,9 +25,16 @@ class ClientGoneError(ApiError):
 
 
 async def stream_deltas(
-    batcher: ContinuousBatcher, sequences: list[Sequence], seconds: float, receive: Receive
+    batcher: ContinuousBatcher,
+    sequences: list[Sequence],
+    reader: Callable[[], AnswerReader],
+    seconds: float,
+    receive: Receive,
+    begun: list[int],
+    most_calls: int | None,
 ) -> AsyncIterator[list[Delta]]:
-    """Run sequences; yields what has come since the last time, until all have ended. Close it (aclosing) when done.
+    """Run sequences (see GenerationRequest); yields what has come since the last time, until all have ended. Close it
+    (aclosing) when done.
 
     However it ends, the sequences' slots are free then. Raises ApiError: the queue is full, time is up, the model
     failed, the server is going down, or ClientGoneError.
@@ -41,7 +49,7 @@ async def stream_deltas(
         await wait_for_disconnect(receive)
         queue.put_nowait(ClientGoneError())
 
-    request = GenerationRequest(sequences, deliver, time.monotonic() + seconds)
+    request = GenerationRequest(sequences, reader, deliver, time.monotonic() + seconds, begun, most_calls)
     batcher.submit(request)
     watcher = asyncio.create_task(watch())
     going = len(sequences)
@@ -72,8 +80,9 @@ class EventStream(StreamingResponse):
     time limit around every send.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], stall: float) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
+    def __init__(self, events: AsyncIterator[bytes], stall: float, headers: dict[str, str] | None = None) -> None:
+        headers = {"Cache-Control": "no-store", **(headers or {})}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events, self._stall = events, stall
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

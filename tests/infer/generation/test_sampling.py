@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lumina.config import UserError
 from lumina.infer import Sampling
-from lumina.infer.generation.sampling import choose, penalised, probabilities
+from lumina.infer.generation.sampling import choose, generator, penalised, probabilities
 
 VOCABULARY, DRAWS = 40, 20_000
 
@@ -105,6 +105,19 @@ def test_candidates_are_the_definition(
     assert any(np.allclose(spread, expected, rtol=1e-9, atol=1e-12) for expected in edges)
 
 
+@pytest.mark.parametrize("narrow", [{"temperature": 5e-324}, {"top_p": 0.0}, {"top_p": 1e-12}, {"top_k": 1}])
+def test_the_narrowest_settings_leave_the_likeliest_token(narrow: dict[str, float]) -> None:
+    kept_Rk = torch.tensor([[30.0, 29.9999, -80.0], [-2.0, -3.0, -4.0]])[:, : int(narrow.get("top_k", 3))]
+    p_Rk = probabilities(kept_Rk, Sampling(**{"temperature": 1.0, "top_k": None, "top_p": 1.0} | narrow))  # type: ignore[arg-type]
+    assert p_Rk[:, 0].tolist() == [1, 1]
+
+
+def test_settings_without_an_upper_bound() -> None:
+    wide = Sampling(top_k=10**30, seed=-(2**63))
+    assert generator(wide, 3).initial_seed() != generator(wide, 4).initial_seed()
+    assert generator(Sampling(seed=-1), 0).initial_seed() == 2**63 - 1
+
+
 def test_greedy_takes_the_largest_and_needs_no_random_numbers() -> None:
     kept_Rk, ids_Rk = torch.tensor([[0.0, 3.0, 1.0], [5.0, -1.0, 4.9]]).topk(2)
     assert choose(kept_Rk, ids_Rk, Sampling(temperature=0), []).tolist() == [1, 0]
@@ -113,17 +126,16 @@ def test_greedy_takes_the_largest_and_needs_no_random_numbers() -> None:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"temperature": 0.05}, "temperature 0.05 is outside 0.1 to 2"),
-        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": 2.5}, "temperature 2.5 is outside 0 to 2"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 0}, "top_k 0 is outside 1 to 100"),
-        ({"top_k": 101}, "top_k"),
-        ({"top_p": 0.05}, "top_p 0.05 is outside 0.1 to 1"),
+        ({"top_k": 0}, "top_k 0 is less than 1"),
+        ({"top_p": -0.05}, "top_p -0.05 is outside 0 to 1"),
         ({"top_p": 1.01}, "top_p"),
         ({"max_length": 0}, "max_length 0 is outside 1 to 2048"),
         ({"max_length": 2049}, "max_length"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"seed": 2**63}, "seed"),
         ({"min_p": -0.1}, "min_p -0.1 is outside 0 to 1"),
         ({"min_p": 1.5}, "min_p"),
         ({"repetition_penalty": 0.4}, "repetition_penalty 0.4 is outside 0.5 to 2"),

@@ -138,13 +138,13 @@ def test_a_conversation(server: Running, said: Callable[[str], None], browser: B
     assert browser.ask("document.querySelector('article.user .body').textContent") == "Another beginning"
 
     browser.click("#open-settings")
-    browser.ask("document.getElementById('max_tokens').value = 2; document.getElementById('temperature').value = 0.05")
+    browser.ask("document.getElementById('max_tokens').value = 2; document.getElementById('temperature').value = 2.5")
     browser.press("Escape")
     assert browser.ask("document.activeElement.id") == "open-settings"
     browser.click("#input")
     send(browser, "With settings")
     browser.wait("!document.getElementById('alert').hidden")
-    assert "temperature 0.05 is outside" in browser.ask("document.getElementById('alert').textContent")
+    assert "temperature 2.5 is outside" in browser.ask("document.getElementById('alert').textContent")
     browser.ask("document.getElementById('temperature').value = 1")
     browser.click("button[aria-label='Ask for an answer again']")
     browser.wait(f"{LAST}.textContent === 'Once more' && {DONE}")

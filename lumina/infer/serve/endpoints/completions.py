@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Request
-from pydantic import Field
+from pydantic import Field, field_validator
 from starlette.responses import Response
 
+from lumina.chat import ContentReader
 from lumina.config import UserError
-from lumina.infer.generation.batch import Token
 from lumina.infer.generation.sampling import forbidden_tokens
-from lumina.infer.serve.completion import complete
+from lumina.infer.serve.completion import Task, check_model, complete
 from lumina.infer.serve.endpoint import Endpoint, service_of
 from lumina.infer.serve.errors import ApiError
 from lumina.infer.serve.requests import CHOICES, CompletionOptions
@@ -22,21 +22,22 @@ from lumina.infer.serve.service import Service
 class CompletionRequest(CompletionOptions):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: list[str | list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
-    suffix: None = None
-    best_of: Literal[1] | None = None
 
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        found: list[str | list[int]] = []
-        for part in self.prompt:
-            if isinstance(part, int):  # one prompt, of ids
-                return [[token for token in self.prompt if isinstance(token, int)]]
-            found.append(part)
-        return found
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompts(cls, value: Any) -> list[str | list[int]]:
+        """One prompt or several, each a text or the ids of its tokens."""
+        if isinstance(value, str) or (_is_ids(value) and value):
+            return [value]
+        if not isinstance(value, list) or not all(isinstance(one, str) or _is_ids(one) for one in value):
+            raise ValueError("takes a text, a list of token ids, or a list of either")
+        return value
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 class TextResponse(ResponseBuilder):
@@ -47,39 +48,42 @@ class TextResponse(ResponseBuilder):
         self._offsets: dict[int, int] = {}  # of each choice, characters sent so far
 
     def _choice_body(self, index: int, choice: Choice) -> dict[str, Any]:
-        ending = {"logprobs": self._table(index, choice.tokens), "finish_reason": choice.finish}
+        ending = {"logprobs": self._table(index, choice), "finish_reason": choice.finish}
         return {"index": index, "text": choice.text, **ending}
 
     _choice_chunk = _choice_body
 
-    def _table(self, index: int, tokens: list[Token]) -> dict[str, Any] | None:
+    def _table(self, index: int, choice: Choice) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
-        texts, offsets, at = [self._text(token.id) for token in tokens], list[int](), self._offsets.get(index, 0)
+        entries = self._token_texts(index).push(choice.tokens, choice.finish is not None)
+        texts, offsets, at = [text for text, _ in entries], list[int](), self._offsets.get(index, 0)
         for text in texts:
             offsets.append(at)
             at += len(text)
         self._offsets[index] = at
         # Two tokens may look alike as text: the likelier one is reported.
         top = [
-            {self._text(other): finite_logprob(logprob) for other, logprob in reversed(token.top)} for token in tokens
+            {others[other]: finite_logprob(logprob) for other, logprob in reversed(token.top)}
+            for token, (_, others) in zip(choice.tokens, entries, strict=True)
         ]
-        values = [finite_logprob(token.logprob) for token in tokens]
+        values = [finite_logprob(token.logprob) for token in choice.tokens]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Go on with texts."""
     service, ids = service_of(request), list[list[int]]()
-    prompts = body.prompts()
-    if not 1 <= len(prompts) * body.n <= CHOICES:
+    check_model(service, body.model)
+    if not 1 <= len(body.prompt) * body.n <= CHOICES:
         raise ApiError(400, f"1 to {CHOICES} answers can be asked for, prompts times n", param="prompt")
-    for prompt in prompts:
+    for prompt in body.prompt:
         if isinstance(prompt, str):
             ids.append(await service.tokenized(lambda prompt=prompt: service.tokenizer.text_ids(prompt), "prompt"))  # type: ignore[misc]
         else:
             ids.append(await service.tokenized(lambda prompt=prompt: _only_text(service, prompt), "prompt"))  # type: ignore[misc]
-    return await complete(service, body, ids, body.logprobs, TextResponse, request)
+    task = Task(ids, lambda: ContentReader(service.loaded.tokenizer.incremental_decoder()), body.logprobs)
+    return await complete(service, body, task, TextResponse, request)
 
 
 def _only_text(service: Service, ids: list[int]) -> list[int]:

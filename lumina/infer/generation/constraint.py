@@ -1,0 +1,123 @@
+"""Constraints: which tokens a sequence may not take next, whatever the model thinks of them.
+
+A grammar's is made by the package llguidance (MIT, one wheel of 3 MB without dependencies): of the libraries that work
+on logits it alone takes a vocabulary as a list of bytes and gives a mask for a token, so that it fits any loop.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Collection, Iterable
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumina.chat import ChatTokenizer
+from lumina.config import UserError, install_command
+
+
+class Constraint(Protocol):
+    """Of one sequence."""
+
+    def forbidden(self) -> Tensor:
+        """bool (V): what may not come next. Never all that the model may say."""
+
+    def push(self, token: int) -> None:
+        """The sequence goes on with `token`."""
+
+
+class BannedTokens:
+    """These tokens never come (a Constraint)."""
+
+    def __init__(self, tokens: Iterable[int], vocab_size: int) -> None:
+        self._forbidden_V = torch.zeros(vocab_size, dtype=torch.bool)
+        self._forbidden_V[list(tokens)] = True
+
+    def forbidden(self) -> Tensor:
+        return self._forbidden_V
+
+    def push(self, token: int) -> None:
+        """Nothing changes."""
+
+
+class GrammarCompiler:
+    """Makes constraints of JSON schemas for one vocabulary. May be used by several threads at once."""
+
+    def __init__(self, tokenizer: ChatTokenizer, vocab_size: int) -> None:
+        """Cheap: the vocabulary is read with the first schema (a second for 100,000 tokens)."""
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._lock = threading.Lock()
+        self._vocabulary: Any = None
+
+    def json(self, schema: dict[str, Any]) -> Callable[[], Constraint]:
+        """Makes constraints to JSON texts of this schema; {} stands for any. Raises UserError: a schema with keywords
+        that are not supported, or one that is too large; llguidance is not installed."""
+        guidance = _llguidance()
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = _vocabulary(self._tokenizer, self._vocab_size)
+        # White space between the parts is bounded: a small model may otherwise fill its answer with it.
+        options = {"whitespace_pattern": "[ \\n]{0,8}"}
+        grammar = guidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=options)
+        matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0)
+        if matcher.is_error():
+            raise UserError(f"the schema cannot be kept: {' '.join(matcher.get_error().split())[:300]}")
+        return lambda: _Grammar(matcher.deep_copy(), self._tokenizer.stop_ids, self._vocab_size)
+
+
+def _llguidance() -> Any:
+    try:
+        return import_module("llguidance")
+    except ImportError:
+        raise UserError(
+            "JSON schemas need llguidance, which is not installed", f"Install it: {install_command('serve')}"
+        ) from None
+
+
+class _Grammar:
+    """A matcher's state (a Constraint)."""
+
+    def __init__(self, matcher: Any, stops: Collection[int], vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+        self._only_stops_V = torch.ones(vocab_size, dtype=torch.bool)
+        self._only_stops_V[list(stops)] = False
+
+    def forbidden(self) -> Tensor:
+        if self._matcher.is_stopped():  # complete, or beyond the parser's limits
+            return self._only_stops_V
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed_V = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
+        return torch.from_numpy(~allowed_V) if allowed_V.any() else self._only_stops_V
+
+    def push(self, token: int) -> None:
+        self._matcher.consume_token(token)
+
+
+def _vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> Any:
+    """llguidance's form of a vocabulary. An imported one is read from its own file, which says how its tokens join."""
+    guidance = _llguidance()
+    stops = sorted(tokenizer.stop_ids)
+    if tokenizer.folder is not None:
+        text = (tokenizer.folder / "tokenizer.json").read_text(encoding="utf-8")
+        return guidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=stops)
+    own = guidance.TokenizerWrapper(_Bytes(tokenizer, vocab_size))
+    return guidance.LLTokenizer(own, n_vocab=vocab_size, eos_token=stops)
+
+
+class _Bytes:
+    """What llguidance asks of a vocabulary that it cannot read by itself."""
+
+    def __init__(self, tokenizer: ChatTokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = min(tokenizer.stop_ids), None
+        self.special_token_ids = [token for token in range(vocab_size) if tokenizer.is_special(token)]
+        self.tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode("utf-8", errors="replace"))

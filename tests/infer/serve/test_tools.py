@@ -1,0 +1,147 @@
+"""Tools, tool calls and reasoning over HTTP: a model that was taught them, and OpenAI's client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.infer.serve.running_server import Running, running
+from tests.infer.small_models import write_small_run
+from tests.infer.taught_models import ANSWER, ASKED, CALLS, GREETING, REASONING, WEATHER, taught
+
+TOOLS: list[Any] = [json.loads(WEATHER)]
+OTHER: Any = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}
+QUESTION: list[Any] = [{"role": "user", "content": ASKED.content}]
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(taught(tmp_path_factory.mktemp("runs") / "taught")) as started:
+        yield started
+
+
+def ask(server: Running, messages: list[Any], **more: Any) -> Any:
+    client = server.client()
+    return client.chat.completions.create(model="taught", messages=messages, temperature=0, max_tokens=100, **more)
+
+
+def test_a_conversation_with_tools(server: Running) -> None:
+    """The calls with ids, their results, the answer; what was answered goes back as the client has it."""
+    first = ask(server, QUESTION, tools=TOOLS)
+    choice = first.choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert choice.message.reasoning_content == REASONING
+    calls = choice.message.tool_calls
+    assert [(call.type, call.function.name, call.function.arguments) for call in calls] == [
+        ("function", call.name, call.arguments) for call in CALLS
+    ]
+    assert len({call.id for call in calls}) == 2
+    assert all(call.id.startswith("call_") for call in calls)
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": text}
+        for call, text in zip(calls, ("rain", "sun"), strict=True)
+    ]
+    second = ask(server, [*QUESTION, choice.message.model_dump(), *results], tools=TOOLS)
+    assert (second.choices[0].finish_reason, second.choices[0].message.content) == ("stop", ANSWER)
+    assert second.choices[0].message.tool_calls is None
+    third = ask(server, [*QUESTION, choice.message, *results], tools=TOOLS)
+    assert third.choices[0].message.content == ANSWER
+    assert third.usage.prompt_tokens == second.usage.prompt_tokens
+
+
+def test_streamed(server: Running) -> None:
+    chunks = list(ask(server, QUESTION, tools=TOOLS, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert [delta.role for delta in deltas if delta.role] == ["assistant"]
+    reasoning = [delta.reasoning_content for delta in deltas if getattr(delta, "reasoning_content", None)]
+    assert len(reasoning) > 2
+    assert "".join(reasoning) == REASONING
+    assert "".join(delta.content or "" for delta in deltas) == ""
+    calls = [call for delta in deltas for call in delta.tool_calls or []]
+    assert [(call.index, call.function.name, call.function.arguments) for call in calls] == [
+        (at, call.name, call.arguments) for at, call in enumerate(CALLS)
+    ]
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["tool_calls"]
+    with server.client().chat.completions.stream(
+        model="taught", messages=QUESTION, tools=TOOLS, temperature=0, max_tokens=100
+    ) as stream:  # the client puts the pieces together by itself
+        message = stream.get_final_completion().choices[0].message
+    assert [call.function.arguments for call in message.tool_calls or []] == [call.arguments for call in CALLS]
+
+
+def test_tool_choice(server: Running) -> None:
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for choice in (named, "required"):
+        got = ask(server, HELLO, tools=TOOLS, tool_choice=choice)  # which is answered with a greeting else
+        assert got.choices[0].message.tool_calls[0].function.name == "get_weather"
+        assert json.loads(got.choices[0].message.tool_calls[0].function.arguments)
+        assert got.choices[0].finish_reason == "tool_calls"
+    plain = ask(server, HELLO)
+    assert plain.choices[0].message.content == GREETING
+    counted = ask(server, HELLO, tools=TOOLS, tool_choice="required")
+    whole = ask(server, HELLO, tools=TOOLS, tool_choice="auto")
+    assert counted.usage.prompt_tokens == whole.usage.prompt_tokens  # the forced opening is the answer's
+    none = ask(server, QUESTION, tools=TOOLS, tool_choice="none")
+    assert none.choices[0].message.tool_calls is None
+    assert none.usage.prompt_tokens == ask(server, QUESTION).usage.prompt_tokens  # the tools are not shown
+    one = ask(server, QUESTION, tools=TOOLS, parallel_tool_calls=False)
+    assert [call.function.arguments for call in one.choices[0].message.tool_calls] == [CALLS[0].arguments]
+    assert one.choices[0].finish_reason == "tool_calls"
+
+
+def test_reasoning_can_be_asked_away(server: Running) -> None:
+    for more in ({"reasoning_effort": "none"}, {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}):
+        got = ask(server, QUESTION, tools=TOOLS, **more)
+        assert getattr(got.choices[0].message, "reasoning_content", None) is None
+    begun = ask(server, QUESTION, tools=TOOLS, extra_body={"chat_template_kwargs": {"enable_thinking": True}})
+    assert begun.choices[0].message.reasoning_content == REASONING
+
+
+def test_a_schema_is_kept(server: Running) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Bergen"]}, "rain": {"type": "boolean"}, "n": {"type": "integer"}},
+        "required": ["city", "rain"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "w", "schema": schema, "strict": True}}
+    client = server.client()
+    got = client.chat.completions.create(
+        model="taught", messages=QUESTION, response_format=form, temperature=1.5, seed=1, n=3, max_tokens=200
+    )
+    for choice in got.choices:
+        found = json.loads(choice.message.content or "")
+        assert found["city"] in ("Oslo", "Bergen")
+        assert type(found["rain"]) is bool
+        assert set(found) <= {"city", "rain", "n"}
+        assert choice.finish_reason == "stop"
+    whole = ask(server, HELLO, response_format={"type": "json_object"})
+    assert (whole.choices[0].message.content or "").lstrip().startswith("{")
+    for schema in ({"type": "string", "pattern": "("}, {"not": {"type": "string"}}):
+        bad: Any = {"type": "json_schema", "json_schema": {"name": "w", "schema": schema}}
+        with pytest.raises(openai.BadRequestError, match="the schema cannot be kept"):
+            ask(server, HELLO, response_format=bad)
+    with pytest.raises(openai.BadRequestError, match="response_format and tools"):
+        ask(server, HELLO, response_format=form, tools=TOOLS)
+
+
+def test_a_schema_and_an_imported_vocabulary(tmp_path: Any) -> None:
+    from lumina.infer import load
+
+    loaded = load(write_small_run(tmp_path / "small", num_layers=1, seq_length=512), precision="fp32")
+    schema = {"type": "array", "items": {"enum": ["tree", "river"]}, "minItems": 2, "maxItems": 2}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "w", "schema": schema}}
+    with running(loaded) as small:
+        got = small.client().chat.completions.create(
+            model="small", messages=HELLO, response_format=form, temperature=1, seed=3, n=4, max_tokens=120
+        )
+        with pytest.raises(openai.BadRequestError) as refused:
+            small.client().chat.completions.create(model="small", messages=HELLO, tools=TOOLS)
+    for choice in got.choices:
+        assert set(json.loads(choice.message.content or "")) <= {"tree", "river"}
+    assert refused.value.param == "tools"

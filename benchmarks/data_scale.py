@@ -34,6 +34,7 @@ class Settings:
     seq_length: int = 1024
     packing: bool = True
     overlong: str = "split"
+    overlong_context: float = 0.25
     num_workers: int | None = None
 
 

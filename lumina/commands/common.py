@@ -83,6 +83,12 @@ def data_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--chat-template", metavar="NAME", help="Lumina's own: im-roles-1 or im-roles-2 (newest, or taught)"
     )
+    group.add_argument(
+        "--overlong-context",
+        type=float,
+        metavar="F",
+        help="share of a split chunk for system message and question (0.25)",
+    )
     group.add_argument("--cache-dir", metavar="DIR", help="where prepared data is kept")
     group.add_argument("--num-workers", type=int, metavar="N", help="processes that prepare data (one per core)")
     group.add_argument("--eval-fraction", type=float, metavar="F", help="hold this share out of the training data (0)")

@@ -28,7 +28,7 @@ _NAMES: dict[OnResume, str] = {
         hidden_size num_layers num_heads num_kv_heads head_size vocab_size intermediate_size family tie_word_embeddings
         lora_rank lora_alpha lora_targets global_batch_size chat_template
     """,
-    OnResume.DATA: "train_data data columns eval_fraction dedup packing overlong seq_length tokenizer",
+    OnResume.DATA: "train_data data columns eval_fraction dedup packing overlong overlong_context seq_length tokenizer",
     OnResume.SCHEDULE: "epochs max_steps lr_scheduler warmup_ratio",
     OnResume.SHOWN: """
         learning_rate min_lr max_grad_norm weight_decay adam_beta1 adam_beta2 adam_eps dpo_beta lora_dropout precision

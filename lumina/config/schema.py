@@ -244,6 +244,8 @@ class DataConfig(_Strict):
     columns: Columns = {}  # {prompt: question}: what a data format calls prompt stands in the column question
     packing: bool = True
     overlong: Literal["split", "truncate", "drop"] = "split"
+    # The share of seq_length that the system message and the end of the question take of each chunk after the first.
+    overlong_context: Annotated[float, Field(ge=0.0, le=0.5)] = 0.25
     cache_dir: str | None = None
     num_workers: PositiveInt | None = None  # None: one per core this process may use
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # held out of train_data when eval_data is empty

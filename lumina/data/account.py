@@ -18,6 +18,7 @@ MOST_FIELDS = 20  # names shown of a sort
 # Reasons as every version has stored them in its caches, and how they are shown.
 DROPPED_OVERLONG = "longer than the window (overlong: drop)"
 DROPPED_TRUNCATED = "past the window (overlong: truncate)"
+DROPPED_UNSUPERVISED = "in a chunk without a supervised token"
 _SHOWN = {
     DROPPED_OVERLONG: "longer than seq_length (overlong: drop)",
     DROPPED_TRUNCATED: "past seq_length (overlong: truncate)",
@@ -30,6 +31,8 @@ _STORED = {
     "chunks": "pieces",
 }
 _FIELDS = {stored: name for name, stored in _STORED.items()}
+_NOT_ADDED = ("faults", "fields", "unknown_fields", "last_line", "overlong", "overlong_context", "seq_length")
+MOST_WITHOUT_QUESTION = 0.01  # of the supervised messages: above it, the account warns
 FIELD_SORTS = ("used", "harmless", "empty or repeated", "unknown", "set aside", "refused")
 
 
@@ -70,7 +73,7 @@ class Account:
     """Counts in lines (records of any format), conversations, messages and tokens.
 
     `*_dropped` map a reason to a count. Tokens are those of the template's rendering, special tokens included;
-    `tokens_repeated` are the context tokens put before a chunk that begins inside a message, on top of those.
+    `tokens_repeated` are those that chunks have as context on top of that, since they are counted elsewhere.
     """
 
     lines: int = 0
@@ -92,8 +95,11 @@ class Account:
     tokens_repeated: int = 0
     overlong: str = "split"
     seq_length: int = 0
+    overlong_context: float = 0.0
     overlong_conversations: int = 0
     cut_messages: int = 0
+    answers_without_question: int = 0  # that begin in a chunk without a token of their question
+    answers_with_question_cut: int = 0  # … with the end of it alone
     chunks: int = 0
     samples: int = 0
     epoch_tokens: int = 0  # in the samples: with sources' weights, a conversation's tokens as often as it is taken
@@ -150,7 +156,7 @@ class Account:
             line, _, value = example.partition(": ")
             self.unknown_fields.setdefault(name, f"{source}:{int(line) + line_base}: {value}")
         for name, value in vars(other).items():
-            if name in ("faults", "fields", "unknown_fields", "last_line", "overlong", "seq_length"):
+            if name in _NOT_ADDED:
                 continue
             own = getattr(self, name)
             if isinstance(value, int):
@@ -202,12 +208,16 @@ class Account:
         messages = f"{self.messages:,} = {self.messages_supervised:,} supervised + {self.messages_masked:,} masked"
         tokens = f"{self.tokens:,} = {self.tokens_supervised:,} supervised + {self.tokens_masked:,} masked"
         overlong = f"{self.overlong_conversations:,} conversations ({self.overlong})"
+        questions = (
+            f"{self.answers_without_question:,} answers begun without their question"
+            f" and {self.answers_with_question_cut:,} with its end alone"
+        )
         return {
             "lines": f"lines          {lines}; {self.conversations:,} conversations",
             "messages": f"messages       {messages} + {dropped_messages:,} dropped",
             "tokens": f"tokens         {tokens} + {dropped_tokens:,} dropped",
             "splitting": f"over {self.seq_length:,} tokens {overlong}, {self.cut_messages:,} messages cut,"
-            f" {self.tokens_repeated:,} context tokens repeated",
+            f" {self.tokens_repeated:,} context tokens repeated, {questions}",
             "fields": f"fields         {field_sums(self.fields)}",
             "packing": f"samples        {self.samples:,} from {self.chunks:,} chunks, {100 * self.fill:.2f}% full",
         }
@@ -230,4 +240,18 @@ class Account:
             ]
         out += field_details(self.fields)
         out += [f"  unknown field {name}: {text}" for name, text in sorted(self.unknown_fields.items())[:MOST_FIELDS]]
-        return out + [f"  note: {note}" for note in self.notes]
+        out += [f"  note: {note}" for note in self.notes]
+        return out + [f"  warning: {warning}" for warning in self.warnings()]
+
+    def warnings(self) -> list[str]:
+        """What the user should know before training on it, each with its remedy."""
+        answers = self.answers_without_question
+        if answers <= MOST_WITHOUT_QUESTION * self.messages_supervised:
+            return []
+        remedy = "Raise seq_length"
+        if not self.overlong_context:
+            remedy += ", or set overlong_context (0.25) so that chunks begin with the end of the question"
+        return [
+            f"{answers:,} of {self.messages_supervised:,} answers begin without their question, which lies in another"
+            f" chunk. {remedy}."
+        ]

@@ -21,8 +21,8 @@ class HealthStatus:
 
 @dataclass
 class StepRecord:
-    """step and epoch count from 1; loss in nats per supervised token; tokens over all ranks; memory in bytes of this
-    rank's device (CPU: resident set); samples says which samples all ranks together trained on
+    """step and epoch count from 1; loss in nats per supervised token, NaN without one; tokens over all ranks; memory in
+    bytes of this rank's device (CPU: resident set); samples says which samples all ranks together trained on
     (lumina.data.samples_id); mfu is None where the device's peak is unknown; time in seconds since 1970.
     tokens_per_s and supervised_tokens_per_s count the step and its wait for data; seconds is what the time since the
     step before went to (lumina.train.deepspeed.timing)."""
@@ -52,7 +52,11 @@ class StepRecord:
     def __post_init__(self) -> None:
         self.ppl = perplexity(self.loss)
 
+    def shown(self, value: float, digits: int) -> str:
+        """The loss or the perplexity for people: `none` of a step in which nothing is supervised."""
+        return f"{value:.{digits}f}" if self.supervised_tokens else "none"
+
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows a float."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), infinite where that overflows a float; NaN of NaN."""
+    return math.inf if loss >= 700 else math.exp(loss)

@@ -7,8 +7,10 @@ returned as a value (lumina.train.outcomes), which the loop acts upon.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,7 +53,8 @@ def take_step(run: Run, data: StepData) -> Outcome:
     if outcome is not None:
         return outcome
     with timer.phase("optimizer"):
-        updated = update(run, data, run.recovery.norm_limit(entry(StepSums, sums, "loss")))
+        loss, corrupt = entry(StepSums, sums, "loss"), entry(StepSums, sums, "corrupt")
+        updated = update(run, data, run.recovery.norm_limit(data, loss, corrupt))
     if isinstance(updated, HalveMicroBatch | Fail):
         return updated
     norm, applied = updated
@@ -66,7 +69,8 @@ def accumulate(run: Run, data: StepData) -> tuple[Tensor, HalveMicroBatch | Fail
     """Forward and backward of this rank's micro-batches: its loss (float32, 0-dimensional), and what comes of running
     out of memory, if it did."""
     step, engine = data.step + 1, run.state.engine
-    scale = run.ranks.world / data.supervised_tokens  # the engine averages over ranks: law 2
+    # The engine averages over ranks: law 2. Where nothing is supervised the gradient is 0, not 0 / 0.
+    scale = run.ranks.world / max(1.0, data.supervised_tokens)
     loss = torch.zeros((), dtype=torch.float32, device=engine.device)
     failure, engine.collectives = None, False
     if run.config.lora_dropout:
@@ -163,6 +167,9 @@ def settle(run: Run) -> Stop | Rewind | Fail | None:
     if taken is None:
         return None
     update_numbers, sums = taken.read()
+    if sums.corrupt >= len(taken.data.samples):  # nothing was left to be supervised
+        nothing = np.zeros_like(taken.data.shares)
+        taken = replace(taken, data=replace(taken.data, supervised_tokens=0.0, shares=nothing))
     run.saves.agree(sums.writing, sums.checkpoint, sums.backup)
     if sums.corrupt:
         run.recovery.note_corrupt(taken.data)
@@ -185,9 +192,10 @@ def record_last(run: Run, wait: bool) -> None:
 def _record(run: Run, taken: StepTaken, update_numbers: UpdateNumbers, sums: StepSums) -> StepFigures:
     """The step's record, its health, and its place in the baselines or among the refused ones."""
     engine, split = run.state.engine, taken.times.read()
-    loss, norm, applied = sums.loss, update_numbers.norm, bool(update_numbers.applied)
+    norm, applied = update_numbers.norm, bool(update_numbers.applied)
+    loss = sums.loss if taken.data.supervised_tokens else math.nan
     run.stragglers.add(split["forward"] + split["backward"], split["communication"] + split["optimizer"])
-    anomaly = run.state.spikes.classify(loss, norm)
+    anomaly = run.state.spikes.classify(loss, norm) if taken.data.supervised_tokens else None
     loss_scale, samples = update_numbers.scale if engine.fp16 else None, samples_id(*sums.samples)
     figures = StepFigures(taken.data, loss, taken.lr, norm, applied, anomaly, split, samples, taken.ended, loss_scale)
     try:

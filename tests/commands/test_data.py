@@ -14,7 +14,7 @@ from lumina.chat import Conversation, Message, render
 from lumina.commands.data import inspect_sample, prepare_files
 from lumina.config import UserError
 from lumina.data.preparing.preparation import prepare
-from lumina.data.reports.inspection import describe_sample
+from lumina.data.reports.inspection import describe_sample, render_sample
 from tests.data.helpers import TOKENIZER, Settings, chat, config_of, write_jsonl
 
 
@@ -89,11 +89,12 @@ def test_inspect_shows_what_the_template_makes(tmp_path: Path, capsys: pytest.Ca
         inspect_sample([str(path)], config_of(), sample=1)
 
 
-def test_a_piece_that_begins_inside_a_message_says_so(tmp_path: Path) -> None:
+def test_a_chunk_that_begins_with_earlier_tokens_says_so(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", [chat("q", "word " * 100)])
     dataset = prepare([path], Settings(packing=False), TOKENIZER)
-    flags = [describe_sample(dataset, s, TOKENIZER)["documents"][0]["begins_inside_a_message"] for s in range(3)]
-    assert flags == [False, False, True]
+    described = [describe_sample(dataset, sample, TOKENIZER) for sample in range(2)]
+    assert [one["documents"][0]["context_tokens"] for one in described] == [0, 5]  # the question, and a token before
+    assert "begins with 5 token(s)" in render_sample(described[1], TOKENIZER, table=False)[1].plain
 
 
 def test_prepare_with_an_eval_fraction_prints_both_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

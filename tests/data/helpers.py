@@ -35,6 +35,7 @@ class Settings:
     seq_length: int = 64
     packing: bool = True
     overlong: str = "split"
+    overlong_context: float = 0.25
     cache_dir: str | None = None
     num_workers: int | None = 1
     train_data: tuple[str, ...] = ()

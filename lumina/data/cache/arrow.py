@@ -18,12 +18,6 @@ def integers(kind: pa.DataType, values: NDArray[Any]) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
-def booleans(values: NDArray[np.bool_]) -> pa.Array:
-    """A bit for each of `values` bool[N]."""
-    bits = np.packbits(values, bitorder="little")
-    return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(bits)])
-
-
 def strings(texts: Sequence[str]) -> pa.Array:
     """UnicodeEncodeError where half of a surrogate pair stands alone."""
     encoded = [text.encode() for text in texts]

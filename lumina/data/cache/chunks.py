@@ -14,15 +14,17 @@ class Chunks(NamedTuple):
     """C chunks with T tokens in all.
 
     ids int32[T], mask uint8[T]: 1 where the token is supervised as a target; offsets int64[C+1]; conversation int64[C]:
-    its index in the block; context bool[C]: whether the first token repeats the last one of the chunk before;
-    messages_supervised, messages_masked int64[C]: how many supervised and how many other messages begin in it.
+    its index in the block; context int64[C]: how many tokens it begins with that come from earlier in the conversation;
+    repeated int64[C]: how many of its tokens are counted elsewhere; messages_supervised, messages_masked int64[C]: how
+    many supervised and how many other messages are counted in it.
     """
 
     ids: NDArray[np.int32]
     mask: NDArray[np.uint8]
     offsets: Int64
     conversation: Int64
-    context: NDArray[np.bool_]
+    context: Int64
+    repeated: Int64
     messages_supervised: Int64
     messages_masked: Int64
 

@@ -1,13 +1,15 @@
 """The cache on disk: one Arrow IPC file of chunks per task, and one of the packing plan. Read through memory maps.
 
 The names of files and columns are those of version 0.1.0, whose caches are read: `pieces` are chunks, `trained` are
-supervised messages.
+supervised messages. Up to version 0.2.0 `context` was bool (a chunk inside a message began with one token more), and
+there was no `repeated`.
 
 Chunks, a record batch per block of input:
     ids list<int32>, mask list<uint8>           the tokens and which of them are supervised as targets
     tokens, supervised int32                    how many of each
-    trained, masked int32                       messages that begin in it: supervised, context
-    context bool                                the first token is one repeated from the chunk before
+    trained, masked int32                       messages counted in it: supervised, others
+    context int32                               how many tokens it begins with that come from earlier in the record
+    repeated int32                              how many of its tokens are counted elsewhere
     line int64                                  the record's line within its task, from 1
 Plan, one record batch:
     tokens, supervised int32                    of a sample (a packed row, or one chunk)
@@ -25,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lumina.data.cache.arrow import booleans, integers
+from lumina.data.cache.arrow import integers
 from lumina.data.cache.chunks import Chunks
 from lumina.files import atomic_file, rename_durably
 
@@ -37,7 +39,8 @@ CHUNKS = pa.schema(
         ("supervised", pa.int32()),
         ("trained", pa.int32()),
         ("masked", pa.int32()),
-        ("context", pa.bool_()),
+        ("context", pa.int32()),
+        ("repeated", pa.int32()),
         ("line", pa.int64()),
     ]
 )
@@ -69,7 +72,8 @@ class ChunkWriter:
             integers(pa.int32(), supervised),
             integers(pa.int32(), chunks.messages_supervised.astype(np.int32)),
             integers(pa.int32(), chunks.messages_masked.astype(np.int32)),
-            booleans(chunks.context),
+            integers(pa.int32(), chunks.context.astype(np.int32)),
+            integers(pa.int32(), chunks.repeated.astype(np.int32)),
             integers(pa.int64(), lines),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=CHUNKS))

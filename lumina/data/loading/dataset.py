@@ -63,15 +63,19 @@ class Samples(Protocol):
     @property
     def num_samples(self) -> int: ...
     def account_lines(self) -> list[str]: ...
+    def supervised_share(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The share of each sample's tokens that is supervised."""
+
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch: ...
 
 
 class Chunk(NamedTuple):
-    """One document as stored: ids_T int32, mask_T uint8; context: its first token is a repeated one."""
+    """One document as stored: ids_T int32, mask_T uint8; context: how many tokens it begins with that come from earlier
+    in its conversation."""
 
     ids: NDArray[np.int32]
     mask: NDArray[np.uint8]
-    context: bool
+    context: int
     source: str
     line: int
 
@@ -82,7 +86,7 @@ class _Block(NamedTuple):
     ids: NDArray[np.int32]
     mask: NDArray[np.uint8]
     offsets: NDArray[np.int32]
-    context: NDArray[np.bool_]
+    context: NDArray[Any]
     line: NDArray[np.int64]
 
 
@@ -131,6 +135,10 @@ class PackedDataset:
         """Law 4's account as lines of text."""
         return Account.from_dict(self.account).report()
 
+    def supervised_share(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The share of each sample's tokens that is supervised."""
+        return self.supervised_per_sample[indices] / self.tokens_per_sample[indices]
+
     def _block(self, number: int) -> _Block:
         shard, index = self._block_homes[number]
         if shard not in self._shards:
@@ -157,7 +165,7 @@ class PackedDataset:
             start, stop = block.offsets[row], block.offsets[row + 1]
             line = int(block.line[row]) + shard["line_base"]
             chunks.append(
-                Chunk(block.ids[start:stop], block.mask[start:stop], bool(block.context[row]), shard["source"], line)
+                Chunk(block.ids[start:stop], block.mask[start:stop], int(block.context[row]), shard["source"], line)
             )
         return chunks
 

@@ -29,9 +29,9 @@ class StepData:
 
     step, epoch and batch_in_epoch count from 0; micro_batches are this rank's; tokens and samples int64[n] are those of
     the whole global batch, and so is supervised_tokens, the step's true weight sum (law 2): of preference pairs, their
-    number. It is at least 1: a batch in which nothing is supervised has gradient 0, not 0 / 0. own_samples int64[m] are
-    those in `micro_batches`; corrupt: this rank's samples that could not be read and are of weight zero here, though
-    supervised_tokens counts them.
+    number. It is 0 where no token is supervised: such a step is no update. own_samples int64[m] are those in
+    `micro_batches`; shares float64[n]: of each sample's tokens, the supervised ones; corrupt: this rank's samples that
+    could not be read and are of weight zero here, though supervised_tokens counts them.
     """
 
     step: int
@@ -42,6 +42,7 @@ class StepData:
     tokens: int
     samples: NDArray[np.int64]
     own_samples: NDArray[np.int64]
+    shares: NDArray[np.float64]
     corrupt: list[int] = field(default_factory=list)
 
 
@@ -96,15 +97,18 @@ class Loader:
         samples = self.order.indices(step)
         dealt = deal(samples, self.rank, self.world, self.micro_batch_size)
         corrupt: list[int] = []
+        shares = self.dataset.supervised_share(samples)
+        supervised = self.dataset.supervised_per_sample[samples].sum(dtype=np.int64) if shares.any() else 0
         micro_batches = [self._read(indices, corrupt) for indices in dealt]
         return StepData(
             step=step,
             epoch=self.order.epoch_of(step),
             batch_in_epoch=self.order.batch_in_epoch(step),
             micro_batches=micro_batches,
-            supervised_tokens=float(max(1, self.dataset.supervised_per_sample[samples].sum(dtype=np.int64))),
+            supervised_tokens=float(supervised),
             tokens=int(self.dataset.tokens_per_sample[samples].sum(dtype=np.int64)),
             samples=samples,
+            shares=shares,
             own_samples=np.concatenate([indices[indices != PADDING] for indices in dealt]),
             corrupt=corrupt,
         )

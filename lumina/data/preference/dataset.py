@@ -70,6 +70,11 @@ class PairDataset:
     def account_lines(self) -> list[str]:
         return account_lines(self.account)
 
+    def supervised_share(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The share of each pair's tokens that is supervised."""
+        bounds = zip(self._offsets[2 * indices].tolist(), self._offsets[2 * indices + 2].tolist(), strict=True)
+        return np.array([self._mask_T[start:stop].mean() for start, stop in bounds])
+
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """The pairs `indices` in that order; index -1 is a padding pair of weight 0, two documents of one token."""
         index_P = np.asarray(indices, dtype=np.int64)

@@ -36,6 +36,8 @@ class PrepareSettings(Protocol):
     @property
     def overlong(self) -> Any: ...
     @property
+    def overlong_context(self) -> float: ...
+    @property
     def cache_dir(self) -> str | None: ...
     @property
     def num_workers(self) -> int | None: ...
@@ -78,7 +80,9 @@ def build(
     complete = [report for report in reports if report is not None]
     assert len(complete) == len(tasks)
 
-    account = merge_accounts(tasks, complete, config.overlong, config.seq_length)
+    context = config.overlong_context if config.overlong == "split" else 0.0
+    account = Account(overlong=config.overlong, overlong_context=context, seq_length=config.seq_length)
+    merge_accounts(tasks, complete, account)
     account.notes += column_notes(tasks)
     _refuse_nothing(account, files, config, partial)
     _pack(tasks, config, account, partial, weights or {})
@@ -153,12 +157,10 @@ def line_bases(tasks: Sequence[Task], reports: Sequence[dict[str, Any]]) -> list
     return bases
 
 
-def merge_accounts(tasks: Sequence[Task], reports: Sequence[dict[str, Any]], overlong: str, seq_length: int) -> Account:
-    """The tasks' accounts as one, with file names and true line numbers."""
-    account = Account(overlong=overlong, seq_length=seq_length)
+def merge_accounts(tasks: Sequence[Task], reports: Sequence[dict[str, Any]], account: Account) -> None:
+    """Adds the tasks' accounts to `account`, with file names and true line numbers."""
     for task, report, base in zip(tasks, reports, line_bases(tasks, reports), strict=True):
         account.merge(Account.from_dict(report["account"]), task.path, base)
-    return account
 
 
 def _column(tasks: Sequence[Task], name: str) -> np.ndarray[Any, Any]:
@@ -200,8 +202,8 @@ def _mix(
     file_C = np.array([names.index(task.path) for task in tasks])[task_C]
     repeats_C = repeats(file_C, task_C, _column(tasks, "line"), [weights.get(name, 1.0) for name in names])
     gone_C = repeats_C == 0
-    supervised, masked, context = (_column(tasks, name)[gone_C] for name in ("trained", "masked", "context"))
-    supervised_tokens, repeated = int(supervised_C[gone_C].sum()), int(context.sum())
+    supervised, masked, elsewhere = (_column(tasks, name)[gone_C] for name in ("trained", "masked", "repeated"))
+    supervised_tokens, repeated = int(supervised_C[gone_C].sum()), int(elsewhere.sum())
     other = int(tokens_C[gone_C].sum(dtype=np.int64)) - supervised_tokens - repeated
     account.messages_supervised -= int(supervised.sum())
     account.messages_masked -= int(masked.sum())

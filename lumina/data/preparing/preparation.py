@@ -39,7 +39,8 @@ from lumina.data.reading.paths import check_inputs
 log = logging.getLogger("lumina.data")
 
 FORMAT_VERSION = 4
-# 3: version 0.2.0, which split conversations in languages without spaces badly; 2: 0.1.0, which left fields out.
+# 3: version 0.2.0, which kept chunks without a supervised token, and split conversations in languages without spaces
+# badly; 2: 0.1.0, which left fields out.
 EARLIER_FORMATS = (3, 2)
 # A task is a 16th of the input within these bounds: small files still feed several workers, large ones make few files.
 MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 64 << 20
@@ -178,6 +179,8 @@ def fingerprint_of(
         "packing": config.packing,
         "overlong": config.overlong,
     }
+    if version >= 4 and config.overlong == "split":
+        determinants["overlong context"] = config.overlong_context
     if selection is not None:
         chosen = selection.fingerprint if version == FORMAT_VERSION else selection.earlier[version]
         determinants["selection"] = [chosen, selection.split]
@@ -261,7 +264,8 @@ def plan_tasks(
             suffix = "arrow" if kind == "chunks" else "npz"
             out = "" if folder is None else str(folder / f"pieces-{len(tasks):05d}.{suffix}")
             how = (layout.container, layout.compression, layout.flat, layout.encoding)
-            task = Task(kind, str(path), how, start, stop, out, config.seq_length, config.overlong, format=given)
+            chunking = (config.seq_length, config.overlong, config.overlong_context)
+            task = Task(kind, str(path), how, start, stop, out, *chunking, format=given)
             tasks.append(replace(task, columns=tuple(moved.items())))
     return tasks
 

@@ -102,14 +102,18 @@ class Statistics:
             add_counts(self.languages, {record["lang"]: 1})
 
     def add(self, conversations: Sequence[Conversation], lines: Sequence[int], block: RenderedBlock) -> None:
-        """Enters a block of conversations, the lines they come from and their rendering."""
-        sizes = np.diff(block.message_offsets)
+        """Enters conversations with the lines they come from, those of them that a block holds the rendering of. A
+        conversation may be rendered several times: once for each of its answers."""
+        taken, source = np.unique(block.source, return_inverse=True)
+        conversations, lines = [conversations[i] for i in taken.tolist()], [lines[i] for i in taken.tolist()]
         bounds = block.message_offsets[block.conversation_offsets]
         supervised_before = np.concatenate([[0], np.cumsum(block.mask, dtype=np.int64)])
-        _tally(self.message_tokens, sizes)
+        supervised = np.zeros(len(conversations), dtype=np.int64)
+        np.add.at(supervised, source, np.diff(supervised_before[bounds]))
+        _tally(self.message_tokens, np.diff(block.message_offsets)[~block.repeated])
         _tally(self.conversation_tokens, np.diff(bounds))
-        _tally(self.supervised_tokens, np.diff(supervised_before[bounds]))
-        _tally(self.turns, np.diff(block.conversation_offsets))
+        _tally(self.supervised_tokens, supervised)
+        _tally(self.turns, np.array([len(conversation.messages) for conversation in conversations], dtype=np.int64))
         roles: Counter[str] = Counter()
         for conversation, line in zip(conversations, lines, strict=True):
             roles.update(self._look(conversation, line))

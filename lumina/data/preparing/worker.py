@@ -27,7 +27,7 @@ from lumina.data.account import Account, add_counts
 from lumina.data.cache.shards import ChunkWriter
 from lumina.data.converting.columns import renamed
 from lumina.data.formats import convert, format_of
-from lumina.data.preparing.chunking import to_chunks
+from lumina.data.preparing.chunking import ChunkRule, to_chunks
 from lumina.data.preparing.deduplication import DUPLICATE, EVAL, TRAIN, join_signatures, signatures_of
 from lumina.data.preparing.statistics import Statistics
 from lumina.data.reading.items import read_items
@@ -57,10 +57,15 @@ class Task:
     out: str
     seq_length: int
     overlong: str
+    overlong_context: float = 0.0
     decisions: str = ""
     split: int = TRAIN
     format: str = ""
     columns: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def rule(self) -> ChunkRule:
+        return ChunkRule(self.seq_length, self.overlong, self.overlong_context)
 
 
 class ConversationBlock(NamedTuple):
@@ -137,7 +142,7 @@ def rendered(tokenizer: ChatTokenizer, block: ConversationBlock, account: Accoun
 def run_task(tokenizer: ChatTokenizer, task: Task) -> dict[str, Any]:
     """Does one task. Returns {"account", "lines" (in the range)}, with "rows" (per record batch) for chunks and
     "statistics" for statistics."""
-    account = Account(overlong=task.overlong, seq_length=task.seq_length)
+    account = Account()
     if task.kind in ("signatures", "near signatures"):
         near = task.kind == "near signatures"
         signatures = join_signatures(
@@ -151,14 +156,14 @@ def run_task(tokenizer: ChatTokenizer, task: Task) -> dict[str, Any]:
     if task.kind == "statistics":
         statistics = Statistics()
         for block in read_blocks(task, account, statistics):
-            ids, numbers = rendered(tokenizer, block, account)
-            to_chunks(ids, task.seq_length, task.overlong, account)
-            statistics.add([block.conversations[i] for i in ids.source.tolist()], numbers, ids)
+            ids, _ = rendered(tokenizer, block, account)
+            to_chunks(ids, task.rule, account)
+            statistics.add(block.conversations, block.numbers, ids)
         return {"account": account.to_dict(), "statistics": statistics.to_dict(), "lines": account.last_line}
     with ChunkWriter(Path(task.out)) as writer:
         for block in read_blocks(task, account):
             block_ids, numbers = rendered(tokenizer, block, account)
-            chunks = to_chunks(block_ids, task.seq_length, task.overlong, account)
+            chunks = to_chunks(block_ids, task.rule, account)
             writer.write(chunks, np.array(numbers, dtype=np.int64)[chunks.conversation])
     return {"account": account.to_dict(), "rows": writer.rows, "lines": account.last_line}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,10 @@ def _sample(
     size, began, blocks, whole = path.stat().st_size, time.perf_counter(), 0, True
     for start, stop in _ranges(size, layout):
         how = (layout.container, layout.compression, layout.flat, layout.encoding)
-        task = Task("chunks", str(path), how, start, stop, "", config.seq_length, config.overlong)
-        task = replace(task, columns=tuple(config.columns.items()))
+        chunking = (config.seq_length, config.overlong, config.overlong_context)
+        task = Task("chunks", str(path), how, start, stop, "", *chunking, columns=tuple(config.columns.items()))
         for block in read_blocks(task, account):
-            to_chunks(rendered(tokenizer, block, account)[0], config.seq_length, config.overlong, account)
+            to_chunks(rendered(tokenizer, block, account)[0], task.rule, account)
             blocks += 1
             if not layout.splittable and blocks * BLOCK_BYTES >= RANGES * RANGE_BYTES:
                 whole = False

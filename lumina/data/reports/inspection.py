@@ -27,7 +27,7 @@ def describe_sample(dataset: PackedDataset, sample: int, tokenizer: ChatTokenize
         documents.append(
             {
                 "source": f"{chunk.source}:{chunk.line}",
-                "begins_inside_a_message": chunk.context,
+                "context_tokens": chunk.context,
                 "text": tokenizer.decode(ids),
                 "round_trip": _round_trips(ids, tokenizer),
                 "tokens": [
@@ -74,7 +74,8 @@ def render_sample(description: dict[str, Any], tokenizer: ChatTokenizer, table: 
         )
     ]
     for number, document in enumerate(description["documents"], 1):
-        inside = ", begins inside a message" if document["begins_inside_a_message"] else ""
+        count = document["context_tokens"]
+        inside = f", begins with {count:,} token(s) from earlier in the conversation" if count else ""
         trip = "round-trips" if document["round_trip"] else "does NOT round-trip"
         out.append(Text(f"── document {number}: {document['source']}{inside}; {trip}", style="cyan"))
         out.append(coloured(document["tokens"], tokenizer))

@@ -52,6 +52,7 @@ class _Whole:
     seq_length: int = 1 << 30
     packing: bool = False
     overlong: str = "split"
+    overlong_context: float = 0.0
     cache_dir: str | None = None
     num_workers: int | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -85,7 +86,8 @@ def validate(
 
     run_tasks(list(enumerate(tasks)), workers or min(usable_cores(), 16), tokenizer, done)
     ordered = [reports[i] for i in range(len(tasks))]
-    account = merge_accounts(tasks, ordered, "split", 0)
+    account = Account()
+    merge_accounts(tasks, ordered, account)
     account.notes += column_notes(tasks)
     account.check()
     statistics = Statistics()

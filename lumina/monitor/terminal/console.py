@@ -22,9 +22,10 @@ def line(record: StepRecord) -> str:
     """`Epoch 1 | Step    150 | Batch  150/2000 | Loss: 2.456789 | PPL: 11.67 | LR: 8.50e-05 | GradNorm: 0.8432 |
     Tokens/s: 1250 | GPU: 8.2GB/16.0GB | Health: OK`, in one line; `Mem:` instead of `GPU:` on a CPU."""
     memory = f"{record.memory / _GIB:.1f}GB/{record.memory_total / _GIB:.1f}GB"
+    loss, ppl = record.shown(record.loss, 6), record.shown(record.ppl, 2)
     return (
         f"Epoch {record.epoch} | Step {record.step:6d} | Batch {record.batch:4d}/{record.batches} | "
-        f"Loss: {record.loss:.6f} | PPL: {record.ppl:.2f} | LR: {record.lr:.2e} | GradNorm: {record.grad_norm:.4f} | "
+        f"Loss: {loss} | PPL: {ppl} | LR: {record.lr:.2e} | GradNorm: {record.grad_norm:.4f} | "
         f"Tokens/s: {record.tokens_per_s:.0f} | {record.memory_kind}: {memory} | Health: {record.health}"
     )
 

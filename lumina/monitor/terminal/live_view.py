@@ -146,7 +146,8 @@ class LiveView:
         mfu = "" if record.mfu is None else f", MFU {record.mfu:.1%}"
         supervised_rate = "" if supervised is None else f" ({supervised:,.0f} supervised)"
         health = Text(str(record.health), _HEALTH[record.health.level])
-        grid.add_row("Loss", f"{record.loss:.4f}", "PPL", f"{record.ppl:.2f}", "Eval", f"{evaluated}{best}")
+        loss, ppl = record.shown(record.loss, 4), record.shown(record.ppl, 2)
+        grid.add_row("Loss", loss, "PPL", ppl, "Eval", f"{evaluated}{best}")
         grid.add_row("LR", f"{record.lr:.2e}", "GradNorm", f"{record.grad_norm:.3f}", "Tokens/s",
                      f"{record.tokens_per_s:,.0f}{supervised_rate}{mfu}")  # fmt: skip
         memory = f"{record.memory / _GIB:.1f}/{record.memory_total / _GIB:.1f} GB"

@@ -28,9 +28,10 @@ from lumina.train.outcomes import Stop
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step's figures. step: from 1; loss: mean over the step's supervised tokens on all ranks, in nats;
-    gradient_norm: before clipping; applied: False when the update was refused; tokens, supervised_tokens: of all ranks;
-    layers: norms by layer, at the steps that `layer_stats_every` is set for, else None."""
+    """A step's figures. step: from 1; loss: mean over the step's supervised tokens on all ranks, in nats; NaN
+    without one; gradient_norm: before clipping; applied: False when the update was refused; tokens,
+    supervised_tokens: of all ranks; layers: norms by layer, at the steps that `layer_stats_every` is set for, else
+    None."""
 
     step: int
     loss: float

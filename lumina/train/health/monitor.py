@@ -80,6 +80,8 @@ class Health:
         for name, rule in self._rules.items():
             if rule.observes is not type(observed):
                 continue
+            if isinstance(observed, StepObservation) and not (observed.supervised or rule.every_step):
+                continue
             reason = rule.check(observed)
             if reason is not None:
                 self._raise(name, rule.level, reason, rule.hold)

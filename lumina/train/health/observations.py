@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StepObservation:
-    """One optimizer step. loss in nats per supervised token; wait: seconds spent waiting for data, of `seconds`
-    altogether; memory in bytes; anomaly: the rule and the reason by which the spike detector refused the update, or
-    would have; loss_scale: fp16's, None elsewhere."""
+    """One optimizer step. loss in nats per supervised token, NaN without one; wait: seconds spent waiting for data, of
+    `seconds` altogether; memory in bytes; anomaly: the rule and the reason by which the spike detector refused the
+    update, or would have; loss_scale: fp16's, None elsewhere; supervised_shares: of each sample's tokens, the
+    supervised ones, where that is known."""
 
     step: int
     loss: float
@@ -22,6 +23,12 @@ class StepObservation:
     memory: int = 0
     anomaly: tuple[str, str] | None = None
     loss_scale: float | None = None
+    supervised_shares: tuple[float, ...] = ()
+
+    @property
+    def supervised(self) -> bool:
+        """Whether anything in the step is supervised. If not, it has no loss and makes no update."""
+        return not self.supervised_shares or any(self.supervised_shares)
 
 
 @dataclass(frozen=True)

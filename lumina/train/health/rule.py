@@ -22,7 +22,8 @@ class Rule(ABC, Generic[Observation]):
 
     observes: the class of lumina.train.health.observations that `check` is given; None for a rule that is only reported
     from elsewhere. level: of its events. hold: whether an episode lasts health_check_interval steps beyond the last
-    sign of it (else it ends with it). settings: the keys of Config that decide it, for the document.
+    sign of it (else it ends with it). settings: the keys of Config that decide it, for the document. every_step:
+    whether a rule of steps is also given those in which nothing is supervised, without a loss or an update.
 
     A new rule, ours or another package's, needs no keys in the schema: what the configuration's `rule_settings` gives
     under its name goes to its constructor as keyword arguments:
@@ -39,6 +40,7 @@ class Rule(ABC, Generic[Observation]):
     level: ClassVar[Level] = "warn"
     hold: ClassVar[bool] = True
     settings: ClassVar[tuple[str, ...]] = ()
+    every_step: ClassVar[bool] = False
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -34,6 +34,7 @@ record_log.setLevel(logging.INFO)
 @dataclass(frozen=True)
 class StepFigures:
     """What is known of a step once its numbers have been read. loss: mean over the step's supervised tokens, in nats;
+    NaN without one;
     applied: whether the update was made; seconds: by phase (lumina.train.deepspeed.timing); samples:
     lumina.data.loading.order.samples_id; ended: seconds since 1970; loss_scale: fp16's, None elsewhere."""
 
@@ -159,6 +160,7 @@ class RunOutputs(Outputs):
             used,
             figures.anomaly,
             loss_scale=figures.loss_scale,
+            supervised_shares=tuple(data.shares.tolist()),
         )
         record = StepRecord(
             step=data.step + 1,

@@ -89,18 +89,24 @@ class Recovery:
 
     # --- Refused updates, and going back ---
 
-    def norm_limit(self, loss: Tensor) -> Tensor:
+    def norm_limit(self, data: StepData, loss: Tensor, corrupt: Tensor) -> Tensor:
         """The limit on this step's gradient norm, above which the update is not made; -1, so that no update is made,
-        when the loss is anomalous. Both float64, 0-dimensional, on the device."""
+        when the loss is anomalous, or nothing is supervised: the gradient is zero then, and weight decay and moments
+        would move all the same. `corrupt`: how many samples all ranks could not read. All float64, 0-dimensional, on
+        the device."""
+        if not data.supervised_tokens:  # by the index: every rank says the same
+            return torch.full_like(loss, _NEVER)
         most, norm = math.inf, math.inf
         if self._config.on_spike != "warn":
             most, norm = self._state.spikes.loss_limit(), self._state.spikes.norm_limit()
-        bad = ~(torch.isfinite(loss) & (loss <= most))
+        bad = ~(torch.isfinite(loss) & (loss <= most)) | (corrupt >= len(data.samples))
         return torch.full_like(loss, norm).masked_fill_(bad, _NEVER)
 
     def after_update(self, data: StepData, loss: float, norm: float, applied: bool, anomaly: Anomaly | None) -> None:
-        """Take note of a step. A refused one goes to the event log with its samples; after repeated ones `action`
-        brings the run back."""
+        """Take note of a step; not of one in which nothing is supervised. A refused one goes to the event log with its
+        samples; after repeated ones `action` brings the run back."""
+        if not data.supervised_tokens:
+            return
         step, spikes = data.step + 1, self._state.spikes
         if applied:
             spikes.accept(loss, norm)

@@ -30,11 +30,8 @@ def test_integers_there_and_back(kind: pa.DataType, values: list[int], cut: int)
 
 
 @given(st.lists(st.booleans()), st.integers(0, 9))
-def test_booleans_there_and_back(values: list[bool], cut: int) -> None:
-    made = arrow.booleans(np.array(values, np.bool_))
-    made.validate(full=True)
-    assert made.equals(pa.array(values, pa.bool_()))
-    back = arrow.numpy(made.slice(cut))
+def test_booleans_of_earlier_caches(values: list[bool], cut: int) -> None:
+    back = arrow.numpy(pa.array(values, pa.bool_()).slice(cut))
     assert back.dtype == np.bool_
     assert back.tolist() == values[cut:]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lumina.chat import Conversation, Message, render
 from lumina.config import UserError
 from lumina.data import PackedDataset, prepare
-from lumina.data.account import Account
+from lumina.data.account import DROPPED_UNSUPERVISED, Account
 from tests.data.helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 
 words = st.text(st.sampled_from("ab é漢\n"), min_size=1, max_size=120).filter(lambda text: not text.isspace())
@@ -49,9 +49,11 @@ def test_every_answer_is_supervised_exactly_once(lines: list[dict[str, Any]], se
         account.check()
         assert account.messages == sum(len(line["messages"]) for line in lines)
         assert account.tokens_supervised == expected.total()
-        assert account.tokens_dropped == {}
+        assert account.tokens_dropped.keys() <= {DROPPED_UNSUPERVISED}
         assert dataset.tokens_per_sample.max() <= seq_length
-        assert dataset.num_tokens == account.tokens + account.tokens_repeated
+        assert dataset.supervised_per_sample.min() > 0
+        dropped = sum(account.tokens_dropped.values())
+        assert dataset.num_tokens == account.tokens - dropped + account.tokens_repeated
 
 
 @settings(max_examples=40)
@@ -65,6 +67,7 @@ def test_truncate_and_drop_against_a_slow_reference(lines: list[dict[str, Any]],
         messages = [Message(aliases.get(m["role"], m["role"]), m["content"]) for m in line["messages"]]
         full = render(TOKENIZER, Conversation(messages))
         keep = len(full.ids) if len(full.ids) <= seq_length else seq_length if policy == "truncate" else 0
+        keep = keep if full.mask[:keep].any() else 0  # what teaches nothing is dropped
         if keep:
             kept.append((full.ids[:keep].tolist(), full.mask[:keep].tolist()))
         for message, start, stop in zip(messages, full.message_offsets[:-1], full.message_offsets[1:], strict=True):
@@ -84,6 +87,49 @@ def test_truncate_and_drop_against_a_slow_reference(lines: list[dict[str, Any]],
         account.check()
         counted = (account.messages_supervised, account.messages_masked, sum(account.messages_dropped.values()))
         assert counted == (trained, masked, dropped)
+
+
+def test_no_sample_is_without_a_supervised_token(tmp_path: Path) -> None:
+    """A question of 30,000 numbered lines of a log with one sentence for an answer, and eight short conversations."""
+    log = "\n".join(f"{i} GET /index.html 200" for i in range(30_000))
+    lines = [chat(log, "The log holds requests for one page."), *(chat(f"q {i}", f"a {i}") for i in range(8))]
+    for packing in (True, False):
+        dataset = prepared(tmp_path, lines, seq_length=128, packing=packing)
+        assert dataset.supervised_per_sample.min() > 0
+        account = Account.from_dict(dataset.account)
+        account.check()
+        assert (account.messages_supervised, account.messages_masked, account.messages_dropped) == (9, 9, {})
+        assert account.tokens_dropped == {
+            DROPPED_UNSUPERVISED: account.tokens - dataset.num_tokens + account.tokens_repeated
+        }
+        assert (account.samples, account.chunks) == ((2 if packing else 9), 9)
+        assert account.answers_with_question_cut == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_answers_without_their_question_are_said(tmp_path: Path, share: float) -> None:
+    """A system message, a question with a text longer than the context, and an answer as long."""
+    lines = [
+        {
+            "messages": [
+                {"role": "system", "content": "be kind"},
+                {"role": "user", "content": f"{i} " + "word " * 200},
+                {"role": "assistant", "content": "answer " * 200},
+            ]
+        }
+        for i in range(20)
+    ]
+    dataset = prepared(tmp_path, lines, overlong_context=share)
+    assert supervised_targets(dataset) == expected_targets(lines)
+    said = [line for line in dataset.account_lines() if "warning" in line]
+    if share:
+        assert (dataset.account["answers_without_question"], said) == (0, [])
+        question = TOKENIZER.encode("word " * 200)[-1]
+        for chunk in (chunk for sample in range(dataset.num_samples) for chunk in dataset.chunks_of(sample)):
+            assert TOKENIZER.decode(chunk.ids.tolist()).startswith("<|im_start|><|system|>be kind<|im_end|>")
+            assert question in chunk.ids
+    else:
+        assert "20 of 20 answers begin without their question" in said[0]
 
 
 def test_batches_never_cross_documents(tmp_path: Path) -> None:
@@ -187,8 +233,9 @@ def test_the_fingerprint_follows_contents_and_settings(tmp_path: Path) -> None:
         prepared(tmp_path, [chat("q", "a")], seq_length=32).fingerprint,
         prepared(tmp_path, [chat("q", "a")], packing=False).fingerprint,
         prepared(tmp_path, [chat("q", "a")], overlong="drop").fingerprint,
+        prepared(tmp_path, [chat("q", "a")], overlong_context=0.0).fingerprint,
     }
-    assert len(prints) == 5
+    assert len(prints) == 6
     moved = shutil.copy(write_jsonl(tmp_path / "in.jsonl", [chat("q", "a")]), tmp_path / "moved.jsonl")
     assert prepare([moved], Settings(), TOKENIZER).fingerprint == base.fingerprint
 

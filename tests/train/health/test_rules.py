@@ -101,6 +101,8 @@ PLANTED: list[tuple[str, list[Any], list[Any]]] = [
     ("throughput-fall", steps(90, tokens_per_s=lambda n: 1000.0 if n < 60 else 400.0),
      steps(90, tokens_per_s=lambda n: 400.0 if n % 10 == 0 else 1000.0)),
     ("data-starvation", steps(90, wait=lambda n: 0.3), steps(90, wait=lambda n: 0.9 if n % 10 == 0 else 0.02)),
+    ("little-supervision", steps(60, supervised_shares=lambda n: (0.3, 0.0 if n % 2 else 0.4)),
+     steps(60, supervised_shares=lambda n: (0.3, 0.0 if n % 10 == 0 else 0.4))),
     ("memory-growth", steps(900, memory=lambda n: GIB + n * 2**20),
      steps(900, memory=lambda n: GIB * (1 + (n > 9)))),
     ("divergence", evaluations((3, 2.5, 2.6, 2.7, 2.8), (3, 2.4, 2.3, 2.2, 2.1)),

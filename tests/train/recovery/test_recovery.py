@@ -40,7 +40,7 @@ def make(folder: Path, rollbacks: int = 0, begun: bool = False, **settings: Any)
 
 def refuse(recovery: Recovery, *steps: int) -> None:
     for step in steps:
-        data: Any = SimpleNamespace(step=step - 1, samples=[step])
+        data: Any = SimpleNamespace(step=step - 1, samples=[step], supervised_tokens=9.0)
         recovery.after_update(data, 99.0, 1.0, False, None)
 
 
@@ -50,11 +50,28 @@ def told(folder: Path) -> list[tuple[int, str, str]]:
 
 def test_the_limit_is_one_that_no_norm_keeps_when_the_loss_is_anomalous(tmp_path: Path) -> None:
     recovery = make(tmp_path)
+    data: Any = SimpleNamespace(step=9, supervised_tokens=9.0, samples=[1, 2])
     for step in range(1, 9):
-        recovery.after_update(SimpleNamespace(step=step), 2.0 + step / 100, 1.0, True, None)  # type: ignore[arg-type]
-    limits = [float(recovery.norm_limit(torch.tensor(loss, dtype=torch.float64))) for loss in (2.0, 50.0, math.nan)]
+        recovery.after_update(data, 2.0 + step / 100, 1.0, True, None)
+    losses = [torch.tensor(loss, dtype=torch.float64) for loss in (2.0, 50.0, math.nan)]
+    counts = [torch.tensor(count, dtype=torch.float64) for count in (0.0, 1.0, 2.0)]
+    limits = [float(recovery.norm_limit(data, loss, counts[0])) for loss in losses]
     assert limits[0] > 1.0
     assert limits[1:] == [-1.0, -1.0]
+    # A step of which no sample could be read has nothing to learn from.
+    limits = [float(recovery.norm_limit(data, losses[0], count)) for count in counts]
+    assert limits[1] > 1.0
+    assert limits[2] == -1.0
+
+
+def test_a_step_in_which_nothing_is_supervised_is_no_update_and_no_trouble(tmp_path: Path) -> None:
+    recovery = make(tmp_path, rollback_after=1)
+    data: Any = SimpleNamespace(step=9, supervised_tokens=0.0, samples=[1, 2])
+    zero = torch.zeros((), dtype=torch.float64)
+    assert float(recovery.norm_limit(data, zero, zero)) == -1.0
+    recovery.after_update(data, math.nan, 0.0, False, None)
+    assert not recovery.rewinding
+    assert told(tmp_path) == []
 
 
 def test_one_refused_step_is_no_reason_to_go_back(tmp_path: Path) -> None:

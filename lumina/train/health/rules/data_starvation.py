@@ -10,6 +10,7 @@ from lumina.train.health.statistics import RollingWindow
 
 class DataStarvation(Rule[StepObservation]):
     observes = StepObservation
+    every_step = True
     settings = ("data_wait_fraction",)
 
     def __init__(self, config: Config) -> None:

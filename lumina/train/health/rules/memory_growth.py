@@ -10,6 +10,7 @@ from lumina.train.health.statistics import RollingWindow
 
 class MemoryGrowth(Rule[StepObservation]):
     observes = StepObservation
+    every_step = True
     settings = ("memory_growth",)
     _SLACK = 256 * 2**20  # a small process's ordinary ups and downs, in bytes
 

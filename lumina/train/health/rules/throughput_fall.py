@@ -10,6 +10,7 @@ from lumina.train.health.statistics import RollingWindow
 
 class ThroughputFall(Rule[StepObservation]):
     observes = StepObservation
+    every_step = True
     settings = ("throughput_fall",)
 
     def __init__(self, config: Config) -> None:

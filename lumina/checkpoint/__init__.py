@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lumina.checkpoint.backup import backup_folder, copy_checkpoint
+from lumina.checkpoint.choices import model_choices, run_path
 from lumina.checkpoint.format import (
     BEST,
     FORMAT,
@@ -109,6 +110,7 @@ __all__ = [
     "latest_valid",
     "list_checkpoints",
     "manifest_entry",
+    "model_choices",
     "model_shape",
     "name_of",
     "open_weights",
@@ -118,6 +120,7 @@ __all__ = [
     "record_best",
     "reply_to_save",
     "request_save",
+    "run_path",
     "saved_adapter_settings",
     "slab_sizes",
     "step_of",

@@ -24,10 +24,16 @@ class RunLock:
     """Taken by rank 0 when a run starts, from whichever start held it before."""
 
     def __init__(self, folder: Path, launch: str | None, global_batch: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / NAME
         self.token = secrets.token_hex(8)
-        write_json(self._path, {"token": self.token, "job": launch, "global_batch_size": global_batch})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, {"token": self.token, "job": launch, "global_batch_size": global_batch})
+        except OSError as error:
+            raise UserError(
+                f"the run's folder {folder} cannot be written: {error.strerror or error}",
+                "Choose another --output-dir.",
+            ) from error
 
     def held(self) -> bool:
         """Whether no later start has taken the lock."""

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -27,10 +27,16 @@ _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Set by a signal. A second SIGINT interrupts at once, for a user who will not wait. Python gives signals to the
-    main thread alone: made in another one, it is never set."""
+    """Set by a signal. A second SIGINT interrupts at once, for a user who will not wait; so does the first while
+    `interruptible` is true, when there is nothing to save. Python gives signals to the main thread alone: made in
+    another one, it is never set.
+
+    announce: called once, in a thread of its own, with the name of the first signal that asks to stop.
+    """
 
     def __init__(self) -> None:
+        self.interruptible = False
+        self.announce: Callable[[str], None] | None = None
         self.signal: str | None = None
         self.resize = False
         self.since: float | None = None  # time.monotonic() of the first signal
@@ -39,8 +45,11 @@ class StopRequest:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if number == signal.SIGINT and (self.signal is not None or self.interruptible):
             raise KeyboardInterrupt
+        if self.signal is None and number != signal.SIGUSR2 and self.announce is not None:
+            # Not here: the main thread may be in the middle of a print, whose locks are not for two.
+            threading.Thread(target=self.announce, args=(signal.Signals(number).name,), daemon=True).start()
         self.resize = number == signal.SIGUSR2 and (self.signal is None or self.resize)
         self.signal = signal.Signals(number).name
         self.since = self.since or time.monotonic()

@@ -115,6 +115,11 @@ def load_config(arguments: Arguments) -> Config:
 
     given = vars(arguments)
     flags = {name: value for name, value in given.items() if name in Config.model_fields}
+    from lumina.checkpoint import run_path
+
+    for name in ("resume", "init_from"):  # RUN is a folder or a name under experiments/, as in every command
+        if flags.get(name) not in (None, "auto"):
+            flags[name] = str(run_path(flags[name]))
     base = arguments.config
     if base is None and (own := _config_of_resumed_run(flags)) is not None:
         base = str(own)

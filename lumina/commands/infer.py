@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lumina.commands.checks import trained_model
 from lumina.commands.common import Arguments, Command, Parser, between, json_option, print_json
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ log = logging.getLogger("lumina")
 
 def generate(arguments: Arguments) -> int:
     """Answer a prompt with a trained model."""
+    run = trained_model(_one_run(arguments))
     from lumina.chat import Conversation, Message
     from lumina.infer import Answer, Sampling, load, read_tools, stream_answer
 
     sampling = Sampling(**_sampling(arguments))
     tools = () if arguments.tools is None else read_tools(Path(arguments.tools))
-    loaded = load(arguments.resume)
+    loaded = load(run)
     log.info("%s, step %d", loaded.checkpoint, loaded.step)
     conversation = Conversation([Message("user", arguments.prompt)], tools=tools)
     ids = loaded.tokenizer.prompt_ids(conversation, arguments.thinking)
@@ -82,8 +84,19 @@ def _print_answer(deltas: Iterable[AnswerDelta], answer: Answer) -> None:
         print_json({"tool_call": {"name": call.name, "arguments": call.arguments}})
 
 
+def _one_run(arguments: Arguments) -> str:
+    """The run that `generate` is given, as a word or, as the early README has it, with --resume."""
+    from lumina.config import UserError
+
+    given = [run for run in (arguments.run, arguments.resume) if run is not None]
+    if len(given) != 1:
+        raise UserError("which model is to answer?", "Give one: lumina generate RUN --prompt TEXT.")
+    return str(given[0])
+
+
 def _generate_options(parser: Parser) -> None:
-    parser.add_argument("--resume", required=True, metavar="RUN|CHECKPOINT", help="the trained model")
+    parser.add_argument("run", nargs="?", metavar="RUN|CHECKPOINT", help="the trained model")
+    parser.add_argument("--resume", metavar="RUN|CHECKPOINT", help="the same, as the early README has it")
     parser.add_argument("--prompt", required=True, help="what the user says")
     _sampling_options(parser)
     _answer_options(parser)
@@ -124,10 +137,11 @@ def _sampling(arguments: Arguments) -> dict[str, Any]:
 
 def chat(arguments: Arguments) -> int:
     """Talk to a trained model in the terminal."""
+    run = trained_model(arguments.run)
     from lumina.infer import Chat, Sampling, converse, load
 
     sampling = Sampling(**_sampling(arguments))
-    loaded = load(arguments.run)
+    loaded = load(run)
     session = Chat(loaded.model, loaded.tokenizer, sampling, arguments.system, thinking=arguments.thinking)
     if arguments.tools is not None:
         session.load_tools(Path(arguments.tools))
@@ -143,9 +157,10 @@ def _chat_options(parser: Parser) -> None:
 
 def export(arguments: Arguments) -> int:
     """Write a trained model as a folder that transformers and vLLM load, or as plain safetensors."""
+    run = trained_model(arguments.run)
     from lumina.infer import export as write
 
-    written = write(arguments.run, arguments.out, arguments.dtype, arguments.shard_size, arguments.format)
+    written = write(run, arguments.out, arguments.dtype, arguments.shard_size, arguments.format)
     if arguments.json:
         print_json(
             {
@@ -179,6 +194,7 @@ def _export_options(parser: Parser) -> None:
 
 def import_(arguments: Arguments) -> int:
     """Take a Llama-shaped Hugging Face model from disk, as a run that other commands use."""
+    log.info("importing %s", arguments.source)
     from lumina.infer import IMPORT_RECORD, find_checkpoint, import_hf, read_config, tokenizer_folder
 
     folder = import_hf(
@@ -223,13 +239,19 @@ def _import_options(parser: Parser) -> None:
 def evaluate(arguments: Arguments) -> int:
     """Measure a model: loss, perplexity and bits per byte on conversations held out, or benchmark tasks."""
     from lumina.config import UserError
-    from lumina.infer import load
 
     if not arguments.data and not arguments.tasks:
         raise UserError("nothing to evaluate on", "Give --data FILE … (conversations), --tasks NAME …, or both.")
+    if arguments.data:
+        from lumina.data import check_inputs
+
+        check_inputs(arguments.data)
+    run = trained_model(arguments.run)
     if arguments.tasks:
         _require("lm_eval", "tasks need", "tasks")
-    loaded = load(arguments.run)
+    from lumina.infer import load
+
+    loaded = load(run)
     log.info("%s, step %d", loaded.checkpoint, loaded.step)
     facts: dict[str, Any] = {"checkpoint": str(loaded.checkpoint), "step": loaded.step}
     lines = []
@@ -295,11 +317,12 @@ def serve(arguments: Arguments) -> int:
     """Answer over HTTP: OpenAI's API, and a chat page for the browser."""
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         _require(module, "serving needs", "serve")
+    run = trained_model(arguments.run)
     from lumina.infer.serve import serve as run_server
 
     key = os.environ.get("LUMINA_API_KEY") if arguments.api_key is None else arguments.api_key
     names = ("host", "port", "precision", "slots", "queue", "max_tokens", "timeout", "max_body")
-    return run_server(arguments.run, key, **{name: getattr(arguments, name) for name in names})
+    return run_server(str(run), key, **{name: getattr(arguments, name) for name in names})
 
 
 def _serve_options(parser: Parser) -> None:

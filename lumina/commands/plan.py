@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 
 from lumina.commands.common import Arguments, Command, Parser, between, json_option, load_config, print_json
 from lumina.commands.train import train_options
+
+log = logging.getLogger("lumina")
 
 
 def config(arguments: Arguments) -> int:
@@ -58,6 +61,7 @@ def check_environment(arguments: Arguments) -> int:
 
 def _check_this_machine(as_json: bool) -> int:
     """Print what was found; 0 when nothing FAILs, else 1."""
+    log.info("checking this machine: loading PyTorch and DeepSpeed")
     from lumina.plan import check_all
 
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints while it is imported

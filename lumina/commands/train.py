@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import traceback
 
+from lumina.commands.checks import before_training
 from lumina.commands.common import (
     Arguments,
     Command,
@@ -24,6 +25,7 @@ def train(arguments: Arguments) -> int:
         from lumina.config import UserError
 
         raise UserError("no training data", "Give --train-data FILE [FILE …], or train_data in the YAML.")
+    before_training(config, arguments.yes)
     from lumina.train import end_process, train_rank
 
     try:
@@ -59,6 +61,7 @@ def train_options(parser: Parser) -> None:
         help="also send the curves there ({TRACKERS}); may be given several times",
     )
     run.add_argument("--profile", action="store_true", default=None, help="trace a few early steps (RUN/profile)")
+    run.add_argument("--yes", action="store_true", help="train a large model on a CPU without being asked")
     run.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
 
     data = parser.add_argument_group("data")

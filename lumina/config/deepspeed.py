@@ -128,6 +128,7 @@ def resolve(
     source = config.ds_config or "the built-in DeepSpeed configuration"
     if document is None:
         document = read_json(config.ds_config) if config.ds_config else default_json(world_size)
+    _check_kinds(document, source)
     merge = _Merge(config, copy.deepcopy(document), source)
     merge.refuse_removed()
     merge.take_adam_settings()
@@ -292,8 +293,8 @@ class _Merge:
         """Sizes of ZeRO's buffers, and whether gradients are reduced beside the backward pass."""
         zero = self.json.setdefault("zero_optimization", {"stage": 0})
         stage = zero.get("stage", 0)
-        if stage == AUTO:
-            raise UserError(f"{self.source}: zero_optimization.stage must be 0, 1, 2 or 3")
+        if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+            raise UserError(f"{self.source}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
         rules: Json = {**zero_sizes(self.config), "overlap_comm": overlap}
         missing = ["reduce_bucket_size"] if stage else []
         if stage and overlap:
@@ -355,6 +356,29 @@ def _padded(wanted: int, micro: int, world: int) -> tuple[int, int]:
     per_rank = -(-wanted // world)
     steps = -(-per_rank // micro)
     return steps, micro * steps * world
+
+
+_BLOCKS = ("zero_optimization", "optimizer", "optimizer.params", "fp16", "bf16")
+_COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def _check_kinds(document: Json, source: str) -> None:
+    """UserError for a value of another kind than what is read here: DeepSpeed would fail with a traceback, or later."""
+    for path in _BLOCKS:
+        value: Any = document
+        for part in path.split("."):
+            value = value.get(part, {})
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{source}: `{path}` is {value!r}; it must be an object", "See ds_configs/ for whole files."
+            )
+    for key in _COUNTS:
+        count = document.get(key, AUTO)
+        if count != AUTO and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise UserError(f"{source}: `{key}` is {count!r}; it must be a positive number", 'Write "auto" for it.')
+    betas = document.get("optimizer", {}).get("params", {}).get("betas", AUTO)
+    if betas != AUTO and not (isinstance(betas, list) and len(betas) == 2):
+        raise UserError(f"{source}: `optimizer.params.betas` is {betas!r}; it must be a list of two numbers")
 
 
 def _refuse_leftover_auto(value: Any, source: str, path: str = "") -> None:

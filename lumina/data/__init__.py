@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lumina.data.preparing.splits import prepare_splits
     from lumina.data.reading.items import read_items
     from lumina.data.reading.layout import detect
-    from lumina.data.reading.paths import expand
+    from lumina.data.reading.paths import check_inputs, expand
     from lumina.data.records.fault import BLANK, Fault, Tree
     from lumina.data.reports.estimate import estimate
     from lumina.data.reports.html import render_report
@@ -67,7 +67,10 @@ _HOMES = {
     "preparing.splits": ("prepare_splits",),
     "reading.items": ("read_items",),
     "reading.layout": ("detect",),
-    "reading.paths": ("expand",),
+    "reading.paths": (
+        "check_inputs",
+        "expand",
+    ),
     "records.fault": (
         "BLANK",
         "Fault",
@@ -103,6 +106,7 @@ __all__ = [
     "StepData",
     "TorchBatch",
     "Tree",
+    "check_inputs",
     "convert",
     "deal",
     "describe_record",

@@ -20,12 +20,9 @@ from lumina.checkpoint import (
     TRAINER,
     TrainerState,
     base_checkpoint,
-    best_step,
-    candidates,
     iter_weights,
     latest_valid,
-    list_checkpoints,
-    name_of,
+    model_choices,
     read_trainer_state,
 )
 from lumina.config import ModelConfig, UserError, parse_settings
@@ -34,9 +31,6 @@ from lumina.model import Transformer, keep_heap
 
 log = logging.getLogger("lumina")
 
-RUNS = Path("experiments")
-_EARLY_BEST = "best_model.pt"  # `--resume checkpoints/best_model.pt`, as the early README has it
-_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,38 +59,11 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         UserError: nothing there, a file in a format that is not read, or no whole checkpoint.
     """
-    given = Path(path)
-    if given.name == _EARLY_BEST and not given.exists():
-        run = _newest_run()
-        if run is None:
-            raise UserError(f"{given} does not exist, and no run under {RUNS}/ has a checkpoint", "Train one first.")
-        log.info("%s does not exist: using the best checkpoint of the newest run, %s", given, run)
-        given = run
-    if given.is_file():
-        why = " and a pickle can run code when it is opened" if given.suffix in _PICKLES else ""
-        raise UserError(
-            f"{given} is a file: a checkpoint is a folder of safetensors{why}",
-            "Give a run's folder (experiments/NAME) or one of its checkpoints/step-… folders.",
-        )
-    wants_best = given.name == "best" and not given.exists()
-    run = given.parent if wants_best else given
-    choices = candidates(run)
-    if choices[0] != run:  # a run's folder or its checkpoints folder
-        best = best_step(choices[0].parent)
-        if best is not None:
-            choices = sorted(choices, key=lambda choice: choice.name != name_of(best))
-        elif wants_best:
-            log.warning("no checkpoint of %s was evaluated: using its newest", run)
+    choices = model_choices(path)
     valid = latest_valid(choices)
     if valid is None:
         raise UserError(f"no checkpoint under {choices[0].parent} is whole", "See the warnings above for each one.")
     return valid
-
-
-def _newest_run() -> Path | None:
-    """The run whose newest checkpoint was written last."""
-    newest = {run: found[0] for run in RUNS.glob("*") if (found := list_checkpoints(run / "checkpoints"))}
-    return max(newest, key=lambda run: newest[run].stat().st_mtime, default=None)
 
 
 def read_config(checkpoint: Path) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,8 @@ from lumina.train.saving.saves import Saves
 from lumina.train.schedules import Schedule, schedule
 from lumina.train.state import RunState
 
+log = logging.getLogger("lumina")
+
 
 @dataclass
 class Run:
@@ -68,11 +71,16 @@ class Run:
     def config(self) -> Config:
         return self.settings.config
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / self.config.experiment_name
+
 
 def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> Run:
     """A run that is ready for its first step: its data prepared, its state initialised or resumed, its folder claimed.
     In the process group that `ranks` describes; every rank builds at the same time. Raises UserError."""
     stop = StopRequest()
+    stop.interruptible = ranks.world == 1 and "LUMINA_JOB" not in os.environ  # until the first step
     watchdog = Watchdog(config.hang_timeout, config.stop_timeout, stop, ranks.rank)
     folder = Path(config.output_dir) / config.experiment_name
     start = find_start(config, folder, ranks)
@@ -80,11 +88,14 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     settings = resolve(start.config, ranks.world, device, start.recovery.micro_batch_size)
     config = settings.config
     assert config.global_batch_size is not None  # filled in by `resolve`
+    _say(ranks, "preparing the data")
     data = open_data(start, config, ranks)
     rates = schedule(config, data.total_steps)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks.world)]
     torch.manual_seed(config.seed)
+    loading = "" if start.checkpoint is None else f", loading {start.checkpoint}"
+    _say(ranks, f"building the model of {config.num_parameters() / 1e6:.1f}M parameters{loading}")
     state = _initialise(start, settings, ranks, data, folder, watchdog.heartbeat)
     events = EventLog(folder / "events.jsonl" if ranks.main else None)
     health = Health(config, events)
@@ -110,6 +121,12 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
         watchdog=watchdog,
         stop=stop,
     )
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    """A sign of life before the run has its outputs."""
+    if ranks.main:
+        log.info("%s", text)
 
 
 def _initial_weights(settings: Settings, ranks: Ranks, engine: Engine, start: Start) -> None:

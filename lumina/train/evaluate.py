@@ -18,19 +18,22 @@ def evaluate(
     micro_batch_size: int,
     ranks: Ranks,
     heartbeat: Callable[[str], None] = lambda what: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Mean loss in nats per supervised token, or per preference pair; collective. Every rank runs the same number of
     forward passes (ZeRO-3 gathers weights in each), padded with samples of weight zero. `heartbeat` is called
-    before each pass."""
+    before each pass, `progress` after it with the passes done and all of them."""
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
     indices = torch.arange(dataset.num_samples).numpy()
     with engine.evaluation():
-        for share in deal(indices, ranks.rank, ranks.world, micro_batch_size):
+        shares = deal(indices, ranks.rank, ranks.world, micro_batch_size)
+        for number, share in enumerate(shares, 1):
             heartbeat("evaluation")
             batch = dataset.batch(share).torch()
             # Added up where they are: reading each batch's loss would make the host wait for it.
             totals[0] += engine.loss(batch)
             totals[1] += batch.units
+            progress(number, len(shares))
         dist.all_reduce(totals)
     loss, units = totals.tolist()
     return float(loss / max(1.0, units))

@@ -6,6 +6,7 @@ import logging
 import time
 import traceback
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import torch.distributed as dist
 
@@ -15,6 +16,7 @@ from lumina.train.build import Run
 from lumina.train.evaluate import evaluate
 from lumina.train.liveness.watchdog import report_failure
 from lumina.train.outcomes import Fail, HalveMicroBatch, Outcome, Rewind, Stop, StopKind
+from lumina.train.outputs.ending import interrupted, resuming_command, stopping
 from lumina.train.outputs.samples import sample_answers
 from lumina.train.recovery import apply
 from lumina.train.recovery.recovery import RestartError
@@ -33,7 +35,9 @@ def fit(run: Run) -> int:
         closing.callback(_record_what_is_there, run)
         try:
             run.callbacks.at_start()
+            run.stop.announce, run.stop.interruptible = partial(_announce, run), False
             if run.state.step >= run.data.total_steps:
+                run.outputs.say(f"Nothing is left to train: the run is complete at step {run.state.step}.")
                 run.outputs.end("finished", run.state.step, "")
                 run.callbacks.at_end(Stop(StopKind.FINISHED))
                 return 0
@@ -41,6 +45,8 @@ def fit(run: Run) -> int:
         except BaseException as error:
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             run.outputs.end(state, run.state.step, f"{type(error).__name__}: {error}")
+            if isinstance(error, KeyboardInterrupt):
+                run.outputs.say(interrupted(run.folder, run.ranks.world, run.state.step, run.saves.last_begun))
             _emergency(run, error)
             raise
 
@@ -109,7 +115,8 @@ def _evaluate(run: Run) -> Stop | None:
     engine, config, heartbeat = run.state.engine, run.config, run.watchdog.heartbeat
     began = time.perf_counter()
     with engine.timer.phase("evaluation"):
-        loss = evaluate(engine, run.data.evaluation, config.batch_size, run.ranks, heartbeat)
+        progress = partial(run.outputs.progress, "Evaluating")
+        loss = evaluate(engine, run.data.evaluation, config.batch_size, run.ranks, heartbeat, progress)
     run.outputs.evaluation(run.state.step, loss, time.perf_counter() - began)
     with engine.timer.phase("evaluation"):
         if config.sample_prompts:
@@ -121,6 +128,11 @@ def _evaluate(run: Run) -> Stop | None:
         return None
     why = run.state.out_of_patience(config.early_stopping_patience)
     return None if why is None else Stop(StopKind.EARLY_STOPPING, why)
+
+
+def _announce(run: Run, signal: str) -> None:
+    """A signal asks the run to stop: said at once, and carried out at the next step."""
+    run.outputs.say(stopping(signal, run.state.step, run.saves.last_begun))
 
 
 def _loader(run: Run) -> Loader:
@@ -154,7 +166,12 @@ def _end(run: Run, stop: Stop) -> int:
     if not saved:
         log.error("the checkpoint of step %d could not be written; the newest one is older", step)
     elif stop.kind is not StopKind.FINISHED:
-        run.outputs.say(f"Stopped at step {step}: {stop.reason}. The checkpoint is saved.")
+        then = "" if done else f" To go on: {resuming_command(run.folder, run.ranks.world)}"
+        run.outputs.say(f"Stopped at step {step}: {stop.reason}. The checkpoint is saved.{then}")
+    if saved and done:
+        best = run.state.trainer_state
+        found = None if best.best_loss is None or best.best_step is None else (best.best_loss, best.best_step)
+        run.outputs.summary(step, found)
     run.outputs.end("finished" if done else "stopped", step, stop.reason)
     if stop.error is not None:
         raise stop.error

@@ -46,3 +46,9 @@ def test_only_the_same_launch_goes_on(tmp_path: Path) -> None:
     RunLock(tmp_path, None, 24)
     assert last_global_batch(tmp_path, "job") is None, "the last start was somebody else's"
     assert last_global_batch(tmp_path, None) is None
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"the run's folder .*file/run cannot be written: Not a directory"):
+        RunLock(tmp_path / "file/run", None, 1)

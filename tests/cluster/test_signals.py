@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 from collections.abc import Iterator
 
@@ -51,3 +52,20 @@ def test_the_exit_code_is_its_own() -> None:
     """Neither success, nor a failure of Python (1) or of the user (2), nor a death by signal (128 and up)."""
     assert EXIT_STOPPED not in (0, 1, 2)
     assert EXIT_STOPPED < 128
+
+
+def test_it_is_announced_once_and_at_once(request_: StopRequest) -> None:
+    said: queue.Queue[str] = queue.Queue()
+    request_.announce = said.put
+    signal.raise_signal(signal.SIGINT)
+    assert said.get(timeout=30) == "SIGINT"
+    signal.raise_signal(signal.SIGTERM)
+    assert said.empty()
+
+
+def test_with_nothing_to_save_the_first_interrupt_is_obeyed(request_: StopRequest) -> None:
+    request_.interruptible = True
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    assert request_.signal == "SIGTERM"

@@ -39,6 +39,7 @@ from lumina.data.preparing.preparation import (
     plan_tasks,
     prepare,
 )
+from lumina.data.preparing.progress import LoggedProgress
 from lumina.data.preparing.worker import Task, read_blocks
 from lumina.data.reading.paths import check_inputs, expand
 from lumina.files import atomic_folder, write_json
@@ -97,6 +98,7 @@ def prepare_splits(
             if found is not None:
                 return found
     assert config.dedup in DEDUP
+    progress = progress or LoggedProgress()
     train_paths, weights, formats, columns = _sources(config)
     how: dict[str, Any] = {"progress": progress, "formats": formats, "columns": columns}
     if not config.eval_fraction and config.dedup == "none":

@@ -15,6 +15,7 @@ from lumina.monitor.step_record import StepRecord
 from lumina.monitor.terminal.live_view import LiveView
 
 _GIB = 2**30
+_SECONDS_TO_PROGRESS, _SECONDS_BETWEEN_PROGRESS = 3.0, 10.0
 _SECONDS_BETWEEN_LINES = 1.0  # fast steps print once a second; metrics.jsonl has them all
 
 
@@ -40,6 +41,7 @@ class Console:
         self._rich = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
         self._enabled = enabled
         self._last_line = 0.0
+        self._doing, self._next_progress = "", 0.0
         self._total = total_steps
         self._live: LiveView | None = None
         if enabled and live and self._rich.is_terminal and not self._rich.is_dumb_terminal:
@@ -76,6 +78,17 @@ class Console:
         if notable or now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             self.say(line(record))
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """`Evaluating 37/193`: in the live view, or as a line, from a few seconds on and then every ten."""
+        if self._live is not None:
+            self._live.progress(f"{what} {done}/{total}" if done < total else "")
+        now = time.monotonic()
+        if done <= 1 or what != self._doing:
+            self._doing, self._next_progress = what, now + _SECONDS_TO_PROGRESS
+        elif self._live is None and done < total and now >= self._next_progress:
+            self._next_progress = now + _SECONDS_BETWEEN_PROGRESS
+            self.say(f"{what} {done}/{total}")
 
     def evaluation(self, step: int, loss: float) -> None:
         if self._live is not None:

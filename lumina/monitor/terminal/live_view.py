@@ -61,6 +61,7 @@ class LiveView:
         self._title, self._total, self._start = title, total_steps, start_step
         self._began = time.time()
         self._record: StepRecord | None = None
+        self._doing = ""
         self._loss, self._eval = Curve(), Curve()
         self._best: tuple[float, int] | None = None
         self._last_eval: float | None = None
@@ -102,6 +103,10 @@ class LiveView:
         if math.isfinite(loss) and (self._best is None or loss < self._best[0]):
             self._best = loss, step
 
+    def progress(self, text: str) -> None:
+        """What is being done between two steps, such as `Evaluating 37/193`; empty when it is over."""
+        self._doing = text
+
     def event(self, event: Event) -> None:
         text = f"step {event.step}: {event.rule}: {event.reason}" + (f" → {event.action}" if event.action else "")
         self._events.append(Text(text, style=_LEVELS[event.level], no_wrap=True, overflow="ellipsis"))
@@ -111,13 +116,17 @@ class LiveView:
     def render(self) -> RenderableType:
         record = self._record
         if record is None:
-            return Panel(Text("waiting for the first step …", style="dim"), title=self._title, title_align="left")
+            return Panel(
+                Text(self._doing or "waiting for the first step …", style="dim"), title=self._title, title_align="left"
+            )
         width = max(20, self._live.console.width - 4)
         rows: list[RenderableType] = [self._progress(record), self._figures(record)]
         curves = plot(((self._loss.points, "blue"), (self._eval.points, "bold dark_orange")), width, 8)
         if curves:
             rows += [Text.assemble(("⠤ training loss  ", "blue"), ("⠤ evaluation loss", "dark_orange")), *curves]
         rows += self._events
+        if self._doing:
+            rows.append(Text(self._doing, style="bold"))
         return Panel(Group(*rows), title=self._title, title_align="left", border_style=_BORDERS[record.health.level])
 
     def _progress(self, record: StepRecord) -> Table:

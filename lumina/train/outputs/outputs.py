@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lumina.monitor import Console, EventLog, MetricsFile, Recorder, StepRecord,
 from lumina.train.deepspeed import PHASES
 from lumina.train.health import Health, LayerFigures, LayerObservation, MachineWatch, StepObservation
 from lumina.train.liveness.stragglers import Comparison
+from lumina.train.outputs.ending import summary
 from lumina.train.outputs.profiling import Profile
 from lumina.train.outputs.throughput import Utilisation
 from lumina.train.recovery.spikes import Anomaly
@@ -81,6 +83,12 @@ class Outputs:
     def rewind(self, step: int) -> None:
         """The run goes back to `step`: later steps will be recorded again."""
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """How far something is that takes long, such as an evaluation."""
+
+    def summary(self, step: int, best: tuple[float, int] | None) -> None:
+        """What a finished run came to; `best`: evaluation loss and its step."""
+
     def end(self, state: str, step: int, reason: str) -> None:
         """How the run ends: `state` is finished, stopped or failed."""
 
@@ -120,6 +128,7 @@ class RunOutputs(Outputs):
         self._profile = Profile(folder, step) if config.profile else None
         self._recorder = Recorder(folder, config, self._metrics, fingerprint, **facts)
         self._ended = ("stopped", step, "")
+        self._folder, self._first_step, self._began, self._tokens = folder, step, time.monotonic(), 0
         events.listeners += [self._recorder.event, self._console.event]
         self._console.replay(folder / "metrics.jsonl")
 
@@ -145,6 +154,7 @@ class RunOutputs(Outputs):
     def step(self, figures: StepFigures) -> None:
         """The speed counts all of a step's time but what saving and evaluating took."""
         data, split = figures.data, figures.seconds
+        self._tokens += data.tokens
         if (machine := self._machine.latest()) is not None:
             self._health.machine(machine)
         seconds = sum(split.get(phase, 0.0) for phase in PHASES if phase not in ("saving", "evaluation"))
@@ -216,6 +226,14 @@ class RunOutputs(Outputs):
     def rewind(self, step: int) -> None:
         self._metrics.rewind(step)
         self._recorder.rewind(step)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self._console.progress(what, done, total)
+
+    def summary(self, step: int, best: tuple[float, int] | None) -> None:
+        seconds = time.monotonic() - self._began
+        for text in summary(self._folder, step, best, seconds, step - self._first_step, self._tokens):
+            self.say(text)
 
     def end(self, state: str, step: int, reason: str) -> None:
         self._ended = state, step, reason

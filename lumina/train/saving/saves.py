@@ -119,6 +119,11 @@ class Saves:
 
     # --- At a step boundary; all of these are called on every rank alike ---
 
+    @property
+    def last_begun(self) -> int:
+        """The step of the newest checkpoint that was begun, or that the run goes on from; 0 for none."""
+        return self._begun
+
     def due(self) -> bool:
         """Whether something is to be saved at this step."""
         config, step = self._config, self._state.step

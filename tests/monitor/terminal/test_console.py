@@ -43,6 +43,20 @@ def test_perplexity_overflows_to_infinity() -> None:
     assert step_record(loss=800.0).ppl == math.inf
 
 
+def test_a_long_evaluation_gives_signs_of_life(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line from three seconds on, then every ten; the next evaluation counts anew, and a short one is mute."""
+    seconds = 0.0
+    monkeypatch.setattr(room.time, "monotonic", lambda: seconds)
+    with Console(True, total_steps=6, start_step=0) as console:
+        for each in (1.0, 0.1):
+            for done in range(1, 21):
+                seconds += each
+                console.progress("Evaluating", done, 20)
+    assert capsys.readouterr().out.splitlines() == ["Evaluating 4/20", "Evaluating 14/20"]
+
+
 def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first and the last step, the unhealthy ones, and otherwise one line a second; never marked up or wrapped."""
     clock = iter([10.0, 10.2, 10.4, 10.9, 11.3, 11.4])

@@ -43,6 +43,19 @@ def test_a_curve_is_where_it_should_be() -> None:
     assert dots(lines, 2) == {(column, 7 - round(column * 7 / 19)) for column in range(20)}
 
 
+def test_what_is_done_between_two_steps_is_shown() -> None:
+    console = RichConsole(file=io.StringIO(), width=80, force_terminal=True)
+    view = LiveView(console, "run", 10, 0)
+    for record in (None, step_record(step=3)):
+        if record is not None:
+            view.step(record)
+        for doing, shown in (("Evaluating 37/193", True), ("", False)):
+            view.progress(doing)
+            with console.capture() as drawn:
+                console.print(view.render())
+            assert ("Evaluating 37/193" in drawn.get()) is shown
+
+
 def test_every_extreme_of_a_column_is_drawn() -> None:
     points = [(float(i), 9.0 if i == 501 else 0.0) for i in range(1000)]
     lines = [text.plain for text in plot([(points, "blue")], 22, 3)]

@@ -1,0 +1,133 @@
+"""Checks before torch is loaded: wrong paths and settings are refused at once, and every command says what it does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lumina.config import Config
+
+log = logging.getLogger("lumina")
+
+LARGE_FOR_A_CPU = 250_000_000  # parameters: `medium`, but not `small`
+_GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # under /dev: NVIDIA's driver, AMD's, WSL's
+
+
+def trained_model(given: str) -> Path:
+    """The model that a user names, looked for before torch is loaded, and said. Raises UserError."""
+    from lumina.checkpoint import model_choices, run_path
+
+    first, path = model_choices(given)[0], run_path(given)
+    log.info("loading %s", first)
+    stands_for_a_run = not path.exists() and path.name != "best"  # the early README's best_model.pt
+    return first.parent.parent if stands_for_a_run else path
+
+
+def first_rank() -> bool:
+    """Whether this process is the only one, or the first of several: the one that speaks."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))) == "0"
+
+
+def _alone() -> bool:
+    return not any(
+        int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    )
+
+
+def before_training(config: Config, yes: bool) -> None:
+    """Refuse what can be seen to be wrong without torch, ask about a model that is too large for this machine, and say
+    that the run starts. One rank of several checks with the others, where no rank waits for one that has ended.
+
+    Raises:
+        UserError: a file that is not there, a run that exists, an output folder that cannot be one, …
+    """
+    if _alone():
+        _refuse_wrong_paths(config)
+        _ask_about_size(config, yes)
+    if first_rank():
+        log.info("starting %s: loading PyTorch and DeepSpeed", Path(config.output_dir) / config.experiment_name)
+
+
+def _refuse_wrong_paths(config: Config) -> None:
+    from lumina import checkpoint
+    from lumina.config import UserError
+    from lumina.config import deepspeed as ds_json
+    from lumina.data import check_inputs
+
+    check_inputs([*config.train_data, *(source.path for source in config.data)])
+    if config.eval_data:
+        check_inputs(config.eval_data)
+    if config.ds_config is not None:
+        # As on a GPU, which has every precision: what is refused here is refused anywhere.
+        ds_json.resolve(config, 1, "cuda", bf16_supported=True)
+    folder = Path(config.output_dir) / config.experiment_name
+    writable_folder(folder)
+    saved = checkpoint.list_checkpoints(folder / "checkpoints")
+    if saved and config.resume is None and "LUMINA_JOB" not in os.environ:
+        raise UserError(
+            f"{folder} already holds checkpoints (newest {saved[0].name})",
+            "Add --resume auto to go on, or choose another --experiment-name.",
+        )
+    for given in (config.resume, config.init_from):
+        if given not in (None, "auto"):
+            checkpoint.candidates(given)
+    if config.tokenizer is not None and not Path(config.tokenizer).is_dir():
+        raise UserError(f"tokenizer {config.tokenizer} is no folder", "Give an imported model's tokenizer folder.")
+
+
+def writable_folder(folder: Path) -> None:
+    """UserError where `folder` is not there and could not be made, or is no folder that this user may write to."""
+    from lumina.config import UserError
+
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is a file: a run's folder cannot be {folder}", "Choose another --output-dir.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there} may not be written to by this user", "Choose another --output-dir.")
+
+
+def has_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether a driver shows a GPU here, as device files; asked before torch is loaded."""
+    return any(next(devices.glob(pattern), None) is not None for pattern in _GPU_DEVICES)
+
+
+def _ask_about_size(config: Config, yes: bool) -> None:
+    """A large model on a CPU: an estimate, and a question on a terminal. Elsewhere (a launcher, a script) nobody could
+    answer: it is said and the run goes on."""
+    from lumina.config import UserError, usable_cpus
+    from lumina.config.precision import cpu_has_bf16
+
+    parameters = config.num_parameters()
+    if parameters < LARGE_FOR_A_CPU or has_gpu():
+        return
+    cores = len(usable_cpus())
+    samples = config.global_batch_size or config.batch_size * config.gradient_accumulation_steps
+    tokens = samples * config.seq_length
+    # 6 FLOPs a parameter and token, at the rate that benchmarks/train_step.py reached with the debug shape: 721
+    # tokens/s on two cores with bf16 instructions, 170 on two without.
+    rate = 160e9 if cpu_has_bf16() else 38e9
+    seconds = 6 * parameters * tokens / (rate * cores)
+    size = (
+        f"{parameters / 1e6:.0f} M parameters on {cores} CPU core(s), and no GPU is here: about {_duration(seconds)} "
+        f"for each step of {tokens:,} tokens"
+    )
+    if yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        log.warning("%s; --config nano (29 M) is made for a CPU", size)
+        return
+    print(
+        f"{size}.\n--config nano (29 M) is made for a CPU. Train this one all the same? [y/N] ", end="", file=sys.stderr
+    )
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UserError("not started", "Take --config nano, or add --yes to train this one without the question.")
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(1, seconds):.0f} seconds"

@@ -1,0 +1,176 @@
+"""What is refused before torch is loaded, and the question about a large model on a CPU."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lumina.cli import main
+from lumina.commands import checks
+from lumina.config import Config, UserError, load
+from tests.runs import clean_environment
+
+WITHOUT_TORCH = """
+import sys
+from lumina.cli import main
+code = main(sys.argv[1:])
+assert "torch" not in sys.modules, "torch was loaded first"
+sys.exit(code)
+"""
+TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello to you"}]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with data.jsonl, a file in the way, a run with a checkpoint and bad DeepSpeed files."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "made/there/checkpoints/step-00000004").mkdir(parents=True)
+    for name, text in {
+        "stage4": '{"zero_optimization": {"stage": 4}}',
+        "torn": "{",
+        "elastic": '{"elasticity": {}}',
+        "words": '{"zero_optimization": {"stage": "two"}}',
+        "flat": '{"zero_optimization": 2}',
+        "batch": '{"train_micro_batch_size_per_gpu": "many"}',
+        "adam": '{"optimizer": []}',
+    }.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("train --config nano --train-data gone.jsonl", "data file gone.jsonl does not exist"),
+        ("train --config nano --train-data .", "is a folder, not a file"),
+        ("train --config nano --train-data data.jsonl --eval-data gone.jsonl", "gone.jsonl does not exist"),
+        (
+            "train --config nano --train-data data.jsonl --ds_config gone.json",
+            "cannot read the DeepSpeed configuration",
+        ),
+        ("train --config nano --train-data data.jsonl --ds_config stage4.json", "zero_optimization.stage is 4"),
+        ("train --config nano --train-data data.jsonl --ds_config words.json", "zero_optimization.stage is 'two'"),
+        ("train --config nano --train-data data.jsonl --ds_config flat.json", "zero_optimization"),
+        ("train --config nano --train-data data.jsonl --ds_config batch.json", "train_micro_batch_size_per_gpu"),
+        ("train --config nano --train-data data.jsonl --ds_config adam.json", "optimizer"),
+        ("train --config nano --train-data data.jsonl --ds_config torn.json", "line 1, column 2: not valid JSON"),
+        ("train --config nano --train-data data.jsonl --ds_config elastic.json", "`elasticity` is not supported"),
+        ("train --config nano --train-data data.jsonl --output-dir file", "file is a file"),
+        ("train --config nano --train-data data.jsonl --output-dir made --experiment-name there", "--resume auto"),
+        ("train --config nano --train-data data.jsonl --resume gone", "gone"),
+        ("train --config nano --train-data data.jsonl --init-from gone", "gone"),
+        ("train --config nano --train-data data.jsonl --set tokenizer=gone", "tokenizer gone is no folder"),
+        ("train --config nano --train-data data.jsonl --set learning_rat=1", "Did you mean `learning_rate`?"),
+        ("generate gone --prompt x", "gone"),
+        ("generate --prompt x", "Give one: lumina generate RUN --prompt TEXT."),
+        ("generate --resume file --prompt x", "a checkpoint is a folder of safetensors"),
+        ("chat gone", "gone"),
+        ("serve gone", "gone"),
+        ("export gone out", "gone"),
+        ("evaluate gone --data data.jsonl", "gone"),
+        ("evaluate made/there --data gone.jsonl", "data file gone.jsonl does not exist"),
+        ("report gone", "gone"),
+    ],
+)
+def test_refused_before_torch(place: Path, line: str, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", WITHOUT_TORCH, *line.split()],
+        cwd=place,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert says in done.stderr
+
+
+def test_a_folder_that_may_not_be_written_to(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="may not be written to by this user"):
+        checks.writable_folder(place / "a/b")
+
+
+# --- A large model on a CPU -----------------------------------------------------------------------
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, answer: str) -> _Terminal:
+    said = _Terminal()
+    monkeypatch.setattr(sys, "stdin", _Terminal(answer))
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(checks, "_GPU_DEVICES", ())
+    return said
+
+
+@pytest.fixture
+def medium(place: Path) -> Config:
+    return load("medium", {"train_data": [str(place / "data.jsonl")], "output_dir": str(place / "experiments")})
+
+
+@pytest.mark.parametrize("answer", ["y\n", "yes\n"])
+def test_a_large_model_is_trained_when_that_is_meant(
+    monkeypatch: pytest.MonkeyPatch, medium: Config, answer: str
+) -> None:
+    said = on_a_terminal(monkeypatch, answer)
+    checks.before_training(medium, yes=False)
+    assert "369 M parameters on" in said.getvalue()
+    assert "--config nano" in said.getvalue()
+
+
+@pytest.mark.parametrize("answer", ["\n", "n\n", ""])
+def test_and_else_is_not(monkeypatch: pytest.MonkeyPatch, medium: Config, answer: str) -> None:
+    on_a_terminal(monkeypatch, answer)
+    with pytest.raises(UserError, match=r"not started(.|\n)*--yes"):
+        checks.before_training(medium, yes=False)
+
+
+@pytest.mark.parametrize(("terminal", "yes"), [(False, False), (True, True)])
+def test_nobody_is_asked_who_cannot_answer_or_has_answered(
+    monkeypatch: pytest.MonkeyPatch, medium: Config, caplog: pytest.LogCaptureFixture, terminal: bool, yes: bool
+) -> None:
+    """A launcher, a script or a pipe would wait for ever: it is said, and the run goes on."""
+    said = on_a_terminal(monkeypatch, "")
+    if not terminal:
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with caplog.at_level(logging.INFO):
+        checks.before_training(medium, yes=yes)
+    assert "?" not in said.getvalue()
+    assert "369 M parameters on" in caplog.text
+
+
+def test_a_small_one_is_not_asked_about(monkeypatch: pytest.MonkeyPatch, medium: Config) -> None:
+    said = on_a_terminal(monkeypatch, "")
+    checks.before_training(load("small", {"train_data": medium.train_data, "output_dir": medium.output_dir}), yes=False)
+    assert said.getvalue() == ""
+
+
+def test_a_gpu_is_seen_by_its_device_file(tmp_path: Path) -> None:
+    assert not checks.has_gpu(tmp_path)
+    (tmp_path / "nvidia0").touch()
+    assert checks.has_gpu(tmp_path)
+
+
+def test_a_run_is_named_or_given_by_its_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In every command that takes a RUN: the name under experiments/ too."""
+    monkeypatch.chdir(place)
+    (place / "made").rename("experiments")
+    for given in ("there", "experiments/there", str(place / "experiments/there")):
+        assert checks.trained_model(given).samefile(place / "experiments/there")
+    for line in (["checkpoints", "list", "there"], ["report", "there"]):
+        assert "there is no run" not in caplog.text
+        main(line)

@@ -47,11 +47,12 @@ def checkpoints_options(parser: Parser) -> None:
 
 def _run_folder(given: str) -> Path:
     """The run that a user means: its folder, or its name under experiments/."""
+    from lumina.checkpoint import run_path
     from lumina.config import UserError
 
-    for folder in (Path(given), Path("experiments") / given):
-        if (folder / "checkpoints").is_dir():
-            return folder
+    folder = run_path(given)
+    if (folder / "checkpoints").is_dir():
+        return folder
     raise UserError(f"{given} is no run: it has no checkpoints folder", "Give a run's folder (experiments/NAME).")
 
 

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.commands.checks import trained_model

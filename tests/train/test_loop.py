@@ -384,8 +384,10 @@ def test_what_an_exception_leads_to(
         state=SimpleNamespace(step=4),
         recovery=SimpleNamespace(rewinding=False),
         callbacks=SimpleNamespace(at_start=fail),
+        folder=tmp_path / "run",
+        ranks=SimpleNamespace(world=1),
         saves=SimpleNamespace(
-            stop_waiting=lambda seconds: None, emergency=lambda why, **how: emergencies.append((why, how))
+            last_begun=3, stop_waiting=lambda seconds: None, emergency=lambda why, **how: emergencies.append((why, how))
         ),
     )
     with pytest.raises(type(error)) as raised:

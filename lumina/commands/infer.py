@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.commands.checks import trained_model

@@ -36,6 +36,7 @@ EXTRAS_REQUIRE = {
     "mpi": ["mpi4py>=4.0", "openmpi>=5.0"],  # start under mpirun; DeepSpeed finds its ranks through mpi4py
     "tracking": ["wandb>=0.24", "tensorboard>=2.16", "mlflow-skinny>=3"],  # experiment trackers
     "hf": ["transformers>=4.45"],  # import and export of Hugging Face checkpoints
+    "gguf": ["gguf>=0.17"],  # the names, keys and rounding of llama.cpp's files
     "serve": [
         "fastapi>=0.115",  # paths, and requests checked by pydantic
         "uvicorn>=0.30",  # the HTTP server under it
@@ -62,6 +63,7 @@ EXTRAS_REQUIRE = {
         "openai>=1.40",  # the client that the server is proven with
         "langchain-openai>=0.3",  # another, as agents use it
         "llguidance>=1.0",
+        "gguf>=0.17",
         "peft>=0.13",  # loads the adapters that export writes, and computes what they must
         "lm-eval>=0.4.9",
         "trl>=1.0",  # the preference loss is held to its trainer

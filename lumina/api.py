@@ -101,8 +101,8 @@ def evaluate(model: Run | Loaded, files: Sequence[str]) -> dict[str, Any]:
 
 
 def export(run: Run, out: Run, *, dtype: str = "float32", shard_size: str = "5GB", form: str = "hf") -> Path:
-    """Write a model as a folder that transformers and vLLM load (`hf`), as plain safetensors (`safetensors`), or its
-    adapters alone (`peft`); returns the folder."""
+    """Write a model as a folder that transformers and vLLM load (`hf`), as plain safetensors (`safetensors`), its
+    adapters alone (`peft`), or a GGUF file for llama.cpp (`gguf`); returns the folder."""
     from lumina.infer import export as export_run
 
     return export_run(Path(run), Path(out), dtype, shard_size, form).folder

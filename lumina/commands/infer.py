@@ -184,10 +184,11 @@ def _export_options(parser: Parser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write; it must not hold anything yet")
     formats = (
         "hf: for transformers and vLLM, with tokenizer and chat template, adapters merged; safetensors: weights as "
-        "Lumina has them; peft: the adapters alone"
+        "Lumina has them; peft: the adapters alone; gguf: one file for llama.cpp"
     )
-    parser.add_argument("--format", choices=["hf", "safetensors", "peft"], default="hf", help=f"{formats} (hf)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="(float32)")
+    parser.add_argument("--format", choices=["hf", "safetensors", "peft", "gguf"], default="hf", help=f"{formats} (hf)")
+    dtypes = ["float32", "bfloat16", "float16", "q8_0"]
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="q8_0: gguf alone (float32)")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)")
     json_option(parser)
 

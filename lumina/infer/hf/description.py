@@ -6,6 +6,7 @@ same outside as inside (tests/infer/hf/test_export_text.py).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,17 @@ def describe(folder: Path, config: ModelConfig, dtype: str, tokenizer: ChatToken
     config_json = family_of(config).hf_config(config, dtype, stops if len(stops) > 1 else stops[0], tokenizer.pad_id)
     write_described(folder / "config.json", config_json)
     write_described(folder / "generation_config.json", generation_config(tokenizer, config))
-    if tokenizer.folder is None:
-        own = Tokenizer.load(tokenizer.chat_template)
-        write_described(folder / "tokenizer.json", tokenizer_json(own))
-        write_described(folder / "tokenizer_config.json", tokenizer_config(own, config.seq_length))
-        return
-    files = hf_tokenizer_files(tokenizer.folder, config.seq_length, stops[0], tokenizer.pad_id)
-    for name, text in files.items():
+    for name, text in tokenizer_files(tokenizer, config).items():
         write_text(folder / name, text)
+
+
+def tokenizer_files(tokenizer: ChatTokenizer, config: ModelConfig) -> dict[str, str]:
+    """Names and contents of tokenizer.json, tokenizer_config.json and, for an imported one, chat_template.jinja."""
+    if tokenizer.folder is not None:
+        return hf_tokenizer_files(tokenizer.folder, config.seq_length, stop_ids(tokenizer)[0], tokenizer.pad_id)
+    own = Tokenizer.load(tokenizer.chat_template)
+    values = {"tokenizer.json": tokenizer_json(own), "tokenizer_config.json": tokenizer_config(own, config.seq_length)}
+    return {name: json.dumps(value, indent=2, ensure_ascii=False) for name, value in values.items()}
 
 
 def write_described(path: Path, value: Any) -> None:

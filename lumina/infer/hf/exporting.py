@@ -17,6 +17,8 @@ from lumina.chat import ChatTokenizer
 from lumina.config import ModelConfig, UserError
 from lumina.files import atomic_folder, write_text
 from lumina.infer.hf.description import describe, write_described
+from lumina.infer.hf.gguf_file import DTYPES as GGUF_DTYPES
+from lumina.infer.hf.gguf_file import write_gguf
 from lumina.infer.hf.peft import USAGE as PEFT_USAGE
 from lumina.infer.hf.peft import write_adapter
 from lumina.infer.hf.safetensors_file import write_safetensors
@@ -36,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-FORMS = ("hf", "safetensors", "peft")
+FORMS = ("hf", "safetensors", "peft", "gguf")
 
 # One of our parameters as (name, tensor) pairs of the files'.
 Rename = Callable[[str, torch.Tensor, ModelConfig], Iterable[tuple[str, torch.Tensor]]]
@@ -68,16 +70,17 @@ def export(
 
     Args:
         form: hf, as transformers and vLLM read it, with tokenizer and chat template; safetensors, the weights under
-            Lumina's own names and in its own shapes, with the model's settings in lumina.json; or peft, the adapters
-            alone, as that library loads them over an export of the run that they were trained over.
-        dtype: float32 (the stored master weights, exactly), bfloat16 or float16.
+            Lumina's own names and in its own shapes, with the model's settings in lumina.json; peft, the adapters
+            alone, as that library loads them over an export of the run that they were trained over; or gguf, one file
+            for llama.cpp and its like.
+        dtype: float32 (the stored master weights, exactly), bfloat16 or float16; for gguf float32, float16 or q8_0.
         shard_size: largest bytes of weights in a file; a single larger tensor gets a file of its own.
 
     Raises:
         UserError: no such run, `out` already holds something, a bad dtype or size, or peft without adapters.
     """
     out, limit = Path(out), parse_size(shard_size)
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and not (form == "gguf" and dtype in GGUF_DTYPES):
         raise UserError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
     if form not in FORMS:
         raise UserError(f"format {form} is not one of {', '.join(FORMS)}")
@@ -90,6 +93,9 @@ def export(
     with atomic_folder(out) as scratch:
         if form == "peft":
             shards, total = write_adapter(scratch, checkpoint, DTYPES[dtype])
+        elif form == "gguf":
+            named = checkpoint.parent.parent.name
+            shards, total = write_gguf(scratch, checkpoint, config, dtype, tokenizer, named)
         else:
             rename = family_of(config).split if form == "hf" else _own_names
             shards, total = _write_weights(scratch, checkpoint, config, DTYPES[dtype], limit, rename)
@@ -188,8 +194,8 @@ def _card(checkpoint: Path, config: ModelConfig, dtype: str, form: str, tokenize
         facts["Chat template"] = tokenizer.chat_template
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     whose = "cl100k_base vocabulary with special tokens above it" if tokenizer.folder is None else "its own vocabulary"
-    usage = {"hf": _HF_USAGE, "safetensors": _OWN_USAGE, "peft": PEFT_USAGE}[form]
-    library = {"hf": "transformers", "safetensors": "lumina", "peft": "peft"}[form]
+    usage = {"hf": _HF_USAGE, "safetensors": _OWN_USAGE, "peft": PEFT_USAGE, "gguf": _GGUF_USAGE}[form]
+    library = {"hf": "transformers", "safetensors": "lumina", "peft": "peft", "gguf": "gguf"}[form]
     return (
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n\n"
         f"# {name}\n\nA chat model trained with Lumina, {whose}.\n\n| | |\n|---|---|\n{table}\n\n{usage}"
@@ -207,6 +213,10 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 
 Lumina's own commands never read special tokens out of text that a user typed. transformers does: remove
 `<|im_start|>` and its like from untrusted messages before `apply_chat_template`.
+"""
+_GGUF_USAGE = """```bash
+llama-cli -m model-F16.gguf --jinja
+```
 """
 _OWN_USAGE = """The weights have Lumina's own names and shapes: `blocks.N.attention.qkv` is queries, keys and values one
 on top of the other, `feed_forward.gate_up` gate and up; a tied output layer is not there a second time. `lumina.json`

@@ -110,11 +110,20 @@ def load(
     if explicit.get("resume") is None and isinstance(explicit.get("init_from"), str):
         values |= inherited(explicit["init_from"], values["seq_length"])
     merged = values | explicit
+    _lower_the_floor(merged, explicit)
     try:
         config = Config.create(merged, frozenset(explicit))
     except ValidationError as error:
         raise UserError(_explain(error, origin)) from None
     return _with_room_for_the_tokenizer(config)
+
+
+def _lower_the_floor(merged: dict[str, Any], explicit: Mapping[str, Any]) -> None:
+    """A floor of the learning rate that nobody set stays below the rate: at a hundredth of it, as by default."""
+    rate = merged.get("learning_rate")
+    floor = merged.get("min_lr", Config.model_fields["min_lr"].default)
+    if "min_lr" not in explicit and isinstance(rate, int | float) and 0 < rate < floor:
+        merged["min_lr"] = rate / 100
 
 
 def _base(preset_or_yaml: str, resuming: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, int], str]:

@@ -278,3 +278,12 @@ def test_a_text_is_a_list_of_one(tmp_path: Path) -> None:
         file.write_text(f"preset: nano\n{wrong}\n")
         with pytest.raises(UserError):
             load(str(file))
+
+
+def test_the_default_floor_follows_a_small_rate() -> None:
+    """5e-7 is a usual rate of preference training, below the default floor; a floor that was set is not touched."""
+    config = load("nano", {"learning_rate": 5e-7})
+    assert config.min_lr == pytest.approx(5e-9)
+    assert load("nano", {"learning_rate": 1e-5}).min_lr == 1e-6
+    with pytest.raises(UserError, match="min_lr 1e-06 is above learning_rate 5e-07"):
+        load("nano", {"learning_rate": 5e-7, "min_lr": 1e-6})

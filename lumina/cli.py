@@ -32,6 +32,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 def parse(argv: Sequence[str]) -> Arguments:
     """Parse, or exit 2 with a did-you-mean for an unknown command or option."""
     parser, each = build_parser()
+    if not argv:
+        parser.print_help()
+        sys.exit(0)
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         parser.error(f"no such command: {argv[0]}.{_hint(argv[0], COMMANDS)}")
     arguments, unknown = parser.parse_known_args(argv)

@@ -281,3 +281,11 @@ def test_the_original_tuning_lines_use_the_usual_file(monkeypatch: pytest.Monkey
 def test_two_original_actions_at_once_are_refused() -> None:
     with pytest.raises(SystemExit, match="cannot be used together"):
         original(["--check-environment", "--estimate-time"])
+
+
+def test_lumina_alone_prints_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert [name for name in cli.COMMANDS if f"  {name}" not in said] == []

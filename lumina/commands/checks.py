@@ -45,11 +45,30 @@ def before_training(config: Config, yes: bool) -> None:
     Raises:
         UserError: a file that is not there, a run that exists, an output folder that cannot be one, …
     """
+    _refuse_idle_settings(config)
     if _alone():
         _refuse_wrong_paths(config)
         _ask_about_size(config, yes)
     if first_rank():
         log.info("starting %s: loading PyTorch and DeepSpeed", Path(config.output_dir) / config.experiment_name)
+
+
+def _refuse_idle_settings(config: Config) -> None:
+    """Warn of settings that do nothing; UserError for a name that no list of runs would show."""
+    from lumina.config import UserError
+
+    patience = config.early_stopping_patience
+    if patience is not None and not config.eval_data and not config.eval_fraction and first_rank():
+        log.warning(
+            "early_stopping_patience %d does nothing: it counts evaluations, and neither --eval-data nor "
+            "--eval-fraction is given",
+            patience,
+        )
+    if Path(config.experiment_name).name != config.experiment_name or config.experiment_name == "..":
+        raise UserError(
+            f"--experiment-name {config.experiment_name} is no name of one folder, and `lumina runs` would not list it",
+            "Give the folders above it with --output-dir.",
+        )
 
 
 def _refuse_wrong_paths(config: Config) -> None:

@@ -68,6 +68,8 @@ def place(tmp_path: Path) -> Path:
         ("train --config nano --train-data data.jsonl --init-from gone", "gone"),
         ("train --config nano --train-data data.jsonl --set tokenizer=gone", "tokenizer gone is no folder"),
         ("train --config nano --train-data data.jsonl --set learning_rat=1", "Did you mean `learning_rate`?"),
+        ("train --config nano --train-data data.jsonl --experiment-name a/b", "is no name of one folder"),
+        ("train --config nano --train-data data.jsonl --experiment-name ..", "is no name of one folder"),
         ("generate gone --prompt x", "gone"),
         ("generate --prompt x", "Give one: lumina generate RUN --prompt TEXT."),
         ("generate --resume file --prompt x", "a checkpoint is a folder of safetensors"),
@@ -155,6 +157,15 @@ def test_a_small_one_is_not_asked_about(monkeypatch: pytest.MonkeyPatch, medium:
     said = on_a_terminal(monkeypatch, "")
     checks.before_training(load("small", {"train_data": medium.train_data, "output_dir": medium.output_dir}), yes=False)
     assert said.getvalue() == ""
+
+
+def test_patience_without_evaluations_is_told(medium: Config, caplog: pytest.LogCaptureFixture) -> None:
+    small = load("nano", {"train_data": medium.train_data, "output_dir": medium.output_dir})
+    checks.before_training(small.replace(early_stopping_patience=2), yes=False)
+    assert "early_stopping_patience 2 does nothing" in caplog.text
+    caplog.clear()
+    checks.before_training(small.replace(early_stopping_patience=2, eval_fraction=0.1), yes=False)
+    assert "patience" not in caplog.text
 
 
 def test_a_gpu_is_seen_by_its_device_file(tmp_path: Path) -> None:

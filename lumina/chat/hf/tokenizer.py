@@ -316,12 +316,11 @@ class HFTokenizer:
         moved = dict(zip(places, [0, *accumulate(map(len, segments))], strict=True))
         named, starts = "".join(segments), [moved[at] for at in cuts]
         encoded = self._joined(named, starts) if self._joins else self._escaping.encode(named)
-        starts = boundaries(encoded, starts)
-        if min(starts, default=0) < 0:
+        placed = boundaries(encoded, [*starts, *(moved[edge] for edge in known)])
+        if min(placed[: len(cuts)], default=0) < 0:
             raise RefusalError("its tokens run across the beginning of an answer")
-        ends = boundaries(encoded, [moved[edge] for edge in known])
-        found = iter([at if at >= 0 else -1 - at for at in ends])
-        return _Tokens(encoded.ids, starts, [None if edge is None else next(found) for edge in edges])
+        found = iter([at if at >= 0 else -1 - at for at in placed[len(cuts) :]])
+        return _Tokens(encoded.ids, placed[: len(cuts)], [None if edge is None else next(found) for edge in edges])
 
     def _joined(self, named: str, cuts: Sequence[int]) -> Encoded:
         """Segment by segment between the cuts, with the characters of the whole."""

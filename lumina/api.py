@@ -108,8 +108,22 @@ def export(run: Run, out: Run, *, dtype: str = "float32", shard_size: str = "5GB
     return export_run(Path(run), Path(out), dtype, shard_size, form).folder
 
 
-def import_model(source: Run, out: Run) -> Path:
-    """Take a Hugging Face folder as a run, for `init_from`, `generate` and the rest; returns the run's folder."""
+def import_model(
+    source: Run,
+    out: Run,
+    *,
+    chat_template: str | None = None,
+    grow_vocabulary: bool = False,
+    context_length: int | None = None,
+) -> Path:
+    """Take a Hugging Face folder as a run, for `init_from`, `generate` and the rest; returns the run's folder. The
+    options are those of `lumina import`."""
     from lumina.infer import import_hf
 
-    return import_hf(str(source), str(out))
+    return import_hf(
+        str(source),
+        str(out),
+        chat_template=chat_template,
+        grow_vocabulary=grow_vocabulary,
+        context_length=context_length,
+    )

@@ -5,7 +5,7 @@ import { render } from "/markdown.js";
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
 const KEPT = [...NUMBERS, "system", "stop_text"]; // kept for the next visit; the key only as long as the tab
-let messages = []; // {role, content, ending}
+let messages = []; // {role, content, ending}, of the model's also reasoning and calls
 let running = null; // the AbortController of the answer that is being made
 let room = null; // the model's context length in tokens
 let perLetter = 0.3; // tokens; from the last answer's account
@@ -61,7 +61,31 @@ function article(message, index) {
 
 function fill(body, message) {
   if (message.role === "user") body.textContent = message.content;
-  else body.replaceChildren(...render(message.content));
+  else body.replaceChildren(...reasoning(message, body), ...render(message.content), ...message.calls.map(call));
+}
+
+/** Folded away, or open as the reader has left it. All of it is text, never markup. */
+function reasoning(message, body) {
+  if (!message.reasoning) return [];
+  const node = document.createElement("details");
+  node.className = "reasoning";
+  const before = body.querySelector("details.reasoning");
+  node.open = before ? before.open : false;
+  const title = document.createElement("summary");
+  title.textContent = "Reasoning";
+  const text = document.createElement("div");
+  text.textContent = message.reasoning;
+  node.append(title, text);
+  return [node];
+}
+
+function call({ name, arguments: text }) {
+  const node = document.createElement("p");
+  node.className = "call";
+  const code = document.createElement("code");
+  code.textContent = `${name}(${text})`;
+  node.append("Calls ", code);
+  return node;
 }
 
 async function copy(message) {
@@ -123,11 +147,16 @@ function turnAfter(skip) {
 }
 
 function request(skip) {
-  const body = { messages: messages.slice(skip).map(({ role, content }) => ({ role, content })), stream: true };
+  const body = { messages: messages.slice(skip).map(sent), stream: true };
   if ($("system").value.trim()) body.messages.unshift({ role: "system", content: $("system").value });
   for (const name of NUMBERS) if ($(name).value !== "") body[name] = Number($(name).value);
   if ($("stop_text").value) body.stop = [$("stop_text").value];
   return { ...body, stream_options: { include_usage: true } };
+}
+
+/** A message as the server takes it back. Calls have no result here, so that only their text could be answered. */
+function sent({ role, content, reasoning: thought }) {
+  return { role, content, ...(thought ? { reasoning_content: thought } : {}) };
 }
 
 function headers() {
@@ -138,7 +167,7 @@ function headers() {
 async function answer() {
   complain("");
   const asked = messages; // another array once a new conversation begins
-  const said = { role: "assistant", content: "", ending: "" };
+  const said = { role: "assistant", content: "", reasoning: "", calls: [], ending: "" };
   busy(new AbortController());
   show();
   const node = article(said, -1);
@@ -156,14 +185,14 @@ async function answer() {
       said.ending = "Stopped.";
       tell("Stopped.");
     } else {
-      said.ending = said.content ? "Cut off by an error." : "";
+      said.ending = said.content || said.reasoning ? "Cut off by an error." : "";
       complain(error.message);
     }
   }
   busy(null);
   if (messages !== asked) return;
   const note = document.querySelector("#log > .note");
-  if (said.content || said.ending) messages.push(said);
+  if (said.content || said.reasoning || said.calls.length || said.ending) messages.push(said);
   show();
   if (note) $("log").lastElementChild.before(note);
 }
@@ -200,6 +229,8 @@ async function listen(response, said, node, skip) {
     const choice = event.choices?.[0];
     if (!choice) continue;
     said.content += choice.delta.content ?? "";
+    said.reasoning += choice.delta.reasoning_content ?? "";
+    for (const { function: called } of choice.delta.tool_calls ?? []) said.calls.push(called);
     if (choice.finish_reason === "length") said.ending = "Cut off: the longest answer, or the model's context, is reached.";
     if (!planned) { // once a frame, however fast the words come
       planned = true;

@@ -6,6 +6,7 @@ is imported before a command runs: `lumina --help` reads the options of all of t
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from lumina.files import write_text
 if TYPE_CHECKING:
     from lumina.config import Config
     from lumina.data import PackedDataset
+
+log = logging.getLogger("lumina")
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -67,6 +70,7 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
 
 def prepare(arguments: Arguments) -> int:
     """Tokenise, mask and pack conversations into the memory-mapped files that training reads."""
+    log.info("preparing %s", ", ".join(arguments.files))
     return prepare_files(arguments.files, load_config(arguments), dry_run=arguments.dry_run, json=arguments.json)
 
 

@@ -316,9 +316,9 @@ def _evaluate_options(parser: Parser) -> None:
 
 def serve(arguments: Arguments) -> int:
     """Answer over HTTP: OpenAI's API, and a chat page for the browser."""
+    run = trained_model(arguments.run)
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         _require(module, "serving needs", "serve")
-    run = trained_model(arguments.run)
     from lumina.infer.serve import serve as run_server
 
     key = os.environ.get("LUMINA_API_KEY") if arguments.api_key is None else arguments.api_key

@@ -11,7 +11,7 @@ FIRST, EVERY = 2.0, 10.0  # seconds: to the first line, and between lines
 
 
 class LoggedProgress:
-    """An OnProgress that logs `preparing: 12 of 340 MB`, from two seconds on, every ten seconds."""
+    """An OnProgress that logs `preparing: 12.0 of 340.1 MB`, from two seconds on, every ten seconds."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + FIRST
@@ -19,6 +19,6 @@ class LoggedProgress:
     def __call__(self, done: int, total: int) -> None:
         """Bytes of input."""
         now = time.monotonic()
-        if now >= self._next:
+        if now >= self._next and done < total:
             self._next = now + EVERY
-            log.info("preparing: %.0f of %.0f MB", done / 1e6, total / 1e6)
+            log.info("preparing: %.1f of %.1f MB", done / 1e6, total / 1e6)

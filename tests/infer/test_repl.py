@@ -17,6 +17,7 @@ from lumina.infer import Sampling
 from lumina.infer.generation.generate import Answer, printable
 from lumina.infer.repl import Chat, converse
 from tests.infer.small_models import make_model, write_run
+from tests.infer.taught_models import ANSWER, ASKED, CONVERSATIONS, REASONING, WEATHER, taught_model
 
 TOKENIZER = Tokenizer.load()
 USER, BOT = "user", "assistant"
@@ -166,3 +167,23 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "step 5" in shown
     assert "top_k=7 top_p=0.9 max_length=4 seed=5" in shown
     assert main(["chat", str(tmp_path / "none")]) == 2
+
+
+def test_tools_reasoning_and_results(tmp_path: Path) -> None:
+    """Shown, answered one by one, saved and read again as they were."""
+    model, tokenizer = taught_model()
+    chat = Chat(model, tokenizer, Sampling(0.0, max_length=100))
+    (tmp_path / "tools.json").write_text(f"[{WEATHER}]")
+    file = tmp_path / "talk.jsonl"
+    lines = [f"/tools {tmp_path / 'tools.json'}", ASKED.content, "/tool rain", "/tool sun", f"/save {file}", "/tool x"]
+    shown = spoken(chat, lines)
+    assert "1 tools." in shown
+    assert REASONING in shown
+    assert 'calls get_weather({"city": "Bergen"})' in shown
+    assert "1 more: get_weather is next." in shown
+    assert ANSWER in shown
+    assert "no tool call waits for a result" in shown
+    assert chat.messages == list(CONVERSATIONS[0].messages)
+    other = Chat(model, tokenizer, chat.sampling)
+    other.load(file)
+    assert (other.messages, other.tools) == (chat.messages, (WEATHER,))

@@ -15,27 +15,16 @@ import os
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from lumina.chat import Tokenizer
+from lumina.config import load
 from lumina.data import GlobalOrder, Loader, PackedDataset, prepare, validate
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The data settings measured."""
-
-    cache_dir: str
-    seq_length: int = 1024
-    packing: bool = True
-    overlong: str = "split"
-    overlong_context: float = 0.25
-    num_workers: int | None = None
+SETTINGS = {"seq_length": 1024, "packing": True, "overlong": "split"}
 
 
 class Watch:
@@ -95,10 +84,10 @@ def load_epoch(dataset: PackedDataset) -> tuple[float, float]:
 
 def measure(path: Path, workers: int, folder: str) -> tuple[float, float, float, float]:
     """Prints a size's figures. Returns (tokens/s, worker MiB, validation over preparing, loader tokens/s)."""
-    cache = str(Path(folder) / f"cache-{path.stat().st_size}")
+    settings = load("nano", {**SETTINGS, "cache_dir": str(Path(folder) / f"cache-{path.stat().st_size}")})
     with Watch() as watch:
         start = time.perf_counter()
-        dataset = prepare([path], Settings(cache), Tokenizer.load(), workers=workers)
+        dataset = prepare([path], settings, Tokenizer.load(), workers=workers)
         seconds = time.perf_counter() - start
     rate = dataset.account["tokens"] / seconds
     start = time.perf_counter()

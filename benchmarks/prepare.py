@@ -18,30 +18,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from lumina.chat import Tokenizer
+from lumina.config import load
 from lumina.data import prepare
 
-
-@dataclass(frozen=True)
-class Settings:
-    """The data settings measured."""
-
-    cache_dir: str
-    seq_length: int = 1024
-    packing: bool = True
-    overlong: str = "split"
-    overlong_context: float = 0.25
-    num_workers: int | None = None
+SETTINGS = {"seq_length": 1024, "packing": True, "overlong": "split"}
 
 
 def ours(path: Path, workers: int) -> float:
     """Prepares once into an empty cache; prints the account's figures; returns tokens/s."""
     with tempfile.TemporaryDirectory() as cache:
+        settings = load("nano", {**SETTINGS, "cache_dir": cache})
         start = time.perf_counter()
-        dataset = prepare([path], Settings(cache), Tokenizer.load(), workers=workers)
+        dataset = prepare([path], settings, Tokenizer.load(), workers=workers)
         seconds = time.perf_counter() - start
         account = dataset.account
         lost = sum(account["tokens_dropped"].values())
@@ -52,7 +43,7 @@ def ours(path: Path, workers: int) -> float:
             flush=True,
         )
         start = time.perf_counter()
-        prepare([path], Settings(cache), Tokenizer.load(), workers=workers)
+        prepare([path], settings, Tokenizer.load(), workers=workers)
         print(f"lumina reuse_seconds={time.perf_counter() - start:.3f}", flush=True)
         return float(account["tokens"]) / seconds
 

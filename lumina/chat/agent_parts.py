@@ -6,8 +6,9 @@
     <|im_start|><|tool|>NAME<|tool_result|>RESULT<|im_end|>                                 a tool's result
 
 Tools stand at the end of the system message that opens the conversation, or in a system block of their own before the
-first message, whose head they then belong to. A result bears the name of its tool: its own, or that of the call whose
-id it has. What is not there is left out, so that a message with nothing but a content has the form that it always had.
+first message, whose head they then belong to. A result bears the name of its tool: its own, else that of the call whose
+id it has, else, the results of one message's calls being in their order, that of the call whose turn it is. What is not
+there is left out, so that a message with nothing but a content has the form that it always had.
 
 Shapes: T tokens, M messages, I items (a special token, or a text), N conversations.
 """
@@ -80,6 +81,25 @@ def render_parts(encoder: Cl100kEncoder, conversations: Sequence[Conversation]) 
     )
 
 
+class _Called:
+    """Which tools were called so far: what a result is the result of."""
+
+    def __init__(self) -> None:
+        self._by_id = dict[str, str]()
+        self._in_order = list[str]()  # of the last message with calls, those that have no result yet
+
+    def add(self, message: Message) -> None:
+        if message.tool_calls:
+            self._by_id |= {call.id: call.name for call in message.tool_calls if call.id}
+            self._in_order = [call.name for call in message.tool_calls]
+        elif message.role == TOOL_ROLE:
+            del self._in_order[:1]
+
+    def name_of(self, result: Message) -> str:
+        """The name of the tool; empty where nothing tells."""
+        return result.name or self._by_id.get(result.call_id) or next(iter(self._in_order), "")
+
+
 class _Layout:
     """What conversations come to before their texts are tokenized: items, and where messages are among them.
 
@@ -107,7 +127,7 @@ class _Layout:
         return np.array(self._contents, dtype=np.int64)
 
     def add(self, conversation: Conversation) -> None:
-        tools, called = conversation.tools, dict[str, str]()
+        tools, called = conversation.tools, _Called()
         if tools and conversation.messages and conversation.messages[0].role != "system":
             self._token("<|im_start|>", "<|system|>")
             self._tools(tools)
@@ -115,15 +135,15 @@ class _Layout:
             tools = ()
         for number, message in enumerate(conversation.messages):
             self._message(message, () if number else tools, called)
-            called |= {call.id: call.name for call in message.tool_calls if call.id}
+            called.add(message)
 
-    def _message(self, message: Message, tools: Sequence[str], called: dict[str, str]) -> None:
+    def _message(self, message: Message, tools: Sequence[str], called: _Called) -> None:
         if message.role == TEXT_ROLE:
             self._token("<|endoftext|>")
         else:
             self._token("<|im_start|>", f"<|{message.role}|>")
         if message.role == TOOL_ROLE:
-            self._text(message.name or called.get(message.call_id, ""))
+            self._text(called.name_of(message))
             self._token("<|tool_result|>")
         self._bodies.append(len(self.items))
         if message.reasoning:

@@ -39,18 +39,25 @@ _WITHOUT_PARTS = """
 {%- if add_generation_prompt -%}{{- '<|im_start|><|assistant|>' -}}{%- endif -%}
 """
 # That of im-roles-2 (agent_parts.py). Arguments and tools are JSON texts, or objects that are written as json_text
-# does; a content may be null, or a list of parts of text.
+# does; arguments may be missing, a content may be null, or a list of parts of text. What training has no form for is
+# refused here too, as far as Jinja can see it.
 _WITH_PARTS = """
 {%- macro said(content) -%}
 {%- if content is string -%}{{- content -}}
-{%- elif content -%}{%- for part in content -%}{{- part['text'] -}}{%- endfor -%}
+{%- elif content -%}
+{%- for part in content -%}
+{%- if part is string -%}{{- part -}}
+{%- elif part['text'] is string -%}{{- part['text'] -}}
+{%- else -%}{{- raise_exception('only parts of text have a form') -}}
+{%- endif -%}
+{%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
 {%- macro json(value) -%}{{- value if value is string else value | tojson -}}{%- endmacro -%}
 {%- macro definitions(tools) -%}
 {%- for tool in tools or [] -%}{{- '<|tool_def|>' + json(tool) -}}{%- endfor -%}
 {%- endmacro -%}
-{%- set seen = namespace(names={}) -%}
+{%- set seen = namespace(by_id={}, in_order=[]) -%}
 {%- if tools and not (messages and roles.get(messages[0]['role']) == 'system') -%}
 {{- '<|im_start|><|system|>' + definitions(tools) + '<|im_end|>' -}}
 {%- endif -%}
@@ -63,22 +70,27 @@ _WITH_PARTS = """
 {%- set role = roles[message['role']] -%}
 {{- '<|im_start|><|' + role + '|>' -}}
 {%- if role == 'tool' -%}
-{{- (message['name'] or seen.names.get(message['tool_call_id']) or '') + '<|tool_result|>' -}}
+{{- (message['name'] or seen.by_id.get(message['tool_call_id']) or seen.in_order[0] or '') + '<|tool_result|>' -}}
+{%- set seen.in_order = seen.in_order[1:] -%}
 {%- endif -%}
 {%- set reasoning = message['reasoning_content'] or message['reasoning'] -%}
-{%- if role == 'assistant' and reasoning -%}
+{%- if role != 'assistant' and (reasoning or message['tool_calls']) -%}
+{{- raise_exception('reasoning or tool calls in a message that is not the assistant\\'s') -}}
+{%- endif -%}
+{%- if reasoning -%}
 {{- '<|reasoning|>' + reasoning + '<|reasoning_end|>' -}}
 {%- endif -%}
 {{- said(message['content']) -}}
 {%- if loop.first and role == 'system' -%}{{- definitions(tools) -}}{%- endif -%}
-{%- if role == 'assistant' -%}
+{%- if message['tool_calls'] -%}{%- set seen.in_order = [] -%}{%- endif -%}
 {%- for call in message['tool_calls'] or [] -%}
 {%- set function = call['function'] or call -%}
-{{- '<|tool_call|>{"name": ' + function['name'] | tojson + ', "arguments": ' + json(function['arguments']) -}}
+{%- set arguments = function['arguments'] or {} -%}
+{{- '<|tool_call|>{"name": ' + function['name'] | tojson + ', "arguments": ' + json(arguments) -}}
 {{- '}<|tool_call_end|>' -}}
-{%- if call['id'] -%}{%- set seen.names = dict(seen.names, **{call['id']: function['name']}) -%}{%- endif -%}
+{%- set seen.in_order = seen.in_order + [function['name']] -%}
+{%- if call['id'] -%}{%- set seen.by_id = dict(seen.by_id, **{call['id']: function['name']}) -%}{%- endif -%}
 {%- endfor -%}
-{%- endif -%}
 {{- '<|im_end|>' -}}
 {%- endif -%}
 {%- endfor -%}

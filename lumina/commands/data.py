@@ -251,7 +251,7 @@ def _inspect_record(files: Sequence[str], config: Config, line: int, *, table: b
     (path, *others) = expand(files)
     if others:
         raise UserError(f"--line {line} of which file? There are {len(others) + 1}", "Name one file.")
-    tokenizer = open_tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer, config.chat_template)
     description = describe_record(path, line, config, tokenizer)
     if json:
         _print_json(description)

@@ -83,7 +83,7 @@ def find_start(config: Config, folder: Path, ranks: Ranks) -> Start:
         given, tokenizer = config.init_from, config.tokenizer
         weights = decided_by_rank_0(ranks, lambda: weights_of(given, tokenizer))
     config = with_template(config, source, weights)
-    if weights is not None and ranks.main:
+    if weights is not None and ranks.main and not config.lora_rank:  # of adapters' base it is said when it is chosen
         say_taught(weights, config)
     return Start(config, source, trainer_state, trainer, record, weights, before)
 

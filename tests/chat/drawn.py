@@ -1,13 +1,14 @@
-"""Drawn conversations with tools, tool calls, their results and reasoning, for hypothesis."""
+"""Drawn conversations with tools, tool calls, their results and reasoning, for hypothesis, and their other forms."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
 
-from lumina.chat import SPECIAL_TOKENS, Conversation, Message, ToolCall
+from lumina.chat import SPECIAL_TOKENS, Conversation, Message, ToolCall, json_text
 
 # Texts that people type, special tokens by name among them; no lone surrogates, which no UTF-8 text holds.
 characters = st.characters(exclude_categories=["Cs"])
@@ -82,3 +83,72 @@ conversations = st.builds(
     st.lists(st.one_of(contexts, answers()), min_size=1, max_size=6),
     st.lists(tools, max_size=3),
 )
+
+_ADD, _MUL, _DIV = (ToolCall(name, "{}", id) for name, id in (("add", "1"), ("mul", "2"), ("div", "")))
+RESULTS: dict[str, tuple[list[Message], list[str]]] = {
+    "by name": ([Message("tool", "", name="own", call_id="1"), Message("tool", "", name="x")], ["own", "x"]),
+    "by id": ([Message("tool", "", call_id="2"), Message("tool", "", call_id="1")], ["mul", "add"]),
+    "in order": ([Message("tool", "")] * 4, ["add", "mul", "div", ""]),
+    "an unknown id": ([Message("tool", "", call_id="1"), Message("tool", "", call_id="?")], ["add", "mul"]),
+    "an id again": (
+        [Message("assistant", "", tool_calls=(_DIV._replace(id="1"),)), Message("tool", "", call_id="1")],
+        ["div"],
+    ),
+    "an earlier call": (
+        [Message("assistant", "", tool_calls=(_DIV,)), Message("tool", "", call_id="2"), Message("tool", "")],
+        ["mul", ""],
+    ),
+    "after another question": ([Message("tool", ""), Message("user", "q"), Message("tool", "")], ["add", "mul"]),
+}
+"""Messages that follow calls of add (id 1), mul (2) and div (no id), and the names that the results among them bear."""
+
+
+def with_calls(messages: list[Message]) -> Conversation:
+    """A conversation of RESULTS."""
+    return Conversation([Message("assistant", "", tool_calls=(_ADD, _MUL, _DIV)), *messages])
+
+
+def as_openai(message: Message, parsed: bool, thinks: str) -> dict[str, Any]:
+    """A message as OpenAI's API has it; `parsed`: arguments as objects; `thinks`: the name of the reasoning's field."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        found[thinks] = message.reasoning
+    if message.tool_calls:
+        found["content"] = message.content or None
+        found["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments) if parsed else call.arguments},
+            }
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        found |= {"tool_call_id": message.call_id, **({"name": message.name} if message.name else {})}
+    return found
+
+
+def with_arguments_written_anew(conversation: Conversation) -> Conversation:
+    """The conversation with its calls' arguments as Lumina writes them, as if they had come as objects."""
+    written = lambda call: call._replace(arguments=json_text(json.loads(call.arguments)))
+    messages = [
+        message._replace(tool_calls=tuple(map(written, message.tool_calls))) for message in conversation.messages
+    ]
+    return Conversation(messages, tools=conversation.tools)
+
+
+def every_text(conversation: Conversation, change: Callable[[str], str]) -> Conversation:
+    """The conversation with each of its texts changed: contents, reasoning, names, arguments, results and tools."""
+    messages = [
+        message._replace(
+            content=change(message.content),
+            masked=(),
+            reasoning=message.reasoning and change(message.reasoning),
+            tool_calls=tuple(
+                call._replace(name=change(call.name), arguments=change(call.arguments)) for call in message.tool_calls
+            ),
+            name=message.name and change(message.name),
+        )
+        for message in conversation.messages
+    ]
+    return Conversation(messages, tools=tuple(map(change, conversation.tools)))

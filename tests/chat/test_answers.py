@@ -70,6 +70,29 @@ def test_calls_in_other_spellings_are_read_and_broken_ones_are_content(text: str
     assert read(ids)[0] == Message("assistant", content, tool_calls=(expected,) if expected else ())
 
 
+_CALL = '{"name": "f", "arguments": {}}'
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (["<|tool_call|>", _CALL], Message("assistant", _CALL)),
+        (["<|tool_call|>", _CALL, "<|reasoning_end|>", "x"], Message("assistant", _CALL + "x")),
+        (["<|tool_call|>", _CALL, "<|reasoning|>", "x"], Message("assistant", _CALL, reasoning="x")),
+        (
+            ["<|tool_call|>", _CALL, "<|tool_call|>", _CALL, "<|tool_call_end|>"],
+            Message("assistant", _CALL, tool_calls=(ToolCall("f", "{}"),)),
+        ),
+        (["<|reasoning|>", "a", "<|tool_call_end|>", "b"], Message("assistant", "", reasoning="ab")),
+        (["<|reasoning|>", "a", "<|tool_call|>", "b"], Message("assistant", "b", reasoning="a")),
+        (["a", "<|reasoning_end|>", "b", "<|tool_call_end|>", "c"], Message("assistant", "abc")),
+    ],
+)
+def test_what_breaks_the_form(said: list[str], expected: Message) -> None:
+    """A call without an end is content though it parses, and an end of another part ends nothing."""
+    assert read([token for one in said for token in ([ID[one]] if one in ID else TOKENIZER.encode(one))])[0] == expected
+
+
 _PARTS = [ID[name] for name in ("<|reasoning|>", "<|reasoning_end|>", "<|tool_call|>", "<|tool_call_end|>")]
 
 

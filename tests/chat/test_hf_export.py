@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lumina.chat import Conversation, Message, Tokenizer, ToolCall, json_text, render
 from lumina.chat.hf_export import chat_template, tokenizer_config
-from tests.chat.drawn import conversations
+from tests.chat.drawn import RESULTS, as_openai, conversations, with_arguments_written_anew, with_calls
 
 TOKENIZERS = {name: Tokenizer.load(name) for name in ("im-roles-1", "im-roles-2")}
 
@@ -29,38 +29,10 @@ def rendered(name: str, messages: list[dict[str, Any]], **variables: Any) -> str
     return environment.from_string(chat_template(name)).render(messages=messages, **variables)
 
 
-def as_openai(message: Message, parsed: bool, thinks: str) -> dict[str, Any]:
-    """A message as OpenAI's API has it; `parsed`: arguments as objects."""
-    found: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning:
-        found[thinks] = message.reasoning
-    if message.tool_calls:
-        found["content"] = message.content or None
-        found["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": json.loads(call.arguments) if parsed else call.arguments},
-            }
-            for call in message.tool_calls
-        ]
-    if message.role == "tool":
-        found |= {"tool_call_id": message.call_id, **({"name": message.name} if message.name else {})}
-    return found
-
-
 @given(conversations, st.booleans(), st.sampled_from(["reasoning", "reasoning_content"]), st.booleans())
 def test_it_is_what_is_rendered(conversation: Conversation, parsed: bool, thinks: str, thinking: bool) -> None:
     """Arguments and tools as JSON texts or as objects, which `json_text` writes."""
-    if parsed:
-        conversation.messages = [
-            message._replace(
-                tool_calls=tuple(
-                    call._replace(arguments=json_text(json.loads(call.arguments))) for call in message.tool_calls
-                )
-            )
-            for message in conversation.messages
-        ]
+    conversation = with_arguments_written_anew(conversation) if parsed else conversation
     tokenizer = TOKENIZERS["im-roles-2"]
     messages = [as_openai(message, parsed, thinks) for message in conversation.messages]
     tools = [json.loads(tool) if parsed else tool for tool in conversation.tools] or None
@@ -88,6 +60,35 @@ def test_parts_of_text_and_flat_calls() -> None:
     expected = Conversation([Message("assistant", "ab", tool_calls=(ToolCall("f", '{"x": "é"}'),))])
     tokenizer = TOKENIZERS["im-roles-2"]
     assert rendered("im-roles-2", [message]) == tokenizer.decode(render(tokenizer, expected).ids)
+
+
+@pytest.mark.parametrize("which", RESULTS)
+def test_results_bear_the_names_of_their_tools(which: str) -> None:
+    conversation, tokenizer = with_calls(RESULTS[which][0]), TOKENIZERS["im-roles-2"]
+    messages = [as_openai(message, False, "reasoning") for message in conversation.messages]
+    assert rendered("im-roles-2", messages) == tokenizer.decode(render(tokenizer, conversation).ids)
+
+
+@pytest.mark.parametrize("given", [{}, {"arguments": ""}, {"arguments": None}, {"arguments": "{}"}, {"arguments": {}}])
+def test_a_call_without_arguments(given: dict[str, Any]) -> None:
+    """As training and serving read it."""
+    message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", **given}}]}
+    tokenizer = TOKENIZERS["im-roles-2"]
+    expected = Conversation([Message("assistant", "", tool_calls=(ToolCall("f", "{}"),))])
+    assert rendered("im-roles-2", [message]) == tokenizer.decode(render(tokenizer, expected).ids)
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"role": "user", "content": "q", "tool_calls": [{"name": "f", "arguments": {}}]}, "not the assistant's"),
+        ({"role": "tool", "content": "r", "reasoning_content": "why"}, "not the assistant's"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "only parts of text"),
+    ],
+)
+def test_what_has_no_form_is_refused(message: dict[str, Any], why: str) -> None:
+    with pytest.raises(TemplateError, match=why):
+        rendered("im-roles-2", [message])
 
 
 def test_tools_before_any_message() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lumina.config import ModelConfig, UserError
 from lumina.config import load as load_config
 from lumina.infer import Sampling, export, generate
 from lumina.infer.hf.exporting import parse_size
+from tests.chat.drawn import as_openai, conversations, every_text, with_arguments_written_anew
 from tests.infer.small_models import make_model, write_run
 from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
@@ -130,6 +132,26 @@ def test_the_jinja_template_gives_the_very_ids(theirs: Any, chat: list[tuple[str
     assert whole == render(TOKENIZER, conversation).ids.tolist()
     opened = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert opened == TOKENIZER.prompt_ids(conversation)
+
+
+@settings(deadline=None)
+@given(conversations, st.booleans(), st.sampled_from(["reasoning", "reasoning_content"]), st.booleans())
+def test_tools_calls_and_reasoning_give_the_very_ids(
+    theirs: Any, drawn: Conversation, parsed: bool, thinks: str, thinking: bool
+) -> None:
+    """The prompt's too. Without special tokens' names, which transformers reads as the tokens, and without characters
+    that are not assigned: which of them are letters, the libraries' versions of Unicode differ about."""
+    assigned = lambda text: "".join(c for c in text if unicodedata.category(c) != "Cn")
+    conversation = every_text(drawn, lambda text: assigned(text).replace("<|", "< |") or "x")
+    conversation = with_arguments_written_anew(conversation) if parsed else conversation
+    messages = [as_openai(message, parsed, thinks) for message in conversation.messages]
+    tools = [json.loads(tool) for tool in conversation.tools] or None
+    whole = theirs.apply_chat_template(messages, tools=tools, return_dict=True)["input_ids"]
+    assert whole == render(TOKENIZER, conversation).ids.tolist()
+    opened = theirs.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking, return_dict=True
+    )
+    assert opened["input_ids"] == TOKENIZER.prompt_ids(conversation, thinking=thinking)
 
 
 def test_the_template_knows_the_aliases_and_no_other_role(theirs: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from lumina.chat import Conversation, Message
 from lumina.data.formats.sharegpt import KEYS
-from lumina.data.records.calls import TOOLS
-from lumina.data.records.fault import TWICE, WRONG_TYPE, Fault, kind
+from lumina.data.records.calls import TOOLS, same_calls
+from lumina.data.records.fault import EMPTY, TWICE, WRONG_TYPE, Fault, kind
 from lumina.data.records.fields import FieldTally, Vocabulary, one_of
 from lumina.data.records.questions import ABOUT, QUESTIONS, answer_messages, prompt_messages
 from lumina.data.records.turns import ROLES, declared_tools, decoded, group_id, system_message, to_messages
@@ -55,6 +55,8 @@ def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
         side = answer_messages(record[key], tally)
         if isinstance(side, Fault):
             return Fault(side.reason, f"{key}: {side.detail}")
+        if not side:
+            return Fault(EMPTY, f"{key}: no answer")
         sides.append(side)
         declared.append(list(tally.tools))
     if declared[0] != declared[1]:
@@ -64,21 +66,23 @@ def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
         return prompt
     answers = _without(prompt, sides) if prompt is not None else None
     if prompt is None:  # implicit: what both sides begin with, but for the answers
-        prompt = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))]
-        while prompt and any(len(side) == len(prompt) for side in sides):
-            prompt.pop()
-        answers = [side[len(prompt) :] for side in sides]
+        alike = sum(1 for _ in takewhile(lambda pair: _alike(*pair), zip(*sides, strict=False)))
+        count = min(alike, *(len(side) - 1 for side in sides))
+        prompt, answers = sides[0][:count], [side[count:] for side in sides]
+        other = sides[1][:count]  # whose calls may have other ids
         opening = system_message(record, prompt, tally)
         if isinstance(opening, Fault):
             return opening
-        prompt = [*opening, *prompt]
+        prompt, other = [*opening, *prompt], [*opening, *other]
+    else:
+        other = prompt
     if answers is None or any(answer[0].role != "assistant" for answer in answers if answer):
         return Fault(OTHER_PROMPT, "the sides are whole chats that do not begin alike")
     if not prompt:
         return Fault(NO_PAIR, "no prompt, and the sides do not begin with one")
     if any(not answer or answer[-1].role != "assistant" for answer in answers):
         return Fault(WRONG_TYPE, "chosen and rejected must end with the assistant's answer")
-    if answers[0] == answers[1]:
+    if len(answers[0]) == len(answers[1]) and all(map(_alike, *answers)):
         return Fault(SAME, "the two answers are the same")
     vocabulary = _RECORDS.get(_source(record) or "", _ASKED)
     fault = tally.count(vocabulary, record, [*prompt, *answers[0], *answers[1]])
@@ -87,9 +91,21 @@ def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
     tools = declared_tools(record, tally)
     if isinstance(tools, Fault):
         return tools
-    masked = [message._replace(supervise=False) for message in prompt]
-    chosen, rejected = (Conversation([*masked, *answer], group_id(record), tools=tools) for answer in answers)
+    chosen, rejected = (
+        Conversation(
+            [*(message._replace(supervise=False) for message in asked), *answer], group_id(record), tools=tools
+        )
+        for asked, answer in zip((prompt, other), answers, strict=True)
+    )
     return Pair(chosen, rejected)
+
+
+def _alike(one: Message, other: Message) -> bool:
+    """Whether two messages say the same, whatever the ids of their calls are and how arguments are written."""
+    if one == other:
+        return True
+    bare = [message._replace(tool_calls=(), call_id="") for message in (one, other)]
+    return bare[0] == bare[1] and same_calls(one.tool_calls, other.tool_calls)
 
 
 def _source(record: dict[str, Any]) -> str | None:

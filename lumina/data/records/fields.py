@@ -17,7 +17,10 @@ from lumina.chat import Message
 from lumina.data.records.fault import NOT_TO_BE_TAUGHT, Fault
 
 NOT_USED = "field not used"
-FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "learn", "supervised")
+FLAGS = (
+    *("weight", "train", "training", "trainable", "loss", "loss_mask", "learn", "supervised"),
+    *("is_trainable", "do_train", "compute_loss", "calculate_loss", "train_on_output"),
+)
 
 CONTENT = frozenset(
     {
@@ -29,7 +32,10 @@ CONTENT = frozenset(
         *("choices", "options", "document", "passage", "article", "persona", "system_message", "instructions"),
         *("chat_history", "available_tools", "thought", "think", "cot", "chain_of_thought", "reasoning_details"),
         *("tool_call", "masked", "loss_weight", "train_on_turn", "chat_template_kwargs", "rationale"),
-        *("thinking_blocks", *FLAGS),
+        *("thinking_blocks", "parts", "contents", "system_instruction", "additional_kwargs", "invalid_tool_calls"),
+        *("tool_use", "tool_uses", "tool_result", "tool_results", "function_response", "observation", "observations"),
+        *("preferred_output", "non_preferred_output", "no_train", "train_on_input", "train_on_inputs", "ignore_loss"),
+        *("no_loss", "is_masked", *FLAGS),
     }
 )
 # What tells formats apart: where a source's format is given, those of the others are set aside on purpose.
@@ -50,6 +56,8 @@ HARMLESS = frozenset(
         *("usage", "finish_reason", "stop_reason", "logprobs", "token_count", "num_tokens", "num_turns", "turn"),
         *("length", "n_tokens", "status", "version", "user_id", "annotator", "worker_id", "session_id", "thread_id"),
         *("conversation_id", "conv_id", "dialog_id", "dialogue_id", "prompt_id", "message_id", "message_ids"),
+        *("score_chosen", "score_rejected", "chosen_score", "rejected_score", "margin", "chosen_rating"),
+        *("rejected_rating", "chosen_model", "rejected_model"),
         *("parent_id", "tree_id", "message_tree_id", "tool_call_id", "label", "redacted", "moderation"),
         *("openai_moderation", "detoxify", "country", "state", "hashed_ip", "header", "sender", "type",
         "__index_level_0__", "call_id", "tool_use_id", "tool_name", "tool_choice", "parallel_tool_calls", "signature",
@@ -66,6 +74,11 @@ MOST_NAMES = 200  # unknown names counted by themselves
 OTHERS = "(others)"
 
 
+def plain_name(key: str) -> str:
+    """A key as the vocabulary spells it: toolCalls, System."""
+    return _PLAIN.get(key.lower().replace("_", ""), key)
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The keys that one format's records, or messages, use."""
@@ -77,7 +90,7 @@ class Vocabulary:
         """used, harmless, content or unknown."""
         if key in self.used:
             return "used"
-        plain = _PLAIN.get(key.lower().replace("_", ""), key)  # toolCalls, System
+        plain = plain_name(key)
         return "content" if plain in CONTENT else "harmless" if plain in HARMLESS else "unknown"
 
 
@@ -123,7 +136,7 @@ class FieldTally:
             return None
         for name in keys.content:
             value = held[name]
-            if is_empty(value) if name not in FLAGS or value is None else value in (1, True):
+            if _says_nothing(name, value):
                 continue
             if type(value) is str and value.strip() in _EMPTY_JSON:
                 continue
@@ -189,6 +202,13 @@ class FieldTally:
         self.plain_messages = self.plain_turns = 0
         counted = {sort: {name: n for name, n in names.items() if n} for sort, names in self._counts.items()}
         return {sort: names for sort, names in counted.items() if names}
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether a field that has no place is empty, or is a flag that changes nothing."""
+    if value is not None and plain_name(name) in FLAGS:
+        return value in (1, True)
+    return is_empty(value)
 
 
 def is_empty(value: Any) -> bool:

@@ -77,7 +77,12 @@ def _part(part: dict[str, Any], sort: str, tally: FieldTally) -> list[Part] | Fa
         text = part.get(where)
         if text is not None and type(text) is not str:
             return None
-        return tally.count(_TEXT_FIELDS[where], part) or [(TEXT, text or "")]
+        fields = _TEXT_FIELDS[where]
+        if not text:  # {"toolUse": …}: what it says stands under a key of its own
+            other = [name for name, held in part.items() if fields.sort(name) == "unknown" and not is_empty(held)]
+            if other:
+                return Fault(f"{NOT_USED}: {other[0][:30]}", f"a part has no `{where}`, but `{other[0][:30]}`")
+        return tally.count(fields, part) or [(TEXT, text or "")]
     if sort in _REASONING_PARTS:
         text = reasoning_text(part, f"content of type {sort}", tally)
         return text if isinstance(text, Fault) else [(THOUGHT, text)]

@@ -171,3 +171,33 @@ def test_prompts_that_differ_in_calls_results_or_tools_are_refused() -> None:
     same = from_pair({"prompt": [system, *EGG], "chosen": GOOD, "rejected": BAD, "tools": TOOLS})
     assert isinstance(same, Pair)
     assert [json.loads(tool) for tool in same.rejected.tools] == TOOLS
+
+
+def called(number: str, arguments: Any = '{"a": 1}') -> dict[str, Any]:
+    return turn("assistant", None, tool_calls=[{"id": number, "name": "f", "arguments": arguments}])
+
+
+def test_ids_of_calls_make_no_other_answer_and_no_other_prompt() -> None:
+    same = from_pair({"prompt": "q", "chosen": called("1"), "rejected": called("2", {"a": 1})})
+    assert isinstance(same, Fault)
+    assert same.reason == "chosen and rejected are the same"
+    sides = [[*EGG, called(n), turn("tool", "r", tool_call_id=n), turn("assistant", n)] for n in ("c1", "z9")]
+    found = from_pair({"chosen": sides[0], "rejected": sides[1]})
+    assert isinstance(found, Pair)
+    for side, number in zip(found, ("c1", "z9"), strict=True):
+        assert [message.supervise for message in side.messages] == [False, False, False, True]
+        assert side.messages[1].tool_calls[0].id == side.messages[2].call_id == number
+
+
+@pytest.mark.parametrize("nothing", ["", turn("assistant", ""), []])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_side_without_an_answer_is_named(side: str, nothing: Any) -> None:
+    found = from_pair({"prompt": "q", "chosen": GOOD, "rejected": BAD, side: nothing})
+    assert isinstance(found, Fault)
+    assert (found.reason, found.detail) == ("empty", f"{side}: no answer")
+
+
+def test_scores_of_the_sides_are_harmless() -> None:
+    tally = FieldTally()
+    assert isinstance(from_pair({"prompt": "q", "chosen": GOOD, "rejected": BAD, "score_chosen": 8.0}, tally), Pair)
+    assert tally.totals()["harmless"] == {"score_chosen": 1}

@@ -95,7 +95,10 @@ def test_a_developer_is_the_system_and_a_tool_has_a_role_of_its_own() -> None:
     assert found == [Message("system", "s"), U, Message("tool", "t"), A]
 
 
-@pytest.mark.parametrize("flag", ["weight", "train", "training", "trainable", "loss", "loss_mask"])
+@pytest.mark.parametrize(
+    "flag",
+    ["weight", "train", "training", "trainable", "loss", "loss_mask", "is_trainable", "do_train", "compute_loss"],
+)
 @pytest.mark.parametrize("value", [False, 0, 0.0])
 def test_any_flag_masks_its_message(flag: str, value: Any) -> None:
     answers = [turn("assistant", "wrong", **{flag: value}), turn("user", "?"), turn("assistant", "a", **{flag: True})]
@@ -160,6 +163,16 @@ def test_an_answer_masked_whole_teaches_nothing() -> None:
         ({"text": "t", "completion": "c"}, "field not used: completion"),
         ({"text": "a", "answer": "cat"}, "field not used: answer"),
         ({**chat("q", "a"), "train": False}, "field not used: train"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", Train=False)]}, "field not used: Train"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", lossMask=0)]}, "field not used: lossMask"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", no_train=True)]}, "field not used: no_train"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", ignore_loss=1)]}, "field not used: ignore_loss"),
+        ({"messages": [turn("user", "q", train_on_input=True), turn("assistant", "a")]},
+         "field not used: train_on_input"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", additional_kwargs={"tool_calls": [{"name": "f"}]})]},
+         "field not used: additional_kwargs"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", parts=[{"text": "b"}])]}, "field not used: parts"),
+        ({**chat("q", "a"), "systemInstruction": {"parts": [{"text": "s"}]}}, "field not used: systemInstruction"),
         ({**chat("q", "a"), "Persona": "a pirate"}, "field not used: Persona"),
         ({**chat("q", "a"), "toolCalls": [{"id": "c"}]}, "field not used: toolCalls"),
         ({"text": "t", "tools": [{"name": "f"}]}, "field not used: tools"),
@@ -195,7 +208,8 @@ def test_content_without_a_place_is_refused_by_name(record: Any, reason: str) ->
         {"response": "a", "source": "here", "score": 0.5},
         {"system": "  ", "reasoning": ""},
         {"something_new": {"deep": ["value"]}},
-        {"weight": 1, "train": True},
+        {"weight": 1, "train": True, "Trainable": True},
+        {"no_train": False, "train_on_inputs": False, "additional_kwargs": {}},
     ],
 )
 def test_what_is_empty_repeated_harmless_or_unknown_costs_nothing(more: dict[str, Any]) -> None:

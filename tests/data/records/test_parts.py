@@ -162,6 +162,8 @@ def test_an_order_that_no_template_has_is_refused(parts: list[Any]) -> None:
         ("user", {"type": "text", "text": "t", "thinking": "h"}, "field not used: thinking"),
         ("user", {"type": "text", "text": 7}, "wrong type"),
         ("user", {"type": "text", "value": "u"}, "field not used: value"),
+        ("assistant", {"toolUse": {"name": "f", "input": {}}}, "field not used: toolUse"),
+        ("assistant", {"functionCall": {"name": "f", "args": {}}}, "field not used: functionCall"),
     ],
 )
 def test_parts_without_a_place_are_refused_by_name(role: str, part: dict[str, Any], reason: str) -> None:

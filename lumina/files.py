@@ -45,6 +45,21 @@ def _beside(path: Path, *tokens: str) -> Path:
     return path.parent / ".".join(("", path.name, *tokens, "partial"))
 
 
+def _open_to_all(path: Path) -> None:
+    """Give a new file the mode that the umask leaves: libraries that write through a temporary file of their own make
+    it readable by its owner alone (0600), and another account's server or colleague then cannot read it."""
+    own = stat.S_IMODE(path.stat().st_mode)
+    if own & 0o077:
+        return
+    probe = _beside(path, secrets.token_hex(4))
+    probe.touch()  # os.umask would change the umask of the other threads for a moment
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    if own | usual != own:
+        with suppress(PermissionError):  # a file system without modes
+            path.chmod(own | usual)
+
+
 def _copy_mode(source: Path, target: Path) -> None:
     """The mode of `source`, but that its owner may write."""
     mode = stat.S_IMODE(source.stat().st_mode) | stat.S_IWUSR
@@ -71,6 +86,8 @@ def atomic_file(path: Path, durable: bool = True, follow: bool = False) -> Itera
             fsync(scratch)
         if path.is_file():
             _copy_mode(path, scratch)
+        else:
+            _open_to_all(scratch)
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -89,6 +106,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         yield scratch
         for folder, _, names in os.walk(scratch):
             for name in names:
+                _open_to_all(Path(folder, name))
                 fsync(Path(folder, name))
             fsync(Path(folder))
         if replace:

@@ -173,3 +173,34 @@ def test_hash(tmp_path: Path, size: int) -> None:
     data = bytes(number % 251 for number in range(1000)) * (size // 1000 + 1)
     (tmp_path / "file").write_bytes(data[:size])
     assert file_sha256(tmp_path / "file") == hashlib.sha256(data[:size]).hexdigest()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
+    """Also where a library wrote them through a temporary file that its owner alone may read; a file that was there
+    keeps the mode that somebody gave it."""
+    kept = tmp_path / "kept"
+    kept.touch(0o600)
+    kept.chmod(0o600)
+    program = f"""
+import os, sys, tempfile
+from pathlib import Path
+from lumina.files import atomic_file, atomic_folder
+def private(path):
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    os.close(handle)
+    os.replace(name, path)
+os.umask({umask})
+here = Path(sys.argv[1])
+for name in ("file", "kept"):
+    with atomic_file(here / name) as scratch:
+        private(scratch)
+with atomic_folder(here / "folder") as scratch:
+    (scratch / "inner").mkdir()
+    private(scratch / "one")
+    private(scratch / "inner" / "two")
+"""
+    subprocess.run([sys.executable, "-P", "-c", program, str(tmp_path)], check=True)
+    modes = {str(p.relative_to(tmp_path)): p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_file()}
+    usual = 0o666 & ~umask
+    assert modes == {"file": usual, "kept": 0o600, "folder/one": usual, "folder/inner/two": usual}

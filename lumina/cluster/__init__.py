@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
-    from lumina.cluster.launcher_detection import detect_launcher, free_port, parent_signal
+    from lumina.cluster.launcher_detection import detect_launcher, free_port, parent_signal, refuse_taken_port
     from lumina.cluster.launching import LaunchOptions, launch
     from lumina.cluster.preflight.run import preflight_command
     from lumina.cluster.signals import EXIT_HUNG, EXIT_RESIZE, EXIT_STOPPED, StopRequest, end_with_parent, handlers_kept
@@ -25,6 +25,7 @@ _HOMES = {
     "launch": "launching",
     "parent_signal": "launcher_detection",
     "preflight_command": "preflight.run",
+    "refuse_taken_port": "launcher_detection",
 }
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "launch",
     "parent_signal",
     "preflight_command",
+    "refuse_taken_port",
 ]
 
 __getattr__ = names_of(__name__, _HOMES)

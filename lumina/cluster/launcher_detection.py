@@ -65,6 +65,17 @@ def parent_signal() -> signal.Signals:
     return signal.SIGKILL if "LUMINA_AGENT" in os.environ else signal.SIGTERM
 
 
+def refuse_taken_port(port: int, flag: str) -> None:
+    """UserError where this machine cannot listen at `port` (0: any free one). `flag`: what chooses another."""
+    try:
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:
+        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "ports are 0 to 65535"
+        raise UserError(
+            f"cannot listen at port {port}: {why}", f"See who holds it (ss -ltnp), or choose another {flag}."
+        ) from None
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

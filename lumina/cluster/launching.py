@@ -14,6 +14,7 @@ from typing import Any
 from lumina.cluster import slurm
 from lumina.cluster.environment import forwarded
 from lumina.cluster.hostfile import Host, read_hostfile
+from lumina.cluster.launcher_detection import refuse_taken_port
 from lumina.cluster.topology import choose_interface, rank_map
 from lumina.cluster.transport import RemoteModule, Spec, choose, is_here, remote_command, resolved
 from lumina.config import UserError
@@ -54,6 +55,7 @@ def launch(asked: LaunchOptions) -> int:
     if asked.dry_run:
         _show(hosts, commands, ranks, environment, folder)
         return 0
+    refuse_taken_port(asked.port, "--port")  # before torch is loaded
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as in the agents (lumina.cluster.transport)
     from lumina.cluster.elastic.control import LauncherControl
     from lumina.cluster.elastic.supervisor import Limits, Supervisor

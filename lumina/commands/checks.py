@@ -76,6 +76,7 @@ def _refuse_wrong_paths(config: Config) -> None:
     from lumina.config import UserError
     from lumina.config import deepspeed as ds_json
     from lumina.data import check_inputs
+    from lumina.plan import refuse_missing_compiler
 
     check_inputs([*config.train_data, *(source.path for source in config.data)])
     if config.eval_data:
@@ -83,6 +84,7 @@ def _refuse_wrong_paths(config: Config) -> None:
     if config.ds_config is not None:
         # As on a GPU, which has every precision: what is refused here is refused anywhere.
         ds_json.resolve(config, 1, "cuda", bf16_supported=True)
+    refuse_missing_compiler(config.compile, ds_json.read_json(config.ds_config) if config.ds_config else {}, has_gpu())
     folder = Path(config.output_dir) / config.experiment_name
     writable_folder(folder)
     saved = checkpoint.list_checkpoints(folder / "checkpoints")

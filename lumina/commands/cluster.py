@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lumina.commands.common import Arguments, Command, Parser
+from lumina.commands.common import Arguments, Command, Parser, between
 from lumina.config import TRANSPORTS
 
 
@@ -28,7 +28,9 @@ def launch_options(parser: Parser) -> None:
         default="auto",
         help="how nodes are reached (auto)",
     )
-    where.add_argument("--port", type=int, default=0, metavar="N", help="of the launcher's store (a free one)")
+    where.add_argument(
+        "--port", type=between(int, 0, 65535), default=0, metavar="N", help="of the launcher's store (a free one)"
+    )
     where.add_argument("--no-bind", dest="bind", action="store_false", help="do not bind ranks to cores")
     losses = parser.add_argument_group("losses")
     losses.add_argument("--min-nodes", type=int, metavar="M", help="go on with as few nodes as this (all)")

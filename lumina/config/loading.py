@@ -44,6 +44,9 @@ SYNONYMS = {
     "target_modules": "lora_targets",
 }
 
+# What a preset's name stands for: a model of other sizes does not go by it.
+_SIZES = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+
 log = logging.getLogger("lumina.config")
 
 
@@ -97,7 +100,7 @@ def load(
     resuming = (flags or {}).get("resume") is not None or any(pair.startswith("resume=") for pair in sets)
     values, file_values, lines, where = _base(preset_or_yaml, resuming)
     origin = {name: f"{where}, line {lines[name]}" if name in lines else where for name in file_values}
-    explicit = dict(file_values)
+    explicit, preset = dict(file_values), dict(values)
     for name, value in (flags or {}).items():
         if value is not None:
             _check_key(name, "the command line")
@@ -111,6 +114,8 @@ def load(
         values |= inherited(explicit["init_from"], values["seq_length"])
     merged = values | explicit
     _lower_the_floor(merged, explicit)
+    if "model_name" not in explicit and any(merged.get(name) != preset.get(name) for name in _SIZES):
+        merged.pop("model_name", None)  # another size than the preset's: not the model that goes by its name
     try:
         config = Config.create(merged, frozenset(explicit))
     except ValidationError as error:

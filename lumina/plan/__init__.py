@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
+    from lumina.plan.compilers import refuse_missing_compiler as refuse_missing_compiler
     from lumina.plan.costs.devices import Device as Device
     from lumina.plan.costs.devices import local_device as local_device
     from lumina.plan.costs.workload import layer_matrix_parameters as layer_matrix_parameters
@@ -30,6 +31,7 @@ _HOMES = {
     "local_device": "costs.devices",
     "print_estimate": "estimate_report",
     "print_plan": "plan_report",
+    "refuse_missing_compiler": "compilers",
     "smallest_memory": "stage",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "local_device",
     "print_estimate",
     "print_plan",
+    "refuse_missing_compiler",
     "smallest_memory",
 ]
 

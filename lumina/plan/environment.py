@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 from lumina.config import DISTRIBUTION, FORMER_DISTRIBUTION, install_command, usable_cpus
 from lumina.config.precision import cpu_has_bf16
 from lumina.config.versions import is_former, untried
+from lumina.plan.compilers import cxx_compiler
 
 Status = Literal["OK", "WARN", "FAIL"]
 
@@ -160,14 +161,14 @@ def check_kernels() -> Iterator[CheckResult]:
 
 def check_compilers() -> Iterator[CheckResult]:
     """DeepSpeed compiles its CPU ops (CPUAdam, for offload) when they are first used; Lumina its fused CPU loops."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    compiler = cxx_compiler()
     if compiler:
         yield CheckResult("OK", "compiler", compiler)
     else:
         yield CheckResult(
             "FAIL",
             "compiler",
-            "no C++ compiler",
+            f"CXX is {os.environ['CXX']}, which is not here" if os.environ.get("CXX") else "no C++ compiler",
             "DeepSpeed compiles its ops: apt-get install g++ (or build-essential).",
         )
     ninja = shutil.which("ninja") or _version("ninja")
@@ -188,7 +189,11 @@ def check_deepspeed_ops() -> Iterator[CheckResult]:
 
     name = get_accelerator()._name
     yield CheckResult("OK", "deepspeed accelerator", name)
-    if CPUAdamBuilder().is_compatible(verbose=False):
+    if cxx_compiler() is None:
+        yield CheckResult(
+            "WARN", "deepspeed cpu_adam", "cannot be built: no C++ compiler", "offload_optimizer will not work."
+        )
+    elif CPUAdamBuilder().is_compatible(verbose=False):
         yield CheckResult("OK", "deepspeed cpu_adam", "can be built")
     else:
         yield CheckResult(

@@ -15,6 +15,7 @@ from lumina.cluster.hostfile import Host
 from lumina.cluster.launching import rank_command
 from lumina.cluster.transport import RemoteModule, choose, launcher_environment, remote_command
 from lumina.config import UserError
+from tests.runs import clean_environment
 
 FOLDER = "/home/ann o'hara/50% done"  # a blank, a quote, and what pdsh would replace
 PYTHON = "/opt/my env/bin/python"
@@ -114,3 +115,38 @@ def test_without_nodes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert main(["launch", "--dry-run", "--", "train"]) == 2
     assert "--hostfile" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text("localhost slots=1\n")
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(f"launch --hostfile hosts --port {port} -- train --config nano --train-data f".split()) == 2
+    assert f"cannot listen at port {port}: Address already in use" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["launch", "--hostfile", "hosts", "--port", "99999", "--", "train"])
+    assert stop.value.code == 2
+
+
+def test_the_port_of_rank_0_in_use_is_refused() -> None:
+    """Under a plain launcher, which names it (torchrun holds the store itself)."""
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        program = "from lumina.train.deepspeed import init_process_group; init_process_group()"
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", program],
+            env=clean_environment() | ranks | place,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (
+        done.stderr.strip()
+        .splitlines()[-2]
+        .endswith(f"UserError: cannot listen at port {port}: Address already in use")
+    )

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lumina.chat import Conversation, Message, render
+from lumina.cli import main
 from lumina.commands.data import inspect_sample, prepare_files
 from lumina.config import UserError
 from lumina.data.preparing.preparation import prepare
@@ -104,3 +105,14 @@ def test_prepare_with_an_eval_fraction_prints_both_sets(tmp_path: Path, capsys: 
     assert figures["supervised_tokens"] + figures["held_out"]["supervised_tokens"] == 80
     assert prepare_files([str(path)], config_of(eval_fraction=0.5)) == 0
     assert "dropped conversations: left for training" in capsys.readouterr().out
+
+
+def test_a_table_with_columns_of_no_meaning_is_told_what_to_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("A,B,C\nhow are you,very well,x\n")
+    assert main(["validate-data", str(path)]) == 1
+    assert "(A, B, C); say what stands where: --columns prompt=ITS_NAME,response=ITS_NAME" in capsys.readouterr().out
+    assert main(["validate-data", str(path), "--columns", "prompt=A,response=B"]) == 0
+    assert "1 conversations" in capsys.readouterr().out

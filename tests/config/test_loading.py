@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -287,3 +288,18 @@ def test_the_default_floor_follows_a_small_rate() -> None:
     assert load("nano", {"learning_rate": 1e-5}).min_lr == 1e-6
     with pytest.raises(UserError, match="min_lr 1e-06 is above learning_rate 5e-07"):
         load("nano", {"learning_rate": 5e-7, "min_lr": 1e-6})
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({}, "medium"),
+        ({"seq_length": 64, "vocab_size": 100_480}, "medium"),
+        ({"hidden_size": 1024}, "medium"),
+        ({"hidden_size": 64, "num_layers": 2}, "lumina"),
+        ({"intermediate_size": 128}, "lumina"),
+        ({"hidden_size": 64, "model_name": "mine"}, "mine"),
+    ],
+)
+def test_a_preset_s_name_is_that_of_its_sizes(flags: dict[str, Any], name: str) -> None:
+    assert load("medium", flags).model_name == name

@@ -51,7 +51,7 @@ def test_what_is_missing_is_found(
 
 def test_no_compiler_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", "/nowhere")
     assert next(environment.check_compilers()).level == "FAIL"
 
 

@@ -138,3 +138,9 @@ def test_the_exit_code_of_an_exception_outlives_teardown(runs: Runs, conversatio
     job = runs.start(arguments(tmp_path / "run", conversations, **QUICK), 2, _fail)
     assert job.wait() == [1, 1], job.stderr()
     assert job.stderr().count("RuntimeError: a planted exception") == 2
+
+
+def test_a_global_batch_beyond_the_data_is_told(runs: Runs, conversations: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    runs.train(arguments(run, conversations, **QUICK | {"max_steps": 1, "batch_size": 8, "global_batch_size": 5000}), 1)
+    assert "the global batch of 5000 samples is larger than the data, which has" in (run / "train.log").read_text()

@@ -36,6 +36,9 @@ __all__ = [
     "to_messages",
 ]
 
+# A table's columns are often called A, B, C, or in another language.
+NAME_COLUMNS = "say what stands where: --columns prompt=ITS_NAME,response=ITS_NAME"
+
 
 @cache
 def tests_by_precedence() -> tuple[tuple[Test, DataFormat], ...]:
@@ -116,7 +119,7 @@ def _convert(record: Any, given: str, tally: FieldTally) -> Conversation | Fault
         if record.get("chosen") is not None and record.get("rejected") is not None:
             return Fault(UNKNOWN_FORMAT, "a preference pair: --objective dpo trains on those", 2)
         keys = ", ".join(sorted(map(str, record))[:6])
-        return Fault(UNKNOWN_FORMAT, f"none of our formats has the keys it has ({keys[:120]})")
+        return Fault(UNKNOWN_FORMAT, f"none of our formats has the keys it has ({keys[:120]}); {NAME_COLUMNS}")
     if type(record) is Fault:
         return record
     return Fault(WRONG_TYPE, f"the record is {kind(record)}, not an object")

@@ -10,9 +10,6 @@ from safetensors.torch import save_file
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write `tensors` as transformers and peft read them, for all whom the umask lets read: the library by itself
-    makes a file that its owner alone may read (0600), and a server under another account then finds no weights."""
-    path.touch()
-    mode = path.stat().st_mode
+    """Write `tensors` as transformers and peft read them. The library makes a file that its owner alone may read
+    (0600); `atomic_folder`, in which exports are made, gives it the umask's mode."""
     save_file(dict(tensors), path, metadata={"format": "pt"})
-    path.chmod(mode & 0o777)

@@ -19,6 +19,7 @@ from lumina.infer.serve.errors import ApiError
 from lumina.infer.serve.metrics import Metrics
 
 LOOPBACK = frozenset(["localhost", "127.0.0.1", "[::1]"])
+_TELLING = frozenset([b"content-type", b"origin", b"sec-fetch-site"])  # of the body, and that a browser sent it
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -66,6 +67,7 @@ class RequestChecks:
         try:
             self._check(scope)
             body = await self._body(scope, receive)
+            scope = scope if scope["method"] != "POST" else _as_json(scope)
         except ApiError as error:
             await error.response()(scope, receive, answer)
             return
@@ -118,6 +120,20 @@ class RequestChecks:
         if size > limit:
             raise ApiError(413, f"The request's body is larger than {limit} bytes.", "body_too_large")
         return b"".join(chunks)
+
+
+def _as_json(scope: Scope) -> Scope:
+    """The scope of a POST, whose body is said to be JSON where the client did not say what it is (`curl -d` says it is
+    a form). Raises ApiError for other types, and for a browser that does not say: a page of another site can make it
+    send such bodies without asking this server first, as it must for JSON."""
+    given = {name: value for name, value in scope["headers"] if name in _TELLING}
+    kind = given.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind == b"application/json" or (kind.startswith(b"application/") and kind.endswith(b"+json")):
+        return scope
+    if kind not in (b"", b"application/x-www-form-urlencoded") or given.keys() - {b"content-type"}:
+        raise ApiError(400, "The body must be JSON, and said to be: Content-Type: application/json.")
+    others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
 
 
 def _digest(key: bytes) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lumina.cluster import bind, detect_launcher, end_with_parent, parent_signal
+from lumina.cluster import bind, detect_launcher, end_with_parent, parent_signal, refuse_taken_port
 from lumina.config import explain_duplicate, take_device, usable_cpus
 from lumina.train.deepspeed import surface
 
@@ -45,7 +45,8 @@ def init_process_group() -> Ranks:
     """Join the process group that the launcher described, or be a world of one. Sets the threads of this rank.
 
     Raises:
-        UserError: this DeepSpeed is not one that Lumina knows (surface.py), or two ranks were given one GPU.
+        UserError: this DeepSpeed is not one that Lumina knows (surface.py), two ranks were given one GPU, or
+            another process listens at rank 0's MASTER_PORT.
     """
     launcher = detect_launcher()
     rank, world, local, local_world = (int(os.environ[name]) for name in _NAMES)
@@ -75,6 +76,8 @@ def init_process_group() -> Ranks:
         try:
             deepspeed.init_distributed(verbose=False)
         except RuntimeError as error:
+            if rank == 0 and isinstance(error, torch.distributed.DistError) and "MASTER_PORT" in os.environ:
+                refuse_taken_port(int(os.environ["MASTER_PORT"]), "MASTER_PORT")
             raise explain_duplicate(error, devices, local_world) or error from None
     start = [secrets.token_hex(4)]
     torch.distributed.broadcast_object_list(start)

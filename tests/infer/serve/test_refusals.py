@@ -323,3 +323,22 @@ def test_open_to_others_without_a_key_is_warned_of(
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
             signal.signal(number, handler)
+
+
+SHORT = json.dumps({"messages": HELLO, "max_tokens": 2})
+
+
+@pytest.mark.parametrize("kind", ["", "application/x-www-form-urlencoded", "application/json; charset=utf-8"])
+def test_json_whose_kind_is_not_said(server: Running, kind: str) -> None:
+    """As `curl -d` sends it."""
+    headers = auth() | ({"Content-Type": kind} if kind else {})
+    assert server.post(content=SHORT, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["", "application/x-www-form-urlencoded", "text/plain"])
+@pytest.mark.parametrize("browser", [{"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}])
+def test_a_page_of_another_site_must_ask_first(server: Running, kind: str, browser: dict[str, str]) -> None:
+    headers = auth() | browser | ({"Content-Type": kind} if kind else {})
+    answer = server.post(content=SHORT, headers=headers)
+    assert answer.status_code == 400
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -17,25 +16,10 @@ from lumina.data import prepare
 from lumina.infer import export, import_hf
 from lumina.infer import load as load_model
 from lumina.train.chat_template import say_taught, with_template
+from tests.earlier_versions import as_of_0_2
 from tests.infer.small_models import make_model, write_run
 
 SMALL = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
-
-
-def as_of_0_2(run: Path) -> Path:
-    """The run as version 0.2.0 left it: no template in config.yaml or trainer.json."""
-    settings = run / "config.yaml"
-    settings.write_text("".join(s for s in settings.read_text().splitlines(True) if not s.startswith("chat_template")))
-    for checkpoint in (run / "checkpoints").glob("step-*"):
-        state = json.loads((checkpoint / "trainer.json").read_text())
-        del state["chat_template"]
-        (checkpoint / "trainer.json").write_text(json.dumps(state))
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        for file in manifest["files"]:
-            content = (checkpoint / file["name"]).read_bytes()
-            file |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,7 @@ setup(
             "infer/hf/templates/*.jinja",
             "model/*.c",
             "config/presets/*.yaml",
+            "config/reference/*.yaml",
             "plan/costs/*.yaml",
         ]
     },

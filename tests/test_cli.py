@@ -93,6 +93,7 @@ def test_every_train_flag_reaches_its_setting(trained: list[Config]) -> None:
         "train --config nano --train-data a b --eval-data c --eval-data d --epochs 3 --lr 2e-4 --lr-scheduler linear "
         "--batch-size 4 --grad-accum 5 --global-batch-size 40 --precision fp32 --experiment-name e --output-dir o "
         "--resume auto --init-from i --ds_config z.json --compile --max-steps 7 --seed 8 --keep-last 9 --no-packing "
+        "--eval-every 11 --save-every 12 "
         "--overlong drop --cache-dir k --num-workers 2 --gradient-checkpointing 2 --local_rank 0 --set rope_theta=5e5"
     )
     assert cli.main(line.split()) == 0
@@ -113,6 +114,8 @@ def test_every_train_flag_reaches_its_setting(trained: list[Config]) -> None:
         "resume": "auto",
         "init_from": "i",
         "ds_config": "z.json",
+        "eval_every_n_batches": 11,
+        "save_every_n_batches": 12,
         "compile": True,
         "max_steps": 7,
         "seed": 8,

@@ -14,9 +14,14 @@ log = logging.getLogger("lumina")
 
 
 def config(arguments: Arguments) -> int:
-    """Show a preset or YAML file with every value filled in, and its true parameter counts."""
-    from lumina.config import load
+    """Show a preset or YAML file with every value filled in and explained; or the reference of all settings."""
+    from lumina.config import UserError, commented_yaml, load, settings_reference
 
+    if arguments.action == "reference":
+        print(settings_reference(_flags()), end="")
+        return 0
+    if arguments.preset is None:
+        raise UserError("no configuration", "Give one: lumina config show PRESET, or a YAML file.")
     shown = load(arguments.preset, {}, arguments.sets)
     counts = {
         "without_embeddings": shown.num_parameters(with_embeddings=False),
@@ -25,15 +30,23 @@ def config(arguments: Arguments) -> int:
     if arguments.json:
         print_json({"config": shown.values(), "ffn_size": shown.ffn_size, "parameters": counts})
         return 0
-    print(shown.to_yaml(), end="")
+    print(commented_yaml(shown), end="")
     print(f"# feed-forward width: {shown.ffn_size}")
     print(f"# parameters: {counts['without_embeddings']:,} without embeddings, {counts['with_embeddings']:,} with")
     return 0
 
 
+def _flags() -> dict[str, str]:
+    """The flag of `lumina train` for each setting that has one."""
+    parser = Parser()
+    train_options(parser)
+    found = {action.dest: action.option_strings[-1 if action.dest == "ds_config" else 0] for action in parser._actions}
+    return {name: flag for name, flag in found.items() if flag.startswith("--")}
+
+
 def _config_show_options(parser: Parser) -> None:
-    parser.add_argument("action", choices=["show"], help="show")
-    parser.add_argument("preset", metavar="PRESET|YAML")
+    parser.add_argument("action", choices=["show", "reference"], help="show, or reference: every setting in Markdown")
+    parser.add_argument("preset", nargs="?", metavar="PRESET|YAML")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="any setting")
     json_option(parser)
 

@@ -52,6 +52,12 @@ def train_options(parser: Parser) -> None:
     run.add_argument("--lora-dropout", type=float, metavar="P", help="of the adapters' inputs (0)")
     run.add_argument("--lora-targets", nargs="+", metavar="NAME", help="q_proj, up_proj, … (all seven projections)")
     run.add_argument("--ds_config", "--ds-config", dest="ds_config", metavar="JSON", help="DeepSpeed configuration")
+    run.add_argument(
+        "--eval-every", dest="eval_every_n_batches", type=int, metavar="N", help="steps between evaluations (500)"
+    )
+    run.add_argument(
+        "--save-every", dest="save_every_n_batches", type=int, metavar="N", help="steps between checkpoints (1000)"
+    )
     run.add_argument("--keep-last", type=int, metavar="N", help="checkpoints kept beside the best one (3)")
     run.add_argument(
         "--tracker",

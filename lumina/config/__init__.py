@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lumina.config.errors import UserError, did_you_mean
     from lumina.config.installing import DISTRIBUTION, FORMER_DISTRIBUTION, install_command
     from lumina.config.loading import DEFAULT_PRESET, PRESETS, load, parse_settings, preset_names, run_config
+    from lumina.config.reference import commented_yaml, settings_reference
     from lumina.config.registry import (
         FAMILIES,
         FORMATS,
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "commented_yaml": "reference",
+    "settings_reference": "reference",
     "CHUNK_BYTES": "rows",
     "DEFAULT_PRESET": "loading",
     "DISTRIBUTION": "installing",
@@ -141,6 +144,7 @@ __all__ = [
     "SavingConfig",
     "UserError",
     "VisibleGpu",
+    "commented_yaml",
     "deepspeed",
     "did_you_mean",
     "differences",
@@ -157,6 +161,7 @@ __all__ = [
     "round_up",
     "run_config",
     "schema",
+    "settings_reference",
     "take_device",
     "upgrade",
     "usable_cpus",

@@ -36,7 +36,7 @@ class LaunchOptions:
     job: str | None = None
     port: int = 0
     bind: bool = True
-    python: str = sys.executable
+    python: str = field(default_factory=lambda: os.environ.get("LUMINA_PYTHON", sys.executable))
     stop_timeout: float = 60.0
     node_timeout: float = 12.0
     dry_run: bool = False
@@ -94,7 +94,18 @@ def _hosts(asked: LaunchOptions) -> list[Host]:
     if asked.hostfile is not None:
         return read_hostfile(asked.hostfile)
     if asked.slurm or slurm.in_allocation():
-        return slurm.hosts()
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            raise UserError(
+                "lumina launch was started several times, by srun",
+                "Start it once, without srun (it starts a step on every node), or: srun … lumina train …",
+            )
+        hosts = slurm.hosts()
+        if (idle := slurm.gpus() - hosts[0].slots) > 0:
+            _say(
+                f"WARNING: {idle} of {slurm.gpus()} GPUs on each node will be idle: leave --ntasks-per-node out for a "
+                "rank on each GPU"
+            )
+        return hosts
     raise UserError("no nodes", "Give --hostfile FILE, or start inside a Slurm allocation (launchers/train.sbatch).")
 
 

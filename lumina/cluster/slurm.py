@@ -20,13 +20,32 @@ def in_allocation(environment: Mapping[str, str] = os.environ) -> bool:
 def hosts(environment: Mapping[str, str] = os.environ) -> list[Host]:
     """The allocation's nodes with the ranks each gets: --ntasks-per-node, else one for each GPU, else one.
 
-    Raises UserError outside an allocation.
+    Raises UserError outside an allocation, and in a heterogeneous job, of which these variables tell the first part.
     """
     if not in_allocation(environment):
         raise UserError("not inside a Slurm allocation", "Start with: sbatch launchers/train.sbatch …, or salloc.")
+    if int(environment.get("SLURM_HET_SIZE", "1")) > 1:
+        raise UserError(
+            f"a heterogeneous job of {environment['SLURM_HET_SIZE']} components",
+            "Ask for all nodes in one component, or name them with --hostfile, over ssh (docs/slurm.md).",
+        )
     names = expand(environment["SLURM_JOB_NODELIST"])
-    tasks = environment.get("SLURM_NTASKS_PER_NODE") or environment.get("SLURM_GPUS_ON_NODE") or "1"
-    return [Host(name, max(1, int(_COUNT.match(tasks)[1]))) for name in names]  # type: ignore[index]
+    tasks = _first(environment.get("SLURM_NTASKS_PER_NODE", "")) or gpus(environment) or 1
+    return [Host(name, tasks) for name in names]
+
+
+def gpus(environment: Mapping[str, str] = os.environ) -> int:
+    """GPUs of the allocation on a node; 0 where Slurm does not say. A batch job is told what its node has, a shell of
+    salloc only what --gpus-per-node asked for (8, or h100:8)."""
+    return _first(environment.get("SLURM_GPUS_ON_NODE", "")) or sum(
+        _first(kind.rpartition(":")[2]) for kind in environment.get("SLURM_GPUS_PER_NODE", "").split(",")
+    )
+
+
+def _first(text: str) -> int:
+    """The first of the numbers that Slurm gives for each node; 0 where there is none."""
+    found = _COUNT.match(text)
+    return int(found[1]) if found else 0
 
 
 def cpus(environment: Mapping[str, str] = os.environ) -> list[int]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from lumina.cli import main
 from lumina.cluster import slurm
 from lumina.cluster.hostfile import Host
 from lumina.config import UserError
 
 needs_scontrol = pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs Slurm's scontrol")
+SCRIPT = Path(__file__).parents[2] / "launchers/train.sbatch"
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b"}
 
 
@@ -35,10 +39,56 @@ def test_no_cpus_outside_an_allocation() -> None:
         ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "8"}, 4),
         ({"SLURM_NTASKS_PER_NODE": "4(x2)"}, 4),
         ({"SLURM_GPUS_ON_NODE": "0"}, 1),
+        ({"SLURM_GPUS_PER_NODE": "h100:4"}, 4),
+        ({"SLURM_GPUS_PER_NODE": "a100:2,h100:4"}, 6),
+        ({"SLURM_HET_SIZE": "1", "SLURM_GPUS_ON_NODE": "2"}, 2),
     ],
 )
 def test_ranks_of_a_node(more: dict[str, str], slots: int) -> None:
     assert slurm.hosts({**ALLOCATION, **more}) == [Host("a", slots), Host("b", slots)]
+
+
+def test_a_heterogeneous_job_is_refused() -> None:
+    with pytest.raises(UserError, match="heterogeneous job of 2 components"):
+        slurm.hosts({**ALLOCATION, "SLURM_HET_SIZE": "2"})
+
+
+def launch_in(monkeypatch: pytest.MonkeyPatch, **variables: str) -> int:
+    for name, value in (ALLOCATION | variables).items():
+        monkeypatch.setenv(name, value)
+    return main(["launch", "--slurm", "--dry-run", "--", "train", "--config", "nano"])
+
+
+def test_idle_gpus_are_warned_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch_in(monkeypatch, SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="1") == 0
+    assert "WARNING: 7 of 8 GPUs on each node will be idle" in capsys.readouterr().out
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    assert launch_in(monkeypatch, SLURM_GPUS_ON_NODE="8") == 0
+    assert "idle" not in capsys.readouterr().out
+
+
+def test_a_launch_in_every_task_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch_in(monkeypatch, SLURM_STEP_NUM_TASKS="8") == 2
+    assert "Start it once, without srun" in capsys.readouterr().err
+
+
+def test_a_container_and_its_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    site = {"LUMINA_SRUN": "--container-image='/a b.sqsh'", "LUMINA_CONTAINER": "apptainer exec --nv x.sif"}
+    assert launch_in(monkeypatch, LUMINA_PYTHON="/opt/python", **site) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("srun ")]
+    assert [line[line.index("--nodelist") + 1] for line in lines] == ["a", "b"]
+    for line in lines:
+        start = line.index("--container-image=/a b.sqsh")
+        assert line[start + 1 : start + 7] == ["apptainer", "exec", "--nv", "x.sif", "/opt/python", "-m"]
+
+
+def test_the_batch_script_asks_for_no_number_of_tasks() -> None:
+    """One that it asked for would win over a rank on each GPU."""
+    options = [line for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert options
+    assert not [line for line in options if "ntasks" in line]
+    for file in (SCRIPT, SCRIPT.with_name("site.sh.example")):
+        subprocess.run(["bash", "-n", str(file)], check=True)
 
 
 @pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"])

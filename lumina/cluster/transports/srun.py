@@ -1,6 +1,10 @@
-"""A step of the Slurm allocation on each node (srun(1))."""
+"""A step of the Slurm allocation on each node (srun(1)). LUMINA_SRUN holds more options for srun, LUMINA_CONTAINER the
+command that runs another one in a container (docs/slurm.md)."""
 
 from __future__ import annotations
+
+import os
+import shlex
 
 from lumina.cluster.hostfile import Host
 from lumina.cluster.transport import RemoteModule
@@ -10,7 +14,9 @@ class _Srun:
     def command(self, host: Host, remote: RemoteModule) -> list[str]:
         size = ["--cpus-per-task", str(remote.cpus)] if remote.cpus else []
         step = ["--nodes=1", "--ntasks=1", "--nodelist", host.name, "--overlap", "--chdir", remote.folder]
-        return ["srun", "--job-name=lumina", "--kill-on-bad-exit=0", *step, *size, *remote.words()]
+        site = shlex.split(os.environ.get("LUMINA_SRUN", ""))
+        inside = shlex.split(os.environ.get("LUMINA_CONTAINER", ""))
+        return ["srun", "--job-name=lumina", "--kill-on-bad-exit=0", *step, *size, *site, *inside, *remote.words()]
 
 
 TRANSPORT = _Srun()

@@ -38,8 +38,8 @@ _NAMES = {"family": FAMILIES, "objective": OBJECTIVES, "lr_scheduler": SCHEDULES
 
 _BEGINNING = """# Configuration
 
-Every setting of a run: a key of the YAML file, `--set KEY=VALUE` on the command line, and a flag of `lumina train` where
-one is named. Lowest first: preset, YAML file, flags, `--set`. What has no default is unset, or the preset's
+Every setting of a run: a key of the YAML file, `--set KEY=VALUE` on the command line, and a flag of `lumina train`
+where one is named. Lowest first: preset, YAML file, flags, `--set`. What has no default is unset, or the preset's
 ([presets.md](presets.md)). `lumina config show PRESET` prints a whole file with these comments, to begin your own with.
 Made by `lumina config reference > docs/configuration.md`.
 """

@@ -63,6 +63,11 @@ def init_process_group() -> Ranks:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices:
         torch.cuda.set_device(take_device(local, local_world, devices))
+        if local == 0 and devices > local_world:
+            log.warning(
+                "%d of %d GPUs on %s are idle: a launcher starts a rank on each (docs/cluster.md)",
+                devices - local_world, devices, socket.gethostname(),
+            )  # fmt: skip
     _quiet_deepspeed()
     deepspeed = import_deepspeed()
     surface.check()

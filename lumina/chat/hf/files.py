@@ -113,13 +113,18 @@ def find_date(folder: Path, template: str | None) -> date | None:
     return datetime.fromtimestamp(written, UTC).date()
 
 
-def copy_files(source: Path, target: Path) -> None:
+def copy_files(source: Path, target: Path, template: str | None = None) -> None:
     """Copy a tokenizer's files, and nothing else that the folder may hold, into the folder `target`, and record the
-    date there for a template that writes one."""
+    date there for a chat template that writes one. `template`: one in place of the folder's own; its date is today."""
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    day = find_date(source, template_text(source, read_settings(source)))
+    if template is None:
+        day = find_date(source, template_text(source, read_settings(source)))
+    else:
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+        dated = "strftime_now" in template and not (target / DATE).is_file()
+        day = datetime.now(UTC).date() if dated else None
     if day is not None:
         (target / DATE).write_text(json.dumps({"date": day.isoformat()}) + "\n")

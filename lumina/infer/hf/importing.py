@@ -30,7 +30,7 @@ from lumina.checkpoint import (
 from lumina.config import ModelConfig, UserError
 from lumina.files import atomic_folder, write_json, write_text
 from lumina.infer.hf.tensors import TensorFiles
-from lumina.infer.hf.vocabulary import check_template, find_template, fitting_config, use_template
+from lumina.infer.hf.vocabulary import add_tokens, check_template, find_template, fitting_config
 from lumina.model import Transformer
 from lumina.model.families import read_hf_config
 
@@ -200,13 +200,13 @@ def _copy_tokenizer(
     """Keep the model's own tokenizer."""
     if not (source / "tokenizer.json").exists():
         raise UserError(f"{source} has no tokenizer.json", "Save its tokenizer as a fast one with transformers first.")
-    copy_files(source, target)
+    copy_files(source, target, None if template is None else template[1])
     stops = _stop_ids(source, config)
     if not stops or not all(0 <= token < int(config["vocab_size"]) for token in stops):
         raise UserError(f"{source} names no eos_token_id of its vocabulary, so an answer would never end")
     write_json(target / STOPS, {"stop_ids": stops})
     if template is not None:
-        use_template(target, *template, notes)
+        add_tokens(target, template[0], notes)
     # Found out now rather than at the first question; the checkpoint is not there yet to be half of a run.
     open_tokenizer(target)
     check_template(target, template, notes)

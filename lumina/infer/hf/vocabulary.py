@@ -36,10 +36,8 @@ def find_template(given: str) -> tuple[str, str]:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def use_template(folder: Path, name: str, text: str, notes: list[str]) -> None:
-    """Keep the template with the tokenizer in `folder`, and make the tokens that it needs special ones. Raises
-    UserError."""
-    write_text(folder / "chat_template.jinja", text)
+def add_tokens(folder: Path, name: str, notes: list[str]) -> None:
+    """Make the tokens that the template `name` needs special ones of the tokenizer in `folder`. Raises UserError."""
     wanted, path = STOCK.get(name, ()), folder / "tokenizer.json"
     spec = read_json(path)[1]
     special = {t.get("content") for t in spec.get("added_tokens") or [] if isinstance(t, dict) and t.get("special")}

@@ -19,7 +19,7 @@ from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import import_hf, load
 from tests.infer.hf_models import make_hf
-from tests.small_tokenizer import END, VOCABULARY, write_tokenizer
+from tests.small_tokenizer import CHATML, END, VOCABULARY, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +276,14 @@ def test_a_template_from_a_file(base: Path, tmp_path: Path) -> None:
     assert tokenizer.stop_ids == {0, 2}  # what ends a document, and what the template ends a turn with
     with pytest.raises(UserError, match="chat template alpacca is neither a file nor a stock template"):
         import_hf(base, tmp_path / "other", chat_template="alpacca")
+
+
+def test_a_template_from_a_file_that_writes_the_date_has_one_recorded(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "dated.jinja").write_text("{{ 'Today: ' + strftime_now('%Y-%m-%d') }}" + CHATML)
+    run = import_hf(base, tmp_path / "run", chat_template=str(tmp_path / "dated.jinja"))
+    recorded = json.loads(next(run.rglob("date.json")).read_text())["date"]
+    tokenizer = load(run).tokenizer
+    assert tokenizer.decode(tokenizer.prompt_ids(Conversation([Message("user", "x")]))).startswith(f"Today: {recorded}")
 
 
 def test_a_base_model_without_one_is_said(base: Path, tmp_path: Path) -> None:

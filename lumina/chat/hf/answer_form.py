@@ -22,6 +22,7 @@ from lumina.chat.hf.probing import CONTENT, KEYS, NAMES, REASONING, VALUES, Chat
 from lumina.chat.hf.rendering import common_prefix
 
 _NAME = re.compile(r"[\w.\-]+")
+_PROBE_ID, _ID = re.compile(r"(00000000[01])"), re.compile(r"[\w.:\-]+")  # of calls: the probes', and any
 
 
 class UnfinishedError(Exception):
@@ -168,16 +169,26 @@ def _more(text: str, at: int) -> None:
 
 
 def _skip(text: str, at: int, literal: str) -> int | None:
-    """The place after a text that has to stand at `at`; white space may differ. Raises UnfinishedError."""
+    """The place after a text that has to stand at `at`; white space and ids of calls may differ. Raises
+    UnfinishedError."""
     for word in literal.split():
         while at < len(text) and text[at].isspace():
             at += 1
-        own = text[at : at + len(word)]
-        if own != word:
-            if word.startswith(own):
-                raise UnfinishedError
-            return None
-        at += len(word)
+        for part in _PROBE_ID.split(word):
+            if _PROBE_ID.fullmatch(part):
+                found = _ID.match(text, at)
+                if found is not None and found.end() < len(text):
+                    at = found.end()
+                    continue
+                if found is not None or at == len(text):
+                    raise UnfinishedError
+                return None
+            own = text[at : at + len(part)]
+            if own != part:
+                if part.startswith(own):
+                    raise UnfinishedError
+                return None
+            at += len(part)
     return at
 
 

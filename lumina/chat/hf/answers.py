@@ -29,7 +29,7 @@ class FormReader:
         self._state = _State.REASONING if begun else _State.START
         self._fresh = True  # nothing of the part is given
         self._called = False  # a call was read
-        self._lead = _after(form.opening) if begun else ""
+        self._lead = _after(form.opening) if begun else form.header if form.header.isspace() else ""
         self._closing = form.closing
         self._failed = ""  # the beginning of a call that was none
 

@@ -81,8 +81,12 @@ class EscapedConversation(NamedTuple):
     character: str
 
 
-def escape_conversation(conversation: Conversation, escaping: EscapingEncoder) -> EscapedConversation:
-    """Raises RefusalError: a tool or the arguments of a call are not a JSON object, or no character is left to escape
+def escape_conversation(
+    conversation: Conversation, escaping: EscapingEncoder, nine: bool = False
+) -> EscapedConversation:
+    """`nine`: ids of calls are made up where one of them has not nine letters or digits.
+
+    Raises RefusalError: a tool or the arguments of a call are not a JSON object, or no character is left to escape
     with."""
     given, tools = conversation.messages, [_parsed(text, "a tool") for text in conversation.tools]
     plain = not tools and not any(message.tool_calls or message.reasoning or message.name for message in given)
@@ -103,7 +107,9 @@ def escape_conversation(conversation: Conversation, escaping: EscapingEncoder) -
         return escaping.escape(clean(text), character, declared_only)
 
     messages = [_escaped(message, parsed, escape) for message, parsed in zip(given, arguments, strict=True)]
-    return EscapedConversation(_numbered(messages), _walk(tools, escape) or None, character)
+    ids = [*(call.id for message in given for call in message.tool_calls), *(m.call_id for m in given)]
+    fresh = nine and not all(len(own) == 9 and own.isalnum() for own in filter(None, ids))
+    return EscapedConversation(_numbered(messages, fresh), _walk(tools, escape) or None, character)
 
 
 def _escaped(message: Message, parsed: Sequence[dict[str, Any]], escape: Callable[..., str]) -> EscapedMessage:
@@ -118,19 +124,23 @@ def _escaped(message: Message, parsed: Sequence[dict[str, Any]], escape: Callabl
     return EscapedMessage(message.role, *texts, tuple(calls), escape(message.name), escape(message.call_id))
 
 
-def _numbered(messages: list[EscapedMessage]) -> list[EscapedMessage]:
+def _numbered(messages: list[EscapedMessage], fresh: bool) -> list[EscapedMessage]:
     """Calls and results with ids and names: where the data has none, results belong to calls in order. An id that is
-    made up has nine digits, which every template takes."""
-    found, calls, count = list[EscapedMessage](), list[EscapedCall](), 0
+    made up, with `fresh` each one, has nine digits, which every template takes."""
+    found, calls, count, renamed = list[EscapedMessage](), list[EscapedCall](), 0, dict[str, str]()
     for message in messages:
         if message.calls:
             calls = []
             for call in message.calls:
-                calls.append(call if call.id else call._replace(id=f"{count:09d}"))
+                own_id = f"{count:09d}" if fresh or not call.id else call.id
+                renamed[call.id] = own_id
+                calls.append(call._replace(id=own_id))
                 count += 1
             message = message._replace(calls=tuple(calls))
             calls = list(calls)
         elif message.role == "tool" and calls:
+            if fresh:
+                message = message._replace(call_id=renamed.get(message.call_id, "") if message.call_id else "")
             own = next((at for at, call in enumerate(calls) if message.call_id == call.id), None)
             if own is None and message.name:
                 own = next((at for at, call in enumerate(calls) if message.name == call.name), None)

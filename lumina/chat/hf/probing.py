@@ -120,6 +120,21 @@ class ChatTemplate:
         except RefusalError:
             return True  # what it refuses, it says itself
 
+    @cached_property
+    def nine_ids(self) -> bool:
+        """Whether the template refuses an id of a call that has not nine characters, as Mistral's do."""
+        call, result = probe_call(0), probe_result()
+        taken = []
+        for own in (call.id, "call_0"):
+            answer = probe_answer(False)._replace(calls=(call._replace(id=own),))
+            try:
+                self.rendering([USER, answer, result._replace(call_id=own)], PROBE_TOOLS).text(3, False)
+            except RefusalError:
+                taken.append(False)
+            else:
+                taken.append(True)
+        return taken == [True, False]
+
     def check_shape(self, messages: Sequence[EscapedMessage], tools: Sequence[Any] | None) -> None:
         """Raises RefusalError, by what it leaves out, where the template leaves out the tools or the whole of another's
         message than the assistant's: the template is asked with unmistakable words, once for conversations alike."""
@@ -141,8 +156,10 @@ class ChatTemplate:
             reasoning = REASONING if message.reasoning else ""
             name = NAMES[0] if message.role == "tool" else ""
             probes.append(EscapedMessage(message.role, content, reasoning, calls, name, message.call_id))
-        try:
-            text = self.rendering(probes, PROBE_TOOLS if tools else None).text(len(probes), False)
+        rendering = self.rendering(probes, PROBE_TOOLS if tools else None)
+        answers = [at for at, message in enumerate(probes) if message.role == "assistant"]
+        try:  # what a template renders only before an answer that is to come, the answer's own sample has
+            text = rendering.text(len(probes), False) + "".join(rendering.text(at, True) for at in answers[-1:])
         except RefusalError:
             return ""  # what it refuses, it says itself
         gone = (m.role for m in probes if m.role != "assistant" and m.content not in text)

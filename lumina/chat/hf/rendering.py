@@ -147,6 +147,9 @@ class Rendering:
         earlier reasoning: the context is what the model is asked with, and the answer what follows the same opening."""
         prompt, whole, before = self.text(at, True), self.text(at + 1, False), self.text(at, False)
         opening = prompt[len(before) :] if prompt.startswith(before) else ""
+        if not opening.strip() and at:  # nothing begins an answer: it follows what ends the message before it
+            asked = self.messages[at - 1].content.strip()
+            opening = prompt.rpartition(asked)[2] if asked and asked in prompt else ""
         message = self.messages[at]
         calls = tuple(call._replace(name="q" + call.name) for call in message.calls)
         other = message._replace(content="q" + message.content, reasoning="q" + message.reasoning, calls=calls)
@@ -263,10 +266,11 @@ class Rendering:
         place = sample.text.find(content, reached, limit)
         return place + len(content) if place >= 0 else 0
 
-    def check_context(self, sample: Sample) -> None:
-        """Raises RefusalError where a message is left out of the sample's text that is not the assistant's."""
-        for message in self.messages[: sample.messages]:
-            if message.role != "assistant" and not contains(sample.text, message.content):
+    def check_context(self, samples: Sequence[Sample]) -> None:
+        """Raises RefusalError where a message that is not the assistant's is left out of the texts of all samples."""
+        for at, message in enumerate(self.messages):
+            texts = (sample.text for sample in reversed(samples) if sample.messages > at)
+            if message.role != "assistant" and not any(contains(text, message.content) for text in texts):
                 raise RefusalError(f"{FOLDED} or a part of it: {message.role}")
 
 

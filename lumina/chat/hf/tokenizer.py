@@ -207,14 +207,15 @@ class HFTokenizer:
         rendering, character = self._rendering(conversation)
         answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
         samples = rendering.samples([at for at in answers if every_answer or messages[at].supervise])
-        rendering.check_context(samples[-1])
+        rendering.check_context(samples)
         return [self._tokenized(rendering, sample, character) for sample in samples]
 
     def _rendering(self, conversation: Conversation) -> tuple[Rendering, str]:
         """The conversation's renderings, and the character that escapes in them."""
         if self._template is None:
             raise RefusalError(NO_TEMPLATE)
-        escaped = escape_conversation(conversation, self._escaping)
+        called = any(message.tool_calls or message.call_id for message in conversation.messages)
+        escaped = escape_conversation(conversation, self._escaping, called and self._template.nine_ids)
         self._template.check_shape(escaped.messages, escaped.tools)
         return self._template.rendering(escaped.messages, escaped.tools), escaped.character
 

@@ -56,6 +56,20 @@ def test_bulk_encoder_agrees_on_every_assigned_code_point_and_on_odd_white_space
     assert np.array_equal(bulk_ids, ids)
 
 
+def test_bulk_encoder_agrees_on_letters_that_one_version_of_unicode_lacks() -> None:
+    """Code points that this Python's tables do not assign, which newer tables of one encoder may. One text at a time: a
+    text with such a letter takes those beside it through tiktoken too."""
+    planes = (*range(0x34000), *range(0xE0000, 0xE0200))
+    unassigned = [chr(c) for c in planes if unicodedata.category(chr(c)) == "Cn"]
+    for form in ('"{}\\u', "1{}2"):
+        wrong = [
+            c
+            for c in unassigned
+            if TOKENIZER.encode_many([text := form.format(c)])[0].tolist() != TOKENIZER.encode(text)
+        ]
+        assert not wrong, (len(wrong), hex(ord(wrong[0])))
+
+
 def test_lone_surrogates_are_replaced_not_fatal() -> None:
     ids, lengths = TOKENIZER.encode_many(["a\ud800b", "c"])
     assert TOKENIZER.decode(ids[: lengths[0]]) == "a\ufffdb"

@@ -228,9 +228,9 @@ def _open_outputs(
         f"ZeRO-{engine.stage}, {ranks.world} process(es), {data.total_steps} steps of {config.global_batch_size} "
         f"samples{at}"
     )
-    if config.global_batch_size > data.train.num_samples:
+    if data.order.global_batch_size > data.train.num_samples:
         outputs.say(
-            f"WARNING: the global batch of {config.global_batch_size} samples is larger than the data, which has "
+            f"WARNING: the global batch of {data.order.global_batch_size} samples is larger than the data, which has "
             f"{data.train.num_samples}: every step is a whole epoch; a smaller --global-batch-size makes more steps"
         )
     for text in [*origin, *settings.report, *kernel, *data.train.account_lines()]:

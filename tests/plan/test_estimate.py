@@ -221,3 +221,25 @@ def test_the_originals_line_without_a_gpu_names_what_it_shows(capsys: pytest.Cap
     assert done.returncode == 0, done.stderr
     assert re.search("no --gpu given and none that is known here: shown for a100-80gb and h100", done.stdout)
     assert done.stdout.count("tokens/s") == 2
+
+
+@pytest.mark.parametrize("name", ["T4", "Tesla T4", "V100", "Tesla V100-SXM2-32GB", "mi300x"])
+def test_devices_without_published_rates_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(UserError, match="no published rate of training"):
+        find_device(name)
+
+
+@pytest.mark.parametrize(
+    ("product", "key"),
+    [
+        ("NVIDIA GeForce RTX 3090", "rtx-3090"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("rtx5090", "rtx-5090"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA B200", "b200"),
+    ],
+)
+def test_devices_by_the_name_that_nvidia_smi_gives_them(product: str, key: str) -> None:
+    assert find_device(product).name == key

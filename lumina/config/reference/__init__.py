@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from lumina.config.registry import FAMILIES, OBJECTIVES, SCHEDULES, TRACKERS
@@ -24,7 +25,7 @@ from lumina.config.schema import (
     SavingConfig,
 )
 
-SECTIONS = {
+SECTIONS: dict[str, type[BaseModel]] = {
     "Model": ModelConfig,
     "Optimisation": OptimConfig,
     "Adapters": LoraConfig,

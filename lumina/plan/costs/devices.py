@@ -70,6 +70,9 @@ def find_device(name: str) -> Device:
     for key, entry in _table()["devices"].items():
         if wanted in {_plain(word) for word in (key, *entry["names"])}:
             return _device(key, entry)
+    for key, why in _table()["refused"].items():
+        if wanted.split("-")[0] == key or wanted.removeprefix("tesla-").split("-")[0] == key:
+            raise UserError(f"no estimate for {name}: {why}", "On the machine itself, --measure times real steps.")
     hint = did_you_mean(name.lower(), device_names())
     raise UserError(
         f"no figures are known for the device `{name}`.{hint}",

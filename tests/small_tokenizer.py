@@ -60,6 +60,25 @@ def write_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
     return folder
 
 
+def write_agent_tokenizer(folder: Path, template: str) -> Path:
+    """The same with tokens as Qwen3 has them around reasoning, calls and results: added, and not special ones."""
+    from tokenizers import AddedToken, Tokenizer
+
+    write_tokenizer(folder, template)
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    names = [f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response") for slash in ("", "/")]
+    fast.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    fast.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def trl_template(name: str) -> str:
+    """A stock chat template, of the installed trl."""
+    import trl
+
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
 def small_vocabulary(folder: Path) -> dict[str, Any]:
     """The settings of runs.arguments for a run whose vocabulary is that of `folder`."""
     return {"tokenizer": folder, "vocab_size": VOCABULARY}

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-from lumina.chat import ChatTokenizer, Conversation, Message, Tokenizer, ToolCall
+from lumina.chat import ChatTokenizer, Conversation, Message, Tokenizer, ToolCall, open_tokenizer
 from lumina.infer import Loaded
 from lumina.model import Transformer
 from tests.infer.small_models import make_model
+from tests.small_tokenizer import VOCABULARY, trl_template, write_agent_tokenizer
 
 TEMPLATE = "im-roles-2"
 WEATHER = (
@@ -55,6 +56,22 @@ def taught(folder: Path) -> Loaded:
     checkpoint = folder / "checkpoints" / "step-00000005"
     checkpoint.mkdir(parents=True)
     return Loaded(model, tokenizer, checkpoint, 5)
+
+
+@functools.cache
+def _taught_qwen3(tokenizer: Path) -> tuple[Transformer, ChatTokenizer]:
+    own = open_tokenizer(write_agent_tokenizer(tokenizer, trl_template("qwen3")), None)
+    shape = {"num_layers": 1, "hidden_size": 32, "seq_length": 1536, "init_std": 0.05, "tie_word_embeddings": False}
+    model = make_model(vocab_size=VOCABULARY, **shape)
+    teach(model, own, CONVERSATIONS)
+    return model, own
+
+
+def taught_qwen3(folder: Path) -> Loaded:
+    """As `taught`, with a small vocabulary and Qwen3's chat template, as an imported model has them."""
+    checkpoint = folder / "checkpoints" / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    return Loaded(*_taught_qwen3(folder / "tokenizer"), checkpoint, 5)
 
 
 def teach(

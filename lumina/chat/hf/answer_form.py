@@ -21,8 +21,9 @@ from lumina.chat.hf.messages import EscapedCall
 from lumina.chat.hf.probing import CONTENT, KEYS, NAMES, REASONING, VALUES, ChatTemplate, probe_answer
 from lumina.chat.hf.rendering import common_prefix
 
-_NAME = re.compile(r"[\w.\-]+")
 _PROBE_ID, _ID = re.compile(r"(00000000[01])"), re.compile(r"[\w.:\-]+")  # of calls: the probes', and any
+# A tool's name: with a colon ("server:tool"), or up to one, where a template writes that behind the name.
+_NAMES = (re.compile(r"[\w.:\-]+"), re.compile(r"[\w.\-]+"))
 
 
 class UnfinishedError(Exception):
@@ -44,17 +45,18 @@ class CallForm:
 
     def parse(self, text: str, start: int) -> Parsed | None:
         """The call of which the name begins at `start`; None where there is none. Raises UnfinishedError."""
-        name = _NAME.match(text, start)
-        if name is None:
-            _more(text, start)
-            return None
-        if name.end() == len(text):
-            raise UnfinishedError
-        found = self._arguments(text, name.end(), name[0])
-        if found is None:
-            return None
-        arguments, end = found
-        return Parsed(ToolCall(name[0], json.dumps(arguments, ensure_ascii=False)), end)
+        for pattern in _NAMES:
+            name = pattern.match(text, start)
+            if name is None:
+                _more(text, start)
+                return None
+            if name.end() == len(text):
+                raise UnfinishedError
+            found = self._arguments(text, name.end(), name[0])
+            if found is not None:
+                arguments, end = found
+                return Parsed(ToolCall(name[0], json.dumps(arguments, ensure_ascii=False)), end)
+        return None
 
     def _arguments(self, text: str, at: int, name: str) -> tuple[dict[str, Any], int] | None:
         raise NotImplementedError

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lumina.chat import ChatTokenizer
+from lumina.chat import ChatTokenizer, json_text
 from lumina.config import UserError, install_command
+
+# White space between the parts is bounded: a small model may otherwise fill its answer with it.
+_OPTIONS = {"whitespace_pattern": "[ \\n]{0,8}"}
 
 
 class Constraint(Protocol):
@@ -46,6 +49,30 @@ class BannedTokens:
         """Nothing changes."""
 
 
+class AllOf:
+    """What any of several constraints forbids (a Constraint)."""
+
+    def __init__(self, constraints: Sequence[Constraint]) -> None:
+        self._constraints = constraints
+
+    def forbidden(self) -> Tensor:
+        return torch.stack([one.forbidden() for one in self._constraints]).any(0)
+
+    def push(self, token: int) -> None:
+        for one in self._constraints:
+            one.push(token)
+
+
+class CallTokens(NamedTuple):
+    """How a template writes a tool call: a token of its own before and after it, and between them the JSON object
+    `{"name": …, "arguments": …}` with `before` and `after` around it."""
+
+    opening: int
+    closing: int
+    before: str
+    after: str
+
+
 class GrammarCompiler:
     """Makes constraints of JSON schemas for one vocabulary. May be used by several threads at once."""
 
@@ -58,17 +85,34 @@ class GrammarCompiler:
     def json(self, schema: dict[str, Any]) -> Callable[[], Constraint]:
         """Makes constraints to JSON texts of this schema; {} stands for any. Raises UserError: a schema with keywords
         that are not supported, or one that is too large; llguidance is not installed."""
+        matcher = self._matcher(_llguidance().LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_OPTIONS))
+        return lambda: _Grammar(matcher.deep_copy(), self._tokenizer.stop_ids, self._vocab_size)
+
+    def calls(self, tokens: CallTokens, schemas: Mapping[str, dict[str, Any]]) -> Callable[[], Constraint]:
+        """Makes constraints to answers of which each tool call is of one of these tools, with arguments of its schema;
+        what stands outside calls is free. Raises UserError, as `json`."""
+        rules = []
+        for number, (name, schema) in enumerate(schemas.items()):
+            opening = json.dumps(f'{tokens.before}{{"name": {json_text(name)}, "arguments": ')
+            closing = json.dumps("}" + tokens.after)
+            rules.append(f"call{number}: {opening} arguments{number} {closing}")
+            # A grammar of its own for each schema: references in it are to its own root.
+            rules.append(f"arguments{number}: %json {json.dumps(schema | {'x-guidance': _OPTIONS})}")
+        start = " | ".join(f"call{number}" for number in range(len(schemas)))
+        matcher = self._matcher(_llguidance().LLMatcher.grammar_from_lark("\n".join([f"start: {start}", *rules])))
+        stops, size = self._tokenizer.stop_ids, self._vocab_size
+        return lambda: _Calls(tokens, lambda: _Grammar(matcher.deep_copy(), stops, size), stops, size)
+
+    def _matcher(self, grammar: str) -> Any:
+        """Raises UserError: a grammar that llguidance cannot keep."""
         guidance = _llguidance()
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = _vocabulary(self._tokenizer, self._vocab_size)
-        # White space between the parts is bounded: a small model may otherwise fill its answer with it.
-        options = {"whitespace_pattern": "[ \\n]{0,8}"}
-        grammar = guidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=options)
         matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise UserError(f"the schema cannot be kept: {' '.join(matcher.get_error().split())[:300]}")
-        return lambda: _Grammar(matcher.deep_copy(), self._tokenizer.stop_ids, self._vocab_size)
+        return matcher
 
 
 def _llguidance() -> Any:
@@ -97,6 +141,35 @@ class _Grammar:
 
     def push(self, token: int) -> None:
         self._matcher.consume_token(token)
+
+
+class _Calls:
+    """Holds each tool call of an answer to a grammar (a Constraint). Its closing token stands for the grammar's end."""
+
+    def __init__(
+        self, tokens: CallTokens, grammar: Callable[[], Constraint], stops: Collection[int], vocab_size: int
+    ) -> None:
+        self._tokens, self._new_grammar, self._stops = tokens, grammar, list(stops)
+        self._free_V = torch.zeros(vocab_size, dtype=torch.bool)
+        self._grammar: Constraint | None = None  # within a call
+
+    def forbidden(self) -> Tensor:
+        if self._grammar is None:
+            return self._free_V
+        forbidden_V = self._grammar.forbidden().clone()
+        incomplete = bool(forbidden_V[self._stops].all())
+        forbidden_V[self._stops] = True
+        forbidden_V[self._tokens.opening] = True
+        forbidden_V[self._tokens.closing] = incomplete
+        return forbidden_V
+
+    def push(self, token: int) -> None:
+        if token == self._tokens.closing:
+            self._grammar = None
+        elif self._grammar is not None:
+            self._grammar.push(token)
+        elif token == self._tokens.opening:
+            self._grammar = self._new_grammar()
 
 
 def _vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> Any:

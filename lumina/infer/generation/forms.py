@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from lumina.chat import ChatTokenizer, Conversation, Message, ToolCall
 from lumina.config import UserError
+from lumina.infer.generation.constraint import CallTokens
 
 _ARGUMENTS = ("{}", '{"a": 1}', '{"b": [true]}', '{"Q": "r"}')
 
@@ -35,20 +36,38 @@ def call_opening(
 
 
 def calling_tokens(tokenizer: ChatTokenizer) -> frozenset[int]:
-    """The special token that begins a call: without it none is made. Empty when the template has no tools, or writes
-    calls without a token of their own."""
+    """The token of the template's own that begins a call: without it none is made. Empty when the template has no
+    tools, or writes calls without a token of their own."""
     call = Message("assistant", "", tool_calls=(ToolCall("f", "{}", "call_0"),))
     return _own_token(tokenizer, call, thinking=None)
 
 
+def call_tokens(tokenizer: ChatTokenizer) -> CallTokens | None:
+    """How the template writes a call, where it does so between two tokens of its own and as one object of JSON."""
+    call = ToolCall("f", '{"a": 1}', "call_0")
+    conversation = Conversation([Message("user", "a")])
+    try:
+        prompt = tokenizer.prompt_ids(conversation)
+        said = _answer(tokenizer, conversation, prompt, Message("assistant", "", tool_calls=(call,)))
+    except UserError:
+        return None
+    places = [at for at, token in enumerate(said) if token in calling_tokens(tokenizer)]
+    ends = [at for at, token in enumerate(said) if places and at > places[0] and _templates_own(tokenizer, token)]
+    if not ends or said[ends[0]] in tokenizer.stop_ids:
+        return None
+    text = tokenizer.decode(said[places[0] + 1 : ends[0]])
+    before, found, after = text.partition(f'{{"name": "{call.name}", "arguments": {call.arguments}}}')
+    return CallTokens(said[places[0]], said[ends[0]], before, after) if found else None
+
+
 def reasoning_tokens(tokenizer: ChatTokenizer) -> frozenset[int]:
-    """The special token that begins reasoning, in an answer to a prompt that asks for none. Empty when the template has
-    none, or says in the prompt that there is to be none."""
+    """The token of the template's own that begins reasoning, in an answer to a prompt that asks for none. Empty when the
+    template has none, or says in the prompt that there is to be none."""
     return _own_token(tokenizer, Message("assistant", "a", reasoning="b"), thinking=False)
 
 
 def _own_token(tokenizer: ChatTokenizer, answer: Message, thinking: bool | None) -> frozenset[int]:
-    """The first special token of an answer that a plain answer does not have."""
+    """The first token of the template's own in an answer that a plain answer does not have."""
     conversation = Conversation([Message("user", "a")])
     try:
         prompt = tokenizer.prompt_ids(conversation, thinking)
@@ -56,7 +75,13 @@ def _own_token(tokenizer: ChatTokenizer, answer: Message, thinking: bool | None)
         said = _answer(tokenizer, conversation, prompt, answer)
     except UserError:
         return frozenset()
-    return frozenset([token for token in said if tokenizer.is_special(token) and token not in plain][:1])
+    return frozenset([token for token in said if token not in plain and _templates_own(tokenizer, token)][:1])
+
+
+def _templates_own(tokenizer: ChatTokenizer, token: int) -> bool:
+    """Whether only the template writes the token: a special one, or one of those that vocabularies add for it (Qwen3's
+    `<tool_call>`), which no text becomes."""
+    return tokenizer.is_special(token) or token not in tokenizer.encode(tokenizer.decode([token]))
 
 
 def _answer(tokenizer: ChatTokenizer, conversation: Conversation, prompt: Sequence[int], answer: Message) -> list[int]:

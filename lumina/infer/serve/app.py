@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,8 @@ from lumina.infer.serve.endpoints import all_endpoints
 from lumina.infer.serve.errors import ApiError
 from lumina.infer.serve.middleware import RequestChecks, Rules
 from lumina.infer.serve.service import Service
+
+log = logging.getLogger("lumina")
 
 _FIELD = 200  # characters of a field's name in an error: names come from clients
 
@@ -42,6 +45,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _crashed(request: Request, error: Exception) -> Response:
+    # The ASGI server writes the traceback, and not which request it belongs to.
+    log.error("%s %s failed: %s: %s", request.method, request.url.path, type(error).__name__, error)
     return ApiError(500, "The server failed on this request.", "internal_error").response()
 
 

@@ -180,9 +180,9 @@ class ContinuousBatcher:
         with self._wake:
             while self._waiting and self._batch.free:
                 entry = self._waiting.popleft()
+                self._active[entry.sequence] = entry  # first: what fails from here on is told its request
                 self._batch.join(entry.sequence)
                 entry.push(entry.request.begun)
-                self._active[entry.sequence] = entry
                 self._filling.append(entry)
                 self._metrics.queued.observe(time.monotonic() - entry.request.arrived)
             self._metrics.waiting.set(len(self._waiting))

@@ -48,17 +48,18 @@ def check_model(service: Service, name: str | None) -> None:
 
 
 def _sampling(service: Service, body: CompletionOptions, task: Task) -> tuple[Sampling, dict[str, str]]:
-    """How to choose, and headers. A limit beyond the server's or the context's is clamped, and that is said. Raises
-    ApiError."""
+    """How to choose, and headers. A limit beyond the server's or the context's is clamped, and that is said; what the
+    answer begins with is cut to it. Raises ApiError."""
     name, asked = body.limit()
     room = service.loaded.config.seq_length - min(map(len, task.prompts))
     most = min(service.most_tokens, room)
     if asked is not None and asked < 1:
         raise ApiError(400, f"{name} {asked} is less than 1", param=name)
     length = most if asked is None else min(asked, most)
+    task.begun = task.begun[: length - 1]  # they are the answer's own tokens, and the model says at least one
     try:
         # The server's own limit stands where the context ends an answer, so that its end is told as what it is.
-        sampling = body.sampling(max(1, min(asked or service.most_tokens, service.most_tokens) - len(task.begun)))
+        sampling = body.sampling(min(asked or service.most_tokens, service.most_tokens) - len(task.begun))
     except SamplingError as error:
         raise ApiError(400, f"{error.setting} {error.reason}", param=error.setting) from None
     return sampling, {CLAMPED: str(length)} if asked is not None and length < asked else {}
@@ -73,6 +74,8 @@ async def complete(
     for p, prompt in enumerate(task.prompts):
         for i in range(body.n):
             constraint = None if task.constraint is None else task.constraint()
+            for token in () if constraint is None else task.begun:
+                constraint.push(token)
             ids = [*prompt, *task.begun]
             sequences.append(Sequence(ids, sampling, p * body.n + i, task.logprobs, constraint))
     response = builder(

@@ -12,8 +12,8 @@ from starlette.concurrency import run_in_threadpool
 
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
-from lumina.infer.generation.constraint import GrammarCompiler
-from lumina.infer.generation.forms import calling_tokens, reasoning_tokens
+from lumina.infer.generation.constraint import CallTokens, GrammarCompiler
+from lumina.infer.generation.forms import call_tokens, calling_tokens, reasoning_tokens
 from lumina.infer.generation.generate import check_prompt
 from lumina.infer.loading import Loaded
 from lumina.infer.serve.batcher import ContinuousBatcher
@@ -48,6 +48,11 @@ class Service:
     def calling_tokens(self) -> frozenset[int]:
         """The tokens that begin a tool call; see there."""
         return calling_tokens(self.tokenizer)
+
+    @cached_property
+    def call_tokens(self) -> CallTokens | None:
+        """How calls are written; see there."""
+        return call_tokens(self.tokenizer)
 
     @cached_property
     def reasoning_tokens(self) -> frozenset[int]:

@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "required without tools": ({"tool_choice": "required"}, "tool_choice"),
     "two of one name": ({"tools": [F, F]}, "tools"),
     "a custom tool": ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools"),
-    "strict": ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.function.strict"),
+    "strict": ({"tools": [{"type": "function", "function": {"name": "f", "strict": 7}}]}, "tools.function.strict"),
     "deep": ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "tools"),
     "deep schema": (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "d", "schema": DEEP}}},

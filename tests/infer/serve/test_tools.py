@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.infer.serve.running_server import Running, running
+from tests.infer.serve.running_server import Running, running, wait_for
 from tests.infer.small_models import write_small_run
 from tests.infer.taught_models import ANSWER, ASKED, CALLS, GREETING, REASONING, WEATHER, taught
 
@@ -92,6 +92,70 @@ def test_tool_choice(server: Running) -> None:
     one = ask(server, QUESTION, tools=TOOLS, parallel_tool_calls=False)
     assert [call.function.arguments for call in one.choices[0].message.tool_calls] == [CALLS[0].arguments]
     assert one.choices[0].finish_reason == "tool_calls"
+
+
+def test_strict_functions(server: Running) -> None:
+    """Calls are held to declared names and to the schema, whose references are to its own root."""
+    node: dict[str, Any] = {"type": "object", "properties": {"in": {"$ref": "#"}, "city": {"enum": ["Rome", "Lima"]}}}
+    node |= {"required": ["city"], "additionalProperties": False}
+    tools: list[Any] = [{"type": "function", "function": {"name": "find", "strict": True, "parameters": node}}]
+    got = ask(server, HELLO, tools=tools, tool_choice="required", n=4)
+    for choice in got.choices:
+        assert choice.finish_reason == "tool_calls"
+        for call in choice.message.tool_calls:
+            assert call.function.name == "find"
+            assert json.loads(call.function.arguments)["city"] in ("Rome", "Lima")
+    plain = [{"type": "function", "function": tools[0]["function"] | {"strict": False}}]
+    assert got.usage.prompt_tokens == ask(server, HELLO, tools=plain).usage.prompt_tokens
+    strict: Any = {"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}
+    parsed = server.client().chat.completions.parse(
+        model="taught", messages=QUESTION, tools=[strict], temperature=0, max_tokens=100
+    )
+    calls = parsed.choices[0].message.tool_calls or []
+    assert [call.function.parsed_arguments for call in calls] == [{"city": "Oslo"}, {"city": "Bergen"}]
+    bad = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {"type": "string"}}}}
+    with pytest.raises(openai.BadRequestError, match="the schema cannot be kept"):
+        ask(server, HELLO, tools=[bad])
+
+
+def test_a_forced_call_keeps_to_the_limits(server: Running) -> None:
+    """Also where neither max_tokens nor the context leaves room for the call's opening, and nobody else suffers."""
+    for most in (1, 3):
+        got = server.client().chat.completions.create(
+            model="taught", messages=HELLO, tools=TOOLS, tool_choice="required", temperature=0, max_tokens=most
+        )
+        assert got.usage is not None
+        assert (got.usage.completion_tokens, got.choices[0].finish_reason) == (most, "length")
+    tools: Any = [{"type": "function", "function": {"name": "f"}}]
+    around = ask(server, [{"role": "user", "content": " a"}], tools=tools).usage.prompt_tokens - 1
+    for room in (4, 1):
+        message = {"role": "user", "content": " a" * (512 - around - room)}
+        full = ask(server, [message], tools=tools, tool_choice="required")
+        assert full.choices[0].finish_reason == "length"
+        assert full.usage.total_tokens == 512
+    wait_for(server.idle)
+
+
+def test_a_call_that_is_cut_off_is_content(server: Running) -> None:
+    client, whole = server.client(), ask(server, QUESTION, tools=TOOLS, logprobs=True, stop=["Oslo"])
+    assert len(whole.choices[0].message.tool_calls) == 2  # stop texts end contents, not arguments
+    assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens
+    cut = client.chat.completions.create(model="taught", messages=QUESTION, tools=TOOLS, temperature=0, max_tokens=25)
+    assert cut.choices[0].finish_reason == "length"
+    assert (cut.choices[0].message.content or "").startswith('{"name": "get_weather", "arguments": {"city"')
+    assert cut.choices[0].message.tool_calls is None
+
+
+def test_a_client_leaves_within_a_schema(server: Running) -> None:
+    schema = {"type": "array", "items": {"type": "string"}, "minItems": 400}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "w", "schema": schema}}
+    stream = server.client().chat.completions.create(
+        model="taught", messages=HELLO, response_format=form, max_tokens=490, stream=True
+    )
+    next(iter(stream))
+    stream.close()
+    wait_for(server.idle)
+    assert ask(server, HELLO).choices[0].message.content == GREETING
 
 
 def test_reasoning_can_be_asked_away(server: Running) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Request
@@ -14,7 +14,7 @@ from starlette.responses import Response
 from lumina.chat import ChatTokenizer, Conversation, ToolCall
 from lumina.config import UserError
 from lumina.infer.generation.batch import Token
-from lumina.infer.generation.constraint import BannedTokens, Constraint
+from lumina.infer.generation.constraint import AllOf, BannedTokens, Constraint
 from lumina.infer.generation.forms import call_opening
 from lumina.infer.serve.completion import Task, check_model, complete
 from lumina.infer.serve.endpoint import Endpoint, service_of
@@ -194,9 +194,31 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         task.begun = await service.apart(opening, "tool_choice")
     if schema is not None:
         task.constraint = await service.apart(lambda: _held_to(service, ids, schema), "response_format")
-    elif banned := await service.apart(lambda: _banned(service, body, thinking), "messages"):
-        task.constraint = functools.partial(BannedTokens, banned, service.loaded.config.vocab_size)
+    else:
+        task.constraint = await service.apart(lambda: _constraint(service, body, thinking), "tools")
     return await complete(service, body, task, ChatResponse, request)
+
+
+def _constraint(service: Service, body: ChatRequest, thinking: bool | None) -> Callable[[], Constraint] | None:
+    """Makes what every answer is held to without a response_format; None: nothing. Raises UserError: schemas of strict
+    functions that cannot be kept."""
+    makers = list[Callable[[], Constraint]]()
+    if banned := _banned(service, body, thinking):
+        makers.append(functools.partial(BannedTokens, banned, service.loaded.config.vocab_size))
+    if body.tool_choice != "none" and any(tool.function.strict for tool in body.tools):
+        makers.append(_strict_calls(service, body.tools))
+    return None if not makers else lambda: AllOf([make() for make in makers])
+
+
+def _strict_calls(service: Service, tools: Sequence[Tool]) -> Callable[[], Constraint]:
+    """Raises UserError."""
+    if service.call_tokens is None:
+        raise UserError("strict functions: this model's template writes calls in a form that no schema can be kept in")
+    functions = [tool.function for tool in tools]
+    schemas = {one.name: one.parameters if one.strict else None for one in functions}
+    return service.grammars.calls(
+        service.call_tokens, {name: schema or {"type": "object"} for name, schema in schemas.items()}
+    )
 
 
 def _banned(service: Service, body: ChatRequest, thinking: bool | None) -> frozenset[int]:

@@ -8,9 +8,7 @@ import orjson
 from pydantic import Field, field_validator, model_validator
 
 from lumina.infer.serve.requests.strict import ANY, StrictModel
-from lumina.infer.serve.requests.tools import check_depth
-
-_BYTES = 1 << 16  # of a schema: its grammar takes memory and time
+from lumina.infer.serve.requests.tools import GRAMMAR_BYTES, check_depth
 
 
 class JsonSchema(StrictModel):
@@ -22,8 +20,8 @@ class JsonSchema(StrictModel):
     @field_validator("schema_")
     @classmethod
     def _small(cls, value: Any) -> Any:
-        if len(orjson.dumps(check_depth(value))) > _BYTES:
-            raise ValueError(f"is larger than {_BYTES} bytes")
+        if len(orjson.dumps(check_depth(value))) > GRAMMAR_BYTES:
+            raise ValueError(f"is larger than {GRAMMAR_BYTES} bytes")
         return value
 
 

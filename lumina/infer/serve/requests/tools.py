@@ -13,6 +13,7 @@ from lumina.infer.serve.errors import ApiError
 from lumina.infer.serve.requests.strict import ANY, StrictModel
 
 TOOLS, DEPTH = 128, 32  # tools in a request; objects and lists inside one another in a schema
+GRAMMAR_BYTES = 1 << 16  # of schemas that a grammar is made of: it takes memory and time
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,64}$")]
 
 
@@ -32,17 +33,18 @@ def _inside(value: Any) -> Sequence[Any]:
 
 
 class FunctionDefinition(StrictModel):
-    no_effect: ClassVar = {"strict": (False,)}
-    refused: ClassVar = {"strict": "is not supported by this server: the arguments of calls are not held to a schema"}
-
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool = False  # whether arguments are held to the schema
 
     @field_validator("parameters")
     @classmethod
     def _shallow(cls, value: Any) -> Any:
         return check_depth(value)
+
+
+_SHOWN = ("name", "description", "parameters")
 
 
 class Tool(StrictModel):
@@ -51,7 +53,8 @@ class Tool(StrictModel):
     type: Literal["function"]
     function: FunctionDefinition
     text: str
-    """As JSON, its keys in the client's order, as training keeps them; without those that are null or of no effect."""
+    """As JSON, its keys in the client's order, as training keeps them; without those that are null or not the model's
+    to know."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,7 +65,7 @@ class Tool(StrictModel):
             raise ValueError(f"a tool of type {str(data['type'])[:40]!r} is not supported by this server: function is")
         function = data.get("function")
         given = function.items() if isinstance(function, dict) else ()
-        used = {key: value for key, value in given if value is not None and key in FunctionDefinition.model_fields}
+        used = {key: value for key, value in given if value is not None and key in _SHOWN}
         check_depth(used, DEPTH + 1)
         return {**data, "text": json_text({"type": "function", "function": used})}
 
@@ -86,6 +89,10 @@ def check_tools(tools: Sequence[Tool], choice: str | NamedTool) -> None:
         raise ApiError(400, f"tools: two of them are called {twice!r}", param="tools")
     if isinstance(choice, NamedTool) and choice.function.name not in names:
         raise ApiError(400, f"tool_choice: {choice.function.name[:80]!r} is none of the tools", param="tool_choice")
+    size = sum(len(orjson.dumps(tool.function.parameters)) for tool in tools if tool.function.strict)
+    if size > GRAMMAR_BYTES:
+        text = f"tools: the schemas of strict functions are larger than {GRAMMAR_BYTES} bytes together"
+        raise ApiError(400, text, param="tools")
     if choice == "required" and not names:
         raise ApiError(400, "tool_choice: required needs tools to choose from", param="tool_choice")
 

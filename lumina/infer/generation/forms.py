@@ -61,7 +61,7 @@ def call_tokens(tokenizer: ChatTokenizer) -> CallTokens | None:
 
 
 def reasoning_tokens(tokenizer: ChatTokenizer) -> frozenset[int]:
-    """The token of the template's own that begins reasoning, in an answer to a prompt that asks for none. Empty when the
+    """The token of the template's own that begins reasoning, in answers to prompts that ask for none. Empty when the
     template has none, or says in the prompt that there is to be none."""
     return _own_token(tokenizer, Message("assistant", "a", reasoning="b"), thinking=False)
 

@@ -1,14 +1,17 @@
 """What `overlong_context` is worth: held-out loss after as many training tokens, by the share that chunks begin with.
 
-    python benchmarks/overlong_context.py [--steps 150] [--seeds 2] [--shares 0 0.125 0.25 0.5]
+    python benchmarks/overlong_context.py [--steps 200] [--seeds 2] [--shares 0 0.125 0.25 0.5] [--questions short long]
 
 The data is made with a seed and is like retrieval: a system message, a user's turn that is a long document with the
-question at its end, and a long answer, most of them longer than the context. The question names subjects, and the
-answer goes through them in that order with the words of each: what comes next in a later chunk can be known from the
-question alone. Held out are conversations of the same kind with short documents, which fit the context whole. Every run
-takes as many steps of as many packed rows, and has a small vocabulary of these words. The columns: share, seed,
-evaluation loss in nats, share of repeated tokens, share of supervised tokens, answers begun without their question and
-with the end of it alone.
+question at its end, and an answer; most conversations are several times longer than the context, and so are some of
+the answers. The question names subjects, and the answer is made of words of these subjects alone: which ones can be
+known from the question, or from what the answer has said before. A short question (4 to 8 subjects) fits an eighth of
+the context with the system message, a long one (10 to 16) a quarter.
+
+Every run takes as many steps of as many packed rows. Two evaluations, both of whole conversations: those with short
+documents and answers, which fit the context of training, and those like the training data, in a context eight times
+longer. The columns: the questions, share, seed, both losses in nats, share of repeated tokens, share of supervised
+tokens, answers begun without their question and with the end of it alone.
 """
 
 from __future__ import annotations
@@ -17,16 +20,19 @@ import argparse
 import json
 import random
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lumina import load_config, prepare, train
+from lumina import evaluate, load_config, prepare, train
 
-SUBJECTS, WORDS_EACH, SEQ_LENGTH, VOCABULARY = 40, 12, 256, 1024
+SUBJECTS, WORDS_EACH, SEQ_LENGTH, VOCABULARY = 40, 4, 128, 640
+WORDS = SUBJECTS * (1 + WORDS_EACH) + 40  # what questions call subjects, the words of each, and those of documents
+QUESTIONS = {"short": (4, 8), "long": (10, 16)}  # subjects in a question
 
 
 def _words() -> list[str]:
-    """Made-up words of one syllable, SUBJECTS times WORDS_EACH of them or more, in an order of their own."""
+    """560 made-up words of one syllable, in an order of their own."""
     words = [first + vowel + last for first in "bdfgklmnprstvz" for vowel in "aeiou" for last in "nrlstmdk"]
     random.Random(1).shuffle(words)
     return words
@@ -43,7 +49,7 @@ def write_tokenizer(folder: Path) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    fast.train_from_iterator([" ".join(_words())] * 2, trainer)
+    fast.train_from_iterator([" ".join(_words()[:WORDS]), "system", "user", "assistant", "Read."] * 2, trainer)
     folder.mkdir()
     fast.save(str(folder / "tokenizer.json"))
     template = (
@@ -55,44 +61,58 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write(path: Path, count: int, document: tuple[int, int], named: tuple[int, int], seed: int) -> None:
-    """Conversations whose documents have so many words, and whose questions name so many subjects."""
+def write(path: Path, count: int, subjects: tuple[int, int], document: int, answer: int, seed: int) -> None:
+    """Conversations with so many subjects, whose documents and answers have up to so many words."""
     draw = random.Random(seed)
-    words = _words()
-    own = [words[i * WORDS_EACH : (i + 1) * WORDS_EACH] for i in range(SUBJECTS)]
+    words = iter(_words())
+    names = list(islice(words, SUBJECTS))
+    own = [list(islice(words, WORDS_EACH)) for _ in names]
+    others = list(islice(words, WORDS - SUBJECTS * (1 + WORDS_EACH)))
     lines = []
     for _ in range(count):
-        text = " ".join(draw.choices(words, k=draw.randint(*document)))
-        subjects = draw.sample(range(SUBJECTS), draw.randint(*named))
-        question = "Write of " + ", then of ".join(own[subject][0] for subject in subjects)
-        parts = [" ".join(draw.choice(own[s]) for _ in range(draw.randint(20, 40))) + "." for s in subjects]
-        turns = [("system", "Answer from the text."), ("user", f"{text}\n{question}"), ("assistant", "\n".join(parts))]
+        asked = draw.sample(range(SUBJECTS), draw.randint(*subjects))
+        question = " ".join(names[subject] for subject in asked)
+        told = " ".join(draw.choice(own[draw.choice(asked)]) for _ in range(draw.randint(answer // 8, answer)))
+        text = " ".join(draw.choices(others, k=draw.randint(document // 8, document)))
+        turns = [("system", "Read."), ("user", f"{text} {question}"), ("assistant", told)]
         lines.append(json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}))
     path.write_text("\n".join(lines) + "\n")
 
 
-def measure(folder: Path, share: float, seed: int, steps: int) -> dict[str, Any]:
+def whole_loss(run: Path, held_out: Path) -> float:
+    """The loss of the answers of whole conversations, in a context eight times as long as that of training."""
+    config = run / "config.yaml"
+    text = config.read_text()
+    assert f"seq_length: {SEQ_LENGTH}\n" in text
+    config.write_text(text.replace(f"seq_length: {SEQ_LENGTH}\n", f"seq_length: {8 * SEQ_LENGTH}\n"))
+    found = evaluate(run, [str(held_out)])
+    assert not found["cuts_at_the_window"], "what is held out fits the longer context"
+    return float(found["loss"])
+
+
+def measure(folder: Path, questions: str, share: float, seed: int, steps: int) -> dict[str, Any]:
     """One run's figures."""
     config = load_config(
         "nano",
-        train_data=[str(folder / "train.jsonl")],
-        eval_data=[str(folder / "held-out.jsonl")],
+        train_data=[str(folder / f"{questions}.jsonl")],
+        eval_data=[str(folder / f"{questions}-fits.jsonl")],
         tokenizer=str(folder / "tokenizer"),
         vocab_size=VOCABULARY,
         overlong_context=share,
         seq_length=SEQ_LENGTH,
-        hidden_size=128,
-        num_layers=3,
+        hidden_size=64,
+        num_layers=2,
+        precision="fp32",
         seed=seed,
         epochs=1000,
         max_steps=steps,
-        batch_size=4,
+        batch_size=8,
         global_batch_size=8,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
         eval_every_n_batches=steps,
         save_every_n_batches=10 * steps,
         output_dir=str(folder),
-        experiment_name=f"share-{share}-{seed}",
+        experiment_name=f"{questions}-{share}-{seed}",
         cache_dir=str(folder / "cache"),
         live_view=False,
     )
@@ -100,13 +120,15 @@ def measure(folder: Path, share: float, seed: int, steps: int) -> dict[str, Any]
     assert held_out is not None
     assert not held_out.account["overlong_conversations"], "what is held out fits the context"
     run, account = train(config), dataset.account
-    (evaluation,) = run.metrics("eval")
+    evaluation = evaluate(run.folder, [str(folder / f"{questions}-fits.jsonl")])
     return {
+        "questions": questions,
         "share": share,
         "seed": seed,
-        "loss": evaluation["loss"],
-        "repeated": account["tokens_repeated"] / dataset.num_tokens,
-        "supervised": dataset.num_supervised / dataset.num_tokens,
+        "loss": round(evaluation["loss"], 4),
+        "whole": round(whole_loss(run.folder, folder / f"{questions}-whole.jsonl"), 4),
+        "repeated": round(account["tokens_repeated"] / dataset.num_tokens, 3),
+        "supervised": round(dataset.num_supervised / dataset.num_tokens, 3),
         "without question": account["answers_without_question"],
         "question cut": account["answers_with_question_cut"],
     }
@@ -114,16 +136,22 @@ def measure(folder: Path, share: float, seed: int, steps: int) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.125, 0.25, 0.5])
+    parser.add_argument("--questions", choices=list(QUESTIONS), nargs="+", default=list(QUESTIONS))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_tokenizer(folder / "tokenizer")
-        write(folder / "train.jsonl", 600, (60, 400), (4, 8), seed=1)
-        write(folder / "held-out.jsonl", 60, (20, 40), (2, 3), seed=2)
-        found = [measure(folder, share, seed, given.steps) for seed in range(given.seeds) for share in given.shares]
+        found = []
+        for questions in given.questions:
+            subjects = QUESTIONS[questions]
+            write(folder / f"{questions}.jsonl", 3000, subjects, document=400, answer=240, seed=1)
+            write(folder / f"{questions}-fits.jsonl", 100, subjects, document=24, answer=40, seed=2)
+            write(folder / f"{questions}-whole.jsonl", 100, subjects, document=400, answer=240, seed=3)
+            for share in given.shares:
+                found += [measure(folder, questions, share, seed, given.steps) for seed in range(given.seeds)]
     print("\n".join(json.dumps(row) for row in found))
 
 

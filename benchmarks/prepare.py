@@ -1,6 +1,7 @@
 """Preparing a chat JSONL (read, template, tokenise, mask, pack, write): Lumina beside a peer's script.
 
-    python benchmarks/prepare.py FILE [--workers 2] [--peer SCRIPT] [--peer-python PYTHON] [--repeat 3]
+    python benchmarks/prepare.py FILE [--workers 2] [--seq-length 1024] [--repeat 3] [--peer SCRIPT]
+    python benchmarks/prepare.py FILE --before CHECKOUT [--seq-length 256] [--repeat 10]
 
 The peer is any script that takes FILE and a process count and prints `tokens_per_s=N`, such as one around TRL's
 dataset preparation. SCRIPT and PYTHON may also come from LUMINA_PEER_PREP and LUMINA_PEER_PYTHON. Lumina's time is
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,13 +26,13 @@ from lumina.chat import Tokenizer
 from lumina.config import load
 from lumina.data import prepare
 
-SETTINGS = {"seq_length": 1024, "packing": True, "overlong": "split"}
+SETTINGS = {"packing": True, "overlong": "split"}
 
 
-def ours(path: Path, workers: int) -> float:
+def ours(path: Path, workers: int, seq_length: int) -> float:
     """Prepares once into an empty cache; prints the account's figures; returns tokens/s."""
     with tempfile.TemporaryDirectory() as cache:
-        settings = load("nano", {**SETTINGS, "cache_dir": cache})
+        settings = load("nano", {**SETTINGS, "seq_length": seq_length, "cache_dir": cache})
         start = time.perf_counter()
         dataset = prepare([path], settings, Tokenizer.load(), workers=workers)
         seconds = time.perf_counter() - start
@@ -61,16 +63,63 @@ def peer(script: str, python: str, path: Path, workers: int) -> float:
     return float(found.group(1))
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of those that it started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def one(path: Path, workers: int, seq_length: int) -> None:
+    """Prints the CPU seconds of preparing once."""
+    tokenizer = Tokenizer.load()
+    tokenizer.encode(" ")
+    with tempfile.TemporaryDirectory() as cache:
+        settings = load("nano", {**SETTINGS, "seq_length": seq_length, "cache_dir": cache})
+        start = cpu_seconds()
+        dataset = prepare([path], settings, tokenizer, workers=workers)
+        print(f"{cpu_seconds() - start} {dataset.account['tokens']}")
+
+
+def compare(before: Path, path: Path, workers: int, seq_length: int, repeat: int) -> None:
+    """Runs `one` with both checkouts in turns, and prints the ratio of the least times."""
+    here = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-P", __file__, str(path.resolve()), "--one", "--seq-length", str(seq_length)]
+    least: dict[Path, tuple[float, int]] = {}
+    for _ in range(repeat):
+        for checkout in (before.resolve(), here):
+            environment = {**os.environ, "PYTHONPATH": str(checkout)}
+            done = subprocess.run(
+                [*command, "--workers", str(workers)], cwd=checkout, env=environment, capture_output=True, text=True
+            )
+            if done.returncode:
+                sys.exit(f"{checkout} failed:\n{done.stderr[-2000:]}")
+            seconds, tokens = done.stdout.split()
+            least[checkout] = min(least.get(checkout, (float("inf"), 0)), (float(seconds), int(tokens)))
+    for checkout, (seconds, tokens) in least.items():
+        print(f"{checkout}: cpu_seconds={seconds:.3f} tokens={tokens}")
+    print(f"seq_length={seq_length} ratio={least[before.resolve()][0] / least[here][0]:.3f}")
+
+
 def main() -> None:
     """Runs both and prints the ratio of their best runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peer", default=os.environ.get("LUMINA_PEER_PREP"))
     parser.add_argument("--peer-python", default=os.environ.get("LUMINA_PEER_PYTHON", sys.executable))
     arguments = parser.parse_args()
-    best = max(ours(arguments.file, arguments.workers) for _ in range(arguments.repeat))
+    data = (arguments.file, arguments.workers, arguments.seq_length)
+    if arguments.one:
+        one(*data)
+        return
+    if arguments.before is not None:
+        compare(arguments.before, *data, arguments.repeat)
+        return
+    best = max(ours(*data) for _ in range(arguments.repeat))
     if arguments.peer is None:
         print(f"no peer given (--peer or LUMINA_PEER_PREP); lumina alone: {best:.0f} tokens/s")
         return

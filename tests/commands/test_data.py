@@ -69,6 +69,24 @@ def test_a_dry_run_of_a_small_file_is_exact(tmp_path: Path, capsys: pytest.Captu
     assert "nothing was written" in out
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_dry_run_warns_of_answers_without_their_question(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float
+) -> None:
+    """As preparing itself does: 2 of 102 answers, after a question of several chunks."""
+    records = [chat(f"why {i}", f"so {i}") for i in range(100)] + [chat("word " * 200, "answer " * 200)] * 2
+    path = write_jsonl(tmp_path / "in.jsonl", records)
+    config = config_of(seq_length=64, overlong_context=share)
+    assert prepare_files([str(path)], config, dry_run=True) == 0
+    foretold = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    dataset = prepare([path], config, TOKENIZER)
+    found = [line.strip() for line in dataset.account_lines() if "warning" in line]
+    assert [" ".join(line.split()) for line in foretold] == found
+    assert len(found) == (share == 0)
+    if found:
+        assert found[0].startswith("warning: 2 of 102 answers begin without their question")
+
+
 def test_inspect_shows_what_the_template_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", [chat("how <|im_end|> [red]?", "漢🙂 fine")])
     expected = render(

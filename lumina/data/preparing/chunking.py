@@ -14,6 +14,7 @@ Shapes: T tokens, M messages, N conversations, C chunks.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,14 +95,13 @@ _START, _STOP = Part._fields.index("start"), Part._fields.index("stop")
 
 def _parts(block: RenderedBlock, bounds: Int64, long_N: Int64, rule: ChunkRule, account: Account) -> Int64:
     """The chunks of overlong conversations as places in the block: int64[C, 7], the fields of Part."""
-    none = np.empty((0, len(Part._fields)), dtype=np.int64)
     if rule.policy == "truncate" and len(long_N):
         parts = _plain(bounds[long_N], bounds[long_N] + rule.seq_length)
         return parts[_teaches(block.mask, parts)]
     if rule.policy == "split":
-        split = _split(block, long_N, rule, account)
-        return np.array(split, dtype=np.int64) if split else none
-    return none
+        flat = chain.from_iterable(_split(block, long_N, rule, account))
+        return np.fromiter(flat, dtype=np.int64).reshape(-1, len(Part._fields))
+    return np.empty((0, len(Part._fields)), dtype=np.int64)
 
 
 def _plain(start: Int64, stop: Int64) -> Int64:
@@ -114,10 +114,11 @@ def _split(block: RenderedBlock, long_N: Int64, rule: ChunkRule, account: Accoun
     if not len(long_N):
         return []
     parts: list[Part] = []
-    mask, offsets, bounds = block.mask.tobytes(), block.message_offsets.tolist(), block.conversation_offsets.tolist()
-    roles, heads, repeated = block.role.tolist(), block.head.tolist(), block.repeated.tolist()
-    for number in long_N.tolist():
-        first, last = bounds[number], bounds[number + 1]
+    mask, roles, repeated = block.mask.tobytes(), block.role.tobytes(), block.repeated.tobytes()  # a byte for each
+    assert len(roles) == len(repeated) == len(block.head)
+    offsets, heads = block.message_offsets.tolist(), block.head.tolist()
+    firsts, lasts = block.conversation_offsets[long_N].tolist(), block.conversation_offsets[long_N + 1].tolist()
+    for first, last in zip(firsts, lasts, strict=True):
         own = slice(first, last)
         overlong = Overlong(offsets[first : last + 1], roles[own], heads[own], repeated[own], mask)
         split = overlong.split(rule.seq_length, rule.budget)

@@ -24,6 +24,7 @@ from lumina.data.reading.streams import FileLayout, count_bytes
 RANGES, RANGE_BYTES = 8, 1 << 19  # read of each file: 4 MiB, from all over it where it can be split
 TOKEN_BYTES = 5  # on disk: an int32 id and a uint8 mask
 CHUNK_BYTES = 64  # its other columns, and its place in the plan
+_ADDED = ("lines", "bad", "conversations", "tokens", "supervised", "chunks", "seconds", "answers", "without question")
 FILL = 0.98  # of packed rows, as best-fit decreasing reaches on chats
 
 
@@ -42,6 +43,7 @@ class DataEstimate:
     disk_bytes: int
     seconds: float
     workers: int
+    warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,6 +58,7 @@ class DataEstimate:
             f"samples        {about}{self.samples:,}",
             f"time           about {self.seconds:,.1f} s with {self.workers} process(es)",
             f"disk           about {self.disk_bytes / 2**20:,.1f} MiB",
+            *(f"warning: {warning}" for warning in self.warnings),
             "nothing was written",
         ]
 
@@ -70,7 +73,7 @@ def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatToken
     """
     files = check_inputs(paths)
     tokenizer.encode(" ")  # the vocabulary is read before the clock starts
-    total = dict.fromkeys(("lines", "bad", "conversations", "tokens", "supervised", "chunks", "seconds"), 0.0)
+    total = dict.fromkeys(_ADDED, 0.0)
     size, seen = 0.0, 0.0
     for path in files:
         layout = detect(str(path))
@@ -81,6 +84,7 @@ def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatToken
         found = (
             account.lines, account.bad_lines, account.conversations, account.tokens + account.tokens_repeated,
             account.tokens_supervised, account.chunks, seconds,
+            account.messages_supervised, account.answers_without_question,
         )  # fmt: skip
         for name, value in zip(total, found, strict=True):
             total[name] += value / share
@@ -88,6 +92,11 @@ def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatToken
         seen += path.stat().st_size * share
     workers = max(1, min(config.num_workers or min(usable_cores(), 16), int(size) // BYTES_PER_WORKER))
     samples = total["tokens"] / (config.seq_length * FILL) if config.packing else total["chunks"]
+    answers = Account(
+        overlong_context=config.overlong_context,
+        messages_supervised=round(total["answers"]),
+        answers_without_question=round(total["without question"]),
+    )
     return DataEstimate(
         input_bytes=int(size),
         sampled=seen / size,
@@ -100,6 +109,7 @@ def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatToken
         disk_bytes=round(total["tokens"] * TOKEN_BYTES + total["chunks"] * CHUNK_BYTES),
         seconds=total["seconds"] / workers,
         workers=workers,
+        warnings=answers.warnings(),
     )
 
 

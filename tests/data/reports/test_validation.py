@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina.chat import Conversation, Message, render
+from lumina.chat import Conversation, Message, RenderedBlock, render
 from lumina.commands.data import validate_files
 from lumina.config import UserError
 from lumina.data import describe_sample, prepare, render_sample
@@ -103,6 +103,33 @@ def test_the_quick_pass_misses_nothing_that_a_pattern_matches(what: str, data: s
     conversations = [Conversation([Message("user", "nothing"), Message("assistant", text)])]
     statistics._search(conversations, [7])
     assert statistics.findings[what].first == ["7"]
+
+
+def test_a_conversation_that_is_rendered_once_an_answer_is_one_conversation() -> None:
+    """Two answers, two renderings: of the second, three messages are another's to count and the last one is its own.
+    A conversation that the template refuses has no rendering, and is left out."""
+    said = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
+    refused = Conversation([Message("user", "x"), Message("assistant", "y")])
+    sizes, repeated = [3, 4, 3, 2, 5, 6], [False, False, True, True, False, False]
+    block = RenderedBlock(
+        ids=np.arange(23, dtype=np.int32),
+        mask=np.repeat([0, 1, 0, 0, 0, 1], sizes).astype(np.uint8),
+        message_offsets=np.cumsum([0, *sizes]),
+        conversation_offsets=np.array([0, 2, 6]),
+        supervised=np.array([False, True, False, False, False, True]),
+        head=np.zeros(6, dtype=np.int64),
+        source=np.array([1, 1]),
+        repeated=np.array(repeated),
+        role=np.zeros(6, dtype=np.int8),
+    )
+    statistics = Statistics()
+    statistics.add([refused, Conversation(said)], [5, 8], block)
+    assert statistics.message_tokens == {"3": 1, "4": 1, "5": 1, "6": 1}
+    assert statistics.conversation_tokens == {"7": 1, "16": 1}  # what training sees are two
+    assert statistics.supervised_tokens == {"10": 1}
+    assert statistics.turns == {"4": 1}
+    assert statistics.roles == {"user": 2, "assistant": 2}
+    assert len(statistics.hashes) == 1
 
 
 def test_percentiles_and_context_lengths_against_numpy() -> None:

@@ -59,8 +59,9 @@ class PairDataset:
         self._ids_T, self._mask_T = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "mask"))
         self._offsets: NDArray[np.int64] = np.load(folder / "offsets.npy")
         self.tokens_per_sample: NDArray[np.int32] = np.diff(self._offsets[::2]).astype(np.int32)
-        # What a step's loss is divided by is its number of pairs (law 2).
-        self.supervised_per_sample: NDArray[np.int32] = np.ones(self.num_samples, dtype=np.int32)
+        # What a step's loss is divided by is its number of pairs (law 2). Without a supervised token one teaches nothing;
+        # it is skipped now, but a cache of an earlier version may hold such.
+        self.supervised_per_sample = _teaches(self._mask_T, self._offsets).astype(np.int32)
         self.reference_P: NDArray[np.float32] = np.zeros(self.num_samples, dtype=np.float32)
 
     @property
@@ -94,8 +95,15 @@ class PairDataset:
                     masks.append(self._mask_T[start:stop])
         real_P = index_P != PADDING
         batch = join(ids, masks)
-        batch.pairs_P2 = np.stack([np.where(real_P, self.reference_P[index_P], 0), real_P], 1).astype(np.float32)
+        weight_P = np.where(real_P, self.supervised_per_sample[index_P], 0)
+        batch.pairs_P2 = np.stack([np.where(real_P, self.reference_P[index_P], 0), weight_P], 1).astype(np.float32)
         return batch
+
+
+def _teaches(mask_T: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which pairs have a target on either side: bool[P]. A document's first token has nothing to be predicted from."""
+    targets_D = np.add.reduceat(mask_T, offsets[:-1], dtype=np.int64) - mask_T[offsets[:-1]]
+    return (targets_D[::2] + targets_D[1::2]) > 0
 
 
 def prepare_pairs(

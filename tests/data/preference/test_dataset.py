@@ -136,3 +136,20 @@ def test_an_imported_models_template(tmp_path: Path) -> None:
     assert "bad role" in reason
     after, last = dataset.batch([1]), [*tokenizer.encode("bad 1"), 2]
     assert after.targets_T[after.weights_T == 1].tolist()[-len(last) :] == last
+
+
+def test_a_pair_without_a_supervised_token_weighs_nothing(tmp_path: Path) -> None:
+    """A cache of an earlier version may hold one; what is skipped now is made here."""
+    made = prepared(tmp_path, [pair(number) for number in range(3)])
+    offsets, mask = np.load(made.folder / "offsets.npy"), np.load(made.folder / "mask.npy")
+    mask[offsets[2] : offsets[4]] = 0
+    mask[offsets[2]] = 1  # a first token is no target
+    mask[offsets[4] : offsets[5]] = 0  # the rejected side has one
+    np.save(made.folder / "mask.npy", mask)
+    found = prepared(tmp_path, [pair(number) for number in range(3)])
+    assert found.fingerprint == made.fingerprint
+    assert found.supervised_per_sample.tolist() == [1, 0, 1]
+    batch = found.batch([1, 0, 2, -1])
+    assert batch.pairs_P2 is not None
+    assert batch.pairs_P2[:, 1].tolist() == [0, 1, 1, 0]
+    assert float(found.batch([1]).torch().units) == 0  # of a step: no update

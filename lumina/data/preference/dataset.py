@@ -59,8 +59,8 @@ class PairDataset:
         self._ids_T, self._mask_T = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "mask"))
         self._offsets: NDArray[np.int64] = np.load(folder / "offsets.npy")
         self.tokens_per_sample: NDArray[np.int32] = np.diff(self._offsets[::2]).astype(np.int32)
-        # What a step's loss is divided by is its number of pairs (law 2). Without a supervised token one teaches nothing;
-        # it is skipped now, but a cache of an earlier version may hold such.
+        # What a step's loss is divided by is its number of pairs (law 2). Without a supervised token one teaches
+        # nothing; it is skipped now, but a cache of an earlier version may hold such.
         self.supervised_per_sample = _teaches(self._mask_T, self._offsets).astype(np.int32)
         self.reference_P: NDArray[np.float32] = np.zeros(self.num_samples, dtype=np.float32)
 

@@ -114,7 +114,8 @@ def _meeting_place(launcher: str, environment: Mapping[str, str]) -> tuple[str, 
     except ImportError:
         raise UserError(
             f"{launcher} started ranks on several machines, and nothing says where they meet",
-            f"{install_command('mpi')}, or export MASTER_ADDR (rank 0's host) and MASTER_PORT to every rank.",
+            f"Install mpi4py ({install_command('mpi')}), or export MASTER_ADDR (rank 0's host) and MASTER_PORT to every"
+            " rank.",
         ) from None
     place: tuple[str, int] = MPI.COMM_WORLD.bcast((socket.getfqdn(), free_port()))
     MPI.Finalize()  # a rank may end without passing through the interpreter's exit, where mpi4py would do it

@@ -107,7 +107,7 @@ def test_nothing_to_evaluate_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["evaluate", str(run), "--data", str(tmp_path / "bad.jsonl")]) == 2
     assert "no assistant message to evaluate on" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--data", str(tmp_path / "none.jsonl")]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     skipped: Counter[str] = Counter()
     assert list(read_conversations([str(tmp_path / "bad.jsonl")], skipped)) == []
     assert skipped == {"broken JSON": 1}

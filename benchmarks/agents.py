@@ -2,7 +2,7 @@
 
     python benchmarks/agents.py [--template qwen3] [--conversations 10000] [--steps 50] [--keep FOLDER]
 
-The conversations are made here from a seed: tools of which each conversation declares some, questions, reasoning, one
+The conversations are made here from a seed: four tools, questions, reasoning, one
 call or two in a turn, results, answers. The run is from scratch, with Lumina's own template, or with a small vocabulary
 and a stock template of the installed `trl` (`--template qwen3`). Printed are the account of the data, the loss of the
 tool-call tokens of held-out conversations at each checkpoint, and the calls that the `openai` client parses from the
@@ -34,7 +34,7 @@ CITIES = ("Paris", "Oslo", "Lima", "Cairo", "Quito", "Delhi", "Rome", "Accra", "
 THINGS = ("an umbrella", "a lamp", "a map", "a tent", "a kettle", "a radio", "a chair", "a clock")
 NUMBERS = range(2, 60)
 VOCABULARY = 2048  # of the small tokenizer
-CALL = re.compile(rb"<\|?tool_call\|?>.*?<\|?/tool_call\|?>", re.DOTALL)
+CALL = re.compile(rb"<tool_call>.*?</tool_call>|<\|tool_call\|>.*?<\|tool_call_end\|>", re.DOTALL)
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -48,10 +48,10 @@ def tool(name: str, description: str, **parameters: str) -> dict[str, Any]:
 
 
 TOOLS = {
-    "get_weather": tool("get_weather", "The weather of a city now.", city="string"),
+    "weather": tool("weather", "The weather of a city now.", city="string"),
     "add": tool("add", "The sum of two numbers.", a="integer", b="integer"),
-    "find_price": tool("find_price", "The price of a thing in euros.", thing="string"),
-    "get_time": tool("get_time", "The local time of a city.", city="string"),
+    "price": tool("price", "The price of a thing in euros.", thing="string"),
+    "time": tool("time", "The local time of a city.", city="string"),
 }
 
 
@@ -60,11 +60,11 @@ def _task(rng: random.Random, name: str) -> tuple[str, dict[str, Any], str, str]
     if name == "add":
         a, b = rng.choice(NUMBERS), rng.choice(NUMBERS)
         return f"What is {a} plus {b}?", {"a": a, "b": b}, str(a + b), f"{a} plus {b} is {a + b}."
-    if name == "find_price":
+    if name == "price":
         thing, price = rng.choice(THINGS), rng.choice(NUMBERS)
         return f"What does {thing} cost?", {"thing": thing}, json.dumps({"price": price}), f"It costs {price} euros."
     city = rng.choice(CITIES)
-    if name == "get_time":
+    if name == "time":
         time = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
         return f"What time is it in {city}?", {"city": city}, json.dumps({"time": time}), f"It is {time} in {city}."
     degrees = rng.randrange(-5, 35)
@@ -75,8 +75,6 @@ def _task(rng: random.Random, name: str) -> tuple[str, dict[str, Any], str, str]
 def conversation(rng: random.Random) -> dict[str, Any]:
     """One record: a question that one tool answers, or two at once; in some, thanks and a reply at the end."""
     names = rng.sample(sorted(TOOLS), rng.choice((1, 1, 2)))
-    others = [name for name in sorted(TOOLS) if name not in names]
-    declared = rng.sample([*names, rng.choice(others)], len(names) + 1)
     tasks = [(name, *_task(rng, name)) for name in names]
     ids = [f"call_{number}" for number in range(len(tasks))]
     calls = [
@@ -87,13 +85,13 @@ def conversation(rng: random.Random) -> dict[str, Any]:
     messages.append({"role": "user", "content": " ".join(question for _, question, *_ in tasks)})
     messages.append({"role": "assistant", "content": None, "tool_calls": calls})
     if rng.random() < 0.7:
-        messages[-1]["reasoning_content"] = f"I need {' and '.join(names)} for this."
+        messages[-1]["reasoning_content"] = "I need a tool for this."
     for id_, (name, _, _, result, _) in zip(ids, tasks, strict=True):
         messages.append({"role": "tool", "tool_call_id": id_, "name": name, "content": result})
     messages.append({"role": "assistant", "content": " ".join(answer for *_, answer in tasks)})
     if rng.random() < 0.2:
         messages += [{"role": "user", "content": "Thank you!"}, {"role": "assistant", "content": "You are welcome."}]
-    return {"messages": messages, "tools": [TOOLS[name] for name in declared]}
+    return {"messages": messages, "tools": list(TOOLS.values())}
 
 
 def write_conversations(path: Path, count: int, seed: int) -> Path:
@@ -154,7 +152,7 @@ def train(folder: Path, data: Path, steps: int, tokenizer: Path | None) -> Path:
         "batch_size": 8,
         "gradient_accumulation_steps": 6,
         "precision": "fp32",
-        "learning_rate": 6e-3,
+        "learning_rate": 3e-3,
         "lr_scheduler": "constant",
         "max_steps": steps,
         "save_every_n_batches": max(1, steps // 5),

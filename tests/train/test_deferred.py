@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,6 +43,7 @@ def make_run(order: list[str]) -> Any:
         consistent=True,
     )
     return SimpleNamespace(
+        folder=Path("run"),
         state=state,
         config=load("nano", {"layer_stats_every": 1}),
         stragglers=SimpleNamespace(add=note(order, "times")),
@@ -49,12 +51,12 @@ def make_run(order: list[str]) -> Any:
             after_update=note(order, "baselines"),
             skips=lambda data: False,
             micro_batches_done=lambda step: None,
-            norm_limit=lambda loss: loss,
+            norm_limit=lambda data, loss, corrupt: loss,
         ),
         schedule=lambda step: 0.1,
         watchdog=SimpleNamespace(heartbeat=lambda what: None),
         stop=SimpleNamespace(flags=(0.0, 0.0)),
-        saves=SimpleNamespace(flags=(0.0, 0.0, 0.0), before_update=lambda: None),
+        saves=SimpleNamespace(flags=(0.0, 0.0, 0.0), before_update=lambda: None, last_begun=0),
         ranks=SimpleNamespace(world=1, rank=0),
         callbacks=SimpleNamespace(before_step=lambda: None, stop_reason=None, failure=None),
         outputs=Outputs(),
@@ -65,7 +67,7 @@ def make_run(order: list[str]) -> Any:
 
 def put(run: Any) -> None:
     sums = pack(StepSums(torch.tensor(1.0)), torch.device("cpu"))
-    data: Any = SimpleNamespace(step=4)
+    data: Any = SimpleNamespace(step=4, supervised_tokens=1.0)
     run.deferred.put(run.state.engine, data, 0.1, sums, torch.tensor(2.0), torch.tensor(True))
 
 

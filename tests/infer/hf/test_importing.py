@@ -116,7 +116,10 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"head_dim": 32}, r"q_proj.weight has shape \[48, 48\], config.json says \[128, 48\]"),
         ({"head_dim": "twelve"}, "head_size: Input should be a valid integer"),
         ({"head_dim": 2**40}, "num_attention_heads . head_dim is"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "sliding_window"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0},
+            "sliding_window 32 is not supported",
+        ),
         ({"pretraining_tp": 2}, "pretraining_tp"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.2"),
         ({"num_hidden_layers": 10**9}, "too few for 1000000000 layers"),

@@ -33,7 +33,7 @@ def test_large_and_small_figures_keep_the_form() -> None:
 
 def test_a_loss_that_is_not_finite_is_shown() -> None:
     found = line(step_record(loss=math.nan, grad_norm=math.inf, health=HealthStatus("crit", "loss is not finite")))
-    assert "| Loss: nan | PPL: inf |" in found
+    assert "| Loss: nan | PPL: nan |" in found
     assert "| GradNorm: inf |" in found
     assert found.endswith("| Health: CRIT(loss is not finite)")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Parsed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CallForm:
+class CallForm(ABC):
     """The texts around a call's name and arguments."""
 
     opening: str  # before the first call's name
@@ -58,8 +59,9 @@ class CallForm:
                 return Parsed(ToolCall(name[0], json.dumps(arguments, ensure_ascii=False)), end)
         return None
 
+    @abstractmethod
     def _arguments(self, text: str, at: int, name: str) -> tuple[dict[str, Any], int] | None:
-        raise NotImplementedError
+        """The arguments that begin at `at`, and where the call ends; None where there are none."""
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,9 @@ def _hint(word: str, known: Sequence[str] | dict[str, Command]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code."""
+    """Run one command line; returns the exit code. Without `argv` it is this process's own, which `train` then ends."""
     arguments = parse(list(sys.argv[1:] if argv is None else argv))
+    arguments.own_process = argv is None
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s: %(message)s")
     return exit_code_of(lambda: COMMANDS[arguments.command].run(arguments))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import traceback
 
 from lumina.commands.checks import before_training
@@ -28,16 +29,15 @@ def train(arguments: Arguments) -> int:
     before_training(config, arguments.yes)
     from lumina.train import end_process, train_rank
 
+    ends_here = arguments.own_process or int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         code = exit_code_of(lambda: train_rank(config))
     except Exception:
-        from lumina.train import several_ranks
-
-        if not several_ranks():
+        if not ends_here:
             raise
         traceback.print_exc()
         code = 1
-    return end_process(code)
+    return end_process(code) if ends_here else code
 
 
 def train_options(parser: Parser) -> None:

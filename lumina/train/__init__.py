@@ -16,7 +16,7 @@ from lumina.lazy import names_of
 if TYPE_CHECKING:
     from lumina.config import Config
     from lumina.train.callbacks import Callback, CallbackError, Context, StepResult
-    from lumina.train.deepspeed import end_process, several_ranks
+    from lumina.train.deepspeed import end_process
     from lumina.train.outcomes import Stop, StopKind
     from lumina.train.run import TrainedRun, train, train_rank
 
@@ -29,7 +29,6 @@ _HOMES = {
     "StopKind": "outcomes",
     "TrainedRun": "run",
     "end_process": "deepspeed",
-    "several_ranks": "deepspeed",
     "train": "run",
     "train_rank": "run",
 }
@@ -43,7 +42,6 @@ __all__ = [
     "StopKind",
     "TrainedRun",
     "end_process",
-    "several_ranks",
     "train",
     "train_rank",
 ]

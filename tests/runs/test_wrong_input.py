@@ -144,3 +144,14 @@ def test_a_global_batch_beyond_the_data_is_told(runs: Runs, conversations: Path,
     run = tmp_path / "run"
     runs.train(arguments(run, conversations, **QUICK | {"max_steps": 1, "batch_size": 8, "global_batch_size": 5000}), 1)
     assert "the global batch of 5000 samples is larger than the data, which has" in (run / "train.log").read_text()
+
+
+def test_the_exit_code_of_one_rank_alone_outlives_teardown(conversations: Path, tmp_path: Path) -> None:
+    argv = arguments(tmp_path / "run", conversations, **{**QUICK, "precision": "fp16"})
+    script = f"import atexit, os, sys; atexit.register(os.abort); sys.argv = {['lumina', 'train', *argv]!r}"
+    script += "; from lumina.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], cwd=ROOT, env=clean_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "fp16 needs a GPU" in done.stderr

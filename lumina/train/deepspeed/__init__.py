@@ -29,7 +29,6 @@ from lumina.train.deepspeed.startup import (
     end_process,
     import_deepspeed,
     init_process_group,
-    several_ranks,
 )
 from lumina.train.deepspeed.timing import PHASES, PhaseTimes, StepTimer
 
@@ -58,7 +57,6 @@ __all__ = [
     "raw_step_count",
     "restore_engine",
     "scale_exhausted",
-    "several_ranks",
     "snapshot_engine",
     "step_count",
     "sync_weights",

@@ -13,7 +13,7 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -125,22 +125,15 @@ def destroy_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def several_ranks() -> bool:
-    """Whether a launcher started this process as one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def end_process(code: int) -> int:
-    """With several ranks, end the process here and now with `code`, however it went; alone, return it.
+def end_process(code: int) -> NoReturn:
+    """End the process here and now with `code`.
 
     gloo's threads outlive destroy_process_group while DeepSpeed holds its groups. One that drops its last tensor while
     the interpreter is being torn down is killed inside a destructor, and the process aborts: one in six of the shortest
-    two-rank runs reported -6 after finishing well (torch 2.13, Python 3.11), and a user's mistake was restarted as a
-    crash.
+    two-rank runs reported -6 after finishing well (torch 2.13, Python 3.11), a user's mistake was restarted as a crash,
+    and one rank alone has ended so too.
     """
-    if several_ranks():
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

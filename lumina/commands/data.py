@@ -6,6 +6,7 @@ is imported before a command runs: `lumina --help` reads the options of all of t
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import time
@@ -274,8 +275,8 @@ def _inspect_data_options(parser: Parser) -> None:
 
 def process_oasst(arguments: Arguments) -> int:
     """Turn OpenAssistant message trees into conversations, or into preference pairs."""
-    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "input", "output")}
-    return extract_oasst(arguments.input, arguments.output, **given)
+    options = inspect.signature(extract_oasst).parameters
+    return extract_oasst(**{name: value for name, value in vars(arguments).items() if name in options})
 
 
 def extract_oasst(

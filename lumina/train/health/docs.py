@@ -108,11 +108,12 @@ that trains it, on whatever node, through a file in `RUN/requests`, honoured wit
 def _comments() -> dict[str, str]:
     """What the schema says behind each setting."""
     import inspect
+    import sys
 
-    from lumina.config import schema
+    from lumina.config import HealthConfig
 
     found, pending = {}, ""
-    for line in inspect.getsource(schema).splitlines():
+    for line in inspect.getsource(sys.modules[HealthConfig.__module__]).splitlines():
         text = line.strip()
         if text.startswith("# "):
             pending = f"{pending} {text[2:]}".strip()

@@ -1,153 +1,31 @@
-"""Every setting of a run, with its type, its default and its bounds.
+"""Settings of a run beside its model: optimisation, adapters, data, health, saving, monitoring."""
 
-The classes are mixins of one flat `Config`, so that YAML keys stay flat (the early README's work verbatim) while a room
-can ask for only the part that it needs: the model takes a `ModelConfig`, tests build one without a data path.
-
-Units: lengths in tokens, batch sizes in samples, "batch" in `*_every_n_batches` is one global batch, that is one
-optimizer step.
-"""
+# ruff: noqa: RUF012  (pydantic copies a default list for each object)
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from lumina.config.columns import Columns
-from lumina.config.registry import FAMILIES, FORMATS, HEALTH_RULES, OBJECTIVES, SCHEDULES, TRACKERS
-
-# What the tokenizer needs: cl100k_base and the special tokens above it, padded to a multiple of 128. lumina.chat owns
-# the number; it is repeated here so that reading a configuration loads no tokenizer (a test holds the two together).
-MIN_VOCAB = 100_352
-
-# Lumina's own chat templates, the oldest first (lumina.chat.TEMPLATES, for the same reason).
-ChatTemplate = Literal["im-roles-1", "im-roles-2"]
-FIRST_TEMPLATE: ChatTemplate = "im-roles-1"  # of every run that records none
-
-FFN_MULTIPLE = 64  # rows of the feed-forward matrices are a multiple of this: whole tiles on tensor cores
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-FormatName = Annotated[str, AfterValidator(FORMATS.check)]
-ScheduleName = Annotated[str, AfterValidator(SCHEDULES.check)]
-ObjectiveName = Annotated[str, AfterValidator(OBJECTIVES.check)]
-RuleName = Annotated[str, AfterValidator(HEALTH_RULES.check)]
-TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
+from lumina.config.schema.fields import (
+    ChatTemplate,
+    FormatName,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    ObjectiveName,
+    PositiveFloat,
+    PositiveInt,
+    RuleName,
+    ScheduleName,
+    Strict,
+    TrackerName,
+)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_of_one(cls, values: Any) -> Any:
-        """A text or a mapping where a list of them is meant is the list of that one."""
-        if not isinstance(values, dict):
-            return values
-        lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
-        return {name: [v] if name in lists and isinstance(v, str | dict) else v for name, v in values.items()}
-
-
-class RopeScaling(_Strict):
-    """RoPE scaling: slower rotary angles for contexts longer than a model was first trained on. `linear` divides every
-    frequency by `factor` (arXiv:2306.15595); `llama3` only those that turn fewer than `low_freq_factor` times within
-    `original_max_position_embeddings` tokens, none that turn more than `high_freq_factor` times, and those between in
-    part (Llama 3.1). The names are transformers'."""
-
-    type: Literal["linear", "llama3"]
-    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-    low_freq_factor: PositiveFloat | None = None
-    high_freq_factor: PositiveFloat | None = None
-    # original_window in plain safetensors that 0.1.0 exported, whose card builds a ModelConfig of lumina.json.
-    original_max_position_embeddings: PositiveInt | None = Field(
-        None, validation_alias=AliasChoices("original_max_position_embeddings", "original_window")
-    )
-
-    @model_validator(mode="after")
-    def _complete(self) -> RopeScaling:
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if self.type == "llama3" and (
-            low is None or high is None or self.original_max_position_embeddings is None or low >= high
-        ):
-            raise ValueError("llama3 needs original_max_position_embeddings and low_freq_factor below high_freq_factor")
-        return self
-
-
-class ModelConfig(_Strict):
-    """Shape of the decoder (Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU)."""
-
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    seq_length: Annotated[int, Field(ge=2)]
-    vocab_size: PositiveInt = MIN_VOCAB
-    intermediate_size: PositiveInt | None = None
-    # transformers' model_type: in what the model differs from Llama's (lumina/model/families, or another package's).
-    family: Annotated[str, AfterValidator(FAMILIES.check)] = "llama"
-    head_size: PositiveInt | None = None  # None: hidden_size / num_heads
-    rope_theta: PositiveFloat = 10000.0
-    rope_scaling: RopeScaling | None = None
-    rms_norm_eps: PositiveFloat = 1e-5
-    tie_word_embeddings: bool = True
-    init_std: PositiveFloat = 0.02
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
-        if self.head_size is None and self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            of = "hidden_size / num_heads" if self.head_size is None else "head_size"
-            raise ValueError(f"{of} is {self.head_dim}: rotary positions need an even head size")
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads if self.head_size is None else self.head_size
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have biases."""
-        return bool(FAMILIES.get(self.family).qkv_bias)
-
-    @property
-    def qk_norm(self) -> bool:
-        """Whether each head's queries and keys are normed."""
-        return bool(FAMILIES.get(self.family).qk_norm)
-
-    @property
-    def ffn_size(self) -> int:
-        """Width of the feed-forward layer: `intermediate_size`, or 8/3 of hidden_size rounded up to 64."""
-        if self.intermediate_size is not None:
-            return self.intermediate_size
-        return -(-8 * self.hidden_size // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
-
-    def num_parameters(self, with_embeddings: bool = True) -> int:
-        """Exact count of parameters; without embeddings leaves out the token table and the output matrix."""
-        h, d = self.hidden_size, self.head_dim
-        attention = h * d * self.num_heads * 2 + h * d * self.num_kv_heads * 2
-        attention += d * (self.num_heads + 2 * self.num_kv_heads) * self.qkv_bias + 2 * d * self.qk_norm
-        layer = attention + 3 * h * self.ffn_size + 2 * h
-        body = self.num_layers * layer + h
-        tables = 1 if self.tie_word_embeddings else 2
-        return body + (tables * self.vocab_size * h if with_embeddings else 0)
-
-
-class OptimConfig(_Strict):
+class OptimConfig(Strict):
     """Optimisation: objective, batch sizes, AdamW, learning rates, precision. `batch_size` is the micro-batch: samples
     per device and accumulation step."""
 
@@ -198,7 +76,7 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
 
-class LoraConfig(_Strict):
+class LoraConfig(Strict):
     """Low-rank adapters over the frozen weights of another run (arXiv:2106.09685): each projection's output gains
     lora_alpha / lora_rank * B A dropout(x), and only A (rank x inputs) and B (outputs x rank) are trained and saved."""
 
@@ -220,7 +98,7 @@ class LoraConfig(_Strict):
         return (2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha) / self.lora_rank
 
 
-class DataSource(_Strict):
+class DataSource(Strict):
     """A training file (or pattern), how often an epoch takes its conversations (0.3 is three tenths of them), and what
     each of its records has to be (unset: found from its keys, record by record)."""
 
@@ -235,7 +113,7 @@ class DataSource(_Strict):
         return {"path": values} if isinstance(values, str) else values
 
 
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """Data: training and evaluation files, splits, deduplication, packing."""
 
     train_data: list[str] = []
@@ -263,7 +141,7 @@ class DataConfig(_Strict):
         return self
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """The run: its name and folder, what it starts from, intervals of evaluation and saving, timeouts."""
 
     model_name: str = "lumina"
@@ -282,7 +160,7 @@ class RunConfig(_Strict):
     keep_last: PositiveInt = 3
 
 
-class HealthConfig(_Strict):
+class HealthConfig(Strict):
     """What the health monitor watches for and what is done about it (docs/health.md). A baseline is the median and the
     median absolute deviation over the last `health_window` steps, never with the current value in it."""
 
@@ -318,7 +196,7 @@ class HealthConfig(_Strict):
     emergency_seconds: PositiveFloat = 60.0  # how long it may take; the ranks have ten seconds of it to agree
 
 
-class SavingConfig(_Strict):
+class SavingConfig(Strict):
     """How checkpoints and backups are written."""
 
     save_async: bool = True  # written by a thread from a copy of the state, beside the training
@@ -338,7 +216,7 @@ class SavingConfig(_Strict):
         return self
 
 
-class MonitorConfig(_Strict):
+class MonitorConfig(Strict):
     """What is shown and kept of a run (docs/monitoring.md)."""
 
     trackers: list[TrackerName] = []
@@ -347,49 +225,3 @@ class MonitorConfig(_Strict):
     sample_tokens: PositiveInt = 32  # longest answer
     live_view: bool = True  # in a terminal; the log's lines elsewhere
     profile: bool = False  # trace a few early steps with torch's profiler
-
-
-GROUPS: tuple[type[_Strict], ...] = (
-    ModelConfig,
-    OptimConfig,
-    LoraConfig,
-    DataConfig,
-    RunConfig,
-    HealthConfig,
-    SavingConfig,
-    MonitorConfig,
-)
-
-
-class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, HealthConfig, SavingConfig, MonitorConfig):
-    """Every setting, flat. Build one with `lumina.config.loading`, which knows presets, files, flags and where each
-    value came from."""
-
-    _explicit: frozenset[str] = PrivateAttr(default=frozenset())
-
-    @property
-    def explicit(self) -> frozenset[str]:
-        """Names of the settings that the user wrote down (YAML, flag or --set), as against presets and defaults."""
-        return self._explicit
-
-    @classmethod
-    def create(cls, values: dict[str, Any], explicit: frozenset[str] | set[str]) -> Config:
-        """Validate `values`; raises pydantic.ValidationError (lumina.config.loading turns that into a UserError)."""
-        config = cls(**values)
-        config._explicit = frozenset(explicit)
-        return config
-
-    def replace(self, **changes: Any) -> Config:
-        """A validated copy with some values changed, which remembers the same explicit names."""
-        return Config.create(self.model_dump() | changes, self._explicit)
-
-    def values(self) -> dict[str, Any]:
-        """Every value by name, in the order in which the groups are written above."""
-        dumped = self.model_dump()
-        return {name: dumped[name] for group in GROUPS for name in group.model_fields}
-
-    def to_yaml(self, *without: str) -> str:
-        """Every value as YAML that `load` reads back to an equal configuration, but for `resume`, which belongs to one
-        start, and what else is to be left out."""
-        kept = {name: value for name, value in self.values().items() if name not in ("resume", *without)}
-        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

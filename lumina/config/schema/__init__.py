@@ -1,0 +1,95 @@
+"""Every setting of a run, with its type, its default and its bounds.
+
+The classes are mixins of one flat `Config`, so that YAML keys stay flat (the early README's work verbatim) while a room
+can ask for only the part that it needs: the model takes a `ModelConfig`, tests build one without a data path.
+
+Units: lengths in tokens, batch sizes in samples, "batch" in `*_every_n_batches` is one global batch, that is one
+optimizer step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from pydantic import PrivateAttr
+
+from lumina.config.schema.fields import FIRST_TEMPLATE, MIN_VOCAB, ChatTemplate, Strict
+from lumina.config.schema.model import ModelConfig, RopeScaling
+from lumina.config.schema.settings import (
+    PROJECTIONS,
+    DataConfig,
+    DataSource,
+    HealthConfig,
+    LoraConfig,
+    MonitorConfig,
+    OptimConfig,
+    Projection,
+    RunConfig,
+    SavingConfig,
+)
+
+__all__ = [
+    "FIRST_TEMPLATE",
+    "GROUPS",
+    "MIN_VOCAB",
+    "PROJECTIONS",
+    "ChatTemplate",
+    "Config",
+    "DataConfig",
+    "DataSource",
+    "HealthConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimConfig",
+    "Projection",
+    "RopeScaling",
+    "RunConfig",
+    "SavingConfig",
+]
+
+GROUPS: tuple[type[Strict], ...] = (
+    ModelConfig,
+    OptimConfig,
+    LoraConfig,
+    DataConfig,
+    RunConfig,
+    HealthConfig,
+    SavingConfig,
+    MonitorConfig,
+)
+
+
+class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, HealthConfig, SavingConfig, MonitorConfig):
+    """Every setting, flat. Build one with `lumina.config.loading`, which knows presets, files, flags and where each
+    value came from."""
+
+    _explicit: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @property
+    def explicit(self) -> frozenset[str]:
+        """Names of the settings that the user wrote down (YAML, flag or --set), as against presets and defaults."""
+        return self._explicit
+
+    @classmethod
+    def create(cls, values: dict[str, Any], explicit: frozenset[str] | set[str]) -> Config:
+        """Validate `values`; raises pydantic.ValidationError (lumina.config.loading turns that into a UserError)."""
+        config = cls(**values)
+        config._explicit = frozenset(explicit)
+        return config
+
+    def replace(self, **changes: Any) -> Config:
+        """A validated copy with some values changed, which remembers the same explicit names."""
+        return Config.create(self.model_dump() | changes, self._explicit)
+
+    def values(self) -> dict[str, Any]:
+        """Every value by name, in the order in which the groups are written above."""
+        dumped = self.model_dump()
+        return {name: dumped[name] for group in GROUPS for name in group.model_fields}
+
+    def to_yaml(self, *without: str) -> str:
+        """Every value as YAML that `load` reads back to an equal configuration, but for `resume`, which belongs to one
+        start, and what else is to be left out."""
+        kept = {name: value for name, value in self.values().items() if name not in ("resume", *without)}
+        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

@@ -15,15 +15,28 @@ if TYPE_CHECKING:
     from lumina.model.cache import KVCache as KVCache
     from lumina.model.cpu import keep_heap as keep_heap
     from lumina.model.decode import Decoder as Decoder
+    from lumina.model.static import StaticDecoder as StaticDecoder
     from lumina.model.transformer import Transformer as Transformer
 
-__all__ = ["Decoder", "KVCache", "Transformer", "families", "float8", "keep_heap", "lora", "ops", "report_kernel"]
+__all__ = [
+    "Decoder",
+    "KVCache",
+    "StaticDecoder",
+    "Transformer",
+    "families",
+    "float8",
+    "keep_heap",
+    "lora",
+    "ops",
+    "report_kernel",
+]
 
 __getattr__ = names_of(
     __name__,
     {
         "Decoder": "decode",
         "KVCache": "cache",
+        "StaticDecoder": "static",
         "Transformer": "transformer",
         "keep_heap": "cpu",
         "report_kernel": "attention",

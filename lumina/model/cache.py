@@ -6,11 +6,13 @@ and by how much, and returns the positions of the new tokens:
 - Prefill: any rows, any counts. The new tokens lie end to end in one row of ids (1, T), without padding, exactly as
   training lays out documents. Rows that were empty go through training's own attention.
 - Decode: one token for each of R rows, as ids (R, 1).
+- Static decode: the same for the first R rows, of which the host says no length: every shape follows from R and from
+  how many tokens a row may see at most, so that a CUDA graph can hold the pass (static.py).
 
 Rows are independent: one can be freed and filled anew while the others go on.
 
 Shape suffixes as in transformer.py; L layers, R rows of one pass, N rows of the cache, T new tokens end to end,
-C capacity in tokens, n cached tokens seen by a pass.
+C capacity in tokens, n cached tokens seen by a pass, g query heads of a key/value head.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lumina.config import ModelConfig
@@ -40,6 +43,7 @@ class _Pass:
     mask_R11n: Tensor | None  # decode: the tokens each row sees; None when every row sees all n, or `spans` says so
     docs: Documents | None  # prefill of empty rows: training's own layout
     spans: Spans | None = None  # decode of rows of different lengths where a kernel takes those
+    static: bool = False  # decode: starts and ends are bounds, and only the device knows the lengths
 
 
 def _token_major(device: torch.device) -> bool:
@@ -112,6 +116,34 @@ class KVCache:
         pieces = [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
         return torch.cat(pieces)[None]
 
+    def extend_static(self, slots_R: Tensor, longest: int) -> Tensor:
+        """Announce a decoding pass over the first R rows: one token for each, at its place `slots` (int64, on the
+        device), which sees its row up to itself, but no more than the first `longest` tokens. Returns the positions
+        (R, 1).
+
+        It asks the device for nothing and changes nothing on the host: the caller says with `advance` which rows have
+        their token. What a row that does not go on gets at its slot is overwritten by its next token.
+        """
+        count, device = len(slots_R), slots_R.device
+        rows, ends = list(range(count)), [longest] * count
+        mask_R11n, spans = None, None
+        if self._spans is not None:
+            places = torch.arange(count + 1, dtype=torch.int32, device=device)
+            spans = Spans(places, places * self.capacity, (slots_R + 1).clamp(max=longest).int(), longest)
+        else:
+            unseen_R11n = (torch.arange(longest, device=device) > slots_R[:, None])[:, None, None]
+            # Added to the scores: of a bool, each layer's attention would make this by itself.
+            mask_R11n = torch.zeros(unseen_R11n.shape, dtype=self.keys.dtype, device=device)
+            mask_R11n = mask_R11n.masked_fill(unseen_R11n, -torch.inf)
+        self._pass = _Pass(rows, [0] * count, ends, True, None, slots_R, mask_R11n, None, spans, static=True)
+        return slots_R[:, None]
+
+    def advance(self, rows: Sequence[int]) -> None:
+        """Rows whose token a static pass has stored."""
+        for row in rows:
+            assert self.lengths[row] < self.capacity, "the cache is full"
+            self.lengths[row] += 1
+
     def _span(self, rows: Sequence[int], ends: list[int]) -> Spans:
         edges = [row * self.capacity for row in rows] + [self.rows * self.capacity]
         count = len(rows)
@@ -141,7 +173,9 @@ class KVCache:
         self, now: _Pass, keys: Tensor, values: Tensor, q_R1Hd: Tensor, k_R1Kd: Tensor, v_R1Kd: Tensor
     ) -> Tensor:
         count, longest = len(now.rows), max(now.ends)
-        if count == 1:  # plain slices: indexed writes and copies would cost as much as the attention itself
+        if (
+            count == 1 and not now.static
+        ):  # plain slices: indexed writes and copies would cost as much as the attention itself
             row, slot = now.rows[0], now.starts[0]
             keys[row, :, slot], values[row, :, slot] = k_R1Kd[0, 0], v_R1Kd[0, 0]
             k_RKnd, v_RKnd = keys[row : row + 1, :, :longest], values[row : row + 1, :, :longest]
@@ -154,6 +188,8 @@ class KVCache:
                 return self._spans(q_R1Hd[:, 0], k_TKd, v_TKd, now.spans)[:, None]
             k_RKnd, v_RKnd = (x[:count] if now.index_R is None else x[now.index_R] for x in (keys, values))
             k_RKnd, v_RKnd = k_RKnd[:, :, :longest], v_RKnd[:, :, :longest]
+        if now.static:
+            return _by_group(q_R1Hd, k_RKnd, v_RKnd, now.mask_R11n)
         q_RH1d = q_R1Hd.transpose(1, 2)
         return grouped_sdpa(q_RH1d, k_RKnd, v_RKnd, now.mask_R11n).transpose(1, 2)
 
@@ -165,6 +201,15 @@ class KVCache:
         counts = [end - start for start, end in zip(self._pass.starts, self._pass.ends, strict=True)]
         last_R = torch.tensor(list(accumulate(counts)), device=x_BSD.device) - 1
         return x_BSD[0, last_R][:, None]
+
+
+def _by_group(q_R1Hd: Tensor, k_RKnd: Tensor, v_RKnd: Tensor, mask_R11n: Tensor | None) -> Tensor:
+    """Decoding attention with the query heads of a key/value head as its sequence of queries: where a mask is needed,
+    a GPU's kernels take no fewer key/value heads than query heads, and repeated ones would be a copy of the cache."""
+    rows, _, heads, width = q_R1Hd.shape
+    q_RKgd = q_R1Hd.reshape(rows, k_RKnd.shape[1], -1, width)
+    o_RKgd = F.scaled_dot_product_attention(q_RKgd, k_RKnd, v_RKnd, attn_mask=mask_R11n)
+    return o_RKgd.reshape(rows, 1, heads, width)
 
 
 def _continued(q_1SHd: Tensor, k_Knd: Tensor, v_Knd: Tensor, start: int) -> Tensor:

@@ -10,23 +10,7 @@ from lumina.model import cache as room
 from lumina.model.cache import KVCache
 from lumina.model.varlen import Spans
 from tests.model.tiny_models import make_model
-
-
-def reference(q_RHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, spans: Spans) -> Tensor:
-    """Each query over the first `used` tokens of its span of the cache."""
-    assert {x.dtype for x in (spans.queries, spans.edges, spans.used)} == {torch.int32}
-    count, group = len(q_RHd), q_RHd.shape[1] // k_TKd.shape[1]
-    assert spans.queries.tolist() == list(range(count + 1))
-    assert spans.longest == int(spans.used.max())
-    out = []
-    for row in range(count):
-        start, end = int(spans.edges[row]), int(spans.edges[row + 1])
-        assert int(spans.used[row]) <= end - start, "a row's tokens lie in its span"
-        seen = slice(start, start + int(spans.used[row]))
-        k, v = (x[seen].repeat_interleave(group, 1) for x in (k_TKd, v_TKd))
-        scores = torch.einsum("hd,nhd->hn", q_RHd[row], k) / q_RHd.shape[-1] ** 0.5
-        out.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), v))
-    return torch.stack(out)
+from tests.model.variable_length import by_spans
 
 
 @torch.no_grad()
@@ -37,7 +21,8 @@ def test_rows_of_different_lengths_by_their_spans(monkeypatch: pytest.MonkeyPatc
     def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
         assert k.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr(), "the cache itself"
         calls.append(spans.used.tolist())
-        return reference(q, k, v, spans)
+        assert spans.longest == int(spans.used.max())
+        return by_spans(q, k, v, spans)
 
     monkeypatch.setattr(room, "_token_major", lambda device: True)
     monkeypatch.setattr(room, "spans_kernel", lambda dtype: attend)

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ from torch import Tensor
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.infer.generation.constraint import Constraint
-from lumina.infer.generation.sampling import Sampling, choose, forbidden_tokens, generator, penalised
-from lumina.model import Decoder, KVCache, Transformer
+from lumina.infer.generation.sampling import FILTERS, Sampling, choose, filters, forbidden_tokens, generator, penalised
+from lumina.model import Decoder, KVCache, StaticDecoder, Transformer
 
 TIE = (
     1e-4  # of 1 + |logit|. Orders of summation moved logits by at most 7e-7 of that at nano's shape, 1.3e-6 at debug's
@@ -77,14 +78,22 @@ class Token(NamedTuple):
 class SequenceBatch:
     """Sequences in the rows of one preallocated cache."""
 
-    def __init__(self, model: Transformer, tokenizer: ChatTokenizer, rows: int, capacity: int) -> None:
-        """`rows` sequences at most, of `capacity` tokens each, prompt included."""
+    def __init__(
+        self, model: Transformer, tokenizer: ChatTokenizer, rows: int, capacity: int, static: bool | None = None
+    ) -> None:
+        """`rows` sequences at most, of `capacity` tokens each, prompt included. `static`: decoding steps are static
+        passes (see StaticDecoder); None: on a GPU they are."""
         weight = model.embedding.weight
         self._model, self._stop_ids, self.capacity = model, tokenizer.stop_ids, capacity
         self._cache = KVCache(model.config, rows, capacity, weight)
         self._forbidden_V = forbidden_tokens(tokenizer, model.config.vocab_size).to(weight.device)
-        self._decoder = Decoder(model, self._cache, self._forbidden_V)
         self._exact = weight.dtype in (torch.float32, torch.float64)
+        self._decoder = Decoder(model, self._cache, self._forbidden_V)
+        self._static: StaticDecoder | None = None
+        if weight.device.type == "cuda" if static is None else static:
+            self._static = StaticDecoder(
+                model, self._cache, self._forbidden_V, partial(_pick, self._exact), FILTERS, told=3
+            )
         self._free = list(range(rows))
         self.going: list[Sequence] = []
         """Those that a step adds a token to."""
@@ -135,9 +144,14 @@ class SequenceBatch:
         going = list(self.going)
         if not going:
             return []
-        ids_R1 = torch.tensor([s.generated[-1] for s in going], device=self._forbidden_V.device)[:, None]
-        rows = [s.slot for s in going]
-        if any(s.special for s in going):
+        ids, rows = [s.generated[-1] for s in going], [s.slot for s in going]
+        special = any(s.special for s in going)
+        if self._static is not None:
+            if special:
+                return self._choose(going, *self._largest(going, self._static.logits(ids, rows)))
+            return self._take(going, self._static.step(ids, rows, self._filters(going), self._most(going)), None)
+        ids_R1 = torch.tensor(ids, device=self._forbidden_V.device)[:, None]
+        if special:
             return self._choose(going, *self._largest(going, self._decoder.logits(ids_R1, rows)))
         return self._choose(going, *self._decoder.step(ids_R1, rows, self._most(going)), None)
 
@@ -171,31 +185,24 @@ class SequenceBatch:
     def _choose(
         self, sequences: list[Sequence], kept_Rk: Tensor, ids_Rk: Tensor, logprobs_RV: Tensor | None
     ) -> list[Token]:
-        alike: dict[Sampling, list[int]] = {}  # those whose filters are the same are drawn together
-        for row, sequence in enumerate(sequences):
-            alike.setdefault(replace(sequence.sampling, seed=0, stop=(), max_length=1), []).append(row)
-        picked, order = [], [row for rows in alike.values() for row in rows]
-        for sampling, rows in alike.items():
-            k = self._candidates(sampling)
-            where = slice(None) if len(rows) == len(sequences) else rows
-            generators = [sequences[row].random for row in rows]
-            picked.append(choose(kept_Rk[where, :k], ids_Rk[where, :k], sampling, generators))
         # All that the host must know comes in one transfer: each is a wait for the device.
-        finite_R, near_R = kept_Rk[:, 0].isfinite(), self._near(sequences, kept_Rk)
-        host = torch.stack((torch.cat(picked), finite_R.long(), near_R.long())).tolist()
-        if not all(host[1]):
-            raise UserError("the model's logits are not finite", "Its training diverged: use an earlier checkpoint.")
-        chosen = [token for _, token in sorted(zip(order, host[0], strict=True))]
-        for row, near in enumerate(host[2]):
-            if near and sequences[row].sampling.greedy:
-                chosen[row] = self._alone(sequences[row])
-        return [self._add(s, row, chosen[row], logprobs_RV) for row, s in enumerate(sequences)]
+        if all(s.sampling.greedy for s in sequences):
+            told_R3 = _told(self._exact, kept_Rk, ids_Rk[:, 0])
+        else:
+            told_R3 = _pick(self._exact, kept_Rk, ids_Rk, self._filters(sequences).to(kept_Rk.device))
+        return self._take(sequences, told_R3.tolist(), logprobs_RV)
 
-    def _near(self, sequences: list[Sequence], kept_Rk: Tensor) -> Tensor:
-        """Rows (bool) whose greedy choice rounding could turn."""
-        if not self._exact or kept_Rk.shape[1] < 2 or not any(s.sampling.greedy for s in sequences):
-            return torch.zeros(len(sequences), dtype=torch.bool, device=kept_Rk.device)
-        return kept_Rk[:, 0] - kept_Rk[:, 1] <= TIE * (1 + kept_Rk[:, 0].abs())
+    def _filters(self, sequences: list[Sequence]) -> Tensor:
+        return filters([s.sampling for s in sequences], [s.random for s in sequences])
+
+    def _take(self, sequences: list[Sequence], told: list[list[int]], logprobs_RV: Tensor | None) -> list[Token]:
+        if not all(finite for _, finite, _ in told):
+            raise UserError("the model's logits are not finite", "Its training diverged: use an earlier checkpoint.")
+        chosen = [
+            self._alone(sequence) if near and sequence.sampling.greedy else token
+            for sequence, (token, _, near) in zip(sequences, told, strict=True)
+        ]
+        return [self._add(s, row, chosen[row], logprobs_RV) for row, s in enumerate(sequences)]
 
     def _alone(self, sequence: Sequence) -> int:
         """The greedy choice of a pass over this sequence only."""
@@ -221,3 +228,17 @@ class SequenceBatch:
         best = logprobs_RV[row].topk(max(1, sequence.logprobs))
         top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))[: sequence.logprobs]
         return Token(sequence, token, finish, float(logprobs_RV[row, token]), top)
+
+
+def _pick(exact: bool, kept_Rk: Tensor, ids_Rk: Tensor, settings_RF: Tensor) -> Tensor:
+    """What the host is told of a step whose rows choose as `settings` say; see `_told`."""
+    return _told(exact, kept_Rk, choose(kept_Rk, ids_Rk, settings_RF))
+
+
+def _told(exact: bool, kept_Rk: Tensor, chosen_R: Tensor) -> Tensor:
+    """What the host is told of a step, int64 (R, 3): the token, whether the logits are finite, and, in float32 and
+    float64 (`exact`), whether rounding could turn a greedy choice."""
+    finite_R, near_R = kept_Rk[:, 0].isfinite(), torch.zeros_like(chosen_R)
+    if exact and kept_Rk.shape[1] > 1:
+        near_R = kept_Rk[:, 0] - kept_Rk[:, 1] <= TIE * (1 + kept_Rk[:, 0].abs())
+    return torch.stack((chosen_R, finite_R.long(), near_R.long()), 1)

@@ -4,13 +4,14 @@ Filters apply in the order that transformers uses: repetition penalty on the log
 what top-k left, min-p. One uniform number per token and sequence picks from the remaining probabilities, likeliest
 first, so a sequence's tokens depend on its own seed and not on its neighbours in a batch.
 
-Shape suffixes: R sequences, V vocabulary, k candidates, n ids.
+Shape suffixes: R sequences, V vocabulary, k candidates, n ids, F numbers that say how to choose.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from lumina.config import UserError
 
 TEMPERATURES, TOP_PS, LENGTHS = (0.0, 2.0), (0.0, 1.0), (1, 2048)
 MIN_PS, PENALTIES, STOPS, STOP_LENGTH = (0.0, 1.0), (0.5, 2.0), 16, 256
+FILTERS = 5  # numbers that say how a token is chosen
 
 
 @dataclass(frozen=True)
@@ -91,20 +93,33 @@ def generator(sampling: Sampling, sequence: int) -> torch.Generator:
     return torch.Generator().manual_seed((sampling.seed + sequence) % 2**63)
 
 
-def probabilities(kept_Rk: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (float64) of candidates whose logits are given, largest first: temperature, then top-p and min-p,
-    which leave some of them 0."""
+def filters(samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
+    """How to choose a token for each of R sequences: float64 (R, FILTERS) on the host, of each row the next random
+    number of its sequence (greedy ones use none), temperature, top_k, top_p, min_p; infinite is no filter."""
+    settings_RF = torch.zeros(len(samplings), FILTERS, dtype=torch.float64)
+    for row_F, sampling, own in zip(settings_RF, samplings, generators, strict=True):
+        top_k = math.inf if sampling.top_k is None else float(sampling.top_k)
+        top_p = math.inf if sampling.top_p >= 1 else sampling.top_p
+        row_F[1:] = torch.tensor([sampling.temperature, top_k, top_p, sampling.min_p], dtype=torch.float64)
+        if not sampling.greedy:
+            row_F[:1].uniform_(generator=own)
+    return settings_RF
+
+
+def probabilities(kept_Rk: Tensor, settings_RF: Tensor) -> Tensor:
+    """Probabilities (float64) of candidates whose logits are given, largest first: temperature, then top-k, top-p and
+    min-p, which leave some of them 0. settings: float64, of `filters`. Asks the device for nothing, and its shapes
+    are its inputs': a CUDA graph can hold it."""
+    temperature_R1, top_k_R1, top_p_R1, min_p_R1 = (settings_RF[:, at : at + 1] for at in range(1, FILTERS))
     # Against the largest, so that no temperature above 0 is too small: what overflows is minus infinity.
-    p_Rk = ((kept_Rk.double() - kept_Rk[:, :1].double()) / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        before_Rk = p_Rk.cumsum(-1) - p_Rk
-        before_Rk[:, 0] = -1  # the likeliest token always stays
-        p_Rk = p_Rk.masked_fill(before_Rk >= sampling.top_p, 0)  # the token that crosses top-p stays
-        p_Rk /= p_Rk.sum(-1, keepdim=True)
-    if sampling.min_p > 0:
-        p_Rk = p_Rk.masked_fill(p_Rk < sampling.min_p * p_Rk[:, :1], 0)
-        p_Rk /= p_Rk.sum(-1, keepdim=True)
-    return p_Rk
+    wide_Rk = (kept_Rk.double() - kept_Rk[:, :1].double()) / torch.where(temperature_R1 > 0, temperature_R1, 1.0)
+    rank_k = torch.arange(kept_Rk.shape[1], device=kept_Rk.device)
+    p_Rk = wide_Rk.masked_fill(rank_k >= top_k_R1, -torch.inf).softmax(-1)
+    before_Rk = (p_Rk.cumsum(-1) - p_Rk).masked_fill(rank_k == 0, -1)  # the likeliest token always stays
+    p_Rk = p_Rk.masked_fill(before_Rk >= top_p_R1, 0)  # the token that crosses top-p stays
+    p_Rk = p_Rk / p_Rk.sum(-1, keepdim=True)
+    p_Rk = p_Rk.masked_fill(p_Rk < min_p_R1 * p_Rk[:, :1], 0)
+    return p_Rk / p_Rk.sum(-1, keepdim=True)
 
 
 def penalised(logits_V: Tensor, ids_n: Tensor, penalty: float) -> Tensor:
@@ -114,14 +129,12 @@ def penalised(logits_V: Tensor, ids_n: Tensor, penalty: float) -> Tensor:
     return logits_V.index_copy(0, ids_n, torch.where(held_n > 0, held_n / penalty, held_n * penalty))
 
 
-def choose(kept_Rk: Tensor, ids_Rk: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+def choose(kept_Rk: Tensor, ids_Rk: Tensor, settings_RF: Tensor) -> Tensor:
     """The next token of each sequence, int64 (R,), of its candidates: their logits, largest first, and their ids. The
-    candidates are the top_k tokens, or all when top_k is None."""
-    if sampling.greedy:
-        return ids_Rk[:, 0]
-    p_Rk = probabilities(kept_Rk, sampling)
-    uniform = [torch.rand(1, generator=g, dtype=torch.float64) for g in generators]
-    u_R1 = torch.stack(uniform).to(p_Rk.device)
-    sums_Rk = p_Rk.cumsum(-1)
-    picked_R1 = torch.searchsorted(sums_Rk, u_R1 * sums_Rk[:, -1:], right=True)
-    return ids_Rk.gather(1, picked_R1.clamp_(max=ids_Rk.shape[1] - 1))[:, 0]
+    candidates are the largest top_k at least, or all. settings as in `probabilities`, and like there nothing is asked
+    of the device."""
+    uniform_R1, temperature_R1 = settings_RF[:, :1], settings_RF[:, 1:2]
+    sums_Rk = probabilities(kept_Rk, settings_RF).cumsum(-1)
+    picked_R1 = torch.searchsorted(sums_Rk, uniform_R1 * sums_Rk[:, -1:], right=True)
+    picked_R1 = picked_R1.clamp_(max=ids_Rk.shape[1] - 1).masked_fill_(temperature_R1 == 0, 0)
+    return ids_Rk.gather(1, picked_R1)[:, 0]

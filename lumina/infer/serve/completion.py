@@ -74,8 +74,9 @@ async def complete(
     for p, prompt in enumerate(task.prompts):
         for i in range(body.n):
             constraint = None if task.constraint is None else task.constraint()
-            for token in () if constraint is None else task.begun:
-                constraint.push(token)
+            if constraint is not None:
+                for token in task.begun:
+                    constraint.push(token)
             ids = [*prompt, *task.begun]
             sequences.append(Sequence(ids, sampling, p * body.n + i, task.logprobs, constraint))
     response = builder(

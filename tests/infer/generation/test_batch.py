@@ -51,12 +51,14 @@ def settings(number: int) -> Sampling:
     return Sampling(**kinds[number % 4], seed=number, max_length=3 + 5 * number % 13)  # type: ignore[arg-type]
 
 
-def test_joining_and_leaving_change_nothing(small: Small) -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_joining_and_leaving_change_nothing(small: Small, static: bool) -> None:
     """Twenty sequences over three rows, prefilled in pieces of any size; some are given up in the middle."""
     chance = random.Random(3)
     asked = [Sequence(small.prompts[n % 5], settings(n), logprobs=2 if n % 7 == 0 else None) for n in range(20)]
     alone = [small.generate(s.sampling, [s.prompt])[0].ids for s in asked]
-    shared, waiting, filling = SequenceBatch(small.model, small.tokenizer, 3, 128), list(asked), list[Sequence]()
+    shared = SequenceBatch(small.model, small.tokenizer, 3, 128, static)
+    waiting, filling = list(asked), list[Sequence]()
     given_up: set[Sequence] = set()
     while waiting or filling or shared.going:
         if waiting and shared.free and chance.random() < 0.6:
@@ -143,8 +145,10 @@ def test_stop_texts_end_a_sequence_and_free_the_others(small: Small) -> None:
             assert after == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_host_asks_once_a_step(dtype: torch.dtype, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "static"), [(torch.float64, False), (torch.bfloat16, False), (torch.float64, True)])
+def test_the_host_asks_once_a_step(
+    dtype: torch.dtype, static: bool, small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever mix of samplings goes on: each question to a GPU is a wait for it."""
     asked: list[str] = []
 
@@ -152,7 +156,7 @@ def test_the_host_asks_once_a_step(dtype: torch.dtype, small: Small, monkeypatch
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, **k: (asked.append(name), real(self, *a, **k))[1])
 
-    shared = SequenceBatch(make_model(dtype=dtype, vocab_size=VOCABULARY), small.tokenizer, 4, 128)
+    shared = SequenceBatch(make_model(dtype=dtype, vocab_size=VOCABULARY), small.tokenizer, 4, 128, static)
     shared._decoder.compiled = shared._decoder._shortlists = False
     sequences = [Sequence(small.prompts[n], replace(settings(n), max_length=20)) for n in range(4)]
     for sequence in sequences:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,14 @@ from hypothesis import strategies as st
 
 from lumina.config import UserError
 from lumina.infer import Sampling
-from lumina.infer.generation.sampling import choose, generator, penalised, probabilities
+from lumina.infer.generation.sampling import choose, filters, generator, penalised, probabilities
 
 VOCABULARY, DRAWS = 40, 20_000
+
+
+def settings_of(samplings: Sequence[Sampling]) -> torch.Tensor:
+    """`choose`'s settings, each row with the first random number of its sequence."""
+    return filters(samplings, [generator(one, 0) for one in samplings])
 
 
 def exact(logits_V: np.ndarray, temperature: float, top_k: int | None, top_p: float, min_p: float = 0.0) -> np.ndarray:
@@ -69,8 +76,8 @@ def test_each_filter_draws_from_the_exact_distribution(
     sampling = Sampling(temperature, top_k, top_p, seed=0, min_p=min_p, repetition_penalty=penalty)
     rows = penalised(torch.from_numpy(logits_V), torch.tensor(held), penalty).repeat(100, 1)
     generators = [torch.Generator().manual_seed(row) for row in range(100)]
-    kept_Rk, ids_Rk = rows.topk(top_k or VOCABULARY)
-    drawn = torch.cat([choose(kept_Rk, ids_Rk, sampling, generators) for _ in range(DRAWS // 100)])
+    kept_Rk, ids_Rk = rows.sort(descending=True)
+    drawn = torch.cat([choose(kept_Rk, ids_Rk, filters([sampling] * 100, generators)) for _ in range(DRAWS // 100)])
     counts = np.bincount(drawn.numpy(), minlength=VOCABULARY)
     assert counts[expected == 0].sum() == 0
     support = expected > 0
@@ -96,8 +103,8 @@ def test_candidates_are_the_definition(
     logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     logits_V = np.array(logits, dtype=np.float32)
-    kept_Rk, ids_Rk = torch.from_numpy(logits_V)[None].topk(min(top_k, len(logits)))
-    p_Rk = probabilities(kept_Rk, Sampling(temperature, top_k, top_p, min_p=min_p))
+    kept_Rk, ids_Rk = torch.from_numpy(logits_V)[None].sort(descending=True)
+    p_Rk = probabilities(kept_Rk, settings_of([Sampling(temperature, top_k, top_p, min_p=min_p)]))
     spread = torch.zeros(1, len(logits), dtype=p_Rk.dtype).scatter_(1, ids_Rk, p_Rk)[0].numpy()
     # A token exactly at the edge of top_p or min_p may fall either way by the last bit of a sum.
     around = [(by, also) for by in (0, -1e-12, 1e-12) for also in (0, -1e-12, 1e-12)]
@@ -107,8 +114,9 @@ def test_candidates_are_the_definition(
 
 @pytest.mark.parametrize("narrow", [{"temperature": 5e-324}, {"top_p": 0.0}, {"top_p": 1e-12}, {"top_k": 1}])
 def test_the_narrowest_settings_leave_the_likeliest_token(narrow: dict[str, float]) -> None:
-    kept_Rk = torch.tensor([[30.0, 29.9999, -80.0], [-2.0, -3.0, -4.0]])[:, : int(narrow.get("top_k", 3))]
-    p_Rk = probabilities(kept_Rk, Sampling(**{"temperature": 1.0, "top_k": None, "top_p": 1.0} | narrow))  # type: ignore[arg-type]
+    kept_Rk = torch.tensor([[30.0, 29.9999, -80.0], [-2.0, -3.0, -4.0]])
+    sampling = Sampling(**{"temperature": 1.0, "top_k": None, "top_p": 1.0} | narrow)  # type: ignore[arg-type]
+    p_Rk = probabilities(kept_Rk, settings_of([sampling] * 2))
     assert p_Rk[:, 0].tolist() == [1, 1]
 
 
@@ -120,7 +128,11 @@ def test_settings_without_an_upper_bound() -> None:
 
 def test_greedy_takes_the_largest_and_needs_no_random_numbers() -> None:
     kept_Rk, ids_Rk = torch.tensor([[0.0, 3.0, 1.0], [5.0, -1.0, 4.9]]).topk(2)
-    assert choose(kept_Rk, ids_Rk, Sampling(temperature=0), []).tolist() == [1, 0]
+    random = generator(Sampling(seed=1), 0)
+    before = random.get_state()
+    settings_RF = filters([Sampling(temperature=0)] * 2, [random] * 2)
+    assert choose(kept_Rk, ids_Rk, settings_RF).tolist() == [1, 0]
+    assert torch.equal(random.get_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -147,3 +159,23 @@ def test_greedy_takes_the_largest_and_needs_no_random_numbers() -> None:
 def test_values_outside_their_range_are_refused_by_name(values: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
         Sampling(**values)  # type: ignore[arg-type]
+
+
+def test_rows_of_different_settings_are_chosen_as_each_alone() -> None:
+    kept_Rk, ids_Rk = torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(0)).sort(descending=True)
+    samplings = [
+        Sampling(0.0, seed=1),
+        Sampling(1.0, None, 1.0, seed=2),
+        Sampling(1.5, 3, 1.0, seed=3),
+        Sampling(2.0, None, 0.4, seed=4),
+        Sampling(1.0, None, 1.0, seed=5, min_p=0.3),
+        Sampling(1.2, 20, 0.9, seed=6, min_p=0.01),
+    ]
+    settings_RF = settings_of(samplings)
+    together = choose(kept_Rk, ids_Rk, settings_RF)
+    rows = range(len(samplings))
+    alone = [choose(kept_Rk[r : r + 1], ids_Rk[r : r + 1], settings_RF[r : r + 1]) for r in rows]
+    assert together.tolist() == torch.cat(alone).tolist()
+    assert together[0] == ids_Rk[0, 0]
+    cut = choose(kept_Rk[2:3, :3], ids_Rk[2:3, :3], settings_RF[2:3])  # three candidates are enough for top_k 3
+    assert cut.tolist() == alone[2].tolist()

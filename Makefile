@@ -1,6 +1,7 @@
 # make quickstart     train a small chat model on real conversations and talk to it (ten minutes on two cores)
 # make test           the tests that need no root
 # make test-long      more cases of the same by real runs: other worlds, stages and phases (two minutes)
+# make test-documents every command block of README.md and docs/ (DOCUMENTS=docs/serve.md for one) as it stands; minutes
 # make test-cluster   the tests that start sshd, pdsh and several processes (root: installs their Debian packages)
 # make gpu-rehearsal  benchmarks/gpu_day.sh on this CPU (a minute); make test does it too
 # make gpu-wheels     what a GPU machine without an index lacks, into wheels/gpu (GPU_PYTHON=3.12)
@@ -25,7 +26,7 @@ CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install quickstart test test-long test-cluster mutation cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels resolve test-triton check format clean
+.PHONY: install quickstart test test-long test-documents test-cluster mutation cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels resolve test-triton check format clean
 
 install: $(STAMP)
 
@@ -50,6 +51,10 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) $(FILES_AT_A_TIME) -m "long and not cluster" $(PYTEST_ARGS)
+
+# Ends at the first block that fails, with the document and the line. `make test` runs the shorter documents too.
+test-documents: $(STAMP)
+	$(BIN)/python -m tests.documents $(DOCUMENTS)
 
 # pytest exits 5 when it collects nothing: say so rather than pass or fail in silence.
 test-cluster: $(STAMP) cluster-packages

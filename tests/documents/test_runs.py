@@ -1,0 +1,114 @@
+"""The documents' command blocks run as they stand; those of the longest documents with `make test-long`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.documents.blocks import blocks, documents
+from tests.documents.runs import BlockError, Runs, answers
+from tests.documents.workplace import make
+
+SHORT = ("README.md", "finetuning.md", "serve.md", "slurm.md")  # the rest starts more runs, or ranks, of the same kind
+WITH_COMMANDS = [document for document in documents() if blocks(document)]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = make(tmp_path_factory.mktemp("documents") / "sample")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(each, id=each.name, marks=[] if each.name in SHORT else pytest.mark.long) for each in WITH_COMMANDS],
+)
+def test_the_blocks_of(document: Path, sample: Path, place: Path) -> None:
+    read = blocks(document)
+    for address in {block.serves for block in read if block.serves}:
+        if answers(address):
+            pytest.skip(f"another program answers at {address}")
+    folder = shutil.copytree(sample, place / "work", symlinks=True)
+    with Runs(folder, print) as runs:
+        for block in read:
+            runs.run(block)
+    assert runs.run_blocks + runs.skipped_blocks == len(read)
+
+
+def written(folder: Path, *lines: str) -> Path:
+    document = folder / "page.md"
+    document.write_text("\n".join(lines) + "\n")
+    return document
+
+
+def test_a_failing_command_is_named_by_document_and_line(tmp_path: Path) -> None:
+    document = written(tmp_path, "# Page", "", "```bash", "true", "echo said", "false", "echo never", "```")
+    (block,) = blocks(document)
+    with Runs(tmp_path, print) as runs, pytest.raises(BlockError) as failed:
+        runs.run(block)
+    assert str(failed.value).startswith(f"{document}:6: exit code 1\n")
+    assert "said" in str(failed.value)
+    assert "\nnever" not in str(failed.value)
+
+
+def test_a_failing_python_block_has_the_documents_lines(tmp_path: Path) -> None:
+    page = ["```python", "a = 1", "```", "", "<!-- goes on -->", "```python", "print(a)", "print(1 / (a - 1))", "```"]
+    first, second = blocks(written(tmp_path, *page))
+    with Runs(tmp_path, print) as runs:
+        runs.run(first)
+        with pytest.raises(BlockError) as failed:
+            runs.run(second)
+    assert "line 8, in <module>" in str(failed.value)
+    assert "ZeroDivisionError" in str(failed.value)
+
+
+def test_marks_say_what_is_not_run(tmp_path: Path) -> None:
+    document = written(
+        tmp_path,
+        "<!-- not run (exit 1): it would end here -->",
+        "<!-- run with small for large: shorter -->",
+        "```bash",
+        "echo large > large.txt",
+        "exit 1 \\",
+        "  2",
+        "exit 11 > eleven || true",
+        "```",
+        "<!-- not run: never -->",
+        "```bash",
+        "false",
+        "```",
+    )
+    first, second = blocks(document)
+    assert first.script().splitlines() == ["echo small > small.txt", "# exit 1 \\", "#   2", "exit 11 > eleven || true"]
+    said: list[str] = []
+    with Runs(tmp_path, said.append) as runs:
+        runs.run(second)
+    assert (runs.run_blocks, runs.skipped_blocks) == (0, 1)
+    assert said == [f"{document}:10 not run: never"]
+    assert first.notes() == ["not run: exit 1 …: it would end here", "run with small for large: shorter"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["```", "lumina runs", "```"], "without a language"),
+        (["```bash", "lumina runs"], "not closed"),
+        (["    lumina runs"], "no fence opens"),
+        (["<!-- notrun: typed wrongly -->", "```bash", "lumina runs", "```"], "no mark of a block"),
+    ],
+)
+def test_no_command_slips_past(tmp_path: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        blocks(written(tmp_path, *lines))
+
+
+@pytest.mark.parametrize("mark", ["not run (lumina chat): gone", "run with a for b: gone"])
+def test_a_mark_without_its_command_is_an_error(tmp_path: Path, mark: str) -> None:
+    (block,) = blocks(written(tmp_path, f"<!-- {mark} -->", "```bash", "lumina runs", "```"))
+    with pytest.raises(ValueError, match="the mark's"):
+        block.script()

@@ -16,9 +16,12 @@ from lumina.chat.conversation import (
     TOOL_ROLE,
     Conversation,
     Message,
+    MessageColumns,
     ToolCall,
     full_text,
+    full_texts,
     is_supervised,
+    message_columns,
 )
 from lumina.chat.loading import open_tokenizer, recorded_template
 from lumina.chat.protocol import (
@@ -74,6 +77,7 @@ __all__ = [
     "HFTokenizer",
     "IncrementalDecoder",
     "Message",
+    "MessageColumns",
     "MessageSpan",
     "Rendered",
     "RenderedBlock",
@@ -81,9 +85,11 @@ __all__ = [
     "ToolCall",
     "copy_files",
     "full_text",
+    "full_texts",
     "hf_tokenizer_files",
     "is_supervised",
     "json_text",
+    "message_columns",
     "open_tokenizer",
     "read_json",
     "recorded_template",

@@ -23,7 +23,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,7 +200,7 @@ class Cl100kEncoder:
         Returns:
             ids_T int32, the texts' ids one after another; lengths_M int64, how many belong to each.
         """
-        newer = any(not text.isascii() and _NEWER_LETTERS.search(text) for text in texts)
+        newer = any(map(_NEWER_LETTERS.search, filterfalse(str.isascii, texts)))
         if self._bulk is not None and texts and not newer:
             # A lone surrogate, which tiktoken replaces, gigatoken refuses with a TypeError.
             with contextlib.suppress(TypeError):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,30 @@ class Message(NamedTuple):
     call_id: str = ""
 
 
+class MessageColumns(NamedTuple):
+    """The fields of M messages, a tuple of M each: in Python, a loop over many messages costs as much as all else."""
+
+    role: tuple[str, ...]
+    content: tuple[str, ...]
+    supervise: tuple[bool, ...]
+    masked: tuple[tuple[tuple[int, int], ...], ...]
+    reasoning: tuple[str, ...]
+    tool_calls: tuple[tuple[ToolCall, ...], ...]
+    name: tuple[str, ...]
+    call_id: tuple[str, ...]
+
+    @property
+    def content_alone(self) -> bool:
+        """Whether content is all that any of the messages says."""
+        return not (any(self.reasoning) or any(self.tool_calls))
+
+
+def message_columns(messages: Sequence[Message]) -> MessageColumns:
+    """The messages' fields, each of them together."""
+    none: tuple[tuple[Any, ...], ...] = ((),) * len(Message._fields)
+    return MessageColumns(*(zip(*messages, strict=True) if messages else none))
+
+
 @dataclass(slots=True)
 class Conversation:
     """Messages in order; `id` groups what must stay on one side of a split, `origin` says where it was read. `tools`:
@@ -79,6 +103,11 @@ def full_text(message: Message) -> str:
         return message.content
     calls = (f"{call.name} {call.arguments}" for call in message.tool_calls)
     return "\n".join(text for text in (message.reasoning, message.content, *calls) if text)
+
+
+def full_texts(messages: Sequence[Message], columns: MessageColumns) -> Sequence[str]:
+    """`full_text` of each of these messages, whose fields `columns` are."""
+    return columns.content if columns.content_alone else list(map(full_text, messages))
 
 
 def is_supervised(message: Message) -> bool:

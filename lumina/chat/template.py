@@ -22,7 +22,17 @@ from numpy.typing import NDArray
 
 from lumina.chat.agent_parts import has_parts, misplaced_part, render_parts
 from lumina.chat.cl100k import FIRST_SPECIAL_TOKENS, SPECIAL_TOKENS, Cl100kEncoder
-from lumina.chat.conversation import ROLES, TEXT_ROLE, TOOL_ROLE, Conversation, Message, are_supervised, loss_mask
+from lumina.chat.conversation import (
+    ROLES,
+    TEXT_ROLE,
+    TOOL_ROLE,
+    Conversation,
+    Message,
+    MessageColumns,
+    are_supervised,
+    loss_mask,
+    message_columns,
+)
 from lumina.chat.masked_spans import mask_spans
 from lumina.chat.protocol import RenderedBlock
 from lumina.config import UserError
@@ -51,15 +61,11 @@ def render_valid(encoder: Cl100kEncoder, conversations: Sequence[Conversation]) 
         KeyError: a role that is not one of ROLES (sources map the aliases before).
     """
     messages = [message for conversation in conversations for message in conversation.messages]
-    # Columns: a loop over the messages for each of these would cost as much as all else here.
-    roles, contents, supervise, masked, reasoning, calls, _, _ = zip(*messages, strict=True) if messages else ((),) * 8
-    role_M = np.fromiter(map(_ROLE_INDEX.__getitem__, roles), dtype=np.int64, count=len(messages))
-    plain = not (any(reasoning) or any(calls) or any(conversation.tools for conversation in conversations)) and not (
-        has_parts(encoder) and TOOL_ROLE in roles
-    )
-    if plain:
-        supervised_M = are_supervised(role_M, supervise)
-        return _render_plain(encoder, conversations, messages, contents, role_M, supervised_M, any(masked)), {}
+    columns = message_columns(messages)
+    role_M = np.fromiter(map(_ROLE_INDEX.__getitem__, columns.role), dtype=np.int64, count=len(messages))
+    plain = columns.content_alone and not (has_parts(encoder) and TOOL_ROLE in columns.role)
+    if plain and not any(conversation.tools for conversation in conversations):
+        return _render_plain(encoder, conversations, messages, columns, role_M), {}
     refused = {i: reason for i, one in enumerate(conversations) if (reason := _objection(encoder, one))}
     kept = [i for i in range(len(conversations)) if i not in refused]
     chosen = [conversations[i] for i in kept]
@@ -81,15 +87,14 @@ def _render_plain(
     encoder: Cl100kEncoder,
     conversations: Sequence[Conversation],
     messages: Sequence[Message],
-    contents: Sequence[str],
+    columns: MessageColumns,
     role_M: NDArray[np.int64],
-    supervised_M: NDArray[np.bool_],
-    any_masked: bool,
 ) -> RenderedBlock:
     """Conversations of messages with nothing but a content, in a few array operations: per-message Python would cost
-    more than the tokenizer. any_masked: whether there is a message with masked spans."""
+    more than the tokenizer."""
     count = len(messages)
-    content_ids, lengths_M = encoder.encode_many(contents)
+    supervised_M = are_supervised(role_M, columns.supervise)
+    content_ids, lengths_M = encoder.encode_many(columns.content)
 
     special = encoder.special_ids
     end_of_text = special["<|endoftext|>"]
@@ -114,7 +119,7 @@ def _render_plain(
     ids_T[offsets[1:] - 1] = stops[role_M]
 
     mask_T = loss_mask(supervised_M, first_M + head_M, offsets[1:], len(ids_T))
-    if any_masked:
+    if any(columns.masked):
         places = zip(messages, (first_M + head_M).tolist(), lengths_M.tolist(), strict=True)
         mask_spans(encoder, ids_T, mask_T, places)
 

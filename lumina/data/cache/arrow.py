@@ -20,8 +20,9 @@ def integers(kind: pa.DataType, values: NDArray[Any]) -> pa.Array:
 
 def strings(texts: Sequence[str]) -> pa.Array:
     """UnicodeEncodeError where half of a surrogate pair stands alone."""
-    encoded = [text.encode() for text in texts]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    encoded = list(map(str.encode, texts))
+    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+    np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(texts)), out=offsets[1:])
     return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
 
 

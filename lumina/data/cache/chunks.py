@@ -34,3 +34,12 @@ def ranges(starts: Int64, stops: Int64) -> Int64:
     lengths = stops - starts
     first = np.cumsum(lengths) - lengths
     return np.repeat(starts - first, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
+
+
+def sums_between(values_T: NDArray[np.uint8], bounds: Int64) -> Int64:
+    """The sums of values [bounds[i], bounds[i + 1]): int64[len(bounds) - 1]; bounds ascend from 0 to T."""
+    sums = np.zeros(len(bounds) - 1, dtype=np.int64)
+    filled = bounds[:-1] < bounds[1:]  # reduceat takes the value at an empty range's start
+    if filled.any():
+        sums[filled] = np.add.reduceat(values_T, bounds[:-1][filled], dtype=np.int64)
+    return sums

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.chat import Conversation, Message, full_text
+from lumina.chat import Conversation, Message, MessageColumns, full_text, message_columns
 from lumina.data.preparing.hold_out import HoldOut, hold_out
 from lumina.data.preparing.shingles import VALUES, is_telling, minhash_of, words_of
 
@@ -74,13 +74,12 @@ def signatures_of(conversations: Sequence[Conversation], near: bool) -> Signatur
     """The signatures of a block of conversations."""
     rows: list[tuple[int, int, int]] = []
     minhashes: list[list[list[int]]] = [[], [], []]
-    for conversation in conversations:
+    columns = message_columns([message for conversation in conversations for message in conversation.messages])
+    for conversation, exact in zip(conversations, conversation_hashes(conversations, columns), strict=True):
         first = next((message.content for message in conversation.messages if message.role == "user"), "")
         words = words_of(first)
         telling = is_telling(words)
-        rows.append(
-            (conversation_hash(conversation), _hash(conversation.id.strip()), _hash(" ".join(words)) if telling else 0)
-        )
+        rows.append((exact, _hash(conversation.id.strip()), _hash(" ".join(words)) if telling else 0))
         if near:
             turns = " ".join(full_text(message) for message in conversation.messages if message.role != "system")
             setup = [message.content for message in conversation.messages if message.role == "system"]
@@ -93,8 +92,8 @@ def signatures_of(conversations: Sequence[Conversation], near: bool) -> Signatur
                 column.append(values)
     table = np.array(rows, dtype=np.uint64).reshape(-1, 3)
     shape = (len(rows), VALUES if near else 0)
-    columns = (np.array(values, dtype=np.uint32).reshape(shape) for values in minhashes)
-    return Signatures(table[:, 0], table[:, 1], table[:, 2], *columns)
+    found_NV = (np.array(values, dtype=np.uint32).reshape(shape) for values in minhashes)
+    return Signatures(table[:, 0], table[:, 1], table[:, 2], *found_NV)
 
 
 @lru_cache(maxsize=64)
@@ -104,13 +103,26 @@ def _setup_minhash(text: str) -> list[int]:
 
 def conversation_hash(conversation: Conversation) -> int:
     """64 bits of all that a conversation says, in its places, and of what of it is supervised; ids aside."""
-    parts: list[str] = []
-    for message in conversation.messages:
-        role, content, supervise, masked, reasoning, calls, name, _ = message
-        parts += (role, content)
-        if masked or reasoning or calls or name or not supervise:  # few
-            parts[-1] += _beside(message)
-    return _hash("\x00\x05".join(["\x00".join(parts), *conversation.tools]))
+    return conversation_hashes([conversation], message_columns(conversation.messages))[0]
+
+
+def conversation_hashes(conversations: Sequence[Conversation], columns: MessageColumns) -> list[int]:
+    """`conversation_hash` of each of these conversations, whose messages' fields `columns` are."""
+    said = [""] * (2 * len(columns.role))
+    said[::2], said[1::2] = columns.role, columns.content
+    beside = (columns.masked, columns.reasoning, columns.tool_calls, columns.name)
+    if any(map(any, beside)) or not all(columns.supervise):
+        messages = (message for conversation in conversations for message in conversation.messages)
+        for at, message in zip(range(1, len(said), 2), messages, strict=True):
+            if message.masked or message.reasoning or message.tool_calls or message.name or not message.supervise:
+                said[at] += _beside(message)
+    hashes, start = [], 0
+    for conversation in conversations:
+        stop = start + 2 * len(conversation.messages)
+        turns = "\x00".join(said[start:stop])
+        hashes.append(_hash("\x00\x05".join([turns, *conversation.tools])))
+        start = stop
+    return hashes
 
 
 def _beside(message: Message) -> str:

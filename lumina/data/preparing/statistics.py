@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import chain, islice
 from operator import eq
 from typing import Any
 
@@ -18,10 +18,20 @@ import orjson
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lumina.chat import SPECIAL_TOKENS, Conversation, RenderedBlock, full_text, is_supervised
+from lumina.chat import (
+    SPECIAL_TOKENS,
+    TOOL_ROLE,
+    Conversation,
+    MessageColumns,
+    RenderedBlock,
+    full_texts,
+    is_supervised,
+    message_columns,
+)
 from lumina.data.account import FIRST_LINES, add_counts
 from lumina.data.cache import arrow
-from lumina.data.preparing.deduplication import conversation_hash
+from lumina.data.cache.chunks import sums_between
+from lumina.data.preparing.deduplication import conversation_hashes
 from lumina.data.preparing.packing import pack
 
 SEQ_LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -107,39 +117,37 @@ class Statistics:
         taken, source = np.unique(block.source, return_inverse=True)
         conversations, lines = [conversations[i] for i in taken.tolist()], [lines[i] for i in taken.tolist()]
         bounds = block.message_offsets[block.conversation_offsets]
-        supervised_before = np.concatenate([[0], np.cumsum(block.mask, dtype=np.int64)])
         supervised = np.zeros(len(conversations), dtype=np.int64)
-        np.add.at(supervised, source, np.diff(supervised_before[bounds]))
+        np.add.at(supervised, source, sums_between(block.mask, bounds))
         _tally(self.message_tokens, np.diff(block.message_offsets)[~block.repeated])
         _tally(self.conversation_tokens, np.diff(bounds))
         _tally(self.supervised_tokens, supervised)
         _tally(self.turns, np.array([len(conversation.messages) for conversation in conversations], dtype=np.int64))
-        roles: Counter[str] = Counter()
-        for conversation, line in zip(conversations, lines, strict=True):
-            roles.update(self._look(conversation, line))
-        add_counts(self.roles, roles)
-        self._search(conversations, lines)
+        messages = [message for conversation in conversations for message in conversation.messages]
+        columns = message_columns(messages)
+        add_counts(self.roles, Counter(columns.role))
+        add_counts(self.scripts, Counter(map(_script_of, conversations)))
+        self.hashes += [found >> 1 for found in conversation_hashes(conversations, columns)]
+        with_calls = TOOL_ROLE in columns.role or any(columns.tool_calls) or any(one.tools for one in conversations)
+        for conversation, line, again in zip(conversations, lines, _roles_again(conversations, columns), strict=True):
+            self._look(conversation, line, again, with_calls)
+        line_of = [line for one, line in zip(conversations, lines, strict=True) for _ in one.messages]
+        self._search(full_texts(messages, columns), line_of)
         if len(self.samples) < SAMPLES_PER_TASK:
             for n in range(min(len(conversations), SAMPLES_PER_TASK - len(self.samples))):
                 self.samples.append(_sample(conversations[n], lines[n]))
 
-    def _look(self, conversation: Conversation, line: int) -> list[str]:
-        """One conversation's structure, script and hash. Returns its roles."""
+    def _look(self, conversation: Conversation, line: int, again: bool, with_calls: bool) -> None:
+        """One conversation's order of turns, in which a role comes `again` at once or not, and its calls."""
         messages = conversation.messages
-        roles = [message.role for message in messages]
-        if any(one == other != "tool" for one, other in pairwise(roles)):  # a turn may have several results
+        if again:
             self.find("roles that do not alternate", line)
             if any(map(eq, messages, messages[1:])):
                 self.find("a turn repeated at once", line)
-        if roles[-1] in ("user", "tool"):
-            self.find(f"ends with an unanswered {roles[-1]} turn", line)
-        if conversation.tools or "tool" in roles or any(message.tool_calls for message in messages):
+        if messages[-1].role in _ASKING:
+            self.find(f"ends with an unanswered {messages[-1].role} turn", line)
+        if with_calls:
             self._look_at_calls(conversation, line)
-        head = messages[0].content[:200]
-        script = "Latin" if head.isascii() else max(_SCRIPTS, key=lambda name: len(_SCRIPTS[name].findall(head)))
-        self.scripts[script] = self.scripts.get(script, 0) + 1
-        self.hashes.append(conversation_hash(conversation) >> 1)
-        return roles
 
     def _look_at_calls(self, conversation: Conversation, line: int) -> None:
         """Tool calls without a declaration and results without a call: they are used as the file has them."""
@@ -156,16 +164,14 @@ class Statistics:
         if called - declared:
             self.find("a call of a tool that is not declared", line, len(called - declared))
 
-    def _search(self, conversations: Sequence[Conversation], lines: Sequence[int]) -> None:
-        """Enters the messages of the block that a pattern matches."""
-        texts = [full_text(message) for conversation in conversations for message in conversation.messages]
-        line_of = [line for c, line in zip(conversations, lines, strict=True) for _ in c.messages]
+    def _search(self, texts: Sequence[str], lines: Sequence[int]) -> None:
+        """Enters the messages that a pattern matches; `texts`: all that each says, `lines`: where each comes from."""
         found = pc.match_substring_regex(arrow.strings(texts), _CANDIDATE)
         candidates = np.flatnonzero(arrow.numpy(found))
         for message in candidates.tolist():
             for what, pattern in PATTERNS.items():
                 if pattern.search(texts[message]):
-                    self.find(what, line_of[message])
+                    self.find(what, lines[message])
 
     def merge(self, other: Statistics, source: str, line_base: int) -> None:
         """Adds a worker's statistics of part of `source`, whose first line is number `line_base` + 1."""
@@ -193,6 +199,27 @@ class Statistics:
 
 
 LENGTHS = ("message_tokens", "conversation_tokens", "supervised_tokens")
+_ASKING = ("user", TOOL_ROLE)
+
+
+def _script_of(conversation: Conversation) -> str:
+    """The script that most letters are in where the conversation begins."""
+    head = conversation.messages[0].content[:200]
+    return "Latin" if head.isascii() else max(_SCRIPTS, key=lambda name: len(_SCRIPTS[name].findall(head)))
+
+
+def _roles_again(conversations: Sequence[Conversation], columns: MessageColumns) -> list[bool]:
+    """Whether a role follows itself at once in each conversation; of a tool's, as of several results, that is usual."""
+    if not conversations:
+        return []
+    sizes_N = np.fromiter((len(one.messages) for one in conversations), dtype=np.int64, count=len(conversations))
+    stop_N = np.cumsum(sizes_N)
+    follows = map(eq, columns.role, chain(islice(columns.role, 1, None), [""]))
+    again_M = np.fromiter(follows, dtype=np.bool_, count=len(columns.role))
+    again_M[stop_N - 1] = False
+    if TOOL_ROLE in columns.role:
+        again_M &= [role != TOOL_ROLE for role in columns.role]
+    return list(np.logical_or.reduceat(again_M, stop_N - sizes_N).tolist())
 
 
 def _tally(histogram: dict[str, int], values: NDArray[np.int64]) -> None:

@@ -100,8 +100,7 @@ def test_text_output_names_everything_and_prints_no_secret(path: Path, capsys: p
 def test_the_quick_pass_misses_nothing_that_a_pattern_matches(what: str, data: st.DataObject) -> None:
     text = "see " + data.draw(st.from_regex(PATTERNS[what], fullmatch=True)) + " here"
     statistics = Statistics()
-    conversations = [Conversation([Message("user", "nothing"), Message("assistant", text)])]
-    statistics._search(conversations, [7])
+    statistics._search(["nothing", text], [7, 7])
     assert statistics.findings[what].first == ["7"]
 
 

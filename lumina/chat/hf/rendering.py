@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lumina.chat.conversation import Message
 from lumina.chat.hf.escaping import EscapingEncoder
 from lumina.chat.hf.jinja import JinjaTemplate, RefusalError
 from lumina.chat.hf.messages import END_THINK, FORMS, EscapedMessage, MessageForm, leaves
@@ -27,6 +28,7 @@ UNPROMPTED = "the chat template does not begin an answer as its generation promp
 ENDLESS = "no stop token ends an answer"
 FOLDED = "the chat template leaves a message out"
 DROPPED = "the chat template leaves out"
+SPANS = "spans of its text are masked (train_detail), and the chat template does not show that text once, as it is"
 _OPEN_THINK = re.compile(r"<think>\s*$")
 
 
@@ -265,6 +267,23 @@ class Rendering:
         content = self.messages[at].content.strip()
         place = sample.text.find(content, reached, limit)
         return place + len(content) if place >= 0 else 0
+
+    def masked_spans(self, sample: Sample, at: int, given: Message, character: str) -> list[tuple[int, int]]:
+        """Where the masked spans of message `at` stand in the sample, in characters [start, end). `given`: the message
+        before escaping by `character`. Raises RefusalError where the template does not show its content once, as it
+        is."""
+        if not given.masked:
+            return []
+        escaped, (start, end) = self.messages[at].content, sample.supervised[at]
+        content = escaped.strip()  # templates trim
+        place = sample.text.find(content, start, end)
+        own = [number for number, sign in enumerate(escaped) if sign != character]  # each character's place in escaped
+        if place < 0 or sample.text.find(content, place + 1, end) >= 0 or len(own) != len(given.content):
+            raise RefusalError(SPANS)
+        first, last = place - (len(escaped) - len(escaped.lstrip())), place + len(content)
+        moved = [(first + own[begin], first + own[stop - 1] + 1) for begin, stop in given.masked]
+        inside = [(max(begin, place), min(stop, last)) for begin, stop in moved]
+        return [(begin, stop) for begin, stop in inside if begin < stop]
 
     def check_context(self, samples: Sequence[Sample]) -> None:
         """Raises RefusalError where a message that is not the assistant's is left out of the texts of all samples."""

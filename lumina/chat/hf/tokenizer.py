@@ -43,25 +43,28 @@ from lumina.chat.hf.rendering import FOLDED, Rendering, Sample
 from lumina.chat.protocol import AnswerReader, ContentReader, IncrementalDecoder, MessageSpan, RenderedBlock
 from lumina.config import UserError, install_command
 
-SPANS = "spans of its text are masked (train_detail), which only Lumina's own template keeps"
 MIXED = "it mixes plain text with turns, which an imported model's template cannot"
 NO_TEMPLATE = "this imported model has no chat template: it is a base model that was not taught to chat"
 
 
 class TokenizedSample(NamedTuple):
     """The first messages of a conversation: ids_T int32; offsets[M+1] of the messages; head[M] tokens before a content;
-    the messages supervised in it with the tokens [start, end) of each."""
+    the messages supervised in it with the tokens [start, end) of each; tokens [start, end) of them that are masked."""
 
     ids: NDArray[np.int32]
     offsets: list[int]
     head: list[int]
     supervised: dict[int, tuple[int, int]]
+    masked: Sequence[tuple[int, int]] = ()
 
     @property
     def mask(self) -> NDArray[np.uint8]:
         """mask_T (uint8): 1 on the supervised tokens."""
         places = np.array([*self.supervised.values()], np.int64).reshape(-1, 2)
-        return loss_mask(np.ones(len(places), np.bool_), places[:, 0], places[:, 1], len(self.ids))
+        mask_T = loss_mask(np.ones(len(places), np.bool_), places[:, 0], places[:, 1], len(self.ids))
+        for start, end in self.masked:
+            mask_T[start:end] = 0
+        return mask_T
 
 
 class HFTokenizer:
@@ -202,13 +205,11 @@ class HFTokenizer:
             if roles != {TEXT_ROLE}:
                 raise RefusalError(MIXED)
             return [self._texts(messages, every_answer)]
-        if any(message.masked for message in messages):
-            raise RefusalError(SPANS)
         rendering, character = self._rendering(conversation)
         answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
         samples = rendering.samples([at for at in answers if every_answer or messages[at].supervise])
         rendering.check_context(samples)
-        return [self._tokenized(rendering, sample, character) for sample in samples]
+        return [self._tokenized(rendering, sample, character, messages) for sample in samples]
 
     def _rendering(self, conversation: Conversation) -> tuple[Rendering, str]:
         """The conversation's renderings, and the character that escapes in them."""
@@ -219,18 +220,21 @@ class HFTokenizer:
         self._template.check_shape(escaped.messages, escaped.tools)
         return self._template.rendering(escaped.messages, escaped.tools), escaped.character
 
-    def _tokenized(self, rendering: Rendering, sample: Sample, character: str) -> TokenizedSample:
+    def _tokenized(
+        self, rendering: Rendering, sample: Sample, character: str, messages: Sequence[Message]
+    ) -> TokenizedSample:
         places = sorted(sample.supervised.items())
         cuts = sorted({*rendering.cuts(sample.text, sample.messages), *(start for _, (start, _) in places)})
         edges = rendering.edges(sample)
-        tokens = self._encode(sample.text, character, cuts, [*edges, *(end for _, (_, end) in places)])
+        masked = [span for at, _ in places for span in rendering.masked_spans(sample, at, messages[at], character)]
+        tokens = self._encode(sample.text, character, cuts, [*edges, *(end for _, (_, end) in places)], masked)
         offsets = _complete(tokens.edges[: len(edges)])
         starts, head, supervised = dict(zip(cuts, tokens.cuts, strict=True)), [0] * sample.messages, {}
         for (at, (start, _)), end in zip(places, tokens.edges[len(edges) :], strict=True):
             assert end is not None
             supervised[at] = (starts[start], end)
             head[at] = max(starts[start] - offsets[at], 0)
-        return TokenizedSample(tokens.ids, offsets, head, supervised)
+        return TokenizedSample(tokens.ids, offsets, head, supervised, tokens.spans)
 
     def message_spans(self, conversation: Conversation) -> list[tuple[list[int], list[MessageSpan]]]:
         """Of the assistant's messages and texts: what the other messages hold besides is the template's."""
@@ -309,10 +313,17 @@ class HFTokenizer:
         whole, parts = self.encode("a\nb"), [*self.encode("a\n"), *self.encode("b")]
         return whole == parts
 
-    def _encode(self, text: str, character: str, cuts: Sequence[int], edges: Sequence[int | None]) -> _Tokens:
-        """Rendered text to ids; `cuts` (ascending) and `edges`, in characters, become tokens."""
+    def _encode(
+        self,
+        text: str,
+        character: str,
+        cuts: Sequence[int],
+        edges: Sequence[int | None],
+        spans: Sequence[tuple[int, int]] = (),
+    ) -> _Tokens:
+        """Rendered text to ids; `cuts` (ascending), `edges` and `spans`, in characters, become tokens."""
         known = [edge for edge in edges if edge is not None]
-        places = sorted({0, len(text), *cuts, *known})
+        places = sorted({0, len(text), *cuts, *known, *(at for span in spans for at in span)})
         segments = [self._escaping.to_placeholders(text[a:b], character) for a, b in pairwise(places)]
         moved = dict(zip(places, [0, *accumulate(map(len, segments))], strict=True))
         named, starts = "".join(segments), [moved[at] for at in cuts]
@@ -321,7 +332,11 @@ class HFTokenizer:
         if min(placed[: len(cuts)], default=0) < 0:
             raise RefusalError("its tokens run across the beginning of an answer")
         found = iter([at if at >= 0 else -1 - at for at in placed[len(cuts) :]])
-        return _Tokens(encoded.ids, placed[: len(cuts)], [None if edge is None else next(found) for edge in edges])
+        ends = [None if edge is None else next(found) for edge in edges]
+        within = [boundaries(encoded, [moved[start], moved[end]]) for start, end in spans]
+        # A token that lies across an end of a span belongs to it.
+        own = [(start if start >= 0 else -1 - start, end if end >= 0 else -end) for start, end in within]
+        return _Tokens(encoded.ids, placed[: len(cuts)], ends, own)
 
     def _joined(self, named: str, cuts: Sequence[int]) -> Encoded:
         """Segment by segment between the cuts, with the characters of the whole."""
@@ -335,11 +350,13 @@ class HFTokenizer:
 
 
 class _Tokens(NamedTuple):
-    """ids_T; where answers begin; where messages end (None where the template does not say)."""
+    """ids_T; where answers begin; where messages end (None where the template does not say); the tokens [start, end)
+    that have a character in each span."""
 
     ids: NDArray[np.int32]
     cuts: list[int]
     edges: list[int | None]
+    spans: list[tuple[int, int]]
 
 
 def _digest(value: Any) -> str:

@@ -17,6 +17,7 @@ from lumina.chat import (
     Conversation,
     Message,
     Tokenizer,
+    ToolCall,
     open_tokenizer,
     render_many,
 )
@@ -25,7 +26,7 @@ from lumina.chat.hf.jinja import RefusalError
 from lumina.chat.hf.rendering import FOLDED, UNPROMPTED
 from lumina.chat.hf.tokenizer import HFTokenizer, TokenizedSample
 from lumina.config import UserError, install_command
-from tests.small_tokenizer import CHATML, write_tokenizer
+from tests.small_tokenizer import CHATML, trl_template, write_agent_tokenizer, write_tokenizer
 
 # The forms of template that the families use; each written here anew.
 LLAMA_3 = (
@@ -159,6 +160,9 @@ def test_luminas_own_tokenizer_read_back_makes_the_very_same_data(tmp_path: Path
     roles = ["system", "user", "assistant", "user", "assistant"]
     hard = Conversation([Message(*pair) for pair in zip(roles, typed, strict=True)])
     chats = [Conversation(CHAT), hard, Conversation([CHAT[1], CHAT[2]._replace(supervise=False)])]
+    said = "one <|user|> two <|im_end|> 日本語🙂 a"  # of a masked span that begins or ends within a token, all of it
+    for spans in (((0, 3),), ((6, 14), (15, 20)), ((27, 29), (30, 32)), ((3, 5), (4, len(said)))):
+        chats.append(Conversation([CHAT[1], Message("assistant", said, masked=spans), CHAT[3], CHAT[4]]))
     (block, refused), expected = ours.render_valid(chats), render_many(own, chats)
     assert not refused
     for name in ("ids", "mask", "message_offsets", "conversation_offsets", "supervised", "role"):
@@ -174,6 +178,22 @@ def test_messages_end_where_the_template_ends_them(chatml: HFTokenizer) -> None:
     masked = [*CHAT[:2], CHAT[2]._replace(supervise=False), *CHAT[3:]]
     again = only(chatml, masked)
     assert chatml.decode(again.ids[again.mask == 1]) == f"{CHAT[4].content}<|im_end|>"
+
+
+def test_masked_spans_are_those_of_the_content_wherever_the_template_puts_it(tmp_path: Path) -> None:
+    """Qwen3's puts reasoning before it and calls after it, and takes white space from both ends of it."""
+    pytest.importorskip("trl")
+    tokenizer = HFTokenizer(write_agent_tokenizer(tmp_path / "tokenizer", trl_template("qwen3")))
+    call = ToolCall("look", '{"place": "Rome"}')
+    answer = Message("assistant", "\n secret: see Rome ", True, ((0, 8), (13, 15)), "Two of them.", (call,))
+    (sample,) = tokenizer.tokenize(Conversation([CHAT[1], answer]))
+    said = tokenizer.decode(sample.ids[sample.mask == 1])
+    assert said.startswith("<think>\nTwo of them.\n</think>\n\n")
+    assert " see" in said
+    assert "secret" not in said
+    assert said.count("Rome") == 1  # that of the call
+    with pytest.raises(RefusalError, match="does not show that text once"):
+        tokenizer.tokenize(Conversation([CHAT[1], answer._replace(content="Rome", masked=((0, 1),))]))
 
 
 PARTS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im", "_end|>", "<", "|>", "user\n", " ", "x", "\n", "é🙂"]

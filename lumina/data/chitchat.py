@@ -7,6 +7,7 @@ than two messages are left out. Split by dialogue: every 20th (by a hash of its 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -68,10 +69,14 @@ def write_files(out_dir: Path) -> tuple[Path, Path, int, int]:
     return paths[0], paths[1], counts[0], counts[1]
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     """The command: OUT_DIR, "data" when not given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lumina.data.chitchat", description="Write the chitchat corpus as training and evaluation files."
+    )
+    parser.add_argument("out_dir", nargs="?", type=Path, default=Path("data"), metavar="OUT_DIR", help="data")
     try:
-        train, evaluation, train_count, eval_count = write_files(Path(argv[0] if argv else "data"))
+        train, evaluation, train_count, eval_count = write_files(parser.parse_args().out_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -80,4 +85,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

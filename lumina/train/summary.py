@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -37,8 +38,21 @@ def summarise(folder: Path) -> int:
     return 0 if best < baseline else 1
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lumina.train.summary",
+        description="Print a run's best evaluation loss beside the unigram baseline, and draw RUN/loss.png.",
+        epilog="Exit code 1 where the run is no better than the baseline, 2 where there is nothing to compare.",
+    )
+    run = Path("experiments/experiment")
+    parser.add_argument("run", nargs="?", type=Path, default=run, metavar="RUN", help=str(run))
     try:
-        sys.exit(summarise(Path(sys.argv[1] if len(sys.argv) > 1 else "experiments/experiment")))
+        return summarise(parser.parse_args().run)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

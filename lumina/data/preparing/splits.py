@@ -110,7 +110,8 @@ def prepare_splits(
         )
     if config.dedup == "near" and not near_available():
         raise UserError("near-duplicates need the package rensa", f"{install_command('dedup')}, or use --dedup exact.")
-    files = _Files(check_inputs(train_paths), check_inputs(config.eval_data) if config.eval_data else [])
+    unused = frozenset(path for path, weight in weights.items() if weight == 0)
+    files = _Files(check_inputs(train_paths), check_inputs(config.eval_data) if config.eval_data else [], unused)
     folder, fingerprint = _decisions_on(files, formats, columns, config, tokenizer, progress)
     evaluation: PackedDataset | None = None
     if files.eval or config.eval_fraction:
@@ -124,8 +125,11 @@ def prepare_splits(
 
 
 class _Files(NamedTuple):
+    """`unused`: training files of weight 0, of which none is held out and none has the place of its duplicates."""
+
     train: list[Path]
     eval: list[Path]
+    unused: frozenset[str] = frozenset()
 
     @property
     def all(self) -> tuple[Path, ...]:
@@ -198,6 +202,7 @@ def _fingerprint(
     mapped = by_file(map(str, files.all), columns, config.columns)
     settings += [["columns", *(dict(mapped.get(str(path), {})) for path in files.all)]] if mapped else []
     settings += [added_versions()] if added_versions() else []
+    settings += [["unused", *(str(path) in files.unused for path in files.all)]] if files.unused else []
     return hashlib.sha256(orjson.dumps(settings)).hexdigest()
 
 
@@ -257,11 +262,19 @@ def _write_decisions(
             for task, signatures in zip(tasks, found, strict=True)
         ]
     )
-    joined = join_signatures(found)
-    split_N, outcome = decide(joined, given_N, config.eval_fraction, config.dedup)
+    used = [
+        np.full(len(signatures.exact), task.path not in files.unused)
+        for task, signatures in zip(tasks, found, strict=True)
+    ]
+    used_N = np.flatnonzero(np.concatenate(used))
+    joined = Signatures(*(column[used_N] for column in join_signatures(found)))
+    split_N = np.full(len(given_N), TRAIN, dtype=np.uint8)
+    split_N[used_N], outcome = decide(joined, given_N[used_N], config.eval_fraction, config.dedup)
     counts = [len(signatures.exact) for signatures in found]
     if outcome is not None and outcome.conversations and not outcome.by_hash:
-        why, remedy = explain(outcome, joined.group, joined.prompt, lambda number: _conversation(tasks, counts, number))
+        why, remedy = explain(
+            outcome, joined.group, joined.prompt, lambda number: _conversation(tasks, counts, int(used_N[number]))
+        )
         if outcome.refused:
             raise UserError(f"eval_fraction {config.eval_fraction:g} cannot be held out: {why}", remedy)
         write_json(folder / HELD_OUT, {"note": f"{outcome.note()}; {why}. {remedy}"})

@@ -16,7 +16,7 @@ from lumina.config import UserError
 from lumina.data import GlobalOrder, Loader, PackedDataset
 from lumina.data.account import Account
 from lumina.data.preparing import preparation, splits
-from lumina.data.preparing.mixing import repeats
+from lumina.data.preparing.mixing import LEFT_OUT, repeats
 from lumina.data.preparing.splits import prepare_splits
 from tests.data.helpers import TOKENIZER, Settings, Source, chat, supervised_targets, write_jsonl
 
@@ -84,6 +84,21 @@ def test_chunks_of_one_record_go_together() -> None:
     times = repeats(np.zeros(300, int), np.zeros(300, int), line, [0.5]).reshape(100, 3)
     assert (times == times[:, :1]).all()
     assert times[:, 0].sum() == 50
+
+
+def test_a_source_of_weight_0_is_in_neither_split_and_keeps_no_duplicates_out(tmp_path: Path) -> None:
+    lines = [chat(f"question {i}", f"answer {i}") for i in range(60)]
+    off = str(write_jsonl(tmp_path / "off.jsonl", [*lines, *(chat(f"other {i}", f"more {i}") for i in range(60))]))
+    on = str(write_jsonl(tmp_path / "on.jsonl", lines))
+    sources = (Source(off, 0.0), Source(on, 1.0))
+    train, held_out = prepare_splits(Settings(data=sources, eval_fraction=0.2, dedup="exact"), TOKENIZER)
+    assert held_out is not None
+    assert {place.split(":")[0] for dataset in (train, held_out) for place in taken(dataset)} == {on}
+    assert sum(taken(train).values()) + sum(taken(held_out).values()) == 60
+    assert 6 <= sum(taken(held_out).values()) <= 24
+    assert train.account["messages_dropped"][LEFT_OUT] == 240
+    for dataset in (train, held_out):
+        Account.from_dict(dataset.account).check()
 
 
 def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:

@@ -69,6 +69,20 @@ def test_a_dry_run_of_a_small_file_is_exact(tmp_path: Path, capsys: pytest.Captu
     assert "nothing was written" in out
 
 
+def test_a_dry_run_says_that_a_share_cannot_be_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the words in which preparing refuses; a share that can be held out is no warning."""
+    path = write_jsonl(tmp_path / "in.jsonl", [{"id": "corpus", **chat(f"q {i}", f"a {i}")} for i in range(50)])
+    config = config_of(eval_fraction=0.1)
+    assert prepare_files([str(path)], config, dry_run=True) == 0
+    (warning,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: "))
+    with pytest.raises(UserError) as refused:
+        prepare_files([str(path)], config)
+    assert warning == f"warning: {refused.value.message}. {refused.value.remedy}"
+    write_jsonl(path, [{"id": i, **chat(f"q {i}", f"a {i}")} for i in range(200)])
+    assert prepare_files([str(path)], config, dry_run=True) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_a_dry_run_warns_of_answers_without_their_question(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import tests.runs as real
+from lumina import checkpoint
+from lumina.chat import open_tokenizer
+from lumina.config import load
+from lumina.data import GlobalOrder, prepare_pairs
 from lumina.infer import import_hf
 from lumina.monitor import read_metrics
 from tests.infer.hf_models import make_hf
@@ -102,6 +108,37 @@ def test_killed_and_resumed_bit_for_bit(
     again = runs.train(resumed, world)
     assert "computed anew" in again.stderr()
     assert kept.read_bytes() == values
+
+
+def test_a_step_of_pairs_without_a_supervised_token_moves_nothing(
+    runs: Runs, place: Path, base: Path, data: Path
+) -> None:
+    """No weight, no moment, no decay, and its record says so. Such pairs are skipped now; a cache of an earlier version
+    may hold some, so one is made."""
+    run, batch = place / "run", 4
+    more = {"cache_dir": place / "cache", "global_batch_size": batch, "max_steps": 3, "save_every_n_batches": 1}
+    more |= {"keep_last": 9, "save_async": False, "weight_decay": 0.5, "warmup_ratio": 0.0, "lr_scheduler": "constant"}
+    line = argv(run, data, base, stage=2, batch_size=1, live_view=False, **more)
+    own = [word for flag, word in pairwise(line) if flag == "--set"]
+    config = load(str(base / "config.yaml"), {"train_data": [str(data)]}, own)
+    pairs = prepare_pairs([data], config, open_tokenizer(config.tokenizer, config.chat_template))
+    silent = GlobalOrder(PAIRS, batch, config.seed, pairs.fingerprint).indices(1)
+    mask, offsets = (np.load(pairs.folder / f"{name}.npy") for name in ("mask", "offsets"))
+    for pair in silent.tolist():
+        mask[offsets[2 * pair] : offsets[2 * pair + 2]] = 0
+    np.save(pairs.folder / "mask.npy", mask)
+
+    runs.train(line, 2)
+    assert list((place / "cache").rglob("pairs-*/")) == [pairs.folder]
+    saved = [real.state(run / "checkpoints" / checkpoint.name_of(step)) for step in (1, 2, 3)]
+    assert differing(saved[0], saved[1]) == []
+    assert len(differing(saved[1], saved[2])) > len(saved[1]) // 2
+    records = real.steps(run)
+    assert [(r["supervised_tokens"] > 0, r["loss"] is not None, r["applied"]) for r in records] == [
+        (True, True, True),
+        (False, False, False),
+        (True, True, True),
+    ]
 
 
 def test_the_loss_falls_to_the_preferred_answers(runs: Runs, place: Path, base: Path, data: Path) -> None:

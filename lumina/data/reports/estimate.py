@@ -8,14 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from lumina.chat import ChatTokenizer
+from lumina.chat import ChatTokenizer, Conversation
 from lumina.data.account import Account
 from lumina.data.converting.columns import check_columns
-from lumina.data.preparing.building import PrepareSettings
 from lumina.data.preparing.chunking import to_chunks
+from lumina.data.preparing.deduplication import TRAIN, decide, near_available, signatures_of
+from lumina.data.preparing.hold_out import explain
 from lumina.data.preparing.pool import BYTES_PER_WORKER, usable_cores
+from lumina.data.preparing.splits import SplitSettings
 from lumina.data.preparing.worker import BLOCK_BYTES, Task, read_blocks, rendered
 from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import check_inputs
@@ -63,7 +66,7 @@ class DataEstimate:
         ]
 
 
-def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatTokenizer) -> DataEstimate:
+def estimate(paths: Sequence[str], config: SplitSettings, tokenizer: ChatTokenizer) -> DataEstimate:
     """Renders and splits a sample of each file, as preparing does, and extrapolates.
 
     The sample is whole for files of up to 4 MiB. Compressed files are unpacked once to learn their size.
@@ -75,12 +78,13 @@ def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatToken
     tokenizer.encode(" ")  # the vocabulary is read before the clock starts
     total = dict.fromkeys(_ADDED, 0.0)
     size, seen = 0.0, 0.0
+    sampled: list[Conversation] = []
     for path in files:
         layout = detect(str(path))
         if config.columns:
             check_columns(str(path), layout, config.columns)
             layout = layout._replace(flat=False)
-        account, seconds, share = _sample(path, layout, config, tokenizer)
+        account, seconds, share = _sample(path, layout, config, tokenizer, sampled)
         found = (
             account.lines, account.bad_lines, account.conversations, account.tokens + account.tokens_repeated,
             account.tokens_supervised, account.chunks, seconds,
@@ -109,14 +113,32 @@ def estimate(paths: Sequence[str], config: PrepareSettings, tokenizer: ChatToken
         disk_bytes=round(total["tokens"] * TOKEN_BYTES + total["chunks"] * CHUNK_BYTES),
         seconds=total["seconds"] / workers,
         workers=workers,
-        warnings=answers.warnings(),
+        warnings=[*answers.warnings(), *_hold_out_warnings(sampled, config, whole=seen == size)],
     )
 
 
+def _hold_out_warnings(conversations: Sequence[Conversation], config: SplitSettings, whole: bool) -> list[str]:
+    """Why a share cannot be held out as asked, as preparing would say it of these conversations alone."""
+    if not config.eval_fraction or not conversations:
+        return []
+    near = config.dedup == "near" and near_available()  # without, preparing refuses, with the remedy
+    signatures = signatures_of(conversations, near)
+    given_N = np.full(len(conversations), TRAIN, dtype=np.uint8)
+    _, outcome = decide(signatures, given_N, config.eval_fraction, config.dedup)
+    assert outcome is not None
+    if outcome.by_hash:
+        return []
+    why, remedy = explain(outcome, signatures.group, signatures.prompt, conversations.__getitem__)
+    of_what = "" if whole else "of the part that was read, "
+    met = f"eval_fraction {config.eval_fraction:g} cannot be held out" if outcome.refused else outcome.note()
+    return [f"{of_what}{met}: {why}. {remedy}"]
+
+
 def _sample(
-    path: Path, layout: FileLayout, config: PrepareSettings, tokenizer: ChatTokenizer
+    path: Path, layout: FileLayout, config: SplitSettings, tokenizer: ChatTokenizer, sampled: list[Conversation]
 ) -> tuple[Account, float, float]:
-    """(account of what was read, seconds, share of the file that it is)."""
+    """(account of what was read, seconds, share of the file that it is). Where a share is to be held out, `sampled` is
+    added what was read."""
     account = Account(overlong=config.overlong, seq_length=config.seq_length)
     size, began, blocks, whole = path.stat().st_size, time.perf_counter(), 0, True
     for start, stop in _ranges(size, layout):
@@ -125,6 +147,7 @@ def _sample(
         task = Task("chunks", str(path), how, start, stop, "", *chunking, columns=tuple(config.columns.items()))
         for block in read_blocks(task, account):
             to_chunks(rendered(tokenizer, block, account)[0], task.rule, account)
+            sampled += block.conversations if config.eval_fraction else []
             blocks += 1
             if not layout.splittable and blocks * BLOCK_BYTES >= RANGES * RANGE_BYTES:
                 whole = False

@@ -17,12 +17,13 @@ _MODEL_KEYS = (
     "tie_word_embeddings",
 )
 # Checkpoints from before there were other families do not name these.
-_LATER_KEYS = {"family": "llama", "head_size": None}
+_LATER_KEYS = {"family": "llama", "head_size": None, "experts": None}
 
 
 def model_shape(config: ModelConfig) -> dict[str, Any]:
     """What a checkpoint's parameters depend on."""
-    return {key: getattr(config, key) for key in (*_MODEL_KEYS, *_LATER_KEYS)}
+    experts = None if config.experts is None else config.experts.model_dump()
+    return {key: getattr(config, key) for key in (*_MODEL_KEYS, *_LATER_KEYS)} | {"experts": experts}
 
 
 def check_same_model(saved: dict[str, Any], own: dict[str, Any], source: Path) -> None:

@@ -326,9 +326,11 @@ class _Merge:
 
 
 def largest_tensor(model: ModelConfig) -> int:
-    """Elements of the largest weight: the token table, or one of a layer's fused projections."""
+    """Elements of the largest weight: the token table, or one of a layer's fused projections, all experts' together."""
     h, d = model.hidden_size, model.head_dim
-    return max(model.vocab_size * h, 2 * h * model.ffn_size, h * d * (model.num_heads + 2 * model.num_kv_heads))
+    feed_forward = 2 * h * model.ffn_size if model.expert_layers < model.num_layers else 0
+    experts = 0 if model.experts is None else 2 * h * model.expert_size * model.experts.count
+    return max(model.vocab_size * h, feed_forward, experts, h * d * (model.num_heads + 2 * model.num_kv_heads))
 
 
 def zero_sizes(model: ModelConfig) -> dict[str, int]:

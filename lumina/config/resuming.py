@@ -26,13 +26,13 @@ _NAMES: dict[OnResume, str] = {
     OnResume.REFUSED: "objective seed rope_theta rope_scaling rms_norm_eps",
     OnResume.CHECKPOINT: """
         hidden_size num_layers num_heads num_kv_heads head_size vocab_size intermediate_size family tie_word_embeddings
-        lora_rank lora_alpha lora_targets global_batch_size chat_template
+        experts         lora_rank lora_alpha lora_targets global_batch_size chat_template
     """,
     OnResume.DATA: "train_data data columns eval_fraction dedup packing overlong overlong_context seq_length tokenizer",
     OnResume.SCHEDULE: "epochs max_steps lr_scheduler warmup_ratio",
     OnResume.SHOWN: """
         learning_rate min_lr max_grad_norm weight_decay adam_beta1 adam_beta2 adam_eps dpo_beta lora_dropout precision
-        float8 eval_data eval_every_n_batches early_stopping_patience
+        router_aux_loss_coef router_z_loss_coef float8 eval_data eval_every_n_batches early_stopping_patience
         health_window health_warmup health_check_interval disabled_rules rule_settings spike_deviations
         grad_explosion_factor on_spike rollback_after max_rollbacks on_corrupt_sample
     """,

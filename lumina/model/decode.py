@@ -164,8 +164,10 @@ def _usable(*tensors: Tensor) -> bool:
 
 
 def _is_plain(config: ModelConfig) -> bool:
-    """Whether the compiled step computes this shape: heads that fill the hidden width, no biases, no norms of heads."""
-    return not config.qkv_bias and not config.qk_norm and config.num_heads * config.head_dim == config.hidden_size
+    """Whether the compiled step computes this shape: heads that fill the hidden width, no biases, no norms of queries
+    and keys, no experts."""
+    other = config.qkv_bias or config.qk_norm or config.qk_norm_whole or config.experts is not None
+    return not other and config.num_heads * config.head_dim == config.hidden_size
 
 
 def _in_order(model: Transformer) -> list[Tensor]:

@@ -115,10 +115,12 @@ def convert(model: Transformer, recipe: Recipe) -> None:
 
 
 def check(config: Config) -> None:
-    """Refuse, by UserError, what float8 cannot train: another precision, adapters, a GPU without 8-bit products. On a
-    CPU torch multiplies the same 8-bit numbers, slowly."""
+    """Refuse, by UserError, what float8 cannot train: another precision, experts, adapters, a GPU without 8-bit
+    products. On a CPU torch multiplies the same 8-bit numbers, slowly."""
     if config.precision != "bf16":
         raise UserError(f"float8 with {config.precision}", "Set precision to bf16, or leave float8 out.")
+    if config.experts is not None:
+        raise UserError("float8 with experts", "Experts multiply in bfloat16: leave float8 out.")
     if config.lora_rank:
         raise UserError("float8 with lora_rank", "Adapters train over bfloat16 weights: leave one of the two out.")
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:

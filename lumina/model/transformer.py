@@ -23,8 +23,11 @@ from lumina.config import ModelConfig
 from lumina.model import ops
 from lumina.model.attention import Documents, attention, refuse_cudnn
 from lumina.model.attention import bind as bind_attention
+from lumina.model.experts import ExpertFeedForward
+from lumina.model.experts import bind as bind_experts
 from lumina.model.loss import output_loss
 from lumina.model.preference import margins, preference_loss
+from lumina.model.routing import DocumentMembers, Routing
 
 if TYPE_CHECKING:
     from lumina.model.cache import KVCache
@@ -72,21 +75,28 @@ class Attention(nn.Module):
         self.qkv = _linear(config.hidden_size, sum(self.heads) * self.head_dim, config.init_std, config.qkv_bias)
         width, std = config.num_heads * self.head_dim, config.init_std / math.sqrt(2 * config.num_layers)
         self.out = _linear(width, config.hidden_size, std)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.norms_whole = config.qk_norm_whole
+        normed = config.qk_norm or config.qk_norm_whole
+        q_width, k_width = (h * self.head_dim if config.qk_norm_whole else self.head_dim for h in self.heads[:2])
+        self.q_norm = RMSNorm(q_width, config.rms_norm_eps) if normed else None
+        self.k_norm = RMSNorm(k_width, config.rms_norm_eps) if normed else None
 
     def forward(self, x_BSD: Tensor, rotary: ops.Rotary, docs: Documents | None, cache: KVCache | None) -> Tensor:
         batch, length, _ = x_BSD.shape
         heads_BSnd = self.qkv(x_BSD).view(batch, length, -1, self.head_dim)
         q_BSHd, k_BSKd, v_BSKd = heads_BSnd.split(self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            (q_BSHd, _), (k_BSKd, _) = self.q_norm(q_BSHd), self.k_norm(k_BSKd)
+            q_BSHd, k_BSKd = self._normed(q_BSHd, self.q_norm), self._normed(k_BSKd, self.k_norm)
         q_BSHd, k_BSKd = ops.rope(q_BSHd, k_BSKd, rotary)
         if cache is not None:
             o_BSHd = cache.attend(self.layer, q_BSHd, k_BSKd, v_BSKd)
         else:
             o_BSHd = attention(q_BSHd, k_BSKd, v_BSKd, docs)
         return self.out(o_BSHd.flatten(2))  # type: ignore[no-any-return]
+
+    def _normed(self, x_BSnd: Tensor, norm: RMSNorm) -> Tensor:
+        x_BSn = x_BSnd.flatten(2) if self.norms_whole else x_BSnd
+        return norm(x_BSn)[0].view(x_BSnd.shape)  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
@@ -109,7 +119,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, layer)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = ExpertFeedForward(config) if config.has_experts(layer) else FeedForward(config)
 
     def forward(
         self,
@@ -118,11 +128,16 @@ class Block(nn.Module):
         rotary: ops.Rotary,
         docs: Documents | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        members: DocumentMembers | None = None,
+    ) -> tuple[Tensor, ...]:
+        """(delta, residual); with `members` and in a layer that has experts, also what they sum up of the routing."""
         normed_BSD, residual_BSD = self.attention_norm(delta_BSD, residual_BSD)
         delta_BSD = self.attention(normed_BSD, rotary, docs, cache)
         normed_BSD, residual_BSD = self.feed_forward_norm(delta_BSD, residual_BSD)
-        return self.feed_forward(normed_BSD), residual_BSD
+        if not isinstance(self.feed_forward, ExpertFeedForward):
+            return self.feed_forward(normed_BSD), residual_BSD
+        delta_BSD, *sums = self.feed_forward(normed_BSD, members)
+        return delta_BSD, residual_BSD, *sums
 
 
 class Embedding(nn.Module):
@@ -191,6 +206,7 @@ class Transformer(nn.Module):
             _draw(weight, config.init_std)
             self.output = Output(weight)
         self.checkpoint_every = 0  # 0: keep all activations; n: recompute every nth layer in the backward pass
+        self._routing_counts: Tensor | None = None
 
     def forward(
         self,
@@ -219,9 +235,30 @@ class Transformer(nn.Module):
         numbers on the host, which spares a device the question. With a cache, ids and positions are those of its
         announced pass, and the logits are of each row's newest position only: (R, 1, V).
         """
-        normed_BSD = self.trunk(ids_BS, positions_BS, cu_seqlens_D, max_seqlen, cache, bounds)
+        routing = None
+        if self.training and self.config.experts is not None and weights_N is not None:
+            routing = Routing.of(ids_BS, cu_seqlens_D, weights_N, supervised_N, pairs_P2)
+        normed_BSD = self.trunk(ids_BS, positions_BS, cu_seqlens_D, max_seqlen, cache, bounds, routing)
         wanted = targets_N, weights_N, supervised_N, documents_N, pairs_P2, beta
-        return self.output(normed_BSD, *wanted)  # type: ignore[no-any-return]
+        out: Tensor = self.output(normed_BSD, *wanted)
+        return out if routing is None else self._with_router_losses(out, routing)
+
+    def _with_router_losses(self, loss: Tensor, routing: Routing) -> Tensor:
+        """The value of the loss, with the gradient of the routers' losses added (lumina.model.routing): what is shown
+        and compared is the cross-entropy, as without experts."""
+        balance, squares = routing.losses()
+        counts = routing.counts(balance)
+        self._routing_counts = counts if self._routing_counts is None else self._routing_counts + counts
+        if not (self.config.router_aux_loss_coef or self.config.router_z_loss_coef):
+            return loss
+        added = self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * squares
+        return loss + (added - added.detach())
+
+    def take_routing_counts(self) -> Tensor | None:
+        """What `lumina.model.routing.balance` reads of the forward passes with a loss since the last call: float64, to
+        be added up over ranks; None where no layer has experts."""
+        counts, self._routing_counts = self._routing_counts, None
+        return counts
 
     def trunk(
         self,
@@ -231,18 +268,22 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
         bounds: tuple[int, ...] | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
-        """What the output layer reads: (B, S, D). Arguments as in `forward`."""
+        """What the output layer reads: (B, S, D). Arguments as in `forward`; `routing` is added to."""
         docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen, bounds) if cache is None else None
         config = self.config
         rotary = ops.Rotary.of(positions_BS, config.head_dim, config.rope_theta, config.rope_scaling)
         delta_BSD = self.embedding(ids_BS)
         residual_BSD: Tensor | None = None
+        members = None if routing is None else routing.members
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
-                delta_BSD, residual_BSD = _checkpointed(block, delta_BSD, residual_BSD, rotary, docs)
+                delta_BSD, residual_BSD, *sums = _checkpointed(block, delta_BSD, residual_BSD, rotary, docs, members)
             else:
-                delta_BSD, residual_BSD = block(delta_BSD, residual_BSD, rotary, docs, cache)
+                delta_BSD, residual_BSD, *sums = block(delta_BSD, residual_BSD, rotary, docs, cache, members)
+            if routing is not None:
+                routing.sums.extend(sums)
         normed_BSD, _ = self.norm(delta_BSD, residual_BSD)
         return normed_BSD if cache is None else cache.newest(normed_BSD)
 
@@ -253,6 +294,7 @@ class Transformer(nn.Module):
         their shapes follow the batch, and their time is in few large kernels."""
         ops.bind()
         bind_attention()
+        bind_experts()
         for block in self.blocks:
             block.compile(**({"dynamic": True} | options))
 
@@ -263,8 +305,13 @@ class Transformer(nn.Module):
 
 
 def _checkpointed(
-    block: nn.Module, delta_BSD: Tensor, residual_BSD: Tensor | None, rotary: ops.Rotary, docs: Documents | None
-) -> tuple[Tensor, Tensor]:
+    block: nn.Module,
+    delta_BSD: Tensor,
+    residual_BSD: Tensor | None,
+    rotary: ops.Rotary,
+    docs: Documents | None,
+    members: DocumentMembers | None,
+) -> tuple[Tensor, ...]:
     """Run a block through DeepSpeed's activation checkpointing: its inner activations are recomputed in backward."""
     from deepspeed.runtime.activation_checkpointing.checkpointing import checkpoint
 
@@ -275,9 +322,9 @@ def _checkpointed(
         # Over a frozen embedding nothing that goes in has a gradient, and checkpoint() then gives adapters none either.
         delta_BSD = delta_BSD.detach().requires_grad_()
 
-    def run(delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = block(delta, None if first else residual, rotary, docs)
+    def run(delta: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = block(delta, None if first else residual, rotary, docs, None, members)
         return out
 
-    outputs: tuple[Tensor, Tensor] = checkpoint(run, delta_BSD, given)
+    outputs: tuple[Tensor, ...] = checkpoint(run, delta_BSD, given)
     return outputs

@@ -36,12 +36,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 2, "rope_theta": 1e6, "dtype": torch.bfloat16},
     "qwen2-tied": {"num_key_value_heads": 2, "rope_theta": 1e6, "tie_word_embeddings": True, "dtype": torch.bfloat16},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 20, "rope_theta": 1e6, "dtype": torch.bfloat16},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "rope_theta": 1e6, "dtype": torch.bfloat16},
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "head_dim": 20,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+        "dtype": torch.bfloat16,
+    },
+    "olmoe": {"num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 3, "dtype": torch.bfloat16},
     "qwen3-tied": {"num_key_value_heads": 1, "head_dim": 12, "tie_word_embeddings": True, "dtype": torch.float32},
 }
 
 
 def model_type(family: str) -> str:
-    return next((kind for kind in ("mistral", "qwen2", "qwen3") if family.startswith(kind)), "llama")
+    kinds = ("mistral", "mixtral", "olmoe", "qwen2", "qwen3_moe", "qwen3")
+    return next((kind for kind in kinds if family.startswith(kind)), "llama")
 
 
 def make_hf(folder: Path, family: str) -> None:
@@ -54,7 +67,8 @@ def make_hf(folder: Path, family: str) -> None:
     options |= {"rope_parameters": rope, "eos_token_id": 2, "bos_token_id": 0, **SIZES}
     if family == "mistral":
         options["sliding_window"] = None
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type(family)]
+    special = {"qwen3_moe": "Qwen3Moe"}
+    name = special.get(model_type(family), model_type(family).capitalize())
     config = getattr(transformers, f"{name}Config")(
         vocab_size=VOCABULARY, max_position_embeddings=96, initializer_range=0.3, **options
     )

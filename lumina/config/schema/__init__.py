@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, model_validator
 
+from lumina.config.schema.experts import Experts
 from lumina.config.schema.fields import FIRST_TEMPLATE, MIN_VOCAB, ChatTemplate, Strict
 from lumina.config.schema.model import ModelConfig, RopeScaling
 from lumina.config.schema.settings import (
@@ -38,6 +39,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DataSource",
+    "Experts",
     "HealthConfig",
     "LoraConfig",
     "ModelConfig",
@@ -66,6 +68,17 @@ class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, Health
     value came from."""
 
     _explicit: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @model_validator(mode="after")
+    def _experts_have_no_adapters(self) -> Config:
+        feed_forward = [name for name in self.lora_targets if name in ("gate_proj", "up_proj", "down_proj")]
+        if self.experts is not None and self.lora_rank and feed_forward:
+            kept = [name for name in PROJECTIONS if name not in ("gate_proj", "up_proj", "down_proj")]
+            raise ValueError(
+                f"lora_targets: experts get no adapters ({', '.join(feed_forward)}); "
+                f"set lora_targets to [{', '.join(kept)}] or some of these"
+            )
+        return self
 
     @property
     def explicit(self) -> frozenset[str]:

@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, Field, model_validator
 
 from lumina.config.registry import FAMILIES
-from lumina.config.schema.fields import FFN_MULTIPLE, MIN_VOCAB, FamilyName, PositiveFloat, PositiveInt, Strict
+from lumina.config.schema.experts import Experts
+from lumina.config.schema.fields import (
+    FFN_MULTIPLE,
+    MIN_VOCAB,
+    FamilyName,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Strict,
+)
 
 
 class RopeScaling(Strict):
@@ -53,6 +62,17 @@ class ModelConfig(Strict):
     rms_norm_eps: PositiveFloat = 1e-5
     tie_word_embeddings: bool = True
     init_std: PositiveFloat = 0.02
+    experts: Experts | None = None  # None: every layer is dense
+    # Weights of the routers' losses in training (lumina.model.routing); without experts they say nothing.
+    router_aux_loss_coef: NonNegativeFloat = 0.001
+    router_z_loss_coef: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> ModelConfig:
+        fault = FAMILIES.get(self.family).experts_fault(self)
+        if fault is not None:
+            raise ValueError(fault)
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -80,18 +100,42 @@ class ModelConfig(Strict):
         return bool(FAMILIES.get(self.family).qk_norm)
 
     @property
+    def qk_norm_whole(self) -> bool:
+        """Whether the queries of all heads are normed as one vector, and so the keys."""
+        return bool(FAMILIES.get(self.family).qk_norm_whole)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer's feed-forward part is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def expert_layers(self) -> int:
+        """How many layers have experts."""
+        return 0 if self.experts is None else self.num_layers - len(self.experts.dense_layers)
+
+    @property
+    def expert_size(self) -> int:
+        """Width of one expert."""
+        return self.ffn_size if self.experts is None or self.experts.size is None else self.experts.size
+
+    @property
     def ffn_size(self) -> int:
         """Width of the feed-forward layer: `intermediate_size`, or 8/3 of hidden_size rounded up to 64."""
         if self.intermediate_size is not None:
             return self.intermediate_size
         return -(-8 * self.hidden_size // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
 
-    def num_parameters(self, with_embeddings: bool = True) -> int:
-        """Exact count of parameters; without embeddings leaves out the token table and the output matrix."""
+    def num_parameters(self, with_embeddings: bool = True, active: bool = False) -> int:
+        """Exact count of parameters; without embeddings leaves out the token table and the output matrix; `active`
+        counts of each layer's experts only the few that a token goes through."""
         h, d = self.hidden_size, self.head_dim
         attention = h * d * self.num_heads * 2 + h * d * self.num_kv_heads * 2
-        attention += d * (self.num_heads + 2 * self.num_kv_heads) * self.qkv_bias + 2 * d * self.qk_norm
-        layer = attention + 3 * h * self.ffn_size + 2 * h
-        body = self.num_layers * layer + h
+        attention += d * (self.num_heads + 2 * self.num_kv_heads) * self.qkv_bias
+        attention += d * (self.num_heads + self.num_kv_heads if self.qk_norm_whole else 2 * self.qk_norm)
+        body = self.num_layers * (attention + 2 * h) + h
+        body += (self.num_layers - self.expert_layers) * 3 * h * self.ffn_size
+        if self.experts is not None:
+            used = self.experts.per_token if active else self.experts.count
+            body += self.expert_layers * h * (self.experts.count + 3 * used * self.expert_size)
         tables = 1 if self.tie_word_embeddings else 2
         return body + (tables * self.vocab_size * h if with_embeddings else 0)

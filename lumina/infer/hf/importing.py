@@ -159,7 +159,9 @@ def _write_checkpoint(folder: Path, tensors: TensorFiles, config: ModelConfig, c
 
     def snapshots() -> Iterator[Snapshot]:
         for names in groups:
-            held = {f"{MASTER}/{name}": [_filled(tensors.read(name, config), shapes[name])] for name in names}
+            held = {
+                f"{MASTER}/{name}": [_filled(tensors.read(name, shapes[name], config), shapes[name])] for name in names
+            }
             ranges = {name: [0, shapes[name].numel()] for name in names}
             yield Snapshot(state.step, {"rng/cpu": [torch.get_rng_state()], **held}, ranges, trainer)
 

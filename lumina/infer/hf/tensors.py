@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from lumina.chat import read_json
 from lumina.config import ModelConfig, UserError
-from lumina.model.families import family_of
+from lumina.model.families import RowSlice, family_of
 
 log = logging.getLogger("lumina")
 
@@ -72,7 +72,9 @@ class TensorFiles:
             self._share(config)
         expected: dict[str, tuple[int, ...]] = {}
         for ours, shape in shapes.items():
-            expected |= {t.name: (t.rows, *shape[1:]) for t in family_of(config).tensors(ours, config)}
+            parts = self._parts(ours, config)
+            stacked = len(shape) == 3 and len(parts) == 1
+            expected |= {t.name: tuple(shape) if stacked else (t.rows, *shape[1:][-1:]) for t in parts}
         for name, wanted in expected.items():
             if name not in self._homes:
                 raise UserError(f"{self._source} has no tensor {name}")
@@ -98,10 +100,16 @@ class TensorFiles:
     def _stored(self, name: str) -> Any:
         return self._homes[name].get_slice(name)
 
-    def read(self, ours: str, config: ModelConfig) -> torch.Tensor:
-        """One of our parameters, float32."""
-        slices = [self._homes[p.name].get_tensor(p.name).float() for p in family_of(config).tensors(ours, config)]
-        return torch.cat(slices) if len(slices) > 1 else slices[0]
+    def _parts(self, ours: str, config: ModelConfig) -> list[RowSlice]:
+        """The tensors that make up our parameter `ours`, in the first of its family's layouts that the files have."""
+        layouts = family_of(config).layouts(ours, config)
+        return next((parts for parts in layouts if all(t.name in self._homes for t in parts)), layouts[0])
+
+    def read(self, ours: str, shape: torch.Size, config: ModelConfig) -> torch.Tensor:
+        """One of our parameters, which has `shape` in the model, float32; the files may have fewer rows of a matrix."""
+        slices = [self._homes[p.name].get_tensor(p.name).float() for p in self._parts(ours, config)]
+        weight = torch.cat(slices) if len(slices) > 1 else slices[0]
+        return weight.reshape(shape) if len(shape) == 3 else weight
 
 
 class _Renamed:

@@ -16,12 +16,13 @@ _FOREIGN = (
     *("logit_scale", "logits_scaling", "no_rope_layers", "num_experts", "num_local_experts", "parallel_attn"),
     *("qk_layernorm", "query_pre_attn_scalar", "residual_multiplier", "rotary_pct", "use_qk_norm"),
 )
+MOST_LAYERS = 2**16
 _WIDEST = 2**24  # no width is beyond this but in a damaged file
 
 
-def read(values: dict[str, Any]) -> ModelConfig:
-    """Our configuration of a config.json with its family's defaults filled in. Raises UserError, naming what this model
-    cannot represent."""
+def read(values: dict[str, Any], **settings: Any) -> ModelConfig:
+    """Our configuration of a config.json with its family's defaults filled in; `settings`: ours, of what only some
+    families have. Raises UserError, naming what this model cannot represent."""
     family = values["model_type"]
     _refuse_unsupported(values)
     theta, scaling = _rope(values)
@@ -43,6 +44,7 @@ def read(values: dict[str, Any]) -> ModelConfig:
         "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
         "tie_word_embeddings": values.get("tie_word_embeddings", False),
         "init_std": values.get("initializer_range", 0.02),
+        **settings,
     }
     try:
         config = ModelConfig.model_validate(ours)
@@ -50,7 +52,8 @@ def read(values: dict[str, Any]) -> ModelConfig:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "config"
         raise UserError(f"config.json does not describe a {family} model: {where}: {first['msg']}") from None
-    widths = {name: getattr(config, name) for name in ("hidden_size", "ffn_size", "vocab_size")}
+    widths = {name: getattr(config, name) for name in ("hidden_size", "ffn_size", "vocab_size", "expert_size")}
+    widths["experts"] = 0 if config.experts is None else config.experts.count
     for name, width in (widths | {"num_attention_heads * head_dim": config.num_heads * config.head_dim}).items():
         if width > _WIDEST:
             raise UserError(f"config.json does not describe a {family} model: {name} is {width}")

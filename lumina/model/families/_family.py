@@ -39,6 +39,7 @@ class Family:
     model_class: str
     qkv_bias: bool = False  # biases of queries, keys and values
     qk_norm: bool = False  # a norm over each head's queries and keys
+    qk_norm_whole: bool = False  # a norm over the queries of all heads together, and one over the keys
     defaults: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,16 +53,27 @@ class Family:
         place, kind = rest.rsplit(".", 1)
         prefix = f"model.layers.{layer}"
         if place in _NORMS:
-            width = config.head_dim if place.startswith("attention.") else config.hidden_size
+            width = _norm_width(place, config)
             return [RowSlice(f"{prefix}.{_NORMS[place]}.{kind}", width)]
         owner = _OWNERS[place.partition(".")[0]]
         return [RowSlice(f"{prefix}.{owner}.{name}.{kind}", rows) for name, rows in projections(config)[place]]
 
+    def layouts(self, ours: str, config: ModelConfig) -> list[list[RowSlice]]:
+        """The ways in which files hold our parameter `ours`, that of released models first; one tensor with all rows of
+        a stack of matrices has the stack's shape."""
+        return [self.tensors(ours, config)]
+
     def split(self, ours: str, weight: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         """One of our parameters as (name, tensor) pairs of transformers; the tensors are views."""
         theirs = self.tensors(ours, config)
+        if weight.ndim == 3:  # a stack of matrices, whose rows are counted through
+            weight = weight.flatten(0, 1)
         pieces = weight.split([t.rows for t in theirs])  # type: ignore[no-untyped-call]
         yield from zip((t.name for t in theirs), pieces, strict=True)
+
+    def experts_fault(self, config: ModelConfig) -> str | None:
+        """What is wrong with the experts of a configuration of this family, None if nothing is."""
+        return None if config.experts is None else f"family {config.family} has no experts"
 
     # --- config.json ------------------------------------------------------------------------------
 
@@ -84,6 +96,13 @@ class Family:
             "torch_dtype": dtype,
             "use_cache": True,
         }
+
+
+def _norm_width(place: str, config: ModelConfig) -> int:
+    if not place.startswith("attention."):
+        return config.hidden_size
+    heads = config.num_heads if place.endswith("q_norm") else config.num_kv_heads
+    return config.head_dim * (heads if config.qk_norm_whole else 1)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lumina.chat import Conversation, Message
 from lumina.cli import main
 from lumina.config import UserError
-from lumina.infer import import_hf, load
+from lumina.infer import export, import_hf, load
 from tests.infer.hf_models import make_hf
 from tests.small_tokenizer import CHATML, END, VOCABULARY, write_tokenizer
 
@@ -339,3 +339,18 @@ def test_the_options_of_the_command(base: Path, tmp_path: Path, capsys: pytest.C
     facts = json.loads(capsys.readouterr().out)
     assert facts["notes"] == _notes(tmp_path / "run")
     assert load(tmp_path / "run").context_length == 64
+
+
+def test_stacked_experts_are_taken_in_and_released_names_given_out(tmp_path: Path) -> None:
+    """transformers 5 stacks experts' matrices in memory, and files may hold them so."""
+    from transformers import AutoModelForCausalLM
+
+    for family in ("mixtral", "qwen3_moe"):
+        make_hf(tmp_path / family, family)
+        released = load_file(tmp_path / family / "model.safetensors")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.bfloat16)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / family / "model.safetensors")
+        export(import_hf(tmp_path / family, tmp_path / f"{family}-run"), tmp_path / f"{family}-out", dtype="bfloat16")
+        after = load_file(tmp_path / f"{family}-out" / "model.safetensors")
+        assert after.keys() == released.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in released.items())

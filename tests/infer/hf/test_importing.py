@@ -93,7 +93,8 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"model_type": "qwen2"}, "no tensor model.layers.0.self_attn.q_proj.bias"),
         ({"model_type": "qwen3"}, "no tensor model.layers.0.self_attn.q_norm.weight"),
-        ({"model_type": "mixtral"}, "model_type mixtral"),
+        ({"model_type": "mamba"}, "model_type mamba"),
+        ({"model_type": "mixtral"}, "no tensor model.layers.0.block_sparse_moe.gate.weight"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 needs original_max_position_embeddings"),

@@ -16,7 +16,20 @@ from lumina.config import UserError
 from lumina.model import Transformer
 from lumina.model.families import family_of, read_hf_config
 
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "olmoe": "Olmoe",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+}
 CONTEXT = 24
 BASE: dict[str, Any] = {
     "vocab_size": 40,
@@ -77,6 +90,13 @@ TRIED: dict[str, list[Any]] = {
     "logit_scale": [0.5, 1.0],
     "final_logit_softcapping": [30.0, None],
     "num_local_experts": [8],
+    "num_experts": [6],
+    "num_experts_per_tok": [1, 3],
+    "moe_intermediate_size": [16],
+    "norm_topk_prob": [True, False],
+    "decoder_sparse_step": [1, 2],
+    "mlp_only_layers": [[0], [1], [], None],
+    "clip_qkv": [0.1, None],
     "layer_types": [
         None,
         ["full_attention", "full_attention"],
@@ -89,8 +109,12 @@ OTHER = {
     *("transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "torch_dtype"),
     *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "use_cache"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "_name_or_path", "model_type"),
-    "output_attentions",
+    *("output_attentions", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
 }
+
+
+def _base(family: str) -> dict[str, Any]:
+    return BASE | EXPERTS.get(family, {}) | {"model_type": family}
 
 
 @cache
@@ -129,8 +153,10 @@ def _differs(family: str, values: dict[str, Any]) -> str | None:
     stored = theirs.state_dict()
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            rows = [stored.pop(t.name) for t in family_of(config).tensors(name, config)]
-            parameter.copy_(torch.cat(rows))
+            # transformers stacks experts' matrices in memory, as we do.
+            layouts = family_of(config).layouts(name, config)
+            layout = next(parts for parts in layouts if all(t.name in stored for t in parts))
+            parameter.copy_(torch.cat([stored.pop(t.name) for t in layout]))
     assert not stored.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set()), "a tensor has no place"
     length = min(CONTEXT, config.seq_length)
     ids = torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
@@ -142,7 +168,7 @@ def _differs(family: str, values: dict[str, Any]) -> str | None:
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_each_key_is_used_or_refused_by_name(family: str) -> None:
-    base = BASE | {"model_type": family}
+    base = _base(family)
     assert _differs(family, base) is None
     used = 0
     for key, tried in TRIED.items():
@@ -161,7 +187,7 @@ def test_each_key_is_used_or_refused_by_name(family: str) -> None:
     st.sets(st.sampled_from(["head_dim", "rope_theta", "num_key_value_heads", "sliding_window"])),
 )
 def test_keys_together_and_keys_left_out(family: str, changed: dict[str, int], left_out: set[str]) -> None:
-    values = {key: value for key, value in BASE.items() if key not in left_out} | {"model_type": family}
+    values = {key: value for key, value in _base(family).items() if key not in left_out}
     _differs(family, values | {key: TRIED[key][number % len(TRIED[key])] for key, number in changed.items()})
 
 
@@ -170,6 +196,4 @@ def test_no_key_of_transformers_is_missing_here(family: str) -> None:
     known = _classes(family)[0]().to_dict()
     assert not known.keys() - TRIED.keys() - OTHER
     for key in OTHER & known.keys():  # the others are of no account to the shape that is read
-        assert read_hf_config(BASE | {"model_type": family}) == read_hf_config(
-            BASE | {key: known[key], "model_type": family}
-        )
+        assert read_hf_config(_base(family)) == read_hf_config(_base(family) | {key: known[key]})

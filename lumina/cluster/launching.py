@@ -100,10 +100,11 @@ def _hosts(asked: LaunchOptions) -> list[Host]:
                 "Start it once, without srun (it starts a step on every node), or: srun … lumina train …",
             )
         hosts = slurm.hosts()
-        if (idle := slurm.gpus() - hosts[0].slots) > 0:
+        owned = slurm.gpus([host.name for host in hosts])
+        if idle := sum(max(own - host.slots, 0) for own, host in zip(owned, hosts, strict=True)):
             _say(
-                f"WARNING: {idle} of {slurm.gpus()} GPUs on each node will be idle: leave --ntasks-per-node out for a "
-                "rank on each GPU"
+                f"WARNING: {idle} of this job's {sum(owned)} GPUs will be idle: leave --ntasks-per-node out for a rank "
+                "on each GPU"
             )
         return hosts
     raise UserError("no nodes", "Give --hostfile FILE, or start inside a Slurm allocation (launchers/train.sbatch).")
@@ -112,11 +113,12 @@ def _hosts(asked: LaunchOptions) -> list[Host]:
 def _commands(asked: LaunchOptions, hosts: list[Host], folder: str) -> list[list[str]]:
     name = "srun" if asked.transport == "auto" and asked.hostfile is None else asked.transport
     cpus = slurm.cpus() if name == "srun" else []
+    gpus = slurm.gpus([host.name for host in hosts]) if name == "srun" and slurm.in_allocation() else [0] * len(hosts)
     commands = []
     for number, host in enumerate(hosts):
         chosen = choose(name, host)
         own = cpus[number] if number < len(cpus) else None
-        command = remote_command(chosen, host, RemoteModule(AGENT, folder, asked.python, own))
+        command = remote_command(chosen, host, RemoteModule(AGENT, folder, asked.python, own, gpus[number]))
         if shutil.which(command[0]) is None and not asked.dry_run:
             raise UserError(f"{command[0]} is not installed here", "Install it, or choose another --transport.")
         commands.append(command)

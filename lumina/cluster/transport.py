@@ -30,12 +30,14 @@ _QUIET = "TORCH_CPP_LOG_LEVEL=ERROR"
 
 @dataclass(frozen=True)
 class RemoteModule:
-    """`python -m MODULE SPEC`, to be run in a folder of a node. cpus: of the node, for Slurm's step; None: not said."""
+    """`python -m MODULE SPEC`, to be run in a folder of a node. cpus, gpus: of the node, for Slurm's step; None, 0: not
+    said."""
 
     module: str
     folder: str
     python: str = sys.executable
     cpus: int | None = None
+    gpus: int = 0
 
     def words(self) -> list[str]:
         """The command itself, which reads its spec from standard input."""

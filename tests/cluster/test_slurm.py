@@ -48,9 +48,51 @@ def test_ranks_of_a_node(more: dict[str, str], slots: int) -> None:
     assert slurm.hosts({**ALLOCATION, **more}) == [Host("a", slots), Host("b", slots)]
 
 
-def test_a_heterogeneous_job_is_refused() -> None:
+@pytest.mark.parametrize("told", [("SLURM_JOB_ID", "SLURM_JOB_NODELIST"), ("SLURM_JOB_ID",)], ids=["sbatch", "salloc"])
+def test_a_heterogeneous_job_is_refused(told: tuple[str, ...]) -> None:
+    """A shell of salloc has the nodes of each component under another name."""
+    environment = {**{name: ALLOCATION[name] for name in told}, "SLURM_HET_SIZE": "2"}
+    assert slurm.in_allocation(environment)
     with pytest.raises(UserError, match="heterogeneous job of 2 components"):
-        slurm.hosts({**ALLOCATION, "SLURM_HET_SIZE": "2"})
+        slurm.hosts(environment)
+
+
+@pytest.fixture
+def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scontrol that shows what stands in this file."""
+    said, program = tmp_path / "said", tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\n[ "$*" = "--oneliner --details show job 7" ] && cat {said}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return said
+
+
+@pytest.mark.parametrize(
+    ("nodes", "more", "wanted"),
+    [
+        # salloc --nodes=2 --gpus=3, in the words of Slurm 22.05
+        ("Nodes=a CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1)   Nodes=b CPU_IDs=0 Mem=0 GRES=gpu:1(IDX:0)", {}, [2, 1]),
+        ("Nodes=a,b CPU_IDs=0-1 Mem=0 GRES=gpu:h100:8(IDX:0-7)", {}, [8, 8]),
+        ("Nodes=a,b CPU_IDs=0 Mem=0 GRES=gpu:a100:2(IDX:0,2),gpu:h100:1(IDX:3),shard:5(0/4)", {}, [3, 3]),
+        ("Nodes=a,b CPU_IDs=0 Mem=0 GRES=", {}, [1, 1]),
+        ("Nodes=a CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1)", {"SLURM_GPUS_ON_NODE": "1"}, [1, 1]),  # told: not asked
+        ("Nodes=a CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1)", {"SLURM_GPUS_ON_NODE": "1", "SLURM_GPUS": "3"}, [2, 1]),
+    ],
+)
+def test_gpus_that_only_scontrol_knows(shown: Path, nodes: str, more: dict[str, str], wanted: list[int]) -> None:
+    shown.write_text(f"JobId=7 NodeList=a,b JOB_GRES=gpu:3   {nodes} MinCPUsNode=1 TresPerJob=gres:gpu:3\n")
+    assert [host.slots for host in slurm.hosts({**ALLOCATION, **more})] == wanted
+
+
+@pytest.mark.parametrize(("variable", "option"), [("SLURM_GPUS", "--gpus"), ("SLURM_GPUS_PER_TASK", "--gpus-per-task")])
+def test_a_step_has_all_gpus_of_its_node(
+    shown: Path, variable: str, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """srun takes the job's own options from its environment: all four GPUs on one node, or one."""
+    shown.write_text("Nodes=a,b CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1)")
+    assert launch_in(monkeypatch, **{variable: "4"}) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("srun ")]
+    assert [line[line.index(option) + 1] for line in lines] == ["2", "2"]
 
 
 def launch_in(monkeypatch: pytest.MonkeyPatch, **variables: str) -> int:
@@ -61,7 +103,7 @@ def launch_in(monkeypatch: pytest.MonkeyPatch, **variables: str) -> int:
 
 def test_idle_gpus_are_warned_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch_in(monkeypatch, SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="1") == 0
-    assert "WARNING: 7 of 8 GPUs on each node will be idle" in capsys.readouterr().out
+    assert "WARNING: 14 of this job's 16 GPUs will be idle" in capsys.readouterr().out
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     assert launch_in(monkeypatch, SLURM_GPUS_ON_NODE="8") == 0
     assert "idle" not in capsys.readouterr().out

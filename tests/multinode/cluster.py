@@ -323,8 +323,9 @@ class Cluster:
 
     # --- Slurm ---
 
-    def start_slurm(self, cpus: int = 2) -> None:
-        """slurmctld and munged on the head, slurmd on every node; SLURM_CONF is set for every command after that."""
+    def start_slurm(self, cpus: int = 2, gpus: int = 2) -> None:
+        """slurmctld and munged on the head, slurmd on every node; SLURM_CONF is set for every command after that. The
+        `gpus` GPUs of a node are plain files."""
         folder = self.folder / "slurm"
         for name in ("", "state", *(f"spool.{name}" for name in self.places)):
             (folder / name).mkdir(exist_ok=True)
@@ -341,13 +342,17 @@ class Cluster:
             "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_CPU", "ReturnToService=2", "SlurmdTimeout=10", "KillWait=30", "MpiDefault=none",
             "SwitchType=switch/none", "JobRequeue=1", "SchedulerType=sched/backfill", "MinJobAge=3600",
-            "SlurmctldTimeout=30", "InactiveLimit=0", "JobCompType=jobcomp/none",
-            "CredType=cred/munge", "SchedulerParameters=requeue_delay=0,batch_sched_delay=0",
+            "SlurmctldTimeout=30", "InactiveLimit=0", "JobCompType=jobcomp/none", "GresTypes=gpu",
+            "CredType=cred/munge", "SchedulerParameters=requeue_delay=0,batch_sched_delay=0,bf_interval=2",
         ]  # fmt: skip
         names = [name for name in self.places if name != HEAD]
-        lines += [f"NodeName={n} NodeAddr={self.places[n].address} CPUs={cpus} State=UNKNOWN" for n in names]
+        node = f"CPUs={cpus} Gres=gpu:{gpus} State=UNKNOWN"
+        lines += [f"NodeName={n} NodeAddr={self.places[n].address} {node}" for n in names]
         lines += [f"PartitionName=all Nodes={','.join(names)} Default=YES MaxTime=INFINITE State=UP"]
         (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
+        for number in range(gpus):
+            (folder / f"gpu{number}").touch()  # Slurm counts GPUs by their files
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{gpus - 1}]\n")
         self.environment = {**self.environment, "SLURM_CONF": str(folder / "slurm.conf")}
         munged = ["/usr/sbin/munged", "--force", f"--key-file={key}", f"--socket={socket}",
                   f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",

@@ -132,3 +132,29 @@ def test_a_failing_rank_fails_the_job(slurm: Cluster, place: Path) -> None:
     wait_for(slurm, job, "FAILED", log)
     assert "missing.jsonl" in log.read_text()
     assert BIN.is_dir()
+
+
+# A step that asked for all of the job's --gpus on its one node would never begin.
+@pytest.mark.parametrize("option", ["--gpus-per-node=2", "--gpus=4"])
+def test_a_rank_on_each_gpu(slurm: Cluster, place: Path, option: str) -> None:
+    """Two nodes of two GPUs each; the ranks are a script without torch."""
+    log, script = place / "slurm.log", place / "says.py"
+    script.write_text("import os, socket; print('SAYS', socket.gethostname(), *map(os.environ.get, "
+                      "('RANK', 'WORLD_SIZE', 'SLURM_GPUS_ON_NODE')), flush=True)")  # fmt: skip
+    line = ["sbatch", "--parsable", "--output", str(log), "--nodes=2", option, "launchers/train.sbatch", str(script)]
+    wait_for(slurm, slurm.run("head", line).stdout.strip(), "COMPLETED", log)
+    said = sorted(line for line in log.read_text().splitlines() if line.startswith("SAYS "))
+    assert said == [f"SAYS n{rank // 2} {rank} 4 2" for rank in range(4)]
+    assert "idle" not in log.read_text()
+
+
+def test_a_shell_of_salloc_knows_its_gpus_and_a_heterogeneous_one_is_refused(slurm: Cluster) -> None:
+    launch = ["lumina", "launch", "--dry-run", "--", "train", "--config", "nano"]
+    for options in (["--gres=gpu:2"], ["--gpus-per-node=2"], ["--ntasks=4", "--gpus-per-task=1"]):
+        shown = slurm.run("head", ["salloc", "--nodes=2", *options, *launch]).stdout
+        assert "n0: ranks 0-1" in shown, shown
+        assert "n1: ranks 2-3" in shown, shown
+    shown = slurm.run("head", ["salloc", "--nodes=2", "--gres=gpu:2", "--ntasks-per-node=1", *launch]).stdout
+    assert "WARNING: 2 of this job's 4 GPUs will be idle" in shown, shown
+    done = slurm.run("head", ["salloc", "--nodes=1", ":", "--nodes=1", *launch], 120)
+    assert (done.returncode, "a heterogeneous job of 2 components" in done.stdout) == (2, True), done.stdout

@@ -6,6 +6,7 @@ printed (`report`). It is plain data, kept in the cache's meta.json.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from lumina.data.records.fields import FieldTally
 
 FIRST_LINES = 5  # how many line numbers are kept for each reason
+MOST_SUBREASONS = 12  # of a reason; further ones are counted together
+OTHER_SUBREASONS = "others"
+_VARIES = re.compile(r"\d+|'[^']*'|\"[^\"]*\"")  # in what is said of a line: numbers and what is quoted from it
 MOST_FIELDS = 20  # names shown of a sort
 # Reasons as every version has stored them in its caches, and how they are shown.
 DROPPED_OVERLONG = "longer than the window (overlong: drop)"
@@ -58,6 +62,20 @@ def field_details(fields: Mapping[str, Mapping[str, int]]) -> list[str]:
     return out
 
 
+def subreason(detail: str) -> str:
+    """What lines have in common of which this is said: it without numbers and without what is quoted from a line."""
+    return _VARIES.sub("…", detail)[:120]
+
+
+@dataclass
+class SubreasonCount:
+    """Lines skipped for one reason in one way: how many, and the first of them, where it is and what is wrong."""
+
+    lines: int
+    first: str
+    example: str
+
+
 @dataclass
 class FaultCount:
     """Lines skipped for one reason: how many, how many messages they held, and where the first ones are."""
@@ -66,6 +84,18 @@ class FaultCount:
     messages: int = 0
     first: list[str] = field(default_factory=list)  # "file:line", or the bare line number inside a worker's report
     example: str = ""  # what was wrong with the first of them
+    subreasons: dict[str, SubreasonCount] = field(default_factory=dict)
+
+    def add_subreason(self, name: str, lines: int, first: str, example: str) -> None:
+        if name not in self.subreasons and len(self.subreasons) >= MOST_SUBREASONS:
+            name = OTHER_SUBREASONS
+        entry = self.subreasons.setdefault(name, SubreasonCount(0, first, example))
+        entry.lines += lines
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FaultCount:
+        subreasons = {name: SubreasonCount(**entry) for name, entry in data.get("subreasons", {}).items()}
+        return cls(**{**data, "subreasons": subreasons})
 
 
 @dataclass
@@ -107,12 +137,14 @@ class Account:
     fields: dict[str, dict[str, int]] = field(default_factory=dict)  # by sort and name: lumina.data.records.fields
     unknown_fields: dict[str, str] = field(default_factory=dict)  # an example of each: where, and its value
 
-    def fault(self, reason: str, line: int | str, messages: int = 0, example: str = "") -> None:
-        """Counts one skipped line and the messages it held."""
+    def fault(self, reason: str, line: int | str, messages: int = 0, detail: str = "", example: str = "") -> None:
+        """Counts one skipped line and the messages it held; detail: what is wrong with it, example: the same with the
+        beginning of the line."""
         entry = self.faults.setdefault(reason, FaultCount())
         entry.lines += 1
         entry.example = entry.example or example
         entry.messages += messages
+        entry.add_subreason(subreason(detail), 1, str(line), example or detail)
         if len(entry.first) < FIRST_LINES:
             entry.first.append(str(line))
         if messages:
@@ -150,6 +182,8 @@ class Account:
             entry.example = entry.example or theirs.example
             room = FIRST_LINES - len(entry.first)
             entry.first += [f"{source}:{int(line) + line_base}" for line in theirs.first[:room]]
+            for name, own in theirs.subreasons.items():
+                entry.add_subreason(name, own.lines, f"{source}:{int(own.first) + line_base}", own.example)
         for sort, names in other.fields.items():
             add_counts(self.fields.setdefault(sort, {}), names)
         for name, example in other.unknown_fields.items():
@@ -193,7 +227,7 @@ class Account:
         """From `to_dict`, of this version or an earlier one."""
         named = {_FIELDS.get(name, name): value for name, value in data.items()}
         fields = {name: value for name, value in named.items() if name in cls.__dataclass_fields__}
-        faults = {reason: FaultCount(**entry) for reason, entry in data["faults"].items()}
+        faults = {reason: FaultCount.from_dict(entry) for reason, entry in data["faults"].items()}
         return cls(**{**fields, "faults": faults})
 
     def report(self, without: Collection[str] = ()) -> list[str]:
@@ -229,6 +263,9 @@ class Account:
             more = ", …" if entry.lines > len(entry.first) else ""
             example = f": {entry.example}" if entry.example else ""
             out.append(f"  bad: {reason}: {entry.lines:,} ({', '.join(entry.first)}{more}){example}")
+            if len(entry.subreasons) > 1:
+                kinds = sorted(entry.subreasons.items(), key=lambda kind: -kind[1].lines)
+                out += [f"    {name}: {kind.lines:,} ({kind.first})" for name, kind in kinds]
         for what, counts in (
             ("OASST paths", self.paths_discarded),
             ("conversations", self.conversations_dropped),

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from lumina.model.cache import KVCache as KVCache
     from lumina.model.cpu import keep_heap as keep_heap
     from lumina.model.decode import Decoder as Decoder
+    from lumina.model.preference import PREFERENCE_FIGURES as PREFERENCE_FIGURES
     from lumina.model.static import StaticDecoder as StaticDecoder
     from lumina.model.transformer import Transformer as Transformer
 
 __all__ = [
+    "PREFERENCE_FIGURES",
     "Decoder",
     "KVCache",
     "StaticDecoder",
@@ -36,6 +38,7 @@ __getattr__ = names_of(
     {
         "Decoder": "decode",
         "KVCache": "cache",
+        "PREFERENCE_FIGURES": "preference",
         "StaticDecoder": "static",
         "Transformer": "transformer",
         "keep_heap": "cpu",

@@ -6,7 +6,10 @@ that of sum_n c_n * cross-entropy_n with c = beta * sigmoid(-beta * margin) at t
 the rejected one's. So the margins are computed first, without a graph, and then the weighted loss of the tokens as in
 any other training: logits exist for a chunk at a time, at the cost of one more vocabulary product.
 
-N supervised positions, D hidden width, V vocabulary, P pairs.
+What a pair is worth to the model is its answers' rewards, beta * (log p - reference log p), as the paper's section 5
+has them. They cost nothing more, and the loss returns their sums beside its own (`PREFERENCE_FIGURES`, by TRL's names).
+
+N supervised positions, D hidden width, V vocabulary, P pairs, F figures.
 """
 
 from __future__ import annotations
@@ -17,19 +20,20 @@ from torch import Tensor
 
 from lumina.model.loss import output_loss, token_losses
 
+PREFERENCE_FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+
 
 @torch.no_grad()
-def margins(
+def log_probabilities(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, mask_N: Tensor, document_N: Tensor, pairs: int
 ) -> Tensor:
-    """log p(chosen) - log p(rejected) of each pair, in nats: float64 (P). Documents 2p and 2p+1 are pair p's answers,
-    each the sum of its tokens' log-probabilities where the mask is not 0. Sums of thousands of tokens that nearly
-    cancel: in float64."""
+    """log p(chosen) and log p(rejected) of each pair, in nats: float64 (P, 2). Documents 2p and 2p+1 are pair p's
+    answers, each the sum of its tokens' log-probabilities where the mask is not 0. Sums of thousands of tokens that
+    nearly cancel: in float64."""
     logs_N = -token_losses(hidden_ND, weight_VD, targets_N).double() * mask_N.double()
     # As a product: index_add_ adds in an order of its own on a GPU, and a resumed run would not be the same (law 6).
     of_DN = document_N == torch.arange(2 * pairs, device=document_N.device)[:, None]
-    sums_P2 = (of_DN.double() @ logs_N).view(pairs, 2)
-    return sums_P2[:, 0] - sums_P2[:, 1]
+    return (of_DN.double() @ logs_N).view(pairs, 2)
 
 
 def preference_loss(
@@ -38,20 +42,28 @@ def preference_loss(
     targets_N: Tensor,
     mask_N: Tensor,
     document_N: Tensor,
-    pairs_P2: Tensor,
+    pairs_P3: Tensor,
     beta: float,
 ) -> Tensor:
-    """sum_p weight_p * -log sigmoid(beta * (margin_p - reference_p)): a float32 (or float64) scalar.
+    """sum_p weight_p * -log sigmoid(beta * (margin_p - reference_p)), followed by sum_p weight_p * figure_p of each of
+    PREFERENCE_FIGURES: float32 (or float64) (1 + F). The gradient is that of the first alone.
 
-    pairs_P2: the reference model's margin and the weight of each pair, float32.
+    pairs_P3: the reference model's margin, the weight of each pair, and the reference's log p(chosen), float32. The
+    last is for the rewards of single answers only: NaN where it is not known, and so are they.
     """
-    reference_P, weight_P = pairs_P2.double().unbind(1)
-    margin_P = margins(hidden_ND, weight_VD, targets_N, mask_N, document_N, len(pairs_P2)) - reference_P
+    reference_P, weight_P, reference_chosen_P = pairs_P3.double().unbind(1)
+    chosen_P, rejected_P = log_probabilities(hidden_ND, weight_VD, targets_N, mask_N, document_N, len(pairs_P3)).unbind(
+        1
+    )
+    margin_P = chosen_P - rejected_P - reference_P
     exact = torch.promote_types(hidden_ND.dtype, torch.float32)
-    loss = (weight_P * F.softplus(-beta * margin_P)).sum().to(exact)
+    loss_P, reward_P = F.softplus(-beta * margin_P), beta * (chosen_P - reference_chosen_P)
+    sums_FP = torch.stack((loss_P, reward_P, reward_P - beta * margin_P, (margin_P > 0).double(), beta * margin_P))
+    sums = (weight_P * sums_FP).sum(1).to(exact)
     if not torch.is_grad_enabled():
-        return loss
+        return sums
     slope_P = weight_P * beta * torch.sigmoid(-beta * margin_P)
     slopes_N = torch.stack((slope_P, -slope_P), 1).flatten()[document_N]
     graph = output_loss(hidden_ND, weight_VD, targets_N, (mask_N * slopes_N).to(exact))
-    return loss + (graph - graph.detach())  # the value of the one, the gradient of the other
+    loss = sums[0] + (graph - graph.detach())  # the value of the one, the gradient of the other
+    return torch.cat((loss[None], sums[1:]))

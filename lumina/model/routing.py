@@ -82,14 +82,14 @@ class Routing:
         cu_seqlens: Tensor | None,
         weights_N: Tensor,
         supervised_N: Tensor | None,
-        pairs_P2: Tensor | None,
+        pairs_P3: Tensor | None,
     ) -> Routing:
         """Arguments as in Transformer.forward. A document counts the sum of its supervised tokens' weights; of
         preference pairs, whose answers are the first documents, half of its pair's."""
         members = DocumentMembers.of(ids_BS, cu_seqlens)
-        if pairs_P2 is not None:
+        if pairs_P3 is not None:
             weights_G = torch.zeros_like(members.tokens_G)
-            weights_G[: 2 * len(pairs_P2)] = pairs_P2[:, 1].repeat_interleave(2).float() / 2
+            weights_G[: 2 * len(pairs_P3)] = pairs_P3[:, 1].repeat_interleave(2).float() / 2
             return cls(members, weights_G)
         weights_T = weights_N.flatten().float()
         if supervised_N is not None:

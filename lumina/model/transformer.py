@@ -26,7 +26,7 @@ from lumina.model.attention import bind as bind_attention
 from lumina.model.experts import ExpertFeedForward
 from lumina.model.experts import bind as bind_experts
 from lumina.model.loss import output_loss
-from lumina.model.preference import margins, preference_loss
+from lumina.model.preference import log_probabilities, preference_loss
 from lumina.model.routing import DocumentMembers, Routing
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Output(nn.Module):
         weights_N: Tensor | None = None,
         supervised_N: Tensor | None = None,
         documents_N: Tensor | None = None,
-        pairs_P2: Tensor | None = None,
+        pairs_P3: Tensor | None = None,
         beta: float | None = None,
     ) -> Tensor:
         """Arguments as in Transformer.forward. Nothing here looks for the supervised positions: a search whose result
@@ -181,11 +181,13 @@ class Output(nn.Module):
         hidden_ND = x_BSD.flatten(0, 1)
         if supervised_N is not None:
             hidden_ND = hidden_ND.index_select(0, supervised_N)
-        if pairs_P2 is None:
+        if pairs_P3 is None:
             return output_loss(hidden_ND, self.weight, targets_N.flatten(), weights_N.flatten())
         assert documents_N is not None, "a pair's answers are documents: each supervised token has one"
         of_pairs = hidden_ND, self.weight, targets_N, weights_N, documents_N
-        return margins(*of_pairs, len(pairs_P2)) if beta is None else preference_loss(*of_pairs, pairs_P2, beta)
+        if beta is None:
+            return log_probabilities(*of_pairs, len(pairs_P3))
+        return preference_loss(*of_pairs, pairs_P3, beta)
 
 
 class Transformer(nn.Module):
@@ -220,13 +222,13 @@ class Transformer(nn.Module):
         *,
         supervised_N: Tensor | None = None,
         documents_N: Tensor | None = None,
-        pairs_P2: Tensor | None = None,
+        pairs_P3: Tensor | None = None,
         beta: float | None = None,
         bounds: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Logits (B, S, V) or, with targets, a float32 scalar: sum over positions of weight * cross-entropy in nats.
-        With pairs (lumina.model.preference), whose documents come first, the sum of the pairs' losses at `beta`, or
-        without one their margins (P).
+        With pairs (lumina.model.preference), whose documents come first, the sums of the pairs' losses and figures at
+        `beta` (1 + F), or without one their answers' log-probabilities (P, 2).
 
         ids, positions: int64 (B, S). targets int64 and weights float32 are those of the positions `supervised` (N,
         int64, counted over B*S), or of every position, (B, S), where that is not given; the output layer is computed
@@ -237,9 +239,9 @@ class Transformer(nn.Module):
         """
         routing = None
         if self.training and self.config.experts is not None and weights_N is not None:
-            routing = Routing.of(ids_BS, cu_seqlens_D, weights_N, supervised_N, pairs_P2)
+            routing = Routing.of(ids_BS, cu_seqlens_D, weights_N, supervised_N, pairs_P3)
         normed_BSD = self.trunk(ids_BS, positions_BS, cu_seqlens_D, max_seqlen, cache, bounds, routing)
-        wanted = targets_N, weights_N, supervised_N, documents_N, pairs_P2, beta
+        wanted = targets_N, weights_N, supervised_N, documents_N, pairs_P3, beta
         out: Tensor = self.output(normed_BSD, *wanted)
         return out if routing is None else self._with_router_losses(out, routing)
 

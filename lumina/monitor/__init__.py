@@ -4,7 +4,7 @@ from lumina.monitor.events import Event, EventLog, Level, read_events
 from lumina.monitor.metrics import MetricsFile, read_metrics
 from lumina.monitor.recorder import Recorder
 from lumina.monitor.run_json import read_run
-from lumina.monitor.step_record import HealthStatus, StepRecord, perplexity
+from lumina.monitor.step_record import HealthStatus, StepRecord, figures_text, perplexity
 from lumina.monitor.terminal import Console, line
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "MetricsFile",
     "Recorder",
     "StepRecord",
+    "figures_text",
     "line",
     "perplexity",
     "read_events",

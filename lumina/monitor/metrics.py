@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,10 +68,13 @@ class MetricsFile:
 
     def step(self, record: StepRecord) -> None:
         values = {**vars(record), "health": str(record.health)}
+        values |= values.pop("of_objective")
         self.write("step", values.pop("step"), values)
 
-    def evaluation(self, step: int, loss: float, ppl: float, seconds: float) -> None:
-        self.write("eval", step, {"loss": loss, "ppl": ppl, "seconds": round(seconds, 3)})
+    def evaluation(
+        self, step: int, loss: float, ppl: float, seconds: float, figures: Mapping[str, float] | None = None
+    ) -> None:
+        self.write("eval", step, {"loss": loss, "ppl": ppl, "seconds": round(seconds, 3), **(figures or {})})
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One record. A disk that refuses it does not stop the run: the listeners still get it."""

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+_LABELS = {
+    "rewards/margins": "Margin",
+    "rewards/accuracies": "Accuracy",
+    "rewards/chosen": "Chosen",
+    "rewards/rejected": "Rejected",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class StepRecord:
     bytes of this rank's device (CPU: resident set); samples says which samples all ranks together trained on
     (lumina.data.samples_id); mfu is None where the device's peak is unknown; time in seconds since 1970.
     tokens_per_s and supervised_tokens_per_s count the step and its wait for data; seconds is what the time since the
-    step before went to (lumina.train.deepspeed.timing)."""
+    step before went to (lumina.train.deepspeed.timing); of_objective: what the objective tells beside the loss, by
+    name, which metrics.jsonl has among the others."""
 
     step: int
     epoch: int
@@ -47,6 +56,7 @@ class StepRecord:
     supervised_tokens_per_s: float | None = None
     seconds: dict[str, float] | None = None
     mfu: float | None = None
+    of_objective: dict[str, float] = field(default_factory=dict)
     ppl: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,6 +65,17 @@ class StepRecord:
     def shown(self, value: float, digits: int) -> str:
         """The loss or the perplexity for people: `none` of a step in which nothing is supervised."""
         return f"{value:.{digits}f}" if self.supervised_tokens else "none"
+
+
+def figure_label(name: str) -> str:
+    """What people are shown for an objective's figure: preference training's by their words, others by their name."""
+    return _LABELS.get(name, name)
+
+
+def figures_text(figures: Mapping[str, float]) -> str:
+    """`Margin: 0.1234 | Accuracy: 0.7500 | Chosen: …`: the objective's figures in a line of the console."""
+    order = [*(name for name in _LABELS if name in figures), *(name for name in figures if name not in _LABELS)]
+    return " | ".join(f"{figure_label(name)}: {figures[name]:.4f}" for name in order)
 
 
 def perplexity(loss: float) -> float:

@@ -75,10 +75,12 @@ class StepTaken:
     ended: float
     layers: dict[str, LayerFigures] | None = None
 
-    def read(self) -> tuple[UpdateNumbers, StepSums]:
-        """Waits for the device."""
+    def read(self) -> tuple[UpdateNumbers, StepSums, list[float]]:
+        """What the update tells, what the ranks added up, and the means of the objective's figures. Waits for the
+        device."""
         numbers, own = self.numbers.read(), len(fields(UpdateNumbers))
-        return unpack(UpdateNumbers, numbers[:own]), unpack(StepSums, numbers[own:])
+        end = own + len(fields(StepSums))
+        return unpack(UpdateNumbers, numbers[:own]), unpack(StepSums, numbers[own:end]), numbers[end:]
 
 
 class Deferred:
@@ -93,8 +95,8 @@ class Deferred:
         return self._taken is not None
 
     def put(self, engine: Engine, data: StepData, lr: float, sums: Tensor, norm: Tensor, applied: Tensor) -> None:
-        """After a step's update. sums: the `StepSums` of all ranks, packed; norm and applied: 0-dimensional, all on the
-        device."""
+        """After a step's update. sums: the `StepSums` of all ranks, packed, and after them the objective's figures;
+        norm and applied: 0-dimensional, all on the device."""
         assert self._taken is None, "the numbers of the step before were not read"
         scale = engine.gradient_scale()  # fp16's under stage 0 is on the device
         if not isinstance(scale, Tensor):

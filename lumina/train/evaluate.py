@@ -1,4 +1,5 @@
-"""Evaluation: the mean loss over the whole evaluation set, weighted by tokens over all ranks."""
+"""Evaluation: the mean loss over the whole evaluation set, weighted by tokens over all ranks, and the objective's
+figures."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ def evaluate(
     ranks: Ranks,
     heartbeat: Callable[[str], None] = lambda what: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> float:
-    """Mean loss in nats per supervised token, or per preference pair; collective. Every rank runs the same number of
+) -> tuple[float, dict[str, float]]:
+    """Mean loss in nats per supervised token, or per preference pair, and the means of the objective's figures by name;
+    collective. Every rank runs the same number of
     forward passes (ZeRO-3 gathers weights in each), padded with samples of weight zero. `heartbeat` is called
     before each pass, `progress` after it with the passes done and all of them."""
-    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    totals = torch.zeros(2 + len(engine.figures), dtype=torch.float64, device=engine.device)
     indices = torch.arange(dataset.num_samples).numpy()
     with engine.evaluation():
         shares = deal(indices, ranks.rank, ranks.world, micro_batch_size)
@@ -31,9 +33,10 @@ def evaluate(
             heartbeat("evaluation")
             batch = dataset.batch(share).torch()
             # Added up where they are: reading each batch's loss would make the host wait for it.
-            totals[0] += engine.loss(batch)
-            totals[1] += batch.units
+            totals[1:] += engine.loss(batch)
+            totals[0] += batch.units
             progress(number, len(shares))
         dist.all_reduce(totals)
-    loss, units = totals.tolist()
-    return float(loss / max(1.0, units))
+    units, *sums = totals.tolist()
+    loss, *means = (value / max(1.0, units) for value in sums)
+    return loss, dict(zip(engine.figures, means, strict=True))

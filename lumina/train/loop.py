@@ -116,8 +116,8 @@ def _evaluate(run: Run) -> Stop | None:
     began = time.perf_counter()
     with engine.timer.phase("evaluation"):
         progress = partial(run.outputs.progress, "Evaluating")
-        loss = evaluate(engine, run.data.evaluation, config.batch_size, run.ranks, heartbeat, progress)
-    run.outputs.evaluation(run.state.step, loss, time.perf_counter() - began)
+        loss, figures = evaluate(engine, run.data.evaluation, config.batch_size, run.ranks, heartbeat, progress)
+    run.outputs.evaluation(run.state.step, loss, time.perf_counter() - began, figures)
     with engine.timer.phase("evaluation"):
         if config.sample_prompts:
             prompts, longest = config.sample_prompts, config.sample_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,13 +41,13 @@ def take_step(run: Run, data: StepData) -> Outcome:
     run.callbacks.before_step()
     lr = run.schedule(data.step)
     state.engine.set_lr(lr)
-    loss, action = accumulate(run, data)
+    own, action = accumulate(run, data)
     if isinstance(action, Fail):
         return action
     if action is not None:
         return replace(action, then=settle(run))
     run.watchdog.heartbeat(f"step {step}, update")
-    sums = pack(_own_sums(run, data, loss), loss.device)
+    sums = torch.cat((pack(_own_sums(run, data, own[0]), own.device), own[1:].double() / run.ranks.world))
     with timer.phase("communication"):
         dist.all_reduce(sums)
     outcome = settle(run)
@@ -66,19 +67,19 @@ def take_step(run: Run, data: StepData) -> Outcome:
 
 
 def accumulate(run: Run, data: StepData) -> tuple[Tensor, HalveMicroBatch | Fail | None]:
-    """Forward and backward of this rank's micro-batches: its loss (float32, 0-dimensional), and what comes of running
-    out of memory, if it did."""
+    """Forward and backward of this rank's micro-batches: its loss and the objective's figures (float32, 1 + F), and
+    what comes of running out of memory, if it did."""
     step, engine = data.step + 1, run.state.engine
     # The engine averages over ranks: law 2. Where nothing is supervised the gradient is 0, not 0 / 0.
     scale = run.ranks.world / max(1.0, data.supervised_tokens)
-    loss = torch.zeros((), dtype=torch.float32, device=engine.device)
+    sums = torch.zeros(1 + len(engine.figures), dtype=torch.float32, device=engine.device)
     failure, engine.collectives = None, False
     if run.config.lora_dropout:
         torch.manual_seed(_dropout_seed(run.config.seed, step, run.ranks.rank))
     try:
         for number, batch in enumerate(data.micro_batches, 1):
             run.watchdog.heartbeat(f"step {step}, micro-batch {number}")
-            loss += engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
+            sums += engine.accumulate(batch.torch(), scale, last=number == len(data.micro_batches))
             batch.made = None  # its memory on the device, which a step's record would keep to the next update
     except torch.OutOfMemoryError as error:
         if run.config.on_oom == "fail":
@@ -86,8 +87,8 @@ def accumulate(run: Run, data: StepData) -> tuple[Tensor, HalveMicroBatch | Fail
         failure = str(error).splitlines()[0]
     if failure is None:
         run.recovery.micro_batches_done(step)
-        return loss, None
-    return loss, run.recovery.out_of_memory_in_micro_batches(step, data.samples, failure, clean=not engine.collectives)
+        return sums, None
+    return sums, run.recovery.out_of_memory_in_micro_batches(step, data.samples, failure, clean=not engine.collectives)
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -166,14 +167,14 @@ def settle(run: Run) -> Stop | Rewind | Fail | None:
     taken = run.deferred.take()
     if taken is None:
         return None
-    update_numbers, sums = taken.read()
+    update_numbers, sums, means = taken.read()
     if sums.corrupt >= len(taken.data.samples):  # nothing was left to be supervised
         nothing = np.zeros_like(taken.data.shares)
         taken = replace(taken, data=replace(taken.data, supervised_tokens=0.0, shares=nothing))
     run.saves.agree(sums.writing, sums.checkpoint, sums.backup)
     if sums.corrupt:
         run.recovery.note_corrupt(taken.data)
-    figures = _record(run, taken, update_numbers, sums)
+    figures = _record(run, taken, update_numbers, sums, means)
     action = run.recovery.action(run.saves.drain)
     if action is not None:
         return action
@@ -189,15 +190,21 @@ def record_last(run: Run, wait: bool) -> None:
         _record(run, taken, *taken.read())
 
 
-def _record(run: Run, taken: StepTaken, update_numbers: UpdateNumbers, sums: StepSums) -> StepFigures:
+def _record(
+    run: Run, taken: StepTaken, update_numbers: UpdateNumbers, sums: StepSums, means: Sequence[float]
+) -> StepFigures:
     """The step's record, its health, and its place in the baselines or among the refused ones."""
     engine, split = run.state.engine, taken.times.read()
     norm, applied = update_numbers.norm, bool(update_numbers.applied)
-    loss = sums.loss if taken.data.supervised_tokens else math.nan
+    known = bool(taken.data.supervised_tokens)
+    loss = sums.loss if known else math.nan
+    of_objective = {name: mean if known else math.nan for name, mean in zip(engine.figures, means, strict=True)}
     run.stragglers.add(split["forward"] + split["backward"], split["communication"] + split["optimizer"])
     anomaly = run.state.spikes.classify(loss, norm) if taken.data.supervised_tokens else None
     loss_scale, samples = update_numbers.scale if engine.fp16 else None, samples_id(*sums.samples)
-    figures = StepFigures(taken.data, loss, taken.lr, norm, applied, anomaly, split, samples, taken.ended, loss_scale)
+    figures = StepFigures(
+        taken.data, loss, taken.lr, norm, applied, anomaly, split, samples, taken.ended, loss_scale, of_objective
+    )
     try:
         run.outputs.step(figures)
     finally:  # the update was made, whatever became of its record: a checkpoint's baselines know of it

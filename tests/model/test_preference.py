@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumina.config import ModelConfig
-from lumina.model import Transformer
+from lumina.model import PREFERENCE_FIGURES, Transformer
 from lumina.model import loss as fused
 
 VOCABULARY, BETA = 61, 0.3
@@ -34,19 +34,24 @@ def given() -> Given:
     for document, start in enumerate(bounds[:4].tolist()):
         mask[start + 3 : start + lengths[document] - 1] = 1.0
     positions = torch.cat([torch.arange(length) for length in lengths])
-    pairs = torch.tensor([[1.25, 0.5], [-2.0, 0.5], [0.0, 0.0]])
+    pairs = torch.tensor([[1.25, 0.5, -30.0], [-2.0, 0.5, -20.0], [0.0, 0.0, 0.0]])
     return Given(ids, ids.roll(-1), mask, positions, bounds, pairs)
+
+
+def log_probabilities(model: Transformer, batch: Given) -> Tensor:
+    """Of each pair's chosen and rejected answer (P, 2), from the logits."""
+    logits = model(batch.ids[None], batch.positions[None], batch.bounds)[0]
+    logps = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0] * batch.mask
+    starts, ends = batch.bounds[:6].tolist(), batch.bounds[1:7].tolist()
+    return torch.stack([logps[a:b].sum() for a, b in zip(starts, ends, strict=True)]).view(3, 2)
 
 
 def published(model: Transformer, batch: Given) -> Tensor:
     """arXiv:2305.18290, equation 7, as TRL's loss_type "sigmoid" computes it: from the logits, with autograd."""
-    logits = model(batch.ids[None], batch.positions[None], batch.bounds)[0]
-    logps = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0] * batch.mask
-    total = logits.new_zeros(())
-    for pair, (reference, weight) in enumerate(batch.pairs.tolist()):
-        (a, b), (c, d) = (batch.bounds[i : i + 2].tolist() for i in (2 * pair, 2 * pair + 1))
-        ratio = logps[a:b].sum() - logps[c:d].sum() - reference
-        total = total - weight * torch.nn.functional.logsigmoid(BETA * ratio)
+    answers = log_probabilities(model, batch)
+    total = answers.new_zeros(())
+    for (chosen, rejected), (reference, weight, _) in zip(answers, batch.pairs.tolist(), strict=True):
+        total = total - weight * torch.nn.functional.logsigmoid(BETA * (chosen - rejected - reference))
     return total
 
 
@@ -60,7 +65,7 @@ def own(model: Transformer, batch: Given, beta: float | None = BETA) -> Tensor:
     supervised = batch.mask.nonzero()[:, 0]
     documents = torch.searchsorted(batch.bounds, supervised.int(), right=True) - 1
     inputs = batch.ids[None], batch.positions[None], batch.bounds, 20, batch.targets[supervised], batch.mask[supervised]
-    options = {"supervised_N": supervised, "documents_N": documents, "pairs_P2": batch.pairs, "beta": beta}
+    options = {"supervised_N": supervised, "documents_N": documents, "pairs_P3": batch.pairs, "beta": beta}
     out: Tensor = model(*inputs, **options)
     return out
 
@@ -74,10 +79,10 @@ def test_loss_and_gradients(
     monkeypatch.setattr(fused, "CHUNK_BYTES", chunk)
     model, reference = make(dtype, tie_word_embeddings=tied), make(tie_word_embeddings=tied)
     found, expected = own(model, given()), published(reference, given())
-    assert float(found) == pytest.approx(float(expected), rel=tolerance)
+    assert float(found[0]) == pytest.approx(float(expected), rel=tolerance)
     with torch.no_grad():
-        assert float(own(model, given())) == float(found.detach())
-    (3 * found).backward()  # type: ignore[no-untyped-call]
+        assert own(model, given()).tolist() == found.tolist()
+    (3 * found[0]).backward()  # type: ignore[no-untyped-call]
     (3 * expected).backward()
     wanted = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
@@ -87,10 +92,38 @@ def test_loss_and_gradients(
 
 def test_margins_are_what_the_loss_is_made_of() -> None:
     model, batch = make(), given()
-    margins = own(model, batch, None)
-    assert margins.shape == (3,)
-    assert float(margins[2]) == 0.0  # padding
-    assert not margins.requires_grad
-    # A model that is its own reference loses log 2 on each pair.
-    same = batch._replace(pairs=torch.stack((margins.float(), torch.tensor([0.5, 0.5, 0.0])), 1))
-    assert float(own(model, same)) == pytest.approx(0.6931471805599453, rel=1e-6)
+    answers = own(model, batch, None)
+    assert answers.shape == (3, 2)
+    assert answers[2].tolist() == [0.0, 0.0]  # padding
+    assert not answers.requires_grad
+    assert answers[:2].numpy() == pytest.approx(log_probabilities(model, batch)[:2].detach().numpy(), rel=1e-10)
+    # A model that is its own reference loses log 2 on each pair, and no reward is anything but 0.
+    margins, weights = (answers[:, 0] - answers[:, 1]).float(), torch.tensor([0.5, 0.5, 0.0])
+    same = batch._replace(pairs=torch.stack((margins, weights, answers[:, 0].float()), 1))
+    loss, *figures = own(model, same).tolist()
+    assert loss == pytest.approx(0.6931471805599453, rel=1e-6)
+    assert [figures[PREFERENCE_FIGURES.index(f"rewards/{name}")] for name in ("chosen", "rejected", "margins")] == (
+        pytest.approx([0.0] * 3, abs=1e-5)
+    )
+
+
+def test_figures_are_the_papers_rewards() -> None:
+    """Weighted sums over the pairs of beta * (log p - reference log p) of both answers, as TRL logs them, apart from
+    this code: a pair of weight 0 counts for nothing."""
+    model, batch = make(), given()
+    with torch.no_grad():
+        chosen, rejected = log_probabilities(model, batch).unbind(1)
+        margin, weight, reference = batch.pairs.double().unbind(1)
+        rewards = BETA * (chosen - reference), BETA * (rejected - (reference - margin))
+        expected = {
+            "rewards/chosen": (weight * rewards[0]).sum(),
+            "rewards/rejected": (weight * rewards[1]).sum(),
+            "rewards/accuracies": (weight * (rewards[0] > rewards[1])).sum(),
+            "rewards/margins": (weight * (rewards[0] - rewards[1])).sum(),
+        }
+        found = dict(zip(PREFERENCE_FIGURES, own(model, batch)[1:].tolist(), strict=True))
+    assert found == {name: pytest.approx(float(value), rel=1e-10) for name, value in expected.items()}
+    unknown = batch._replace(pairs=batch.pairs.clone().index_fill_(1, torch.tensor([2]), torch.nan))
+    known = own(model, unknown)
+    assert torch.isfinite(known).tolist() == [True, False, False, True, True]
+    assert float(known[0].detach()) == float(own(model, batch)[0].detach())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lumina.config import load
 from lumina.data import GlobalOrder, prepare_pairs
 from lumina.infer import import_hf
 from lumina.monitor import read_metrics
+from lumina.monitor.reports.html import render
+from lumina.monitor.reports.run_data import read
 from tests.infer.hf_models import make_hf
 from tests.runs import Runs, differing, final, losses
 
@@ -68,16 +71,30 @@ def argv(run: Path, data: Path, base: Path | None, *words: str, stage: int = 0, 
     return line + [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
 
 
+def rewards(run: Path, kind: str = "step") -> list[list[float]]:
+    names = ("chosen", "rejected", "accuracies", "margins")
+    records = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == kind]
+    return [[record[f"rewards/{name}"] for name in names] for record in records]
+
+
+def _without_accuracy(figures: list[float]) -> list[float]:
+    """Where the model still is its reference, rounding decides which answer it prefers."""
+    return [*figures[:2], figures[3]]
+
+
 def test_one_step_does_not_depend_on_how_it_is_cut(runs: Runs, place: Path, base: Path, data: Path) -> None:
     """Laws 1 and 2, with the whole set in one step. A second one, so that the margins are not all zero."""
     more = {"global_batch_size": 16, "max_steps": 2, "max_grad_norm": 0, "warmup_ratio": 0, "lr_scheduler": "constant"}
     runs.train(argv(place / "reference", data, base, batch_size=1, **more))
     expected = final(place / "reference", 2)
+    first = _without_accuracy(rewards(place / "reference")[0])
+    assert first == pytest.approx([0.0] * 3, abs=1e-4)  # it still is its own reference
     assert losses(place / "reference")[0] == pytest.approx(math.log(2), rel=1e-6)
     for number, (stage, world, micro) in enumerate([(0, 1, 4), (1, 2, 1), (2, 2, 2), (3, 2, 1), (3, 3, 2)]):
         run = place / f"run-{number}"
         runs.train(argv(run, data, base, stage=stage, batch_size=micro, **more), world)
         assert losses(run) == pytest.approx(losses(place / "reference"), rel=1e-5)
+        assert rewards(run)[1] == pytest.approx(rewards(place / "reference")[1], rel=1e-3)
         found = final(run, 2)
         for key in (key for key in expected if key[0] == "exp_avg"):
             difference = (found[key] - expected[key]).double().norm() / expected[key].double().norm()
@@ -145,12 +162,26 @@ def test_the_loss_falls_to_the_preferred_answers(runs: Runs, place: Path, base: 
     held_out = write_pairs(place / "eval.jsonl", 9, seed=6)
     run = place / "run"
     more = {"max_steps": 15, "batch_size": 3, "eval_every_n_batches": 5, "precision": "bf16"}
-    runs.train(argv(run, data, base, "--eval-data", str(held_out), stage=2, **more), 2)
+    trained = runs.train(argv(run, data, base, "--eval-data", str(held_out), stage=2, **more), 2)
     assert losses(run)[-1] < 0.5 * losses(run)[0]
     evaluations = [r["loss"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "eval"]
     assert len(evaluations) == 3
     assert evaluations[-1] < evaluations[0] < math.log(2)
     assert len(list(run.glob("reference/*.npy"))) == 2
+    # Margin, accuracy and rewards: in the console and the log, in the metrics, in the report.
+    last = rewards(run, "eval")[-1]
+    assert last[3] == pytest.approx(last[0] - last[1], abs=1e-5)
+    assert last[3] > 0
+    assert last[2] > 0.5
+    evaluated = f"| Margin: {last[3]:.4f} | Accuracy: {last[2]:.4f} | Chosen: {last[0]:.4f} | Rejected: {last[1]:.4f} |"
+    assert evaluated in trained.stdout()
+    assert evaluated in (run / "train.log").read_text()
+    first = (
+        r"Loss: 0\.69\d+ \| Margin: -?0\.0\d+ \| Accuracy: [\d.]+ \| Chosen: -?0\.0\d+ \| Rejected: -?0\.0\d+ \| LR:"
+    )
+    assert re.search(first, trained.stdout())
+    for title in ("Reward margin", "Reward accuracy", "Rewards"):
+        assert f'"title":"{title}"' in render([read(run)])
     assert "11 lines: 11 preference pairs" in (run / "train.log").read_text()
     assert all(torch.isfinite(value).all() for value in final(run, 15).values())
 

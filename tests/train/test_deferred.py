@@ -30,9 +30,10 @@ def make_run(order: list[str]) -> Any:
         gradient_scale=lambda: 1.0,
         exhausted=lambda: None,
         fp16=False,
+        figures=(),
         device=torch.device("cpu"),
         set_lr=lambda lr: None,
-        accumulate=lambda batch, scale, last: torch.tensor(1.0),
+        accumulate=lambda batch, scale, last: torch.tensor([1.0]),
         step=note(order, "update", (torch.tensor(2.0), torch.tensor(True))),
         timer=SimpleNamespace(lap=note(order, "lap", split), phase=lambda name: nullcontext()),
     )

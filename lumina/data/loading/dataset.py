@@ -32,8 +32,9 @@ class Batch:
     ids_T, targets_T int64: a token and the next one of the same document; weights_T float32: 1 where the target is
     supervised (0 at every document's last token, whose target is its own id); positions_T int64 from 0 in each
     document; cu_seqlens_D int32[D+1]: document bounds, 0 first and T last; max_seqlen: the longest document. Of
-    preference pairs (lumina.data.preference) every two documents are one, and pairs_P2 float32 is what the reference
-    model prefers the first by, in nats, and the pair's weight: 1, or 0 for padding.
+    preference pairs (lumina.data.preference) every two documents are one, and pairs_P3 float32 is what the reference
+    model prefers the first by, in nats, the pair's weight: 1, or 0 for padding, and the reference's log-probability of
+    the first.
     """
 
     ids_T: NDArray[np.int64]
@@ -42,7 +43,7 @@ class Batch:
     positions_T: NDArray[np.int64]
     cu_seqlens_D: NDArray[np.int32]
     max_seqlen: int
-    pairs_P2: NDArray[np.float32] | None = None
+    pairs_P3: NDArray[np.float32] | None = None
     made: TorchBatch | None = field(default=None, repr=False, compare=False)
     """What `torch` returns, where the loader has made it ahead of the step."""
 

@@ -32,7 +32,7 @@ class Arrays(Protocol):
     positions_T: NDArray[np.int64]
     cu_seqlens_D: NDArray[np.int32]
     max_seqlen: int
-    pairs_P2: NDArray[np.float32] | None
+    pairs_P3: NDArray[np.float32] | None
 
 
 class TorchBatch(NamedTuple):
@@ -42,7 +42,7 @@ class TorchBatch(NamedTuple):
     document. supervised_N int64: the positions with a loss, filled up to whole tiles with position 0; targets_N int64
     and weights_N float32 are theirs, a weight of 0 for what was filled up. `units`: what the loss is divided by for a
     mean, supervised tokens or pairs. Of preference pairs, documents_N int64 is the document of each supervised
-    position and pairs_P2 float32 as in Batch.
+    position and pairs_P3 float32 as in Batch.
     """
 
     ids_T: Tensor
@@ -55,7 +55,7 @@ class TorchBatch(NamedTuple):
     max_seqlen: int
     units: float
     documents_N: Tensor | None = None
-    pairs_P2: Tensor | None = None
+    pairs_P3: Tensor | None = None
     shipped: Shipped | None = None
 
     def to(self, device: torch.device) -> TorchBatch:
@@ -138,7 +138,7 @@ def tensors(batch: Arrays) -> TorchBatch:
     fill = (0, round_up(len(where_N)) - len(where_N))
     supervised_N = np.pad(where_N, fill)
     documents_N = None
-    if batch.pairs_P2 is not None:
+    if batch.pairs_P3 is not None:
         documents_N = torch.from_numpy(np.searchsorted(bounds_D, supervised_N, side="right") - 1)
     return TorchBatch(
         torch.from_numpy(ids_T),
@@ -149,7 +149,7 @@ def tensors(batch: Arrays) -> TorchBatch:
         torch.from_numpy(np.pad(batch.weights_T[where_N], fill)),
         tuple(bounds_D.tolist()),
         max(batch.max_seqlen, extra),
-        float(batch.weights_T.sum() if batch.pairs_P2 is None else batch.pairs_P2[:, 1].sum()),
+        float(batch.weights_T.sum() if batch.pairs_P3 is None else batch.pairs_P3[:, 1].sum()),
         documents_N,
-        None if batch.pairs_P2 is None else torch.from_numpy(batch.pairs_P2),
+        None if batch.pairs_P3 is None else torch.from_numpy(batch.pairs_P3),
     )

@@ -49,8 +49,8 @@ _AT_ONCE = 512  # pairs rendered together
 
 
 class PairDataset:
-    """A finished cache folder. `reference_P` is set before training: log-probability of the chosen minus that of the
-    rejected answer under the reference model (lumina.train.objectives.dpo)."""
+    """A finished cache folder. `reference_P2` is set before training: under the reference model, log-probability of the
+    chosen minus that of the rejected answer, and that of the chosen one (lumina.train.objectives.dpo)."""
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
         self.folder, self.account = folder, meta["account"]
@@ -62,7 +62,7 @@ class PairDataset:
         # What a step's loss is divided by is its number of pairs (law 2). Without a supervised token one teaches
         # nothing; it is skipped now, but a cache of an earlier version may hold such.
         self.supervised_per_sample = _teaches(self._mask_T, self._offsets).astype(np.int32)
-        self.reference_P: NDArray[np.float32] = np.zeros(self.num_samples, dtype=np.float32)
+        self.reference_P2: NDArray[np.float32] = np.zeros((self.num_samples, 2), dtype=np.float32)
 
     @property
     def num_samples(self) -> int:
@@ -96,7 +96,8 @@ class PairDataset:
         real_P = index_P != PADDING
         batch = join(ids, masks)
         weight_P = np.where(real_P, self.supervised_per_sample[index_P], 0)
-        batch.pairs_P2 = np.stack([np.where(real_P, self.reference_P[index_P], 0), weight_P], 1).astype(np.float32)
+        margin_P, chosen_P = np.where(real_P[:, None], self.reference_P2[index_P], 0).T
+        batch.pairs_P3 = np.stack([margin_P, weight_P, chosen_P], 1).astype(np.float32)
         return batch
 
 

@@ -91,7 +91,7 @@ def read_blocks(task: Task, account: Account, statistics: Statistics | None = No
         found = convert(record, task.format, tally)
         tally.end_record(used=not isinstance(found, Fault))
         if isinstance(found, Fault):
-            account.fault(found.reason, item.number, found.messages, found.example())
+            account.fault(found.reason, item.number, found.messages, found.detail, found.example())
             continue
         account.records += item.lines
         if statistics is not None:

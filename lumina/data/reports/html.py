@@ -26,10 +26,10 @@ BINS = 40
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5c636b; --page: #fbfbf9; --card: #fff; --line: #dcdfe2;
   --bar: #2f6db3; --supervised: #d8f0dc; --supervised-edge: #2b8a3e;
-  --masked: #eef0f2; --masked-edge: #a7adb4; --bad: #b3261e; }
+  --masked: #eef0f2; --masked-edge: #a7adb4; --bad: #b3261e; --shade: #00000040; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e4; --soft: #a4abb3; --page: #16181b; --card: #1e2125;
   --line: #363b41; --bar: #6ea8e6; --supervised: #17381f; --supervised-edge: #51cf66; --masked: #25292e;
-  --masked-edge: #6a7279; --bad: #ff8a80; } }
+  --masked-edge: #6a7279; --bad: #ff8a80; --shade: #ffffff50; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 1.2rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -40,7 +40,18 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .tile, figure { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem;
   margin: 0; }
 .tile b { display: block; font-size: 1.35rem; } .tile span, figcaption, .soft { color: var(--soft); font-size: .85rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+.headline { font-size: 1.05rem; margin: .2rem 0 1rem; }
+/* A table wider than the page scrolls, and shows it: a shade at the side where more is, over which the page's own
+   colour moves away, and a bar where the system has none of its own. */
+.scroll { overflow-x: auto; scrollbar-width: thin; scrollbar-color: var(--soft) transparent;
+  background: linear-gradient(90deg, var(--page) 40%, transparent) left / 3rem 100% no-repeat local,
+    linear-gradient(270deg, var(--page) 40%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(90deg, var(--shade), transparent) left / 1rem 100% no-repeat scroll,
+    linear-gradient(270deg, var(--shade), transparent) right / 1rem 100% no-repeat scroll; }
+.scroll::-webkit-scrollbar { height: .5rem; }
+.scroll::-webkit-scrollbar-thumb { background: var(--soft); border-radius: .25rem; }
+.scroll:focus-visible { outline: 2px solid var(--bar); } td.long { min-width: 14rem; overflow-wrap: anywhere; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } .bad { color: var(--bad); }
 svg { width: 100%; height: auto; display: block; } rect.bar { fill: var(--bar); }
@@ -58,25 +69,27 @@ def render_report(validation: Validation) -> str:
     """The report as one HTML document."""
     account, statistics = validation.account, validation.statistics
     figures, sums = validation.to_dict(), account.sums()
+    bad, used = account.bad_lines, account.lines - account.blank_lines
     tiles = {
-        "conversations": account.conversations,
-        "messages": account.messages,
-        "tokens": account.tokens,
-        "supervised tokens": account.tokens_supervised,
-        "bad lines": account.bad_lines,
-        "duplicates": figures["duplicates"],
+        "conversations": f"{account.conversations:,}",
+        "messages": f"{account.messages:,}",
+        "tokens": f"{account.tokens:,}",
+        "supervised tokens": f"{account.tokens_supervised:,}",
+        "bad lines": f"{bad:,}" + (f" ({share(bad, used)})" if bad else ""),
+        "duplicates": f"{figures['duplicates']:,}",
     }
     files = [[path, layout] for path, layout in validation.layouts.items()]
     body = [
         "<h1>Data report</h1>",
+        f'<p class="headline{" bad" if bad else ""}">{_headline(validation)}</p>',
         _table(["file", "read as"], files),
         '<div class="tiles">',
-        *[f'<div class="tile"><b>{count:,}</b><span>{what}</span></div>' for what, count in tiles.items()],
+        *[f'<div class="tile"><b>{count}</b><span>{what}</span></div>' for what, count in tiles.items()],
         "</div>",
         "<h2>Every line accounted for</h2>",
-        f"<pre class='scroll'>{escape(chr(10).join(sums[name] for name in SUMS))}</pre>",
-        "<h2>Bad lines</h2>",
-        _faults(validation),
+        f"<pre class='scroll' tabindex='0'>{escape(chr(10).join(sums[name] for name in SUMS))}</pre>",
+        f"<h2>Bad lines{f': {bad:,} of {used:,}, {share(bad, used)}' if bad else ''}</h2>",
+        _faults(validation, used),
         "<h2>Lengths</h2>",
         '<div class="plots">' + "".join(_plot(TITLES[name], getattr(statistics, name)) for name in (*LENGTHS, "turns")),
         "</div>",
@@ -107,23 +120,52 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
         if isinstance(value, int | float):
             shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
             return f'<td class="n">{shown}</td>'
-        return f"<td>{escape(str(value))}</td>"
+        long = ' class="long"' if len(str(value)) > 40 else ""
+        return f"<td{long}>{escape(str(value))}</td>"
 
     numeric = [isinstance(value, int | float) for value in rows[0]] if rows else []
     kinds = [' class="n"' if i < len(numeric) and numeric[i] else "" for i in range(len(head))]
     top = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     lines = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
-def _faults(validation: Validation) -> str:
-    faults = validation.account.faults
+def share(part: int, whole: int) -> str:
+    """A share in per cent that is neither 0 nor 100 unless it is."""
+    percent = 100 * part / max(1, whole)
+    if 0 < percent < 0.01:
+        return "under 0.01 %"
+    if 99.9 < percent < 100:
+        return "over 99.9 %"
+    return f"{percent:.2g} %" if percent < 10 else f"{percent:.1f} %" if percent < 100 else "100 %"
+
+
+def _headline(validation: Validation) -> str:
+    """Whether the data can be used as it is, in a sentence."""
+    account = validation.account
+    used = account.lines - account.blank_lines
+    if not account.bad_lines:
+        return f"All {used:,} lines are used."
+    worst = max(account.faults.items(), key=lambda found: found[1].lines)
+    return (
+        f"{account.bad_lines:,} of {used:,} lines ({share(account.bad_lines, used)}) are bad and left out; "
+        f"most often: {escape(worst[0])}."
+    )
+
+
+def _faults(validation: Validation, used: int) -> str:
+    """The bad lines by reason, and in each by what exactly is wrong, with an example and where to find it."""
+    faults = sorted(validation.account.faults.items(), key=lambda found: -found[1].lines)
     if not faults:
         return "<p>None.</p>"
-    rows: list[list[Any]] = [
-        [reason, entry.lines, ", ".join(entry.first), entry.example] for reason, entry in sorted(faults.items())
-    ]
-    return _table(["reason", "lines", "first at", "the first of them"], rows)
+    rows: list[list[Any]] = []
+    for reason, entry in faults:
+        kinds = sorted(entry.subreasons.items(), key=lambda kind: -kind[1].lines)
+        if not kinds:  # counted by an earlier version
+            rows.append([reason, "", entry.lines, share(entry.lines, used), ", ".join(entry.first), entry.example])
+        for name, kind in kinds:
+            rows.append([reason, name, kind.lines, share(kind.lines, used), kind.first, kind.example])
+    return _table(["reason", "what is wrong", "lines", "of all", "first at", "example"], rows)
 
 
 def _findings(validation: Validation) -> str:

@@ -30,12 +30,15 @@ class _Chart:
     smooth: bool = False  # the reader may smooth it
     points: bool = False  # each value is marked
     stepped: bool = False  # a value holds until the next
-    evaluation: bool = False  # with the evaluation's loss beside it
+    evaluation: bool = False  # with the same figure of the evaluations beside it
 
 
 _CHARTS = [
     _Chart("train", "Training loss", "step", {"loss": ""}, smooth=True, evaluation=True),
     _Chart("train", "Evaluation loss", "eval", {"loss": ""}, points=True),
+    _Chart("train", "Reward margin", "step", {"rewards/margins": ""}, smooth=True, evaluation=True),
+    _Chart("train", "Reward accuracy", "step", {"rewards/accuracies": ""}, smooth=True, evaluation=True),
+    _Chart("train", "Rewards", "step", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, smooth=True),
     _Chart("train", "Learning rate", "step", {"lr": ""}),
     _Chart("train", "Gradient norm", "step", {"grad_norm": ""}, smooth=True, log=True),
     _Chart("speed", "Tokens/s", "step", {"tokens_per_s": ""}, smooth=True),
@@ -78,16 +81,23 @@ def _charts(runs: Sequence[RunData], names: Sequence[str]) -> list[dict[str, Any
     for chart in _CHARTS:
         look = {key: True for key in ("points", "stepped") if getattr(chart, key)}
         series = [
-            {"run": number, "group": chart.group, "column": column, "label": label or names[number], **look}
+            {
+                "run": number,
+                "group": chart.group,
+                "column": column,
+                "label": label or _label(chart, names, number),
+                **look,
+            }
             for number, run in enumerate(runs)
             for column, label in chart.columns.items()
             if any(value is not None for value in run.column(chart.group, column))
         ]
-        if chart.evaluation:
+        if chart.evaluation and series:
+            (column,) = chart.columns
             series += [
-                {"run": i, "group": "eval", "column": "loss", "label": f"{names[i]}, evaluation", "dash": [6, 4]}
+                {"run": i, "group": "eval", "column": column, "label": _of("evaluation", names, i), "evaluation": True}
                 for i, run in enumerate(runs)
-                if run.column("eval", "loss")
+                if any(value is not None for value in run.column("eval", column))
             ]
         options = {key: True for key in ("smooth", "log") if getattr(chart, key)}
         shared = {"section": chart.section, "format": chart.format, **options}
@@ -98,6 +108,17 @@ def _charts(runs: Sequence[RunData], names: Sequence[str]) -> list[dict[str, Any
             own = [one for one in series if one["run"] == number]
             charts += [{**shared, "title": _titled(chart.title, name, names), "series": own}] if own else []
     return charts + _gpu_charts(runs, names) + _layer_charts(runs, names)
+
+
+def _label(chart: _Chart, names: Sequence[str], number: int) -> str:
+    """What the legend calls the one curve of a run in a chart."""
+    if chart.evaluation:
+        return _of("training", names, number)
+    return names[number] if len(names) > 1 else chart.title
+
+
+def _of(what: str, names: Sequence[str], number: int) -> str:
+    return f"{names[number]}, {what}" if len(names) > 1 else what
 
 
 def _titled(title: str, name: str, names: Sequence[str]) -> str:

@@ -15,9 +15,10 @@ from pathlib import Path
 from lumina.config import UserError
 from lumina.files import write_text
 from lumina.monitor.reports.charts import chart_data
+from lumina.monitor.reports.comparison import data_name, differing_settings, duration, parameters, ranking
 from lumina.monitor.reports.run_data import RunData, read
 from lumina.monitor.reports.runs import span
-from lumina.monitor.reports.tables import clock_time, events_table, samples_tables, settings_tables, starts_table
+from lumina.monitor.reports.tables import clock_time, events_table, samples_tables, settings_table, starts_table
 
 
 def report_command(folders: Sequence[Path], out: Path | None, *, show: bool) -> int:
@@ -45,6 +46,7 @@ def render(runs: Sequence[RunData]) -> str:
     title = "Run report: " + ", ".join(names)
     body = [
         f"<h1>{escape(title)}</h1>",
+        *([ranking(runs, names), differing_settings(runs, names)] if len(runs) > 1 else []),
         f'<div class="runs">{"".join(map(_card, runs, names, range(len(runs))))}</div>',
         _bar(names),
         *_section("train", "Learning"),
@@ -58,7 +60,7 @@ def render(runs: Sequence[RunData]) -> str:
         "<h2>Sample answers</h2>",
         samples_tables(runs, names),
         "<h2>Settings</h2>",
-        settings_tables(runs, names),
+        settings_table(runs, names),
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -106,11 +108,14 @@ def _card(run: RunData, name: str, number: int) -> str:
     rows = {
         "state": summary["state"] + (f": {end['reason']}" if end.get("reason") else ""),
         "step": f"{summary['step']:,}{total}",
+        "parameters": parameters(run),
+        "tokens seen": f"{run.tokens:,}",
+        "duration": duration(run.seconds),
         "best evaluation": best,
         "tokens/s": f"{sorted(rates)[len(rates) // 2]:,.0f} (median)" if rates else "none",
         "started": f"{clock_time(run.starts[0]['time'])}, {len(run.starts)} time(s)" if run.starts else "unknown",
         "last written": f"{span(summary['age'])} before this report",
-        "data": str(run.run.get("data_fingerprint", "unknown"))[:16],
+        "data": f"{data_name(run.config)}, fingerprint {str(run.run.get('data_fingerprint', 'unknown'))[:16]}",
         "code": " ".join(
             (code.get("lumina", "unknown"), code.get("commit", "")[:12], "(changed)" if code.get("changed") else "")
         ),

@@ -42,7 +42,8 @@ class Group:
 
 @dataclass
 class RunData:
-    """A run: `summary` as `lumina runs` has it, curves by kind, events, sample answers, run.json and settings."""
+    """A run: `summary` as `lumina runs` has it, curves by kind, events, sample answers, run.json and settings; tokens:
+    those of all steps that count; seconds: that its starts ran."""
 
     folder: Path
     summary: dict[str, Any]
@@ -50,6 +51,8 @@ class RunData:
     events: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     run: dict[str, Any]
+    tokens: int
+    seconds: float
 
     @property
     def name(self) -> str:
@@ -90,11 +93,15 @@ def read(folder: Path) -> RunData:
             f"{folder} is not a run's folder", "It has config.yaml and metrics.jsonl: give experiments/NAME."
         )
     groups: dict[str, Group] = {}
+    tokens, times = 0, list[float]()
     for record in read_metrics(folder / "metrics.jsonl"):
         kind, step = record.pop("kind"), record.pop("step")
         group = groups.setdefault(kind, Group())
         if kind == "system" and group.x and group.x[-1] == step:
             continue  # taken by the clock: the first of a step stands for it
+        if kind == "step":
+            tokens += record.get("tokens", 0)
+            times.append(record.get("time", 0.0))
         for figures in record.get("layers", {}).values():
             if figures.get("weight"):
                 figures["update_ratio"] = figures["update"] / figures["weight"]
@@ -114,7 +121,19 @@ def read(folder: Path) -> RunData:
         list(read_events(folder / "events.jsonl")),
         [samples[step] for step in sorted(samples)],
         run,
+        tokens,
+        _seconds(run.get("starts", []), times),
     )
+
+
+def _seconds(starts: Sequence[Mapping[str, Any]], times: Sequence[float]) -> float:
+    """How long the starts ran; one that was killed, to the last of the steps that it made (`times`)."""
+    total = 0.0
+    for start, after in zip(starts, [*(later["time"] for later in starts[1:]), math.inf], strict=False):
+        made = [time for time in times if start["time"] <= time < after]
+        ended = start["end"]["time"] if start.get("end") else max(made, default=start["time"])
+        total += max(0.0, ended - start["time"])
+    return total
 
 
 def _settings(path: Path) -> dict[str, Any]:

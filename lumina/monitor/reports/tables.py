@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -24,15 +24,19 @@ class Column:
 _RUN = Column("run")
 
 
-def _table(columns: Sequence[Column], rows: Iterable[Mapping[Column, str]]) -> str:
-    """A table; a row has a cell for each column, already HTML."""
+def table(columns: Sequence[Column], rows: Iterable[Mapping[Column, str]], best: Collection[int] = ()) -> str:
+    """A table; a row has a cell for each column, already HTML. best: indices of the rows to be marked."""
 
     def cell(row: Mapping[Column, str], column: Column) -> str:
         return f'<td class="{column.kind}">{row[column]}</td>' if column.kind else f"<td>{row[column]}</td>"
 
-    lines = "".join(f"<tr>{''.join(cell(row, column) for column in columns)}</tr>" for row in rows)
-    top = "".join(f"<th>{escape(column.title)}</th>" for column in columns)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+    lines = ""
+    for number, row in enumerate(rows):
+        opening = '<tr class="best">' if number in best else "<tr>"
+        lines += f"{opening}{''.join(cell(row, column) for column in columns)}</tr>"
+    openings = ['<th class="n">' if column.kind == "n" else "<th>" for column in columns]
+    top = "".join(f"{opening}{escape(column.title)}</th>" for opening, column in zip(openings, columns, strict=True))
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def clock_time(seconds: float) -> str:
@@ -66,7 +70,7 @@ def events_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
             )
     if not rows:
         return '<p class="none">None.</p>'
-    return _table(_columns([step, clock, level, what, why, done], runs), rows)
+    return table(_columns([step, clock, level, what, why, done], runs), rows)
 
 
 def how_it_ended(start: Mapping[str, Any]) -> str:
@@ -98,7 +102,7 @@ def starts_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
             rows.append({column: escape(text) for column, text in cells.items()})
     if not rows:
         return '<p class="none">Not recorded.</p>'
-    return _table(_columns([clock, from_step, processes, nodes, host, ended, changed, command], runs), rows)
+    return table(_columns([clock, from_step, processes, nodes, host, ended, changed, command], runs), rows)
 
 
 def samples_tables(runs: Sequence[RunData], names: Sequence[str]) -> str:
@@ -114,27 +118,15 @@ def samples_tables(runs: Sequence[RunData], names: Sequence[str]) -> str:
             kept = answers[::-1][::step]  # the newest is always there
             rows = [{step_column: f"{place:,}", answer_column: escape(answer)} for place, answer in kept]
             title = escape(f"{name}: {prompt}" if len(names) > 1 else prompt)
-            table = _table([step_column, answer_column], rows)
-            parts.append(f"<details open><summary>{title}</summary>{table}</details>")
+            shown = table([step_column, answer_column], rows)
+            parts.append(f"<details open><summary>{title}</summary>{shown}</details>")
     return "".join(parts) or '<p class="none">None; set sample_prompts to see some.</p>'
 
 
-def settings_tables(runs: Sequence[RunData], names: Sequence[str]) -> str:
-    """Every setting of each run, and before them those that differ between runs."""
-    of_runs = [Column(name) for name in names]
-
-    def shown(run: RunData, key: str) -> str:
-        return escape(str(run.config[key])) if key in run.config else "–"
-
-    def table(title: str, keys: Iterable[str]) -> str:
-        setting, rows = Column(title), []
-        for key in keys:
-            values = {column: shown(run, key) for column, run in zip(of_runs, runs, strict=True)}
-            rows.append({setting: escape(key)} | values)
-        return _table([setting, *of_runs], rows)
-
-    keys = list(dict.fromkeys(key for run in runs for key in run.config))
-    whole = f"<details><summary>All settings</summary>{table('setting', keys)}</details>"
-    if len(runs) == 1:
-        return whole
-    return table("differs", (key for key in keys if len({shown(run, key) for run in runs}) > 1)) + whole
+def settings_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
+    """Every setting of each run."""
+    what, of_runs, rows = Column("setting"), [Column(name) for name in names], []
+    for key in dict.fromkeys(key for run in runs for key in run.config):
+        shown = (escape(str(run.config[key])) if key in run.config else "–" for run in runs)
+        rows.append({what: escape(key)} | dict(zip(of_runs, shown, strict=True)))
+    return f"<details><summary>All settings</summary>{table([what, *of_runs], rows)}</details>"

@@ -11,7 +11,7 @@ from rich.console import Console as RichConsole
 
 from lumina.monitor.events import Event
 from lumina.monitor.metrics import read_metrics
-from lumina.monitor.step_record import StepRecord
+from lumina.monitor.step_record import StepRecord, figures_text
 from lumina.monitor.terminal.live_view import LiveView
 
 _GIB = 2**30
@@ -21,12 +21,14 @@ _SECONDS_BETWEEN_LINES = 1.0  # fast steps print once a second; metrics.jsonl ha
 
 def line(record: StepRecord) -> str:
     """`Epoch 1 | Step    150 | Batch  150/2000 | Loss: 2.456789 | PPL: 11.67 | LR: 8.50e-05 | GradNorm: 0.8432 |
-    Tokens/s: 1250 | GPU: 8.2GB/16.0GB | Health: OK`, in one line; `Mem:` instead of `GPU:` on a CPU."""
+    Tokens/s: 1250 | GPU: 8.2GB/16.0GB | Health: OK`, in one line; `Mem:` instead of `GPU:` on a CPU. An objective with
+    figures of its own shows these in the place of the perplexity, which is of tokens."""
     memory = f"{record.memory / _GIB:.1f}GB/{record.memory_total / _GIB:.1f}GB"
     loss, ppl = record.shown(record.loss, 6), record.shown(record.ppl, 2)
+    more = figures_text(record.of_objective) if record.of_objective else f"PPL: {ppl}"
     return (
         f"Epoch {record.epoch} | Step {record.step:6d} | Batch {record.batch:4d}/{record.batches} | "
-        f"Loss: {loss} | PPL: {ppl} | LR: {record.lr:.2e} | GradNorm: {record.grad_norm:.4f} | "
+        f"Loss: {loss} | {more} | LR: {record.lr:.2e} | GradNorm: {record.grad_norm:.4f} | "
         f"Tokens/s: {record.tokens_per_s:.0f} | {record.memory_kind}: {memory} | Health: {record.health}"
     )
 

@@ -7,19 +7,20 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from lumina.monitor.events import Event
-from lumina.monitor.step_record import StepRecord
+from lumina.monitor.step_record import StepRecord, figure_label
 from lumina.monitor.terminal.braille import plot
 
 _GIB = 2**30
@@ -27,6 +28,7 @@ _POINTS = 600  # of a curve; more than a wide terminal has dots
 _RECENT = 100  # steps that the time to go is reckoned from
 _HEALTH = {"ok": "green", "warn": "yellow", "crit": "bold red"}
 _BORDERS = {"ok": "green", "warn": "yellow", "crit": "red"}
+_WIDE, _NARROW = 84, 44  # columns inside the frame from which three figures, and two, stand side by side
 _LEVELS = {"info": "dim", "warn": "yellow", "crit": "bold red"}
 
 
@@ -52,6 +54,18 @@ class Curve:
 
 def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
     return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+
+
+class _Framed:
+    """The view as the terminal is wide, whatever is printed above it: a line that is printed unwrapped would leave the
+    view's own unwrapped too, longer than the terminal, and their number not what is wiped before the next drawing.
+    Below it a line is free for what the terminal itself writes, such as ^C."""
+
+    def __init__(self, view: RenderableType) -> None:
+        self._view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(Group(self._view, Text()), options.update(no_wrap=False, overflow="fold"))
 
 
 class LiveView:
@@ -114,20 +128,25 @@ class LiveView:
     # --- Drawing ---
 
     def render(self) -> RenderableType:
+        return _Framed(self._panel())
+
+    def _panel(self) -> Panel:
         record = self._record
         if record is None:
-            return Panel(
-                Text(self._doing or "waiting for the first step …", style="dim"), title=self._title, title_align="left"
-            )
+            return self._frame(Text("waiting for the first step …", style="dim"))
         width = max(20, self._live.console.width - 4)
-        rows: list[RenderableType] = [self._progress(record), self._figures(record)]
+        rows: list[RenderableType] = [self._progress(record), self._figures(record, width)]
         curves = plot(((self._loss.points, "blue"), (self._eval.points, "bold dark_orange")), width, 8)
         if curves:
             rows += [Text.assemble(("⠤ training loss  ", "blue"), ("⠤ evaluation loss", "dark_orange")), *curves]
         rows += self._events
-        if self._doing:
-            rows.append(Text(self._doing, style="bold"))
-        return Panel(Group(*rows), title=self._title, title_align="left", border_style=_BORDERS[record.health.level])
+        return self._frame(Group(*rows), border_style=_BORDERS[record.health.level])
+
+    def _frame(self, inside: RenderableType, **style: Any) -> Panel:
+        """What is being done stands in the lower border, so that the view's height does not change with it."""
+        doing = f"[bold]{escape(self._doing)}[/bold]" if self._doing else None
+        title = escape(self._title)
+        return Panel(inside, title=title, title_align="left", subtitle=doing, subtitle_align="left", **style)
 
     def _progress(self, record: StepRecord) -> Table:
         epochs = max(1, math.ceil(self._total / record.batches))
@@ -147,21 +166,32 @@ class LiveView:
         (first, began), (last, ended) = self._times[0], self._times[-1]
         return (self._total - step) * (ended - began) / (last - first) if last > first else None
 
-    def _figures(self, record: StepRecord) -> Table:
-        grid = Table.grid(padding=(0, 2), expand=False)
+    def _figures(self, record: StepRecord, width: int) -> Table:
+        """Three figures to a row, two or one, as `width` characters have room."""
         evaluated = "none yet" if self._last_eval is None else f"{self._last_eval:.4f}"
-        best = "" if self._best is None else f" (best {self._best[0]:.4f} at {self._best[1]:,})"
+        best = "" if self._best is None else f"{self._best[0]:.4f} at {self._best[1]:,}"
+        columns = 3 if width >= _WIDE else 2 if width >= _NARROW else 1
         supervised = record.supervised_tokens_per_s
         mfu = "" if record.mfu is None else f", MFU {record.mfu:.1%}"
         supervised_rate = "" if supervised is None else f" ({supervised:,.0f} supervised)"
-        health = Text(str(record.health), _HEALTH[record.health.level])
-        loss, ppl = record.shown(record.loss, 4), record.shown(record.ppl, 2)
-        grid.add_row("Loss", loss, "PPL", ppl, "Eval", f"{evaluated}{best}")
-        grid.add_row("LR", f"{record.lr:.2e}", "GradNorm", f"{record.grad_norm:.3f}", "Tokens/s",
-                     f"{record.tokens_per_s:,.0f}{supervised_rate}{mfu}")  # fmt: skip
-        memory = f"{record.memory / _GIB:.1f}/{record.memory_total / _GIB:.1f} GB"
-        grid.add_row(record.memory_kind, memory, "Step", self._split(record), "Health", health)
-        return grid
+        memory = f"{record.memory / _GIB:.1f}/{record.memory_total / _GIB:.1f} GiB"
+        figures = [(figure_label(name), record.shown(value, 4)) for name, value in record.of_objective.items()]
+        short = [
+            ("Loss", record.shown(record.loss, 4)),
+            *([] if figures else [("PPL", record.shown(record.ppl, 2))]),
+            ("LR", f"{record.lr:.2e}"),
+            ("GradNorm", f"{record.grad_norm:.3f}"),
+            (record.memory_kind, memory),
+            *figures,
+        ]
+        long: list[tuple[str, str | Text]] = [
+            *([("Eval", evaluated), ("Best", best)] if best and columns < 3 else []),
+            *([] if best and columns < 3 else [("Eval", evaluated + (f" (best {best})" if best else ""))]),
+            ("Tokens/s", f"{record.tokens_per_s:,.0f}{supervised_rate}{mfu}"),
+            ("Step", self._split(record)),
+            ("Health", Text(str(record.health), _HEALTH[record.health.level])),
+        ]
+        return _grid(short, long, columns)
 
     @staticmethod
     def _split(record: StepRecord) -> str:
@@ -176,3 +206,26 @@ class LiveView:
 
 def _bar(done: int, total: int) -> ProgressBar:
     return ProgressBar(total=total, completed=done, complete_style="blue", finished_style="green")
+
+
+def _grid(short: Sequence[tuple[str, str]], long: Sequence[tuple[str, str | Text]], columns: int) -> Table:
+    """Labels and values in that many columns, the long ones in the last; what has no room is cut with an ellipsis."""
+    grid = Table.grid(padding=(0, 2), expand=False)
+    for column in range(columns):
+        grid.add_column(no_wrap=True, style="dim")
+        grid.add_column(no_wrap=column < columns - 1)  # the last gives way
+    beside = columns - 1
+    rows = max(-(-(len(short) + len(long)) // columns), len(long))
+    short, rest = short[: rows * beside], short[rows * beside :]
+    last = [*long, *rest] if beside else [*rest, *long]
+    for row in range(rows):
+        pairs: list[tuple[str, str | Text]] = [*short[row * beside : (row + 1) * beside]]
+        pairs += [("", "")] * (columns - 1 - len(pairs)) + [*last[row : row + 1]]
+        grid.add_row(*(_one_line(cell) for pair in pairs for cell in pair))
+    return grid
+
+
+def _one_line(cell: str | Text) -> Text:
+    text = Text(cell) if isinstance(cell, str) else cell
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text

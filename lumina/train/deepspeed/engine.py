@@ -101,8 +101,14 @@ class Engine:
             group["lr"] = lr
 
     def loss(self, batch: TorchBatch, scale: float = 1.0) -> torch.Tensor:
-        """scale * sum(weight * loss) of a micro-batch by the run's objective, in nats."""
-        return self._objective.loss(self.forward, batch.to(self.device), scale)
+        """scale * sum(weight * loss) of a micro-batch by the run's objective, in nats, followed by the sums of its
+        figures: (1 + F)."""
+        return self._objective.loss(self.forward, batch.to(self.device), scale).reshape(-1)
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of what the run's objective tells beside its loss."""
+        return self._objective.figures
 
     def logits(self, ids_BS: torch.Tensor, positions_BS: torch.Tensor, **options: Any) -> torch.Tensor:
         """The model's output for these tokens; collective under ZeRO-3. `options`: what else its forward takes."""
@@ -134,7 +140,7 @@ class Engine:
             self.ds.train()
 
     def accumulate(self, batch: TorchBatch, scale: float, last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its loss, scale * sum(weight * token loss), detached.
+        """Forward and backward of one micro-batch; returns what `loss` does, detached.
 
         On the last micro-batch of a step the gradients are reduced over the ranks. That boundary is set by hand,
         because an epoch's last step may have fewer micro-batches than the others; and DeepSpeed must not divide by the
@@ -147,16 +153,17 @@ class Engine:
         inner, outer = (1.0, scale) if self.fp16 else (scale, 1.0)
         self.collectives = self.collectives or self.stage == 3
         with self.timer.phase("forward"), self._gate.without_waiting():
-            loss = self.loss(batch, inner)
+            sums = self.loss(batch, inner)
         # Multiplied even by one: DeepSpeed 0.19.8 divides the gradient of a tensor that its forward returned by the
         # accumulation steps, scale_wrt_gas or not, unless backward() is called on a tensor derived from it (stage 0).
-        loss = loss * outer
+        sums = sums * outer
+        loss = sums[0]
         # fp16's loss scale comes from DeepSpeed's backward() under ZeRO alone.
         scaled = loss * self._own.loss_scale.scale if self._own is not None and self._own.loss_scale else loss
         self.collectives = self.collectives or self.stage == 2 or last
         with self.timer.phase("backward"), self._gate.without_waiting():
             self.ds.backward(scaled, scale_wrt_gas=False)
-        return loss.detach()
+        return sums.detach()
 
     def step(self, limit: float | torch.Tensor = math.inf) -> tuple[torch.Tensor, torch.Tensor]:
         """Update the weights. Returns the gradient norm before clipping and whether the step was applied (bool): a norm

@@ -27,7 +27,7 @@ class Forward(Protocol):
 
     def __call__(self, batch: TorchBatch, weights_N: torch.Tensor | None, **options: Any) -> torch.Tensor:
         """sum(weight * token loss) in nats, a float32 scalar, with weights of the batch's N supervised positions; the
-        logits, (1, T, V), without. `options` go to lumina.model.Transformer.forward."""
+        logits, (1, T, V), without. `options` go to lumina.model.Transformer.forward, which says what they lead to."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ class Preparation:
 
 
 class Objective(Protocol):
-    """What a run learns from, and by what loss."""
+    """What a run learns from, and by what loss. figures: names of what is shown and recorded beside the loss, such as
+    `rewards/margins`."""
+
+    figures: tuple[str, ...]
 
     def prepare_data(self, tokenizer: ChatTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
         """The data to train and to evaluate on. resumed: the fingerprint of the data that the run was trained on so
@@ -63,7 +66,8 @@ class Objective(Protocol):
 
     def loss(self, forward: Forward, batch: TorchBatch, scale: float) -> torch.Tensor:
         """scale * sum(weight * loss) of a micro-batch's tokens, pairs, …, in nats, a float32 scalar: never a mean, so
-        that the step's gradient is divided once, by the whole batch's true count (law 2)."""
+        that the step's gradient is divided once, by the whole batch's true count (law 2). With figures, (1 + F): after
+        the loss scale * sum(weight * figure) of each, of which no gradient is taken."""
 
     def prepare(self, preparation: Preparation) -> None:
         """Called once, before the first step and before a checkpoint is loaded; collective."""

@@ -1,8 +1,8 @@
 """Direct preference optimisation: pairs of a chosen and a rejected answer (arXiv:2305.18290).
 
 The reference model is the one that the run begins with. The engine holds it before the first step, so no second model
-is ever in memory: each pair's margin under it, log p(chosen) - log p(rejected), is one number, computed once and kept
-in RUN/reference/ for the run's intact life. The loss is lumina.model.preference's.
+is ever in memory: each pair's margin under it, log p(chosen) - log p(rejected), and its log p(chosen) are two numbers,
+computed once and kept in RUN/reference/ for the run's intact life. The loss is lumina.model.preference's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lumina.chat import ChatTokenizer
 from lumina.config import Config, UserError
 from lumina.data import PADDING, PairDataset, Samples, TorchBatch, deal, prepare_pairs
 from lumina.files import atomic_file, file_sha256, write_json
+from lumina.model import PREFERENCE_FIGURES
 from lumina.train.objectives import Forward, Preparation
 
 log = logging.getLogger("lumina")
@@ -30,6 +31,8 @@ FOLDER = "reference"
 
 
 class DirectPreferenceOptimisation:
+    figures = PREFERENCE_FIGURES
+
     def __init__(self, config: Config) -> None:
         self._config = config
 
@@ -53,7 +56,7 @@ class DirectPreferenceOptimisation:
         return _score(forward, batch, scale, self._config.dpo_beta)
 
     def prepare(self, preparation: Preparation) -> None:
-        """Give each data set the reference model's margins: those that the run has kept, or computed now."""
+        """Give each data set the reference model's log-probabilities: those that the run has kept, or computed now."""
         initialised = False
         for dataset in (preparation.train_data, preparation.eval_data):
             if dataset is None:
@@ -65,34 +68,37 @@ class DirectPreferenceOptimisation:
                 if not initialised:
                     preparation.initialise()
                     initialised = True
-                kept = reference_margins(dataset, preparation)
+                kept = reference_log_probabilities(dataset, preparation)
                 if preparation.rank == 0:
                     _write(preparation.folder, dataset, kept)
-            dataset.reference_P = kept
+            dataset.reference_P2 = kept
 
 
 def _score(forward: Forward, batch: TorchBatch, scale: float, beta: float | None) -> torch.Tensor:
-    """The sum of the pairs' losses at `beta`, or without one their margins (P), in nats."""
-    assert batch.pairs_P2 is not None
-    reference_P, weight_P = batch.pairs_P2.unbind(1)
-    pairs_P2 = torch.stack((reference_P, weight_P * scale), 1)
-    return forward(batch, batch.weights_N, documents_N=batch.documents_N, pairs_P2=pairs_P2, beta=beta)
+    """The sums of the pairs' losses and figures at `beta` (1 + F), or without one their answers' log-probabilities
+    (P, 2), in nats."""
+    assert batch.pairs_P3 is not None
+    reference_P, weight_P, reference_chosen_P = batch.pairs_P3.unbind(1)
+    pairs_P3 = torch.stack((reference_P, weight_P * scale, reference_chosen_P), 1)
+    return forward(batch, batch.weights_N, documents_N=batch.documents_N, pairs_P3=pairs_P3, beta=beta)
 
 
 @torch.no_grad()
-def reference_margins(dataset: PairDataset, preparation: Preparation) -> NDArray[np.float32]:
-    """The margin of every pair under the engine's weights, in nats (P); collective."""
-    indices, margins = [], []
+def reference_log_probabilities(dataset: PairDataset, preparation: Preparation) -> NDArray[np.float32]:
+    """The margin of every pair and log p(chosen) under the engine's weights, in nats (P, 2); collective."""
+    indices, answers = [], []
     rank, world, device = preparation.rank, preparation.world, preparation.device
     with preparation.evaluation():
         for share in deal(np.arange(dataset.num_samples), rank, world, preparation.micro_batch_size):
             preparation.heartbeat("reference log-probabilities")
-            margins.append(_score(preparation.forward, dataset.batch(share).torch().to(device), 1.0, None))
+            answers.append(_score(preparation.forward, dataset.batch(share).torch().to(device), 1.0, None))
             indices.append(share)
-        share, margin_P = np.concatenate(indices), torch.cat(margins).double().cpu().numpy()  # the one wait for it
-        own_P = np.zeros(dataset.num_samples)
-        own_P[share[share != PADDING]] = margin_P[share != PADDING]
-        found = torch.from_numpy(own_P).to(device)
+        share, answer_P2 = np.concatenate(indices), torch.cat(answers).double().cpu().numpy()  # the one wait for it
+        own_P2 = np.zeros((dataset.num_samples, 2))
+        # The margin as it is, not from two float32 numbers: they are large and nearly cancel.
+        margin_P = answer_P2[:, 0] - answer_P2[:, 1]
+        own_P2[share[share != PADDING]] = np.stack((margin_P, answer_P2[:, 0]), 1)[share != PADDING]
+        found = torch.from_numpy(own_P2).to(device)
         dist.all_reduce(found)
     return found.float().cpu().numpy()
 
@@ -105,16 +111,16 @@ def _paths(folder: Path, dataset: PairDataset) -> tuple[Path, Path]:
     return folder / FOLDER / f"{name}.npy", folder / FOLDER / f"{name}.json"
 
 
-def _write(folder: Path, dataset: PairDataset, margins_P: NDArray[np.float32]) -> None:
+def _write(folder: Path, dataset: PairDataset, values_P2: NDArray[np.float32]) -> None:
     values, facts = _paths(folder, dataset)
     values.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(values) as scratch, scratch.open("wb") as file:
-        np.save(file, margins_P)
+        np.save(file, values_P2)
     write_json(facts, {"fingerprint": dataset.fingerprint, "sha256": file_sha256(values)})
 
 
 def _stored(preparation: Preparation, dataset: PairDataset) -> NDArray[np.float32] | None:
-    """The margins that rank 0 finds in the run's folder, on every rank; collective."""
+    """What rank 0 finds in the run's folder, on every rank; collective."""
     found: list[Any] = [_read(preparation.folder, dataset) if preparation.rank == 0 else None]
     dist.broadcast_object_list(found)
     kept: NDArray[np.float32] | None = found[0]
@@ -122,15 +128,16 @@ def _stored(preparation: Preparation, dataset: PairDataset) -> NDArray[np.float3
 
 
 def _read(folder: Path, dataset: PairDataset) -> NDArray[np.float32] | None:
-    """The margins in the run's folder; None where there are none for these very pairs, or damaged ones."""
+    """What is kept in the run's folder (P, 2); None where it is not for these very pairs, or is damaged. Versions up to
+    0.2.0 kept the margins alone: then log p(chosen) is NaN, and so are the rewards of single answers."""
     values, facts = _paths(folder, dataset)
     try:
         stored = json.loads(facts.read_text())
         intact = hashlib.sha256(values.read_bytes()).hexdigest() == stored["sha256"]
         if not intact or stored["fingerprint"] != dataset.fingerprint:
             raise ValueError("it does not match its hash")
-        margins_P: NDArray[np.float32] = np.load(values, allow_pickle=False)
-        return margins_P
+        kept: NDArray[np.float32] = np.load(values, allow_pickle=False)
+        return kept if kept.ndim == 2 else np.stack((kept, np.full_like(kept, np.nan)), 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the reference model's log-probabilities are computed anew: %s: %s", values, error)
         return None

@@ -11,6 +11,8 @@ from lumina.train.objectives import Forward, Preparation
 
 
 class SupervisedFineTuning:
+    figures: tuple[str, ...] = ()
+
     def __init__(self, config: Config) -> None:
         self._config = config
 

@@ -17,7 +17,7 @@ import torch
 
 from lumina.config import Config
 from lumina.data import StepData
-from lumina.monitor import Console, EventLog, MetricsFile, Recorder, StepRecord, perplexity
+from lumina.monitor import Console, EventLog, MetricsFile, Recorder, StepRecord, figures_text, perplexity
 from lumina.train.deepspeed import PHASES
 from lumina.train.health import Health, LayerFigures, LayerObservation, MachineWatch, StepObservation
 from lumina.train.liveness.stragglers import Comparison
@@ -38,7 +38,8 @@ class StepFigures:
     """What is known of a step once its numbers have been read. loss: mean over the step's supervised tokens, in nats;
     NaN without one;
     applied: whether the update was made; seconds: by phase (lumina.train.deepspeed.timing); samples:
-    lumina.data.loading.order.samples_id; ended: seconds since 1970; loss_scale: fp16's, None elsewhere."""
+    lumina.data.loading.order.samples_id; ended: seconds since 1970; loss_scale: fp16's, None elsewhere;
+    of_objective: means of the objective's figures by name."""
 
     data: StepData
     loss: float
@@ -50,6 +51,7 @@ class StepFigures:
     samples: str
     ended: float
     loss_scale: float | None
+    of_objective: Mapping[str, float]
 
 
 class Outputs:
@@ -65,7 +67,8 @@ class Outputs:
 
     def step(self, figures: StepFigures) -> None: ...
 
-    def evaluation(self, step: int, loss: float, seconds: float) -> None: ...
+    def evaluation(self, step: int, loss: float, seconds: float, figures: Mapping[str, float]) -> None:
+        """`figures`: the objective's, by name."""
 
     def samples(self, step: int, answers: Sequence[tuple[str, str]]) -> None:
         """(prompt, answer) pairs of an evaluation."""
@@ -193,16 +196,18 @@ class RunOutputs(Outputs):
             supervised_tokens_per_s=data.supervised_tokens / seconds,
             seconds={name: round(value, 6) for name, value in split.items()},
             mfu=self._utilisation.of(data.micro_batches, seconds),
+            of_objective=dict(figures.of_objective),
         )
         self._metrics.step(record)
         self._console.step(record)
 
-    def evaluation(self, step: int, loss: float, seconds: float) -> None:
+    def evaluation(self, step: int, loss: float, seconds: float, figures: Mapping[str, float]) -> None:
         ppl = perplexity(loss)
-        self._metrics.evaluation(step, loss, ppl, seconds)
+        self._metrics.evaluation(step, loss, ppl, seconds, figures)
         self._console.evaluation(step, loss)
         self._health.evaluation(step, loss)
-        self.say(f"Eval at step {step} | Loss: {loss:.6f} | PPL: {ppl:.2f} | {seconds:.1f}s")
+        more = figures_text(figures) if figures else f"PPL: {ppl:.2f}"
+        self.say(f"Eval at step {step} | Loss: {loss:.6f} | {more} | {seconds:.1f}s")
 
     def samples(self, step: int, answers: Sequence[tuple[str, str]]) -> None:
         self._recorder.samples(step, answers)

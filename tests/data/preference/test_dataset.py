@@ -47,8 +47,8 @@ def test_both_sides_are_the_template_and_only_the_answer_is_supervised(tmp_path:
     answers = [TOKENIZER.encode(text) for text in ("good 1 " * 3, "bad 1", "yes", "no")]
     supervised = [token for answer in answers for token in [*answer, TOKENIZER.stop_id]]
     assert batch.targets_T[batch.weights_T == 1].tolist() == supervised
-    assert batch.pairs_P2 is not None
-    assert batch.pairs_P2.tolist() == [[0.0, 1.0], [0.0, 1.0]]
+    assert batch.pairs_P3 is not None
+    assert batch.pairs_P3.tolist() == [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
     assert dataset.tokens_per_sample[0] == len(documents[0]) + len(documents[1])
 
 
@@ -81,10 +81,10 @@ def test_account(tmp_path: Path) -> None:
 
 def test_padding_and_references(tmp_path: Path) -> None:
     dataset = prepared(tmp_path, [pair(n) for n in range(3)])
-    dataset.reference_P = np.array([1.5, -2.0, 0.25], dtype=np.float32)
+    dataset.reference_P2 = np.array([[1.5, -9.0], [-2.0, -8.0], [0.25, -7.0]], dtype=np.float32)
     batch = dataset.batch([2, -1, 0])
-    assert batch.pairs_P2 is not None
-    assert batch.pairs_P2.tolist() == [[0.25, 1.0], [0.0, 0.0], [1.5, 1.0]]
+    assert batch.pairs_P3 is not None
+    assert batch.pairs_P3.tolist() == [[0.25, 1.0, -7.0], [0.0, 0.0, 0.0], [1.5, 1.0, -9.0]]
     assert len(batch.cu_seqlens_D) == 7
     assert batch.weights_T[batch.cu_seqlens_D[2] : batch.cu_seqlens_D[4]].tolist() == [0.0, 0.0]
     assert float(batch.torch().units) == 2.0
@@ -96,7 +96,7 @@ def test_pairs_of_a_step_do_not_depend_on_world_size_or_micro_batch(tmp_path: Pa
     """Law 1, and the count that law 2 divides by."""
     dataset = prepared(tmp_path, [pair(n) for n in range(11)])
     order = GlobalOrder(dataset.num_samples, 4, 1234, dataset.fingerprint)
-    dataset.reference_P = np.arange(11, dtype=np.float32)  # so that a pair can be told by it
+    dataset.reference_P2 = np.arange(22, dtype=np.float32).reshape(11, 2) / 2  # so that a pair can be told by it
     steps = 2 * order.steps_per_epoch
     for world, micro in [(1, 1), (2, 1), (2, 2), (3, 2)]:
         ranks = [
@@ -104,7 +104,7 @@ def test_pairs_of_a_step_do_not_depend_on_world_size_or_micro_batch(tmp_path: Pa
             for rank in range(world)
         ]
         for step, shares in enumerate(zip(*ranks, strict=True)):
-            found = [p for share in shares for b in share.micro_batches for p, real in b.pairs_P2.tolist() if real]
+            found = [p for share in shares for b in share.micro_batches for p, real, _ in b.pairs_P3.tolist() if real]
             assert sorted(found) == sorted(order.indices(step).tolist())
             assert {share.supervised_tokens for share in shares} == {float(len(found))}
 
@@ -150,6 +150,6 @@ def test_a_pair_without_a_supervised_token_weighs_nothing(tmp_path: Path) -> Non
     assert found.fingerprint == made.fingerprint
     assert found.supervised_per_sample.tolist() == [1, 0, 1]
     batch = found.batch([1, 0, 2, -1])
-    assert batch.pairs_P2 is not None
-    assert batch.pairs_P2[:, 1].tolist() == [0, 1, 1, 0]
+    assert batch.pairs_P3 is not None
+    assert batch.pairs_P3[:, 1].tolist() == [0, 1, 1, 0]
     assert float(found.batch([1]).torch().units) == 0  # of a step: no update

@@ -16,11 +16,12 @@ from lumina.chat import Conversation, Message, RenderedBlock, render
 from lumina.commands.data import validate_files
 from lumina.config import UserError
 from lumina.data import describe_sample, prepare, render_sample
+from lumina.data.account import MOST_SUBREASONS, Account
 from lumina.data.converting.fixing import write_fixed
 from lumina.data.preparing.statistics import PATTERNS, Statistics, context_lengths, percentiles
-from lumina.data.reports.html import render_report
+from lumina.data.reports.html import render_report, share
 from lumina.data.reports.validation import validate
-from tests.browser import browse, needs_browser
+from tests.browser import browse, document_after, needs_browser
 from tests.data.helpers import AGENT_TOKENIZER, TOKENIZER, Settings, chat, write_jsonl
 
 KEY = "sk-" + "a1B2c3D4e5F6g7H8i9J0"
@@ -220,6 +221,85 @@ def test_a_sample_is_inspected_with_its_calls(tmp_path: Path) -> None:
     text = "\n".join(line.plain for line in render_sample(description, AGENT_TOKENIZER, table=False))
     assert '«<|reasoning|>hm<|reasoning_end|><|tool_call|>{"name": "add", "arguments": {"a": 1}}' in text
     assert '{"type": "function", "function": {"name": "add"}}' in text.split("«")[0]
+
+
+def test_bad_lines_by_what_exactly_is_wrong(tmp_path: Path) -> None:
+    """By sub-reason with an example each, across workers' parts; their share is the headline."""
+    turn = lambda role, content: {"role": role, "content": content}
+    lines: list[Any] = [chat("hello", f"answer {n}") for n in range(90)]
+    lines += [{"messages": [turn("user", "q"), turn("assistant", 5)]} for _ in range(3)]
+    lines += [{"messages": [turn("user", "q"), turn("assistant", "a"), turn(7, "x")]} for _ in range(4)]
+    lines += [{"messages": [turn("user", "q"), turn(f"robot{n}", "a")]} for n in range(2)]
+    lines += [b"{oops", b""]
+    path = write_jsonl(tmp_path / "in.jsonl", lines)
+    validation = validate([str(path)], TOKENIZER, workers=2)
+    wrong = validation.account.faults["wrong type"].subreasons
+    assert {name: (kind.lines, kind.first) for name, kind in wrong.items()} == {
+        "message …: `content` is a number": (3, f"{path}:91"),
+        "message …: `role` is a number": (4, f"{path}:94"),
+    }
+    assert validation.account.faults["unknown role"].subreasons.keys() == {"message …: role …"}
+    assert Account.from_dict(orjson.loads(orjson.dumps(validation.account.to_dict()))) == validation.account
+    html = render_report(validation)
+    assert "10 of 100 lines (10.0 %) are bad and left out; most often: wrong type." in html
+    assert "<b>10 (10.0 %)</b><span>bad lines</span>" in html
+    table = html.split("<h2>Bad lines: 10 of 100, 10.0 %</h2>")[1].split("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert [row[:4] for row in rows[:2]] == [
+        ["wrong type", "message …: `role` is a number", "4", "4 %"],
+        ["wrong type", "message …: `content` is a number", "3", "3 %"],
+    ]
+    assert [row[5] for row in rows if row[0] == "unknown role"] == ["message 2: role &#x27;robot0&#x27;"]
+    assert "    message …: `role` is a number: 4" in "\n".join(validation.account.details())
+
+
+def test_sub_reasons_are_bounded() -> None:
+    account = Account()
+    for number in range(40):
+        account.fault("strange", number, detail=f"column {'abcdefghijklmnopqrstuvwxyzabcdefghijklmnop'[:number]}")
+    kinds = account.faults["strange"].subreasons
+    assert len(kinds) == MOST_SUBREASONS + 1
+    assert sum(kind.lines for kind in kinds.values()) == 40
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 10**7).flatmap(lambda whole: st.tuples(st.integers(0, whole), st.just(whole))))
+def test_a_share_is_nothing_or_all_only_where_it_is(counts: tuple[int, int]) -> None:
+    part, whole = counts
+    shown = share(part, whole)
+    assert (shown == "0 %") == (part == 0)
+    assert (shown in ("100 %", "100.0 %")) == (part == whole)
+    if not shown.startswith(("under", "over")):
+        assert float(shown.removesuffix(" %")) == pytest.approx(100 * part / whole, rel=0.06, abs=0.06)
+
+
+_TABLES = """
+const out = document.createElement("pre");
+out.id = "found";
+const wide = [...document.querySelectorAll(".scroll")].filter((box) => box.scrollWidth > box.clientWidth + 1);
+const shades = wide.map((box) => getComputedStyle(box).backgroundAttachment);
+wide.forEach((box) => { box.scrollLeft = 1e6; });
+out.textContent = JSON.stringify({
+  wide: wide.length, shades, moved: wide.every((box) => box.scrollLeft > 0),
+  reached: wide.every((box) => box.tabIndex === 0),
+  page: document.documentElement.scrollWidth <= innerWidth,
+});
+document.body.append(out);
+"""
+
+
+@needs_browser
+def test_wide_tables_scroll_visibly_on_a_phone(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", LINES * 20)
+    html = render_report(validate([str(path)], TOKENIZER, workers=1))
+    document, messages = document_after(tmp_path / "phone", html, _TABLES, 390)
+    assert messages == []
+    found = orjson.loads(document.split('<pre id="found">')[1].split("</pre>")[0])
+    assert found["wide"] >= 2
+    assert set(found["shades"]) == {"local, local, scroll, scroll"}  # shades at the sides where more is
+    assert found["moved"]
+    assert found["reached"], "not by the keyboard"
+    assert found["page"], "the page itself is wider than the screen"
 
 
 @needs_browser

@@ -190,7 +190,7 @@ def test_values_under_the_pointer_zoom_and_log_axis(tmp_path: Path, width: int) 
     assert messages == []
     found = dict(re.findall(r"^(\w+)=(.*)$", document.split('<pre id="found">')[1].split("</pre>")[0], re.MULTILINE))
     for name in ("quarter", "logged"):
-        step, loss = re.match(r"step (\d+)\|([\d.]+) run", found[name]).groups()  # type: ignore[union-attr]
+        step, loss = re.match(r"step (\d+)\|([\d.]+) training", found[name]).groups()  # type: ignore[union-attr]
         assert abs(int(step) - 100) <= 8
         assert float(loss) == pytest.approx(losses[int(step)], rel=1e-3)
         assert "loss_spike" in found[name]  # the event at step 100

@@ -130,7 +130,97 @@ def terminal(tmp_path: Path) -> Iterator[list[str]]:
     subprocess.run([*tmux, "kill-server"], check=False, capture_output=True)
 
 
-@pytest.mark.skipif(TMUX is None, reason="no tmux on this machine (Debian: apt-get install tmux)")
+needs_tmux = pytest.mark.skipif(TMUX is None, reason="no tmux on this machine (Debian: apt-get install tmux)")
+
+
+VIEW = """
+import pathlib, signal, sys, time
+from lumina.monitor.terminal.console import Console
+from tests.monitor.recorded import step_record
+
+pressed = []
+signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
+with Console(True, 30, 0, "name") as console:
+    time.sleep(1.1)  # the view of a run without a step is drawn
+    for step in range(1, 31):
+        figures = {"supervised_tokens_per_s": 400.0, "seconds": {"forward": 1.0}}
+        console.step(step_record(step=step, loss=9 - 0.1 * step, **figures))
+        if step == 10:
+            console.progress("Evaluating", 1, 2)
+            time.sleep(1.1)
+            console.progress("Evaluating", 2, 2)
+            console.say("Eval at step 10 | " + "a line that is longer than the terminal is wide " * 2)
+            console.evaluation(10, 8.5)
+        if step == 20:
+            pathlib.Path(sys.argv[1], "press").touch()
+            while not pressed:
+                time.sleep(0.01)
+            time.sleep(1.1)
+            console.say("SIGINT: stopping")
+pathlib.Path(sys.argv[1], "ended").touch()
+time.sleep(60)
+"""
+
+
+def appears(path: Path, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.05)
+
+
+@needs_tmux
+@pytest.mark.parametrize("width", [60, 100])
+def test_no_border_is_torn(tmp_path: Path, terminal: list[str], width: int) -> None:
+    """After an evaluation, which prints a long line above the view, and after Ctrl-C, whose ^C the terminal itself
+    writes, what stands on the screen is one whole frame, none of its words cut off."""
+    (tmp_path / "view.py").write_text(VIEW)
+    where = Path(__file__).parents[3]
+    environment = {**clean_environment(), "TERM": "xterm-256color", "PYTHONPATH": str(where)}
+    command = [*terminal, "new-session", "-d", "-x", str(width), "-y", "40"]
+    program = f"{sys.executable} {tmp_path / 'view.py'} {tmp_path}"
+    subprocess.run([*command, program], check=True, env=environment, cwd=where)
+    appears(tmp_path / "press")
+    subprocess.run([*terminal, "send-keys", "C-c"], check=True)
+    appears(tmp_path / "ended")
+    time.sleep(0.3)
+    screen = subprocess.run([*terminal, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
+    lines = screen.splitlines()
+    tops, bottoms = ([line for line in lines if line.startswith(corner)] for corner in "╭╰")
+    assert (len(tops), len(bottoms)) == (1, 1), screen
+    framed = lines[lines.index(tops[0]) : lines.index(bottoms[0]) + 1]
+    assert {len(line) for line in framed} == {width}, screen
+    assert all(line.endswith("│") for line in framed[1:-1]), screen
+    assert "SIGINT: stopping" in screen
+    assert "Eval at step 10 | a line" in screen
+    for word in (
+        "30/30",
+        "Loss",
+        "PPL",
+        "GradNorm",
+        "8.2/16.0 GiB",
+        "Tokens/s",
+        "(400 supervised)",
+        "Health",
+        "8.5000",
+    ):
+        assert word in "".join(framed), screen
+
+
+def test_figures_of_preference_training() -> None:
+    rewards = {"rewards/chosen": 0.5, "rewards/rejected": -0.25, "rewards/accuracies": 0.875, "rewards/margins": 0.75}
+    for width in (40, 60, 110):
+        console = RichConsole(width=width, force_terminal=True, color_system=None)
+        view = LiveView(console, "name", 3000, 0)
+        view.step(step_record(of_objective=rewards))
+        text = drawn(view, console)
+        for shown in ("Margin +0.7500", "Accuracy +0.8750", "Chosen +0.5000", "Rejected +-0.2500"):
+            assert re.search(shown, text), text
+        assert "PPL" not in text  # of a loss over pairs, not over tokens
+        assert all(len(line) <= width for line in text.splitlines())
+
+
+@needs_tmux
 def test_a_run_in_a_terminal(tmp_path: Path, terminal: list[str]) -> None:
     data = write_conversations(tmp_path / "train.jsonl", 40, seed=1)
     argv = arguments(

@@ -9,6 +9,8 @@
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const seriesColour = (number) => colour(`--c${number % 8}`);
+  // An evaluation has a colour of its own: of one run another one, of several the darker or lighter shade of the run's.
+  const evaluationColour = (run) => (runs.length === 1 ? colour("--evaluation") : colour(`--e${run % 8}`));
   const figure = (value) => {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
@@ -17,9 +19,9 @@
   };
   const bytes = (value) => {
     if (value === null || value === undefined) return "–";
-    const units = ["B", "KB", "MB", "GB", "TB"];
+    const units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let unit = 0;
-    while (Math.abs(value) >= 1000 && unit < 4) { value /= 1024; unit += 1; }
+    while (Math.abs(value) >= 1024 && unit < 4) { value /= 1024; unit += 1; }
     return `${unit ? Number(value.toPrecision(4)) : value} ${units[unit]}`;
   };
   const powers = Array.from({ length: 60 }, (_, power) => 2 ** power);  // ticks of an axis in bytes
@@ -90,10 +92,17 @@
       this.button.setAttribute("aria-pressed", String(this.log));
       this.marks = marksOf({ series: this.series });
       this.format = formats[this.spec.format] || figure;
-      const paint = (s, i) => seriesColour(this.spec.byRun ? s.run : i);
+      const paint = (s, i) => (s.evaluation ? evaluationColour(s.run) : seriesColour(this.spec.byRun ? s.run : i));
+      const tables = this.data();
+      const lone = (i) => tables[i + 1].filter((value) => value != null).length === 1;  // no line to be seen
       const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 },
         ticks: { stroke: colour("--line"), width: 1 }, font: "11px system-ui, sans-serif" };
       const shorten = { number: (v) => figure(v).replace(/,000$/, "k") }[this.spec.format] || this.format;
+      // The room that the longest label of the axis needs, so that none is cut.
+      const widest = (u, labels) => {
+        u.ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
+        return 18 + Math.max(30, ...(labels ?? []).map((label) => u.ctx.measureText(label).width / devicePixelRatio));
+      };
       this.tip = document.createElement("div");
       this.tip.className = "tip";
       this.u = new uPlot({
@@ -101,11 +110,12 @@
         height: 250,
         scales: { x: { time: false }, y: { distr: this.log ? 3 : 1 } },
         series: [{}, ...this.series.map((s, i) => ({
-          label: s.label, stroke: paint(s, i), width: 1.5, dash: s.dash, spanGaps: true,
+          label: s.label, stroke: paint(s, i), width: s.evaluation ? 2 : 1.5, dash: s.evaluation ? [6, 4] : undefined,
+          spanGaps: true,
           paths: s.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined,
-          points: s.points ? { show: true, size: 5, fill: paint(s, i) } : { show: false },
+          points: s.points || s.evaluation || lone(i) ? { show: true, size: lone(i) ? 8 : 5, fill: paint(s, i) } : { show: false },
         }))],
-        axes: [{ ...axis, size: 32 }, { ...axis, size: 66, incrs: this.format === bytes ? powers : undefined,
+        axes: [{ ...axis, size: 32 }, { ...axis, size: widest, incrs: this.format === bytes ? powers : undefined,
           values: (u, splits) => splits.map((v) => (v === null ? "" : shorten(v))) }],
         legend: { show: false },
         cursor: { drag: { x: true, y: false }, focus: { prox: 1e6 }, sync: { key: "lumina", scales: ["x", null] },
@@ -113,14 +123,14 @@
         focus: { alpha: this.series.length > 8 ? 0.25 : 1 },
         hooks: { draw: [(u) => this.drawMarks(u)], setCursor: [(u) => this.point(u)],
           setScale: [(u, key) => key === "x" && zoom(this, u)] },
-      }, this.data(), this.plot);
+      }, tables, this.plot);
       this.u.over.append(this.tip);
       if (bounds && bounds.min !== null && zoomed) this.u.setScale("x", bounds);
       this.legend.replaceChildren(...(this.series.length > 12 ? [] : this.series.map((s, i) => {
         const item = document.createElement("span");
         const chip = document.createElement("span");
-        chip.className = "chip";
-        chip.style.background = paint(s, i);
+        chip.className = s.evaluation ? "chip dashed" : "chip";
+        chip.style.background = chip.style.color = paint(s, i);
         item.append(chip, s.label);
         return item;
       })));

@@ -50,7 +50,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
     linear-gradient(270deg, var(--shade), transparent) right / 1rem 100% no-repeat scroll; }
 .scroll::-webkit-scrollbar { height: .5rem; }
 .scroll::-webkit-scrollbar-thumb { background: var(--soft); border-radius: .25rem; }
-.scroll:focus-visible { outline: 2px solid var(--bar); } td.long { min-width: 14rem; overflow-wrap: anywhere; }
+.scroll:focus-visible { outline: 2px solid var(--bar); } td.short { white-space: nowrap; }
+td.long { min-width: 14rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } .bad { color: var(--bad); }
@@ -120,7 +121,7 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
         if isinstance(value, int | float):
             shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
             return f'<td class="n">{shown}</td>'
-        long = ' class="long"' if len(str(value)) > 40 else ""
+        long = ' class="long"' if len(str(value)) > 40 else ' class="short"' if len(str(value)) < 20 else ""
         return f"<td{long}>{escape(str(value))}</td>"
 
     numeric = [isinstance(value, int | float) for value in rows[0]] if rows else []

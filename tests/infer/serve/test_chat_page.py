@@ -237,3 +237,66 @@ def test_a_full_context_leaves_out_old_turns_and_says_so(
     note = browser.ask("document.querySelector('.note').textContent")
     assert note.startswith("The context is full: the answer sees only the last")
     assert browser.ask("document.getElementById('alert').hidden")
+
+
+@needs_browser
+def test_the_caret_ends_the_last_line(server: Running, said: Callable[[str], None], browser: Browser) -> None:
+    """While an answer grows, what blinks is in its last line: in paragraphs, lists and code alike."""
+    page(server, browser)
+    on, kinds = " on" * 150, {"One line": "p", "- first\n- second": "ul > li:last-child", "> quoted": "blockquote > p"}
+    for text, inside in {**kinds, "```\ncode": "pre > code"}.items():
+        said(text + on)
+        send(browser, "Go on")
+        browser.wait(f"{BUSY} && {LAST}.textContent.includes(' on on')")
+        where = f"{LAST}.querySelector('.caret')?.matches({inside!r})"
+        assert browser.ask(f"{BUSY} && {where}"), text
+        assert browser.ask("document.querySelectorAll('.caret').length") == 1
+        browser.press("Escape")
+        browser.wait(DONE)
+        assert browser.ask("document.querySelectorAll('.caret').length") == 0
+        wait_for(server.idle)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1000, 390])
+def test_settings_stand_in_line_and_keep_their_bounds(server: Running, browser: Browser, width: int) -> None:
+    page(server, browser, width)
+    browser.click("#open-settings")
+    boxes = browser.ask(
+        "[...document.querySelectorAll('.pairs input')].map((one) => one.getBoundingClientRect().toJSON())"
+    )
+    rows: dict[int, list[int]] = {}
+    for box in boxes:
+        rows.setdefault(round(box["top"]), []).append(round(box["left"]))
+    columns = max(map(len, rows.values()))
+    assert columns == (3 if width == 1000 else 2 if 2 in map(len, rows.values()) else 1)
+    assert sorted(map(len, rows.values()), reverse=True)[: len(boxes) // columns] == [columns] * (len(boxes) // columns)
+    assert len({tuple(sorted(lefts)) for lefts in rows.values() if len(lefts) == columns}) == 1
+    assert len({round(box["height"]) for box in boxes}) == 1
+    assert browser.ask(
+        "document.getElementById('settings').scrollWidth <= document.getElementById('settings').clientWidth"
+    )
+    # No answer is longer than the context, 512 tokens here, of the server's 2048.
+    assert browser.ask("document.getElementById('max_tokens').max") == "512"
+    assert "to 512" in browser.ask("document.getElementById('most').textContent")
+    browser.ask("document.getElementById('max_tokens').value = 9999")
+    browser.press("Escape")
+    browser.wait("document.getElementById('max_tokens').value === '512'")
+
+
+@needs_browser
+def test_what_the_user_writes_is_rendered_too(server: Running, said: Callable[[str], None], browser: Browser) -> None:
+    page(server, browser)
+    said("Yes.")
+    browser.type("Is this **right**?")
+    for text in ("", "```", "if x:", "    <b>y</b>", "```"):
+        browser.press("Enter", shift=True)
+        browser.type(text)
+    browser.press("Enter")
+    browser.wait(f"{DONE} && {LAST}?.textContent === 'Yes.'")
+    mine = "document.querySelector('article.user .body')"
+    assert browser.ask(f"{mine}.querySelector('strong').textContent") == "right"
+    assert browser.ask(f"{mine}.querySelector('pre code').textContent") == "if x:\n    <b>y</b>"
+    assert browser.ask(HARMLESS)[:2] == [0, 0]
+    browser.click("button[aria-label='Edit this message']")
+    assert browser.ask("document.activeElement.value").startswith("Is this **right**?\n\n```")  # as it was written

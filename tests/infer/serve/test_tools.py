@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from tests.browser import Browser, needs_browser
 from tests.infer.serve.running_server import Running, running, wait_for
 from tests.infer.small_models import write_small_run
 from tests.infer.taught_models import ANSWER, ASKED, CALLS, GREETING, REASONING, WEATHER, taught
@@ -209,3 +211,47 @@ def test_a_schema_and_an_imported_vocabulary(tmp_path: Any) -> None:
     for choice in got.choices:
         assert set(json.loads(choice.message.content or "")) <= {"tree", "river"}
     assert refused.value.param == "tools"
+
+
+@needs_browser
+def test_tools_are_declared_called_and_answered(server: Running, tmp_path: Path) -> None:
+    """A model that was taught to call a tool: the calls are shown, their results are given, and all of it goes back to
+    the server, whose answer to it the model knows by heart: with anything missing it would say something else."""
+    last, done = (
+        "[...document.querySelectorAll('article.assistant .body')].at(-1)",
+        "!document.querySelector('[aria-busy]')",
+    )
+    with Browser(tmp_path) as browser:
+        browser.open(server.address)
+        browser.wait("document.getElementById('model').textContent === 'taught'")
+        browser.click("#open-settings")
+        browser.ask("document.getElementById('temperature').value = 0; document.getElementById('tools').value = '[{'")
+        browser.press("Escape")
+        browser.wait("document.getElementById('alert').textContent.includes('no JSON')")
+        browser.ask(f"document.getElementById('tools').value = JSON.stringify([{WEATHER}.function])")
+        browser.click("#open-settings")
+        browser.press("Escape")
+        browser.wait("document.getElementById('alert').hidden")
+        browser.click("#input")
+        browser.type(ASKED.content)
+        browser.press("Enter")
+        browser.wait(f"{done} && document.querySelectorAll('.call').length === 2")
+        shown = browser.ask("[...document.querySelectorAll('.call code')].map((code) => code.textContent)")
+        assert shown == [f"{call.name}({call.arguments})" for call in CALLS]
+        assert browser.ask("document.querySelector('.reasoning > div').textContent") == REASONING
+        # The first result has the focus already; the form is not sent while one is missing.
+        browser.type("rain")
+        browser.press("Enter")
+        assert browser.ask("document.querySelectorAll('article').length") == 2
+        assert browser.ask("document.activeElement === document.querySelectorAll('.results textarea')[1]")
+        browser.type("sun")
+        browser.press("Enter")
+        browser.wait(f"{done} && {last}?.textContent === {ANSWER!r}")
+        titles = browser.ask("[...document.querySelectorAll('article > h2')].map((title) => title.textContent)")
+        assert titles == ["You", "Model", "Result of get_weather", "Result of get_weather", "Model"]
+        assert browser.ask("document.querySelector('.results')") is None
+        browser.click("button[aria-label='Make this answer again']")
+        browser.wait(
+            f"{done} && document.querySelectorAll('article').length === 5 && {last}.textContent === {ANSWER!r}"
+        )
+        assert browser.complaints == []

@@ -4,8 +4,9 @@ import { render } from "/markdown.js";
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
-const KEPT = [...NUMBERS, "system", "stop_text"]; // kept for the next visit; the key only as long as the tab
-let messages = []; // {role, content, ending}, of the model's also reasoning and calls
+const KEPT = [...NUMBERS, "system", "stop_text", "tools"]; // kept for the next visit; the key only as long as the tab
+// {role, content, ending}, of the model's also reasoning and calls {id, name, arguments}; a tool's result has its call
+let messages = [];
 let running = null; // the AbortController of the answer that is being made
 let room = null; // the model's context length in tokens
 let perLetter = 0.3; // tokens; from the last answer's account
@@ -35,7 +36,7 @@ function article(message, index) {
   const node = document.createElement("article");
   node.className = message.role;
   const title = document.createElement("h2");
-  title.textContent = message.role === "user" ? "You" : "Model";
+  title.textContent = { user: "You", tool: `Result of ${message.call?.name}` }[message.role] ?? "Model";
   const body = document.createElement("div");
   body.className = "body";
   const actions = document.createElement("div");
@@ -52,16 +53,36 @@ function article(message, index) {
   if (message.role === "user") {
     actions.append(button("Edit", "Edit this message", () => edit(node, message, index)));
     if (last && !running) actions.append(button("Try again", "Ask for an answer again", answer));
+  } else if (message.role === "tool") {
+    if (last && !running) actions.append(button("Try again", "Ask for an answer again", answer));
   } else {
     actions.append(button("Copy", "Copy this answer", () => copy(message)));
     if (last) actions.append(button("Regenerate", "Make this answer again", regenerate));
+    if (last && !running && message.calls.length) node.append(results(message));
   }
   return node;
 }
 
 function fill(body, message) {
-  if (message.role === "user") body.textContent = message.content;
-  else body.replaceChildren(...reasoning(message, body), ...render(message.content), ...message.calls.map(call));
+  if (message.role === "assistant") {
+    body.replaceChildren(...reasoning(message, body), ...render(message.content), ...message.calls.map(call));
+  } else if (message.role === "tool") body.textContent = message.content; // as the tool wrote it
+  else body.replaceChildren(...render(message.content));
+}
+
+const BLOCKS = "p, h3, h4, h5, h6, ul, ol, li, blockquote, pre, pre > code";
+
+/** Marks where the answer grows: the end of its last line, however deep in lists and quotes that is. */
+function caret(body) {
+  body.classList.remove("caret");
+  let last = body;
+  while (last.lastElementChild?.matches(BLOCKS) && !after(last.lastElementChild)) last = last.lastElementChild;
+  last.classList.add("caret");
+}
+
+/** Whether text follows a node in its parent. */
+function after(node) {
+  return Boolean(node.nextSibling?.textContent.trim());
 }
 
 /** Folded away, or open as the reader has left it. All of it is text, never markup. */
@@ -86,6 +107,47 @@ function call({ name, arguments: text }) {
   code.textContent = `${name}(${text})`;
   node.append("Calls ", code);
   return node;
+}
+
+/** A field for the result of each call, sent to the model together. */
+function results(message) {
+  const form = document.createElement("form");
+  form.className = "results";
+  const fields = message.calls.map((called) => {
+    const label = document.createElement("label");
+    const area = document.createElement("textarea");
+    area.rows = 2;
+    area.placeholder = "What the tool gives back: text or JSON";
+    area.addEventListener("keydown", (event) => {
+      if (sends(event)) {
+        event.preventDefault();
+        form.requestSubmit();
+      }
+    });
+    const code = document.createElement("code");
+    code.textContent = `${called.name}(${called.arguments})`;
+    label.append("Result of ", code, area);
+    form.append(label);
+    return area;
+  });
+  const actions = document.createElement("div");
+  actions.className = "actions";
+  const save = document.createElement("button");
+  save.type = "submit";
+  save.textContent = message.calls.length > 1 ? "Send results" : "Send result";
+  actions.append(save);
+  form.append(actions);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const empty = fields.find((area) => !area.value.trim());
+    if (running || empty) {
+      empty?.focus();
+      return;
+    }
+    messages.push(...message.calls.map((made, at) => ({ role: "tool", content: fields[at].value, call: made })));
+    answer();
+  });
+  return form;
 }
 
 async function copy(message) {
@@ -136,9 +198,18 @@ function regenerate() {
 /** Whole turns from the oldest on are left out until the rest and an answer fit the context, as `lumina chat` does. */
 function fitting(skip) {
   const most = room ? room - Math.min(Number($("max_tokens").value) || 512, room / 2) : Infinity;
-  const size = (kept) => kept.reduce((sum, m) => sum + 4 + m.content.length * perLetter, $("system").value.length * perLetter);
+  const size = (kept) => kept.reduce((sum, m) => sum + 4 + letters(m) * perLetter, asides() * perLetter);
   while (skip < messages.length - 1 && size(messages.slice(skip)) > most) skip = turnAfter(skip);
   return skip;
+}
+
+/** Characters that the model reads of a message, and of what stands before all messages. */
+function letters({ content, calls = [] }) {
+  return content.length + calls.reduce((sum, made) => sum + made.name.length + made.arguments.length, 0);
+}
+
+function asides() {
+  return $("system").value.length + $("tools").value.length;
 }
 
 function turnAfter(skip) {
@@ -147,16 +218,43 @@ function turnAfter(skip) {
 }
 
 function request(skip) {
-  const body = { messages: messages.slice(skip).map(sent), stream: true };
+  const kept = messages.slice(skip);
+  const body = { messages: kept.map((message, at) => sent(message, kept[at + 1])), stream: true };
+  const declared = tools();
+  if (declared.length) body.tools = declared;
   if ($("system").value.trim()) body.messages.unshift({ role: "system", content: $("system").value });
   for (const name of NUMBERS) if ($(name).value !== "") body[name] = Number($(name).value);
   if ($("stop_text").value) body.stop = [$("stop_text").value];
   return { ...body, stream_options: { include_usage: true } };
 }
 
-/** A message as the server takes it back. Calls have no result here, so that only their text could be answered. */
-function sent({ role, content, reasoning: thought }) {
-  return { role, content, ...(thought ? { reasoning_content: thought } : {}) };
+/** A message as the server takes it back. Calls go with it where results follow: without them nothing answers them. */
+function sent({ role, content, reasoning: thought, calls, call: made }, next) {
+  if (role === "tool") return { role, content, tool_call_id: made.id };
+  const answered = next?.role === "tool" ? calls : [];
+  return {
+    role,
+    content,
+    ...(thought ? { reasoning_content: thought } : {}),
+    ...(answered.length ? { tool_calls: answered.map(({ id, ...called }) => ({ id, type: "function", function: called })) } : {}),
+  };
+}
+
+/** The functions that the model may call: OpenAI's form, or the functions alone. Throws where they are no such list. */
+function tools() {
+  const text = $("tools").value.trim();
+  if (!text) return [];
+  let list;
+  try {
+    list = JSON.parse(text);
+  } catch (error) {
+    throw new Error(`The tools in Settings are no JSON: ${error.message}`);
+  }
+  list = Array.isArray(list) ? list : [list];
+  if (list.some((tool) => typeof (tool?.function ?? tool)?.name !== "string")) {
+    throw new Error("The tools in Settings are a list of functions, each with a name, a description and parameters.");
+  }
+  return list.map((tool) => (tool.function ? tool : { type: "function", function: tool }));
 }
 
 function headers() {
@@ -172,12 +270,14 @@ async function answer() {
   show();
   const node = article(said, -1);
   node.setAttribute("aria-busy", "true");
+  caret(node.querySelector(".body"));
   node.querySelector(".actions").remove();
   $("log").append(node);
   $("log").scrollTop = $("log").scrollHeight;
   tell("The model is answering.");
   try {
     await ask(said, node, fitting(0));
+    node.removeAttribute("aria-busy");
     fill(node.querySelector(".body"), said);
     tell(`${node.querySelector(".body").textContent} ${said.ending}`); // for those who listen
   } catch (error) {
@@ -195,6 +295,9 @@ async function answer() {
   if (said.content || said.reasoning || said.calls.length || said.ending) messages.push(said);
   show();
   if (note) $("log").lastElementChild.before(note);
+  if (said.calls.length && document.activeElement === $("input") && !$("input").value) {
+    document.querySelector("form.results textarea")?.focus();
+  }
 }
 
 async function ask(said, node, skip) {
@@ -223,14 +326,14 @@ async function listen(response, said, node, skip) {
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
     if (event.usage) {
-      const letters = messages.slice(skip).reduce((sum, m) => sum + m.content.length, $("system").value.length);
-      perLetter = Math.max(0.05, event.usage.prompt_tokens / Math.max(1, letters));
+      const read = messages.slice(skip).reduce((sum, m) => sum + letters(m), asides());
+      perLetter = Math.max(0.05, event.usage.prompt_tokens / Math.max(1, read));
     }
     const choice = event.choices?.[0];
     if (!choice) continue;
     said.content += choice.delta.content ?? "";
     said.reasoning += choice.delta.reasoning_content ?? "";
-    for (const { function: called } of choice.delta.tool_calls ?? []) said.calls.push(called);
+    for (const { id, function: called } of choice.delta.tool_calls ?? []) said.calls.push({ id, ...called });
     if (choice.finish_reason === "length") said.ending = "Cut off: the longest answer, or the model's context, is reached.";
     if (!planned) { // once a frame, however fast the words come
       planned = true;
@@ -239,6 +342,7 @@ async function listen(response, said, node, skip) {
         const log = $("log");
         const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
         fill(body, said);
+        if (node.getAttribute("aria-busy")) caret(body);
         if (follows) log.scrollTop = log.scrollHeight;
       });
     }
@@ -333,11 +437,27 @@ function keep() {
 }
 
 $("open-settings").addEventListener("click", () => $("settings").showModal());
-$("reset-settings").addEventListener("click", () => settle(first));
+$("reset-settings").addEventListener("click", () => {
+  settle(first);
+  bound();
+});
 $("settings").addEventListener("close", () => {
+  bound();
   keep();
+  try {
+    tools();
+    complain("");
+  } catch (error) {
+    complain(error.message);
+  }
   if (!room) about();
 });
+
+/** The longest answer within what the server and the model's context allow. */
+function bound() {
+  const field = $("max_tokens");
+  if (field.value && Number(field.value) > Number(field.max)) field.value = field.max;
+}
 
 async function about() {
   const response = await fetch("/v1/models", { headers: headers() });
@@ -349,8 +469,9 @@ async function about() {
   $("model").textContent = model.id;
   document.title = `${model.id} – Lumina`;
   room = model.max_model_len;
-  $("max_tokens").max = model.max_tokens;
-  if (Number($("max_tokens").value) > model.max_tokens) $("max_tokens").value = model.max_tokens;
+  $("max_tokens").max = Math.min(model.max_tokens, room); // no answer is longer than the context
+  $("most").textContent = `tokens, to ${$("max_tokens").max}`;
+  bound();
   complain("");
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lumina.model import Transformer
+from lumina.model import PREFERENCE_FIGURES, Transformer
 from tests.infer.small_models import as_transformers, make_model
 from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
@@ -32,7 +32,7 @@ def answer(
     ids, targets, mask, positions, bounds = batch
     longest = int(bounds.diff().max())
     documents = torch.searchsorted(bounds, torch.arange(len(ids)), right=True) - 1
-    options = {"documents_N": documents, "pairs_P2": pairs, "beta": beta}
+    options = {"documents_N": documents, "pairs_P3": pairs, "beta": beta}
     found: torch.Tensor = model(ids[None], positions[None], bounds, longest, targets, mask, **options)
     return found
 
@@ -63,12 +63,17 @@ def test_loss_and_gradients_are_trls(tmp_path: Path) -> None:
     expected.backward()
 
     ours = packed(batch["input_ids"], batch["attention_mask"].sum(1).tolist(), batch["completion_mask"])
-    nothing = torch.zeros(3, 2)
+    nothing = torch.zeros(3, 3)
     with torch.no_grad():
         reference = answer(before, ours, nothing, None)
-    found = answer(model, ours, torch.stack((reference.float(), torch.full((3,), 1 / 3)), 1), BETA)
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    found.backward()  # type: ignore[no-untyped-call]
+    chosen, rejected = reference.unbind(1)
+    pairs = torch.stack(((chosen - rejected).float(), torch.full((3,), 1 / 3), chosen.float()), 1)
+    found = answer(model, ours, pairs, BETA)
+    assert float(found[0].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    figures = dict(zip(PREFERENCE_FIGURES, found[1:].tolist(), strict=True))
+    logged = {name: theirs._metrics["train"][name][0] for name in PREFERENCE_FIGURES}
+    assert figures == pytest.approx(logged, rel=1e-3, abs=1e-5)
+    found[0].backward()  # type: ignore[no-untyped-call]
     wanted = dict(theirs.model.named_parameters())
     names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     for name, parameter in model.named_parameters():

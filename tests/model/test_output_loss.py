@@ -196,10 +196,10 @@ def test_the_host_asks_the_device_for_nothing(pairs: bool) -> None:
         x.to("meta")
         for x in (batch.ids, batch.positions, batch.cu_seqlens, where, batch.targets[0, :8], batch.weights[0, :8])
     )
-    options = {"documents_N": where, "pairs_P2": torch.ones(1, 2, device="meta"), "beta": 0.1} if pairs else {}
+    options = {"documents_N": where, "pairs_P3": torch.ones(1, 3, device="meta"), "beta": 0.1} if pairs else {}
     model = make_model().to("meta")
     loss = model(ids, positions, edges, 20, targets, weights, supervised_N=where, bounds=bounds, **options)
-    loss.backward()
+    loss.flatten()[0].backward()
     assert all(p.grad is not None for p in model.parameters())
 
 

@@ -463,7 +463,7 @@ def test_a_poisoned_sample(world: int, stage: int, runs: Runs, conversations: Pa
 def _raise_in_evaluation(rank: int, *, step: int, only: int | None) -> None:
     original = loop.evaluate
 
-    def evaluate(engine: Any, *given: Any) -> float:
+    def evaluate(engine: Any, *given: Any) -> tuple[float, dict[str, float]]:
         if step == int(engine.ds.global_steps) and only in (None, rank):
             raise RuntimeError("planted in evaluation")
         return original(engine, *given)

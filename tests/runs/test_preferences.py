@@ -156,6 +156,11 @@ def test_a_step_of_pairs_without_a_supervised_token_moves_nothing(
         (False, False, False),
         (True, True, True),
     ]
+    assert [[value is not None for value in figures] for figures in rewards(run)] == [
+        [True] * 4,
+        [False] * 4,
+        [True] * 4,
+    ]
 
 
 def test_the_loss_falls_to_the_preferred_answers(runs: Runs, place: Path, base: Path, data: Path) -> None:

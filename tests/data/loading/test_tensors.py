@@ -59,7 +59,7 @@ def test_nothing_is_lost_and_what_is_added_weighs_nothing(lengths: list[int], su
 
 def test_pairs_know_the_document_of_each_supervised_token() -> None:
     given = batch([9, 14, 20, 11], 0.7)
-    given.pairs_P2 = np.array([[1.0, 1.0], [0.5, 0.0]], dtype=np.float32)
+    given.pairs_P3 = np.array([[1.0, 1.0, -9.0], [0.5, 0.0, -8.0]], dtype=np.float32)
     found = given.torch()
     assert found.documents_N is not None
     assert found.units == 1.0
@@ -86,7 +86,7 @@ class Copies(TorchDispatchMode):
 
 def pairs() -> Batch:
     given = batch([9, 14, 20, 11], 0.7)
-    given.pairs_P2 = np.array([[1.0, 1.0], [0.5, 0.0]], dtype=np.float32)
+    given.pairs_P3 = np.array([[1.0, 1.0, -9.0], [0.5, 0.0, -8.0]], dtype=np.float32)
     return given
 
 

@@ -6,7 +6,6 @@ token, and nothing else. Batching, streaming, stopping and the protocol are the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ TOKENIZER = Tokenizer.load()
 BUSY = "document.querySelector('[aria-busy]') !== null"
 DONE = f"!({BUSY})"
 LAST = "[...document.querySelectorAll('article.assistant .body')].at(-1)"
-PICTURES = os.environ.get("LUMINA_PICTURES")  # a folder: keep the pictures there (docs/serve.md)
 
 MARKED = """\
 ## A *list* & <b>more</b>
@@ -189,7 +187,7 @@ def test_an_answer_full_of_markup(
     assert browser.ask(unnamed + "!node.getAttribute('aria-label') && !node.textContent.trim()).length") == 0
     shade = browser.ask("getComputedStyle(document.body).backgroundColor")
     assert (shade == "rgb(20, 23, 27)") == dark
-    picture = Path(PICTURES or tmp_path) / f"chat-page-{name}.png"
+    picture = tmp_path / f"chat-page-{name}.png"
     browser.picture(picture)
     assert picture.stat().st_size > 10_000
     assert all(url.startswith(server.address) for url in browser.requests)

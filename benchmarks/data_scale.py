@@ -1,17 +1,23 @@
 """Preparing, validating and loading a large chat JSONL: speed, and memory that does not grow with the data.
 
     python benchmarks/data_scale.py FILE [--gigabytes 2] [--workers 2] [--model-tokens-per-s 560]
+    python benchmarks/data_scale.py FILE --before CHECKOUT [--gigabytes 2] [--workers 2] [--repeat 3]
 
 FILE's lines are repeated, each copy's text made different, until the input has the size asked for; then again at a
 quarter of it. For both sizes: tokens/s of preparing and the largest resident memory of a worker and of the parent,
 then validation's time over preparing's, then the loader's tokens/s and the growth of its private memory over an epoch.
 The last line sums up.
+
+With --before, both checkouts prepare and validate the input in turns (benchmarks/prepare.py), and the ratios of their
+CPU seconds are printed, this one's in the denominator.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -111,7 +117,18 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--model-tokens-per-s", type=float, default=560.0, help="what the model of `debug` consumes")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--repeat", type=int, default=3, help="turns with --before")
     arguments = parser.parse_args()
+    if arguments.before is not None:
+        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+            path = Path(folder) / "input.jsonl"
+            grow(arguments.file, path, int(arguments.gigabytes * 1e9))
+            for more in ([], ["--validate"]):
+                command = [sys.executable, str(Path(__file__).with_name("prepare.py")), str(path), *more]
+                command += ["--before", str(arguments.before), "--workers", str(arguments.workers)]
+                subprocess.run([*command, "--repeat", str(arguments.repeat)], check=True)
+        return
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         results = []
         for share in (0.25, 1.0):

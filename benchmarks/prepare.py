@@ -1,13 +1,17 @@
 """Preparing a chat JSONL (read, template, tokenise, mask, pack, write): Lumina beside a peer's script.
 
     python benchmarks/prepare.py FILE [--workers 2] [--seq-length 1024] [--repeat 3] [--peer SCRIPT]
-    python benchmarks/prepare.py FILE --before CHECKOUT [--seq-length 256] [--repeat 10]
+    python benchmarks/prepare.py FILE --before CHECKOUT [--validate] [--seq-length 256] [--repeat 10]
 
-The peer is any script that takes FILE and a process count and prints `tokens_per_s=N`, such as one around TRL's
-dataset preparation. SCRIPT and PYTHON may also come from LUMINA_PEER_PREP and LUMINA_PEER_PYTHON. Lumina's time is
-that of `lumina prepare`'s work into an empty cache, its worker processes' start included; tokens are those of the
-template's rendering. The last line is the ratio. An input under 48 MB is prepared in one process: starting a second
-one takes longer than it saves.
+The peer is any script that takes FILE and a process count and prints `tokens_per_s=N`, such as one around TRL's dataset
+preparation. SCRIPT and PYTHON may also come from LUMINA_PEER_PREP and LUMINA_PEER_PYTHON. Lumina's time is that of
+`lumina prepare`'s work into an empty cache, its worker processes' start included; tokens are those of the template's
+rendering. The last line is the ratio. An input under 48 MB is prepared in one process: starting a second one takes
+longer than it saves.
+
+With --before, another checkout of Lumina prepares (or with --validate, validates) the file in turns with this one, in
+processes of their own. The figure is CPU seconds, the least of all turns, so that a shared machine tells as well as an
+idle one.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from pathlib import Path
 
 from lumina.chat import Tokenizer
 from lumina.config import load
-from lumina.data import prepare
+from lumina.data import prepare, validate
 
 SETTINGS = {"packing": True, "overlong": "split"}
 
@@ -69,10 +73,15 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def one(path: Path, workers: int, seq_length: int) -> None:
-    """Prints the CPU seconds of preparing once."""
+def one(path: Path, workers: int, seq_length: int, validating: bool) -> None:
+    """Prints the CPU seconds of preparing or validating once, and the tokens."""
     tokenizer = Tokenizer.load()
     tokenizer.encode(" ")
+    start = cpu_seconds()
+    if validating:
+        tokens = validate([str(path)], tokenizer, workers=workers).account.tokens
+        print(f"{cpu_seconds() - start} {tokens}")
+        return
     with tempfile.TemporaryDirectory() as cache:
         settings = load("nano", {**SETTINGS, "seq_length": seq_length, "cache_dir": cache})
         start = cpu_seconds()
@@ -80,10 +89,11 @@ def one(path: Path, workers: int, seq_length: int) -> None:
         print(f"{cpu_seconds() - start} {dataset.account['tokens']}")
 
 
-def compare(before: Path, path: Path, workers: int, seq_length: int, repeat: int) -> None:
+def compare(before: Path, path: Path, workers: int, seq_length: int, repeat: int, validating: bool) -> None:
     """Runs `one` with both checkouts in turns, and prints the ratio of the least times."""
     here = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-P", __file__, str(path.resolve()), "--one", "--seq-length", str(seq_length)]
+    command += ["--validate"] if validating else []
     least: dict[Path, tuple[float, int]] = {}
     for _ in range(repeat):
         for checkout in (before.resolve(), here):
@@ -97,7 +107,8 @@ def compare(before: Path, path: Path, workers: int, seq_length: int, repeat: int
             least[checkout] = min(least.get(checkout, (float("inf"), 0)), (float(seconds), int(tokens)))
     for checkout, (seconds, tokens) in least.items():
         print(f"{checkout}: cpu_seconds={seconds:.3f} tokens={tokens}")
-    print(f"seq_length={seq_length} ratio={least[before.resolve()][0] / least[here][0]:.3f}")
+    what = "validating" if validating else f"preparing seq_length={seq_length}"
+    print(f"{what} ratio={least[before.resolve()][0] / least[here][0]:.3f}")
 
 
 def main() -> None:
@@ -108,16 +119,17 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--before", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--validate", action="store_true", help="with --before: validating instead of preparing")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--peer", default=os.environ.get("LUMINA_PEER_PREP"))
     parser.add_argument("--peer-python", default=os.environ.get("LUMINA_PEER_PYTHON", sys.executable))
     arguments = parser.parse_args()
     data = (arguments.file, arguments.workers, arguments.seq_length)
     if arguments.one:
-        one(*data)
+        one(*data, arguments.validate)
         return
     if arguments.before is not None:
-        compare(arguments.before, *data, arguments.repeat)
+        compare(arguments.before, *data, arguments.repeat, arguments.validate)
         return
     best = max(ours(*data) for _ in range(arguments.repeat))
     if arguments.peer is None:

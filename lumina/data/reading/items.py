@@ -110,6 +110,7 @@ def _batches(path: str, container: str) -> Iterator[Any]:
 def _rows(batches: Any) -> Iterator[Item]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # of a damaged one, values lie outside the file: reading them would end the process
         sparse = [
             name for name, kind in zip(batch.schema.names, batch.schema.types, strict=True) if _has_calls(name, kind)
         ]

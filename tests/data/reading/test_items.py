@@ -6,6 +6,7 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -272,3 +273,19 @@ def test_a_damaged_table_is_named_with_the_remedy(tmp_path: Path, container: str
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(UserError, match=r"data\.bin is a (Parquet|Arrow) file that cannot be read: (.|\n)*download it"):
         prepare([path], Settings(), TOKENIZER)
+
+
+@pytest.mark.parametrize("container", ["arrow", "arrow stream"])
+def test_an_arrow_file_whose_values_lie_outside_it_is_refused(tmp_path: Path, container: str) -> None:
+    """Such a file has the right length: pyarrow would read what is not there, or raise SystemError."""
+    table = pa.table({"prompt": ["abc", "def", "g"], "response": ["a", "b", "c"]})
+    path = tmp_path / "in.arrow"
+    new = pa.ipc.new_file if container == "arrow" else pa.ipc.new_stream
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table)
+    whole, offsets = path.read_bytes(), np.array([0, 3, 6, 7], dtype=np.int32).tobytes()
+    assert whole.count(offsets) == 1
+    for wrong in ([0, 3, 2**31 - 1, 7], [0, -3, 6, 7], [0, 6, 3, 7]):
+        path.write_bytes(whole.replace(offsets, np.array(wrong, dtype=np.int32).tobytes()))
+        with pytest.raises(UserError, match="cannot be read"):
+            list(read_items(str(path), detect(str(path))))

@@ -14,7 +14,6 @@ Shapes: T tokens, M messages, N conversations, C chunks.
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,10 +65,10 @@ def _teaches(mask_T: NDArray[np.uint8], parts: Int64) -> NDArray[np.bool_]:
     """Which chunks without context have a target: bool[C]. Their first token has nothing to be predicted from."""
     if not len(parts):
         return np.zeros(0, dtype=np.bool_)
-    start = parts[:, _START]
-    places = parts[:, [_START, _STOP]].ravel()
-    counts = np.add.reduceat(np.append(mask_T, np.uint8(0)), places, dtype=np.int64)[::2]
-    return counts > mask_T[start]
+    start, stop = parts[:, _START] + 1, parts[:, _STOP]
+    padded_T = np.append(mask_T, np.zeros(2, dtype=np.uint8))
+    found = np.maximum.reduceat(padded_T, np.stack([start, stop], 1).ravel())[::2]
+    return (found > 0) & (start < stop)  # of no values, reduceat gives the one where they would begin
 
 
 def _whole(block: RenderedBlock, bounds: Int64, account: Account) -> Chunks:
@@ -99,8 +98,8 @@ def _parts(block: RenderedBlock, bounds: Int64, long_N: Int64, rule: ChunkRule, 
         parts = _plain(bounds[long_N], bounds[long_N] + rule.seq_length)
         return parts[_teaches(block.mask, parts)]
     if rule.policy == "split":
-        flat = chain.from_iterable(_split(block, long_N, rule, account))
-        return np.fromiter(flat, dtype=np.int64).reshape(-1, len(Part._fields))
+        flat = _split(block, long_N, rule, account)
+        return np.fromiter(flat, dtype=np.int64, count=len(flat)).reshape(-1, len(Part._fields))
     return np.empty((0, len(Part._fields)), dtype=np.int64)
 
 
@@ -109,11 +108,11 @@ def _plain(start: Int64, stop: Int64) -> Int64:
     return np.stack([start] * 4 + [np.zeros_like(start), start, stop], axis=1)
 
 
-def _split(block: RenderedBlock, long_N: Int64, rule: ChunkRule, account: Account) -> list[Part]:
-    """The chunks of these conversations of the block."""
+def _split(block: RenderedBlock, long_N: Int64, rule: ChunkRule, account: Account) -> list[int]:
+    """The chunks of these conversations of the block, the fields of one Part after another."""
     if not len(long_N):
         return []
-    parts: list[Part] = []
+    parts: list[int] = []
     mask, roles, repeated = block.mask.tobytes(), block.role.tobytes(), block.repeated.tobytes()  # a byte for each
     assert len(roles) == len(repeated) == len(block.head)
     offsets, heads = block.message_offsets.tolist(), block.head.tolist()

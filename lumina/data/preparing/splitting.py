@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from lumina.chat import ROLES, TEXT_ROLE
 
-_SYSTEM, _ASSISTANT = ROLES.index("system"), ROLES.index("assistant")
+_USER, _SYSTEM, _ASSISTANT = ROLES.index("user"), ROLES.index("system"), ROLES.index("assistant")
 _NOT_ASKING = frozenset([_SYSTEM, _ASSISTANT, ROLES.index(TEXT_ROLE)])
 
 
@@ -37,10 +37,11 @@ class Part(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The chunks of a conversation; how many of its messages (but for those marked as repeated) they cut, and how many
-    answers begin in one without a token of their question, or with its end alone."""
+    """The chunks of a conversation, the fields of one Part after another; how many of its messages (but for those
+    marked as repeated) they cut, and how many answers begin in one without a token of their question, or with its end
+    alone."""
 
-    parts: list[Part]
+    parts: list[int]
     cut: int
     without_question: int
     question_cut: int
@@ -59,11 +60,11 @@ class Overlong(NamedTuple):
     def split(self, seq_length: int, budget: int) -> Split:
         """Its chunks with a supervised token, each of at most `seq_length` tokens, its context included."""
         # Half of the time of chunking is spent in this loop: hence the local names, and one long function.
-        offsets, next_supervised = self.offsets, self.mask.find
+        offsets, roles, next_supervised = self.offsets, self.roles, self.mask.find
         begin, end = offsets[0], offsets[-1]
         opening_stop = self._opening_stop()
         opening = opening_stop - begin if opening_stop - begin <= budget else 0
-        parts: list[Part] = []
+        parts: list[int] = []
         cut = without_question = question_cut = 0
         start, message, last_cut, answer, asked, asked_stop = begin, 0, -1, -1, -1, -1
         while start < end:
@@ -75,7 +76,10 @@ class Overlong(NamedTuple):
             target = next_supervised(1, start + (start == begin), end)  # nothing comes before the first token
             if target >= 0 and (answer < 0 or target >= offsets[answer + 1]):
                 answer = bisect_right(offsets, target, message) - 1
-                asked, asked_stop = self._question_of(answer, opening_stop)
+                if answer > 1 and roles[answer - 2] == roles[answer] == _ASSISTANT and roles[answer - 1] == _USER:
+                    asked, asked_stop = offsets[answer - 1], offsets[answer]  # by far the most frequent
+                else:
+                    asked, asked_stop = self._question_of(answer, opening_stop)
 
             shown, question, question_stop = 0, begin, begin
             # Of some templates an answer begins with its first supervised token, which needs one before it too.
@@ -84,9 +88,10 @@ class Overlong(NamedTuple):
                 shown = opening if opening_stop <= start else 0
                 question = question_stop = begin + shown
                 if 0 <= asked < start:
-                    question_stop = min(asked_stop, start)
-                    wanted = min(asked_stop - asked, budget - shown) - (asked_stop - question_stop)
-                    question = question_stop - max(0, wanted)
+                    question_stop = asked_stop if asked_stop < start else start
+                    length, room = asked_stop - asked, budget - shown
+                    wanted = (length if length < room else room) - (asked_stop - question_stop)
+                    question = question_stop - wanted if wanted > 0 else question_stop
                 lead = lead and (question_stop if question < question_stop else begin + shown) != start
 
             limit = start + seq_length - (shown + question_stop - question + lead)
@@ -98,10 +103,12 @@ class Overlong(NamedTuple):
                 last = offsets[bisect_right(offsets, limit, message) - 1]
                 stop = last if last > start else limit
             if 0 <= target < stop:
-                parts.append(Part(begin, begin + shown, question, question_stop, int(lead), start, stop))
+                parts += (begin, begin + shown, question, question_stop, lead, start, stop)
                 # An answer counts where it begins: not where tokens of it were supervised in an earlier chunk.
                 if asked >= 0 and (offsets[answer] >= start or next_supervised(1, offsets[answer], start) < 0):
-                    held = question_stop - question + max(0, asked_stop - max(asked, start))
+                    held = question_stop - question
+                    if asked_stop > start:
+                        held += asked_stop - (asked if asked > start else start)
                     without_question += held == 0
                     question_cut += 0 < held < asked_stop - asked
             start = stop

@@ -323,6 +323,7 @@ def serve(arguments: Arguments) -> int:
 
     key = os.environ.get("LUMINA_API_KEY") if arguments.api_key is None else arguments.api_key
     names = ("host", "port", "precision", "slots", "queue", "max_tokens", "timeout", "max_body")
+    names += ("prefix_cache", "prefix_cache_bytes")
     return run_server(str(run), key, **{name: getattr(arguments, name) for name in names})
 
 
@@ -340,6 +341,10 @@ def _serve_options(parser: Parser) -> None:
     parser.add_argument("--queue", type=between(int, 0, 100_000), default=64, help="answers that may wait (64)")
     parser.add_argument("--max-tokens", type=between(int, 1, 2048), default=2048, help="longest answer (2048)")
     parser.add_argument("--timeout", type=between(float, 1, 86_400), default=300.0, help="seconds for a request (300)")
+    kept = "conversations whose keys and values are kept for their next turn, 0 for none (32)"
+    parser.add_argument("--prefix-cache", type=between(int, 0, 100_000), default=32, metavar="N", help=kept)
+    size = "of all of these at most (1 GiB)"
+    parser.add_argument("--prefix-cache-bytes", type=between(int, 0, 1 << 50), default=1 << 30, metavar="B", help=size)
     parser.add_argument("--max-body", type=between(int, 1024, 1 << 30), default=1 << 20, help="bytes (1 MiB)")
 
 

@@ -12,6 +12,7 @@ from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.model.attention import report_kernel as report_kernel
+    from lumina.model.cache import CachedRow as CachedRow
     from lumina.model.cache import KVCache as KVCache
     from lumina.model.cpu import keep_heap as keep_heap
     from lumina.model.decode import Decoder as Decoder
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PREFERENCE_FIGURES",
+    "CachedRow",
     "Decoder",
     "KVCache",
     "StaticDecoder",
@@ -36,6 +38,7 @@ __all__ = [
 __getattr__ = names_of(
     __name__,
     {
+        "CachedRow": "cache",
         "Decoder": "decode",
         "KVCache": "cache",
         "PREFERENCE_FIGURES": "preference",

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,17 @@ def _token_major(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+class CachedRow(NamedTuple):
+    """Keys and values of the tokens of one row, a copy or a view of a cache's."""
+
+    keys_LKnd: Tensor
+    values_LKnd: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys_LKnd.nbytes + self.values_LKnd.nbytes
+
+
 class KVCache:
     """Keys and values (L, N, K, C, d) of N sequences of at most C tokens, in the model's dtype.
 
@@ -79,6 +91,27 @@ class KVCache:
         """Forget all but the first `keep` tokens of a row."""
         assert 0 <= keep <= self.lengths[row]
         self.lengths[row] = keep
+
+    def row_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of so many tokens of a row."""
+        layers, _, heads, _, width = self.keys.shape
+        return 2 * layers * heads * tokens * width * self.keys.element_size()
+
+    def view_of(self, row: int) -> CachedRow:
+        """The tokens of a row where they are."""
+        seen = slice(self.lengths[row])
+        return CachedRow(self.keys[:, row, :, seen], self.values[:, row, :, seen])
+
+    def copy_of(self, row: int) -> CachedRow:
+        """A copy of the tokens of a row."""
+        return CachedRow(*(x.clone() for x in self.view_of(row)))
+
+    def begin_with(self, row: int, other: CachedRow, count: int) -> None:
+        """Fill an empty row with the first `count` tokens of another."""
+        assert self.lengths[row] == 0
+        self.keys[:, row, :, :count] = other.keys_LKnd[:, :, :count]
+        self.values[:, row, :, :count] = other.values_LKnd[:, :, :count]
+        self.lengths[row] = count
 
     def extend(self, rows: Sequence[int], counts: Sequence[int], decode: bool = False) -> Tensor:
         """Announce the next forward pass: `counts[i]` new tokens in row `rows[i]`.

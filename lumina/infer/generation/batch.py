@@ -3,7 +3,8 @@
 What a sequence says must not depend on its neighbours. Three things see to that:
 
 - Random numbers are each sequence's own (sampling.py).
-- A prompt's logits come from a pass whose layout depends on that prompt alone, when callers prefill one at a time.
+- A prompt's logits come from a pass whose layout depends on that prompt alone, when callers prefill one at a time and
+  no prefixes are reused. Those move logits in their last bits, as below.
 - The compiled step (a CPU, up to 8 sequences in bfloat16 and 16 in float32) takes every sum in the same order whatever
   else is in the batch. Elsewhere a step's sums may be taken in another order when it has other rows, which moves a
   logit in its last bits, and with it the choice between two nearly equal ones. So in float32 a greedy choice that is
@@ -23,12 +24,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.infer.generation.constraint import Constraint
+from lumina.infer.generation.prefix_cache import LEAST, Found, PrefixCache, common
 from lumina.infer.generation.sampling import FILTERS, Sampling, choose, filters, forbidden_tokens, generator, penalised
 from lumina.model import Decoder, KVCache, StaticDecoder, Transformer
 
@@ -53,6 +56,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     slot: int = -1
     fed: int = 0  # tokens of the prompt that the cache holds
+    reused: int = 0  # of these, tokens whose keys and values were there already
     room: int = 0  # tokens that it may still say
 
     def __post_init__(self) -> None:
@@ -79,10 +83,17 @@ class SequenceBatch:
     """Sequences in the rows of one preallocated cache."""
 
     def __init__(
-        self, model: Transformer, tokenizer: ChatTokenizer, rows: int, capacity: int, static: bool | None = None
+        self,
+        model: Transformer,
+        tokenizer: ChatTokenizer,
+        rows: int,
+        capacity: int,
+        static: bool | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """`rows` sequences at most, of `capacity` tokens each, prompt included. `static`: decoding steps are static
-        passes (see StaticDecoder); None: on a GPU they are."""
+        passes (see StaticDecoder); None: on a GPU they are. With `prefixes`, a prompt goes on from what it has in
+        common with a sequence of the batch, or with one that was kept there when it left."""
         weight = model.embedding.weight
         self._model, self._stop_ids, self.capacity = model, tokenizer.stop_ids, capacity
         self._cache = KVCache(model.config, rows, capacity, weight)
@@ -95,6 +106,8 @@ class SequenceBatch:
                 model, self._cache, self._forbidden_V, partial(_pick, self._exact), FILTERS, told=3
             )
         self._free = list(range(rows))
+        self._prefixes = prefixes
+        self._joined: list[Sequence] = []
         self.going: list[Sequence] = []
         """Those that a step adds a token to."""
 
@@ -107,24 +120,35 @@ class SequenceBatch:
         """Give it the lowest free row: steps over the first rows in order need no copies."""
         assert 1 <= len(sequence.prompt) < self.capacity
         sequence.slot = heapq.heappop(self._free)
+        self._joined.append(sequence)
         sequence.room = min(sequence.sampling.max_length, self.capacity - len(sequence.prompt))
 
-    def leave(self, sequence: Sequence) -> None:
-        """Free its row, whether it has ended or not. Leaving twice does nothing."""
+    def leave(self, sequence: Sequence, keep: bool = True) -> None:
+        """Free its row, whether it has ended or not. Leaving twice does nothing. `keep` is false where a pass failed: a
+        row may then count tokens that it does not hold."""
         if sequence.slot < 0:
             return
         if sequence in self.going:
             self.going.remove(sequence)
+        self._joined.remove(sequence)
+        if keep and self._prefixes is not None:
+            tokens = self._held(sequence)
+            if self._prefixes.wants(tokens, self._cache.row_bytes(len(tokens))):
+                self._prefixes.add(tokens, self._cache.copy_of(sequence.slot))
         self._cache.free(sequence.slot)
         heapq.heappush(self._free, sequence.slot)
         sequence.slot = -1
 
     @torch.inference_mode()
     def prefill(self, sequences: Many[Sequence], most: int | None = None) -> list[Token]:
-        """Feed each the next of its prompt, `most` tokens or all that is left, in one pass.
+        """Feed each the next of its prompt, `most` tokens or all that is left, in one pass. What a prompt has in common
+        with another sequence is not fed but copied.
 
         Returns the first token of each whose prompt is now complete. Raises UserError: logits that are not finite.
         """
+        for sequence in sequences:
+            if sequence.fed == 0 and self._prefixes is not None:
+                self._reuse(sequence, self._prefixes)
         chunks = [s.prompt[s.fed :][:most] for s in sequences]
         positions = self._cache.extend([s.slot for s in sequences], [len(chunk) for chunk in chunks])
         ids = torch.tensor([token for chunk in chunks for token in chunk], device=positions.device)[None]
@@ -137,6 +161,24 @@ class SequenceBatch:
         begun = [sequences[row] for row in ready]
         self.going = sorted([*self.going, *begun], key=lambda s: s.slot)
         return self._choose(begun, *self._largest(begun, self._model.output(x_R1D[ready])[:, 0]))
+
+    def _held(self, sequence: Sequence) -> list[int]:
+        """The tokens whose keys and values its row holds: never its newest one."""
+        return [*sequence.prompt, *sequence.generated][: self._cache.lengths[sequence.slot]]
+
+    def _reuse(self, sequence: Sequence, prefixes: PrefixCache) -> None:
+        """Begin its row with the longest prefix of its prompt that is there."""
+        found = prefixes.longest(sequence.prompt)
+        ids = np.array(sequence.prompt[:-1])
+        for other in self._joined:
+            if other.prompt[:LEAST] != sequence.prompt[:LEAST]:
+                continue
+            count = common(np.array(self._held(other)), ids)
+            if count >= LEAST and (found is None or count > found.count):
+                found = Found(count, self._cache.view_of(other.slot))
+        if found is not None:
+            self._cache.begin_with(sequence.slot, found.row, found.count)
+            sequence.fed = sequence.reused = found.count
 
     @torch.inference_mode()
     def step(self) -> list[Token]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,9 @@ from lumina.config import UserError, install_command
 
 # White space between the parts is bounded: a small model may otherwise fill its answer with it.
 _OPTIONS = {"whitespace_pattern": "[ \\n]{0,8}"}
+
+
+GRAMMARS = 32  # compiled ones that are kept; a schema is 64 KiB of text at most
 
 
 class Constraint(Protocol):
@@ -81,6 +85,7 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._lock = threading.Lock()
         self._vocabulary: Any = None
+        self._matchers: OrderedDict[str, Any] = OrderedDict()  # by grammar, the least recently used first
 
     def json(self, schema: dict[str, Any]) -> Callable[[], Constraint]:
         """Makes constraints to JSON texts of this schema; {} stands for any. Raises UserError: a schema with keywords
@@ -104,14 +109,22 @@ class GrammarCompiler:
         return lambda: _Calls(tokens, lambda: _Grammar(matcher.deep_copy(), stops, size), stops, size)
 
     def _matcher(self, grammar: str) -> Any:
-        """Raises UserError: a grammar that llguidance cannot keep."""
+        """The matcher of a grammar at its beginning, to be copied; compiled once as long as it is in use. Raises
+        UserError: a grammar that llguidance cannot keep."""
         guidance = _llguidance()
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = _vocabulary(self._tokenizer, self._vocab_size)
+            if (held := self._matchers.get(grammar)) is not None:
+                self._matchers.move_to_end(grammar)
+                return held
         matcher = guidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise UserError(f"the schema cannot be kept: {' '.join(matcher.get_error().split())[:300]}")
+        with self._lock:
+            self._matchers[grammar] = matcher
+            if len(self._matchers) > GRAMMARS:
+                self._matchers.popitem(last=False)
         return matcher
 
 

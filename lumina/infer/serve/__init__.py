@@ -3,6 +3,7 @@
 One thread runs the model (batcher.py); everything else is asynchronous and never waits for it. Needs the extra `serve`.
 """
 
+from lumina.infer.generation.prefix_cache import PrefixCache
 from lumina.infer.serve.app import make_app
 from lumina.infer.serve.batcher import ContinuousBatcher
 from lumina.infer.serve.metrics import Metrics
@@ -15,6 +16,7 @@ __all__ = [
     "STALL_SECONDS",
     "ContinuousBatcher",
     "Metrics",
+    "PrefixCache",
     "Rules",
     "Service",
     "make_app",

@@ -24,6 +24,7 @@ from lumina.chat import AnswerDelta, AnswerReader
 from lumina.config import UserError
 from lumina.infer.generation.batch import Finish, Sequence, SequenceBatch, Token
 from lumina.infer.generation.detokenizer import Detokenizer
+from lumina.infer.generation.prefix_cache import PrefixCache
 from lumina.infer.loading import Loaded
 from lumina.infer.serve.errors import ApiError, shutting_down
 from lumina.infer.serve.metrics import Metrics
@@ -99,10 +100,13 @@ class _Entry:
 class ContinuousBatcher:
     """Runs one model for many requests."""
 
-    def __init__(self, loaded: Loaded, slots: int, most_waiting: int, metrics: Metrics) -> None:
-        """`slots` sequences at a time; `most_waiting` more may wait for one."""
-        self._metrics, self._most_waiting = metrics, most_waiting
-        self._batch = SequenceBatch(loaded.model, loaded.tokenizer, slots, loaded.config.seq_length)
+    def __init__(
+        self, loaded: Loaded, slots: int, most_waiting: int, metrics: Metrics, prefixes: PrefixCache | None = None
+    ) -> None:
+        """`slots` sequences at a time; `most_waiting` more may wait for one. `prefixes` keeps those that ended."""
+        self._metrics, self._most_waiting, self._prefixes = metrics, most_waiting, prefixes
+        model, length = loaded.model, loaded.config.seq_length
+        self._batch = SequenceBatch(model, loaded.tokenizer, slots, length, prefixes=prefixes)
         self._wake = threading.Condition()
         self._waiting: deque[_Entry] = deque()  # guarded by _wake, as is _closing
         self._closing = False
@@ -165,10 +169,11 @@ class ContinuousBatcher:
             entry = self._filling[0]
             before = entry.sequence.fed
             tokens = self._batch.prefill([entry.sequence], CHUNK)
-            fed += entry.sequence.fed - before
+            fed += entry.sequence.fed - max(before, entry.sequence.reused)
             if tokens:
                 self._filling.popleft()
-                self._metrics.prompt_tokens.inc(entry.sequence.fed)
+                self._metrics.prompt_tokens.inc(entry.sequence.fed - entry.sequence.reused)
+                self._metrics.reused_tokens.inc(entry.sequence.reused)
                 self._metrics.first_token.observe(time.monotonic() - entry.request.arrived)
             self._hand_over(tokens)
         if self._batch.going:
@@ -212,7 +217,9 @@ class ContinuousBatcher:
         if entry in self._filling:
             self._filling.remove(entry)
         self._active.pop(entry.sequence, None)
-        self._batch.leave(entry.sequence)
+        self._batch.leave(entry.sequence, keep=how != "error")
+        if self._prefixes is not None:
+            self._metrics.kept_bytes.set(self._prefixes.bytes)
         self._metrics.ended.labels(how).inc()
         self._metrics.seconds.observe(time.monotonic() - entry.request.arrived)
 

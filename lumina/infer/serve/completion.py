@@ -87,6 +87,8 @@ async def complete(
         task.logprobs is not None,
         sum(map(len, task.prompts)),
         len(task.begun) * len(sequences),
+        # Several answers to a prompt count it once: by the first, since the others may go on from that one.
+        lambda: sum(min(s.reused, len(s.prompt) - len(task.begun)) for s in sequences[:: body.n]),
     )
     deltas = stream_deltas(
         service.batcher, sequences, task.reader, service.seconds, request.receive, task.begun, task.most_calls

@@ -25,12 +25,14 @@ class Metrics:
 
         self.requests = counter("http_requests", "HTTP requests answered, by path and status", "path", "status")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that were prefilled")
+        self.reused_tokens = counter("reused_prompt_tokens", "Tokens of prompts that the prefix cache spared")
         self.tokens = counter("generated_tokens", "Tokens generated")
         self.ended = counter(
             "sequences", "Sequences that ended: stop, length, window, cancelled, timeout, error", "how"
         )
         self.running = gauge("sequences_running", "Sequences in the batch")
         self.waiting = gauge("sequences_waiting", "Sequences that wait for a slot")
+        self.kept_bytes = gauge("prefix_cache_bytes", "Bytes of keys and values that the prefix cache keeps")
         gauge("slots", "Sequences that fit into the batch").set(slots)
         self.queued = histogram("queue_seconds", "From a request's arrival to its place in the batch")
         self.first_token = histogram("first_token_seconds", "From a request's arrival to its first token")

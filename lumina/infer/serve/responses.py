@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +62,11 @@ class ResponseBuilder(ABC):
         logprobs: bool,
         prompt: int,
         begun: int,
+        cached: Callable[[], int],
     ) -> None:
-        """For the usage: tokens of the request's prompts, and of its answers that they ended with."""
+        """For the usage: tokens of the request's prompts, and of its answers that they ended with; `cached`, once there
+        is an answer, those of the prompts that the prefix cache spared."""
+        self._cached = cached
         self._tokenizer, self._logprobs, self._prompt, self._completion = tokenizer, logprobs, prompt, begun
         self._texts: dict[int, TokenTexts] = {}  # of each choice
         common = {"id": f"{self.prefix}-{response_id}", "created": int(time.time()), "model": model}
@@ -93,9 +96,10 @@ class ResponseBuilder(ABC):
         """The chunk that only holds the usage."""
         return self._chunk([]) | {"usage": self.usage()}
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         total = self._prompt + self._completion
-        return {"prompt_tokens": self._prompt, "completion_tokens": self._completion, "total_tokens": total}
+        counts = {"prompt_tokens": self._prompt, "completion_tokens": self._completion, "total_tokens": total}
+        return counts | {"prompt_tokens_details": {"cached_tokens": self._cached()}}
 
     def _chunk(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._common, "object": self.chunk_kind, "choices": parts}

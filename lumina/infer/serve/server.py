@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from lumina.chat import open_tokenizer
 from lumina.config import UserError
+from lumina.infer.generation.prefix_cache import PrefixCache
 from lumina.infer.loading import Loaded, load
 from lumina.infer.serve.app import make_app
 from lumina.infer.serve.batcher import ContinuousBatcher
@@ -39,13 +40,16 @@ def serve(
     max_tokens: int = 2048,
     timeout: float = 300.0,
     max_body: int = 1 << 20,
+    prefix_cache: int = 32,
+    prefix_cache_bytes: int = 1 << 30,
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code. Raises UserError: no such run, address taken, a bad key."""
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         raise UserError("the API key must be printable ASCII without spaces at its ends", "`openssl rand -hex 32`")
     listener = _listen(host, port)
     try:
-        service = make_service(load(run, precision), slots, queue, max_tokens, timeout)
+        prefixes = PrefixCache(prefix_cache, prefix_cache_bytes) if prefix_cache else None
+        service = make_service(load(run, precision), slots, queue, max_tokens, timeout, prefixes)
         address = _address(listener)
         open_to = _loopback(listener.getsockname()[0])
         if key is None and not open_to:
@@ -67,10 +71,12 @@ def serve(
     return 0
 
 
-def make_service(loaded: Loaded, slots: int, queue: int, max_tokens: int, timeout: float) -> Service:
+def make_service(
+    loaded: Loaded, slots: int, queue: int, max_tokens: int, timeout: float, prefixes: PrefixCache | None = None
+) -> Service:
     """The model's batcher, not yet started, and what the endpoints need."""
     metrics = Metrics(slots)
-    batcher = ContinuousBatcher(loaded, slots, queue, metrics)
+    batcher = ContinuousBatcher(loaded, slots, queue, metrics, prefixes)
     own = loaded.tokenizer
     tokenizer = open_tokenizer(own.folder, own.chat_template)  # a second one: see Service
     return Service(loaded, tokenizer, batcher, metrics, max_tokens, timeout, STALL_SECONDS)

@@ -14,7 +14,7 @@ import httpx
 from openai import OpenAI
 
 from lumina.infer import Loaded
-from lumina.infer.serve import LOOPBACK, Rules, Service, make_app, make_server, make_service
+from lumina.infer.serve import LOOPBACK, PrefixCache, Rules, Service, make_app, make_server, make_service
 
 
 @dataclass
@@ -55,8 +55,9 @@ def running(
     max_body: int = 1 << 16,
     body_seconds: float = 10.0,
     max_tokens: int = 2000,
+    kept: int = 4,
 ) -> Iterator[Running]:
-    service = make_service(loaded, slots, queue, max_tokens, timeout)
+    service = make_service(loaded, slots, queue, max_tokens, timeout, PrefixCache(kept, 1 << 24) if kept else None)
     server = make_server(make_app(service, Rules(key, LOOPBACK, max_body, body_seconds)))
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]

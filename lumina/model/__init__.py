@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lumina.model.decode import Decoder as Decoder
     from lumina.model.preference import PREFERENCE_FIGURES as PREFERENCE_FIGURES
     from lumina.model.static import StaticDecoder as StaticDecoder
+    from lumina.model.static import static_fits as static_fits
     from lumina.model.transformer import Transformer as Transformer
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "lora",
     "ops",
     "report_kernel",
+    "static_fits",
 ]
 
 __getattr__ = names_of(
@@ -45,6 +47,7 @@ __getattr__ = names_of(
         "StaticDecoder": "static",
         "Transformer": "transformer",
         "keep_heap": "cpu",
+        "static_fits": "static",
         "report_kernel": "attention",
     },
 )

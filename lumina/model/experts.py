@@ -34,7 +34,7 @@ def draw(weight: Tensor, std: float) -> None:
 _ALIGNED = 8  # elements of bfloat16: torch's grouped product takes rows of whole 16 bytes
 
 
-def _in_one_launch(x_RI: Tensor, weight_EOI: Tensor) -> bool:
+def in_one_launch(x_RI: Tensor, weight_EOI: Tensor) -> bool:
     """Whether torch's grouped product takes these: in bfloat16, on compute capability 8.0 and later."""
     whole = x_RI.shape[1] % _ALIGNED == 0 and weight_EOI.shape[1] % _ALIGNED == 0
     if not (x_RI.is_cuda and x_RI.dtype is torch.bfloat16 and weight_EOI.dtype is torch.bfloat16 and whole):
@@ -99,7 +99,7 @@ def _groups(ends_E: Tensor) -> list[tuple[int, slice]]:
 def grouped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """x[rows of e] @ weight[e].T for each expert e, whose rows end before ends[e] (int32): (R, O). In one launch where
     torch has one for these, else expert by expert."""
-    at_once = _in_one_launch(x_RI, weight_EOI)
+    at_once = in_one_launch(x_RI, weight_EOI)
     return _GroupedProduct.apply(x_RI, weight_EOI, ends_E, at_once)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lumina.model.cache import KVCache
+from lumina.model.experts import GroupedLinear, in_one_launch
 from lumina.model.transformer import Transformer
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -52,6 +53,13 @@ def candidate_bucket(candidates: int | None, vocabulary: int) -> int:
     return next((bucket for bucket in _CANDIDATES if wanted <= bucket < vocabulary), vocabulary)
 
 
+def static_fits(model: Transformer) -> bool:
+    """Whether a step of this model asks the device for nothing. Where torch has no grouped product for experts, they
+    are multiplied one by one, and the host must know how many tokens each has."""
+    grouped = (module.weight for module in model.modules() if isinstance(module, GroupedLinear))
+    return all(in_one_launch(weight_EOI[0], weight_EOI) for weight_EOI in grouped)
+
+
 class Replay:
     """Runs one function of fixed buffers again and again: on a GPU as a CUDA graph; elsewhere it calls the function."""
 
@@ -78,7 +86,8 @@ class Replay:
 
 
 class StaticDecoder:
-    """Decoding steps of one model over one cache, as static passes. Neither may move or change type meanwhile."""
+    """Decoding steps of one model over one cache, as static passes. Neither may move or change type meanwhile.
+    On a GPU only for models that `static_fits` says yes to: a graph can hold no question to the device."""
 
     def __init__(
         self, model: Transformer, cache: KVCache, forbidden_V: Tensor, choose: Choose, settings: int, told: int

@@ -11,15 +11,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config import FAMILIES
-from lumina.model import KVCache, StaticDecoder, Transformer
+from lumina.model import KVCache, StaticDecoder, Transformer, static_fits
 from lumina.model import cache as room
 from lumina.model.static import Replay, candidate_bucket, length_bucket, row_bucket
 from lumina.model.varlen import Spans
 from tests.model.tiny_models import make_model
 from tests.model.variable_length import by_spans
 
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"experts": {"count": 4}},
+    "qwen3_moe": {"experts": {"count": 4, "size": 24, "dense_layers": [1]}},
+    "olmoe": {"experts": {"count": 4, "norm_topk_prob": False}},
+}
 SHAPES: dict[str, dict[str, Any]] = {
-    **{name: {"family": name} for name in FAMILIES.names()},
+    **{name: {"family": name} | EXPERTS.get(name, {}) for name in FAMILIES.names()},
     "wide heads": {"family": "qwen3", "head_size": 20},
     "one head each": {"num_kv_heads": 4, "tie_word_embeddings": False},
     "scaled": {"rope_scaling": {"type": "linear", "factor": 4.0}},
@@ -95,7 +100,7 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("candidates", [0, 2, None])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name not in EXPERTS])
 @torch.inference_mode()
 def test_a_step_asks_the_device_for_nothing(shape: str, candidates: int | None) -> None:
     """On the device meta a question raises; and whatever the lengths, the operations and their shapes are the same."""
@@ -187,3 +192,8 @@ def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
     for _ in range(5):
         replay(lambda: done.append("run"))
     assert done == ["run"] * 3 + ["capture", "run", "captured", "replay", "replay"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts_that_are_multiplied_one_by_one_are_left_out(shape: str) -> None:
+    assert static_fits(make_model(**SHAPES[shape])) == (shape not in EXPERTS)

@@ -33,7 +33,7 @@ from lumina.config import UserError
 from lumina.infer.generation.constraint import Constraint
 from lumina.infer.generation.prefix_cache import LEAST, Found, PrefixCache, common
 from lumina.infer.generation.sampling import FILTERS, Sampling, choose, filters, forbidden_tokens, generator, penalised
-from lumina.model import Decoder, KVCache, StaticDecoder, Transformer
+from lumina.model import Decoder, KVCache, StaticDecoder, Transformer, static_fits
 
 TIE = (
     1e-4  # of 1 + |logit|. Orders of summation moved logits by at most 7e-7 of that at nano's shape, 1.3e-6 at debug's
@@ -92,8 +92,8 @@ class SequenceBatch:
         prefixes: PrefixCache | None = None,
     ) -> None:
         """`rows` sequences at most, of `capacity` tokens each, prompt included. `static`: decoding steps are static
-        passes (see StaticDecoder); None: on a GPU they are. With `prefixes`, a prompt goes on from what it has in
-        common with a sequence of the batch, or with one that was kept there when it left."""
+        passes (see StaticDecoder); None: on a GPU they are, where they can be. With `prefixes`, a prompt goes on from
+        what it has in common with a sequence of the batch, or with one that was kept there when it left."""
         weight = model.embedding.weight
         self._model, self._stop_ids, self.capacity = model, tokenizer.stop_ids, capacity
         self._cache = KVCache(model.config, rows, capacity, weight)
@@ -101,7 +101,7 @@ class SequenceBatch:
         self._exact = weight.dtype in (torch.float32, torch.float64)
         self._decoder = Decoder(model, self._cache, self._forbidden_V)
         self._static: StaticDecoder | None = None
-        if weight.device.type == "cuda" if static is None else static:
+        if (weight.device.type == "cuda" and static_fits(model)) if static is None else static:
             self._static = StaticDecoder(
                 model, self._cache, self._forbidden_V, partial(_pick, self._exact), FILTERS, told=3
             )

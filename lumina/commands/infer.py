@@ -322,8 +322,8 @@ def serve(arguments: Arguments) -> int:
     from lumina.infer.serve import serve as run_server
 
     key = os.environ.get("LUMINA_API_KEY") if arguments.api_key is None else arguments.api_key
-    names = ("host", "port", "precision", "slots", "queue", "max_tokens", "timeout", "max_body")
-    names += ("prefix_cache", "prefix_cache_bytes")
+    names = ["host", "port", "precision", "slots", "queue", "max_tokens", "timeout", "max_body"]
+    names += ["prefix_cache", "prefix_cache_bytes"]
     return run_server(str(run), key, **{name: getattr(arguments, name) for name in names})
 
 

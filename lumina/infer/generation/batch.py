@@ -174,11 +174,11 @@ class SequenceBatch:
             if other.prompt[:LEAST] != sequence.prompt[:LEAST]:
                 continue
             count = common(np.array(self._held(other)), ids)
-            if count >= LEAST and (found is None or count > found.count):
+            if count >= LEAST and (found is None or count > found.length):
                 found = Found(count, self._cache.view_of(other.slot))
         if found is not None:
-            self._cache.begin_with(sequence.slot, found.row, found.count)
-            sequence.fed = sequence.reused = found.count
+            self._cache.begin_with(sequence.slot, found.row, found.length)
+            sequence.fed = sequence.reused = found.length
 
     @torch.inference_mode()
     def step(self) -> list[Token]:

@@ -27,9 +27,9 @@ Ids = NDArray[np.int64]
 
 
 class Found(NamedTuple):
-    """A row that begins as a prompt does, for `count` tokens."""
+    """A row that begins as a prompt does, for `length` tokens."""
 
-    count: int
+    length: int
     row: CachedRow
 
 

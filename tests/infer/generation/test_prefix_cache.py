@@ -172,6 +172,6 @@ def test_bounds_and_the_least_recently_used() -> None:
     assert (len(cache), cache.bytes) == (2, 100 * 16)
     found = cache.longest([4] * 65)
     assert found is not None
-    assert found.count == 64
+    assert found.length == 64
     assert cache.longest([4] * LEAST) is None
     assert not PrefixCache(0, 1 << 20).wants([1] * 30, 10)

@@ -5,8 +5,8 @@
 run-report     three runs of the nano preset made narrow (64 x 2) on the quickstart's conversations, with three
                learning rates: `lumina report` of the three, and of the second alone on a phone
 data-report    `lumina validate-data --create-report` of the quickstart's conversations with 60 lines spoilt in six ways
-chat-page      `lumina serve` of --model (experiments/quickstart): what is asked stands below, what is answered is the
-               model's own, at temperature 0
+chat-page      the page in front of the tests' model, which was taught two conversations by heart, one with tool calls
+               (tests/infer/taught_models.py); with --model RUN of `lumina serve RUN`, asked what the quickstart asks
 live           benchmarks/live_picture.py
 
 Each page is taken on a wide light screen and on a dark phone of 390 pixels, by a headless Chromium. Nothing is changed
@@ -35,7 +35,11 @@ from tests.browser import CHROMIUM, Browser  # noqa: E402  # the tests' own brow
 
 RATES = (3e-3, 1e-2, 3e-2)
 NARROW = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "seq_length": 128, "num_workers": 1}
-QUESTIONS = ("Hello, how are you?", "What do you like to do on weekends?", "Do you have any pets?")
+QUESTIONS = (  # the quickstart's, chosen before its model was trained
+    "Hello there! How are you today?",
+    "Can you tell me a joke, please?",
+    "My computer does not turn on. What should I do?",
+)
 PHONE, DESK = (390, 844), (1100, 900)
 
 
@@ -110,12 +114,14 @@ def chat_page(browser: Browser, folder: Path, out: Path, arguments: argparse.Nam
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    if arguments.model is None:
+        return taught_page(browser, folder, out)
     model = str(Path(arguments.model).resolve())
-    command = [sys.executable, "-m", "lumina", "serve", "--resume", model, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "lumina", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(command, cwd=folder)
     address = f"http://127.0.0.1:{port}/"
     try:
-        answers(address)
+        answers(address, server)
         for name, size, dark in (("light", DESK, False), ("phone-dark", PHONE, True)):
             talk(browser, address, size, dark)
             browser.picture(out / f"chat-page-{name}.png")
@@ -127,10 +133,37 @@ def chat_page(browser: Browser, folder: Path, out: Path, arguments: argparse.Nam
         server.wait()
 
 
-def answers(address: str, seconds: float = 300.0) -> None:
+def taught_page(browser: Browser, folder: Path, out: Path) -> None:
+    """A conversation in which the model calls a tool twice and is given the results."""
+    from tests.infer.serve.running_server import running
+    from tests.infer.taught_models import ANSWER, ASKED, CALLS, WEATHER, taught
+
+    ended = "!document.querySelector('[aria-busy]')"
+    with running(taught(folder / "taught")) as server:
+        for name, size, dark in (("light", DESK, False), ("phone-dark", PHONE, True)):
+            browser.open(server.address, *size, dark, phone=size is PHONE)
+            browser.wait("document.getElementById('model').textContent !== ''")
+            browser.click("#open-settings")
+            browser.ask(f"document.getElementById('tools').value = JSON.stringify([{WEATHER}.function])")
+            browser.ask("document.getElementById('temperature').value = 0")
+            browser.picture(out / f"chat-settings-{name}.png")
+            browser.press("Escape")
+            browser.click("#input")
+            browser.type(ASKED.content)
+            browser.press("Enter")
+            browser.wait(f"{ended} && document.querySelectorAll('.call').length === {len(CALLS)}")
+            for result in ("rain", "sun"):
+                browser.type(result)
+                browser.press("Enter")
+            browser.wait(f"{ended} && document.getElementById('log').textContent.includes({ANSWER!r})")
+            browser.picture(out / f"chat-page-{name}.png")
+            print(out / f"chat-page-{name}.png")
+
+
+def answers(address: str, server: subprocess.Popen[bytes], seconds: float = 300.0) -> None:
     """Wait until the server is there."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end and server.poll() is None:
         try:
             urllib.request.urlopen(address + "health", timeout=5).read()
         except OSError:
@@ -168,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=MADE, default=list(MADE), help="these pictures")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="the folder for the pictures")
-    parser.add_argument("--model", default="experiments/quickstart", help="the run that talks on the chat page")
+    parser.add_argument("--model", help="the run that talks on the chat page")
     parser.add_argument("--steps", type=int, default=60, help="of each run in the run report")
     arguments = parser.parse_args()
     if CHROMIUM is None:

@@ -14,7 +14,7 @@
   const figure = (value) => {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
-    if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(3);
+    if (size !== 0 && (size < 1e-3 || size >= 1e7)) return Number(value.toPrecision(4)).toExponential();
     return value.toLocaleString("en", { maximumSignificantDigits: 6 });
   };
   const bytes = (value) => {
@@ -92,7 +92,8 @@
       this.button.setAttribute("aria-pressed", String(this.log));
       this.marks = marksOf({ series: this.series });
       this.format = formats[this.spec.format] || figure;
-      const paint = (s, i) => (s.evaluation ? evaluationColour(s.run) : seriesColour(this.spec.byRun ? s.run : i));
+      const evaluated = (s) => s.evaluation || (s.group === "eval" && runs.length === 1);
+      const paint = (s, i) => (evaluated(s) ? evaluationColour(s.run) : seriesColour(this.spec.byRun ? s.run : i));
       const tables = this.data();
       const lone = (i) => tables[i + 1].filter((value) => value != null).length === 1;  // no line to be seen
       const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 },

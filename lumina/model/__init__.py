@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lumina.model.cpu import keep_heap as keep_heap
     from lumina.model.decode import Decoder as Decoder
     from lumina.model.preference import PREFERENCE_FIGURES as PREFERENCE_FIGURES
+    from lumina.model.routing import ExpertBalance as ExpertBalance
+    from lumina.model.routing import expert_balance as expert_balance
     from lumina.model.static import StaticDecoder as StaticDecoder
     from lumina.model.static import static_fits as static_fits
     from lumina.model.transformer import Transformer as Transformer
@@ -25,9 +27,11 @@ __all__ = [
     "PREFERENCE_FIGURES",
     "CachedRow",
     "Decoder",
+    "ExpertBalance",
     "KVCache",
     "StaticDecoder",
     "Transformer",
+    "expert_balance",
     "families",
     "float8",
     "keep_heap",
@@ -42,10 +46,12 @@ __getattr__ = names_of(
     {
         "CachedRow": "cache",
         "Decoder": "decode",
+        "ExpertBalance": "routing",
         "KVCache": "cache",
         "PREFERENCE_FIGURES": "preference",
         "StaticDecoder": "static",
         "Transformer": "transformer",
+        "expert_balance": "routing",
         "keep_heap": "cpu",
         "static_fits": "static",
         "report_kernel": "attention",

@@ -107,8 +107,8 @@ class Routing:
         return (self.weights_G * balance_G).sum(), (self.weights_G * squares_G1[:, 0] / rows_G).sum()
 
     def counts(self, loss: Tensor) -> Tensor:
-        """What `balance` is made of, to be added up over micro-batches and ranks: float64 (L*E + 4). loss: the first of
-        `losses`. Documents without weight are left out."""
+        """What `expert_balance` is made of, to be added up over micro-batches and ranks: float64 (L*E + 4). loss: the
+        first of `losses`. Documents without weight are left out."""
         sums_LGC = torch.stack(self.sums).detach().double()
         part_G = (self.weights_G > 0).double()
         columns_LC = (part_G[:, None] * sums_LGC).sum(1)
@@ -136,7 +136,7 @@ class ExpertBalance:
     loss: Tensor | float
 
 
-def balance(counts: Tensor, config: ModelConfig) -> Tensor:
+def expert_balance(counts: Tensor, config: ModelConfig) -> Tensor:
     """The fields of ExpertBalance, in their order, from a sum of `Routing.counts`: float64 (4); NaN where no document
     took part."""
     assert config.experts is not None

@@ -257,7 +257,7 @@ class Transformer(nn.Module):
         return loss + (added - added.detach())
 
     def take_routing_counts(self) -> Tensor | None:
-        """What `lumina.model.routing.balance` reads of the forward passes with a loss since the last call: float64, to
+        """What `lumina.model.expert_balance` reads of the forward passes with a loss since the last call: float64, to
         be added up over ranks; None where no layer has experts."""
         counts, self._routing_counts = self._routing_counts, None
         return counts

@@ -34,7 +34,8 @@ class StepRecord:
     (lumina.data.samples_id); mfu is None where the device's peak is unknown; time in seconds since 1970.
     tokens_per_s and supervised_tokens_per_s count the step and its wait for data; seconds is what the time since the
     step before went to (lumina.train.deepspeed.timing); of_objective: what the objective tells beside the loss, by
-    name, which metrics.jsonl has among the others."""
+    name, which metrics.jsonl has among the others; experts: of a mixture of experts, lumina.model.ExpertBalance's
+    fields."""
 
     step: int
     epoch: int
@@ -57,6 +58,7 @@ class StepRecord:
     seconds: dict[str, float] | None = None
     mfu: float | None = None
     of_objective: dict[str, float] = field(default_factory=dict)
+    experts: dict[str, float] | None = None
     ppl: float = field(init=False)
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lumina.data import StepData
+from lumina.model import ExpertBalance
 from lumina.train.agreement import StepSums, pack, unpack
 from lumina.train.deepspeed import Engine, PhaseTimes
 from lumina.train.health import LayerFigures
@@ -66,7 +67,7 @@ class Readback:
 @dataclass
 class StepTaken:
     """A step whose numbers are under way. times: of its phases; ended: seconds since 1970; layers: figures of each
-    layer, at the steps that are due for them."""
+    layer, at the steps that are due for them; experts: how evenly the tokens went to them, once it is read."""
 
     data: StepData
     lr: float
@@ -74,12 +75,17 @@ class StepTaken:
     times: PhaseTimes
     ended: float
     layers: dict[str, LayerFigures] | None = None
+    has_experts: bool = False
+    experts: ExpertBalance | None = None
 
     def read(self) -> tuple[UpdateNumbers, StepSums, list[float]]:
         """What the update tells, what the ranks added up, and the means of the objective's figures. Waits for the
-        device."""
+        device. Fills in `experts` where the model has any."""
         numbers, own = self.numbers.read(), len(fields(UpdateNumbers))
         end = own + len(fields(StepSums))
+        if self.has_experts:
+            balance = len(fields(ExpertBalance))
+            numbers, self.experts = numbers[:-balance], unpack(ExpertBalance, numbers[-balance:])
         return unpack(UpdateNumbers, numbers[:own]), unpack(StepSums, numbers[own:end]), numbers[end:]
 
 
@@ -94,9 +100,18 @@ class Deferred:
     def pending(self) -> bool:
         return self._taken is not None
 
-    def put(self, engine: Engine, data: StepData, lr: float, sums: Tensor, norm: Tensor, applied: Tensor) -> None:
+    def put(
+        self,
+        engine: Engine,
+        data: StepData,
+        lr: float,
+        sums: Tensor,
+        norm: Tensor,
+        applied: Tensor,
+        experts: Tensor | None = None,
+    ) -> None:
         """After a step's update. sums: the `StepSums` of all ranks, packed, and after them the objective's figures;
-        norm and applied: 0-dimensional, all on the device."""
+        norm and applied: 0-dimensional; experts: lumina.model.expert_balance of all ranks; all on the device."""
         assert self._taken is None, "the numbers of the step before were not read"
         scale = engine.gradient_scale()  # fp16's under stage 0 is on the device
         if not isinstance(scale, Tensor):
@@ -105,8 +120,10 @@ class Deferred:
         if exhausted is None:
             exhausted = torch.zeros_like(applied)
         own = pack(UpdateNumbers(norm, applied, scale, exhausted), norm.device)
+        numbers = (own, sums) if experts is None else (own, sums, experts)
         times = engine.timer.lap()  # before the numbers: once they are there, the device has come past its last event
-        self._taken = StepTaken(data, lr, Readback(torch.cat((own, sums))), times, time.time())
+        self._taken = StepTaken(data, lr, Readback(torch.cat(numbers)), times, time.time())
+        self._taken.has_experts = experts is not None
 
     def keep_layers(self, figures: dict[str, LayerFigures]) -> None:
         """The layers' figures of the step whose numbers are under way."""

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumina.data import StepData, sample_sums, samples_id
+from lumina.model import expert_balance
 from lumina.train.agreement import StepSums, entry, pack
 from lumina.train.build import Run
 from lumina.train.callbacks import StepResult
@@ -47,9 +48,7 @@ def take_step(run: Run, data: StepData) -> Outcome:
     if action is not None:
         return replace(action, then=settle(run))
     run.watchdog.heartbeat(f"step {step}, update")
-    sums = torch.cat((pack(_own_sums(run, data, own[0]), own.device), own[1:].double() / run.ranks.world))
-    with timer.phase("communication"):
-        dist.all_reduce(sums)
+    sums, experts = _sums(run, data, own)
     outcome = settle(run)
     if outcome is not None:
         return outcome
@@ -59,7 +58,7 @@ def take_step(run: Run, data: StepData) -> Outcome:
     if isinstance(updated, HalveMicroBatch | Fail):
         return updated
     norm, applied = updated
-    run.deferred.put(state.engine, data, lr, sums, norm, applied)
+    run.deferred.put(state.engine, data, lr, sums, norm, applied, experts)
     # From here on a checkpoint of this step can be made: what its spike detector and its record need is under way.
     state.trainer_state.step, state.consistent = step, True
     _measure_layers(run, step, applied)
@@ -74,6 +73,7 @@ def accumulate(run: Run, data: StepData) -> tuple[Tensor, HalveMicroBatch | Fail
     scale = run.ranks.world / max(1.0, data.supervised_tokens)
     sums = torch.zeros(1 + len(engine.figures), dtype=torch.float32, device=engine.device)
     failure, engine.collectives = None, False
+    engine.take_routing_counts()  # of a step that was given up
     if run.config.lora_dropout:
         torch.manual_seed(_dropout_seed(run.config.seed, step, run.ranks.rank))
     try:
@@ -95,6 +95,18 @@ def _dropout_seed(seed: int, step: int, rank: int) -> int:
     """What is dropped in a step is a function of these alone, so that a resumed run drops the same (law 6), on a GPU
     too, whose generator no checkpoint holds."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "little")
+
+
+def _sums(run: Run, data: StepData, own: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Over all ranks: the step's `StepSums`, packed, and after them the objective's figures; and the expert balance
+    where there are experts; on the device. own: as `accumulate` returns it."""
+    sums = torch.cat((pack(_own_sums(run, data, own[0]), own.device), own[1:].double() / run.ranks.world))
+    count, counts = len(sums), run.state.engine.take_routing_counts()
+    if counts is not None:
+        sums = torch.cat((sums, counts))
+    with run.state.engine.timer.phase("communication"):
+        dist.all_reduce(sums)
+    return sums[:count], None if counts is None else expert_balance(sums[count:], run.config)
 
 
 def _own_sums(run: Run, data: StepData, loss: Tensor) -> StepSums:
@@ -203,7 +215,18 @@ def _record(
     anomaly = run.state.spikes.classify(loss, norm) if taken.data.supervised_tokens else None
     loss_scale, samples = update_numbers.scale if engine.fp16 else None, samples_id(*sums.samples)
     figures = StepFigures(
-        taken.data, loss, taken.lr, norm, applied, anomaly, split, samples, taken.ended, loss_scale, of_objective
+        taken.data,
+        loss,
+        taken.lr,
+        norm,
+        applied,
+        anomaly,
+        split,
+        samples,
+        taken.ended,
+        loss_scale,
+        of_objective,
+        taken.experts,
     )
     try:
         run.outputs.step(figures)

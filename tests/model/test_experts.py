@@ -147,6 +147,7 @@ def test_an_expert_without_a_token_takes_part() -> None:
     assert sum(bool(g.any()) for g in gradients["blocks.0.feed_forward.down.weight"]) == 2
 
 
+@pytest.mark.long
 def test_compiled_blocks_compute_the_same() -> None:
     model = Transformer(ModelConfig(**MIXTRAL)).train()
     batch = pack([9, 1, 14])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lumina.config import ModelConfig
 from lumina.model import Transformer
-from lumina.model.routing import ExpertBalance, balance
+from lumina.model.routing import ExpertBalance, expert_balance
 from tests.model.tiny_models import pack
 
 CONFIG = ModelConfig(
@@ -59,7 +59,7 @@ def test_sums_written_out() -> None:
         expected_loss += weight * EXPERTS * float(shares @ chances) / sum(weights)
     found = model.take_routing_counts()
     assert found is not None
-    figures = ExpertBalance(*balance(found, CONFIG).tolist())
+    figures = ExpertBalance(*expert_balance(found, CONFIG).tolist())
     assert figures.loss == pytest.approx(expected_loss, rel=1e-6)
     assert figures.entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-6)
     assert figures.load == pytest.approx(float((counts.amax(1) / counts.mean(1)).max()))

@@ -145,3 +145,19 @@ def test_the_curve_is_a_picture(tmp_path: Path) -> None:
 def test_a_run_without_steps_has_no_curve(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no steps"):
         plot_loss(tmp_path, tmp_path / "curve.png")
+
+
+def test_experts_are_figures_of_their_own(tmp_path: Path) -> None:
+    """As curves of the report, and null in the records of a dense model."""
+    from lumina.monitor.reports.run_data import Group
+
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics.step(record(1, 2.5, experts={"load": 1.5, "idle": 0.0, "entropy": 1.2, "loss": math.nan}))
+    metrics.step(record(2, 2.5))
+    metrics.close()
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["experts"] == {"load": 1.5, "idle": 0.0, "entropy": 1.2, "loss": None}
+    assert second["experts"] is None
+    group = Group()
+    group.add(1, first)
+    assert group.columns["experts/load"] == [1.5]

@@ -34,6 +34,7 @@ def make_run(order: list[str]) -> Any:
         device=torch.device("cpu"),
         set_lr=lambda lr: None,
         accumulate=lambda batch, scale, last: torch.tensor([1.0]),
+        take_routing_counts=lambda: None,
         step=note(order, "update", (torch.tensor(2.0), torch.tensor(True))),
         timer=SimpleNamespace(lap=note(order, "lap", split), phase=lambda name: nullcontext()),
     )

@@ -130,6 +130,11 @@ class Engine:
         )
         return out
 
+    def take_routing_counts(self) -> torch.Tensor | None:
+        """What this rank's micro-batches since the last call add to the step's lumina.model.expert_balance: float64,
+        on the device; None where no layer has experts."""
+        return self.model.take_routing_counts()
+
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """The model in evaluation mode in the `with` block, then in training mode again."""

@@ -17,6 +17,7 @@ import torch
 
 from lumina.config import Config
 from lumina.data import StepData
+from lumina.model import ExpertBalance
 from lumina.monitor import Console, EventLog, MetricsFile, Recorder, StepRecord, figures_text, perplexity
 from lumina.train.deepspeed import PHASES
 from lumina.train.health import Health, LayerFigures, LayerObservation, MachineWatch, StepObservation
@@ -39,7 +40,7 @@ class StepFigures:
     NaN without one;
     applied: whether the update was made; seconds: by phase (lumina.train.deepspeed.timing); samples:
     lumina.data.loading.order.samples_id; ended: seconds since 1970; loss_scale: fp16's, None elsewhere;
-    of_objective: means of the objective's figures by name."""
+    of_objective: means of the objective's figures by name; experts: how evenly the tokens went to them, if any."""
 
     data: StepData
     loss: float
@@ -52,6 +53,7 @@ class StepFigures:
     ended: float
     loss_scale: float | None
     of_objective: Mapping[str, float]
+    experts: ExpertBalance | None = None
 
 
 class Outputs:
@@ -197,6 +199,7 @@ class RunOutputs(Outputs):
             seconds={name: round(value, 6) for name, value in split.items()},
             mfu=self._utilisation.of(data.micro_batches, seconds),
             of_objective=dict(figures.of_objective),
+            experts=None if figures.experts is None else asdict(figures.experts),
         )
         self._metrics.step(record)
         self._console.step(record)

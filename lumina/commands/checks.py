@@ -46,11 +46,28 @@ def before_training(config: Config, yes: bool) -> None:
         UserError: a file that is not there, a run that exists, an output folder that cannot be one, …
     """
     _refuse_idle_settings(config)
+    _refuse_missing_start(config)
     if _alone():
         _refuse_wrong_paths(config)
         _ask_about_size(config, yes)
     if first_rank():
         log.info("starting %s: loading PyTorch and DeepSpeed", Path(config.output_dir) / config.experiment_name)
+
+
+def _refuse_missing_start(config: Config) -> None:
+    """UserError for a run that needs another one's weights to begin with and is given none."""
+    from lumina.config import UserError
+
+    if config.resume is not None or config.init_from is not None or "LUMINA_JOB" in os.environ:
+        return
+    why = "Add --init-from RUN (lumina import makes one of a Hugging Face folder)"
+    if config.lora_rank:
+        raise UserError(
+            f"lora_rank {config.lora_rank} trains adapters over the weights of another run, and none is given",
+            f"{why}, or set lora_rank to 0.",
+        )
+    if config.objective == "dpo":
+        raise UserError("objective dpo moves a model away from what it began as, and none is given", f"{why}.")
 
 
 def _refuse_idle_settings(config: Config) -> None:

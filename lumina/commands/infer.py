@@ -27,11 +27,11 @@ log = logging.getLogger("lumina")
 def generate(arguments: Arguments) -> int:
     """Answer a prompt with a trained model."""
     run = trained_model(_one_run(arguments))
+    tools = _tools(arguments)
     from lumina.chat import Conversation, Message
-    from lumina.infer import Answer, Sampling, load, read_tools, stream_answer
+    from lumina.infer import Answer, Sampling, load, stream_answer
 
     sampling = Sampling(**_sampling(arguments))
-    tools = () if arguments.tools is None else read_tools(Path(arguments.tools))
     loaded = load(run)
     log.info("%s, step %d", loaded.checkpoint, loaded.step)
     conversation = Conversation([Message("user", arguments.prompt)], tools=tools)
@@ -63,6 +63,15 @@ def generate(arguments: Arguments) -> int:
         }
     )
     return 0
+
+
+def _tools(arguments: Arguments) -> tuple[str, ...]:
+    """The tools of --tools, read before the model is loaded. Raises UserError."""
+    if arguments.tools is None:
+        return ()
+    from lumina.infer import read_tools
+
+    return tuple(read_tools(Path(arguments.tools)))
 
 
 def _print_answer(deltas: Iterable[AnswerDelta], answer: Answer) -> None:
@@ -138,6 +147,7 @@ def _sampling(arguments: Arguments) -> dict[str, Any]:
 def chat(arguments: Arguments) -> int:
     """Talk to a trained model in the terminal."""
     run = trained_model(arguments.run)
+    _tools(arguments)
     from lumina.infer import Chat, Sampling, converse, load
 
     sampling = Sampling(**_sampling(arguments))
@@ -157,6 +167,10 @@ def _chat_options(parser: Parser) -> None:
 
 def export(arguments: Arguments) -> int:
     """Write a trained model as a folder that transformers and vLLM load, or as plain safetensors."""
+    from lumina.infer import check_new_folder, parse_size
+
+    parse_size(arguments.shard_size)
+    check_new_folder(Path(arguments.out))
     run = trained_model(arguments.run)
     from lumina.infer import export as write
 
@@ -195,6 +209,12 @@ def _export_options(parser: Parser) -> None:
 
 def import_(arguments: Arguments) -> int:
     """Take a Llama-shaped Hugging Face model from disk, as a run that other commands use."""
+    from lumina.infer import check_new_folder, check_source, find_template
+
+    check_new_folder(Path(arguments.out))
+    check_source(Path(arguments.source))
+    if arguments.chat_template is not None:
+        find_template(arguments.chat_template)
     log.info("importing %s", arguments.source)
     from lumina.infer import IMPORT_RECORD, find_checkpoint, import_hf, read_config, tokenizer_folder
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lumina.infer.generation.sampling import Sampling, forbidden_tokens
     from lumina.infer.hf.exporting import Exported, export
     from lumina.infer.hf.importing import IMPORT_RECORD, import_hf
+    from lumina.infer.hf.paths import check_new_folder, check_source, parse_size
+    from lumina.infer.hf.vocabulary import find_template
     from lumina.infer.loading import Loaded, choose_dtype, find_checkpoint, load, read_config, tokenizer_folder
     from lumina.infer.records import message_of, read_tools, record_of, tool_texts
     from lumina.infer.repl import Chat, converse
@@ -34,17 +36,21 @@ __getattr__ = names_of(
         "Sampling": "generation.sampling",
         "Sequence": "generation.batch",
         "Token": "generation.batch",
+        "check_new_folder": "hf.paths",
+        "check_source": "hf.paths",
         "choose_dtype": "loading",
         "converse": "repl",
         "evaluate": "evaluation.loss",
         "evaluation_table": "evaluation.loss",
         "export": "hf.exporting",
         "find_checkpoint": "loading",
+        "find_template": "hf.vocabulary",
         "forbidden_tokens": "generation.sampling",
         "generate": "generation.generate",
         "import_hf": "hf.importing",
         "load": "loading",
         "message_of": "records",
+        "parse_size": "hf.paths",
         "printable": "generation.generate",
         "read_config": "loading",
         "read_conversations": "evaluation.loss",
@@ -69,6 +75,8 @@ __all__ = [
     "Sequence",
     "SequenceBatch",
     "Token",
+    "check_new_folder",
+    "check_source",
     "choose_dtype",
     "converse",
     "evaluate",
@@ -76,11 +84,13 @@ __all__ = [
     "evaluation_table",
     "export",
     "find_checkpoint",
+    "find_template",
     "forbidden_tokens",
     "generate",
     "import_hf",
     "load",
     "message_of",
+    "parse_size",
     "printable",
     "read_config",
     "read_conversations",

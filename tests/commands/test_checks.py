@@ -79,6 +79,18 @@ def place(tmp_path: Path) -> Path:
         ("evaluate gone --data data.jsonl", "gone"),
         ("evaluate made/there --data gone.jsonl", "data file gone.jsonl does not exist"),
         ("report gone", "gone"),
+        ("train --config nano --train-data data.jsonl --lora-rank 4", "trains adapters over the weights of another"),
+        ("train --config nano --train-data data.jsonl --objective dpo", "moves a model away from what it began as"),
+        ("import gone out", "there is no such folder"),
+        ("import a/b out", "hf download a/b --local-dir DIR"),
+        ("import data.jsonl out", "it is a file"),
+        ("import made file", "file already holds something"),
+        ("import made file/out", "is a file: file/out cannot be a folder"),
+        ("import made out --chat-template gone", "neither a file nor a stock template"),
+        ("export made/there out --shard-size big", "shard size big is not a size"),
+        ("export made/there made", "made already holds something"),
+        ("generate made/there --prompt x --tools gone.json", "gone.json"),
+        ("chat made/there --tools gone.json", "gone.json"),
     ],
 )
 def test_refused_before_torch(place: Path, line: str, says: str) -> None:

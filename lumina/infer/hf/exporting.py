@@ -6,7 +6,6 @@ The folder appears whole or not at all. Weights go through one shard at a time, 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from lumina.files import atomic_folder, write_text
 from lumina.infer.hf.description import describe, write_described
 from lumina.infer.hf.gguf_file import DTYPES as GGUF_DTYPES
 from lumina.infer.hf.gguf_file import write_gguf
+from lumina.infer.hf.paths import check_new_folder, parse_size
 from lumina.infer.hf.peft import USAGE as PEFT_USAGE
 from lumina.infer.hf.peft import write_adapter
 from lumina.infer.hf.safetensors_file import write_safetensors
@@ -35,7 +35,6 @@ from lumina.model.families import family_of
 log = logging.getLogger("lumina")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 FORMS = ("hf", "safetensors", "peft", "gguf")
@@ -52,15 +51,6 @@ class Exported:
     shards: list[str]
     bytes: int
     checkpoint: Path
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 500MB or 1000000. Raises UserError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?B?)\s*", text.upper())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if size < 1:
-        raise UserError(f"shard size {text} is not a size", "Give it as 5GB, 500MB or a number of bytes.")
-    return size
 
 
 def export(
@@ -84,8 +74,7 @@ def export(
         raise UserError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
     if form not in FORMS:
         raise UserError(f"format {form} is not one of {', '.join(FORMS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
+    check_new_folder(out)
     checkpoint = find_checkpoint(run)
     config = read_config(checkpoint)
     check_size(checkpoint, config)

@@ -8,7 +8,6 @@ refused by name before anything is written. One tensor at a time is in memory.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from lumina.checkpoint import (
 )
 from lumina.config import ModelConfig, UserError
 from lumina.files import atomic_folder, write_json, write_text
+from lumina.infer.hf.paths import check_new_folder, check_source
 from lumina.infer.hf.tensors import TensorFiles
 from lumina.infer.hf.vocabulary import add_tokens, check_template, find_template, fitting_config
 from lumina.model import Transformer
@@ -39,7 +39,6 @@ log = logging.getLogger("lumina")
 IMPORT_RECORD = "import.json"
 """In an imported run's folder: what the import decided, one sentence each under `notes`."""
 _SHARD = 2 * 10**9  # bytes of float32 weights in memory and in a file at a time
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def import_hf(
@@ -62,9 +61,8 @@ def import_hf(
         UserError: what is missing, damaged, or not supported, by name.
     """
     source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
-    _check_source(source)
+    check_new_folder(out)
+    check_source(source)
     template = None if chat_template is None else find_template(chat_template)
     values = _shortened(read_json(source / "config.json")[1], context_length)
     config, notes = read_hf_config(values), list[str]()
@@ -97,25 +95,6 @@ def import_hf(
     for note in notes:
         log.warning("%s: %s", source, note)
     return out
-
-
-def _check_source(source: Path) -> None:
-    """Raise UserError, with the remedy, where `source` is not the folder of a whole model."""
-    if not source.exists():
-        if _HUB_NAME.fullmatch(str(source)):
-            raise UserError(
-                f"cannot read {source}: there is no such folder, and names on a hub are not looked up",
-                f"Download it first (hf download {source} --local-dir DIR) and give DIR.",
-            )
-        raise UserError(f"cannot read {source}: there is no such folder", "Give a Hugging Face model's folder.")
-    if not source.is_dir():
-        raise UserError(f"cannot read {source}: it is a file", "Give the folder that holds config.json.")
-    if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
-        raise UserError(
-            f"{source} holds an adapter (adapter_config.json), not a whole model",
-            "Merge it into its base with peft first: PeftModel.from_pretrained(BASE_MODEL, ADAPTER)"
-            ".merge_and_unload().save_pretrained(OUT); copy the tokenizer's files.",
-        )
 
 
 def _shortened(values: dict[str, Any], context_length: int | None) -> dict[str, Any]:

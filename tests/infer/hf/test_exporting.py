@@ -21,7 +21,7 @@ from lumina.cli import main
 from lumina.config import ModelConfig, UserError
 from lumina.config import load as load_config
 from lumina.infer import Sampling, export, generate
-from lumina.infer.hf.exporting import parse_size
+from lumina.infer.hf.paths import parse_size
 from tests.chat.drawn import as_openai, conversations, every_text, with_arguments_written_anew
 from tests.infer.small_models import make_model, write_run
 from tests.small_tokenizer import VOCABULARY, write_tokenizer

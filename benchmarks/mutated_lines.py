@@ -7,6 +7,11 @@ files of each container in turn; of some, the file is damaged once more as a who
 validate-data` does. A file that is refused as a whole counts with its message: that is what a damaged Parquet or Arrow
 file comes to. Exit code 1 where reading raised anything else, took over a minute, or where used + bad + blank, or the
 messages or tokens, do not add up, or a file's records are not all among them; such a file is kept in FOLDER.
+
+    for seed in 1 2 3 4 5; do python benchmarks/mutated_lines.py --lines 20000 --seed $seed; done
+
+came to 98,947 records in 1,000 files, 11 of them refused as damaged tables: 43,942 used + 54,923 bad + 82 blank, no
+fault. A first run found that a flipped bit in an Arrow file's offsets ended reading in pyarrow's SystemError.
 """
 
 from __future__ import annotations

@@ -60,6 +60,36 @@ def write_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
     return folder
 
 
+def write_spaced_tokenizer(folder: Path, template: str) -> Path:
+    """Of Llama 2's kind: a mark in place of spaces and before every text, bytes for what has no token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    words = ["▁hello", "▁there", "▁how", "▁are", "▁you", "▁today", "INST", "▁[", "▁", "?", ".", "]", "[", "/", "<", ">"]
+    letters = sorted({letter for word in words for letter in word} | set("abcdefghijklmnopqrstuvwxyzSYS|\n"))
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in pieces:
+                merges.append((word[: end - 1], word[end - 1]))
+                pieces.append(word[:end])
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    fast = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder.mkdir(parents=True)
+    fast.save(str(folder / "tokenizer.json"))
+    end = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": False, "rstrip": False}
+    names = {"bos_token": "<s>", "eos_token": end, "unk_token": "<unk>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names})
+    )
+    return folder
+
+
 def write_agent_tokenizer(folder: Path, template: str) -> Path:
     """The same with tokens as Qwen3 has them around reasoning, calls and results: added, and not special ones."""
     from tokenizers import AddedToken, Tokenizer

@@ -7,11 +7,20 @@ a character of several tokens is there with its last one, or as U+FFFD when the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lumina.chat import ChatTokenizer
 from lumina.infer.generation.batch import Token
 
 _CONTEXT = 4  # tokens before one that its text may depend on; no character has more
+
+
+class TokenText(NamedTuple):
+    """A token's text, empty when its character goes on, and the text of each of the likeliest had it come instead."""
+
+    token: Token
+    text: str
+    others: dict[int, str]
 
 
 class TokenTexts:
@@ -20,19 +29,21 @@ class TokenTexts:
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer, self._decoder = tokenizer, tokenizer.incremental_decoder()
         self._before: list[int] = []
+        self._held: list[TokenText] = []
 
-    def push(self, tokens: Sequence[Token], ended: bool) -> list[tuple[str, dict[int, str]]]:
-        """For each token its text, empty when its character goes on, and the text of each of the likeliest had it come
-        instead. `ended`: the last of these is the answer's last."""
-        found = []
-        for at, token in enumerate(tokens):
+    def push(self, tokens: Sequence[Token], ended: bool) -> list[TokenText]:
+        """The texts of these tokens. `ended`: the answer ends with them. Before that a last token whose character goes
+        on waits for the next call: should the answer end there, what is left of the character is its text."""
+        found, self._held = self._held, []
+        for token in tokens:
             text = self._decoder.push(token.id)
-            if ended and at == len(tokens) - 1:
-                text += self._decoder.end()
-            others = {other: text if other == token.id else self._instead(other) for other, _ in token.top}
-            found.append((text, others))
+            found.append(TokenText(token, text, {other: self._instead(other) for other, _ in token.top}))
             self._before = [*self._before, token.id][-_CONTEXT:]
-        return found
+        if ended and found:
+            found[-1] = found[-1]._replace(text=found[-1].text + self._decoder.end())
+        elif found and self._tokenizer.decode(self._before).endswith("\ufffd"):
+            self._held = [found.pop()]
+        return [one._replace(others=one.others | {one.token.id: one.text}) for one in found]
 
     def _instead(self, token: int) -> str:
         alone = self._tokenizer.decode([token])

@@ -155,8 +155,8 @@ class ChatResponse(ResponseBuilder):
             finish = "tool_calls"
         if self._logprobs:
             texts = self._token_texts(index)
-            entries = zip(choice.tokens, texts.push(choice.tokens, choice.finish is not None), strict=True)
-            content = [self._entry(texts, token, text, others) for token, (text, others) in entries]
+            entries = texts.push(choice.tokens, choice.finish is not None)
+            content = [self._entry(texts, *entry) for entry in entries]
             logprobs = {"content": content, "refusal": None}
         return {"logprobs": logprobs, "finish_reason": finish}
 

@@ -57,17 +57,17 @@ class TextResponse(ResponseBuilder):
         if not self._logprobs:
             return None
         entries = self._token_texts(index).push(choice.tokens, choice.finish is not None)
-        texts, offsets, at = [text for text, _ in entries], list[int](), self._offsets.get(index, 0)
+        texts, offsets, at = [entry.text for entry in entries], list[int](), self._offsets.get(index, 0)
         for text in texts:
             offsets.append(at)
             at += len(text)
         self._offsets[index] = at
         # Two tokens may look alike as text: the likelier one is reported.
         top = [
-            {others[other]: finite_logprob(logprob) for other, logprob in reversed(token.top)}
-            for token, (_, others) in zip(choice.tokens, entries, strict=True)
+            {entry.others[other]: finite_logprob(logprob) for other, logprob in reversed(entry.token.top)}
+            for entry in entries
         ]
-        values = [finite_logprob(token.logprob) for token in choice.tokens]
+        values = [finite_logprob(entry.token.logprob) for entry in entries]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 

@@ -3,7 +3,8 @@
     python benchmarks/pictures.py [--only run-report data-report chat-page live] [--model RUN] [--out docs]
 
 run-report     three runs of the nano preset made narrow (64 x 2) on the quickstart's conversations, with three
-               learning rates: `lumina report` of the three, and of the second alone on a phone
+               learning rates: `lumina report` of the three, and of the second alone on a phone;
+               or of --runs RUN …
 data-report    `lumina validate-data --create-report` of the quickstart's conversations with 60 lines spoilt in six ways
 chat-page      the page in front of the tests' model, which was taught two conversations by heart, one with tool calls
                (tests/infer/taught_models.py); with --model RUN of `lumina serve RUN`, asked what the quickstart asks
@@ -54,19 +55,24 @@ def conversations(folder: Path) -> None:
     held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:24]))
 
 
-def run_report(browser: Browser, folder: Path, out: Path, arguments: argparse.Namespace) -> None:
+def trained(folder: Path, steps: int) -> list[str]:
+    """Three runs that differ in their learning rate."""
     conversations(folder)
     settings = {**NARROW, "eval_every_n_batches": 10, "layer_stats_every": 10, "system_metrics_seconds": 2}
     names = [f"lr-{rate:g}" for rate in RATES]
     for name, rate in zip(names, RATES, strict=True):
         line = ["--config", "nano", "--experiment-name", name, "--train-data", "data/chitchat.train.jsonl"]
         line += ["--eval-data", "data/chitchat.eval.jsonl", "--batch-size", "2", "--grad-accum", "1", "--lr", str(rate)]
-        line += ["--max-steps", str(arguments.steps)]
+        line += ["--max-steps", str(steps)]
         line += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         lumina("train", *line, folder=folder)
-    runs = [f"experiments/{name}" for name in names]
+    return [str(folder / "experiments" / name) for name in names]
+
+
+def run_report(browser: Browser, folder: Path, out: Path, arguments: argparse.Namespace) -> None:
+    runs = [str(Path(run).resolve()) for run in arguments.runs or trained(folder, arguments.steps)]
     lumina("report", *runs, "--out", "compared.html", folder=folder)
-    lumina("report", runs[1], "--out", "alone.html", folder=folder)
+    lumina("report", runs[len(runs) // 2], "--out", "alone.html", folder=folder)
     for page, name, size, dark in (
         ("compared", "run-report", DESK, False),
         ("alone", "run-report-phone-dark", PHONE, True),
@@ -202,6 +208,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MADE, default=list(MADE), help="these pictures")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="the folder for the pictures")
     parser.add_argument("--model", help="the run that talks on the chat page")
+    parser.add_argument("--runs", nargs="+", help="runs for the run report, instead of three that are trained for it")
     parser.add_argument("--steps", type=int, default=60, help="of each run in the run report")
     arguments = parser.parse_args()
     if CHROMIUM is None:

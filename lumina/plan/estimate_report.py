@@ -14,7 +14,6 @@ from lumina.plan.costs.devices import Cluster, find_device, local_device
 from lumina.plan.costs.launches import LaunchCost
 from lumina.plan.costs.memory import PARTS, peak_memory
 from lumina.plan.costs.setup import Data, Setup
-from lumina.plan.costs.speed import UNCERTAINTY
 from lumina.plan.costs.workload import flops_per_token
 from lumina.plan.estimate import RunEstimate, assumed_data, data_of_files, estimate_run, total_steps
 from lumina.plan.search import buffers_for
@@ -150,7 +149,7 @@ def as_dict(config: Config, each: RunEstimate, price: float | None) -> dict[str,
             "total": speed.step,
         },
         "tokens_per_second": speed.tokens_per_second,
-        "uncertainty": UNCERTAINTY,
+        "uncertainty": each.cluster.device.uncertainty,
         "mfu": speed.mfu,
         "steps": each.steps,
         "seconds": each.seconds,
@@ -198,7 +197,8 @@ def run_lines(config: Config, each: RunEstimate, price: float | None) -> list[st
     layers = ", every layer recomputed" if setup.checkpoint_every == 1 else layers
     parts = ", ".join(f"{part} {_size(getattr(memory, part))}" for part in PARTS if getattr(memory, part))
     stages = ", ".join(f"{name} {_size(total)}" for name, total in by_stage(config, each).items())
-    low, high = (each.seconds * factor for factor in (1 / (1 + UNCERTAINTY), 1 / (1 - UNCERTAINTY)))
+    within = each.cluster.device.uncertainty
+    low, high = (each.seconds * factor for factor in (1 / (1 + within), 1 / (1 - within)))
     lines = [
         f"{each.cluster}: {setup.precision}, ZeRO {setup.stage}{offload}{layers}; {setup.micro_batch} per micro-batch "
         f"x {setup.accumulation} x {setup.world} ranks = {each.global_batch} samples a step",
@@ -215,7 +215,7 @@ def run_lines(config: Config, each: RunEstimate, price: float | None) -> list[st
         f"  network   {_size(speed.traffic.total)} received by each rank a step: gradients "
         f"{_size(speed.traffic.gradients)}, weights {_size(speed.traffic.weights)}"
         + (f", weights within a node {_size(speed.traffic.near)}" if speed.traffic.near else ""),
-        f"  speed     {speed.tokens_per_second:,.0f} tokens/s, MFU {speed.mfu:.1%} (within {UNCERTAINTY:.0%})",
+        f"  speed     {speed.tokens_per_second:,.0f} tokens/s, MFU {speed.mfu:.1%} (within {within:.0%})",
         f"  run       {each.steps:,} steps: {_duration(each.seconds)} (between {_duration(low)} and {_duration(high)})"
         f", {each.gpu_hours:,.1f} GPU-hours, {each.energy_kwh:,.1f} kWh"
         + (f", {price * each.gpu_hours:,.2f} USD" if price is not None else ""),

@@ -243,3 +243,12 @@ def test_devices_without_published_rates_are_refused_with_the_reason(name: str) 
 )
 def test_devices_by_the_name_that_nvidia_smi_gives_them(product: str, key: str) -> None:
     assert find_device(product).name == key
+
+
+@pytest.mark.parametrize(("device", "within"), [("a100", "25%"), ("h100", "25%"), ("rtx4090", "50%"), ("b200", "50%")])
+def test_a_device_that_no_published_run_stands_beside_is_less_certain(
+    capsys: pytest.CaptureFixture[str], device: str, within: str
+) -> None:
+    text, raw = shown(capsys, "--config", "nano", "--gpu", device), shown(capsys, "--gpu", device, "--json")[1]
+    assert f"(within {within})" in text[1]
+    assert json.loads(raw)["runs"][0]["uncertainty"] == float(within[:-1]) / 100

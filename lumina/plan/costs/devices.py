@@ -19,7 +19,8 @@ from lumina.plan.costs.launches import LaunchCost
 @dataclass(frozen=True)
 class Device:
     """One accelerator. memory in bytes; bandwidth, link and network in bytes/s; peak in FLOP/s by precision; matmul and
-    attention are the shares of peak that those products reach; power in W."""
+    attention are the shares of peak that those products reach; uncertainty: of a predicted rate, either way; power in
+    W."""
 
     name: str
     memory: float
@@ -30,6 +31,7 @@ class Device:
     power: float
     matmul: float
     attention: float
+    uncertainty: float
     sources: tuple[str, ...]
 
 
@@ -113,5 +115,6 @@ def _device(key: str, entry: dict[str, Any]) -> Device:
         power=entry["power"],
         matmul=reached["matmul"]["share"],
         attention=reached["attention"]["share"],
+        uncertainty=reached["uncertainty"],
         sources=(entry["source"], reached["matmul"]["source"], reached["attention"]["source"]),
     )

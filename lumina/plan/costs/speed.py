@@ -33,7 +33,6 @@ STREAM = 0.85  # share of memory bandwidth that element-wise kernels reach
 COLLECTIVE = 0.80  # share of a link that NCCL's collectives reach for large messages
 HOST_LINK = 25e9  # bytes/s between GPU and host (PCIe 4.0 x16 is 32e9 each way)
 HOST_ADAM = 1e9  # parameters/s that DeepSpeed's CPU Adam updates on a server
-UNCERTAINTY = 0.25  # of the predicted rate, either way
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,11 @@ class OnResume(Enum):
 
 
 _NAMES: dict[OnResume, str] = {
-    OnResume.REFUSED: "objective seed rope_theta rope_scaling rms_norm_eps",
+    OnResume.REFUSED: """
+        objective seed rope_theta rope_scaling rms_norm_eps partial_rotary_factor nope_layers sliding_window
+        sliding_layers sliding_rope_theta attention_scale attention_softcap logit_softcap embedding_multiplier
+        residual_multiplier logit_scale
+    """,
     OnResume.CHECKPOINT: """
         hidden_size num_layers num_heads num_kv_heads head_size vocab_size intermediate_size family tie_word_embeddings
         experts         lora_rank lora_alpha lora_targets global_batch_size chat_template

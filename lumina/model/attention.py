@@ -2,7 +2,9 @@
 
 Four ways, one result: a variable-length kernel on a GPU in half precision (varlen.py says which); scaled-dot-product
 attention over documents of like lengths on a GPU that has none; blocks of matrix products on a CPU in bfloat16; and
-scaled-dot-product attention document by document everywhere else, which is also the reference.
+scaled-dot-product attention document by document everywhere else, which is also the reference. All take sliding windows
+and any scale. Scores with a soft cap are computed as they are written down, (S, S) of a document at a time: no kernel
+that is relied on here has it.
 
 Shape suffixes as in transformer.py; R rows of one key/value head's queries (positions x group), n keys.
 """
@@ -24,6 +26,20 @@ from torch import Tensor
 from lumina.config import UserError
 from lumina.model import cpu
 from lumina.model.varlen import Kernel, find
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which keys a query sees, and what becomes of q k^T. window: so many keys at most, its own the last
+    (arXiv:2004.05150); None: all of its document's past. scale: its factor; None: 1 / sqrt(d). softcap: the scores are
+    then cap * tanh(score / cap) (arXiv:2408.00118, section 2)."""
+
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+
+PLAIN = Scoring()
 
 
 @dataclass(frozen=True)
@@ -91,32 +107,33 @@ def _sent(array: NDArray[np.int64], device: torch.device) -> Tensor:
 
 
 def attention(
-    q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents | None, window: int | None = None
+    q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents | None, scoring: Scoring = PLAIN
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d), causal, within documents) v: (B, S, H, d), in q's dtype, softmax in float32. With a
-    `window` a query sees that many keys at most, its own the last (arXiv:2004.05150)."""
+    """softmax(scores of q k^T, causal, within documents) v: (B, S, H, d), in q's dtype, softmax in float32."""
     if docs is not None and docs.cu_seqlens is not None:
-        varlen = _varlen_kernel(q_BSHd.dtype) if q_BSHd.device.type == "cuda" else None
+        on_gpu = q_BSHd.device.type == "cuda"
+        varlen = _varlen_kernel(q_BSHd.dtype) if on_gpu and scoring.softcap is None else None
         if varlen is not None:
-            return varlen.attend(q_BSHd[0], k_BSKd[0], v_BSKd[0], docs.cu_seqlens, docs.max_seqlen, window)[None]
-        return _by_document(q_BSHd, k_BSKd, v_BSKd, docs, window)
-    if q_BSHd.shape[0] == 1 and window is None and _blockwise(q_BSHd):
-        return _cpu_attention(q_BSHd[0], k_BSKd[0], v_BSKd[0])[None]
-    return _sdpa(q_BSHd, k_BSKd, v_BSKd, window)
+            packed = q_BSHd[0], k_BSKd[0], v_BSKd[0], docs.cu_seqlens, docs.max_seqlen
+            return varlen.attend(*packed, scoring.window, scoring.scale)[None]
+        return _by_document(q_BSHd, k_BSKd, v_BSKd, docs, scoring)
+    if q_BSHd.shape[0] == 1 and _blockwise(q_BSHd, scoring):
+        return _cpu_attention(q_BSHd[0], k_BSKd[0], v_BSKd[0], scoring)[None]
+    return _sdpa(q_BSHd, k_BSKd, v_BSKd, scoring)
 
 
-def _by_document(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents, window: int | None) -> Tensor:
+def _by_document(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents, scoring: Scoring) -> Tensor:
     if q_BSHd.device.type == "cuda":
-        return _by_length(q_BSHd, k_BSKd, v_BSKd, docs, window)
+        return _by_length(q_BSHd, k_BSKd, v_BSKd, docs, scoring)
     pieces = []
     for start, end in docs.edges():
         q, k, v = (x[:, start:end] for x in (q_BSHd, k_BSKd, v_BSKd))
-        blockwise = window is None and _blockwise(q)
-        pieces.append(_cpu_attention(q[0], k[0], v[0])[None] if blockwise else _sdpa(q, k, v, window))
+        blockwise = _blockwise(q, scoring)
+        pieces.append(_cpu_attention(q[0], k[0], v[0], scoring)[None] if blockwise else _sdpa(q, k, v, scoring))
     return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
-def _by_length(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents, window: int | None) -> Tensor:
+def _by_length(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents, scoring: Scoring) -> Tensor:
     """For GPUs without a variable-length kernel: documents of like lengths at once, filled up to the longest of them.
     What fills up comes after every real query, so causality hides it. A call for each document would be hundreds a
     layer where documents are short; these are at most one for each power of two, over twice the tokens at most."""
@@ -125,31 +142,61 @@ def _by_length(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents, 
     for rows_nL in groups:
         rows, shape = rows_nL.flatten(), rows_nL.shape
         q, k, v = (x[0].index_select(0, rows).view(*shape, *x.shape[2:]) for x in (q_BSHd, k_BSKd, v_BSKd))
-        parts.append(_sdpa(q, k, v, window).flatten(0, 1))
+        parts.append(_sdpa(q, k, v, scoring).flatten(0, 1))
     return torch.cat(parts).index_select(0, back_S)[None]
 
 
-def _sdpa(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, window: int | None = None) -> Tensor:
+def _sdpa(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, scoring: Scoring) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BSHd, k_BSKd, v_BSKd))
     seen_SS = None
-    if window is not None and window < q.shape[2]:
-        seen_SS = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    return grouped_sdpa(q, k, v, seen_SS, causal=seen_SS is None).transpose(1, 2)
+    if scoring.softcap is not None or (scoring.window is not None and scoring.window < q.shape[2]):
+        seen_SS = seen(q.shape[2], q.shape[2], scoring.window, q.device)
+    return grouped_sdpa(q, k, v, seen_SS, causal=seen_SS is None, scoring=scoring).transpose(1, 2)
 
 
-def grouped_sdpa(q_BHSd: Tensor, k_BKnd: Tensor, v_BKnd: Tensor, seen: Tensor | None, causal: bool = False) -> Tensor:
-    """Scaled-dot-product attention in which each key/value head serves H / K query heads. `seen`: a mask, or None.
+def seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of n keys the newest S positions see, each its own and those before it: bool (S, n)."""
+    past_Sn = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return past_Sn if window is None else past_Sn.triu(keys - queries - window + 1)
+
+
+def grouped_sdpa(
+    q_BHSd: Tensor,
+    k_BKnd: Tensor,
+    v_BKnd: Tensor,
+    seen: Tensor | None,
+    causal: bool = False,
+    scoring: Scoring = PLAIN,
+) -> Tensor:
+    """Scaled-dot-product attention in which each key/value head serves H / K query heads. `seen`: a mask, or None; of a
+    `scoring` only scale and cap are looked at.
 
     On a GPU only the flash kernel takes fewer key/value heads than query heads (torch's sdp_utils_cpp.h and
     cuda/sdp_utils.cpp: check_batch_size_and_num_heads_dense), and it takes neither float32, nor a mask, nor cards
     before compute capability 8.0. Everything else would fall back to the plain way, whose scores are O(S^2) memory: so
     the heads are repeated there, and the memory-efficient kernel takes them."""
+    if scoring.softcap is not None:
+        assert not causal, "a mask says what is seen"
+        return _capped(q_BHSd, k_BKnd, v_BKnd, seen, scoring.scale, scoring.softcap)
     group = q_BHSd.shape[1] // k_BKnd.shape[1]
     if group > 1 and q_BHSd.device.type == "cuda" and not (seen is None and _flash_takes(q_BHSd.dtype)):
         k_BKnd, v_BKnd, group = k_BKnd.repeat_interleave(group, 1), v_BKnd.repeat_interleave(group, 1), 1
     return F.scaled_dot_product_attention(
-        q_BHSd, k_BKnd, v_BKnd, attn_mask=seen, is_causal=causal, enable_gqa=group > 1
+        q_BHSd, k_BKnd, v_BKnd, attn_mask=seen, is_causal=causal, enable_gqa=group > 1, scale=scoring.scale
     )
+
+
+def _capped(
+    q_BHSd: Tensor, k_BKnd: Tensor, v_BKnd: Tensor, seen: Tensor | None, scale: float | None, cap: float
+) -> Tensor:
+    """Attention with a soft cap; the scores exist, in float32, and autograd keeps them."""
+    q_BKgSd = q_BHSd.unflatten(1, (k_BKnd.shape[1], -1))
+    s_BKgSn = (q_BKgSd @ k_BKnd[:, :, None].mT) * (q_BHSd.shape[-1] ** -0.5 if scale is None else scale)
+    s_BKgSn = cap * torch.tanh(s_BKgSn.to(torch.promote_types(s_BKgSn.dtype, torch.float32)) / cap)
+    if seen is not None:
+        seen = seen if seen.ndim == 2 else seen[:, :, None]
+        s_BKgSn = s_BKgSn.masked_fill(~seen, -torch.inf) if seen.dtype is torch.bool else s_BKgSn + seen
+    return (s_BKgSn.softmax(-1).to(v_BKnd.dtype) @ v_BKnd[:, :, None]).flatten(1, 2)
 
 
 def _flash_takes(dtype: torch.dtype) -> bool:
@@ -204,8 +251,8 @@ _LENGTH_TILE = 32
 _QUERY_BLOCK = 256  # queries at a time; keys beyond a block's last query are never touched
 
 
-def _blockwise(q: Tensor) -> bool:
-    return cpu.usable(q)
+def _blockwise(q: Tensor, scoring: Scoring) -> bool:
+    return scoring.softcap is None and cpu.usable(q)
 
 
 def _fold(x_SHd: Tensor, kv_heads: int) -> Tensor:
@@ -223,55 +270,61 @@ def _unfold(x_KRd: Tensor, length: int) -> Tensor:
 
 class _CpuAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_SHd: Tensor, k_SKd: Tensor, v_SKd: Tensor) -> Tensor:
-        length, heads, width = q_SHd.shape
+    def forward(ctx: Any, q_SHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, window: int, scale: float) -> Tensor:
+        length, heads, _ = q_SHd.shape
         kv_heads = k_SKd.shape[1]
-        group, scale = heads // kv_heads, width**-0.5
+        group = heads // kv_heads
         q_KRd = _fold(q_SHd, kv_heads)
         k_Ksd, v_Ksd = k_SKd.transpose(0, 1).contiguous(), v_SKd.transpose(0, 1).contiguous()
         o_KRd = torch.empty_like(q_KRd)
         blocks_lse = []
-        for start in range(0, length, _QUERY_BLOCK):
-            end = min(start + _QUERY_BLOCK, length)
-            rows = slice(start * group, end * group)
-            p_KRn = torch.bmm(q_KRd[:, rows], k_Ksd[:, :end].mT)
+        for start, keys, rows in _blocks(length, group, window):
+            p_KRn = torch.bmm(q_KRd[:, rows], k_Ksd[:, keys].mT)
             lse_KR = torch.empty(p_KRn.shape[:2], dtype=torch.float32)
-            cpu.call("lumina_causal_softmax", p_KRn, lse_KR, *p_KRn.shape, group, start, scale, 0)
-            o_KRd[:, rows] = torch.bmm(p_KRn, v_Ksd[:, :end])
+            cpu.call("lumina_causal_softmax", p_KRn, lse_KR, *p_KRn.shape, group, start - keys.start, window, scale, 0)
+            o_KRd[:, rows] = torch.bmm(p_KRn, v_Ksd[:, keys])
             blocks_lse.append(lse_KR)
         ctx.save_for_backward(q_KRd, k_Ksd, v_Ksd, *blocks_lse)
+        ctx.window, ctx.scale = window, scale
         return _unfold(o_KRd, length)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_KRd, k_Ksd, v_Ksd, *blocks_lse = ctx.saved_tensors
-        kv_heads, length, width = k_Ksd.shape
-        group, scale = q_KRd.shape[1] // length, width**-0.5
+        kv_heads, length, _ = k_Ksd.shape
+        group, window, scale = q_KRd.shape[1] // length, ctx.window, ctx.scale
         do_KRd = _fold(grads[0], kv_heads)
         dq_KRd = torch.empty_like(q_KRd)
         dk_Ksd = torch.zeros(k_Ksd.shape, dtype=torch.float32)
         dv_Ksd = torch.zeros(v_Ksd.shape, dtype=torch.float32)
-        for lse_KR, start in zip(blocks_lse, range(0, length, _QUERY_BLOCK), strict=True):
-            end = min(start + _QUERY_BLOCK, length)
-            rows = slice(start * group, end * group)
+        for lse_KR, (start, keys, rows) in zip(blocks_lse, _blocks(length, group, window), strict=True):
             q, do = q_KRd[:, rows], do_KRd[:, rows]
-            p_KRn = torch.bmm(q, k_Ksd[:, :end].mT)
-            cpu.call("lumina_causal_softmax", p_KRn, lse_KR, *p_KRn.shape, group, start, scale, 1)
-            dv_Ksd[:, :end] += torch.bmm(p_KRn.mT, do)
-            ds_KRn = torch.bmm(do, v_Ksd[:, :end].mT)
-            cpu.call("lumina_softmax_backward", ds_KRn, p_KRn, lse_KR.numel(), end, scale)
-            dq_KRd[:, rows] = torch.bmm(ds_KRn, k_Ksd[:, :end])
-            dk_Ksd[:, :end] += torch.bmm(ds_KRn.mT, q)
+            p_KRn = torch.bmm(q, k_Ksd[:, keys].mT)
+            cpu.call("lumina_causal_softmax", p_KRn, lse_KR, *p_KRn.shape, group, start - keys.start, window, scale, 1)
+            dv_Ksd[:, keys] += torch.bmm(p_KRn.mT, do)
+            ds_KRn = torch.bmm(do, v_Ksd[:, keys].mT)
+            cpu.call("lumina_softmax_backward", ds_KRn, p_KRn, lse_KR.numel(), keys.stop - keys.start, scale)
+            dq_KRd[:, rows] = torch.bmm(ds_KRn, k_Ksd[:, keys])
+            dk_Ksd[:, keys] += torch.bmm(ds_KRn.mT, q)
         dtype = q_KRd.dtype
-        return _unfold(dq_KRd, length), dk_Ksd.to(dtype).transpose(0, 1), dv_Ksd.to(dtype).transpose(0, 1)
+        return _unfold(dq_KRd, length), dk_Ksd.to(dtype).transpose(0, 1), dv_Ksd.to(dtype).transpose(0, 1), None, None
 
 
-def _cpu_attention(q_SHd: Tensor, k_SKd: Tensor, v_SKd: Tensor) -> Tensor:
+def _blocks(length: int, group: int, window: int) -> Iterator[tuple[int, slice, slice]]:
+    """Blocks of queries: the first one's position, the keys that any of them sees, and their rows of a head."""
+    for start in range(0, length, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, length)
+        yield start, slice(max(0, start - window + 1), end), slice(start * group, end * group)
+
+
+def _cpu_attention(q_SHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, scoring: Scoring) -> Tensor:
     # Lengths in whole tiles: oneDNN keeps code for every shape. What is padded comes after every real query, so
     # causality hides it, and the padded queries' rows are cut off again.
-    length = q_SHd.shape[0]
+    length, _, width = q_SHd.shape
     extra = -length % _LENGTH_TILE
     if extra:
         q_SHd, k_SKd, v_SKd = (F.pad(x, (0, 0, 0, 0, 0, extra)) for x in (q_SHd, k_SKd, v_SKd))
-    out_SHd: Tensor = _CpuAttention.apply(q_SHd, k_SKd, v_SKd)  # type: ignore[no-untyped-call]
+    window = length + extra if scoring.window is None else scoring.window
+    scale = width**-0.5 if scoring.scale is None else scoring.scale
+    out_SHd: Tensor = _CpuAttention.apply(q_SHd, k_SKd, v_SKd, window, scale)  # type: ignore[no-untyped-call]
     return out_SHd[:length]

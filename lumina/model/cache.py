@@ -18,7 +18,7 @@ C capacity in tokens, n cached tokens seen by a pass, g query heads of a key/val
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumina.config import ModelConfig
-from lumina.model.attention import Documents, attention, grouped_sdpa
+from lumina.model.attention import PLAIN, Documents, Scoring, attention, grouped_sdpa, seen
 from lumina.model.varlen import Spans, spans_kernel
 
 
@@ -41,9 +41,10 @@ class _Pass:
     decode: bool
     index_R: Tensor | None  # decode: the rows, or None when they are the first R in order
     slots_R: Tensor | None  # decode: where in its row each new token goes
-    mask_R11n: Tensor | None  # decode: the tokens each row sees; None when every row sees all n, or `spans` says so
     docs: Documents | None  # prefill of empty rows: training's own layout
-    spans: Spans | None = None  # decode of rows of different lengths where a kernel takes those
+    # Decode, by window: the tokens that each row sees, as a mask (None: all n) and where a kernel takes such as spans.
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    spans: dict[int | None, Spans] = field(default_factory=dict)
     static: bool = False  # decode: starts and ends are bounds, and only the device knows the lengths
 
 
@@ -131,21 +132,14 @@ class KVCache:
             slots_R = torch.tensor(starts, device=device)
             in_order = list(rows) == list(range(len(rows)))
             index_R = None if in_order else torch.tensor(list(rows), device=device)
-            longest = max(ends)
-            mask_R11n, spans = None, None
-            # In ascending order every row's span of the cache ends before the next one's.
-            if min(ends) != longest and self._spans is not None and list(rows) == sorted(rows):
-                spans = self._span(rows, ends)
-            elif min(ends) != longest:
-                mask_R11n = (torch.arange(longest, device=device) <= slots_R[:, None])[:, None, None]
-            self._pass = _Pass(list(rows), starts, ends, True, index_R, slots_R, mask_R11n, None, spans)
+            self._pass = _Pass(list(rows), starts, ends, True, index_R, slots_R, None)
             return slots_R[:, None]
         docs = None
         if max(starts) == 0:
             bounds = (0, *accumulate(counts))
             edges = torch.tensor(bounds, dtype=torch.int32, device=device)
             docs = Documents(bounds, edges, max(counts))
-        self._pass = _Pass(list(rows), starts, ends, False, None, None, None, docs)
+        self._pass = _Pass(list(rows), starts, ends, False, None, None, docs)
         pieces = [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
         return torch.cat(pieces)[None]
 
@@ -157,18 +151,8 @@ class KVCache:
         It asks the device for nothing and changes nothing on the host: the caller says with `advance` which rows have
         their token. What a row that does not go on gets at its slot is overwritten by its next token.
         """
-        count, device = len(slots_R), slots_R.device
-        rows, ends = list(range(count)), [longest] * count
-        mask_R11n, spans = None, None
-        if self._spans is not None:
-            places = torch.arange(count + 1, dtype=torch.int32, device=device)
-            spans = Spans(places, places * self.capacity, (slots_R + 1).clamp(max=longest).int(), longest)
-        else:
-            unseen_R11n = (torch.arange(longest, device=device) > slots_R[:, None])[:, None, None]
-            # Added to the scores: of a bool, each layer's attention would make this by itself.
-            mask_R11n = torch.zeros(unseen_R11n.shape, dtype=self.keys.dtype, device=device)
-            mask_R11n = mask_R11n.masked_fill(unseen_R11n, -torch.inf)
-        self._pass = _Pass(rows, [0] * count, ends, True, None, slots_R, mask_R11n, None, spans, static=True)
+        count = len(slots_R)
+        self._pass = _Pass(list(range(count)), [0] * count, [longest] * count, True, None, slots_R, None, static=True)
         return slots_R[:, None]
 
     def advance(self, rows: Sequence[int]) -> None:
@@ -177,21 +161,63 @@ class KVCache:
             assert self.lengths[row] < self.capacity, "the cache is full"
             self.lengths[row] += 1
 
-    def _span(self, rows: Sequence[int], ends: list[int]) -> Spans:
-        edges = [row * self.capacity for row in rows] + [self.rows * self.capacity]
-        count = len(rows)
-        found = torch.tensor([*range(count + 1), *edges, *ends], dtype=torch.int32, device=self.device)
-        return Spans(found[: count + 1], found[count + 1 : 2 * count + 2], found[2 * count + 2 :], max(ends))
+    def _static_span(self, now: _Pass, window: int | None) -> Spans:
+        assert now.slots_R is not None
+        count, device, most = len(now.rows), self.device, max(now.ends)
+        places = torch.arange(count + 1, dtype=torch.int32, device=device)
+        ends_R = (now.slots_R + 1).clamp(max=most).int()
+        if window is None:
+            return Spans(places, places * self.capacity, ends_R, most)
+        used_R, edges = ends_R.clamp(max=window), places * self.capacity
+        first = torch.cat((edges[:-1] + ends_R - used_R, edges[-1:]))
+        return Spans(places, first, used_R, min(most, window))
 
-    def attend(self, layer: int, q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor) -> Tensor:
-        """Store the new keys and values of a layer; attention of the new queries over all that their rows hold.
+    def _span(self, now: _Pass, window: int | None) -> Spans | None:
+        """Where a decode pass's keys lie, for the kernel that takes rows of different lengths; None where there is no
+        such kernel, or every row sees as many keys. In ascending order a row's span ends before the next one's."""
+        if self._spans is None or now.rows != sorted(now.rows):
+            return None
+        if now.static:
+            if window not in now.spans:
+                now.spans[window] = self._static_span(now, window)
+            return now.spans[window]
+        if min(now.ends) == max(now.ends):
+            return None
+        if window not in now.spans:
+            used = [end if window is None else min(end, window) for end in now.ends]
+            first = [row * self.capacity + end - n for row, end, n in zip(now.rows, now.ends, used, strict=True)]
+            edges, count = [*first, self.rows * self.capacity], len(now.rows)
+            found = torch.tensor([*range(count + 1), *edges, *used], dtype=torch.int32, device=self.device)
+            queries, edges_R, used_R = found.split([count + 1, count + 1, count])  # type: ignore[no-untyped-call]
+            now.spans[window] = Spans(queries, edges_R, used_R, max(used))
+        return now.spans[window]
+
+    def _mask(self, now: _Pass, window: int | None) -> Tensor | None:
+        """Which of the n tokens each row of a decode pass sees: (R, 1, 1, n); None for all of them."""
+        if window not in now.masks:
+            longest, mask_R11n = max(now.ends), None
+            if now.static or min(now.ends) != longest or (window is not None and window < longest):
+                places_n, slots_R1 = torch.arange(longest, device=self.device), now.slots_R[:, None]  # type: ignore[index]
+                mask_Rn = places_n <= slots_R1
+                if window is not None:
+                    mask_Rn &= places_n > slots_R1 - window
+                mask_R11n = mask_Rn[:, None, None]
+                if now.static:  # added to the scores: of a bool, each layer's attention would make this by itself
+                    added = torch.zeros(mask_R11n.shape, dtype=self.keys.dtype, device=self.device)
+                    mask_R11n = added.masked_fill(~mask_R11n, -torch.inf)
+            now.masks[window] = mask_R11n
+        return now.masks[window]
+
+    def attend(self, layer: int, q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, scoring: Scoring = PLAIN) -> Tensor:
+        """Store the new keys and values of a layer; attention of the new queries over all that their rows hold, or as
+        much of it as a window lets them see.
 
         q (1, T, H, d), k and v (1, T, K, d), or (R, 1, ...) when decoding; already rotated. Returns q's shape.
         """
         assert self._pass is not None, "extend() announces a pass before the model runs it"
         now, keys, values = self._pass, self.keys[layer], self.values[layer]
         if now.decode:
-            return self._decode(now, keys, values, q_BSHd, k_BSKd, v_BSKd)
+            return self._decode(now, keys, values, q_BSHd, k_BSKd, v_BSKd, scoring)
         out, first = [], 0
         for row, start, end in zip(now.rows, now.starts, now.ends, strict=True):
             new = slice(first, first + end - start)
@@ -199,32 +225,42 @@ class KVCache:
             keys[row, :, start:end] = k_BSKd[0, new].transpose(0, 1)
             values[row, :, start:end] = v_BSKd[0, new].transpose(0, 1)
             if now.docs is None:
-                out.append(_continued(q_BSHd[:, new], keys[row, :, :end], values[row, :, :end], start))
-        return attention(q_BSHd, k_BSKd, v_BSKd, now.docs) if now.docs is not None else torch.cat(out, 1)
+                out.append(_continued(q_BSHd[:, new], keys[row, :, :end], values[row, :, :end], scoring))
+        return attention(q_BSHd, k_BSKd, v_BSKd, now.docs, scoring) if now.docs is not None else torch.cat(out, 1)
 
     def _decode(
-        self, now: _Pass, keys: Tensor, values: Tensor, q_R1Hd: Tensor, k_R1Kd: Tensor, v_R1Kd: Tensor
+        self,
+        now: _Pass,
+        keys: Tensor,
+        values: Tensor,
+        q_R1Hd: Tensor,
+        k_R1Kd: Tensor,
+        v_R1Kd: Tensor,
+        scoring: Scoring,
     ) -> Tensor:
-        count, longest = len(now.rows), max(now.ends)
+        count, longest, window, mask_R11n = len(now.rows), max(now.ends), scoring.window, None
         if (
             count == 1 and not now.static
         ):  # plain slices: indexed writes and copies would cost as much as the attention itself
             row, slot = now.rows[0], now.starts[0]
             keys[row, :, slot], values[row, :, slot] = k_R1Kd[0, 0], v_R1Kd[0, 0]
-            k_RKnd, v_RKnd = keys[row : row + 1, :, :longest], values[row : row + 1, :, :longest]
+            seen_n = slice(0 if window is None else max(0, longest - window), longest)
+            k_RKnd, v_RKnd = keys[row : row + 1, :, seen_n], values[row : row + 1, :, seen_n]
         else:
             index_R = torch.arange(count, device=keys.device) if now.index_R is None else now.index_R
             keys[index_R, :, now.slots_R], values[index_R, :, now.slots_R] = k_R1Kd[:, 0], v_R1Kd[:, 0]
-            if now.spans is not None:
+            spans = self._span(now, window) if scoring.softcap is None else None
+            if spans is not None:
                 assert self._spans is not None
                 k_TKd, v_TKd = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))  # the cache itself, no copy
-                return self._spans(q_R1Hd[:, 0], k_TKd, v_TKd, now.spans)[:, None]
+                return self._spans(q_R1Hd[:, 0], k_TKd, v_TKd, spans, scoring.scale)[:, None]
             k_RKnd, v_RKnd = (x[:count] if now.index_R is None else x[now.index_R] for x in (keys, values))
             k_RKnd, v_RKnd = k_RKnd[:, :, :longest], v_RKnd[:, :, :longest]
-        if now.static:
-            return _by_group(q_R1Hd, k_RKnd, v_RKnd, now.mask_R11n)
+            mask_R11n = self._mask(now, window)
+        if now.static and scoring.softcap is None:
+            return _by_group(q_R1Hd, k_RKnd, v_RKnd, mask_R11n, scoring.scale)
         q_RH1d = q_R1Hd.transpose(1, 2)
-        return grouped_sdpa(q_RH1d, k_RKnd, v_RKnd, now.mask_R11n).transpose(1, 2)
+        return grouped_sdpa(q_RH1d, k_RKnd, v_RKnd, mask_R11n, scoring=scoring).transpose(1, 2)
 
     def newest(self, x_BSD: Tensor) -> Tensor:
         """Of a pass's (B, S, D), the newest position of each row: (R, 1, D). Only these need logits."""
@@ -236,17 +272,17 @@ class KVCache:
         return x_BSD[0, last_R][:, None]
 
 
-def _by_group(q_R1Hd: Tensor, k_RKnd: Tensor, v_RKnd: Tensor, mask_R11n: Tensor | None) -> Tensor:
+def _by_group(q_R1Hd: Tensor, k_RKnd: Tensor, v_RKnd: Tensor, mask_R11n: Tensor | None, scale: float | None) -> Tensor:
     """Decoding attention with the query heads of a key/value head as its sequence of queries: where a mask is needed,
     a GPU's kernels take no fewer key/value heads than query heads, and repeated ones would be a copy of the cache."""
     rows, _, heads, width = q_R1Hd.shape
     q_RKgd = q_R1Hd.reshape(rows, k_RKnd.shape[1], -1, width)
-    o_RKgd = F.scaled_dot_product_attention(q_RKgd, k_RKnd, v_RKnd, attn_mask=mask_R11n)
+    o_RKgd = F.scaled_dot_product_attention(q_RKgd, k_RKnd, v_RKnd, attn_mask=mask_R11n, scale=scale)
     return o_RKgd.reshape(rows, 1, heads, width)
 
 
-def _continued(q_1SHd: Tensor, k_Knd: Tensor, v_Knd: Tensor, start: int) -> Tensor:
-    """Attention of S new queries at positions start, start + 1, ... over the n = start + S keys of their row."""
+def _continued(q_1SHd: Tensor, k_Knd: Tensor, v_Knd: Tensor, scoring: Scoring) -> Tensor:
+    """Attention of S new queries, the newest of the n keys of their row, over all of them."""
     q_1HSd = q_1SHd.transpose(1, 2)
-    seen_Sn = torch.ones(q_1HSd.shape[2], k_Knd.shape[1], dtype=torch.bool, device=k_Knd.device).tril(start)
-    return grouped_sdpa(q_1HSd, k_Knd[None], v_Knd[None], seen_Sn).transpose(1, 2)
+    seen_Sn = seen(q_1HSd.shape[2], k_Knd.shape[1], scoring.window, k_Knd.device)
+    return grouped_sdpa(q_1HSd, k_Knd[None], v_Knd[None], seen_Sn, scoring=scoring).transpose(1, 2)

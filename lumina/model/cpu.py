@@ -30,7 +30,7 @@ _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-
 _VOID_P, _I64, _F32, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, list[Any]] = {
     "lumina_cross_entropy": [_VOID_P] * 4 + [_I64] * 2 + [_INT],
-    "lumina_causal_softmax": [_VOID_P] * 2 + [_I64] * 5 + [_F32, _INT, _INT],
+    "lumina_causal_softmax": [_VOID_P] * 2 + [_I64] * 6 + [_F32, _INT, _INT],
     "lumina_softmax_backward": [_VOID_P] * 2 + [_I64] * 2 + [_F32, _INT],
     "lumina_rms_norm": [_VOID_P] * 6 + [_I64] * 2 + [_F32, _INT],
     "lumina_rms_norm_backward": [_VOID_P] * 7 + [_I64] * 2 + [_INT],

@@ -65,28 +65,29 @@ void lumina_cross_entropy(bf16 *logits, const int64_t *targets, const float *wei
 }
 
 /* Causal softmax of attention scores, in place. scores: (heads, rows, n); row r of a head belongs to the query at
- * position first + r / group and sees keys 0..that position. lse: (heads, rows), natural log. With `known` the lse is
- * read instead of computed (the backward pass rebuilds the probabilities). */
+ * position first + r / group and sees `window` keys at most, that of its position the last. lse: (heads, rows), natural
+ * log. With `known` the lse is read instead of computed (the backward pass rebuilds the probabilities). */
 void lumina_causal_softmax(bf16 *scores, float *lse, int64_t heads, int64_t rows, int64_t n, int64_t group,
-                           int64_t first, float scale, int known, int threads) {
+                           int64_t first, int64_t window, float scale, int known, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 16)
     for (int64_t i = 0; i < heads * rows; i++) {
         bf16 *s = scores + i * n;
-        int64_t seen = first + (i % rows) / group + 1;
+        int64_t seen = first + (i % rows) / group + 1, unseen = seen > window ? seen - window : 0;
         if (!known) {
             float peak = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : peak)
-            for (int64_t j = 0; j < seen; j++) {
+            for (int64_t j = unseen; j < seen; j++) {
                 float v = widen(s[j]);
                 peak = v > peak ? v : peak;
             }
 #pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < seen; j++) sum += expf_fast((widen(s[j]) - peak) * scale);
+            for (int64_t j = unseen; j < seen; j++) sum += expf_fast((widen(s[j]) - peak) * scale);
             lse[i] = peak * scale + logf(sum);
         }
         float l = lse[i];
 #pragma omp simd
-        for (int64_t j = 0; j < seen; j++) s[j] = narrow(expf_fast(widen(s[j]) * scale - l));
+        for (int64_t j = unseen; j < seen; j++) s[j] = narrow(expf_fast(widen(s[j]) * scale - l));
+        for (int64_t j = 0; j < unseen; j++) s[j] = 0;
         for (int64_t j = seen; j < n; j++) s[j] = 0;
     }
 }

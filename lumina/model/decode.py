@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lumina.config import ModelConfig
+from lumina.config import Layer, ModelConfig, Rope
 from lumina.model import cpu, ops
 from lumina.model.cache import KVCache
 from lumina.model.transformer import Transformer
@@ -90,9 +90,9 @@ class Decoder:
     def __init__(self, model: Transformer, cache: KVCache, forbidden_V: Tensor) -> None:
         self._model, self._cache, self._forbidden_V = model, cache, forbidden_V
         self._forbidden_n = forbidden_V.nonzero()[:, 0]
-        self._weights = _in_order(model)
+        self._weights = _in_order(model) if _is_plain(model.config) else []
         self._dtype = cache.keys.dtype
-        self.compiled = _is_plain(model.config) and _usable(*self._weights, cache.keys)
+        self.compiled = bool(self._weights) and _usable(*self._weights, cache.keys)
         self._most_rows = _MOST_ROWS.get(self._dtype, 0)
         self._shortlists = self.compiled and self._dtype is torch.bfloat16
         if self.compiled:
@@ -164,10 +164,18 @@ def _usable(*tensors: Tensor) -> bool:
 
 
 def _is_plain(config: ModelConfig) -> bool:
-    """Whether the compiled step computes this shape: heads that fill the hidden width, no biases, no norms of queries
-    and keys, no experts."""
-    other = config.qkv_bias or config.qk_norm or config.qk_norm_whole or config.experts is not None
-    return not other and config.num_heads * config.head_dim == config.hidden_size
+    """Whether the compiled step computes this model: Llama's decoder, whose heads fill the hidden width."""
+    rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
+    numbers = (config.embedding_multiplier, config.residual_multiplier, config.logit_scale)
+    scores = (config.attention_scale, config.attention_softcap, config.logit_softcap)
+    return (
+        config.structure.is_llamas
+        and config.experts is None
+        and all(layer == Layer(None, rope) for layer in config.layers)
+        and numbers == (1.0, 1.0, 1.0)
+        and scores == (None, None, None)
+        and config.num_heads * config.head_dim == config.hidden_size
+    )
 
 
 def _in_order(model: Transformer) -> list[Tensor]:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumina.config import Config, LoraConfig, ModelConfig
+from lumina.config import Config, LoraConfig, ModelConfig, UserError
+from lumina.model.families import family_of
 from lumina.model.fused import RowSlice, projections
 from lumina.model.transformer import Transformer
 
@@ -110,8 +111,16 @@ def gain(weight: str, config: ModelConfig, lora: LoraConfig, read: Callable[[str
 
 
 def peft_names(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, str]]:
-    """(our name, peft's name) of every adapter matrix, as adapter_model.safetensors has it."""
+    """(our name, peft's name) of every adapter matrix, as adapter_model.safetensors has it. Raises UserError where
+    transformers has no such projection."""
     homes = {"attention": "self_attn", "feed_forward": "mlp"}
+    for place in ("attention.qkv", "feed_forward.gate_up"):
+        theirs = family_of(config).tensors(f"blocks.0.{place}.weight", config)
+        if len(theirs) == 1:
+            raise UserError(
+                f"family {config.family} has its projections fused ({theirs[0].name}): its adapters have no peft form",
+                "Export the merged model with --format hf.",
+            )
     for ours in shapes(config, lora):
         _, layer, owner, _, _, projection, kind = ours.split(".")
         yield ours, f"base_model.model.model.layers.{layer}.{homes[owner]}.{projection}.lora_{kind.upper()}.weight"

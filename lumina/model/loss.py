@@ -93,9 +93,21 @@ def _add_product(sum_VD: Tensor | None, scores_NV: Tensor, hidden_ND: Tensor, wi
     return product_VD.to(wide) if sum_VD is None else sum_VD.add_(product_VD)
 
 
+def softcap_(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap) (arXiv:2408.00118, section 2), over the logits' own memory. Not for autograd."""
+    return logits.div_(cap).tanh_().mul_(cap)
+
+
 class _OutputLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        softcap: float | None,
+    ) -> Tensor:
         rows = hidden_ND.shape[0]
         total = hidden_ND.new_zeros((), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -107,7 +119,10 @@ class _OutputLoss(torch.autograd.Function):
             part = slice(start, start + step)
             hidden, weights = hidden_ND[part], weights_N[part]
             scores = _logits(hidden, weight_VD)
+            slope = None if softcap is None else 1 - (softcap_(scores, softcap) / softcap).square_()
             losses = cross_entropy_(scores, targets_N[part], weights)
+            if slope is not None:  # from the gradient of what is capped to that of the product
+                scores.mul_(slope)
             total += (losses.to(total.dtype) * weights.to(total.dtype)).sum()
             if dhidden_ND is not None:
                 torch.mm(scores, weight_VD, out=dhidden_ND[part])
@@ -124,35 +139,46 @@ class _OutputLoss(torch.autograd.Function):
         (scale,) = grads
         # On a GPU the host would wait for the scale; there it is applied whatever it is.
         if scale.device.type == "cpu" and scale.item() == 1.0:
-            return dhidden_ND, dweight_VD, None, None
+            return dhidden_ND, dweight_VD, None, None, None
         scaled = [None if g is None else g.mul_(scale.to(g.dtype)) for g in (dhidden_ND, dweight_VD)]
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 @torch.no_grad()
-def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
     """cross_entropy(hidden[n] @ weight.T, targets[n]) of each position, in nats: float32 (or float64) (N)."""
     rows = hidden_ND.shape[0]
     ones_N = torch.ones(rows, dtype=torch.float32, device=hidden_ND.device)
     step = _chunk_rows(weight_VD, rows)
     parts = [slice(start, start + step) for start in range(0, rows, step)]
-    found = [cross_entropy_(_logits(hidden_ND[part], weight_VD), targets_N[part], ones_N[part]) for part in parts]
+    found = [
+        cross_entropy_(_capped_logits(hidden_ND[part], weight_VD, softcap), targets_N[part], ones_N[part])
+        for part in parts
+    ]
     return torch.cat(found) if found else hidden_ND.new_zeros(0)
 
 
-def output_loss(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-    """sum_n weights[n] * cross_entropy(hidden[n] @ weight.T, targets[n]), in nats: a float32 (or float64) scalar.
+def _capped_logits(hidden_ND: Tensor, weight_VD: Tensor, softcap: float | None) -> Tensor:
+    logits_NV = _logits(hidden_ND, weight_VD)
+    return logits_NV if softcap is None else softcap_(logits_NV, softcap)
+
+
+def output_loss(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, softcap: float | None = None
+) -> Tensor:
+    """sum_n weights[n] * cross_entropy(hidden[n] @ weight.T, targets[n]), in nats: a float32 (or float64) scalar. With
+    a `softcap` the logits go through it first.
 
     Gradients are exact for `hidden` and `weight`; the graph may be run backward once. targets: int64, weights: float32.
     """
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        return _OutputLoss.apply(hidden_ND, weight_VD, targets_N, weights_N)  # type: ignore[no-any-return, no-untyped-call]
+        return _OutputLoss.apply(hidden_ND, weight_VD, targets_N, weights_N, softcap)  # type: ignore[no-any-return, no-untyped-call]
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     total = hidden_ND.new_zeros((), dtype=wide)
     rows = hidden_ND.shape[0]
     step = _chunk_rows(weight_VD, rows)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        losses = cross_entropy_(_logits(hidden_ND[part], weight_VD), targets_N[part], weights_N[part])
+        losses = cross_entropy_(_capped_logits(hidden_ND[part], weight_VD, softcap), targets_N[part], weights_N[part])
         total += (losses.to(wide) * weights_N[part].to(wide)).sum()
     return total

@@ -140,6 +140,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
     return rms_norm(total, weight_D, eps), total
 
 
+def layer_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight over the last axis (arXiv:1607.06450, without bias)."""
+    return torch.nn.functional.layer_norm(_wide(x), weight_D.shape, weight_D.to(_wide(x).dtype), None, eps).to(x.dtype)
+
+
 # --- Rotary positions -----------------------------------------------------------------------------
 
 
@@ -161,10 +166,19 @@ class Rotary:
         exponent_h = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
         frequency_h = 1.0 / theta**exponent_h
         if scaling is not None:
-            frequency_h = _slowed(frequency_h, scaling)
+            frequency_h = _slowed(frequency_h, theta, scaling)
         angles_BSh = positions_BS.unsqueeze(-1).float() * frequency_h
         cos_BSh, sin_BSh = angles_BSh.cos(), angles_BSh.sin()
+        if scaling is not None and scaling.type == "yarn":
+            # Scores are multiplied by its square: the temperature of YaRN, section 3.4.
+            factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+            cos_BSh, sin_BSh = cos_BSh * factor, sin_BSh * factor
         return cls(cos_BSh, sin_BSh, _tables(cos_BSh, sin_BSh) if _use_triton(cos_BSh) else None)
+
+    @property
+    def width(self) -> int:
+        """How much of a head is rotated."""
+        return 2 * self.cos_BSh.shape[-1]
 
 
 def _tables(cos_BSh: Tensor, sin_BSh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,9 +186,13 @@ def _tables(cos_BSh: Tensor, sin_BSh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cos_Th, sin_Th, torch.arange(cos_Th.shape[0], device=cos_Th.device).view(cos_BSh.shape[:2])
 
 
-def _slowed(frequency_h: Tensor, scaling: RopeScaling) -> Tensor:
-    """Frequencies for a longer context (see RopeScaling); operations in the order of Llama 3.1's own code, so that the
+def _slowed(frequency_h: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """Frequencies for a longer context (see RopeScaling); operations in the order of the methods' own code, so that the
     float32 results are its very bits."""
+    if scaling.type == "dynamic":
+        return frequency_h
+    if scaling.type == "yarn":
+        return _slowed_by_parts(theta, scaling, 2 * len(frequency_h), frequency_h.device)
     slow_h = frequency_h / scaling.factor
     if scaling.type == "linear":
         return slow_h
@@ -188,6 +206,26 @@ def _slowed(frequency_h: Tensor, scaling: RopeScaling) -> Tensor:
     between_h = (1 - kept_h) * slow_h + kept_h * frequency_h
     frequency_h = torch.where(length_h > original / high, between_h, frequency_h)
     return torch.where(length_h > original / low, slow_h, frequency_h)
+
+
+def _slowed_by_parts(theta: float, scaling: RopeScaling, width: int, device: torch.device) -> Tensor:
+    """YaRN's frequencies (arXiv:2309.00071, section 3.2)."""
+    original = scaling.original_max_position_embeddings
+    assert original is not None
+    # The dimension, not a whole number, whose frequency turns so many times within the original context.
+    at_fast, at_slow = (
+        width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    if scaling.truncate:
+        at_fast, at_slow = math.floor(at_fast), math.ceil(at_slow)
+    first, last = max(at_fast, 0), min(at_slow, width - 1)
+    if first == last:
+        last += 0.001
+    period_h = theta ** (torch.arange(0, width, 2, device=device).float() / width)
+    ramp_h = (torch.arange(width // 2, dtype=torch.float32, device=device) - first) / (last - first)
+    kept_h = 1 - ramp_h.clamp(0, 1)
+    return 1.0 / (scaling.factor * period_h) * (1 - kept_h) + 1.0 / period_h * kept_h
 
 
 def _rope_torch(x_BSnd: Tensor, rotary: Rotary) -> Tensor:
@@ -219,7 +257,14 @@ class _CpuRope(torch.autograd.Function):
 
 
 def rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """Rotate q and k by their tokens' angles (rotate-half). Inputs may be strided views of one projection."""
+    """Rotate q and k by their tokens' angles (rotate-half), or as much of each head as there are angles for. Inputs may
+    be strided views of one projection."""
+    if rotary.width < q_BSHd.shape[-1]:
+        turned = rope(q_BSHd[..., : rotary.width], k_BSKd[..., : rotary.width], rotary)
+        q_BSHd, k_BSKd = (
+            torch.cat((t, x[..., rotary.width :]), -1) for t, x in zip(turned, (q_BSHd, k_BSKd), strict=True)
+        )
+        return q_BSHd, k_BSKd
     if _use_triton(q_BSHd):
         return _triton_rope(q_BSHd, k_BSKd, rotary)
     if _use_cpu(q_BSHd, k_BSKd):
@@ -237,7 +282,7 @@ def _triton_rope(q_BSHd: Tensor, k_BSKd: Tensor, rotary: Rotary) -> tuple[Tensor
     return _triton().rope(q_BSHd, k_BSKd, cos_Th, sin_Th, rows_BS)  # type: ignore[no-any-return]
 
 
-# --- SwiGLU ---------------------------------------------------------------------------------------
+# --- Gated feed-forward ---------------------------------------------------------------------------------------
 
 
 class _CpuSwiGLU(torch.autograd.Function):
@@ -267,6 +312,29 @@ def swiglu(gate_up: Tensor) -> Tensor:
         return _CpuSwiGLU.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
     gate, up = _wide(gate_up).chunk(2, -1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+class _GeGLU(torch.autograd.Function):
+    """Keeps its argument alone: autograd over the single operations would keep four tensors of float32."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = _wide(gate_up).chunk(2, -1)
+        return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = _wide(gate_up).chunk(2, -1)
+        dh = grads[0].to(gate.dtype)
+        dgate = torch.ops.aten.gelu_backward(dh * up, gate, approximate="tanh")
+        return torch.cat((dgate, dh * torch.nn.functional.gelu(gate, approximate="tanh")), -1).to(gate_up.dtype)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up with GELU's tanh approximation (arXiv:2002.05202, arXiv:1606.08415)."""
+    return _GeGLU.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # --- Cross-entropy --------------------------------------------------------------------------------

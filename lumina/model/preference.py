@@ -25,12 +25,18 @@ PREFERENCE_FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/accuracies"
 
 @torch.no_grad()
 def log_probabilities(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, mask_N: Tensor, document_N: Tensor, pairs: int
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    mask_N: Tensor,
+    document_N: Tensor,
+    pairs: int,
+    softcap: float | None = None,
 ) -> Tensor:
     """log p(chosen) and log p(rejected) of each pair, in nats: float64 (P, 2). Documents 2p and 2p+1 are pair p's
     answers, each the sum of its tokens' log-probabilities where the mask is not 0. Sums of thousands of tokens that
     nearly cancel: in float64."""
-    logs_N = -token_losses(hidden_ND, weight_VD, targets_N).double() * mask_N.double()
+    logs_N = -token_losses(hidden_ND, weight_VD, targets_N, softcap).double() * mask_N.double()
     # As a product: index_add_ adds in an order of its own on a GPU, and a resumed run would not be the same (law 6).
     of_DN = document_N == torch.arange(2 * pairs, device=document_N.device)[:, None]
     return (of_DN.double() @ logs_N).view(pairs, 2)
@@ -44,6 +50,7 @@ def preference_loss(
     document_N: Tensor,
     pairs_P3: Tensor,
     beta: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """sum_p weight_p * -log sigmoid(beta * (margin_p - reference_p)), followed by sum_p weight_p * figure_p of each of
     PREFERENCE_FIGURES: float32 (or float64) (1 + F). The gradient is that of the first alone.
@@ -52,9 +59,8 @@ def preference_loss(
     last is for the rewards of single answers only: NaN where it is not known, and so are they.
     """
     reference_P, weight_P, reference_chosen_P = pairs_P3.double().unbind(1)
-    chosen_P, rejected_P = log_probabilities(hidden_ND, weight_VD, targets_N, mask_N, document_N, len(pairs_P3)).unbind(
-        1
-    )
+    of_pairs = hidden_ND, weight_VD, targets_N, mask_N, document_N
+    chosen_P, rejected_P = log_probabilities(*of_pairs, len(pairs_P3), softcap).unbind(1)
     margin_P = chosen_P - rejected_P - reference_P
     exact = torch.promote_types(hidden_ND.dtype, torch.float32)
     loss_P, reward_P = F.softplus(-beta * margin_P), beta * (chosen_P - reference_chosen_P)
@@ -64,6 +70,6 @@ def preference_loss(
         return sums
     slope_P = weight_P * beta * torch.sigmoid(-beta * margin_P)
     slopes_N = torch.stack((slope_P, -slope_P), 1).flatten()[document_N]
-    graph = output_loss(hidden_ND, weight_VD, targets_N, (mask_N * slopes_N).to(exact))
+    graph = output_loss(hidden_ND, weight_VD, targets_N, (mask_N * slopes_N).to(exact), softcap)
     loss = sums[0] + (graph - graph.detach())  # the value of the one, the gradient of the other
     return torch.cat((loss[None], sums[1:]))

@@ -4,9 +4,8 @@ Shape suffixes: B sequences, S positions, D hidden width, H query heads, K key/v
 width, V vocabulary, N supervised positions, P positions in the rotary table.
 
 References: Llama 2 (arXiv:2307.09288) for the arrangement, GQA (arXiv:2305.13245), RoPE (arXiv:2104.09864, the
-rotate-half form), SwiGLU (arXiv:2002.05202), RMSNorm (arXiv:1910.07467). Where the configuration's family says so:
-biases of queries, keys and values (Qwen2, arXiv:2407.10671), a norm of each head's queries and keys (Qwen3,
-arXiv:2505.09388).
+rotate-half form), SwiGLU (arXiv:2002.05202), RMSNorm (arXiv:1910.07467). That is what `Structure` and the settings of
+ModelConfig say by default; where a family says otherwise, its file in lumina/model/families has the reference.
 
 A training batch is one row (B = 1) of documents laid end to end without padding; `cu_seqlens` says where they meet.
 """
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from lumina.config import ModelConfig
 from lumina.model import ops
-from lumina.model.attention import Documents, attention, refuse_cudnn
+from lumina.model.attention import Documents, Scoring, attention, refuse_cudnn
 from lumina.model.attention import bind as bind_attention
 from lumina.model.experts import ExpertFeedForward
 from lumina.model.experts import bind as bind_experts
@@ -49,19 +48,35 @@ def _linear(fan_in: int, fan_out: int, std: float, bias: bool = False) -> nn.Lin
     return layer
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm; adds the residual first when there is one, since both touch the same memory."""
+class Norm(nn.Module):
+    """Root-mean-square norm, or LayerNorm without bias; adds the residual first when there is one, since both touch the
+    same memory."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.kind, self.offset = config.structure.norm, config.structure.norm_offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
+        self.eps = config.rms_norm_eps
 
     def forward(self, x_BSD: Tensor, residual_BSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (normed, new residual): norm(x + residual) and x + residual."""
+        weight_D = self.weight
+        if self.offset:  # in float32: near 1, half precision would round away what was learned
+            weight_D = self.offset + weight_D.to(torch.promote_types(weight_D.dtype, torch.float32))
+        if self.kind == "layer":
+            total_BSD = x_BSD if residual_BSD is None else x_BSD + residual_BSD
+            return ops.layer_norm(total_BSD, weight_D, self.eps), total_BSD
         if residual_BSD is None:
-            return ops.rms_norm(x_BSD, self.weight, self.eps), x_BSD
-        return ops.add_rms_norm(x_BSD, residual_BSD, self.weight, self.eps)
+            return ops.rms_norm(x_BSD, weight_D, self.eps), x_BSD
+        return ops.add_rms_norm(x_BSD, residual_BSD, weight_D, self.eps)
+
+
+class Sum(nn.Module):
+    """In a norm's place where a sublayer reads the residual itself."""
+
+    def forward(self, x_BSD: Tensor, residual_BSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total_BSD = x_BSD if residual_BSD is None else x_BSD + residual_BSD
+        return total_BSD, total_BSD
 
 
 class Attention(nn.Module):
@@ -72,60 +87,73 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
-        self.qkv = _linear(config.hidden_size, sum(self.heads) * self.head_dim, config.init_std, config.qkv_bias)
-        width, std = config.num_heads * self.head_dim, config.init_std / math.sqrt(2 * config.num_layers)
-        self.out = _linear(width, config.hidden_size, std)
-        self.norms_whole = config.qk_norm_whole
-        normed = config.qk_norm or config.qk_norm_whole
-        q_width, k_width = (h * self.head_dim if config.qk_norm_whole else self.head_dim for h in self.heads[:2])
-        self.q_norm = RMSNorm(q_width, config.rms_norm_eps) if normed else None
-        self.k_norm = RMSNorm(k_width, config.rms_norm_eps) if normed else None
+        window = config.layers[layer].window
+        self.scoring = Scoring(window, config.attention_scale, config.attention_softcap)
+        biased, std = config.structure.qkv_bias, config.init_std
+        self.qkv = _linear(config.hidden_size, sum(self.heads) * self.head_dim, std, biased)
+        self.out = _linear(config.num_heads * self.head_dim, config.hidden_size, std / math.sqrt(2 * config.num_layers))
+        self.qk_norm = config.structure.qk_norm
+        normed = {"head": (1, 1), "width": self.heads[:2], None: ()}[self.qk_norm]
+        norms = [Norm(heads * self.head_dim, config) for heads in normed]
+        self.q_norm, self.k_norm = norms or (None, None)
 
-    def forward(self, x_BSD: Tensor, rotary: ops.Rotary, docs: Documents | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, rotary: ops.Rotary | None, docs: Documents | None, cache: KVCache | None
+    ) -> Tensor:
         batch, length, _ = x_BSD.shape
         heads_BSnd = self.qkv(x_BSD).view(batch, length, -1, self.head_dim)
         q_BSHd, k_BSKd, v_BSKd = heads_BSnd.split(self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BSHd, k_BSKd = self._normed(q_BSHd, self.q_norm), self._normed(k_BSKd, self.k_norm)
-        q_BSHd, k_BSKd = ops.rope(q_BSHd, k_BSKd, rotary)
+            q_BSHd, k_BSKd = self._normed(self.q_norm, q_BSHd), self._normed(self.k_norm, k_BSKd)
+        if rotary is not None:
+            q_BSHd, k_BSKd = ops.rope(q_BSHd, k_BSKd, rotary)
         if cache is not None:
-            o_BSHd = cache.attend(self.layer, q_BSHd, k_BSKd, v_BSKd)
+            o_BSHd = cache.attend(self.layer, q_BSHd, k_BSKd, v_BSKd, self.scoring)
         else:
-            o_BSHd = attention(q_BSHd, k_BSKd, v_BSKd, docs)
+            o_BSHd = attention(q_BSHd, k_BSKd, v_BSKd, docs, self.scoring)
         return self.out(o_BSHd.flatten(2))  # type: ignore[no-any-return]
 
-    def _normed(self, x_BSnd: Tensor, norm: RMSNorm) -> Tensor:
-        x_BSn = x_BSnd.flatten(2) if self.norms_whole else x_BSnd
-        return norm(x_BSn)[0].view(x_BSnd.shape)  # type: ignore[no-any-return]
+    def _normed(self, norm: Norm, x_BSnd: Tensor) -> Tensor:
+        normed: Tensor = norm(x_BSnd if self.qk_norm == "head" else x_BSnd.flatten(2))[0]
+        return normed.view(x_BSnd.shape)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU over one fused gate/up projection."""
+    """Gated feed-forward (SwiGLU, GeGLU) over one fused gate/up projection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up = _linear(config.hidden_size, 2 * config.ffn_size, config.init_std)
         self.down = _linear(config.ffn_size, config.hidden_size, config.init_std / math.sqrt(2 * config.num_layers))
+        self.activation = config.structure.activation
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(ops.swiglu(self.gate_up(x_BSD)))  # type: ignore[no-any-return]
+        gated = ops.swiglu if self.activation == "silu" else ops.geglu
+        return self.down(gated(self.gate_up(x_BSD)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """One pre-norm layer. Takes and returns (delta, residual), so that each add is fused with the norm after it."""
+    """One layer: attention and feed-forward, with norms before them, after them, or both. Takes and returns (delta,
+    residual), so that each add is fused with the norm after it."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.arrangement, self.multiplier = config.structure.arrangement, config.residual_multiplier
+        before = self.arrangement != "post-norm"
+        self.attention_norm = Norm(config.hidden_size, config) if before else Sum()
         self.attention = Attention(config, layer)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.arrangement != "parallel":
+            self.feed_forward_norm = Norm(config.hidden_size, config) if before else Sum()
         self.feed_forward = ExpertFeedForward(config) if config.has_experts(layer) else FeedForward(config)
+        if self.arrangement in ("post-norm", "sandwich"):
+            self.attention_post_norm = Norm(config.hidden_size, config)
+            self.feed_forward_post_norm = Norm(config.hidden_size, config)
 
     def forward(
         self,
         delta_BSD: Tensor,
         residual_BSD: Tensor | None,
-        rotary: ops.Rotary,
+        rotary: ops.Rotary | None,
         docs: Documents | None = None,
         cache: KVCache | None = None,
         members: DocumentMembers | None = None,
@@ -133,11 +161,22 @@ class Block(nn.Module):
         """(delta, residual); with `members` and in a layer that has experts, also what they sum up of the routing."""
         normed_BSD, residual_BSD = self.attention_norm(delta_BSD, residual_BSD)
         delta_BSD = self.attention(normed_BSD, rotary, docs, cache)
-        normed_BSD, residual_BSD = self.feed_forward_norm(delta_BSD, residual_BSD)
-        if not isinstance(self.feed_forward, ExpertFeedForward):
-            return self.feed_forward(normed_BSD), residual_BSD
-        delta_BSD, *sums = self.feed_forward(normed_BSD, members)
-        return delta_BSD, residual_BSD, *sums
+        if self.arrangement == "parallel":
+            return self._scaled(delta_BSD + self.feed_forward(normed_BSD)), residual_BSD
+        if self.arrangement != "pre-norm":
+            delta_BSD, _ = self.attention_post_norm(delta_BSD)
+        normed_BSD, residual_BSD = self.feed_forward_norm(self._scaled(delta_BSD), residual_BSD)
+        sums: list[Tensor] = []
+        if isinstance(self.feed_forward, ExpertFeedForward):
+            delta_BSD, *sums = self.feed_forward(normed_BSD, members)
+        else:
+            delta_BSD = self.feed_forward(normed_BSD)
+        if self.arrangement != "pre-norm":
+            delta_BSD, _ = self.feed_forward_post_norm(delta_BSD)
+        return self._scaled(delta_BSD), residual_BSD, *sums
+
+    def _scaled(self, delta_BSD: Tensor) -> Tensor:
+        return delta_BSD if self.multiplier == 1.0 else delta_BSD * self.multiplier
 
 
 class Embedding(nn.Module):
@@ -149,20 +188,26 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         _draw(self.weight, config.init_std)
         self.sparse = config.tie_word_embeddings
+        self.scale = config.embedding_scale
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         # torch.compile cannot take a sparse gradient through its graph.
         sparse = self.sparse and self.weight.device.type == "cpu" and not torch.compiler.is_compiling()
-        return torch.nn.functional.embedding(ids_BS, self.weight, sparse=sparse)
+        x_BSD = torch.nn.functional.embedding(ids_BS, self.weight, sparse=sparse)
+        if self.scale == 1.0:
+            return x_BSD
+        # Rounded to the weights' type, as the models were trained; on the host, which then waits for nothing.
+        return x_BSD * torch.tensor(self.scale, dtype=x_BSD.dtype).item()
 
 
 class Output(nn.Module):
     """The vocabulary projection: logits for inference, the loss for training. The loss lives here, inside the module
     that owns the weight, because ZeRO-3 gathers a weight only around its owner's forward."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, config: ModelConfig) -> None:
         super().__init__()
         self.weight = weight
+        self.scale, self.softcap = config.logit_scale, config.logit_softcap
 
     def forward(
         self,
@@ -176,18 +221,21 @@ class Output(nn.Module):
     ) -> Tensor:
         """Arguments as in Transformer.forward. Nothing here looks for the supervised positions: a search whose result
         has as many rows as it finds would make the host wait for the device and break a compiled graph."""
+        if self.scale != 1.0:  # the product's, at the cost of its narrower operand
+            x_BSD = x_BSD * self.scale
         if targets_N is None or weights_N is None:
-            return torch.nn.functional.linear(x_BSD, self.weight)
+            logits_BSV = torch.nn.functional.linear(x_BSD, self.weight)
+            return logits_BSV if self.softcap is None else self.softcap * torch.tanh(logits_BSV / self.softcap)
         hidden_ND = x_BSD.flatten(0, 1)
         if supervised_N is not None:
             hidden_ND = hidden_ND.index_select(0, supervised_N)
         if pairs_P3 is None:
-            return output_loss(hidden_ND, self.weight, targets_N.flatten(), weights_N.flatten())
+            return output_loss(hidden_ND, self.weight, targets_N.flatten(), weights_N.flatten(), self.softcap)
         assert documents_N is not None, "a pair's answers are documents: each supervised token has one"
         of_pairs = hidden_ND, self.weight, targets_N, weights_N, documents_N
         if beta is None:
-            return log_probabilities(*of_pairs, len(pairs_P3))
-        return preference_loss(*of_pairs, pairs_P3, beta)
+            return log_probabilities(*of_pairs, len(pairs_P3), self.softcap)
+        return preference_loss(*of_pairs, pairs_P3, beta, self.softcap)
 
 
 class Transformer(nn.Module):
@@ -200,13 +248,14 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ropes = [layer.rope for layer in config.layers]
+        self.norm = Norm(config.hidden_size, config)
         if config.tie_word_embeddings:
-            self.output = Output(self.embedding.weight)
+            self.output = Output(self.embedding.weight, config)
         else:
             weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
             _draw(weight, config.init_std)
-            self.output = Output(weight)
+            self.output = Output(weight, config)
         self.checkpoint_every = 0  # 0: keep all activations; n: recompute every nth layer in the backward pass
         self._routing_counts: Tensor | None = None
 
@@ -274,12 +323,12 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the output layer reads: (B, S, D). Arguments as in `forward`; `routing` is added to."""
         docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen, bounds) if cache is None else None
-        config = self.config
-        rotary = ops.Rotary.of(positions_BS, config.head_dim, config.rope_theta, config.rope_scaling)
+        rotaries = {rope: None if rope is None else ops.Rotary.of(positions_BS, *rope) for rope in set(self.ropes)}
         delta_BSD = self.embedding(ids_BS)
         residual_BSD: Tensor | None = None
         members = None if routing is None else routing.members
         for layer, block in enumerate(self.blocks):
+            rotary = rotaries[self.ropes[layer]]
             if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
                 delta_BSD, residual_BSD, *sums = _checkpointed(block, delta_BSD, residual_BSD, rotary, docs, members)
             else:
@@ -310,7 +359,7 @@ def _checkpointed(
     block: nn.Module,
     delta_BSD: Tensor,
     residual_BSD: Tensor | None,
-    rotary: ops.Rotary,
+    rotary: ops.Rotary | None,
     docs: Documents | None,
     members: DocumentMembers | None,
 ) -> tuple[Tensor, ...]:

@@ -36,11 +36,12 @@ WAYS = ("auto", "flash2", "flash3", "flash4", "torch", "sdpa")
 
 
 class Kernel(NamedTuple):
-    """`attend(q_SHd, k_SKd, v_SKd, cu_seqlens_D, max_seqlen, window)` -> (S, H, d), causal within documents. `window`:
-    how many keys a query sees, its own the last; None: all of its document's past."""
+    """`attend(q_SHd, k_SKd, v_SKd, cu_seqlens_D, max_seqlen, window, scale)` -> (S, H, d), causal within documents.
+    `window`: how many keys a query sees, its own the last; None: all of its document's past. `scale`: of q k^T; None:
+    1 / sqrt(d)."""
 
     name: str
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor, int, int | None], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, int, int | None, float | None], Tensor]
 
 
 class _Implementation(NamedTuple):
@@ -126,8 +127,12 @@ def _package() -> Kernel | None:
     except (ImportError, AttributeError):  # the name alone is there, as where only flash_attn.cute is installed
         return None
 
-    def flash2(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int | None) -> Tensor:
+    def flash2(
+        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int | None, scale: float | None
+    ) -> Tensor:
         options: dict[str, Any] = {} if window is None else {"window_size": (window - 1, 0)}
+        if scale is not None:
+            options["softmax_scale"] = scale
         if torch.are_deterministic_algorithms_enabled():
             options["deterministic"] = True
         out: Any = attend(q, k, v, cu, cu, longest, longest, causal=True, **options)
@@ -142,9 +147,12 @@ def _torchs(name: str) -> Kernel:
     known = inspect.signature(varlen_attn).parameters
     windows, grouped = "window_size" in known, "enable_gqa" in known
 
-    def own(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int | None) -> Tensor:
-        if window is not None and not windows:
-            raise UserError(f"torch {torch.__version__} has no sliding windows.", "Install torch 2.12 or later.")
+    def own(
+        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int | None, scale: float | None
+    ) -> Tensor:
+        if (window is not None or scale is not None) and not windows:
+            what = "no sliding windows and no scale of its own for this kernel"
+            raise UserError(f"torch {torch.__version__} has {what}.", "Install torch 2.12 or later.")
         group = q.shape[1] // k.shape[1]
         if group > 1 and not grouped:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -152,6 +160,8 @@ def _torchs(name: str) -> Kernel:
         options: dict[str, Any] = {"window_size": (left, 0)} if windows else {"is_causal": True}
         if grouped:
             options["enable_gqa"] = group > 1
+        if scale is not None:
+            options["scale"] = scale
         out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
         return out  # type: ignore[no-any-return]
 
@@ -172,10 +182,10 @@ class Spans(NamedTuple):
     longest: int
 
 
-def spans_kernel(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Spans], Tensor] | None:
-    """`attend(q_RHd, k_TKd, v_TKd, spans)` -> (R, H, d): one query for each row of a cache, over as many of the row's
-    tokens as it holds, by torch's variable-length kernel and its `seqused_k` (torch 2.12). None where that is not to be
-    had: there a mask says what each row sees, which the flash kernels refuse."""
+def spans_kernel(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Spans, float | None], Tensor] | None:
+    """`attend(q_RHd, k_TKd, v_TKd, spans, scale)` -> (R, H, d): one query for each row of a cache, over as many of the
+    row's tokens as it holds, by torch's variable-length kernel and its `seqused_k` (torch 2.12). None where that is not
+    to be had: there a mask says what each row sees, which the flash kernels refuse."""
     way = os.environ.get("LUMINA_ATTENTION", "auto")
     if way == "sdpa" or dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability() < (8, 0):
         return None
@@ -186,11 +196,12 @@ def spans_kernel(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, Spans]
     if not {"seqused_k", "enable_gqa", "window_size"} <= inspect.signature(varlen_attn).parameters.keys():
         return None
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float | None) -> Tensor:
         grouped = q.shape[1] != k.shape[1]
         cu_q, cu_k, longest = spans.queries, spans.edges, spans.longest
         # No mask: what a query may see is what `used` counts, and a causal one would be aligned to its end anyway.
-        out: Any = varlen_attn(q, k, v, cu_q, cu_k, 1, longest, enable_gqa=grouped, seqused_k=spans.used)
+        options: dict[str, Any] = {} if scale is None else {"scale": scale}
+        out: Any = varlen_attn(q, k, v, cu_q, cu_k, 1, longest, enable_gqa=grouped, seqused_k=spans.used, **options)
         return out  # type: ignore[no-any-return]
 
     return attend

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lumina.plan.compilers import refuse_missing_compiler as refuse_missing_compiler
     from lumina.plan.costs.devices import Device as Device
     from lumina.plan.costs.devices import local_device as local_device
+    from lumina.plan.costs.workload import attended_keys as attended_keys
     from lumina.plan.costs.workload import layer_matrix_parameters as layer_matrix_parameters
     from lumina.plan.environment import MIN_FREE_DISK as MIN_FREE_DISK
     from lumina.plan.environment import CheckResult as CheckResult
@@ -25,6 +26,7 @@ _HOMES = {
     "Device": "costs.devices",
     "MIN_FREE_DISK": "environment",
     "Status": "environment",
+    "attended_keys": "costs.workload",
     "check_all": "environment",
     "default_document": "stage",
     "layer_matrix_parameters": "costs.workload",
@@ -40,6 +42,7 @@ __all__ = [
     "CheckResult",
     "Device",
     "Status",
+    "attended_keys",
     "check_all",
     "default_document",
     "layer_matrix_parameters",

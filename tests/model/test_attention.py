@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lumina.model import attention as room
-from lumina.model.attention import Documents, attention
+from lumina.model.attention import Documents, Scoring, attention
 from tests.model.tiny_models import check_errors, make_model, pack, run
 
 LENGTHS = [[1], [300], [5, 1, 40, 17], [256, 257, 3]]
@@ -157,21 +157,46 @@ def test_a_window_is_the_definition(lengths: list[int], window: int) -> None:
     total = sum(lengths)
     near = torch.arange(total)[:, None] - torch.arange(total) < window
     docs, mask, given_ = documents(lengths), masked(lengths) & near, inputs(total, 4, 2, 16, torch.float64)
-    found = run(lambda q, k, v: attention(q, k, v, docs, window), given_)
+    found = run(lambda q, k, v: attention(q, k, v, docs, Scoring(window)), given_)
     for ours, exact in zip(found, run(lambda q, k, v: plain(q, k, v, mask), given_), strict=True):
         torch.testing.assert_close(ours, exact)
     if len(lengths) == 1:
-        torch.testing.assert_close(attention(*given_, None, window), plain(*given_, mask))
+        torch.testing.assert_close(attention(*given_, None, Scoring(window)), plain(*given_, mask))
 
 
-@pytest.mark.usefixtures("compiled")
-def test_a_window_in_bfloat16_leaves_the_blocks() -> None:
-    """They know no windows: without this it would be ignored."""
-    given_, near = inputs(13, 4, 2, 8), torch.arange(13)[:, None] - torch.arange(13) < 2
-    for docs in (documents([13]), None):
-        torch.testing.assert_close(
-            attention(*given_, docs, 2), plain(*given_, masked([13]) & near), rtol=0.02, atol=0.02
-        )
+@pytest.mark.usefixtures("compiled", "poison")
+@pytest.mark.parametrize(("lengths", "window"), [([13], 2), ([520, 3, 300], 1), ([520, 3, 300], 70), ([300], 600)])
+def test_blocks_in_bfloat16_take_windows_and_scales(lengths: list[int], window: int) -> None:
+    """Blocks of 256 queries over the keys that any of them sees, 70 of them on the edge of two blocks."""
+    total = sum(lengths)
+    given_, near = inputs(total, 4, 2, 16), torch.arange(total)[:, None] - torch.arange(total) < window
+    docs, mask = documents(lengths), masked(lengths) & near
+    scaled = lambda q, k, v: plain(q * 0.3 * 4, k, v, mask)
+    exact = run(scaled, given_, wide=True)
+    found = run(lambda q, k, v: attention(q, k, v, docs, Scoring(window, scale=0.3)), given_)
+    check_errors(found, run(scaled, given_), exact)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_soft_cap_is_the_definition(window: int | None) -> None:
+    """In every layout; scores are far beyond the cap."""
+    lengths, scoring = [5, 1, 40, 17], Scoring(window, 2.0, 1.5)
+    near = torch.arange(63)[:, None] - torch.arange(63) < (window or 99)
+
+    def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(2, 1) for x in (k, v))
+        scores = (1.5 * torch.tanh(q @ k.mT * 2.0 / 1.5)).masked_fill(~(masked(lengths) & near), float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    given_, docs = inputs(63, 4, 2, 16, torch.float64), documents(lengths)
+    exact = run(capped, given_)
+    for way in (attention, room._by_length):
+        found = run(lambda q, k, v, way=way: way(q, k, v, docs, scoring), given_)
+        for ours, theirs in zip(found, exact, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    half = [x.detach().bfloat16() for x in given_]
+    torch.testing.assert_close(attention(*half, docs, scoring).double(), exact[0], rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -189,9 +214,9 @@ def test_documents_of_like_lengths_at_once(
 
     docs, total = documents(lengths), sum(lengths)
     given_ = inputs(total, 4, 2, 8, torch.float64)
-    exact = run(lambda q, k, v: room._by_document(q, k, v, docs, window), given_)
+    exact = run(lambda q, k, v: room._by_document(q, k, v, docs, Scoring(window)), given_)
     monkeypatch.setattr(room, "_sdpa", counted)
-    found = run(lambda q, k, v: room._by_length(q, k, v, docs, window), given_)
+    found = run(lambda q, k, v: room._by_length(q, k, v, docs, Scoring(window)), given_)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert len(calls) <= max(lengths).bit_length() + 1
@@ -235,7 +260,9 @@ def test_no_kernel_is_asked_for_what_it_refuses(
     """On a GPU fewer key heads go to the flash kernel alone; anything else would be the plain way, O(S^2) memory."""
     asked: list[tuple[int, bool, bool]] = []
 
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> Tensor:
+    def sdpa(
+        q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Any, is_causal: bool, enable_gqa: bool, scale: Any
+    ) -> Tensor:
         asked.append((k.shape[1], enable_gqa, attn_mask is not None))
         return q
 

@@ -105,10 +105,10 @@ def test_gradients_are_transformers_own(family: str) -> None:
             layer.mlp.gate_proj.weight.copy_(gate)
             layer.mlp.up_proj.weight.copy_(up)
             rows = [heads * c.head_dim for heads in own.heads]
-            for kind in ("weight", "bias") if c.qkv_bias else ("weight",):
+            for kind in ("weight", "bias") if c.structure.qkv_bias else ("weight",):
                 for part, piece in zip("qkv", getattr(own.qkv, kind).split(rows), strict=True):
                     getattr(getattr(attention, f"{part}_proj"), kind).copy_(piece)
-            if c.qk_norm:
+            if c.structure.qk_norm:
                 attention.q_norm.weight.copy_(own.q_norm.weight)
                 attention.k_norm.weight.copy_(own.k_norm.weight)
     ids, targets = torch.randint(0, c.vocab_size, (2, 1, 20))
@@ -119,10 +119,10 @@ def test_gradients_are_transformers_own(family: str) -> None:
     expected.backward()
     block, layer = ours.blocks[0], theirs.model.layers[0]
     pairs = [(block.attention_norm.weight, layer.input_layernorm.weight)]
-    if c.qkv_bias:
+    if c.structure.qkv_bias:
         biases = [getattr(layer.self_attn, f"{part}_proj").bias.grad for part in "qkv"]
         torch.testing.assert_close(block.attention.qkv.bias.grad, torch.cat(biases), rtol=1e-4, atol=1e-5)
-    if c.qk_norm:
+    if c.structure.qk_norm:
         pairs += [(block.attention.q_norm.weight, layer.self_attn.q_norm.weight)]
         pairs += [(block.attention.k_norm.weight, layer.self_attn.k_norm.weight)]
     for own_weight, their_weight in pairs:
@@ -150,11 +150,22 @@ def test_slowed_angles_are_transformers_bits(type: str) -> None:
     [
         ({"head_size": 7}, "head_size is 7: rotary positions need an even head size"),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "llama3 needs original_max_position_embeddings"),
-        ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, "Input should be 'linear' or 'llama3'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, "yarn needs original_max_position_embeddings"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 8.0}},
+            "should be 'linear', 'llama3', 'yarn' or 'dynamic'",
+        ),
+        ({"attention_softcap": 50.0}, "the family llama has no attention_softcap; those that have: gemma2"),
+        ({"family": "qwen3", "sliding_layers": [1]}, "sliding_layers needs sliding_window"),
+        (
+            {"family": "qwen3", "sliding_window": 4, "sliding_layers": [2]},
+            "sliding_layers .2. are not layers from 0",
+        ),
+        ({"family": "phi3", "partial_rotary_factor": 0.4}, "partial_rotary_factor rotates 3 of 8, not an even number"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "greater than or equal to 1"),
         (
             {"family": "qwen"},
-            r"no such model family: qwen. Did you mean qwen\d\? There are: llama, mistral, mixtral, olmoe, qwen2",
+            r"no such model family: qwen. Did you mean qwen\d\? There are: .*llama, mistral",
         ),
     ],
 )

@@ -26,6 +26,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
 SHAPES: dict[str, dict[str, Any]] = {
     **{name: {"family": name} | EXPERTS.get(name, {}) for name in FAMILIES.names()},
     "wide heads": {"family": "qwen3", "head_size": 20},
+    "windows": {"family": "gemma3_text", "sliding_window": 7, "sliding_layers": [0], "sliding_rope_theta": 50.0},
+    "soft caps": {"family": "gemma2", "attention_softcap": 2.0, "logit_softcap": 3.0, "attention_scale": 0.6},
     "one head each": {"num_kv_heads": 4, "tie_word_embeddings": False},
     "scaled": {"rope_scaling": {"type": "linear", "factor": 4.0}},
 }
@@ -128,10 +130,10 @@ def test_spans_of_a_kernel_that_takes_them(monkeypatch: pytest.MonkeyPatch) -> N
     """As on a GPU whose kernel reads each row up to its length: no mask, the cache itself, an upper bound for all."""
     calls: list[Spans] = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float | None) -> Tensor:
         assert k.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr(), "the cache itself"
         calls.append(spans)
-        return by_spans(q, k, v, spans)
+        return by_spans(q, k, v, spans, scale)
 
     monkeypatch.setattr(room, "_token_major", lambda device: True)
     monkeypatch.setattr(room, "spans_kernel", lambda dtype: attend)

@@ -18,7 +18,16 @@ from lumina.model.varlen import Spans, find, spans_kernel
 HALF = torch.bfloat16
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used: Tensor | None, left: int) -> Tensor:
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    used: Tensor | None,
+    left: int,
+    scale: float | None = None,
+) -> Tensor:
     """Attention of each query over its own span, aligned at the end, the definition in float64. `left`: keys before a
     query's own that it sees, -1 for all."""
     group = q.shape[1] // k.shape[1]
@@ -28,7 +37,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, used:
         rows, first = slice(int(cu_q[number]), int(cu_q[number + 1])), int(cu_k[number])
         last = int(cu_k[number + 1]) if used is None else first + int(used[number])
         keys, values, queries = k[first:last], v[first:last], q[rows].double()
-        scores = torch.einsum("qhd,khd->hqk", queries, keys) / q.shape[-1] ** 0.5
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * (q.shape[-1] ** -0.5 if scale is None else scale)
         ahead = len(keys) - len(queries)
         distance = torch.arange(len(queries))[:, None] + ahead - torch.arange(len(keys))
         hidden = (distance < 0) | ((distance > left) if left >= 0 else torch.zeros_like(distance, dtype=torch.bool))
@@ -72,7 +81,7 @@ class Machine:
             assert isinstance(max_q, int)
             self.calls.append(("torch", {"window_size": window_size, "max": (max_q, max_k)}))
             assert window_size[1] == (0 if seqused_k is None else -1)
-            return reference(query, key, value, cu_seq_q, cu_seq_k, seqused_k, window_size[0])
+            return reference(query, key, value, cu_seq_q, cu_seq_k, seqused_k, window_size[0], scale)
 
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
         activate = lambda name: self.calls.append(("activate", {"name": name}))
@@ -105,7 +114,7 @@ class Machine:
             ) -> Tensor:
                 assert causal
                 self.calls.append(("flash_attn", {"window_size": window_size, "max": (max_seqlen_q, max_seqlen_k)}))
-                return reference(q, k, v, cu_seqlens_q, cu_seqlens_k, None, window_size[0])
+                return reference(q, k, v, cu_seqlens_q, cu_seqlens_k, None, window_size[0], softmax_scale)
 
             package.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
         self.patch.setitem(sys.modules, name, package)
@@ -218,7 +227,10 @@ def packed(lengths: list[int], heads: int = 4, kv_heads: int = 2) -> tuple[list[
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("package", [None, "flash_attn"])
-def test_the_call_means_what_the_reference_does(machine: Machine, package: str | None, window: int | None) -> None:
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_the_call_means_what_the_reference_does(
+    machine: Machine, scale: float | None, package: str | None, window: int | None
+) -> None:
     """Windows too: of n keys, its own among them, where the kernels count those before it."""
     machine.card(8)
     if package is not None:
@@ -226,9 +238,10 @@ def test_the_call_means_what_the_reference_does(machine: Machine, package: str |
     kernel = find(HALF)
     assert kernel is not None
     (q, k, v), edges = packed([5, 1, 9])
-    found = kernel.attend(q, k, v, edges, 9, window)
+    scoring = attention_module.Scoring(window, scale)
+    found = kernel.attend(q, k, v, edges, 9, window, scale)
     docs = attention_module.Documents.of(q[None, :, 0, 0], edges, None)
-    torch.testing.assert_close(found, attention_module.attention(q[None], k[None], v[None], docs, window)[0])
+    torch.testing.assert_close(found, attention_module.attention(q[None], k[None], v[None], docs, scoring)[0])
     (called,) = machine.calls
     assert called == (
         package or "torch",
@@ -266,9 +279,9 @@ def test_torch_before_windows_and_groups(machine: Machine) -> None:
     kernel = find(HALF)
     assert kernel is not None
     (q, k, v), edges = packed([5, 9])
-    torch.testing.assert_close(kernel.attend(q, k, v, edges, 9, None), reference(q, k, v, edges, edges, None, -1))
+    torch.testing.assert_close(kernel.attend(q, k, v, edges, 9, None, None), reference(q, k, v, edges, edges, None, -1))
     with pytest.raises(UserError, match="no sliding windows"):
-        kernel.attend(q, k, v, edges, 9, 3)
+        kernel.attend(q, k, v, edges, 9, 3, None)
     assert spans_kernel(HALF) is None
 
 
@@ -279,6 +292,6 @@ def test_spans_of_a_cache(machine: Machine) -> None:
     (q, _, _), _ = packed([2])
     (_, k, v), edges = packed([6, 6])
     queries, used = torch.tensor([0, 1, 2]).int(), torch.tensor([2, 5]).int()
-    found = attend(q, k, v, Spans(queries, edges, used, 5))
+    found = attend(q, k, v, Spans(queries, edges, used, 5), None)
     torch.testing.assert_close(found, reference(q, k, v, queries, edges, used, -1))
     assert machine.calls == [("torch", {"window_size": (-1, -1), "max": (1, 5)})]

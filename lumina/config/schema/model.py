@@ -1,10 +1,16 @@
-"""The decoder's settings: its shape, and what differs from family to family."""
+"""The decoder's settings: its shape, and what differs from family to family.
+
+A family alone decides some of it (`Structure`: where norms stand, which activation); the rest are numbers that differ
+between models of one family, and are settings. Their defaults are Llama's.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from lumina.config.registry import FAMILIES
 from lumina.config.schema.experts import Experts
@@ -13,6 +19,7 @@ from lumina.config.schema.fields import (
     MIN_VOCAB,
     FamilyName,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Strict,
@@ -20,12 +27,20 @@ from lumina.config.schema.fields import (
 
 
 class RopeScaling(Strict):
-    """RoPE scaling: slower rotary angles for contexts longer than a model was first trained on. `linear` divides every
-    frequency by `factor` (arXiv:2306.15595); `llama3` only those that turn fewer than `low_freq_factor` times within
-    `original_max_position_embeddings` tokens, none that turn more than `high_freq_factor` times, and those between in
-    part (Llama 3.1). The names are transformers'."""
+    """RoPE scaling: slower rotary angles for contexts longer than a model was first trained on. The names are
+    transformers'. With "turns" those of a frequency within `original_max_position_embeddings` tokens:
 
-    type: Literal["linear", "llama3"]
+    linear   divides every frequency by `factor` (arXiv:2306.15595)
+    llama3   only those below `low_freq_factor` turns, none above `high_freq_factor`, those between in part (Llama 3.1)
+    yarn     only those below `beta_slow` turns, none above `beta_fast`, those between in part, between whole numbers of
+             dimensions if `truncate`; cosines and sines are multiplied by `attention_factor`, 0.1 ln(factor) + 1 where
+             that is unset (arXiv:2309.00071)
+    dynamic  none within the context length, which is as far as Lumina's positions go; transformers slows them beyond
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    type: Literal["linear", "llama3", "yarn", "dynamic"]
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     low_freq_factor: PositiveFloat | None = None
     high_freq_factor: PositiveFloat | None = None
@@ -33,6 +48,10 @@ class RopeScaling(Strict):
     original_max_position_embeddings: PositiveInt | None = Field(
         None, validation_alias=AliasChoices("original_max_position_embeddings", "original_window")
     )
+    attention_factor: PositiveFloat | None = None
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    truncate: bool = True
 
     @model_validator(mode="after")
     def _complete(self) -> RopeScaling:
@@ -41,11 +60,69 @@ class RopeScaling(Strict):
             low is None or high is None or self.original_max_position_embeddings is None or low >= high
         ):
             raise ValueError("llama3 needs original_max_position_embeddings and low_freq_factor below high_freq_factor")
+        if self.type == "yarn" and (self.original_max_position_embeddings is None or self.beta_slow > self.beta_fast):
+            raise ValueError("yarn needs original_max_position_embeddings and beta_slow not above beta_fast")
         return self
 
 
+class Rope(NamedTuple):
+    """Rotary positions of a layer: the first `width` numbers of each head are rotated."""
+
+    width: int
+    theta: float
+    scaling: RopeScaling | None
+
+
+class Layer(NamedTuple):
+    """What layers of one model differ in. window: how many keys a query sees, its own the last; None: all of its past.
+    rope: None for a layer without rotary positions (arXiv:2305.19466)."""
+
+    window: int | None
+    rope: Rope | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """What of a decoder its family alone decides. The defaults are Llama's.
+
+    arrangement: a block's two sublayers are attention and feed-forward. pre-norm: each reads the normed residual and
+        adds to it (arXiv:2002.04745). post-norm: each reads the residual, and its output is normed before it is added
+        (OLMo 2). sandwich: both (Gemma 2). parallel: both read one norm of the residual, and their sum is added.
+    norm: RMSNorm, or LayerNorm without bias.
+    norm_offset: what is added to a norm's weight before it multiplies.
+    qkv_bias: biases of queries, keys and values.
+    qk_norm: a norm of queries and keys: over each head, or over all heads together (width).
+    activation: of the feed-forward's gate: SiLU, or GELU by its tanh approximation.
+    embedding_by_width: the embedding is multiplied by the root of its width.
+    """
+
+    arrangement: Literal["pre-norm", "post-norm", "sandwich", "parallel"] = "pre-norm"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    qkv_bias: bool = False
+    qk_norm: Literal["head", "width"] | None = None
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_by_width: bool = False
+
+    @property
+    def is_llamas(self) -> bool:
+        return all(getattr(self, each.name) == each.default for each in fields(Structure))
+
+
+#: Norms of width hidden_size in a block.
+_NORMS = {"pre-norm": 2, "post-norm": 2, "sandwich": 4, "parallel": 1}
+
+#: Settings that only some families have; a family names its own (Family.settings).
+FAMILY_SETTINGS = (
+    *("rope_scaling", "partial_rotary_factor", "nope_layers"),
+    *("sliding_window", "sliding_layers", "sliding_rope_theta"),
+    *("attention_scale", "attention_softcap", "logit_softcap"),
+    *("embedding_multiplier", "residual_multiplier", "logit_scale"),
+)
+
+
 class ModelConfig(Strict):
-    """Shape of the decoder (Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU)."""
+    """Shape of the decoder (Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU), and its family."""
 
     hidden_size: PositiveInt
     num_layers: PositiveInt
@@ -59,6 +136,17 @@ class ModelConfig(Strict):
     head_size: PositiveInt | None = None  # None: hidden_size / num_heads
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each head, from its beginning
+    nope_layers: list[NonNegativeInt] | None = None  # layers without rotary positions
+    sliding_window: PositiveInt | None = None  # keys that a query sees, its own the last
+    sliding_layers: list[NonNegativeInt] | None = None  # layers with the window; None: all
+    sliding_rope_theta: PositiveFloat | None = None  # of those layers, which are then not scaled; None: as the others
+    attention_scale: PositiveFloat | None = None  # of q k^T; None: 1 / sqrt(head width)
+    attention_softcap: PositiveFloat | None = None  # scores become cap * tanh(score / cap)
+    logit_softcap: PositiveFloat | None = None  # the same for the output's logits
+    embedding_multiplier: PositiveFloat = 1.0
+    residual_multiplier: PositiveFloat = 1.0  # of what each sublayer adds to the residual
+    logit_scale: PositiveFloat = 1.0
     rms_norm_eps: PositiveFloat = 1e-5
     tie_word_embeddings: bool = True
     init_std: PositiveFloat = 0.02
@@ -83,26 +171,64 @@ class ModelConfig(Strict):
         if self.head_dim % 2:
             of = "hidden_size / num_heads" if self.head_size is None else "head_size"
             raise ValueError(f"{of} is {self.head_dim}: rotary positions need an even head size")
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            raise ValueError(f"partial_rotary_factor rotates {self.rotary_dim} of {self.head_dim}, not an even number")
         return self
+
+    @model_validator(mode="after")
+    def _layers_are_there(self) -> ModelConfig:
+        for name in ("nope_layers", "sliding_layers"):
+            layers = getattr(self, name) or []
+            if layers != sorted(set(layers)) or (layers and layers[-1] >= self.num_layers):
+                raise ValueError(f"{name} {layers} are not layers from 0 to {self.num_layers - 1} in ascending order")
+        for name in ("sliding_layers", "sliding_rope_theta"):
+            if self.sliding_window is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs sliding_window")
+        return self
+
+    @model_validator(mode="after")
+    def _family_has_it(self) -> ModelConfig:
+        set_ = [name for name in FAMILY_SETTINGS if getattr(self, name) != type(self).model_fields[name].default]
+        lacking = [name for name in set_ if name not in FAMILIES.get(self.family).settings] if set_ else []
+        if lacking:
+            having = ", ".join(name for name in FAMILIES.names() if lacking[0] in FAMILIES.get(name).settings)
+            raise ValueError(f"the family {self.family} has no {lacking[0]}; those that have: {having}")
+        return self
+
+    @property
+    def structure(self) -> Structure:
+        """What the family decides."""
+        family: Structure = FAMILIES.get(self.family)
+        return family
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads if self.head_size is None else self.head_size
 
     @property
-    def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have biases."""
-        return bool(FAMILIES.get(self.family).qkv_bias)
+    def rotary_dim(self) -> int:
+        """How much of a head's width is rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def qk_norm(self) -> bool:
-        """Whether each head's queries and keys are normed."""
-        return bool(FAMILIES.get(self.family).qk_norm)
+    def layers(self) -> list[Layer]:
+        """Each layer's window and rotary positions. A window that no position exceeds is none."""
+        window = self.sliding_window if self.sliding_window and self.sliding_window < self.seq_length else None
+        nope, sliding = set(self.nope_layers or ()), self.sliding_layers
+        far = near = Rope(self.rotary_dim, self.rope_theta, self.rope_scaling)
+        if self.sliding_rope_theta is not None:
+            near = Rope(self.rotary_dim, self.sliding_rope_theta, None)
+        found = []
+        for layer in range(self.num_layers):
+            slides = self.sliding_window is not None and (sliding is None or layer in sliding)
+            rope = None if layer in nope else near if slides else far
+            found.append(Layer(window if slides else None, rope))
+        return found
 
     @property
-    def qk_norm_whole(self) -> bool:
-        """Whether the queries of all heads are normed as one vector, and so the keys."""
-        return bool(FAMILIES.get(self.family).qk_norm_whole)
+    def embedding_scale(self) -> float:
+        """What the embedding is multiplied by."""
+        return self.embedding_multiplier * (math.sqrt(self.hidden_size) if self.structure.embedding_by_width else 1.0)
 
     def has_experts(self, layer: int) -> bool:
         """Whether the layer's feed-forward part is a mixture of experts."""
@@ -125,14 +251,20 @@ class ModelConfig(Strict):
             return self.intermediate_size
         return -(-8 * self.hidden_size // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
 
+    @property
+    def norm_widths(self) -> list[int]:
+        """Widths of a block's norms: its sublayers', then those of queries and keys."""
+        of = {None: 0, "head": 1, "width": self.num_heads}, {None: 0, "head": 1, "width": self.num_kv_heads}
+        heads = [self.head_dim * kinds[self.structure.qk_norm] for kinds in of]
+        return [self.hidden_size] * _NORMS[self.structure.arrangement] + [width for width in heads if width]
+
     def num_parameters(self, with_embeddings: bool = True, active: bool = False) -> int:
         """Exact count of parameters; without embeddings leaves out the token table and the output matrix; `active`
         counts of each layer's experts only the few that a token goes through."""
         h, d = self.hidden_size, self.head_dim
         attention = h * d * self.num_heads * 2 + h * d * self.num_kv_heads * 2
-        attention += d * (self.num_heads + 2 * self.num_kv_heads) * self.qkv_bias
-        attention += d * (self.num_heads + self.num_kv_heads if self.qk_norm_whole else 2 * self.qk_norm)
-        body = self.num_layers * (attention + 2 * h) + h
+        attention += d * (self.num_heads + 2 * self.num_kv_heads) * self.structure.qkv_bias
+        body = self.num_layers * (attention + sum(self.norm_widths)) + h
         body += (self.num_layers - self.expert_layers) * 3 * h * self.ffn_size
         if self.experts is not None:
             used = self.experts.per_token if active else self.experts.count

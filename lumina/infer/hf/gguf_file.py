@@ -46,6 +46,10 @@ def write_gguf(
         raise UserError(f"dtype {dtype} is not one of GGUF's here: {', '.join(DTYPES)}")
     if config.family not in _ROTATED:
         raise UserError(f"family {config.family} has no GGUF form here", "Export it with --format hf.")
+    if any(layer.window is not None for layer in config.layers):
+        raise UserError(f"sliding_window {config.sliding_window} has no GGUF form here", "Export it with --format hf.")
+    if config.rope_scaling is not None and config.rope_scaling.type == "yarn":
+        raise UserError("rope_scaling yarn has no GGUF form here", "Export it with --format hf.")
     try:
         import gguf
     except ImportError:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lumina.config import ModelConfig
-from lumina.model.families._experts import ExpertFamily
+from lumina.model.families.common.experts import ExpertFamily
 
 
 class _Mixtral(ExpertFamily):
-    def from_hf(self, values: dict[str, Any]) -> ModelConfig:
+    def settings_of(self, values: dict[str, Any]) -> dict[str, Any]:
         """Its window is that of every layer: the keys by which others choose layers mean nothing here."""
-        kept = {name: value for name, value in values.items() if name not in ("max_window_layers", "layer_types")}
-        return super().from_hf(kept | {"use_sliding_window": True})
+        for key in ("use_sliding_window", "max_window_layers", "layer_types"):
+            values.pop(key, None)
+        return super().settings_of(values)
 
 
 FAMILY = _Mixtral(
@@ -30,7 +30,9 @@ FAMILY = _Mixtral(
         "num_key_value_heads": 8,
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
+        "sliding_window": None,
     },
     expert_defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
-    keys={"sliding_window": None},
+    settings=("rope_scaling", "sliding_window"),
+    named={"sliding_window": "sliding_window"},
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lumina.config import ModelConfig
-from lumina.model.families._experts import ExpertFamily
+from lumina.model.families.common.experts import ExpertFamily
 
 
 class _Olmoe(ExpertFamily):
@@ -26,7 +26,7 @@ class _Olmoe(ExpertFamily):
 
 FAMILY = _Olmoe(
     "OlmoeForCausalLM",
-    qk_norm_whole=True,
+    qk_norm="width",
     loss_weight=0.01,
     defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     expert_defaults={"num_experts": 64, "num_experts_per_tok": 8},

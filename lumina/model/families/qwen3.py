@@ -5,11 +5,12 @@ Reference: arXiv:2505.09388.
 
 from __future__ import annotations
 
-from lumina.model.families import Family
+from lumina.model.families.common.qwen import Qwen
 
-FAMILY = Family(
+FAMILY = Qwen(
     "Qwen3ForCausalLM",
-    qk_norm=True,
+    qk_norm="head",
+    settings=("rope_scaling", "sliding_window", "sliding_layers"),
     defaults={
         "max_position_embeddings": 32768,
         "num_key_value_heads": 32,
@@ -17,5 +18,5 @@ FAMILY = Family(
         "sliding_window": 4096,
         "max_window_layers": 28,
     },
-    keys={"use_sliding_window": False, "attention_bias": False},
+    keys={"attention_bias": False},
 )

@@ -8,19 +8,25 @@ from __future__ import annotations
 from typing import Any
 
 from lumina.config import ModelConfig
-from lumina.model.families._experts import ExpertFamily
+from lumina.model.families.common.experts import ExpertFamily
 
 
 class _Qwen3Moe(ExpertFamily):
-    def from_hf(self, values: dict[str, Any]) -> ModelConfig:
+    def settings_of(self, values: dict[str, Any]) -> dict[str, Any]:
         """Its window, if it has one, is that of every layer."""
-        kept = {name: value for name, value in values.items() if name not in ("max_window_layers", "layer_types")}
-        return super().from_hf(kept)
+        for key in ("max_window_layers", "layer_types"):
+            values.pop(key, None)
+        window, uses = values.pop("sliding_window"), values.pop("use_sliding_window", False)
+        return super().settings_of(values) | ({"sliding_window": window} if uses else {})
+
+    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        window = config.sliding_window
+        return super().to_hf(config) | {"use_sliding_window": window is not None, "sliding_window": window}
 
 
 FAMILY = _Qwen3Moe(
     "Qwen3MoeForCausalLM",
-    qk_norm=True,
+    qk_norm="head",
     width="moe_intermediate_size",
     mixed=True,
     defaults={
@@ -35,5 +41,6 @@ FAMILY = _Qwen3Moe(
         "moe_intermediate_size": 768,
         "decoder_sparse_step": 1,
     },
-    keys={"use_sliding_window": False, "attention_bias": False},
+    settings=("rope_scaling", "sliding_window"),
+    keys={"attention_bias": False},
 )

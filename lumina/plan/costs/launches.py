@@ -19,7 +19,7 @@ from lumina.plan.costs.setup import Setup
 # adds the shares of its weight's gradient; each product has two; FlashAttention has three (row sums, the scores, dQ).
 FORWARD = 4 + 4 + 1
 BACKWARD = 6 + 8 + 3
-QK_NORM = 2, 4  # more, forward and backward, where heads are normed
+NORM = 1, 2  # forward and backward
 TENSORS = 6  # weights of a layer, whose gradients are added or copied after a micro-batch
 
 # Launches of a micro-batch outside the layers: ids to embedding, angles, last norm, rows of the loss; their gradients.
@@ -48,8 +48,9 @@ class LaunchCost:
 
 def layer_launches(model: ModelConfig, recomputed: float = 0.0) -> tuple[float, float]:
     """Launches of one layer, forward (the recomputed share of the layers twice) and backward."""
-    norms = QK_NORM if model.qk_norm else (0, 0)
-    return (FORWARD + norms[0]) * (1 + recomputed), BACKWARD + norms[1] + int(model.qkv_bias)
+    more = len(model.norm_widths) - 2  # than the two of Llama's blocks
+    forward, backward = FORWARD + more * NORM[0], BACKWARD + more * NORM[1] + int(model.structure.qkv_bias)
+    return forward * (1 + recomputed), backward
 
 
 def host_seconds(model: ModelConfig, setup: Setup, recomputed: float, capacity: float, cost: LaunchCost) -> float:

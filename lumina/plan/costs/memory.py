@@ -53,9 +53,8 @@ def parameter_groups(model: ModelConfig) -> tuple[list[int], list[int]]:
     h, d = model.hidden_size, model.head_dim
     layer = [h * d * (model.num_heads + 2 * model.num_kv_heads), h * d * model.num_heads, 2 * h * model.ffn_size]
     decayed = [*layer, h * model.ffn_size] * model.num_layers
-    biases = [d * (model.num_heads + 2 * model.num_kv_heads)] if model.qkv_bias else []
-    head_norms = [d, d] if model.qk_norm else []
-    free = [model.vocab_size * h, *[h] * (2 * model.num_layers + 1), *(biases + head_norms) * model.num_layers]
+    biases = [d * (model.num_heads + 2 * model.num_kv_heads)] if model.structure.qkv_bias else []
+    free = [model.vocab_size * h, h, *(biases + model.norm_widths) * model.num_layers]
     if not model.tie_word_embeddings:
         decayed.append(model.vocab_size * h)
     return decayed, free
@@ -106,8 +105,14 @@ def _layer_activations(model: ModelConfig, setup: Setup) -> tuple[float, int]:
     """Bytes per token of a layer that keeps all, and how many layers are recomputed."""
     e, h, f, d = setup.element, model.hidden_size, model.ffn_size, model.head_dim
     queries, keys = model.num_heads * d, model.num_kv_heads * d
-    norms = 2 * (2 * e * h + FP32)
+    inputs, after = {"pre-norm": (2, 0), "post-norm": (2, 0), "sandwich": (2, 2), "parallel": (1, 0)}[
+        model.structure.arrangement
+    ]
+    norms = inputs * (2 * e * h + FP32) + after * (e * h + FP32)
     attention = e * (queries + 2 * keys) + e * (queries + keys) + e * queries + FP32 * model.num_heads
+    if model.attention_softcap is not None:  # (S, S) of a document: what tanh and softmax gave, and its rounded copy
+        document = min(setup.document_tokens or model.seq_length, model.seq_length)
+        attention += model.num_heads * document * (2 * FP32 + e)
     feed_forward = e * 3 * f
     again = -(-model.num_layers // setup.checkpoint_every) if setup.checkpoint_every else 0
     return float(norms + attention + feed_forward), again

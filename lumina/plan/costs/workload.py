@@ -1,14 +1,20 @@
 """Workload of one optimizer step: matrix-product FLOPs, bytes through memory, bytes between ranks.
 
-A product of (m, k) and (k, n) is 2mkn FLOPs. A token at position p of its document attends to p + 1 keys, so documents
-of L tokens cost (L + 1) / 2 keys per token on average: packing never pays for attention across documents. The output
-layer runs at supervised positions only. Backward is twice forward for matrix products; flash attention recomputes its
-scores, 2.5 times forward (arXiv:2307.08691, section 4). Recomputation is counted as work but not as model FLOPs.
+A product of (m, k) and (k, n) is 2mkn FLOPs. A token at position p of its document attends to p + 1 keys, or to a
+window of them, so documents of L tokens cost (L + 1) / 2 keys per token at most: packing never pays for attention
+across documents. The output layer runs at supervised positions only. Backward is twice forward for matrix products;
+flash attention recomputes its scores, 2.5 times forward (arXiv:2307.08691, section 4). Recomputation is counted as work
+but not as model FLOPs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lumina.config import ModelConfig
 from lumina.plan.costs.setup import Setup
@@ -20,6 +26,16 @@ def layer_matrix_parameters(model: ModelConfig) -> int:
     """Elements of one layer's matrices."""
     h, d = model.hidden_size, model.head_dim
     return h * d * (2 * model.num_heads + 2 * model.num_kv_heads) + 3 * h * model.ffn_size
+
+
+def attended_keys(model: ModelConfig, documents: Sequence[float] | NDArray[np.float64]) -> float:
+    """Keys that the queries of documents of these lengths attend to, summed over queries and layers."""
+    lengths = np.asarray(documents, dtype=np.float64)
+    total = 0.0
+    for window, layers in Counter(layer.window for layer in model.layers).items():
+        most = lengths if window is None else np.minimum(lengths, window)
+        total += layers * float((most * (most + 1) / 2 + (lengths - most) * most).sum())
+    return total
 
 
 @dataclass(frozen=True)
@@ -43,11 +59,11 @@ class Flops:
 def flops_per_token(model: ModelConfig, setup: Setup) -> Flops:
     """Forward FLOPs of one token."""
     document = min(setup.document_tokens or model.seq_length, model.seq_length)
-    keys = (document + 1) / 2
+    keys = attended_keys(model, [document]) / document
     width = model.num_heads * model.head_dim
     return Flops(
         layers=2.0 * model.num_layers * layer_matrix_parameters(model),
-        attention=4.0 * model.num_layers * width * keys,
+        attention=4.0 * width * keys,
         output=2.0 * model.hidden_size * model.vocab_size * setup.supervised,
     )
 
@@ -66,9 +82,10 @@ def memory_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     scale = setup.element / 2
     h, f = model.hidden_size, model.ffn_size
     rotated = (model.num_heads + model.num_kv_heads) * model.head_dim
-    normed = rotated if model.qk_norm else 0  # read and written; in the backward pass two are read
-    forward = 2 * 8 * h + 4 * rotated + 4 * normed + 6 * f
-    backward = 2 * 8 * h + 4 * rotated + 6 * normed + 10 * f
+    added = 2 if model.structure.arrangement != "parallel" else 1  # norms that add the residual
+    normed = (rotated if model.structure.qk_norm else 0) + (2 * h if model.structure.arrangement == "sandwich" else 0)
+    forward = added * 8 * h + 4 * rotated + 4 * normed + 6 * f
+    backward = added * 8 * h + 4 * rotated + 6 * normed + 10 * f  # of a norm without a residual two are read
     layers = model.num_layers * (forward * (1 + recomputed_share(model, setup)) + backward)
     return scale * (layers + 5 * 2 * model.vocab_size * setup.supervised)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lumina.config import ModelConfig
 from lumina.data import Batch
-from lumina.plan import Device, layer_matrix_parameters, local_device
+from lumina.plan import Device, attended_keys, layer_matrix_parameters, local_device
 
 
 def step_flops(model: ModelConfig, batches: Sequence[Batch]) -> float:
@@ -17,9 +17,8 @@ def step_flops(model: ModelConfig, batches: Sequence[Batch]) -> float:
     tokens = sum(len(batch.ids_T) for batch in batches)
     supervised = sum(int((batch.weights_T > 0).sum()) for batch in batches)
     lengths = np.concatenate([np.diff(batch.cu_seqlens_D).astype(np.float64) for batch in batches])
-    keys = float((lengths * (lengths + 1) / 2).sum())
     layers = 2.0 * model.num_layers * layer_matrix_parameters(model) * tokens
-    attention = 4.0 * model.num_layers * model.num_heads * model.head_dim * keys
+    attention = 4.0 * model.num_heads * model.head_dim * attended_keys(model, lengths)
     output = 2.0 * model.hidden_size * model.vocab_size * supervised
     return 3.0 * (layers + attention + output)
 

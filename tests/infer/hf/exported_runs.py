@@ -1,6 +1,7 @@
 """Runs of every kind that an export must speak for, and what `lumina generate` and transformers say of them.
 
 python -m tests.infer.hf.exported_runs [--train]     the table, over 20 prompts; --train: runs that were trained
+python -m tests.infer.hf.exported_runs --checks      families against transformers: logits, training, files, decoding
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from lumina.chat import Conversation, Message
 from lumina.config import LoraConfig
 from lumina.infer import Loaded, Sampling, export, generate, import_hf, load
 from tests.infer.adapters import adapt, write_adapters
+from tests.infer.hf.family_checks import check
 from tests.infer.hf_models import make_hf
 from tests.infer.small_models import make_model, write_run
 from tests.runs import clean_environment, write_conversations
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Of the tests."""
+NEWER = ("gemma2", "gemma3_text", "granite", "olmo2", "phi3", "smollm3")
 KINDS = ("own", "foreign", "base", "lora")
 """own: Lumina's tokenizer and template. foreign: an imported model's. base: an imported model that came without a
 template, with another end of text, and was given one. lora: adapters over a foreign one, merged."""
@@ -148,6 +152,19 @@ def train_run(folder: Path, family: str, kind: str) -> Path:
     return folder / "run"
 
 
+def print_checks(families: Sequence[str]) -> int:
+    """Largest differences from transformers; 1 where one is out of bounds."""
+    wrong = 0
+    print(f"{'family':<14}{'logits':>10}{'20 steps':>10}{'decoding':>10}{'tensors changed':>17}")
+    for family in families:
+        with tempfile.TemporaryDirectory() as place:
+            found = check(Path(place), {"llama": "tinyllama"}.get(family, family))
+        wrong += found.logits >= 1e-5 or found.losses >= 1e-4 or found.decoded >= 1e-9 or found.changed > 0
+        figures = "".join(f"{figure:>10.1e}" for figure in (found.logits, found.losses, found.decoded))
+        print(f"{family:<14}{figures}{found.changed:>17}", flush=True)
+    return 1 if wrong else 0
+
+
 def main() -> int:
     """Print the table; 1 where a text or its end differs."""
     import transformers
@@ -157,9 +174,13 @@ def main() -> int:
     parser.add_argument(
         "--train", action="store_true", help="runs that lumina train trained, instead of random weights"
     )
-    parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)
+    every = (*FAMILIES, *NEWER)
+    parser.add_argument("--families", nargs="+", default=every, choices=every)
+    parser.add_argument("--checks", action="store_true", help="what tests.infer.hf.family_checks finds, instead")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     chosen = parser.parse_args()
+    if chosen.checks:
+        return print_checks(chosen.families)
     wrong = 0
     print(f"{'family':<10}{'run':<10}{'equal':>10}{'stopped':>10}{'tokens at most':>16}")
     for family in chosen.families:

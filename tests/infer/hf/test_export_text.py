@@ -11,7 +11,16 @@ import pytest
 from lumina.chat import Conversation, Message
 from lumina.cli import main
 from lumina.infer import export, import_hf, load
-from tests.infer.hf.exported_runs import FAMILIES, KINDS, PROMPTS, lumina_says, make_base, make_run, transformers_says
+from tests.infer.hf.exported_runs import (
+    FAMILIES,
+    KINDS,
+    NEWER,
+    PROMPTS,
+    lumina_says,
+    make_base,
+    make_run,
+    transformers_says,
+)
 from tests.infer.hf_models import make_hf
 
 FEW = PROMPTS[:3]
@@ -29,6 +38,15 @@ def test_text_and_stop_are_those_of_lumina_generate(exported: tuple[Path, Path])
     run, folder = exported
     ours = lumina_says(load(run, precision="fp32"), FEW)
     assert ours == transformers_says(folder, FEW)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", NEWER)
+def test_text_and_stop_of_newer_families(tmp_path: Path, family: str, kind: str) -> None:
+    run = make_run(tmp_path, family, kind)
+    ours = lumina_says(load(run, precision="fp32"), PROMPTS)
+    assert ours == transformers_says(export(run, tmp_path / "out").folder, PROMPTS)
 
 
 def test_every_file_says_the_same(exported: tuple[Path, Path]) -> None:

@@ -17,18 +17,19 @@ from lumina.model import Transformer
 from lumina.model.families import family_of, read_hf_config
 
 CLASSES = {
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "granite": "Granite",
     "llama": "Llama",
     "mistral": "Mistral",
     "mixtral": "Mixtral",
+    "olmo2": "Olmo2",
     "olmoe": "Olmoe",
+    "phi3": "Phi3",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3Moe",
-}
-EXPERTS = {
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "smollm3": "SmolLM3",
 }
 CONTEXT = 24
 BASE: dict[str, Any] = {
@@ -43,6 +44,15 @@ BASE: dict[str, Any] = {
     "sliding_window": None,
     "initializer_range": 0.4,
     "rope_theta": 30.0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+# Where a family's own file would not do without.
+OWN: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 5},
+    "gemma3_text": {"sliding_window": 5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -73,6 +83,10 @@ TRIED: dict[str, list[Any]] = {
         LLAMA3 | {"original_max_position_embeddings": 8},
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "yarn", "factor": 2.0},
+        YARN | {"beta_fast": 2.0, "beta_slow": 0.5, "rope_theta": 100.0},
+        YARN | {"truncate": False, "attention_factor": 0.7, "beta_fast": 3},
+        YARN | {"mscale": 0.8, "mscale_all_dim": 0.3, "beta_slow": 0.1},
+        {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
     ],
     "rope_parameters": [
         None,
@@ -80,16 +94,27 @@ TRIED: dict[str, list[Any]] = {
         {"rope_type": "linear", "factor": 2.0},
         LLAMA3 | {"rope_theta": 7.0, "original_max_position_embeddings": 8},
         {"rope_type": "default", "rope_theta": 4.0, "partial_rotary_factor": 0.5},
+        {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {"rope_theta": 7.0}},
+        {"full_attention": {"rope_theta": 3.0}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}},
     ],
     "attention_bias": [True, False],
     "mlp_bias": [True, False],
     "sliding_window": [4, CONTEXT - 1, CONTEXT, 96, None],
     "use_sliding_window": [True, False],
     "max_window_layers": [0, 1, 2, 28],
-    # Other families' keys, which transformers' classes of these do not read.
-    "logit_scale": [0.5, 1.0],
-    "final_logit_softcapping": [30.0, None],
-    "num_local_experts": [8],
+    "attn_logit_softcapping": [2.0, None],
+    "final_logit_softcapping": [3.0, None],
+    "query_pre_attn_scalar": [1, 9],
+    "hidden_activation": ["gelu_pytorch_tanh", "gelu", "silu"],
+    "use_bidirectional_attention": [True, False],
+    "sliding_window_pattern": [1, 2, 3],
+    "rope_local_base_freq": [5.0],
+    "embedding_multiplier": [3.0],
+    "residual_multiplier": [0.3],
+    "attention_multiplier": [0.3, 2],
+    "logits_scaling": [4.0, 7],
+    "no_rope_layers": [[1, 0], [0, 0, 0], None, [1]],
+    "no_rope_layer_interval": [1, 2, 3],
     "num_experts": [6],
     "num_experts_per_tok": [1, 3],
     "moe_intermediate_size": [16],
@@ -97,6 +122,10 @@ TRIED: dict[str, list[Any]] = {
     "decoder_sparse_step": [1, 2],
     "mlp_only_layers": [[0], [1], [], None],
     "clip_qkv": [0.1, None],
+    # Other families' keys, which transformers' classes of these do not read.
+    "logit_scale": [0.5, 1.0],
+    "qk_layernorm": [True],
+    "num_local_experts": [8],
     "layer_types": [
         None,
         ["full_attention", "full_attention"],
@@ -109,12 +138,13 @@ OTHER = {
     *("transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "torch_dtype"),
     *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "use_cache"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "_name_or_path", "model_type"),
-    *("output_attentions", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+    *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+    *("output_attentions", "resid_pdrop", "embd_pdrop", "_sliding_window_pattern"),
 }
 
 
-def _base(family: str) -> dict[str, Any]:
-    return BASE | EXPERTS.get(family, {}) | {"model_type": family}
+def base_of(family: str) -> dict[str, Any]:
+    return BASE | OWN.get(family, {}) | {"model_type": family}
 
 
 @cache
@@ -122,7 +152,8 @@ def _classes(family: str) -> tuple[Any, Any]:
     import transformers
 
     name = CLASSES[family]
-    return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
+    config = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    return getattr(transformers, config), getattr(transformers, f"{name}ForCausalLM")
 
 
 def _theirs(family: str, values: dict[str, Any]) -> Any | None:
@@ -168,14 +199,14 @@ def _differs(family: str, values: dict[str, Any]) -> str | None:
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_each_key_is_used_or_refused_by_name(family: str) -> None:
-    base = _base(family)
+    base = base_of(family)
     assert _differs(family, base) is None
     used = 0
     for key, tried in TRIED.items():
         for value in tried:
             refused = _differs(family, base | {key: value})
             used += refused is None
-            names = (key, *(("rope scaling",) if key.startswith("rope_") else ()))
+            names = (key, *(("rope scaling", "rope_scaling", "partial_rotary") if key.startswith("rope_") else ()))
             assert refused is None or any(name in refused for name in names), (key, value, refused)
     assert used > 30  # most are used, not refused
 
@@ -187,7 +218,7 @@ def test_each_key_is_used_or_refused_by_name(family: str) -> None:
     st.sets(st.sampled_from(["head_dim", "rope_theta", "num_key_value_heads", "sliding_window"])),
 )
 def test_keys_together_and_keys_left_out(family: str, changed: dict[str, int], left_out: set[str]) -> None:
-    values = {key: value for key, value in _base(family).items() if key not in left_out}
+    values = {key: value for key, value in base_of(family).items() if key not in left_out}
     _differs(family, values | {key: TRIED[key][number % len(TRIED[key])] for key, number in changed.items()})
 
 
@@ -196,4 +227,4 @@ def test_no_key_of_transformers_is_missing_here(family: str) -> None:
     known = _classes(family)[0]().to_dict()
     assert not known.keys() - TRIED.keys() - OTHER
     for key in OTHER & known.keys():  # the others are of no account to the shape that is read
-        assert read_hf_config(_base(family)) == read_hf_config(_base(family) | {key: known[key]})
+        assert read_hf_config(base_of(family)) == read_hf_config(base_of(family) | {key: known[key]})

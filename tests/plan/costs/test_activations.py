@@ -34,7 +34,7 @@ def gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUMINA_KERNELS", "triton")
     monkeypatch.setattr(ops, "_chosen", None)
     monkeypatch.setattr(
-        transformer, "attention", lambda q, k, v, docs: VariableLengthAttention.apply(q[0], k[0], v[0])[None]
+        transformer, "attention", lambda q, k, v, *rest: VariableLengthAttention.apply(q[0], k[0], v[0])[None]
     )
 
 

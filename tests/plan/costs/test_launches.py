@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lumina.config import load
 from lumina.model import ops, transformer
 from lumina.plan.costs.devices import Cluster, find_device
-from lumina.plan.costs.launches import BACKWARD, FORWARD, QK_NORM, LaunchCost, host_seconds, layer_launches
+from lumina.plan.costs.launches import BACKWARD, FORWARD, NORM, LaunchCost, host_seconds, layer_launches
 from lumina.plan.costs.setup import Setup
 from lumina.plan.costs.speed import predict
 
@@ -24,7 +24,7 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("LUMINA_KERNELS", "triton")
     monkeypatch.setattr(ops, "_chosen", None)  # read anew, and afterwards what it was
-    monkeypatch.setattr(transformer, "attention", lambda q, k, v, docs: q)  # one launch, three backward: not counted
+    monkeypatch.setattr(transformer, "attention", lambda q, *rest: q)  # one launch, three backward: not counted
 
 
 class Counted(TorchDispatchMode):
@@ -48,7 +48,7 @@ class Counted(TorchDispatchMode):
 def test_a_layers_launches(triton_path: None, changes: dict[str, Any]) -> None:
     config = load("nano", changes)
     with FakeTensorMode():
-        block = transformer.Block(config, config.num_layers)
+        block = transformer.Block(config, 0)
         rotary = ops.Rotary.of(torch.arange(16)[None], config.head_dim, config.rope_theta)
         x = torch.randn(1, 16, config.hidden_size, requires_grad=True)
         residual = torch.randn(1, 16, config.hidden_size, requires_grad=True)
@@ -59,8 +59,8 @@ def test_a_layers_launches(triton_path: None, changes: dict[str, Any]) -> None:
     planned = layer_launches(config)
     assert forward.launches == planned[0] - 1, forward.names
     assert backward.launches == planned[1] - 3, backward.names
-    more = QK_NORM if config.qk_norm else (0, 0)
-    assert planned == (FORWARD + more[0], BACKWARD + more[1])
+    more = len(config.norm_widths) - 2
+    assert planned == (FORWARD + more * NORM[0], BACKWARD + more * NORM[1])
 
 
 def test_a_small_model_waits_for_the_host_and_a_large_one_does_not() -> None:

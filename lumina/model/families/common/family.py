@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lumina.config import FAMILIES, ModelConfig, UserError
-from lumina.model.families import _config_json
+from lumina.config import FAMILIES, ModelConfig, Structure, UserError
+from lumina.model.families.common import config_json
 from lumina.model.fused import RowSlice, projections
 
 if TYPE_CHECKING:
@@ -22,24 +22,28 @@ _NORMS = {
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
     "attention_norm": "input_layernorm",
-    "feed_forward_norm": "post_attention_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "feed_forward_norm": "pre_feedforward_layernorm",
+    "feed_forward_post_norm": "post_feedforward_layernorm",
 }
+_PRE_NORMS = _NORMS | {"feed_forward_norm": "post_attention_layernorm"}  # where there is no other norm between
 _OWNERS = {"attention": "self_attn", "feed_forward": "mlp"}
 
 
 @dataclass(frozen=True)
-class Family:
-    """A decoder of Llama's shape but for what is said here, under the names that transformers uses.
+class Family(Structure):
+    """A decoder of Llama's shape but for what is said here (in Structure's fields too), under the names that
+    transformers uses.
 
-    model_class: transformers' class for it. defaults: what transformers takes for a key that config.json leaves out
-    (a null is another thing). keys: what its config.json says beside the common part; all of it means "as this model
-    does it".
+    model_class: transformers' class for it. settings: those of lumina.config's FAMILY_SETTINGS that its models may
+    have; others are refused. named: keys of its config.json that are such a setting, by the setting. defaults: what
+    transformers takes for a key that config.json leaves out (a null is another thing). keys: what its config.json says
+    beside the common part; all of it means "as this model does it".
     """
 
     model_class: str
-    qkv_bias: bool = False  # biases of queries, keys and values
-    qk_norm: bool = False  # a norm over each head's queries and keys
-    qk_norm_whole: bool = False  # a norm over the queries of all heads together, and one over the keys
+    settings: Collection[str] = ("rope_scaling",)
+    named: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
 
@@ -53,10 +57,16 @@ class Family:
         place, kind = rest.rsplit(".", 1)
         prefix = f"model.layers.{layer}"
         if place in _NORMS:
-            width = _norm_width(place, config)
-            return [RowSlice(f"{prefix}.{_NORMS[place]}.{kind}", width)]
+            names = _PRE_NORMS if self.arrangement == "pre-norm" else _NORMS
+            return [RowSlice(f"{prefix}.{names[place]}.{kind}", self._norm_width(place, config))]
         owner = _OWNERS[place.partition(".")[0]]
         return [RowSlice(f"{prefix}.{owner}.{name}.{kind}", rows) for name, rows in projections(config)[place]]
+
+    def _norm_width(self, place: str, config: ModelConfig) -> int:
+        if not place.startswith("attention."):
+            return config.hidden_size
+        heads = config.num_heads if place == "attention.q_norm" else config.num_kv_heads
+        return config.head_dim * (heads if self.qk_norm == "width" else 1)
 
     def layouts(self, ours: str, config: ModelConfig) -> list[list[RowSlice]]:
         """The ways in which files hold our parameter `ours`, that of released models first; one tensor with all rows of
@@ -79,11 +89,19 @@ class Family:
 
     def from_hf(self, values: dict[str, Any]) -> ModelConfig:
         """Our configuration of a config.json. Raises UserError, naming what this model cannot represent."""
-        return _config_json.read(dict(self.defaults) | values)
+        values = dict(self.defaults) | values
+        ours = {setting: values.pop(key) for setting, key in self.named.items() if key in values}
+        return config_json.read(values, ours | self.settings_of(values), self.named)
+
+    def settings_of(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Our settings that keys of the family alone say in another form. Takes these keys out of `values`, which has
+        the defaults filled in."""
+        return {}
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
         """What config.json says of the model, as every release of transformers that knows the family reads it."""
-        return _config_json.write(config) | {"architectures": [self.model_class], **self.keys}
+        named = {key: getattr(config, setting) for setting, key in self.named.items()}
+        return config_json.write(config) | {"architectures": [self.model_class], **self.keys, **named}
 
     def hf_config(
         self, config: ModelConfig, dtype: str, stop_id: int | list[int], pad_id: int | None
@@ -96,13 +114,6 @@ class Family:
             "torch_dtype": dtype,
             "use_cache": True,
         }
-
-
-def _norm_width(place: str, config: ModelConfig) -> int:
-    if not place.startswith("attention."):
-        return config.hidden_size
-    heads = config.num_heads if place.endswith("q_norm") else config.num_kv_heads
-    return config.head_dim * (heads if config.qk_norm_whole else 1)
 
 
 def family_of(config: ModelConfig) -> Family:

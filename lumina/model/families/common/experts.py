@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lumina.config import ModelConfig, UserError
-from lumina.model.families import _config_json
-from lumina.model.families._family import Family
+from lumina.model.families.common import config_json
+from lumina.model.families.common.family import Family
 from lumina.model.fused import RowSlice
 
 
@@ -78,8 +78,7 @@ class ExpertFamily(Family):
 
     # --- config.json ------------------------------------------------------------------------------
 
-    def from_hf(self, values: dict[str, Any]) -> ModelConfig:
-        values = {**self.defaults, **values}
+    def settings_of(self, values: dict[str, Any]) -> dict[str, Any]:
         counts = [values[key] for key in ("num_experts", "num_local_experts") if values.get(key) is not None]
         if len(counts) == 2 and counts[0] != counts[1]:
             raise UserError(f"num_experts {counts[0]} and num_local_experts {counts[1]} are not the same")
@@ -94,9 +93,9 @@ class ExpertFamily(Family):
         experts["norm_topk_prob"] = normalises
         if self.mixed:
             experts["dense_layers"] = _dense_layers(given)
-        dense = {key: value for key, value in values.items() if key not in ("num_experts", "num_local_experts")}
-        weight = values.get("router_aux_loss_coef", self.loss_weight)
-        return _config_json.read(dense, experts=experts, router_aux_loss_coef=weight)
+        for key in ("num_experts", "num_local_experts"):
+            values.pop(key, None)
+        return {"experts": experts, "router_aux_loss_coef": values.get("router_aux_loss_coef", self.loss_weight)}
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
         experts = config.experts
@@ -121,6 +120,6 @@ def _dense_layers(values: dict[str, Any]) -> list[int]:
     step, named, layers = (values.get(key) for key in ("decoder_sparse_step", "mlp_only_layers", "num_hidden_layers"))
     if type(step) is not int or step < 1:
         raise UserError(f"decoder_sparse_step {json.dumps(step)} is not a whole number above 0")
-    if not isinstance(named or [], list) or type(layers) is not int or layers > _config_json.MOST_LAYERS:
+    if not isinstance(named or [], list) or type(layers) is not int or layers > config_json.MOST_LAYERS:
         raise UserError(f"mlp_only_layers {json.dumps(named)} of num_hidden_layers {json.dumps(layers)} say nothing")
     return [layer for layer in range(layers) if layer in (named or []) or (layer + 1) % step]

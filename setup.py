@@ -46,7 +46,12 @@ EXTRAS_REQUIRE = {
     # Talks to the server in its tests. Not in `dev`: 230 MB, and it wants older versions than those that are pinned.
     "clients": ["litellm>=1.60"],
     "tasks": ["lm-eval>=0.4.9"],  # lumina evaluate --tasks
-    "quickstart": ["chitchat-dataset>=0.9", "matplotlib>=3.8"],  # real conversations and the loss curve's PNG
+    "quickstart": [
+        "chitchat-dataset>=0.9",  # real conversations (MIT)
+        "chatterbot-corpus>=1.3",  # short exchanges (BSD)
+        "tokenizers>=0.20",  # trains and reads the model's own small vocabulary
+        "matplotlib>=3.8",  # the loss curve's PNG
+    ],
     "dedup": ["rensa>=0.5"],  # MinHash for near-duplicate conversations
     "dev": [
         "pytest>=8",

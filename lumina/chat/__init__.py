@@ -39,7 +39,15 @@ from lumina.chat.tool_calls import json_text
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
-    from lumina.chat.hf import STOPS, TOKENIZER_FILES, HFTokenizer, copy_files, hf_tokenizer_files, read_json
+    from lumina.chat.hf import (
+        STOPS,
+        TOKENIZER_FILES,
+        HFTokenizer,
+        copy_files,
+        hf_tokenizer_files,
+        read_json,
+        train_vocabulary,
+    )
     from lumina.chat.hf_export import tokenizer_config, tokenizer_json
 
 # Not loaded with the others: prepare's workers must start fast.
@@ -54,6 +62,7 @@ __getattr__ = names_of(
         "read_json": "hf",
         "tokenizer_config": "hf_export",
         "tokenizer_json": "hf_export",
+        "train_vocabulary": "hf",
     },
 )
 
@@ -97,4 +106,5 @@ __all__ = [
     "render_many",
     "tokenizer_config",
     "tokenizer_json",
+    "train_vocabulary",
 ]

@@ -5,13 +5,14 @@ Rooms are imported inside the functions, so that `lumina --help` and every comma
 answer without loading torch.
 """
 
-from lumina.commands import checkpoints, cluster, data, infer, monitor, plan, train
+from lumina.commands import checkpoints, cluster, data, infer, monitor, plan, tokenizer, train
 from lumina.commands.common import Arguments, Command, Parser, exit_code_of
 
 COMMANDS: dict[str, Command] = {
     **train.COMMANDS,
     **checkpoints.COMMANDS,
     **data.COMMANDS,
+    **tokenizer.COMMANDS,
     **infer.COMMANDS,
     **monitor.COMMANDS,
     **plan.COMMANDS,

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,28 @@ def merge_turns(messages: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
     ]
 
 
+def read_dialogues() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Key and messages of every dialogue of two messages or more. Raises UserError: the package is not installed."""
+    spec = importlib.util.find_spec("chitchat_dataset")
+    if spec is None or spec.origin is None:
+        raise UserError("the chitchat corpus is not installed", install_command("quickstart"))
+    for key, dialogue in json.loads((Path(spec.origin).parent / "dataset.json").read_bytes()).items():
+        messages = merge_turns(dialogue["messages"])
+        if len(messages) >= 2:
+            yield key, messages
+
+
+def held_out(key: str) -> bool:
+    """Whether the dialogue of that key is for evaluation."""
+    return int(hashlib.sha256(key.encode()).digest()[0]) < 256 // EVAL_SHARE
+
+
 def write_files(out_dir: Path) -> tuple[Path, Path, int, int]:
     """Writes both files. Returns (train path, eval path, train dialogues, eval dialogues).
 
     Raises:
         UserError: the package is not installed.
     """
-    spec = importlib.util.find_spec("chitchat_dataset")
-    if spec is None or spec.origin is None:
-        raise UserError("the chitchat corpus is not installed", install_command("quickstart"))
-    dialogues = json.loads((Path(spec.origin).parent / "dataset.json").read_bytes())
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = [out_dir / TRAIN_FILE, out_dir / EVAL_FILE]
     counts = [0, 0]
@@ -59,11 +72,8 @@ def write_files(out_dir: Path) -> tuple[Path, Path, int, int]:
         scratch_train.open("wb") as train,
         scratch_eval.open("wb") as evaluation,
     ):
-        for key, dialogue in dialogues.items():
-            messages = merge_turns(dialogue["messages"])
-            if len(messages) < 2:
-                continue
-            side = int(hashlib.sha256(key.encode()).digest()[0]) < 256 // EVAL_SHARE
+        for key, messages in read_dialogues():
+            side = held_out(key)
             (evaluation if side else train).write(orjson.dumps({"id": key, "messages": messages}) + b"\n")
             counts[side] += 1
     return paths[0], paths[1], counts[0], counts[1]

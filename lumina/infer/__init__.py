@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lumina.infer.hf.exporting import Exported, export
     from lumina.infer.hf.importing import IMPORT_RECORD, import_hf
     from lumina.infer.hf.paths import check_new_folder, check_source, parse_size
-    from lumina.infer.hf.vocabulary import find_template
+    from lumina.infer.hf.vocabulary import find_template, stock_template
     from lumina.infer.loading import Loaded, choose_dtype, find_checkpoint, load, read_config, tokenizer_folder
     from lumina.infer.records import message_of, read_tools, record_of, tool_texts
     from lumina.infer.repl import Chat, converse
@@ -56,6 +56,7 @@ __getattr__ = names_of(
         "read_conversations": "evaluation.loss",
         "read_tools": "records",
         "record_of": "records",
+        "stock_template": "hf.vocabulary",
         "stream": "generation.generate",
         "stream_answer": "generation.generate",
         "stream_answers": "generation.generate",
@@ -97,6 +98,7 @@ __all__ = [
     "read_tools",
     "record_of",
     "serve",
+    "stock_template",
     "stream",
     "stream_answer",
     "stream_answers",

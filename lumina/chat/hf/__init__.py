@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lumina.chat.hf.export import hf_tokenizer_files
     from lumina.chat.hf.files import STOPS, TOKENIZER_FILES, copy_files, read_json
     from lumina.chat.hf.tokenizer import HFTokenizer
+    from lumina.chat.hf.training import train_vocabulary
 
 __getattr__ = names_of(
     __name__,
@@ -23,7 +24,16 @@ __getattr__ = names_of(
         "copy_files": "files",
         "hf_tokenizer_files": "export",
         "read_json": "files",
+        "train_vocabulary": "training",
     },
 )
 
-__all__ = ["STOPS", "TOKENIZER_FILES", "HFTokenizer", "copy_files", "hf_tokenizer_files", "read_json"]
+__all__ = [
+    "STOPS",
+    "TOKENIZER_FILES",
+    "HFTokenizer",
+    "copy_files",
+    "hf_tokenizer_files",
+    "read_json",
+    "train_vocabulary",
+]

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lumina.chat import open_tokenizer, read_json
-from lumina.config import ModelConfig, UserError
+from lumina.config import ModelConfig, UserError, did_you_mean
 from lumina.files import write_text
 
 # Stock templates (templates/NAME.jinja) and the special tokens that each writes; others are the vocabulary's own
@@ -34,6 +34,15 @@ def find_template(given: str) -> tuple[str, str]:
         return given, path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def stock_template(name: str) -> tuple[str, tuple[str, ...]]:
+    """The text of a stock template, and the special tokens that it writes. Raises UserError."""
+    if name not in STOCK:
+        raise UserError(
+            f"there is no stock chat template {name}.{did_you_mean(name, STOCK)}", f"There are: {', '.join(STOCK)}."
+        )
+    return find_template(name)[1], STOCK[name]
 
 
 def add_tokens(folder: Path, name: str, notes: list[str]) -> None:

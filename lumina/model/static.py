@@ -135,10 +135,12 @@ class StaticDecoder:
         """Returns how many rows the step had."""
         cache = self._cache
         count = row_bucket(max(rows) + 1, cache.rows)
-        length = length_bucket(max(cache.lengths[row] for row in rows) + 1, cache.capacity)
+        # A row that does not go on gets something where its next token will be. It must be a number, since a later
+        # sequence of the row may read it with weight 0: so that row too sees its past, wherever its window is.
+        longest = max(cache.lengths[:count])
+        assert longest < cache.capacity, "a row that is full has no place for it"
+        length = length_bucket(longest + 1, cache.capacity)
         host_RF = self._host_RF[:count].zero_()
-        # A row that does not go on gets something where its next token will be. Its own past, however long, is kept.
-        assert max(cache.lengths[:count]) < cache.capacity, "a row that is full has no place for it"
         host_RF[:, 1] = torch.tensor(cache.lengths[:count], dtype=torch.float64)
         given = list(rows)
         host_RF[given, 0] = torch.tensor(ids, dtype=torch.float64)

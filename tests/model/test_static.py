@@ -87,6 +87,23 @@ def test_static_steps_are_the_ordinary_ones(shape: str) -> None:
     assert len(static._steps) > 4
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_what_a_waiting_row_was_given_harms_no_later_one(shape: str) -> None:
+    """A long row waits beside a short one, is given up, and its row begins anew with little, beside a long one."""
+    model = make_model(dtype=torch.float64, **{"seq_length": CAPACITY} | SHAPES[shape])
+    plain = KVCache(model.config, ROWS, CAPACITY, model.embedding.weight)
+    cache, static = opened(model)
+    fill(model, cache, {0: 5, 1: 500})
+    static.logits([7], [0])
+    for row in (0, 1):
+        cache.free(row)
+    for one in (plain, cache):
+        fill(model, one, {0: 600, 1: 3})
+    wanted_RV = model(torch.tensor([[8], [9]]), plain.extend([0, 1], [1, 1], decode=True), cache=plain)[:, 0]
+    torch.testing.assert_close(static.logits([8, 9], [0, 1]), wanted_RV)
+
+
 class Recorder(TorchDispatchMode):
     """Operations and the shapes of their tensors, in order."""
 
@@ -144,8 +161,8 @@ def test_spans_of_a_kernel_that_takes_them(monkeypatch: pytest.MonkeyPatch) -> N
     found = static.logits([5, 7], [0, 2])
     whole = model(torch.cat((ids_T, torch.tensor([[7]])), 1), torch.arange(31)[None])[0, -1]
     torch.testing.assert_close(found[1], whole)
-    assert [spans.longest for spans in calls] == [256] * 2
-    assert calls[0].used.tolist() == [10, 256, 31, 1]
+    assert [spans.longest for spans in calls] == [384] * 2
+    assert calls[0].used.tolist() == [10, 301, 31, 1]
 
 
 @pytest.mark.parametrize(

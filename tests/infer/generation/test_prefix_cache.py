@@ -57,7 +57,10 @@ def alone(model: Transformer, tokenizer: ChatTokenizer, prompt: list[int], most:
     return run(SequenceBatch(model, tokenizer, 1, ROOM), sequence)[sequence]
 
 
-@pytest.mark.parametrize("shape", [{}, {"family": "qwen3"}])
+WINDOWS = {"family": "gemma3_text", "sliding_window": 7, "sliding_layers": [0], "sliding_rope_theta": 50.0}
+
+
+@pytest.mark.parametrize("shape", [{}, WINDOWS], ids=["llama", "windows"])
 @pytest.mark.parametrize("static", [False, True])
 def test_turns_of_conversations_say_what_they_say_alone(
     tokenizer: ChatTokenizer, shape: dict[str, Any], static: bool

@@ -49,7 +49,7 @@ def assumed_data(config: Config, tokens: float | None, document_tokens: float | 
     if not 0 < supervised <= 1:
         raise UserError(f"--supervised {supervised:g} is not a share", "Give a number above 0 and at most 1.")
     if tokens is None:
-        tokens = TOKENS_PER_PARAMETER * config.num_parameters() / config.epochs
+        tokens = TOKENS_PER_PARAMETER * config.num_parameters(active=True) / config.epochs
         source = f"assumed: {TOKENS_PER_PARAMETER} tokens per parameter over all epochs"
     else:
         source = "given"

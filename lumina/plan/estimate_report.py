@@ -104,6 +104,7 @@ def model_dict(config: Config, data: Data) -> dict[str, Any]:
         "name": config.model_name,
         "parameters": config.num_parameters(),
         "parameters_without_embeddings": config.num_parameters(False),
+        "active_parameters": config.num_parameters(active=True),
         "sequence_length": config.seq_length,
         "flops_per_token": {
             "layers": 3 * flops.layers,
@@ -179,9 +180,11 @@ def model_lines(config: Config, data: Data) -> list[str]:
     flops = model["flops_per_token"]
     shares = ", ".join(f"{part} {flops[part] / flops['total']:.0%}" for part in ("layers", "attention", "output"))
     documents = f", documents of {data.document_tokens:,.0f}" if data.document_tokens else ""
+    active = f"{model['active_parameters'] / 1e6:,.1f} M active, " if config.experts is not None else ""
     return [
         f"{config.model_name}: {model['parameters'] / 1e6:,.1f} M parameters "
-        f"({model['parameters_without_embeddings'] / 1e6:,.1f} M without embeddings), context {config.seq_length:,}",
+        f"({active}{model['parameters_without_embeddings'] / 1e6:,.1f} M without embeddings), "
+        f"context {config.seq_length:,}",
         f"work: {flops['total'] / 1e9:.2f} GFLOP per token, forward and backward ({shares})",
         f"data: {data.tokens / 1e6:,.1f} M tokens an epoch ({data.source}){documents}, "
         f"{data.supervised:.0%} supervised, samples {data.fill:.1%} full",

@@ -87,7 +87,7 @@ def describe(candidate: Candidate) -> str:
 def remarks_on(config: Config, cluster: Cluster, data: Data, batch: int) -> list[str]:
     """Where the model is the wrong size for the data, or the batch for the cluster."""
     remarks = []
-    ratio = data.tokens * config.epochs / config.num_parameters()
+    ratio = data.tokens * config.epochs / config.num_parameters(active=True)
     if ratio < FEW:
         remarks.append(
             f"{ratio:.1f} tokens per parameter over all epochs: the model is large for this data; about "

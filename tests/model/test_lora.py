@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lumina.config import LoraConfig, ModelConfig
+from lumina.config import LoraConfig, ModelConfig, load
 from lumina.model import Transformer, lora
 
 SHAPE: dict[str, Any] = {
@@ -100,3 +100,15 @@ def test_dropout_is_of_the_adapters_inputs_and_in_training_alone() -> None:
     torch.manual_seed(1)
     assert torch.equal(loss(model), first)
     assert torch.equal(loss(model.eval()), loss(adapted(ALL)))
+
+
+def test_adapters_beside_experts() -> None:
+    """On the attention's projections; experts and routers stay as they are."""
+    shape: dict[str, Any] = {"family": "mixtral", "experts": {"count": 4}, "train_data": ["a"]}
+    config = load("nano", shape | {"lora_rank": 4, "lora_targets": ["q_proj", "v_proj"]})
+    model = Transformer(config)
+    lora.attach(model, config)
+    ids = torch.randint(0, 61, (1, 9))
+    model.train()(ids, torch.arange(9)[None], targets_N=ids, weights_N=torch.ones(1, 9)).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == set(lora.shapes(config, config)) == {n for n, p in model.named_parameters() if p.requires_grad}

@@ -20,6 +20,9 @@ from lumina.plan.costs.setup import Setup
 FORWARD = 4 + 4 + 1
 BACKWARD = 6 + 8 + 3
 NORM = 1, 2  # forward and backward
+# More, where a layer has experts (read off lumina.model.experts, not counted on a card): the router, its softmax, top k
+# and sort, where each expert's rows end, there and back, the weighted sum; their gradients and the losses' sums.
+EXPERTS = 20, 20
 TENSORS = 6  # weights of a layer, whose gradients are added or copied after a micro-batch
 
 # Launches of a micro-batch outside the layers: ids to embedding, angles, last norm, rows of the loss; their gradients.
@@ -49,7 +52,9 @@ class LaunchCost:
 def layer_launches(model: ModelConfig, recomputed: float = 0.0) -> tuple[float, float]:
     """Launches of one layer, forward (the recomputed share of the layers twice) and backward."""
     more = len(model.norm_widths) - 2  # than the two of Llama's blocks
-    forward, backward = FORWARD + more * NORM[0], BACKWARD + more * NORM[1] + int(model.structure.qkv_bias)
+    share = model.expert_layers / model.num_layers
+    forward = FORWARD + more * NORM[0] + share * EXPERTS[0]
+    backward = BACKWARD + more * NORM[1] + share * EXPERTS[1] + int(model.structure.qkv_bias)
     return forward * (1 + recomputed), backward
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 
 from lumina.config import ModelConfig, output_chunk_bytes
 from lumina.plan.costs.setup import Buffers, Setup
+from lumina.plan.costs.workload import dispatched, feed_forward_width
 
 CONTEXT = 1.2e9  # CUDA context, cuBLAS workspaces and NCCL buffers; outside PyTorch's allocator
 FRAGMENTATION = 0.05  # of what PyTorch's allocator holds
@@ -51,8 +52,12 @@ PARTS = tuple(field.name for field in fields(PeakMemory) if field.name not in ("
 def parameter_groups(model: ModelConfig) -> tuple[list[int], list[int]]:
     """Element counts of every tensor: the matrices that decay, then embeddings and norms that do not."""
     h, d = model.hidden_size, model.head_dim
-    layer = [h * d * (model.num_heads + 2 * model.num_kv_heads), h * d * model.num_heads, 2 * h * model.ffn_size]
-    decayed = [*layer, h * model.ffn_size] * model.num_layers
+    attention = [h * d * (model.num_heads + 2 * model.num_kv_heads), h * d * model.num_heads]
+    decayed = attention * model.num_layers
+    decayed += [2 * h * model.ffn_size, h * model.ffn_size] * (model.num_layers - model.expert_layers)
+    if model.experts is not None:
+        count, width = model.experts.count, model.expert_size
+        decayed += [h * count, 2 * h * width * count, h * width * count] * model.expert_layers
     biases = [d * (model.num_heads + 2 * model.num_kv_heads)] if model.structure.qkv_bias else []
     free = [model.vocab_size * h, h, *(biases + model.norm_widths) * model.num_layers]
     if not model.tie_word_embeddings:
@@ -103,7 +108,7 @@ def activation_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
 
 def _layer_activations(model: ModelConfig, setup: Setup) -> tuple[float, int]:
     """Bytes per token of a layer that keeps all, and how many layers are recomputed."""
-    e, h, f, d = setup.element, model.hidden_size, model.ffn_size, model.head_dim
+    e, h, f, d = setup.element, model.hidden_size, feed_forward_width(model), model.head_dim
     queries, keys = model.num_heads * d, model.num_kv_heads * d
     inputs, after = {"pre-norm": (2, 0), "post-norm": (2, 0), "sandwich": (2, 2), "parallel": (1, 0)}[
         model.structure.arrangement
@@ -113,7 +118,9 @@ def _layer_activations(model: ModelConfig, setup: Setup) -> tuple[float, int]:
     if model.attention_softcap is not None:  # (S, S) of a document: what tanh and softmax gave, and its rounded copy
         document = min(setup.document_tokens or model.seq_length, model.seq_length)
         attention += model.num_heads * document * (2 * FP32 + e)
-    feed_forward = e * 3 * f
+    feed_forward = e * 3 * f + 2 * e * h * dispatched(model)  # of experts also their inputs and outputs
+    if model.experts is not None:  # the router's logits, in float32 too, and their softmax
+        feed_forward += (e + 2 * FP32) * model.experts.count * model.expert_layers / model.num_layers
     again = -(-model.num_layers // setup.checkpoint_every) if setup.checkpoint_every else 0
     return float(norms + attention + feed_forward), again
 

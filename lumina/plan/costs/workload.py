@@ -22,10 +22,27 @@ from lumina.plan.costs.setup import Setup
 QUANTIZED = 1.002  # bytes of a gathered 8-bit weight: one, and a float32 scale for each group of 2,048
 
 
-def layer_matrix_parameters(model: ModelConfig) -> int:
-    """Elements of one layer's matrices."""
+def layer_matrix_parameters(model: ModelConfig) -> float:
+    """Elements of one layer's matrices that a token is multiplied with, the mean over the layers: of a layer's experts
+    those that it goes through."""
     h, d = model.hidden_size, model.head_dim
-    return h * d * (2 * model.num_heads + 2 * model.num_kv_heads) + 3 * h * model.ffn_size
+    attention = h * d * (2 * model.num_heads + 2 * model.num_kv_heads)
+    routers = 0.0 if model.experts is None else h * model.experts.count * model.expert_layers / model.num_layers
+    return attention + 3 * h * feed_forward_width(model) + routers
+
+
+def feed_forward_width(model: ModelConfig) -> float:
+    """Width of the feed-forward part that a token goes through, the mean over the layers."""
+    if model.experts is None:
+        return float(model.ffn_size)
+    used = model.experts.per_token * model.expert_size
+    share = model.expert_layers / model.num_layers
+    return share * used + (1 - share) * model.ffn_size
+
+
+def dispatched(model: ModelConfig) -> float:
+    """Copies of a token's hidden state that go to experts and back, the mean over the layers."""
+    return 0.0 if model.experts is None else model.experts.per_token * model.expert_layers / model.num_layers
 
 
 def attended_keys(model: ModelConfig, documents: Sequence[float] | NDArray[np.float64]) -> float:
@@ -80,12 +97,15 @@ def memory_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     the fewest that each can move (norm and residual 8 + 8 bytes per element in bf16, rotary 4 + 4, SwiGLU 6 + 10, and
     five passes over the logits: product out, statistics, gradient in and out, product in)."""
     scale = setup.element / 2
-    h, f = model.hidden_size, model.ffn_size
+    h, f = model.hidden_size, feed_forward_width(model)
     rotated = (model.num_heads + model.num_kv_heads) * model.head_dim
     added = 2 if model.structure.arrangement != "parallel" else 1  # norms that add the residual
     normed = (rotated if model.structure.qk_norm else 0) + (2 * h if model.structure.arrangement == "sandwich" else 0)
     forward = added * 8 * h + 4 * rotated + 4 * normed + 6 * f
     backward = added * 8 * h + 4 * rotated + 6 * normed + 10 * f  # of a norm without a residual two are read
+    # To the experts and back: two gathers, and the weighted sum, which reads every copy once more.
+    forward += 10 * h * dispatched(model)
+    backward += 10 * h * dispatched(model)
     layers = model.num_layers * (forward * (1 + recomputed_share(model, setup)) + backward)
     return scale * (layers + 5 * 2 * model.vocab_size * setup.supervised)
 

@@ -115,7 +115,9 @@ def test_tensors_are_the_models() -> None:
     from lumina.model import Transformer
     from lumina.train.deepspeed import parameter_groups as real_groups
 
-    families = (["family=qwen2"], ["family=qwen3", "head_size=96"])
+    experts = "experts={count: 8, per_token: 2, size: 64, dense_layers: [1]}"
+    families = (["family=qwen2"], ["family=qwen3", "head_size=96"], ["family=qwen3_moe", experts])
+    families += (["family=olmoe", "experts={count: 4, per_token: 2}"],)
     for sets in ([], ["tie_word_embeddings=false"], *families):
         config = load("nano", sets=sets)
         with torch.device("meta"):

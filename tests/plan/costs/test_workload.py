@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lumina.config import load
+from lumina.plan.costs.setup import Setup
+from lumina.plan.costs.workload import flops_per_token, layer_matrix_parameters
+
 if TYPE_CHECKING:
     from tests.runs import Runs
 
@@ -96,3 +100,13 @@ def test_what_is_planned_is_what_is_sent(runs: Runs, tmp_path: Path) -> None:
             planned = found[f"planned {kind}"]
             assert found.get(kind, 0.0) == pytest.approx(planned, rel=0.05), f"stage {stage}: {kind}"
         assert set(found) <= {"gradients", "weights", "planned gradients", "planned weights"}
+
+
+def test_experts_cost_what_a_token_goes_through() -> None:
+    """FLOPs count the active weights, every matrix once."""
+    config = load("nano", sets=["family=qwen3_moe", "experts={count: 8, per_token: 3, size: 64, dense_layers: [1]}"])
+    vectors = config.num_layers * (2 * config.hidden_size + 2 * config.head_dim) + config.hidden_size
+    matrices = config.num_parameters(False, active=True) - vectors
+    assert matrices < config.num_parameters(False) / 1.3
+    assert config.num_layers * layer_matrix_parameters(config) == pytest.approx(matrices)
+    assert flops_per_token(config, Setup(1, 1, 1, "bf16", 2)).layers == pytest.approx(2 * matrices)

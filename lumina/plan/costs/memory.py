@@ -114,7 +114,7 @@ def _layer_activations(model: ModelConfig, setup: Setup) -> tuple[float, int]:
         model.structure.arrangement
     ]
     norms = inputs * (2 * e * h + FP32) + after * (e * h + FP32)
-    attention = e * (queries + 2 * keys) + e * (queries + keys) + e * queries + FP32 * model.num_heads
+    attention: float = e * (queries + 2 * keys) + e * (queries + keys) + e * queries + FP32 * model.num_heads
     if model.attention_softcap is not None:  # (S, S) of a document: what tanh and softmax gave, and its rounded copy
         document = min(setup.document_tokens or model.seq_length, model.seq_length)
         attention += model.num_heads * document * (2 * FP32 + e)

@@ -190,8 +190,9 @@ def _capped(
     q_BHSd: Tensor, k_BKnd: Tensor, v_BKnd: Tensor, seen: Tensor | None, scale: float | None, cap: float
 ) -> Tensor:
     """Attention with a soft cap; the scores exist, in float32, and autograd keeps them."""
-    q_BKgSd = q_BHSd.unflatten(1, (k_BKnd.shape[1], -1))
-    s_BKgSn = (q_BKgSd @ k_BKnd[:, :, None].mT) * (q_BHSd.shape[-1] ** -0.5 if scale is None else scale)
+    batch, _, length, width = q_BHSd.shape
+    q_BKgSd = q_BHSd.reshape(batch, k_BKnd.shape[1], -1, length, width)
+    s_BKgSn = (q_BKgSd @ k_BKnd[:, :, None].mT) * (width**-0.5 if scale is None else scale)
     s_BKgSn = cap * torch.tanh(s_BKgSn.to(torch.promote_types(s_BKgSn.dtype, torch.float32)) / cap)
     if seen is not None:
         seen = seen if seen.ndim == 2 else seen[:, :, None]

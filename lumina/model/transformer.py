@@ -60,7 +60,7 @@ class Norm(nn.Module):
 
     def forward(self, x_BSD: Tensor, residual_BSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (normed, new residual): norm(x + residual) and x + residual."""
-        weight_D = self.weight
+        weight_D: Tensor = self.weight
         if self.offset:  # in float32: near 1, half precision would round away what was learned
             weight_D = self.offset + weight_D.to(torch.promote_types(weight_D.dtype, torch.float32))
         if self.kind == "layer":
@@ -95,7 +95,8 @@ class Attention(nn.Module):
         self.qk_norm = config.structure.qk_norm
         normed = {"head": (1, 1), "width": self.heads[:2], None: ()}[self.qk_norm]
         norms = [Norm(heads * self.head_dim, config) for heads in normed]
-        self.q_norm, self.k_norm = norms or (None, None)
+        self.q_norm = norms[0] if norms else None
+        self.k_norm = norms[1] if norms else None
 
     def forward(
         self, x_BSD: Tensor, rotary: ops.Rotary | None, docs: Documents | None, cache: KVCache | None

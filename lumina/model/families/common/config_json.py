@@ -58,7 +58,8 @@ def read(values: dict[str, Any], own: Mapping[str, Any], named: Mapping[str, str
         "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
         "tie_word_embeddings": values.get("tie_word_embeddings", False),
         "init_std": values.get("initializer_range", 0.02),
-    } | own
+        **own,
+    }
     try:
         config = ModelConfig.model_validate(ours)
     except ValidationError as error:

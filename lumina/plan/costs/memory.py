@@ -117,7 +117,7 @@ def _layer_activations(model: ModelConfig, setup: Setup) -> tuple[float, int]:
     attention: float = e * (queries + 2 * keys) + e * (queries + keys) + e * queries + FP32 * model.num_heads
     if model.attention_softcap is not None:  # (S, S) of a document: what tanh and softmax gave, and its rounded copy
         document = min(setup.document_tokens or model.seq_length, model.seq_length)
-        attention += model.num_heads * document * (2 * FP32 + e)
+        attention += int(model.num_heads * document * (2 * FP32 + e))
     feed_forward = e * 3 * f + 2 * e * h * dispatched(model)  # of experts also their inputs and outputs
     if model.experts is not None:  # the router's logits, in float32 too, and their softmax
         feed_forward += (e + 2 * FP32) * model.experts.count * model.expert_layers / model.num_layers

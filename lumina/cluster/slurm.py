@@ -62,7 +62,7 @@ def _allocated_gpus(job: str) -> dict[str, int]:
         shown = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    found = {}
+    found: dict[str, int] = {}
     for nodes, resources in _ON_NODES.findall(shown):
         count = sum(map(int, _GPUS.findall(resources)))
         found |= dict.fromkeys(expand(nodes), count)

@@ -267,7 +267,7 @@ def _write_decisions(
         for task, signatures in zip(tasks, found, strict=True)
     ]
     used_N = np.flatnonzero(np.concatenate(used))
-    joined = Signatures(*(column[used_N] for column in join_signatures(found)))
+    joined = Signatures._make(column[used_N] for column in join_signatures(found))
     split_N = np.full(len(given_N), TRAIN, dtype=np.uint8)
     split_N[used_N], outcome = decide(joined, given_N[used_N], config.eval_fraction, config.dedup)
     counts = [len(signatures.exact) for signatures in found]

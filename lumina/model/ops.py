@@ -140,11 +140,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
     return rms_norm(total, weight_D, eps), total
 
 
-def layer_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight over the last axis (arXiv:1607.06450, without bias)."""
-    return torch.nn.functional.layer_norm(_wide(x), weight_D.shape, weight_D.to(_wide(x).dtype), None, eps).to(x.dtype)
-
-
 # --- Rotary positions -----------------------------------------------------------------------------
 
 

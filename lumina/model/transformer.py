@@ -48,13 +48,12 @@ def _linear(fan_in: int, fan_out: int, std: float, bias: bool = False) -> nn.Lin
     return layer
 
 
-class Norm(nn.Module):
-    """Root-mean-square norm, or LayerNorm without bias; adds the residual first when there is one, since both touch the
-    same memory."""
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; adds the residual first when there is one, since both touch the same memory."""
 
     def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
-        self.kind, self.offset = config.structure.norm, config.structure.norm_offset
+        self.offset = config.structure.norm_offset
         self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
         self.eps = config.rms_norm_eps
 
@@ -63,9 +62,6 @@ class Norm(nn.Module):
         weight_D: Tensor = self.weight
         if self.offset:  # in float32: near 1, half precision would round away what was learned
             weight_D = self.offset + weight_D.to(torch.promote_types(weight_D.dtype, torch.float32))
-        if self.kind == "layer":
-            total_BSD = x_BSD if residual_BSD is None else x_BSD + residual_BSD
-            return ops.layer_norm(total_BSD, weight_D, self.eps), total_BSD
         if residual_BSD is None:
             return ops.rms_norm(x_BSD, weight_D, self.eps), x_BSD
         return ops.add_rms_norm(x_BSD, residual_BSD, weight_D, self.eps)
@@ -94,7 +90,7 @@ class Attention(nn.Module):
         self.out = _linear(config.num_heads * self.head_dim, config.hidden_size, std / math.sqrt(2 * config.num_layers))
         self.qk_norm = config.structure.qk_norm
         normed = {"head": (1, 1), "width": self.heads[:2], None: ()}[self.qk_norm]
-        norms = [Norm(heads * self.head_dim, config) for heads in normed]
+        norms = [RMSNorm(heads * self.head_dim, config) for heads in normed]
         self.q_norm = norms[0] if norms else None
         self.k_norm = norms[1] if norms else None
 
@@ -114,7 +110,7 @@ class Attention(nn.Module):
             o_BSHd = attention(q_BSHd, k_BSKd, v_BSKd, docs, self.scoring)
         return self.out(o_BSHd.flatten(2))  # type: ignore[no-any-return]
 
-    def _normed(self, norm: Norm, x_BSnd: Tensor) -> Tensor:
+    def _normed(self, norm: RMSNorm, x_BSnd: Tensor) -> Tensor:
         normed: Tensor = norm(x_BSnd if self.qk_norm == "head" else x_BSnd.flatten(2))[0]
         return normed.view(x_BSnd.shape)
 
@@ -141,14 +137,13 @@ class Block(nn.Module):
         super().__init__()
         self.arrangement, self.multiplier = config.structure.arrangement, config.residual_multiplier
         before = self.arrangement != "post-norm"
-        self.attention_norm = Norm(config.hidden_size, config) if before else Sum()
+        self.attention_norm = RMSNorm(config.hidden_size, config) if before else Sum()
         self.attention = Attention(config, layer)
-        if self.arrangement != "parallel":
-            self.feed_forward_norm = Norm(config.hidden_size, config) if before else Sum()
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config) if before else Sum()
         self.feed_forward = ExpertFeedForward(config) if config.has_experts(layer) else FeedForward(config)
-        if self.arrangement in ("post-norm", "sandwich"):
-            self.attention_post_norm = Norm(config.hidden_size, config)
-            self.feed_forward_post_norm = Norm(config.hidden_size, config)
+        if self.arrangement != "pre-norm":
+            self.attention_post_norm = RMSNorm(config.hidden_size, config)
+            self.feed_forward_post_norm = RMSNorm(config.hidden_size, config)
 
     def forward(
         self,
@@ -162,8 +157,6 @@ class Block(nn.Module):
         """(delta, residual); with `members` and in a layer that has experts, also what they sum up of the routing."""
         normed_BSD, residual_BSD = self.attention_norm(delta_BSD, residual_BSD)
         delta_BSD = self.attention(normed_BSD, rotary, docs, cache)
-        if self.arrangement == "parallel":
-            return self._scaled(delta_BSD + self.feed_forward(normed_BSD)), residual_BSD
         if self.arrangement != "pre-norm":
             delta_BSD, _ = self.attention_post_norm(delta_BSD)
         normed_BSD, residual_BSD = self.feed_forward_norm(self._scaled(delta_BSD), residual_BSD)
@@ -250,7 +243,7 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.ropes = [layer.rope for layer in config.layers]
-        self.norm = Norm(config.hidden_size, config)
+        self.norm = RMSNorm(config.hidden_size, config)
         if config.tie_word_embeddings:
             self.output = Output(self.embedding.weight, config)
         else:

@@ -87,8 +87,7 @@ class Structure:
 
     arrangement: a block's two sublayers are attention and feed-forward. pre-norm: each reads the normed residual and
         adds to it (arXiv:2002.04745). post-norm: each reads the residual, and its output is normed before it is added
-        (OLMo 2). sandwich: both (Gemma 2). parallel: both read one norm of the residual, and their sum is added.
-    norm: RMSNorm, or LayerNorm without bias.
+        (OLMo 2). sandwich: both (Gemma 2).
     norm_offset: what is added to a norm's weight before it multiplies.
     qkv_bias: biases of queries, keys and values.
     qk_norm: a norm of queries and keys: over each head, or over all heads together (width).
@@ -96,8 +95,7 @@ class Structure:
     embedding_by_width: the embedding is multiplied by the root of its width.
     """
 
-    arrangement: Literal["pre-norm", "post-norm", "sandwich", "parallel"] = "pre-norm"
-    norm: Literal["rms", "layer"] = "rms"
+    arrangement: Literal["pre-norm", "post-norm", "sandwich"] = "pre-norm"
     norm_offset: float = 0.0
     qkv_bias: bool = False
     qk_norm: Literal["head", "width"] | None = None
@@ -110,7 +108,7 @@ class Structure:
 
 
 #: Norms of width hidden_size in a block.
-_NORMS = {"pre-norm": 2, "post-norm": 2, "sandwich": 4, "parallel": 1}
+_NORMS = {"pre-norm": 2, "post-norm": 2, "sandwich": 4}
 
 #: Settings that only some families have; a family names its own (Family.settings).
 FAMILY_SETTINGS = (

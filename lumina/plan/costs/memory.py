@@ -110,10 +110,8 @@ def _layer_activations(model: ModelConfig, setup: Setup) -> tuple[float, int]:
     """Bytes per token of a layer that keeps all, and how many layers are recomputed."""
     e, h, f, d = setup.element, model.hidden_size, feed_forward_width(model), model.head_dim
     queries, keys = model.num_heads * d, model.num_kv_heads * d
-    inputs, after = {"pre-norm": (2, 0), "post-norm": (2, 0), "sandwich": (2, 2), "parallel": (1, 0)}[
-        model.structure.arrangement
-    ]
-    norms = inputs * (2 * e * h + FP32) + after * (e * h + FP32)
+    after = 2 if model.structure.arrangement == "sandwich" else 0  # norms that add no residual
+    norms = 2 * (2 * e * h + FP32) + after * (e * h + FP32)
     attention: float = e * (queries + 2 * keys) + e * (queries + keys) + e * queries + FP32 * model.num_heads
     if model.attention_softcap is not None:  # (S, S) of a document: what tanh and softmax gave, and its rounded copy
         document = min(setup.document_tokens or model.seq_length, model.seq_length)

@@ -99,10 +99,9 @@ def memory_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     scale = setup.element / 2
     h, f = model.hidden_size, feed_forward_width(model)
     rotated = (model.num_heads + model.num_kv_heads) * model.head_dim
-    added = 2 if model.structure.arrangement != "parallel" else 1  # norms that add the residual
     normed = (rotated if model.structure.qk_norm else 0) + (2 * h if model.structure.arrangement == "sandwich" else 0)
-    forward = added * 8 * h + 4 * rotated + 4 * normed + 6 * f
-    backward = added * 8 * h + 4 * rotated + 6 * normed + 10 * f  # of a norm without a residual two are read
+    forward = 16 * h + 4 * rotated + 4 * normed + 6 * f
+    backward = 16 * h + 4 * rotated + 6 * normed + 10 * f  # of a norm without a residual two are read
     # To the experts and back: two gathers, and the weighted sum, which reads every copy once more.
     forward += 10 * h * dispatched(model)
     backward += 10 * h * dispatched(model)

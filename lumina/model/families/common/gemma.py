@@ -16,7 +16,7 @@ _ACTIVATION = "gelu_pytorch_tanh"
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma(Family):
-    arrangement: Literal["pre-norm", "post-norm", "sandwich", "parallel"] = "sandwich"
+    arrangement: Literal["pre-norm", "post-norm", "sandwich"] = "sandwich"
     norm_offset: float = 1.0
     activation: Literal["silu", "gelu_tanh"] = "gelu_tanh"
     embedding_by_width: bool = True

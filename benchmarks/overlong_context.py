@@ -1,6 +1,6 @@
 """What `overlong_context` is worth: held-out loss after as many training tokens, by the share that chunks begin with.
 
-    python benchmarks/overlong_context.py [--steps 200] [--seeds 2] [--shares 0 0.125 0.25 0.5] [--questions short long]
+    python benchmarks/overlong_context.py [--steps 500] [--seeds 2] [--shares 0 0.125 0.25 0.5] [--questions short long]
 
 The data is made with a seed and is like retrieval: a system message, a user's turn that is a long document with the
 question at its end, and an answer; most conversations are several times longer than the context, and so are some of
@@ -100,15 +100,16 @@ def measure(folder: Path, questions: str, share: float, seed: int, steps: int) -
         vocab_size=VOCABULARY,
         overlong_context=share,
         seq_length=SEQ_LENGTH,
-        hidden_size=64,
+        hidden_size=128,
         num_layers=2,
+        init_std=0.1,  # with the usual 0.02 so narrow a model spends its first hundreds of steps on growing its weights
         precision="fp32",
         seed=seed,
         epochs=1000,
         max_steps=steps,
         batch_size=8,
         global_batch_size=8,
-        learning_rate=1e-2,
+        learning_rate=3e-3,
         eval_every_n_batches=steps,
         save_every_n_batches=10 * steps,
         output_dir=str(folder),
@@ -136,7 +137,7 @@ def measure(folder: Path, questions: str, share: float, seed: int, steps: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.125, 0.25, 0.5])
     parser.add_argument("--questions", choices=list(QUESTIONS), nargs="+", default=list(QUESTIONS))
@@ -151,7 +152,8 @@ def main() -> None:
             write(folder / f"{questions}-fits.jsonl", 100, subjects, document=24, answer=40, seed=2)
             write(folder / f"{questions}-whole.jsonl", 100, subjects, document=400, answer=240, seed=3)
             for share in given.shares:
-                found += [measure(folder, questions, share, seed, given.steps) for seed in range(given.seeds)]
+                for seed in range(given.seeds):
+                    found.append(measure(folder, questions, share, seed, given.steps))
     print("\n".join(json.dumps(row) for row in found))
 
 

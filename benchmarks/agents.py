@@ -7,6 +7,9 @@ call or two in a turn, results, answers. The run is from scratch, with Lumina's 
 and a stock template of the installed `trl` (`--template qwen3`). Printed are the account of the data, the loss of the
 tool-call tokens of held-out conversations at each checkpoint, and the calls that the `openai` client parses from the
 served model's answers. Exit code 1 when that loss does not fall or no answer holds a call of a declared tool.
+
+On two CPU cores: own template, loss 1.3887 -> 0.2350, 10 of 10 answers hold a call of a declared tool, 10 of the tool
+needed; `--template qwen3`, loss 1.1322 -> 0.2396, 8 of 10 and 8 of the tool needed (of step 10 and step 50).
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class Trainer:
         units = sum(batch.units for batch in micro_batches)
         loss = torch.zeros((), device=self.engine.device)
         for number, batch in enumerate(micro_batches, 1):
-            loss += self.engine.accumulate(batch, 1 / units, last=number == len(micro_batches))
+            loss += self.engine.accumulate(batch, 1 / units, last=number == len(micro_batches))[0]
         self.engine.step()
         return loss
 

@@ -96,9 +96,9 @@ def test_flash_attention_is_told(monkeypatch: pytest.MonkeyPatch, switched_on: d
         assert kernel is not None
         q = torch.zeros(4, 2, 8)
         edges = torch.tensor([0, 4], dtype=torch.int32)
-        kernel.attend(q, q, q, edges, 4, None)
+        kernel.attend(q, q, q, edges, 4, None, None)
         torch.use_deterministic_algorithms(False)
-        kernel.attend(q, q, q, edges, 4, None)
+        kernel.attend(q, q, q, edges, 4, None, None)
     finally:
         attention_module._varlen_kernels.clear()
     assert seen == [{"causal": True, "deterministic": True}, {"causal": True}]

@@ -105,7 +105,7 @@ def train_step(made: Engine, seed: int, bad: bool = False, limit: float = math.i
     """(loss per supervised token, gradient norm, applied) of one optimizer step of two micro-batches."""
     loss = torch.zeros(())
     for number in range(2):
-        loss += made.accumulate(batch(2 * seed + number, bad=bad and number == 0), 1 / 40, last=number == 1)
+        loss += made.accumulate(batch(2 * seed + number, bad=bad and number == 0), 1 / 40, last=number == 1)[0]
     norm, applied = made.step(limit)
     return float(loss), float(norm), bool(applied)
 

@@ -101,7 +101,9 @@ def free_port() -> int:
 
 def clean_environment() -> dict[str, str]:
     """This process's environment without what other tests, or a process group made in this process, left in it."""
-    leftovers = ("TRITON_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "CROSS_", "DEEPSPEED_", "LUMINA_", "CUDA_")
+    # COLUMNS and LINES are set by pytest-xdist, and go before the size of a terminal.
+    launcher = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "CROSS_", "DEEPSPEED_")
+    leftovers = (*launcher, "TRITON_", "LUMINA_", "CUDA_", "COLUMNS", "LINES")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(leftovers)}
     return {**kept, "OMP_NUM_THREADS": "1", "PATH": f"{DEEPSPEED.parent}:{kept['PATH']}"}
 

@@ -32,14 +32,17 @@ def draw(weight: Tensor, std: float) -> None:
 # --- Grouped products -----------------------------------------------------------------------------
 
 _ALIGNED = 8  # elements of bfloat16: torch's grouped product takes rows of whole 16 bytes
+_FUSED = (9, 10)  # compute capabilities (major) for which torch has a kernel of it
 
 
 def in_one_launch(x_RI: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether torch's grouped product takes these: in bfloat16, on compute capability 8.0 and later."""
+    """Whether torch's grouped product takes these in one launch: in bfloat16, on compute capability 9 and 10. On other
+    GPUs, and on ROCm, it takes them too, but by a loop on the host that asks the device where each group ends (torch
+    2.13, _grouped_mm_fallback of ATen/native/GroupedMMUtils.h): no faster than ours, and no CUDA graph can hold it."""
     whole = x_RI.shape[1] % _ALIGNED == 0 and weight_EOI.shape[1] % _ALIGNED == 0
     if not (x_RI.is_cuda and x_RI.dtype is torch.bfloat16 and weight_EOI.dtype is torch.bfloat16 and whole):
         return False
-    return torch.cuda.get_device_capability(x_RI.device) >= (8, 0)
+    return torch.version.hip is None and torch.cuda.get_device_capability(x_RI.device)[0] in _FUSED
 
 
 class _GroupedProduct(torch.autograd.Function):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lumina.config import Config, ModelConfig, load
 from lumina.model import KVCache, Transformer, experts
@@ -135,6 +136,33 @@ def test_grouped_products(ends: list[int], at_once: bool) -> None:
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("card", "hip", "fused"),
+    [
+        ((9, 0), None, True),
+        ((10, 0), None, True),
+        ((8, 0), None, False),
+        ((8, 9), None, False),
+        ((12, 0), None, False),
+        ((9, 4), "7.0", False),
+    ],
+)
+def test_one_launch_where_torch_has_a_kernel(
+    card: tuple[int, int], hip: str | None, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On other GPUs torch's grouped product asks the device where each group ends, which no CUDA graph can hold."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: card)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with FakeTensorMode():
+
+        def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+        assert experts.in_one_launch(empty(12, 16), empty(4, 8, 16)) == fused
+        assert not experts.in_one_launch(empty(12, 16), empty(4, 8, 16, dtype=torch.float32))
+        assert not experts.in_one_launch(empty(12, 12), empty(4, 8, 12))
 
 
 def test_an_expert_without_a_token_takes_part() -> None:

@@ -78,10 +78,11 @@ class Replay:
             function()
             return
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # "thread_local": other threads of a server may allocate meanwhile. A capture runs nothing.
-            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 function()
+            self._graph = graph  # a capture that failed, for want of memory, leaves nothing that could be replayed
         self._graph.replay()
 
 

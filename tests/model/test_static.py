@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
@@ -188,7 +189,8 @@ def test_buckets(bucket: Any, given: tuple[Any, ...], found: int) -> None:
 
 
 def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for torch's graphs: the calls that do not run the function replay what was captured."""
+    """With stand-ins for torch's graphs: the calls that do not run the function replay what was captured. A capture
+    that fails is made again at the next call."""
     done: list[str] = []
 
     class Graph:
@@ -211,6 +213,15 @@ def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
     for _ in range(5):
         replay(lambda: done.append("run"))
     assert done == ["run"] * 3 + ["capture", "run", "captured", "replay", "replay"]
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError
+
+    failing, done[:] = Replay(torch.device("cuda"), "pool"), []
+    for function in (*[lambda: None] * 3, fail, fail, lambda: done.append("run")):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            failing(function)
+    assert done == ["capture", "captured"] * 2 + ["capture", "run", "captured", "replay"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

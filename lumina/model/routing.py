@@ -145,7 +145,7 @@ def expert_balance(counts: Tensor, config: ModelConfig) -> Tensor:
     most_L = counts_LE.amax(-1) * config.experts.count / (tokens * config.experts.per_token)
     found = ExpertBalance(
         load=most_L.amax(),
-        idle=(counts_LE == 0).double().mean(),
+        idle=torch.where(tokens > 0, (counts_LE == 0).double().mean(), torch.nan),
         entropy=entropy / (tokens * config.expert_layers),
         loss=loss / weight,
     )

@@ -5,12 +5,15 @@ That the logits are transformers' own is shown with imported models in tests/inf
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lumina.config import ModelConfig, RopeScaling
+from lumina.config import ModelConfig, RopeScaling, Structure
 from lumina.model import Transformer, ops
 from lumina.train.deepspeed import parameter_groups
 from tests.model.tiny_models import SHAPE, make_model, pack
@@ -35,6 +38,13 @@ def loss_and_gradients(model: Transformer) -> tuple[float, dict[str, torch.Tenso
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = (g.to_dense() if g.is_sparse else g for g in torch.autograd.grad(loss, parameters))
     return loss.item(), dict(zip(names, gradients, strict=True))
+
+
+def test_the_guide_to_a_new_family_names_the_structure() -> None:
+    """docs/models.md: every field that a family's file may set, and none that there is not."""
+    guide = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    listed = guide.partition("1. where the structure differs:")[2].partition("(lumina.config's Structure)")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == {each.name for each in fields(Structure)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,6 +171,7 @@ def test_slowed_angles_are_transformers_bits(type: str) -> None:
             {"family": "qwen3", "sliding_window": 4, "sliding_layers": [2]},
             "sliding_layers .2. are not layers from 0",
         ),
+        ({"family": "qwen3", "sliding_window": 4, "sliding_layers": []}, "leave sliding_window out"),
         ({"family": "phi3", "partial_rotary_factor": 0.4}, "partial_rotary_factor rotates 3 of 8, not an even number"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "greater than or equal to 1"),
         (

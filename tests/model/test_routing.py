@@ -67,6 +67,15 @@ def test_sums_written_out() -> None:
     assert model.take_routing_counts() is None
 
 
+def test_a_step_without_a_supervised_document_has_no_figures() -> None:
+    """Not even a share of idle experts, which would be all of them."""
+    model, batch = Transformer(CONFIG).train(), pack([9, 5])
+    model(*batch._replace(weights=torch.zeros_like(batch.weights)))
+    found = model.take_routing_counts()
+    assert found is not None
+    assert expert_balance(found, CONFIG).isnan().all()
+
+
 def test_counts_of_micro_batches_add_up_to_those_of_the_whole() -> None:
     torch.manual_seed(0)
     model = Transformer(CONFIG).train()

@@ -179,6 +179,8 @@ class ModelConfig(Strict):
             layers = getattr(self, name) or []
             if layers != sorted(set(layers)) or (layers and layers[-1] >= self.num_layers):
                 raise ValueError(f"{name} {layers} are not layers from 0 to {self.num_layers - 1} in ascending order")
+        if self.sliding_layers == []:
+            raise ValueError("sliding_layers [] names no layer: leave sliding_window out")
         for name in ("sliding_layers", "sliding_rope_theta"):
             if self.sliding_window is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} needs sliding_window")

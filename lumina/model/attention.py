@@ -227,12 +227,14 @@ def bind() -> None:
             _varlen_kernel(torch.float32)
 
 
-def report_kernel(device: torch.device, precision: str) -> list[str]:
+def report_kernel(device: torch.device, precision: str, softcap: float | None = None) -> list[str]:
     """What attends over documents on this process's GPU, for a run's first lines, and none for a CPU; chooses it.
-    UserError as in varlen.find."""
+    softcap: that of the model's scores. UserError as in varlen.find."""
     if device.type != "cuda":
         return []
     kernel = _varlen_kernel({"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
+    if softcap is not None:
+        return ["attention: the scores of each document at once, for their soft cap (attention_softcap)"]
     other = "torch's scaled-dot-product attention over documents of like lengths"
     return [f"attention: {other if kernel is None else kernel.name}"]
 

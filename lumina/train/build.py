@@ -196,7 +196,8 @@ def _open_outputs(
     """The run's folder with its resolved configuration, log and metrics, on rank 0. `origin`: what the start goes on
     from, and what is changed, for people."""
     config, engine = settings.config, state.engine
-    kernel = report_kernel(engine.device, settings.precision)  # on every rank: chosen here, not in its first step
+    # On every rank: chosen here, not in its first step.
+    kernel = report_kernel(engine.device, settings.precision, config.attention_softcap)
     if not ranks.main:
         return Outputs()
     for name in ("checkpoints", "backups"):

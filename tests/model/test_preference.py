@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,6 +38,14 @@ def given() -> Given:
     positions = torch.cat([torch.arange(length) for length in lengths])
     pairs = torch.tensor([[1.25, 0.5, -30.0], [-2.0, 0.5, -20.0], [0.0, 0.0, 0.0]])
     return Given(ids, ids.roll(-1), mask, positions, bounds, pairs)
+
+
+def pair(batch: Given, number: int) -> Given:
+    """One pair alone."""
+    edges = batch.bounds[2 * number : 2 * number + 3]
+    part = slice(int(edges[0]), int(edges[2]))
+    rows = (x[part] for x in (batch.ids, batch.targets, batch.mask, batch.positions))
+    return Given(*rows, edges - edges[0], batch.pairs[number : number + 1])
 
 
 def log_probabilities(model: Transformer, batch: Given) -> Tensor:
@@ -88,6 +98,32 @@ def test_loss_and_gradients(
     for name, parameter in model.named_parameters():
         gradient, expected_gradient = parameter.grad.to_dense().double(), wanted[name].grad.to_dense()
         assert float((gradient - expected_gradient).norm() / expected_gradient.norm()) <= tolerance, name
+
+
+def test_routers_losses_count_an_answer_by_half_its_pairs_weight() -> None:
+    """Law 2: pairs end to end are each pair by itself, and as far as the routers' losses go two documents whose tokens
+    weigh half of the pair's together. A document of no pair takes no part."""
+    model, batch = make(family="mixtral", experts={"count": 4}).train(), given()
+
+    def routers_part(score: Callable[[], Tensor]) -> list[Tensor]:
+        found = []
+        for coefficient in (0.7, 0.0):
+            model.config.router_aux_loss_coef, model.config.router_z_loss_coef = coefficient, coefficient / 2
+            grads = torch.autograd.grad(score(), list(model.parameters()), allow_unused=True)
+            found.append([torch.zeros(()) if g is None else g.to_dense() for g in grads])
+        return [a - b for a, b in zip(*found, strict=True)]
+
+    together = routers_part(lambda: own(model, batch)[0])
+    apart = [routers_part(lambda p=p: own(model, pair(batch, p))[0]) for p in (0, 1)]
+    weights = torch.zeros(len(batch.ids))
+    for start, end in itertools.pairwise(batch.bounds[:5].tolist()):
+        weights[start : end - 1] = 0.25 / (end - 1 - start)
+    inputs = batch.ids[None], batch.positions[None], batch.bounds, 20, batch.targets[None], weights[None]
+    as_documents = routers_part(lambda: model(*inputs))
+    assert max(float(g.norm()) for g in together) > 0.1
+    for whole, first, second, documents in zip(together, *apart, as_documents, strict=True):
+        torch.testing.assert_close(whole, first + second, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(whole, documents, rtol=1e-5, atol=1e-6)
 
 
 def test_margins_are_what_the_loss_is_made_of() -> None:

@@ -46,6 +46,23 @@ def test_recomputed_layers_give_identical_gradients(every: int, calls: list[int]
     assert count.calls == calls
 
 
+def test_recomputed_experts_route_once() -> None:
+    """The routers' losses come out of the recomputed layers: the gradients are the same, and each token counts once."""
+    found = []
+    for every in (0, 1, 2):
+        experts = {"count": 4, "size": 24, "dense_layers": [1]}
+        model, batch = make_model(family="qwen3_moe", experts=experts, num_layers=3), pack([20, 9])
+        model.config.router_aux_loss_coef, model.config.router_z_loss_coef = 0.5, 0.1
+        model.checkpoint_every = every
+        _, own = gradients(model, batch)
+        counts = model.take_routing_counts()
+        assert counts is not None
+        found.append([*own, counts])
+    for recomputed in found[1:]:
+        for a, b in zip(recomputed, found[0], strict=True):
+            assert torch.equal(a, b)
+
+
 def test_nothing_is_recomputed_in_evaluation() -> None:
     model, batch = make_model().eval(), pack([20, 9])
     model.checkpoint_every = 1

@@ -151,6 +151,9 @@ def test_the_newest_that_the_card_has(
     for _ in range(2):
         assert attention_module.report_kernel(torch.device("cuda:0"), "bf16") == [f"attention: {name}"], "chosen once"
     assert machine.calls == ([("activate", {"name": activated})] if activated else [])
+    (said,) = attention_module.report_kernel(torch.device("cuda:0"), "bf16", softcap=50.0)
+    assert "soft cap" in said
+    assert name not in said, "no kernel that is relied on has it"
 
 
 @pytest.mark.parametrize(("card", "dtype"), [((7, 5), torch.float16), ((9, 0), torch.float32)])

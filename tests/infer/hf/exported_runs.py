@@ -29,6 +29,12 @@ from tests.runs import clean_environment, write_conversations
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Of the tests."""
 NEWER = ("gemma2", "gemma3_text", "granite", "olmo2", "phi3", "smollm3")
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"count": 4},
+    "qwen3_moe": {"count": 4, "size": 24},
+    "olmoe": {"count": 4, "norm_topk_prob": False},
+}
+"""Families of experts, and the settings of those in the runs of our own."""
 KINDS = ("own", "foreign", "base", "lora")
 """own: Lumina's tokenizer and template. foreign: an imported model's. base: an imported model that came without a
 template, with another end of text, and was given one. lora: adapters over a foreign one, merged."""
@@ -68,8 +74,10 @@ class Said(NamedTuple):
 def make_run(folder: Path, family: str, kind: str) -> Path:
     """A run with random weights."""
     if kind == "own":
-        model = make_model(seed=4, family=family, tie_word_embeddings=False, init_std=0.3, num_layers=1)
         from lumina.chat import Tokenizer
+
+        shape: dict[str, Any] = {"family": family, "experts": EXPERTS.get(family)}
+        model = make_model(seed=4, tie_word_embeddings=False, init_std=0.3, num_layers=1, **shape)
 
         model.output.weight[Tokenizer.load().stop_id] *= 1.3 * STOP_WEIGHT  # one of a hundred thousand
         return write_run(folder / "run", model)
@@ -81,10 +89,15 @@ def make_run(folder: Path, family: str, kind: str) -> Path:
     run = import_hf(source, folder / "run", chat_template=make_base(source) if kind == "base" else None)
     if kind != "lora":
         return run
-    settings = LoraConfig(lora_rank=3)
+    settings = LoraConfig(lora_rank=3, **targets(family))
     adapted = write_adapters(folder / "adapted", run, adapt(load(run, precision="fp32").model, settings), settings)
     shutil.copytree(run / "tokenizer", adapted / "tokenizer", dirs_exist_ok=True)
     return adapted
+
+
+def targets(family: str) -> dict[str, Any]:
+    """Settings of adapters: experts get none."""
+    return {"lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"]} if family in EXPERTS else {}
 
 
 def make_base(source: Path) -> str:
@@ -140,11 +153,13 @@ def train_run(folder: Path, family: str, kind: str) -> Path:
     words: list[str] = []
     if kind == "own":
         settings |= {"family": family, "max_steps": 15, "batch_size": 4}
+        settings |= {"experts": json.dumps(EXPERTS[family])} if family in EXPERTS else {}
     else:
         make_hf(folder / "hf", {"llama": "tinyllama"}.get(family, family))
         template = make_base(folder / "hf") if kind == "base" else None
         words = ["--init-from", str(import_hf(folder / "hf", folder / "imported", chat_template=template))]
-        settings |= {"lora_rank": 8} if kind == "lora" else {}
+        if kind == "lora":
+            settings |= {"lora_rank": 8} | {name: json.dumps(value) for name, value in targets(family).items()}
     line = ["--config", "nano", "--train-data", str(data), "--output-dir", str(folder), "--experiment-name", "run"]
     line += [*words, *(word for name, value in settings.items() for word in ("--set", f"{name}={value}"))]
     command = [sys.executable, "-P", "-m", "lumina.cli", "train", *line]
@@ -174,7 +189,7 @@ def main() -> int:
     parser.add_argument(
         "--train", action="store_true", help="runs that lumina train trained, instead of random weights"
     )
-    every = (*FAMILIES, *NEWER)
+    every = (*FAMILIES, *NEWER, *EXPERTS)
     parser.add_argument("--families", nargs="+", default=every, choices=every)
     parser.add_argument("--checks", action="store_true", help="what tests.infer.hf.family_checks finds, instead")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)

@@ -12,6 +12,7 @@ from lumina.chat import Conversation, Message
 from lumina.cli import main
 from lumina.infer import export, import_hf, load
 from tests.infer.hf.exported_runs import (
+    EXPERTS,
     FAMILIES,
     KINDS,
     NEWER,
@@ -42,7 +43,7 @@ def test_text_and_stop_are_those_of_lumina_generate(exported: tuple[Path, Path])
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", NEWER)
+@pytest.mark.parametrize("family", [*NEWER, *EXPERTS])
 def test_text_and_stop_of_newer_families(tmp_path: Path, family: str, kind: str) -> None:
     run = make_run(tmp_path, family, kind)
     ours = lumina_says(load(run, precision="fp32"), PROMPTS)

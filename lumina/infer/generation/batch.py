@@ -11,7 +11,8 @@ What a sequence says must not depend on its neighbours. Three things see to that
   nearer than TIE, far more than rounding can move, is taken from a pass over the sequence alone, without the cache.
   Any other choice is the same in every order of summation; this one is the same because it is the same computation.
   With that, greedy float32 answers are those of recomputation without a cache, too. Half precision on a GPU has no
-  such guarantee: rounding there is as large as real differences.
+  such guarantee: rounding there is as large as real differences. Nor have mixtures of experts: where a router's choice
+  of experts is that near, rounding moves the logits by as much as another expert does.
 
 Shape suffixes as in sampling.py.
 """

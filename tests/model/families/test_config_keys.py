@@ -12,25 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lumina.config import UserError
+from lumina.config import FAMILIES, UserError
 from lumina.model import Transformer
 from lumina.model.families import family_of, read_hf_config
+from tests.infer.hf_models import CLASSES
 
-CLASSES = {
-    "gemma2": "Gemma2",
-    "gemma3_text": "Gemma3",
-    "granite": "Granite",
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "mixtral": "Mixtral",
-    "olmo2": "Olmo2",
-    "olmoe": "Olmoe",
-    "phi3": "Phi3",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3Moe",
-    "smollm3": "SmolLM3",
-}
 CONTEXT = 24
 BASE: dict[str, Any] = {
     "vocab_size": 40,
@@ -195,6 +181,10 @@ def _differs(family: str, values: dict[str, Any]) -> str | None:
         expected = theirs(ids).logits
         torch.testing.assert_close(ours(ids, torch.arange(length)[None]), expected, rtol=1e-4, atol=1e-4)
     return None
+
+
+def test_every_family_is_held_against_transformers() -> None:
+    assert CLASSES.keys() == set(FAMILIES.names())
 
 
 @pytest.mark.parametrize("family", CLASSES)

@@ -51,6 +51,21 @@ def test_add_norm_and_its_gradients(rows: int, width: int, dtype: torch.dtype) -
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(7, 123), (70, 256), (2, 9001)])
+def test_a_wider_weight(rows: int, width: int, dtype: torch.dtype) -> None:
+    """Gemma's norms multiply by one and their weight, a sum that half precision would round: it comes in float32, and
+    so goes its gradient."""
+    *rows_, weight = arguments(rows, width, dtype)
+    weight = weight.detach().float().add_(1e-4).requires_grad_()
+    check(
+        lambda x, r, w: add_rms_norm(x, r, w, EPS),
+        lambda x, r, w: reference.add_rms_norm(x, r, w, EPS),
+        [*rows_, weight],
+        upstream(rows, width, dtype, 2),
+    )
+
+
 @settings(max_examples=25)
 @given(
     rows=st.integers(1, 40),

@@ -1,4 +1,4 @@
-# make quickstart     train a small chat model on real conversations and talk to it (ten minutes on two cores)
+# make quickstart     train a small chat model on real conversations and ask it three things (minutes on two cores)
 # make test           the tests that need no root
 # make test-long      more cases of the same by real runs: other worlds, stages and phases (two minutes)
 # make test-documents every command block of README.md and docs/ (DOCUMENTS=docs/serve.md for one) as it stands; minutes

@@ -2,8 +2,8 @@
 
     python benchmarks/live_picture.py --out docs/live.svg
 
-The run is the nano preset made narrow (64 x 2), on the quickstart's conversations, so that a laptop core takes a step a
-second; it is stopped when the picture is taken. What tmux has on its screen, colours included, is what is drawn:
+The run is the nano preset made narrow (64 x 2), on the dialogues of chitchat-dataset, so that a laptop core takes a
+step a second; it is stopped when the picture is taken. What tmux has on its screen, colours included, is what is drawn:
 nothing is left out or changed. Needs tmux and `make quickstart`'s packages.
 """
 

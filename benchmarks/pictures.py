@@ -2,10 +2,10 @@
 
     python benchmarks/pictures.py [--only run-report data-report chat-page live] [--model RUN] [--out docs]
 
-run-report     three runs of the nano preset made narrow (64 x 2) on the quickstart's conversations, with three
+run-report     three runs of the nano preset made narrow (64 x 2) on the dialogues of chitchat-dataset, with three
                learning rates: `lumina report` of the three, and of the second alone on a phone;
                or of --runs RUN …
-data-report    `lumina validate-data --create-report` of the quickstart's conversations with 60 lines spoilt in six ways
+data-report    `lumina validate-data --create-report` of chitchat-dataset's dialogues with 60 lines spoilt in six ways
 chat-page      the page in front of the tests' model, which was taught two conversations by heart, one with tool calls
                (tests/infer/taught_models.py); with --model RUN of `lumina serve RUN`, asked what the quickstart asks
 live           benchmarks/live_picture.py

@@ -11,7 +11,7 @@ import pytest
 from tests.runs import clean_environment
 
 
-@pytest.mark.parametrize("module", ["lumina.data.chitchat", "lumina.train.summary"])
+@pytest.mark.parametrize("module", ["lumina.data.chitchat", "lumina.data.everyday", "lumina.train.summary"])
 def test_help_writes_nothing_and_unknown_options_are_refused(module: str, tmp_path: Path) -> None:
     for word, code in (("--help", 0), ("--no-such-option", 2)):
         command = [sys.executable, "-P", "-m", module, word]

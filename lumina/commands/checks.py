@@ -74,18 +74,36 @@ def _refuse_idle_settings(config: Config) -> None:
     """Warn of settings that do nothing; UserError for a name that no list of runs would show."""
     from lumina.config import UserError
 
-    patience = config.early_stopping_patience
-    if patience is not None and not config.eval_data and not config.eval_fraction and first_rank():
-        log.warning(
-            "early_stopping_patience %d does nothing: it counts evaluations, and neither --eval-data nor "
-            "--eval-fraction is given",
-            patience,
-        )
+    if first_rank():
+        for name, why in _idle_settings(config):
+            log.warning("%s %s does nothing: %s", name, getattr(config, name), why)
     if Path(config.experiment_name).name != config.experiment_name or config.experiment_name == "..":
         raise UserError(
             f"--experiment-name {config.experiment_name} is no name of one folder, and `lumina runs` would not list it",
             "Give the folders above it with --output-dir.",
         )
+
+
+def _idle_settings(config: Config) -> list[tuple[str, str]]:
+    """The settings that are not at their default and do nothing beside the others, each with the reason."""
+    settings = {
+        "nothing is evaluated, because neither --eval-data nor --eval-fraction is given": (
+            not config.eval_data and not config.eval_fraction,
+            ("early_stopping_patience", "eval_every_n_batches", "sample_prompts"),
+        ),
+        "lora_rank is 0: every weight is trained": (
+            not config.lora_rank,
+            ("lora_alpha", "lora_dropout", "lora_targets"),
+        ),
+        "the objective is sft": (config.objective == "sft", ("dpo_beta",)),
+        "the model has no experts": (config.experts is None, ("router_aux_loss_coef", "router_z_loss_coef")),
+    }
+    return [
+        (name, why)
+        for why, (holds, names) in settings.items()
+        for name in names
+        if holds and getattr(config, name) != type(config).model_fields[name].get_default(call_default_factory=True)
+    ]
 
 
 def _refuse_wrong_paths(config: Config) -> None:

@@ -77,7 +77,9 @@ def train_options(parser: Parser) -> None:
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--objective", metavar="NAME", help="{OBJECTIVES} (sft)")
-    optim.add_argument("--dpo-beta", type=float, metavar="B", help="how dear it is to leave the reference model (0.1)")
+    optim.add_argument(
+        "--dpo-beta", type=float, metavar="B", help="how strongly the model is held to the reference model (0.1)"
+    )
     optim.add_argument("--epochs", type=int, metavar="N", help="passes over the training data (10)")
     optim.add_argument("--max-steps", type=int, metavar="N", help="stop after N steps, whatever the epochs say")
     optim.add_argument("--lr", dest="learning_rate", type=float, metavar="LR", help="peak learning rate (1e-4)")

@@ -12,6 +12,7 @@ Nothing is added, and no text is changed but for white space in the first.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -79,10 +80,15 @@ def write_files(out_dir: Path) -> dict[Path, int]:
     return {out_dir / name: len(conversations) for name, conversations in files.items()}
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
     """The command: OUT_DIR, "data" when not given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lumina.data.everyday", description="Write short everyday exchanges as training files."
+    )
+    parser.add_argument("out_dir", nargs="?", type=Path, default=Path("data"), metavar="OUT_DIR", help="data")
+    out_dir = parser.parse_args().out_dir
     try:
-        written = write_files(Path(argv[0] if argv else "data"))
+        written = write_files(out_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -91,4 +97,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

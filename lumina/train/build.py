@@ -17,7 +17,7 @@ from lumina.cluster import StopRequest
 from lumina.config import Config, UserError
 from lumina.files import write_text
 from lumina.model import lora, report_kernel
-from lumina.monitor import EventLog
+from lumina.monitor import Console, EventLog
 from lumina.train.callbacks import Callback, Callbacks
 from lumina.train.deepspeed import Engine, LayerStats, Ranks
 from lumina.train.deferred import Deferred
@@ -88,6 +88,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     settings = resolve(start.config, ranks.world, device, start.recovery.micro_batch_size)
     config = settings.config
     assert config.global_batch_size is not None  # filled in by `resolve`
+    progress = Console(ranks.main, 0, 0, live=False).progress  # the run's own console is not there yet
     _say(ranks, "preparing the data")
     data = open_data(start, config, ranks)
     rates = schedule(config, data.total_steps)
@@ -96,7 +97,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     torch.manual_seed(config.seed)
     loading = "" if start.checkpoint is None else f", loading {start.checkpoint}"
     _say(ranks, f"building the model of {config.num_parameters() / 1e6:.1f}M parameters{loading}")
-    state = _initialise(start, settings, ranks, data, folder, watchdog.heartbeat)
+    state = _initialise(start, settings, ranks, data, folder, watchdog.heartbeat, progress)
     events = EventLog(folder / "events.jsonl" if ranks.main else None)
     health = Health(config, events)
     lock = RunLock(folder, os.environ.get("LUMINA_JOB"), config.global_batch_size) if ranks.main else None
@@ -129,11 +130,13 @@ def _say(ranks: Ranks, text: str) -> None:
         log.info("%s", text)
 
 
-def _initial_weights(settings: Settings, ranks: Ranks, engine: Engine, start: Start) -> None:
+def _initial_weights(
+    settings: Settings, ranks: Ranks, engine: Engine, start: Start, progress: Callable[[str, int, int], None]
+) -> None:
     """Another run's weights, unless they are there already, under adapters."""
     config = settings.config
     if settings.base is None and config.init_from is not None:
-        load_initial_weights(config.init_from, start.weights, config, ranks, engine)
+        load_initial_weights(config.init_from, start.weights, config, ranks, engine, partial(progress, "Loading"))
     elif settings.base is None and start.checkpoint is not None:  # a reference model that has to be made again
         raise UserError(
             f"nothing says what the run of {start.checkpoint} began with, whose weights are needed again",
@@ -148,6 +151,7 @@ def _initialise(
     data: TrainingData,
     folder: Path,
     heartbeat: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
 ) -> RunState:
     """An engine with the checkpoint's weights and optimizer state, or initial ones, and what a checkpoint will say of
     this start."""
@@ -162,17 +166,18 @@ def _initialise(
             world=ranks.world,
             micro_batch_size=config.batch_size,
             resumed=resumed,
-            initialise=partial(_initial_weights, settings, ranks, engine, start),
+            initialise=partial(_initial_weights, settings, ranks, engine, start, progress),
             forward=engine.forward,
             evaluation=engine.evaluation,
             device=engine.device,
             heartbeat=heartbeat,
+            progress=progress,
         )
     )
     if resumed:
-        load_resumed(start, engine)
+        load_resumed(start, engine, partial(progress, "Loading"))
     else:
-        _initial_weights(settings, ranks, engine, start)
+        _initial_weights(settings, ranks, engine, start, progress)
     assert config.global_batch_size is not None
     trainer_state.global_batch_size, trainer_state.world = config.global_batch_size, ranks.world
     trainer_state.precision, trainer_state.zero_stage = settings.precision, engine.stage

@@ -23,8 +23,8 @@ from lumina.train.chat_template import say_taught, with_template
 from lumina.train.deepspeed import Engine, Ranks
 from lumina.train.objectives import objective
 from lumina.train.recovery.record import RecoveryRecord
+from lumina.train.saving.snapshot import OnProgress, load_weights
 from lumina.train.saving.snapshot import load_checkpoint as load
-from lumina.train.saving.snapshot import load_weights
 from lumina.train.schedules import schedule
 
 log = logging.getLogger("lumina")
@@ -127,13 +127,15 @@ def weights_of(given: str, tokenizer: str | None) -> Path:
     return valid
 
 
-def load_initial_weights(given: str, source: Path | None, config: Config, ranks: Ranks, engine: Engine) -> None:
+def load_initial_weights(
+    given: str, source: Path | None, config: Config, ranks: Ranks, engine: Engine, progress: OnProgress
+) -> None:
     """Begin with another run's weights: step 0, no optimizer state; `source`: where they were found in `given` already;
     collective."""
     if source is None:
         source = decided_by_rank_0(ranks, lambda: weights_of(given, config.tokenizer))
     checkpoint.check_same_model(checkpoint.read_trainer_state(source)[0].model, checkpoint.model_shape(config), source)
-    load_weights(source, engine)
+    load_weights(source, engine, progress)
 
 
 def base_of_adapters(
@@ -272,10 +274,10 @@ def _refuse_another_schedule(
         )
 
 
-def load_resumed(start: Start, engine: Engine) -> None:
+def load_resumed(start: Start, engine: Engine, progress: OnProgress) -> None:
     """Load the checkpoint that the run goes on from; collective."""
     assert start.checkpoint is not None
-    load(start.checkpoint, engine, start.trainer)
+    load(start.checkpoint, engine, start.trainer, progress)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lumina.config import Config
 from lumina.train.deepspeed import Engine
 from lumina.train.recovery.spikes import SpikeDetector
 from lumina.train.saving import snapshot
+from lumina.train.saving.snapshot import OnProgress, silent
 
 
 @dataclass
@@ -54,12 +55,12 @@ class RunState:
         self.trainer_state.guard = self.spikes.state()
         return snapshot.take_snapshot(self.engine, self.trainer_state, copies)
 
-    def rewind(self, checkpoint: Path, config: Config) -> None:
+    def rewind(self, checkpoint: Path, config: Config, progress: OnProgress = silent) -> None:
         """Take the state of an earlier checkpoint of this start or of one before; collective."""
         trainer_state, trainer = read_trainer_state(checkpoint)
         self.engine.discard()  # the gradients of the step that was begun
         self.consistent = False
-        snapshot.load_checkpoint(checkpoint, self.engine, trainer)
+        snapshot.load_checkpoint(checkpoint, self.engine, trainer, progress)
         now = self.trainer_state
         trainer_state.world, trainer_state.precision, trainer_state.zero_stage = (
             now.world,

@@ -171,13 +171,32 @@ def test_a_small_one_is_not_asked_about(monkeypatch: pytest.MonkeyPatch, medium:
     assert said.getvalue() == ""
 
 
-def test_patience_without_evaluations_is_told(medium: Config, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "beside"),
+    [
+        ("early_stopping_patience", 2, {"eval_fraction": 0.1}),
+        ("eval_every_n_batches", 50, {"eval_fraction": 0.1}),
+        ("sample_prompts", ["hello"], {"eval_fraction": 0.1}),
+        ("lora_alpha", 4.0, {"lora_rank": 2, "resume": "auto"}),
+        ("lora_dropout", 0.5, {"lora_rank": 2, "resume": "auto"}),
+        ("lora_targets", ["q_proj"], {"lora_rank": 2, "resume": "auto"}),
+        ("dpo_beta", 0.2, {"objective": "dpo", "resume": "auto"}),
+        ("router_z_loss_coef", 0.1, {"family": "mixtral", "experts": {"count": 4, "per_token": 2}}),
+    ],
+)
+def test_a_setting_that_does_nothing_is_told(
+    medium: Config, caplog: pytest.LogCaptureFixture, name: str, value: object, beside: dict[str, object]
+) -> None:
+    """By itself, but not beside the settings that it needs."""
     small = load("nano", {"train_data": medium.train_data, "output_dir": medium.output_dir})
-    checks.before_training(small.replace(early_stopping_patience=2), yes=False)
-    assert "early_stopping_patience 2 does nothing" in caplog.text
+    checks.before_training(small, yes=False)
+    assert "does nothing" not in caplog.text
+    checks.before_training(small.replace(**{name: value}), yes=False)
+    assert caplog.text.count("does nothing") == 1
+    assert f"{name} {value} does nothing: " in caplog.text
     caplog.clear()
-    checks.before_training(small.replace(early_stopping_patience=2, eval_fraction=0.1), yes=False)
-    assert "patience" not in caplog.text
+    checks.before_training(small.replace(**{name: value}, **beside), yes=False)
+    assert "does nothing" not in caplog.text
 
 
 def test_a_gpu_is_seen_by_its_device_file(tmp_path: Path) -> None:

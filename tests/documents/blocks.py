@@ -77,8 +77,9 @@ def documents() -> list[Path]:
 
 def blocks(document: Path) -> list[Block]:
     """The document's blocks of commands, in its order. Raises ValueError for a fence without a language, one that is
-    not closed, commands that are indented rather than fenced, and a mark of no known form."""
+    not closed, commands that are indented rather than fenced, and a mark of no known form or above no fence."""
     lines = document.read_text(encoding="utf-8").splitlines()
+    _refuse_loose_marks(document, lines)
     found: list[Block] = []
     number = 0
     while number < len(lines):
@@ -99,6 +100,15 @@ def blocks(document: Path) -> list[Block]:
             found.append(_marked(document, number, language, text, lines))
         number = close + 1
     return found
+
+
+def _refuse_loose_marks(document: Path, lines: list[str]) -> None:
+    """ValueError for a mark with something else than a fence, or another mark, right below: it would mark nothing."""
+    for number, (line, below) in enumerate(zip(lines, [*lines[1:], ""], strict=True), 1):
+        comment = _MARK.match(line)
+        known = comment is not None and any(form.fullmatch(comment[1]) for form in _FORMS.values())
+        if known and not (_FENCE.match(below) or _MARK.match(below)):
+            raise ValueError(f"{document}:{number}: this mark has no block right below it")
 
 
 def _marked(document: Path, fence: int, language: str, text: str, lines: list[str]) -> Block:

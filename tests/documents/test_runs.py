@@ -100,6 +100,7 @@ def test_marks_say_what_is_not_run(tmp_path: Path) -> None:
         (["```bash", "lumina runs"], "not closed"),
         (["    lumina runs"], "no fence opens"),
         (["<!-- notrun: typed wrongly -->", "```bash", "lumina runs", "```"], "no mark of a block"),
+        (["<!-- not run: minutes -->", "", "```bash", "lumina runs", "```"], "no block right below"),
     ],
 )
 def test_no_command_slips_past(tmp_path: Path, lines: list[str], message: str) -> None:

@@ -37,7 +37,8 @@ class Preparation:
     train_data, eval_data: from `prepare_data`. folder: the run's, which rank 0 may write to. resumed: whether the run
     goes on from a checkpoint. initialise: puts the weights that the run begins with into the engine, which a resumed
     run's checkpoint replaces afterwards. forward: the model's, on `device`. evaluation: the model without dropout in
-    its `with` block. heartbeat: to be called at least every few seconds with what is being done.
+    its `with` block. heartbeat: to be called at least every few seconds with what is being done. progress: shows on
+    rank 0's console what is being done, how much of it is done, and of how much.
     """
 
     train_data: Samples
@@ -52,6 +53,7 @@ class Preparation:
     evaluation: Callable[[], AbstractContextManager[None]]
     device: torch.device
     heartbeat: Callable[[str], None]
+    progress: Callable[[str, int, int], None]
 
 
 class Objective(Protocol):

@@ -89,10 +89,12 @@ def reference_log_probabilities(dataset: PairDataset, preparation: Preparation) 
     indices, answers = [], []
     rank, world, device = preparation.rank, preparation.world, preparation.device
     with preparation.evaluation():
-        for share in deal(np.arange(dataset.num_samples), rank, world, preparation.micro_batch_size):
+        shares = deal(np.arange(dataset.num_samples), rank, world, preparation.micro_batch_size)
+        for number, share in enumerate(shares, 1):
             preparation.heartbeat("reference log-probabilities")
             answers.append(_score(preparation.forward, dataset.batch(share).torch().to(device), 1.0, None))
             indices.append(share)
+            preparation.progress("Preparing the reference", number, len(shares))
         share, answer_P2 = np.concatenate(indices), torch.cat(answers).double().cpu().numpy()  # the one wait for it
         own_P2 = np.zeros((dataset.num_samples, 2))
         # The margin as it is, not from two float32 numbers: they are large and nearly cancel.

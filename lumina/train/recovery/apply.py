@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ def rewind(run: Run, action: Rewind) -> None:
     collective."""
     step = run.state.step
     run.recovery.remember_rewind(action)
-    run.state.rewind(action.checkpoint, run.config)
+    run.state.rewind(action.checkpoint, run.config, partial(run.outputs.progress, "Loading"))
     if run.ranks.main:
         _discard_later(action.checkpoint, run.state.trainer_state)
     run.outputs.rewind(run.state.step)

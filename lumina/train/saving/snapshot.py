@@ -3,6 +3,7 @@ size and ZeRO stage."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,27 @@ def take_snapshot(engine: Engine, state: TrainerState, copies: StagingBuffer | N
     )
 
 
+OnProgress = Callable[[int, int], None]  # ranges read, ranges that this rank reads in all
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody is shown."""
+
+
 @torch.no_grad()
-def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -> None:
+def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any], progress: OnProgress = silent) -> None:
     """Load weights and optimizer state into an engine of any world size and ZeRO stage; collective."""
     reader = CheckpointReader(checkpoint)
     init_optimizer_state(engine, reader.keys, int(trainer["optimizer_step"]))
-    for fragment in fragments_to_load(engine):
+    fragments = fragments_to_load(engine)
+    for number, fragment in enumerate(fragments, 1):
         targets = {MASTER: fragment.view(fragment.owner)}
         targets |= {key: fragment.view(engine.optimizer.state[fragment.owner][key]) for key in reader.keys}
         for key, view in targets.items():
             host = torch.empty(fragment.numel, dtype=torch.float32)
             reader.read(key, fragment.name, fragment.start, host)
             view.copy_(host)
+        progress(number, len(fragments))
     engine.set_loss_scale(trainer["loss_scale"])
     if reader.world == dist.get_world_size():
         torch.set_rng_state(reader.rng(dist.get_rank()))
@@ -72,13 +82,15 @@ def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any]) -
 
 
 @torch.no_grad()
-def load_weights(checkpoint: Path, engine: Engine) -> None:
+def load_weights(checkpoint: Path, engine: Engine, progress: OnProgress = silent) -> None:
     """Load the weights alone into a fresh engine, adapters merged; collective."""
     reader = open_weights(checkpoint)
-    for fragment in fragments_to_load(engine):
+    fragments = fragments_to_load(engine)
+    for number, fragment in enumerate(fragments, 1):
         host = torch.empty(fragment.numel, dtype=torch.float32)
         reader.read(MASTER, fragment.name, fragment.start, host)
         fragment.view(fragment.owner).copy_(host)
+        progress(number, len(fragments))
     sync_weights(engine)
     dist.barrier()
 

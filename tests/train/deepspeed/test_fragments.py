@@ -77,7 +77,9 @@ def saved(folder: Path, stage: int, precision: str = "fp32") -> tuple[Path, Engi
 def loaded(source: Path, stage: int, precision: str = "fp32") -> Engine:
     """Another engine, of other weights, with the checkpoint loaded into it."""
     made = make_engine(stage, precision, seed=77)
-    snapshot.load_checkpoint(source, made, checkpoint.read_trainer_state(source)[1])
+    told: list[tuple[int, int]] = []
+    snapshot.load_checkpoint(source, made, checkpoint.read_trainer_state(source)[1], lambda *each: told.append(each))
+    assert told == [(number, len(told)) for number in range(1, len(told) + 1)] != []
     return made
 
 

@@ -14,10 +14,11 @@ from typing import Any
 from lumina.config import FORMATS, UserError, did_you_mean
 from lumina.data.reading.items import read_items
 from lumina.data.reading.streams import FileLayout
-from lumina.data.records.fields import CONTENT, FLAGS, FieldTally
+from lumina.data.records.fields import CONTENT, FieldTally
+from lumina.data.records.flags import FLAGS, MASKS
 
 Columns = Mapping[str, str]  # field of a format -> column of the file
-FIELDS = CONTENT - set(FLAGS) | {"id", "tree_id"}
+FIELDS = CONTENT - {*FLAGS, *MASKS} | {"id", "tree_id"}
 FIRST_RECORDS = 1000  # looked at to tell whether a file has a column
 
 

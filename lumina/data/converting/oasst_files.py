@@ -11,6 +11,7 @@ import orjson
 
 from lumina.config import UserError
 from lumina.data.account import FIRST_LINES
+from lumina.data.formats.oasst import count_fields
 from lumina.data.oasst.extraction import OasstOptions, extract
 from lumina.data.oasst.pairs import extract_pairs
 from lumina.data.oasst.trees import malformed
@@ -18,6 +19,7 @@ from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import check_inputs
 from lumina.data.records.fault import BLANK, Fault
+from lumina.data.records.fields import FieldTally
 from lumina.files import atomic_file
 
 NOT_A_TREE = "not an OASST tree or message"
@@ -81,7 +83,7 @@ def process_oasst_file(
         raise UserError(f"{output} is the input itself", "Name another output file.")
     layout = detect(str(path))
     summary = Summary(str(path), str(output), layout.describe(), pairs=pairs)
-    take = extract_pairs if pairs else extract
+    take, tally = extract_pairs if pairs else extract, FieldTally()
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(output) as scratch:
         with scratch.open("wb") as out:
@@ -91,6 +93,10 @@ def process_oasst_file(
                 reason = item.record.reason if isinstance(item.record, Fault) else malformed(item.record)
                 if reason is not None:
                     summary.fault(reason if isinstance(item.record, Fault) else NOT_A_TREE, item.number)
+                    continue
+                fault = count_fields(item.record, tally)
+                if fault is not None:
+                    summary.fault(fault.reason, item.number)
                     continue
                 summary.trees += 1
                 extraction = take(item.record, options)

@@ -21,16 +21,22 @@ MESSAGE = Vocabulary(
 )
 
 
-def from_tree(record: dict[str, Any], tally: FieldTally) -> Tree | Fault:
-    reason = malformed(record)
-    if reason is not None:
-        return Fault(WRONG_TYPE, f"an OASST tree with {reason}")
-    fault = tally.count(RECORD, record)
-    stack = [record["prompt"]]
+def count_fields(tree: dict[str, Any], tally: FieldTally) -> Fault | None:
+    """Counts the fields of a well-formed tree and of its messages, or says why they do not allow its use."""
+    fault = tally.count(RECORD, tree)
+    stack = [tree["prompt"]]
     while stack and fault is None:
         node = stack.pop()
         fault = tally.count(MESSAGE, node)
         stack.extend(node.get("replies") or [])
+    return fault
+
+
+def from_tree(record: dict[str, Any], tally: FieldTally) -> Tree | Fault:
+    reason = malformed(record)
+    if reason is not None:
+        return Fault(WRONG_TYPE, f"an OASST tree with {reason}")
+    fault = count_fields(record, tally)
     if fault is not None:
         return fault
     extraction = extract(record, OasstOptions())

@@ -7,12 +7,13 @@ from typing import Any
 from lumina.chat import Conversation
 from lumina.data.formats._format import DataFormat, has
 from lumina.data.records.calls import TOOLS
+from lumina.data.records.chats import decoded
 from lumina.data.records.fault import TWICE, WRONG_TYPE, Fault, kind
 from lumina.data.records.fields import FieldTally, Vocabulary, one_of
-from lumina.data.records.turns import decoded, to_conversation, to_messages
+from lumina.data.records.turns import SYSTEMS, to_conversation, to_messages
 
 KEYS = ("conversations", "conversation")
-RECORD = Vocabulary("ShareGPT", frozenset({*KEYS, "system", *TOOLS}))
+RECORD = Vocabulary("ShareGPT", frozenset({*KEYS, *SYSTEMS, *TOOLS}))
 
 
 def from_sharegpt(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault:
@@ -23,7 +24,7 @@ def from_sharegpt(record: dict[str, Any], tally: FieldTally) -> Conversation | F
         return Fault(TWICE, "`conversations` and `conversation` differ")
     raw = decoded(record[name])
     if type(raw) is not list:
-        return Fault(WRONG_TYPE, f"`{name}` is {kind(raw)}, not a list")
+        return raw if isinstance(raw, Fault) else Fault(WRONG_TYPE, f"`{name}` is {kind(raw)}, not a list")
     messages = to_messages(raw, tally)
     if isinstance(messages, Fault):
         return messages

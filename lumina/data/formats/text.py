@@ -6,6 +6,7 @@ from typing import Any
 
 from lumina.chat import TEXT_ROLE, Conversation, Message
 from lumina.data.formats._format import DataFormat, has
+from lumina.data.records.chats import decoded
 from lumina.data.records.fault import EMPTY, UNKNOWN_FORMAT, WRONG_TYPE, Fault, kind
 from lumina.data.records.fields import FieldTally, Vocabulary
 from lumina.data.records.turns import group_id
@@ -19,6 +20,8 @@ def from_text(record: dict[str, Any], tally: FieldTally) -> Conversation | Fault
     text = record["text"]
     if type(text) is not str:
         return Fault(WRONG_TYPE, f"`text` is {kind(text)}, not a string", 1)
+    if type(decoded(text)) is not str:
+        return Fault(UNKNOWN_FORMAT, "`text` holds messages, not a text: --columns messages=text", 1)
     if not text or text.isspace():
         return Fault(EMPTY, "no text", 1)
     messages = [Message(TEXT_ROLE, text)]

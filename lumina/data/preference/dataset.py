@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
-from lumina.data.account import FIRST_LINES, field_details, field_sums
+from lumina.data.account import FIRST_LINES, MOST_FIELDS, field_details, field_sums
 from lumina.data.cache.files import content_digests
 from lumina.data.converting.columns import Columns, check_columns, described, renamed
 from lumina.data.loading.dataset import Batch, join
@@ -182,14 +182,14 @@ def _build(
         block.clear()
 
     tally = FieldTally()
-    for place, record in _records(files, columns):
+    for place, tally.line, record in _records(files, columns):
         account["lines"] += 1
         pair = record if record is BLANK else from_pair(renamed(record, columns, tally), tally)
         tally.end_record(used=isinstance(pair, Pair))
         if pair is BLANK:
             account["blank_lines"] += 1
         elif isinstance(pair, Fault):
-            _skip(account, pair.reason, place)
+            _skip(account, pair.reason, place, pair.example())
         else:
             assert isinstance(pair, Pair)
             block.append((pair, place))
@@ -197,6 +197,7 @@ def _build(
             flush()
     flush()
     account["fields"], account["left_out"] = tally.totals(), dict(tally.dropped)
+    account["unknown_fields"] = {name: f"{line}: {value}" for name, (line, value) in tally.examples.items()}
     skipped = sum(entry["count"] for entry in account["skipped"].values())
     assert account["lines"] == account["blank_lines"] + account["pairs"] + skipped  # law 4
     if not account["pairs"]:
@@ -214,17 +215,18 @@ def _build(
     write_json(folder / "meta.json", {"fingerprint": fingerprint, "pad_id": pad, "account": account, "sizes": sizes})
 
 
-def _records(files: list[Path], columns: Columns) -> Iterator[tuple[str, Any]]:
+def _records(files: list[Path], columns: Columns) -> Iterator[tuple[str, int, Any]]:
+    """(place, number in its file, record)."""
     for path in files:
         layout = detect(str(path))._replace(flat=False)
         if columns:
             check_columns(str(path), layout, columns)
         for item in read_items(str(path), layout):
-            yield f"{path.name}:{item.number}", item.record
+            yield f"{path.name}:{item.number}", item.number, item.record
 
 
-def _skip(account: dict[str, Any], reason: str, place: str) -> None:
-    entry = account["skipped"].setdefault(reason, {"count": 0, "first": []})
+def _skip(account: dict[str, Any], reason: str, place: str, example: str = "") -> None:
+    entry = account["skipped"].setdefault(reason, {"count": 0, "first": [], "example": example})
     entry["count"] += 1
     if len(entry["first"]) < FIRST_LINES:
         entry["first"].append(place)
@@ -263,8 +265,12 @@ def account_lines(account: dict[str, Any]) -> list[str]:
     lines = [f"{account['lines']:,} lines: {account['pairs']:,} preference pairs, {account['blank_lines']:,} blank"]
     for reason, entry in sorted(account["skipped"].items()):
         shown = f"longer than seq_length, {account['window']} tokens" if reason == TOO_LONG else reason
-        lines.append(f"skipped, {shown}: {entry['count']:,} ({', '.join(entry['first'])})")
+        example = f": {entry['example']}" if entry.get("example") else ""
+        lines.append(f"skipped, {shown}: {entry['count']:,} ({', '.join(entry['first'])}){example}")
+    lines += [f"left out, {reason}: {count:,}" for reason, count in sorted(account.get("left_out", {}).items())]
     if account.get("columns"):
         lines.append(f"columns: {account['columns']}")
     lines.append(f"fields: {field_sums(account.get('fields', {}))}")
-    return [*lines, *field_details(account.get("fields", {}))]
+    unknown = sorted(account.get("unknown_fields", {}).items())[:MOST_FIELDS]
+    lines += field_details(account.get("fields", {}))
+    return [*lines, *(f"  unknown field {name}: {example}" for name, example in unknown)]

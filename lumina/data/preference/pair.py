@@ -14,15 +14,19 @@ from typing import Any, NamedTuple
 from lumina.chat import Conversation, Message
 from lumina.data.formats.sharegpt import KEYS
 from lumina.data.records.calls import TOOLS, same_calls
+from lumina.data.records.chats import decoded
 from lumina.data.records.fault import EMPTY, TWICE, WRONG_TYPE, Fault, kind
 from lumina.data.records.fields import FieldTally, Vocabulary, one_of
 from lumina.data.records.questions import ABOUT, QUESTIONS, answer_messages, prompt_messages
-from lumina.data.records.turns import ROLES, declared_tools, decoded, group_id, system_message, to_messages
+from lumina.data.records.turns import ROLES, SYSTEMS, declared_tools, group_id, system_message, to_messages
 
 SAME, NO_PAIR = "chosen and rejected are the same", "no prompt, chosen and rejected"
 OTHER_PROMPT = "chosen and rejected answer different prompts"
+PROMPT_TWICE = "chosen and rejected begin with the prompt's text"
+_ECHO = 20  # characters of a prompt that two answers do not begin with by chance
+_OPENAI = ("preferred_output", "non_preferred_output")
 _CHATS = (*KEYS, "messages")
-_USED = frozenset({"chosen", "rejected", "system", *TOOLS})
+_USED = frozenset({"chosen", "rejected", *SYSTEMS, *TOOLS})
 # By where the prompt stands: what is not read then has to repeat what is.
 _ASKED = Vocabulary("a preference pair", _USED | {"history", *QUESTIONS, *ABOUT})
 _RECORDS = {name: Vocabulary("a preference pair", _USED | {name}) for name in ("", *_CHATS)}
@@ -47,6 +51,7 @@ def from_pair(record: Any, tally: FieldTally | None = None) -> Pair | Fault:
 def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
     if isinstance(record, Fault):
         return record
+    record = _from_openai(record)
     if type(record) is not dict or any(record.get(key) is None for key in ("chosen", "rejected")):
         return Fault(NO_PAIR, "a pair has the keys chosen and rejected")
     sides, declared = [], []
@@ -82,6 +87,8 @@ def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
         return Fault(NO_PAIR, "no prompt, and the sides do not begin with one")
     if any(not answer or answer[-1].role != "assistant" for answer in answers):
         return Fault(WRONG_TYPE, "chosen and rejected must end with the assistant's answer")
+    if all(_repeats_prompt(answer[0].content, prompt) for answer in answers):
+        return Fault(PROMPT_TWICE, "both texts begin with the prompt's: leave it out of them")
     if len(answers[0]) == len(answers[1]) and all(map(_alike, *answers)):
         return Fault(SAME, "the two answers are the same")
     vocabulary = _RECORDS.get(_source(record) or "", _ASKED)
@@ -98,6 +105,24 @@ def _pair(record: Any, tally: FieldTally) -> Pair | Fault:
         for asked, answer in zip((prompt, other), answers, strict=True)
     )
     return Pair(chosen, rejected)
+
+
+def _from_openai(record: Any) -> Any:
+    """`{"input": {"messages", "tools"?}, "preferred_output", "non_preferred_output"}`, the form of OpenAI's preference
+    fine-tuning, under the names that we read; anything else as it is."""
+    if type(record) is not dict or any(record.get(name) is None for name in _OPENAI):
+        return record
+    asked = record.get("input")
+    rest = {name: held for name, held in record.items() if name not in ("input", *_OPENAI)}
+    if type(asked) is not dict or not {"chosen", "rejected", *asked}.isdisjoint(rest):
+        return record
+    return {**rest, **asked, "chosen": record[_OPENAI[0]], "rejected": record[_OPENAI[1]]}
+
+
+def _repeats_prompt(answer: str, prompt: Sequence[Message]) -> bool:
+    """Whether an answer's text begins with that of the prompt's last message."""
+    asked = prompt[-1].content.strip()
+    return len(asked) >= _ECHO and answer.lstrip().startswith(asked)
 
 
 def _alike(one: Message, other: Message) -> bool:
@@ -131,10 +156,12 @@ def _prompt(record: dict[str, Any], tally: FieldTally) -> list[Message] | Fault 
         if one_of(record, QUESTIONS)[1]:
             return Fault(TWICE, "its prompt stands in two fields that differ")
         messages = prompt_messages(record, tally)
-    elif type(decoded(record[name])) is not list:
-        return Fault(WRONG_TYPE, f"`{name}` is {kind(record[name])}, not a list")
     else:
-        messages = to_messages(decoded(record[name]), tally)
+        chat = decoded(record[name])
+        if type(chat) is not list:
+            wrong = f"`{name}` is {kind(record[name])}, not a list"
+            return chat if isinstance(chat, Fault) else Fault(WRONG_TYPE, wrong)
+        messages = to_messages(chat, tally)
     if isinstance(messages, Fault):
         return messages
     opening = system_message(record, messages, tally)

@@ -8,7 +8,7 @@ by one. An item's number is its line (JSON lines), record (other JSON) or row (C
 from __future__ import annotations
 
 import codecs
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -52,7 +52,7 @@ def read_items(path: str, layout: FileLayout, start: int = 0, stop: int | None =
 def read_records(path: str, layout: FileLayout) -> Generator[Item, None, None]:
     if layout.container in ("parquet", "arrow", "arrow stream"):
         try:
-            yield from _rows(_batches(path, layout.container))
+            yield from _rows(_checked(path, _batches(path, layout.container)))
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{path} is a {layout.describe()} file that cannot be read: {error}",
@@ -107,6 +107,34 @@ def _batches(path: str, container: str) -> Iterator[Any]:
             yield from pa.ipc.open_stream(source)
 
 
+def _checked(path: str, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches of a table in which a name stands for one column, and in its objects for one field."""
+    for number, batch in enumerate(batches):
+        twice = _repeated_name(batch.schema) if not number else None
+        if twice is not None:
+            raise UserError(f"{path} has two columns, or fields of one object, called `{twice}`", "Rename one of them.")
+        yield batch
+
+
+def _repeated_name(fields: Iterable[pa.Field]) -> str | None:
+    names = set[str]()
+    for field in fields:
+        if field.name in names:
+            return str(field.name)
+        names.add(field.name)
+        inner = _repeated_name(_fields_of(field.type))
+        if inner is not None:
+            return inner
+    return None
+
+
+def _fields_of(kind: pa.DataType) -> list[pa.Field]:
+    """The fields of an object or of a list's objects; none of what has no names."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return [kind[i] for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+
+
 def _rows(batches: Any) -> Iterator[Item]:
     number = 0
     for batch in batches:
@@ -127,11 +155,8 @@ def _rows(batches: Any) -> Iterator[Item]:
 def _has_calls(name: str, kind: pa.DataType) -> bool:
     """Whether a column holds objects whose keys differ from row to row: tools, or the arguments of calls. Arrow gives
     each of them the keys of all, with null where the row had none."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _has_calls(name, kind.value_type)
-    if not pa.types.is_struct(kind):
-        return False
-    return name in _SPARSE or any(_has_calls(kind[i].name, kind[i].type) for i in range(kind.num_fields))
+    fields = _fields_of(kind)
+    return bool(fields) and (name in _SPARSE or any(_has_calls(field.name, field.type) for field in fields))
 
 
 def _without_nulls(value: Any) -> Any:

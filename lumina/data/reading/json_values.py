@@ -17,8 +17,8 @@ from typing import Any
 import orjson
 
 from lumina.data.formats import format_of
-from lumina.data.records.fault import BROKEN_JSON, PYTHON_LITERAL, WRONG_TYPE, Fault
-from lumina.data.records.fields import CONTENT, HARMLESS, is_empty
+from lumina.data.records.fault import BROKEN_JSON, PYTHON_LITERAL, TWICE, WRONG_TYPE, Fault
+from lumina.data.records.fields import CONTENT, HARMLESS, is_empty, plain_name
 
 TRUNCATED_ARRAY = "truncated array"
 MAX_ELEMENT_CHARS = 1 << 26  # a value that does not end within this is broken, not long
@@ -28,19 +28,64 @@ _LONGEST_OPENING = 256  # characters in which `{"data": [` has to stand
 
 
 def parse_json(line: bytes) -> Any:
-    """The line's value, or a Fault. JSON, where NaN and infinities are read as null; lone surrogates and invalid UTF-8
-    are faults."""
+    """The line's value, or a Fault. JSON, where NaN and infinities are read as null; lone surrogates, invalid UTF-8 and
+    keys that stand twice in one object are faults."""
     try:
-        return orjson.loads(line)
+        value = orjson.loads(line)
+        return value if line.count(b'":') == _expected_keys(value) else _repeated(line, value)
     except orjson.JSONDecodeError as error:
         if b"NaN" in line or b"Infinity" in line:
             try:  # Python's reader knows them; written and read again they are null, and a lone surrogate is an error
-                return orjson.loads(orjson.dumps(json.loads(line.decode("utf-8"))))
+                return _repeated(line, orjson.loads(orjson.dumps(json.loads(line.decode("utf-8")))))
             except (ValueError, TypeError, RecursionError):
                 pass
         if line.lstrip()[:2] in (b"{'", b"['"):
             return Fault(PYTHON_LITERAL, "write lines with json.dumps, not print or str", raw=line)
         return Fault(BROKEN_JSON, str(error), raw=line)
+
+
+def _expected_keys(value: Any) -> int:
+    """How many keys a value has whose lists hold objects of no depth, as nearly all records are: fast."""
+    if type(value) is not dict:
+        return -1
+    count = len(value)
+    for held in value.values():
+        if type(held) is list and held and type(held[0]) is dict:
+            try:
+                count += sum(map(len, held))
+            except TypeError:  # a number among them
+                return -1
+    return count
+
+
+def _repeated(line: bytes, value: Any) -> Any:
+    """The value of a line, or a Fault where an object in it has a key twice, with two values: the parser keeps the last
+    one alone. Other lines come here too: with objects in objects, with `":` in a text, with space before a colon."""
+    count, stack = 0, [value]
+    while stack:
+        held = stack.pop()
+        if type(held) is dict:
+            count += len(held)
+            stack.extend(held.values())
+        elif type(held) is list:
+            stack.extend(held)
+    if line.count(b'":') - line.count(b'\\":') == count:  # a quote within a text is written \"
+        return value
+    twice: list[str] = []
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name, held in found:
+            if name in out and out[name] != held and plain_name(name) not in HARMLESS:
+                twice.append(name)
+            out[name] = held
+        return out
+
+    try:
+        json.loads(line, object_pairs_hook=pairs)
+    except (ValueError, RecursionError):
+        return value
+    return Fault(TWICE, f"the key `{twice[0][:40]}` stands twice in one object", raw=line) if twice else value
 
 
 def is_message(value: Any) -> bool:

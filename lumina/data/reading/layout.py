@@ -7,6 +7,7 @@ import json
 from contextlib import closing
 from pathlib import Path
 
+from lumina.config import UserError
 from lumina.data.oasst.trees import is_flat_oasst
 from lumina.data.reading.items import read_records
 from lumina.data.reading.json_values import WRAPPED, parse_json
@@ -20,13 +21,34 @@ _MAGIC = {
     b"ARROW1": "arrow",
     b"\xff\xff\xff\xff": "arrow stream",
 }
+_UNPACK = "Unpack it first, or pack it with gzip or zstd, which are read as they are."
+_WRITE = "Write its records as JSON lines or Parquet first."
+_NOT_READ = {
+    b"PK\x03\x04": ("a zip archive (or a spreadsheet)", _UNPACK),
+    **{b"BZh%d1AY&SY" % level: ("packed with bzip2", _UNPACK) for level in range(1, 10)},
+    b"\xfd7zXZ\0": ("packed with xz", _UNPACK),
+    b"7z\xbc\xaf'\x1c": ("a 7z archive", _UNPACK),
+    b"\x04\x22\x4d\x18": ("packed with LZ4", _UNPACK),
+    b"SQLite format 3\0": ("an SQLite database", _WRITE),
+    b"\x89HDF\r\n": ("an HDF5 file", _WRITE),
+    b"\x93NUMPY": ("a NumPy file", _WRITE),
+    b"Obj\x01": ("an Avro file", _WRITE),
+    b"FEA1": ("a Feather file of version 1", _WRITE),
+    **{
+        bytes((0x80, version)): ("a pickle, which can run any code when it is opened", _WRITE)
+        for version in range(2, 6)
+    },
+}
 HEAD_BYTES = 1 << 16  # looked at to tell how a file is laid out
 
 
 def detect(path: str) -> FileLayout:
-    """Looks at a file's first bytes and first records."""
+    """Looks at a file's first bytes and first records. UserError: a container that is not read."""
     with open(path, "rb") as file:
-        head = file.read(6)
+        head = file.read(16)
+    for magic, (what, remedy) in _NOT_READ.items():
+        if head.startswith(magic):
+            raise UserError(f"{path} is {what}", remedy)
     kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "none")
     tables = ("parquet", "arrow", "arrow stream")
     layout = FileLayout(kind, "none", False) if kind in tables else _text_layout(path, kind)
@@ -59,7 +81,11 @@ def _encoding(start: bytes) -> str:
     found = json.detect_encoding(start[:4])
     if not found.startswith(("utf-16", "utf-32")):
         return "utf-8"
-    return found if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start[:4] else "utf-8"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        return found
+    # Zeros alone may be a torn file's: in it no other character is a quote, a comma or the end of a line.
+    text = start.decode(found, "ignore").lstrip("\0")
+    return "utf-8" if b"\0" not in start[:4] or {'"', ",", "\t", "\n"}.isdisjoint(text) else found
 
 
 def _are_lines(start: bytes, whole: bool) -> bool:

@@ -16,6 +16,17 @@ from lumina.data.records.fault import Fault
 
 TRUNCATED_FILE = "truncated file"
 READ_BYTES = 1 << 20
+# What is no character in UTF-16 or 32 becomes a lone surrogate, whose bytes no reader of UTF-8 takes: it makes its
+# record a bad one, where U+FFFD would be learned.
+_NO_CHARACTER = "lumina-no-character"
+
+
+def _no_character(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udfff", error.end
+
+
+codecs.register_error(_NO_CHARACTER, _no_character)
 
 
 class FileLayout(NamedTuple):
@@ -41,12 +52,31 @@ class FileLayout(NamedTuple):
 def open_stream(path: str, compression: str) -> Generator[bytes | Fault, None, None]:
     """The unpacked bytes in chunks. A compressed file that ends or breaks early yields what it holds, then a Fault."""
     if compression == "zstd":
-        with pa.input_stream(path, compression="zstd") as stream:
-            yield from _chunks(stream.read)
+        yield from _zstd(path)
     else:
         # read1, not read: before a break, read would throw away what it has already unpacked.
         with gzip.open(path) if compression == "gzip" else open(path, "rb") as file:
             yield from _chunks(file.read1)
+
+
+def _zstd(path: str) -> Iterator[bytes | Fault]:
+    """A read that comes upon a break gives nothing of what is before it: then it is read again, in smaller parts."""
+    done, size = 0, READ_BYTES
+    while True:
+        try:
+            with pa.input_stream(path, compression="zstd") as stream:
+                left = done
+                while left and (chunk := stream.read(min(left, READ_BYTES))):
+                    left -= len(chunk)
+                while chunk := stream.read(size):
+                    done += len(chunk)
+                    yield chunk
+            return
+        except OSError as error:
+            if size == 1:
+                yield Fault(TRUNCATED_FILE, str(error))
+                return
+            size = max(1, size // 64)
 
 
 def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes | Fault]:
@@ -67,10 +97,10 @@ def text_of(path: str, layout: FileLayout) -> Iterator[bytes | Fault]:
     if layout.encoding == "utf-8":
         yield from chunks
         return
-    decoder = codecs.getincrementaldecoder(layout.encoding)("replace")
+    decoder = codecs.getincrementaldecoder(layout.encoding)(_NO_CHARACTER)
     for chunk in chunks:
-        yield chunk if isinstance(chunk, Fault) else decoder.decode(chunk).encode("utf-8", "replace")
-    yield decoder.decode(b"", True).encode("utf-8", "replace")
+        yield chunk if isinstance(chunk, Fault) else decoder.decode(chunk).encode("utf-8", "surrogatepass")
+    yield decoder.decode(b"", True).encode("utf-8", "surrogatepass")
 
 
 def lines_of(chunks: Iterator[bytes | Fault]) -> Iterator[bytes | Fault]:

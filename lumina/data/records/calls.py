@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from lumina.chat import ToolCall
-from lumina.data.records.fault import BAD_ARGUMENTS, BAD_CALL, BAD_TOOL, TWICE, Fault, kind
+from lumina.data.records.fault import BAD_ARGUMENTS, BAD_CALL, BAD_TOOL, PYTHON_LITERAL, TWICE, Fault, kind
 from lumina.data.records.fields import NOT_USED, FieldTally, Vocabulary, is_empty, one_of
 
 TOOLS = ("tools", "functions", "available_tools")
@@ -47,6 +47,13 @@ def from_json(value: Any) -> Any:
     return value
 
 
+def _no_object(value: Any, reason: str, detail: str) -> Fault:
+    """The fault of a tool or call that is none, by the true reason."""
+    if type(value) is str and value.lstrip("[ \n\t").startswith("{'"):
+        return Fault(PYTHON_LITERAL, f"{detail}: write it with json.dumps, not str")
+    return Fault(reason, detail)
+
+
 def tools_of(value: Any, name: str) -> tuple[str, ...] | Fault:
     """The tools that the field `name` declares, as JSON texts in OpenAI's form. All keys of a tool are kept."""
     value = from_json(value)
@@ -67,7 +74,7 @@ def tools_of(value: Any, name: str) -> tuple[str, ...] | Fault:
 def _tool(tool: Any, name: str) -> dict[str, Any] | Fault:
     """One tool in OpenAI's form."""
     if type(tool) is not dict:
-        return Fault(BAD_TOOL, f"`{name}`: a tool is {kind(tool)}, not an object")
+        return _no_object(tool, BAD_TOOL, f"`{name}`: a tool is {kind(tool)}, not an object")
     if tool.get("type") is not None and tool["type"] not in _TOOL_TYPES:
         return Fault(f"{NOT_USED}: a tool of type {str(tool['type'])[:30]}", f"`{name}`: only functions are read")
     inner, around = from_json(tool.get("function")), {}
@@ -103,7 +110,7 @@ def calls_of(value: Any, tally: FieldTally) -> tuple[ToolCall, ...] | Fault:
 
 def _call(call: Any, tally: FieldTally) -> ToolCall | Fault:
     if type(call) is not dict:
-        return Fault(BAD_CALL, f"a tool call is {kind(call)}: {str(call)[:60]!r}")
+        return _no_object(call, BAD_CALL, f"a tool call is {kind(call)}: {str(call)[:60]!r}")
     sort = call.get("type")
     if sort is not None and sort not in _CALL_TYPES:
         return Fault(f"{NOT_USED}: a tool call of type {str(sort)[:30]}", "only calls of functions are read")

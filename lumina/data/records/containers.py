@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lumina.data.records.fields import CONTENT, FLAGS
+from lumina.data.records.fields import CONTENT
+from lumina.data.records.flags import FLAGS, MASKS
 
-_RECORD_KEYS = CONTENT - set(FLAGS)  # `train` is a split here
+_RECORD_KEYS = CONTENT - {*FLAGS, *MASKS}  # `train` is a split here
 
 
 def container_remedy(value: Mapping[str, Any]) -> str | None:

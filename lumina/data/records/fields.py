@@ -15,12 +15,9 @@ from typing import Any
 
 from lumina.chat import Message
 from lumina.data.records.fault import NOT_TO_BE_TAUGHT, Fault
+from lumina.data.records.flags import FLAGS, MASKS, VERDICTS, is_no, says_not_to_learn
 
 NOT_USED = "field not used"
-FLAGS = (
-    *("weight", "train", "training", "trainable", "loss", "loss_mask", "learn", "supervised"),
-    *("is_trainable", "do_train", "compute_loss", "calculate_loss", "train_on_output"),
-)
 
 CONTENT = frozenset(
     {
@@ -31,11 +28,16 @@ CONTENT = frozenset(
         *("documents", "passages", "image", "images", "audio", "audios", "video", "videos", "mask", "train_detail"),
         *("choices", "options", "document", "passage", "article", "persona", "system_message", "instructions"),
         *("chat_history", "available_tools", "thought", "think", "cot", "chain_of_thought", "reasoning_details"),
-        *("tool_call", "masked", "loss_weight", "train_on_turn", "chat_template_kwargs", "rationale"),
+        *("tool_call", "chat_template_kwargs", "enable_thinking", "rationale", "segments"),
         *("thinking_blocks", "parts", "contents", "system_instruction", "additional_kwargs", "invalid_tool_calls"),
         *("tool_use", "tool_uses", "tool_result", "tool_results", "function_response", "observation", "observations"),
-        *("preferred_output", "non_preferred_output", "no_train", "train_on_input", "train_on_inputs", "ignore_loss"),
-        *("no_loss", "is_masked", *FLAGS),
+        *("preferred_output", "non_preferred_output", "train_on_input", "train_on_inputs", *FLAGS, *MASKS),
+        *("background", "knowledge", "evidence", "conversation_history", "dialog_history", "dialogue_history"),
+        *("message_history", "previous_messages", "few_shot", "demonstrations", "user_prompt", "user_input"),
+        *("retrieved_document", "retrieved_context", "search_result", "tool_definition", "function_definition"),
+        *("tool_schema", "available_functions", "reasoning_text", "reasoning_trace", "thinking_content"),
+        *("think_content", "thought_process", "scratchpad", "image_url", "image_path", "audio_url", "audio_path"),
+        *("video_url", "video_path", "attachment", "tool_output", "tool_response", "function_result"),
     }
 )
 # What tells formats apart: where a source's format is given, those of the others are set aside on purpose.
@@ -58,15 +60,17 @@ HARMLESS = frozenset(
         *("conversation_id", "conv_id", "dialog_id", "dialogue_id", "prompt_id", "message_id", "message_ids"),
         *("score_chosen", "score_rejected", "chosen_score", "rejected_score", "margin", "chosen_rating"),
         *("rejected_rating", "chosen_model", "rejected_model"),
-        *("parent_id", "tree_id", "message_tree_id", "tool_call_id", "label", "redacted", "moderation"),
+        *("parent_id", "tree_id", "message_tree_id", "tool_call_id", "redacted", "moderation", *VERDICTS),
         *("openai_moderation", "detoxify", "country", "state", "hashed_ip", "header", "sender", "type",
         "__index_level_0__", "call_id", "tool_use_id", "tool_name", "tool_choice", "parallel_tool_calls", "signature",
         "is_error", "cache_control"),
     }
 )  # fmt: skip
 
-_PLAIN = {name.replace("_", ""): name for name in sorted(HARMLESS | CONTENT)}
+_SEPARATORS = str.maketrans("", "", "_- .")
+_PLAIN = {name.translate(_SEPARATORS): name for name in sorted(HARMLESS | CONTENT)}
 _EMPTY_JSON = ("[]", "{}", "null")  # in a column of texts
+_SAYS_BY_FALSE = frozenset({*FLAGS, *MASKS, "mask", "chat_template_kwargs", "enable_thinking"})
 RENDERINGS = ("text", "prompt")  # may hold a conversation's messages with a template's words around them
 
 MOST_KEY_SETS = 1000  # sets of keys remembered at a time: records may have any
@@ -75,8 +79,12 @@ OTHERS = "(others)"
 
 
 def plain_name(key: str) -> str:
-    """A key as the vocabulary spells it: toolCalls, System."""
-    return _PLAIN.get(key.lower().replace("_", ""), key)
+    """A key as the vocabulary spells it: toolCalls, System, "chat history", contexts."""
+    bare = key.lower().translate(_SEPARATORS)
+    if bare in _PLAIN:
+        return _PLAIN[bare]
+    one = _PLAIN.get(bare.removesuffix("s"), key)  # several of what is content are content too
+    return one if one in CONTENT else key
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ class _KeySet:
     sorts: dict[str, str]
     content: tuple[str, ...]
     unknown: tuple[str, ...]
+    verdicts: tuple[str, ...]
     plain: bool  # every key is used or harmless, whatever its value
     count: int = 0
 
@@ -150,11 +159,17 @@ class FieldTally:
                 what += "; a source's `format` sets it aside" if name in OF_FORMATS else ""
                 return Fault(f"{NOT_USED}: {name}", what, len(messages))
         for name in keys.unknown:
+            if says_not_to_learn(name, held[name]):
+                self._add("refused", name)
+                return Fault(f"{NOT_USED}: {name[:40]}", f"`{name[:40]}` reads like a flag of training", len(messages))
             if len(self.examples) < MOST_NAMES and name not in self.examples:
                 self.examples[name] = self.line, repr(str(held[name])[:60])
-        if str(held.get("label")).strip().lower() == "false":
-            self._add("refused", "label")
-            return Fault(NOT_TO_BE_TAUGHT, "`label` is false", len(messages))
+        for name in keys.verdicts:
+            # A number is also a class's, where a record is no prompt with its completion.
+            number = plain_name(name) != "label" or "completion" in vocabulary.used
+            if is_no(held[name], number):
+                self._add("refused", name)
+                return Fault(NOT_TO_BE_TAUGHT, f"`{name}` is {held[name]!s:.20}", len(messages))
         keys.count += 1
         return None
 
@@ -172,7 +187,8 @@ class FieldTally:
         sorts = {str(name): vocabulary.sort(str(name)) for name in held}
         content = tuple(name for name, sort in sorts.items() if sort == "content")
         unknown = tuple(name for name, sort in sorts.items() if sort == "unknown")
-        keys = _KeySet(sorts, content, unknown, plain=not content and not unknown and "label" not in sorts)
+        verdicts = tuple(name for name in sorts if plain_name(name) in VERDICTS)
+        keys = _KeySet(sorts, content, unknown, verdicts, plain=not (content or unknown or verdicts))
         self._key_sets[(id(vocabulary), *held)] = keys
         return keys
 
@@ -206,9 +222,12 @@ class FieldTally:
 
 def _says_nothing(name: str, value: Any) -> bool:
     """Whether a field that has no place is empty, or is a flag that changes nothing."""
-    if value is not None and plain_name(name) in FLAGS:
-        return value in (1, True)
-    return is_empty(value)
+    plain = plain_name(name)
+    if plain not in _SAYS_BY_FALSE:
+        return is_empty(value)
+    if value in (None, "", [], {}):
+        return True
+    return value in (1, True) if plain in FLAGS else plain in MASKS and value in (0, False)
 
 
 def is_empty(value: Any) -> bool:

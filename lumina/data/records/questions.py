@@ -14,15 +14,16 @@ from typing import Any
 
 from lumina.chat import Conversation, Message
 from lumina.data.records.calls import CALLS, TOOLS, from_json
+from lumina.data.records.chats import decoded
 from lumina.data.records.fault import EMPTY, TWICE, WRONG_TYPE, Fault, kind
 from lumina.data.records.fields import NOT_USED, FieldTally, Vocabulary, is_empty, one_of
 from lumina.data.records.parts import REASONING
-from lumina.data.records.turns import decoded, to_conversation, to_messages
+from lumina.data.records.turns import SYSTEMS, to_conversation, to_messages
 
 ABOUT = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
 QUESTIONS = ("instruction", "prompt", "question", "query")
-_USED = frozenset({*QUESTIONS, *ABOUT, *ANSWERS, "system", "history", *TOOLS, *CALLS, *REASONING})
+_USED = frozenset({*QUESTIONS, *ABOUT, *ANSWERS, *SYSTEMS, "history", *TOOLS, *CALLS, *REASONING})
 RECORD = Vocabulary("question and answer", _USED)
 WITH_CALLS = Vocabulary("question and calls", _USED | {"answers"})
 _BESIDE = frozenset({*CALLS, *REASONING})
@@ -51,6 +52,8 @@ def from_instruction(record: dict[str, Any], tally: FieldTally) -> Conversation 
         return Fault(TWICE, f"{'questions' if question[1] else 'answers'} in several fields differ", 2)
     assert question[0] is not None
     reply = None if answer[0] is None else decoded(record[answer[0]])
+    if isinstance(reply, Fault):
+        return reply
     spoken = {"role": "assistant"} if answer[0] is None else {"role": "assistant", "content": reply}
     replies = reply if type(reply) is list else [spoken]
     vocabulary = RECORD
@@ -78,6 +81,8 @@ def prompt_messages(record: dict[str, Any], tally: FieldTally) -> list[Message] 
     name, _ = one_of(record, QUESTIONS)
     assert name is not None
     question = decoded(record[name])
+    if isinstance(question, Fault):
+        return question
     about, differs = one_of(record, ABOUT)
     if differs:
         return Fault(TWICE, "`input` and `context` differ", 2)
@@ -105,6 +110,8 @@ def prompt_messages(record: dict[str, Any], tally: FieldTally) -> list[Message] 
 def _history(history: Any, tally: FieldTally) -> list[Message] | Fault:
     """`[[question, answer], …]`, or messages."""
     history = decoded(history)
+    if isinstance(history, Fault):
+        return history
     if is_empty(history):
         return []
     if type(history) is not list:
@@ -122,6 +129,8 @@ def answer_messages(value: Any, tally: FieldTally) -> list[Message] | Fault:
     """An answer: a text, a message, or messages."""
     turns: Sequence[Any]
     value = decoded(value)
+    if isinstance(value, Fault):
+        return value
     if type(value) is str:
         turns = [{"role": "assistant", "content": value}]
     else:

@@ -17,7 +17,8 @@ import orjson
 from lumina.chat import ROLE_ALIASES, Conversation, Message, ToolCall
 from lumina.data.records.calls import CALLS, TOOLS, calls_of, same_calls, tools_of
 from lumina.data.records.fault import EMPTY, NO_ASSISTANT, TWICE, UNKNOWN_ROLE, WRONG_TYPE, Fault, kind
-from lumina.data.records.fields import FLAGS, FieldTally, Vocabulary, is_empty, one_of
+from lumina.data.records.fields import FieldTally, Vocabulary, is_empty, one_of
+from lumina.data.records.flags import FLAGS, MASKS
 from lumina.data.records.parts import (
     CALL,
     REASONING,
@@ -34,7 +35,7 @@ from lumina.data.records.parts import (
     result_text,
 )
 
-_USED = frozenset({"role", "from", "content", "value", "text", "refusal", "train_detail", *FLAGS})
+_USED = frozenset({"role", "from", "content", "value", "text", "refusal", "train_detail", *FLAGS, *MASKS})
 _FIELDS = {
     "user": Vocabulary("a user's message", _USED),
     "assistant": Vocabulary("an assistant's message", _USED | {*CALLS, *REASONING}),
@@ -50,6 +51,9 @@ _RESULT_ROLES = (
 _OF_ASSISTANT = frozenset({*CALLS, *REASONING})
 _SAYS = frozenset({"content", "value", "text", "refusal", *_OF_ASSISTANT})
 _TOOLS = frozenset(TOOLS)
+_FLAGS = frozenset({*FLAGS, *MASKS})
+SYSTEMS = ("system", "system_prompt", "system_message")  # what a record calls its own system message
+_SYSTEMS = frozenset(SYSTEMS)
 # Message(role, content), without the call in Python that a NamedTuple's is: with it, this took a third longer.
 _message = partial(tuple.__new__, Message)
 _NOTHING_BESIDE = Message("", "")[2:]
@@ -62,26 +66,12 @@ _PLAIN_ROLES = ROLE_ALIASES | {
 ROLES = _PLAIN_ROLES | dict.fromkeys(_CALL_ROLES, "assistant")  # beside the aliases of lumina.chat
 
 
-def decoded(value: Any) -> Any:
-    """A list or an object kept as JSON in a text column; anything else as it is."""
-    if type(value) is str and value.lstrip()[:1] in ("[", "{"):
-        try:
-            found = orjson.loads(value)
-        except orjson.JSONDecodeError:
-            return value
-        parts = found if type(found) is list else [found]
-        # A text that happens to be JSON stays one: only what is made of turns is a conversation.
-        turns = all(type(part) is list or (type(part) is dict and ("role" in part or "from" in part)) for part in parts)
-        return found if turns else value
-    return value
-
-
 def to_conversation(
     record: dict[str, Any], messages: Sequence[Message], tally: FieldTally, vocabulary: Vocabulary
 ) -> Conversation | Fault:
     """The conversation of these messages after the record's own `system` and with its tools, when every field of the
     record has a place and something is supervised."""
-    if record.get("system") is not None:
+    if not _SYSTEMS.isdisjoint(record):
         opening = system_message(record, messages, tally)
         if isinstance(opening, Fault):
             return opening
@@ -183,6 +173,8 @@ def messages_of(item: Any, tally: FieldTally) -> list[Message] | Fault:
     content = item[name] if name is not None else None
     if known == "assistant":
         found: list[Message] | Fault = _answer(item, role, content, learn, tally)
+    elif known != "user" and _SAYS.isdisjoint(item) and _TOOLS.isdisjoint(item):
+        return Fault(WRONG_TYPE, "it has no `content`")  # null is an empty one; none may stand under another key
     elif known == "tool":
         text = result_text(content, tally)
         found = text if isinstance(text, Fault) else [result_message(item, text, learn)]
@@ -313,13 +305,13 @@ def _calls(item: dict[str, Any], said: tuple[ToolCall, ...], tally: FieldTally) 
 def _flag(item: dict[str, Any]) -> bool | Fault:
     """Whether the message is to be supervised: not when any of its flags says no."""
     learn = True
-    for name in FLAGS:
+    for name in () if _FLAGS.isdisjoint(item) else (*FLAGS, *MASKS):
         value = item.get(name)
         if value is None:
             continue
         if value not in (0, 1):
             return Fault(WRONG_TYPE, f"`{name}` is {kind(value)}")
-        learn = learn and bool(value)
+        learn = learn and bool(value) != (name in MASKS)
     return learn
 
 
@@ -353,16 +345,18 @@ def _covers(spans: Sequence[tuple[int, int]], content: str) -> bool:
 
 def system_message(record: dict[str, Any], messages: Sequence[Message], tally: FieldTally) -> list[Message] | Fault:
     """What a record's own `system` puts before its messages: nothing where it is empty or where they begin with it."""
-    system = record.get("system")
-    if system is None:
+    name, twice = one_of(record, SYSTEMS)
+    if twice:
+        return Fault(TWICE, "the system message stands in two fields that differ", len(messages))
+    if name is None:
         return []
-    text = content_text(system, tally)
+    text = content_text(record[name], tally)
     if not isinstance(text, str):
-        return text or Fault(WRONG_TYPE, f"`system` is {kind(system)}", len(messages))
+        return text or Fault(WRONG_TYPE, f"`{name}` is {kind(record[name])}", len(messages))
     if not text or text.isspace():
         return []
     if messages and messages[0].role == "system":
         if messages[0].content.strip() == text.strip():
             return []
-        return Fault(TWICE, "`system` and a system message differ", len(messages))
+        return Fault(TWICE, f"`{name}` and a system message differ", len(messages))
     return [Message("system", text)]

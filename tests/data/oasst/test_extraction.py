@@ -320,3 +320,10 @@ def test_malformed_trees_are_bad_lines(tmp_path: Path, capsys: pytest.CaptureFix
     assert extract_oasst(str(source), str(tmp_path / "out"), json=True) == 0
     summary = orjson.loads(capsys.readouterr().out)
     assert summary["bad"] == {"not an OASST tree or message": {"count": 2, "first": [1, 3]}}
+
+
+def test_content_beside_a_tree_is_not_lost_by_extracting_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_jsonl(tmp_path / "in", [the_tree() | {"system": "Be brief."}, the_tree()])
+    assert extract_oasst(str(source), str(tmp_path / "out"), json=True) == 0
+    summary = orjson.loads(capsys.readouterr().out)
+    assert summary["bad"] == {"field not used: system": {"count": 1, "first": [1]}}

@@ -153,3 +153,13 @@ def test_a_pair_without_a_supervised_token_weighs_nothing(tmp_path: Path) -> Non
     assert batch.pairs_P3 is not None
     assert batch.pairs_P3[:, 1].tolist() == [0, 1, 1, 0]
     assert float(found.batch([1]).torch().units) == 0  # of a step: no update
+
+
+def test_what_is_left_out_and_what_is_not_known_stands_in_the_account(tmp_path: Path) -> None:
+    asked = [turn("system", ""), turn("user", "hello")]
+    records = [pair(1), pair(2) | {"prompt": asked, "unheard_of": "x"}, pair(3) | {"history": "words"}]
+    lines = prepared(tmp_path, records).account_lines()
+    assert "left out, empty system message: 1" in lines
+    assert "  unknown field unheard_of: 2: 'x'" in lines
+    (skipped,) = (line for line in lines if line.startswith("skipped"))
+    assert skipped.startswith("skipped, wrong type: 1 (pairs.jsonl:3): `history` is a string")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lumina.chat import Message, ToolCall
-from lumina.data.preference.pair import OTHER_PROMPT, Pair, from_pair
+from lumina.data.preference.pair import OTHER_PROMPT, PROMPT_TWICE, Pair, from_pair
 from lumina.data.records.fault import Fault
 from lumina.data.records.fields import FieldTally
 
@@ -201,3 +201,28 @@ def test_scores_of_the_sides_are_harmless() -> None:
     tally = FieldTally()
     assert isinstance(from_pair({"prompt": "q", "chosen": GOOD, "rejected": BAD, "score_chosen": 8.0}, tally), Pair)
     assert tally.totals()["harmless"] == {"score_chosen": 1}
+
+
+def test_pairs_as_openai_has_them() -> None:
+    asked = {"messages": EGG, "tools": [], "parallel_tool_calls": True}
+    sides = {"preferred_output": [turn("assistant", GOOD)], "non_preferred_output": [turn("assistant", BAD)]}
+    found = from_pair({"input": asked, **sides})
+    assert isinstance(found, Pair), found
+    assert [message.content for message in found.chosen.messages] == [EGG[0]["content"], GOOD]
+    assert [message.content for message in found.rejected.messages] == [EGG[0]["content"], BAD]
+
+
+def test_texts_that_begin_with_the_prompt_are_not_rendered_after_it() -> None:
+    asked = EGG[0]["content"]
+    found = from_pair({"prompt": asked, "chosen": f"{asked} {GOOD}", "rejected": f"{asked} {BAD}"})
+    assert isinstance(found, Fault)
+    assert found.reason == PROMPT_TWICE
+    assert isinstance(from_pair({"prompt": asked, "chosen": f"{asked} {GOOD}", "rejected": BAD}), Pair)
+    assert isinstance(from_pair({"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi!"}), Pair)
+
+
+def test_sides_in_a_column_that_are_no_json_are_not_taken_for_a_text() -> None:
+    chats = [str([*EGG, turn("assistant", answer)]) for answer in (GOOD, BAD)]
+    found = from_pair({"prompt": "q", "chosen": chats[0], "rejected": chats[1]})
+    assert isinstance(found, Fault)
+    assert found.reason == "a Python literal, not JSON"

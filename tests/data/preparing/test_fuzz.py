@@ -49,7 +49,13 @@ FRAGMENTS = [
     *(b"NaN", b"Infinity", b"-1e999", b"null", b"true", b"[]", b"{}", b'""', b"\\ud800", b"\\u0000", b"\xff\xfe"),
     *(b"\xed\xa0\x80", b'"role":"user",', b'"messages":[],', b"<|im_start|>", b"\r", b"\x00", b"\xe2\x80\xa8"),
     *(b"\\", b'"', b"[[[[", b"}}}}", b'"tools":[{}],', b'"reasoning":["r"],', b'"function_call":"f(x)",'),
-    *(b'"tool_calls":[{"name":"f","arguments":"{"}],', b'"role":"tool",', b'"arguments":{},', b'{"type":"tool_use"},'),
+    *(
+        b'"tool_calls":[{"name":"f","arguments":"{"}],',
+        b'"role":"tool",',
+        b'"arguments":{},',
+        b'"weight":0,',
+        b'{"type":"tool_use"},',
+    ),
 ]
 
 

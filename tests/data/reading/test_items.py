@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import random
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +290,27 @@ def test_an_arrow_file_whose_values_lie_outside_it_is_refused(tmp_path: Path, co
         path.write_bytes(whole.replace(offsets, np.array(wrong, dtype=np.int32).tobytes()))
         with pytest.raises(UserError, match="cannot be read"):
             list(read_items(str(path), detect(str(path))))
+
+
+def test_a_zstd_file_that_breaks_off_gives_what_is_before_the_break(tmp_path: Path) -> None:
+    lines = [orjson.dumps(chat("q", f"answer {random.Random(i).random()}")) + b"\n" for i in range(2000)]
+    whole = pa.Codec("zstd").compress(b"".join(lines), asbytes=True)
+    path = tmp_path / "data.jsonl.zst"
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    found = [item.record for item in read_items(str(path), detect(str(path)))]
+    assert isinstance(found[-1], Fault)
+    assert found[-1].reason == "truncated file"
+    assert len(found) > 0.3 * len(lines)
+    assert found[:-1] == [orjson.loads(line) for line in lines[: len(found) - 1]]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pair = [pa.array(["a"]), pa.array(["b"])]
+    columns = pa.table([pa.array(["q"]), *pair], names=["prompt", "completion", "completion"])
+    turns = pa.StructArray.from_arrays([pa.array(["assistant"]), *pair], names=["role", "content", "content"])
+    objects = pa.table([pa.ListArray.from_arrays([0, 1], turns)], names=["messages"])
+    for name, table in (("columns", columns), ("objects", objects)):
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        with pytest.raises(UserError, match="called `co"):
+            detect(str(tmp_path / name))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from lumina.data import prepare
 from lumina.data.account import Account
 from lumina.data.reading import streams
 from lumina.data.reading.items import read_items
+from lumina.data.reading.json_values import parse_json
 from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import expand
 from lumina.data.records.fault import BLANK, Fault
@@ -261,3 +265,69 @@ def test_what_breaks_after_the_records_of_an_object_costs_that_alone(tmp_path: P
     assert sum(isinstance(record, Fault) for record in found) == 1
     if "open" not in rest:
         assert len(found) == many + 3
+
+
+TWICE_IN = [
+    b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "content": "b"}]}',
+    b'{"prompt": "q", "completion": "a", "completion": "b"}',
+    b'{"prompt" : "q", "completion" : "a", "completion" : "b"}',
+    b'{"prompt": "a \\": b", "completion": "a", "completion": "b"}',
+    b'{"prompt": "q", "completion": "a", "meta": {"k": {"text": 1, "text": 2}}}',
+    b'{"prompt": "q", "completion": NaN, "completion": "b"}',
+]
+ONCE_IN = [
+    b'{"prompt": "q", "completion": "a", "completion": "a"}',
+    b'{"id": 1, "prompt": "q", "completion": "a", "id": 2}',
+    b'{"prompt": "say \\": twice \\":", "completion": "a\\\\", "k\\\\": {"a": {"b": [{"c": 1}, 2, [{"d": 1}]]}}}',
+    b'{"a" : [{"b":1}, "text"], "c": [1, {"d": {"e": 1}}], "prompt": "q", "completion": "a"}',
+]
+
+
+@pytest.mark.parametrize("text", TWICE_IN)
+def test_a_key_with_two_values_is_not_read_as_the_last_one(text: bytes) -> None:
+    found = parse_json(text)
+    assert isinstance(found, Fault)
+    assert found.reason == "two fields for one thing"
+
+
+@pytest.mark.parametrize("text", ONCE_IN)
+def test_keys_that_stand_twice_and_lose_nothing(text: bytes) -> None:
+    assert parse_json(text) == json.loads(text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be"])
+def test_what_is_no_character_in_a_wide_encoding_is_a_bad_line(tmp_path: Path, encoding: str) -> None:
+    lines = [line(chat("q", f"answer {i}")) for i in range(3)]
+    lines[1] = lines[1].replace("answer", "\ud83d")
+    path = tmp_path / "data.jsonl"
+    text = "".join(one + "\n" for one in lines)
+    path.write_bytes(text.encode(encoding, "surrogatepass") + b"\n")  # a byte too many at the end
+    found = items(path)
+    assert [isinstance(item, Fault) for item in found] == [False, True, False, True]
+    assert not any("\ufffd" in str(item) for item in found)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (bz2.compress(b"{}"), "packed with bzip2"),
+        (lzma.compress(b"{}"), "packed with xz"),
+        (b"PK\x03\x04rest", "a zip archive"),
+        (pickle.dumps([RECORDS]), "a pickle"),
+        (b"SQLite format 3\0", "an SQLite database"),
+    ],
+)
+def test_containers_that_are_not_read_are_named(tmp_path: Path, data: bytes, said: str) -> None:
+    (tmp_path / "data.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match=said):
+        detect(str(tmp_path / "data.jsonl"))
+
+
+@pytest.mark.parametrize("zeros", [1, 2, 3, 4, 4096])
+def test_zeros_before_a_text_are_no_encoding(tmp_path: Path, zeros: int) -> None:
+    """A crash leaves blocks of zeros: the line that they are in is bad, those after it are read."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\0" * zeros + "\n".join(map(line, RECORDS)).encode())
+    found = items(path)
+    assert isinstance(found[0], Fault)
+    assert found[1:] == RECORDS[1:]

@@ -16,7 +16,7 @@ from lumina.data.converting.fixing import write_fixed
 from lumina.data.formats import convert
 from lumina.data.reading.items import read_items
 from lumina.data.reading.layout import detect
-from lumina.data.records.fault import BAD_ARGUMENTS, BAD_CALL, BAD_TOOL, TWICE, Fault
+from lumina.data.records.fault import BAD_ARGUMENTS, BAD_CALL, BAD_TOOL, PYTHON_LITERAL, TWICE, Fault
 from tests.data.helpers import AGENT_TOKENIZER, write_jsonl
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "description": "Where, in «city» form"}}}
@@ -349,3 +349,11 @@ def test_what_fix_writes_is_read_as_the_same(tmp_path: Path) -> None:
     assert write_fixed([str(path)], fixed)[:2] == (len(records), 0)
     again = [read(item.record) for item in read_items(str(fixed), detect(str(fixed)))]
     assert again == [read(record) for record in records]
+
+
+def test_python_literals_are_named_as_such() -> None:
+    call = turn("assistant", None, tool_calls=str([{"name": "get_weather", "arguments": ARGUMENTS}]))
+    for record in (asked(tools=str([TOOL])), {"messages": [turn("user", "q"), call]}):
+        found = convert(record)
+        assert isinstance(found, Fault)
+        assert found.reason == PYTHON_LITERAL

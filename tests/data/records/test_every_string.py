@@ -15,7 +15,8 @@ from lumina.data.formats import convert
 from lumina.data.preference.pair import Pair, from_pair
 from lumina.data.records.calls import CALLS, TOOLS
 from lumina.data.records.fault import Fault, Tree
-from lumina.data.records.fields import CONTENT, FLAGS, HARMLESS, FieldTally
+from lumina.data.records.fields import CONTENT, HARMLESS, FieldTally
+from lumina.data.records.flags import FLAGS, MASKS
 from lumina.data.records.parts import REASONING
 from tests.data.helpers import AGENT_TOKENIZER
 
@@ -104,7 +105,7 @@ ANSWER = st.builds(
     st.one_of(st.sampled_from(["x", "x", None, ""]), st.lists(PART, min_size=1, max_size=4)),
     maybe(REASONING, THOUGHTS),
     maybe(CALLS, CALL_LIST),
-    maybe(FLAGS, st.sampled_from([0, 1])),
+    maybe((*FLAGS, *MASKS), st.sampled_from([0, 1])),
     SOME_EXTRA,
 )
 RESULT = st.builds(
@@ -221,6 +222,7 @@ def said(value: Any) -> Iterator[str]:
             yield from said(part)
     elif isinstance(value, dict) and ("role" in value or "from" in value):
         supervised = all(value.get(flag) in (None, 1) for flag in FLAGS)
+        supervised = supervised and all(value.get(mask) in (None, 0) for mask in MASKS)
         if supervised and value.get("role", value.get("from")) in ("assistant", "function_call"):
             yield from marks_in({name: held for name, held in value.items() if name != "replies"})
         yield from said(value.get("replies", []))

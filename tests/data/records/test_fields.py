@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,8 @@ def test_an_answer_masked_whole_teaches_nothing() -> None:
         ({**chat("q", "a"), "train": False}, "field not used: train"),
         ({"messages": [turn("user", "q"), turn("assistant", "a", Train=False)]}, "field not used: Train"),
         ({"messages": [turn("user", "q"), turn("assistant", "a", lossMask=0)]}, "field not used: lossMask"),
-        ({"messages": [turn("user", "q"), turn("assistant", "a", no_train=True)]}, "field not used: no_train"),
-        ({"messages": [turn("user", "q"), turn("assistant", "a", ignore_loss=1)]}, "field not used: ignore_loss"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", noTrain=True)]}, "field not used: noTrain"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a", ignoreLoss=1)]}, "field not used: ignoreLoss"),
         ({"messages": [turn("user", "q", train_on_input=True), turn("assistant", "a")]},
          "field not used: train_on_input"),
         ({"messages": [turn("user", "q"), turn("assistant", "a", additional_kwargs={"tool_calls": [{"name": "f"}]})]},
@@ -275,3 +276,60 @@ def test_emptiness() -> None:
     assert all(map(is_empty, (None, "", " \n", [], {}, [None, ""], {"a": []}, False)))
     assert not any(map(is_empty, ("x", [0], {"a": "b"}, 0.5, True)))
     assert np.all([is_empty([]), not is_empty(1)])
+
+
+@pytest.mark.parametrize("name", ["System Prompt", "chat history", "chat-history", "contexts", "toolDefinitions"])
+def test_content_is_known_however_its_name_is_written(name: str) -> None:
+    found = convert({"question": "q", "answer": "a", name: "words"})
+    assert isinstance(found, Fault)
+    assert found.reason == f"field not used: {name}"
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+def test_a_system_message_by_its_usual_names(name: str) -> None:
+    for record in ({"question": "q", "answer": "a"}, chat("q", "a")):
+        assert read({name: "Be brief.", **record}) == [Message("system", "Be brief."), U, A]
+        both = convert({"system": "Be brief.", "system_prompt": "Be long.", **record})
+        assert isinstance(both, Fault)
+        assert both.reason == "two fields for one thing"
+
+
+@pytest.mark.parametrize("role", ["system", "tool", "user", "assistant"])
+def test_a_message_without_any_content_is_no_empty_one(role: str) -> None:
+    """Its words may stand under a key that nobody knows."""
+    turns = [turn("user", "q"), {"role": role, "body": "words"}, turn("assistant", "a")]
+    found = convert({"messages": turns})
+    assert isinstance(found, Fault)
+    assert found.reason == "wrong type"
+
+
+@pytest.mark.parametrize("quote", [str, lambda turns: str(turns).replace("'", '"').replace("ask", 'a"s"k')])
+@pytest.mark.parametrize("key", ["messages", "conversations", "prompt", "completion", "history"])
+def test_messages_in_a_column_that_are_no_json_are_not_taken_for_a_text(key: str, quote: Any) -> None:
+    text = quote([turn("user", "I ask"), turn("assistant", "yes")])
+    found = convert(
+        {"prompt": "q", "completion": "a", key: text} if key in ("prompt", "completion", "history") else {key: text}
+    )
+    assert isinstance(found, Fault)
+    assert found.reason in ("a Python literal, not JSON", "broken JSON")
+
+
+def test_a_text_with_braces_stays_one() -> None:
+    for text in ("{'role': 'user'} is a dict: what is its length?", "[{x}]", "{'a': 1}"):
+        assert read({"prompt": text, "completion": "a"}) == [Message("user", text), A]
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_messages_kept_as_a_list_for_each_field(key: str) -> None:
+    assert read({key: {"from": ["human", "gpt"], "value": ["q", "a"]}}) == [U, A]
+    for uneven in ({"from": ["human", "gpt"], "value": ["q"]}, {"role": "user", "content": "q"}):
+        assert isinstance(convert({key: uneven}), Fault)
+
+
+def test_messages_in_a_column_called_text_are_not_learned_as_one() -> None:
+    turns = [turn("user", "q"), turn("assistant", "a")]
+    for text in (json.dumps(turns), str(turns)):
+        found = convert({"text": text})
+        assert isinstance(found, Fault)
+        assert found.reason == "unknown format"
+    assert isinstance(convert({"text": "[1] A footnote. {'role': 'user'}"}), Conversation)

@@ -46,7 +46,8 @@ def detect_launcher(environment: MutableMapping[str, str] = os.environ) -> str |
     launcher = next((name for name in _SOURCES if _started_by(name, environment)), None)
     if launcher is None:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        # 0: a free port when rank 0 listens. One that was looked for before could be another's by then.
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         return None
     for name, source in zip(_NAMES, _SOURCES[launcher], strict=True):
         environment[name] = (

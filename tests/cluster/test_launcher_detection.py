@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 
 import pytest
@@ -38,9 +37,7 @@ def test_alone() -> None:
     environment: dict[str, str] = {}
     assert detect_launcher(environment) is None
     assert place(environment) == (0, 1, 0, 1)
-    assert environment["MASTER_ADDR"] == "127.0.0.1"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", int(environment["MASTER_PORT"])))  # it is free
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", "0"), "the system chooses a port"
 
 
 def test_torchrun_is_left_as_it_is() -> None:

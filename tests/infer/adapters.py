@@ -35,9 +35,10 @@ def write_adapters(run: Path, base: Path, model: Transformer, settings: LoraConf
     saved = run / "checkpoints" / checkpoint.name_of(5)
     shape = {k: getattr(model.config, k) for k in ("hidden_size", "num_layers", "num_heads", "num_kv_heads")}
     shape |= {k: getattr(model.config, k) for k in ("vocab_size", "ffn_size", "tie_word_embeddings", "family")}
+    experts = None if model.config.experts is None else model.config.experts.model_dump()
     facts = {
         "step": 5,
-        "model": shape | {"head_size": model.config.head_size},
+        "model": shape | {"head_size": model.config.head_size, "experts": experts},
         "lora": adapter_settings(settings),
         "base": base_reference(checkpoint.list_checkpoints(base / "checkpoints")[0], run),
     }

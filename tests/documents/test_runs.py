@@ -12,7 +12,7 @@ from tests.documents.blocks import blocks, documents
 from tests.documents.runs import BlockError, Runs, answers
 from tests.documents.workplace import make
 
-SHORT = ("README.md", "finetuning.md", "serve.md", "slurm.md")  # the rest starts more runs, or ranks, of the same kind
+SHORT = ("README.md", "slurm.md")  # the rest starts more runs, or ranks, of the same kind
 WITH_COMMANDS = [document for document in documents() if blocks(document)]
 
 

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long  # it is about the other tests: what they notice changes only when kernels or their tests do
 @pytest.mark.timeout(600)
 def test_every_mutant_is_caught() -> None:
     run = subprocess.run([sys.executable, "-m", "tests.kernels.mutations"], cwd=ROOT, capture_output=True, text=True)

@@ -197,7 +197,7 @@ def main() -> int:
     if chosen.checks:
         return print_checks(chosen.families)
     wrong = 0
-    print(f"{'family':<10}{'run':<10}{'equal':>10}{'stopped':>10}{'tokens at most':>16}")
+    print(f"{'family':<12}{'run':<10}{'equal':>10}{'stopped':>10}{'tokens at most':>16}")
     for family in chosen.families:
         for kind in chosen.kinds:
             with tempfile.TemporaryDirectory() as place:
@@ -207,7 +207,7 @@ def main() -> int:
             equal = sum(one == other for one, other in zip(ours, theirs, strict=True))
             wrong += len(PROMPTS) - equal
             stopped = sum(answer.stopped for answer in ours)
-            print(f"{family:<10}{kind:<10}{equal:>7}/{len(PROMPTS)}{stopped:>10}{LENGTH:>16}", flush=True)
+            print(f"{family:<12}{kind:<10}{equal:>7}/{len(PROMPTS)}{stopped:>10}{LENGTH:>16}", flush=True)
     return 1 if wrong else 0
 
 

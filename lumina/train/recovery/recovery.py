@@ -62,6 +62,7 @@ class Recovery:
         self._reports = StepReports(ranks, config.on_oom != "fail", state.engine.stage, config.emergency_seconds)
         self._corrupt = 0  # samples of weight zero so far
         self._repeated: list[int] = []  # the refused steps that the run is to go back for
+        self._finite = True  # loss and gradient norm of the last of them
 
     # --- Steps that are not trained on ---
 
@@ -118,7 +119,7 @@ class Recovery:
         # fp16 looks for its loss scale by gradients that are not finite; a loss that is not has another cause.
         if applied or (self._state.engine.fp16 and rule == NOT_FINITE and math.isfinite(loss)):
             return
-        refused = spikes.refuse(step)
+        refused, self._finite = spikes.refuse(step), math.isfinite(loss) and math.isfinite(norm)
         if self._config.rollback_after and len(refused) >= self._config.rollback_after:
             self._repeated = refused
 
@@ -147,10 +148,24 @@ class Recovery:
         before = lambda: self._checkpoint_before(refused[0])
         target = decided_by_rank_0(self._ranks, before)
         if target is None:
-            self._events.add(step, "recovery", "warn", "rollback", many, "no earlier checkpoint: the run goes on")
-            self._state.spikes.reset()
+            self._go_on(step, refused, many)
             return None
         return Rewind(target, refused, many)
+
+    def _go_on(self, step: int, refused: list[int], many: str) -> None:
+        """There is no checkpoint to go back to. Where the refused steps were all there were, it is not their samples
+        but the weights, which no further refusal changes: limits that the weights are beyond would refuse every step
+        to come. So the baselines are measured anew, and updates are clipped meanwhile; `max_rollbacks` bounds it."""
+        done = "no earlier checkpoint: the run goes on"
+        if refused[-1] - refused[0] == len(refused) - 1:
+            self.record.rollbacks += 1
+            if self._ranks.main:
+                self.record.write(self._folder)
+            if self._finite and self._config.max_grad_norm:
+                self._state.spikes.measure_anew()
+                done = f"{done}, its baselines measured anew and gradients clipped to {self._config.max_grad_norm:g}"
+        self._events.add(step, "recovery", "warn", "rollback", many, done)
+        self._state.spikes.forget_refused()
 
     def _checkpoint_before(self, step: int) -> Path | None:
         """The newest valid checkpoint from before step `step` was tried."""

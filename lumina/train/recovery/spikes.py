@@ -29,8 +29,9 @@ class SpikeDetector:
 
     def __init__(self, config: Config, state: dict[str, Any] | None = None) -> None:
         state = state or {}
-        self._losses = RollingWindow(config.health_window, state.get("losses", ()))
-        self._norms = RollingWindow(config.health_window, state.get("norms", ()))
+        self._window = config.health_window
+        self._losses = RollingWindow(self._window, state.get("losses", ()))
+        self._norms = RollingWindow(self._window, state.get("norms", ()))
         self._refused: list[int] = [int(step) for step in state.get("refused", ())]
         self._warmup = min(config.health_warmup, config.health_window)
         self._deviations = config.spike_deviations
@@ -81,9 +82,13 @@ class SpikeDetector:
         self._refused = [early for early in self._refused if step - early < self._period] + [step]
         return list(self._refused)
 
-    def reset(self) -> None:
-        """Forget the refused steps: there was no checkpoint to go back to."""
+    def forget_refused(self) -> None:
+        """Count the refused steps anew: there was no checkpoint to go back to."""
         self._refused = []
+
+    def measure_anew(self) -> None:
+        """Forget the baselines: there are no limits until `health_warmup` updates were made."""
+        self._losses, self._norms = RollingWindow(self._window), RollingWindow(self._window)
 
 
 def not_finite(loss: float, norm: float) -> Anomaly:

@@ -92,6 +92,46 @@ def test_repeated_ones_without_a_checkpoint_are_forgotten(tmp_path: Path) -> Non
     assert not recovery.rewinding, "the count begins anew"
 
 
+@pytest.mark.parametrize(
+    ("steps", "norm", "clip", "anew"),
+    [
+        ((12, 13, 14), 60.0, 1.0, True),
+        ((10, 12, 14), 60.0, 1.0, False),  # single steps among good ones: their samples
+        ((12, 13, 14), math.inf, 1.0, False),  # no limit lets it through
+        ((12, 13, 14), 60.0, 0.0, False),  # nothing would bound the update
+    ],
+)
+def test_weights_beyond_every_limit_are_not_refused_for_ever(
+    steps: tuple[int, ...], norm: float, clip: float, anew: bool, tmp_path: Path
+) -> None:
+    """Refused updates leave the weights as they are: without a checkpoint to go back to, every later step would be
+    refused by the same limits."""
+    recovery = make(tmp_path, rollback_after=3, max_rollbacks=2, max_grad_norm=clip)
+    data: Any = SimpleNamespace(step=0, supervised_tokens=9.0, samples=[1])
+    loss, none = torch.tensor(6.0, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for data.step in range(9):
+        recovery.after_update(data, 6.0, 2.0 + data.step / 100, True, None)
+    assert float(recovery.norm_limit(data, loss, none)) < 60.0
+    for step in steps:
+        data.step = step - 1
+        recovery.after_update(data, 6.0, norm, False, None)
+    assert recovery.action(drain=lambda: None) is None
+    assert (float(recovery.norm_limit(data, loss, none)) == math.inf) == anew
+    assert ("measured anew" in list(read_events(tmp_path / "events.jsonl"))[-1]["action"]) == anew
+
+
+def test_a_run_of_which_every_step_is_refused_ends(tmp_path: Path) -> None:
+    recovery = make(tmp_path, rollback_after=3, max_rollbacks=2)
+    data: Any = SimpleNamespace(step=0, supervised_tokens=9.0, samples=[1])
+    actions = []
+    for data.step in range(9):
+        recovery.after_update(data, math.nan, 1.0, False, None)
+        actions.append(recovery.action(drain=lambda: None) if recovery.rewinding else None)
+    assert actions[:8] == [None] * 8
+    assert isinstance(actions[8], Fail)
+    assert json.loads((tmp_path / "recovery.json").read_text())["rollbacks"] == 2
+
+
 def test_the_rollbacks_are_bounded(tmp_path: Path) -> None:
     recovery = make(tmp_path, rollback_after=3, rollbacks=2, max_rollbacks=2)
     refuse(recovery, 7, 8, 9)

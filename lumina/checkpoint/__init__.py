@@ -24,14 +24,16 @@ from lumina.checkpoint.format import (
     step_of,
 )
 from lumina.checkpoint.integrity import (
+    ManifestError,
     candidates,
     integrity_error,
     latest_valid,
     manifest_entry,
+    rank_files,
 )
-from lumina.checkpoint.lock import RunLock, last_global_batch
+from lumina.checkpoint.lock import RunLock, last_global_batch, refuse_owned
 from lumina.checkpoint.model_shape import check_same_model, model_shape
-from lumina.checkpoint.requests import SaveReply, reply_to_save, request_save, take_save_requests
+from lumina.checkpoint.requests import SaveReply, SaveRequests, request_save
 from lumina.checkpoint.retention import Retention, best_step, clear_leftovers, discard, prune, record_best
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ __all__ = [
     "SLAB",
     "TRAINER",
     "CheckpointReader",
+    "ManifestError",
     "MergedWeights",
     "Retention",
     "RunLock",
@@ -86,6 +89,7 @@ __all__ = [
     "SaveKind",
     "SaveOutcome",
     "SaveReply",
+    "SaveRequests",
     "SaveTarget",
     "Saver",
     "Slabs",
@@ -116,15 +120,15 @@ __all__ = [
     "open_weights",
     "partial_name",
     "prune",
+    "rank_files",
     "read_trainer_state",
     "record_best",
-    "reply_to_save",
+    "refuse_owned",
     "request_save",
     "run_path",
     "saved_adapter_settings",
     "slab_sizes",
     "step_of",
-    "take_save_requests",
     "valid_base",
     "write_checkpoint",
     "write_rank_file",

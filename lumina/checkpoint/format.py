@@ -45,6 +45,11 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def rank_name(rank: int, world: int) -> str:
+    """The name of a rank's safetensors file."""
+    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 

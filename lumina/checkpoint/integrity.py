@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lumina.checkpoint.format import FORMAT, MANIFEST, NAME, TRAINER, list_checkpoints, step_of
+from lumina.checkpoint.format import FORMAT, MANIFEST, NAME, TRAINER, list_checkpoints, rank_name, step_of
 from lumina.config import UserError, usable_cpus
 from lumina.files import file_sha256
 
@@ -24,21 +24,54 @@ def manifest_entry(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
+class ManifestError(ValueError):
+    """A manifest that cannot be read, or whose files are no checkpoint. Its text says why."""
+
+
+def read_manifest(checkpoint: Path) -> list[tuple[str, int, str]]:
+    """(name, size in bytes, SHA-256) of every file that belongs to a checkpoint: no other one is ever opened. Raises
+    ManifestError."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files = [(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]]
+        found = manifest.get("format")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ManifestError(f"{MANIFEST} cannot be read ({error})") from None
+    if found != FORMAT:
+        raise ManifestError(f"{MANIFEST} has format {found}, this version reads {FORMAT}")
+    names = [name for name, *_ in files]
+    for name in names:
+        if Path(name).name != name or "\0" in name:  # a path out of the folder
+            raise ManifestError(f"{name!r} is no file of the checkpoint: {MANIFEST} names files beside it alone")
+    if TRAINER not in names or not _rank_names(names):
+        raise ManifestError(f"{MANIFEST} does not name {TRAINER} and the files of the ranks")
+    return files
+
+
+def rank_files(checkpoint: Path) -> list[Path]:
+    """The safetensors files of the ranks, in their order. Raises ManifestError."""
+    return [checkpoint / name for name in _rank_names([name for name, *_ in read_manifest(checkpoint)])]
+
+
+def _rank_names(names: list[str]) -> list[str]:
+    """Those of the ranks' files: one of each rank, all of one world size. Raises ManifestError."""
+    ranks = sorted(name for name in names if name.startswith("rank-"))
+    expected = [rank_name(rank, len(ranks)) for rank in range(len(ranks))]
+    if ranks != expected:
+        wrong = next((own for own, due in zip(ranks, expected, strict=True) if own != due), "")
+        raise ManifestError(f"{MANIFEST} names {wrong} among {len(ranks)} files of ranks")
+    return ranks
+
+
 def integrity_error(checkpoint: Path) -> str | None:
     """The first fault of a checkpoint's files against the manifest; None when every size and hash is right."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        files = [(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    if manifest.get("format") != FORMAT:
-        return f"{MANIFEST} has format {manifest.get('format')}, this version reads {FORMAT}"
-    names = [name for name, *_ in files]
-    if TRAINER not in names or not any(name.startswith("rank-") for name in names):
-        return f"{MANIFEST} does not name {TRAINER} and the files of the ranks"
+        files = read_manifest(checkpoint)
+    except ManifestError as error:
+        return str(error)
     for name, size, _ in files:
         path = checkpoint / name
-        if Path(name).name != name or not path.is_file():
+        if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"

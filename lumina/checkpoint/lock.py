@@ -1,39 +1,66 @@
-"""Run lock: only the newest process group may write here.
+"""Run lock: only the newest process group may write here, and none takes the run from a start that lives.
 
-A node that was cut off or stopped can wake up long after its job was restarted elsewhere. Its processes must not name a
-checkpoint, remove one, or write to the log of the run any more. Every start of a run writes a token of its own to
-`.owner.json`; a process that finds another token there has lost the lock. Nobody waits for it: the newest start always
-gets it. The file also names the launch (`job`) that a start belongs to: a restart by the same launch goes on by itself,
-a new launch must be told to with --resume.
+Every start of a run writes a token of its own to `.owner.json`, with where and since when it runs; a process that finds
+another token there has lost the lock, ends, and writes nothing more. While it runs it renews the time of its heartbeat
+file, `.owner-TOKEN`, and removes it at its end.
+
+A start is refused while an earlier one lives: on the same machine, while its process is there; on another one, while
+its heartbeat goes on, by the clock of the file system. It takes the lock from one whose heartbeat has stopped: a node
+that was cut off or suspended can wake up long after its job was restarted elsewhere, and must then end by itself.
+Within one launch (`job`) the newest start gets the lock at once: the launcher has ended the one before, or cannot
+reach it. The job also says whether a start goes on by itself: a restart by the same launch does, a new launch must be
+told to with --resume.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import secrets
+import socket
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lumina.config import UserError
 from lumina.files import write_json
 
+log = logging.getLogger("lumina")
+
 NAME = ".owner.json"
+_HEARTBEAT = 5.0  # seconds
+_STALE = 60.0  # seconds without a heartbeat: of a start whose process cannot be looked at
 
 
 class RunLock:
-    """Taken by rank 0 when a run starts, from whichever start held it before."""
+    """Taken by rank 0 when a run starts, once `refuse_owned` has let it."""
 
     def __init__(self, folder: Path, launch: str | None, global_batch: int) -> None:
-        self._path = folder / NAME
+        self._folder, self._path = folder, folder / NAME
         self.token = secrets.token_hex(8)
+        self._heartbeat = folder / f".owner-{self.token}"
+        self._released = threading.Event()
+        owner = {**_this_process(), "since": time.time()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, {"token": self.token, "job": launch, "global_batch_size": global_batch})
+            self._heartbeat.touch()
+            before = list(folder.glob(".owner-*"))
+            write_json(self._path, {"token": self.token, "job": launch, "global_batch_size": global_batch, **owner})
         except OSError as error:
             raise UserError(
                 f"the run's folder {folder} cannot be written: {error.strerror or error}",
                 "Choose another --output-dir.",
             ) from error
+        for heartbeat in before:
+            if heartbeat != self._heartbeat:
+                with suppress(OSError):
+                    heartbeat.unlink()
+        threading.Thread(target=self._renew, name="lumina-lock", daemon=True).start()
 
     def held(self) -> bool:
         """Whether no later start has taken the lock."""
@@ -41,22 +68,145 @@ class RunLock:
 
     def assert_held(self) -> None:
         """Raises UserError when a later start of the run has taken the lock."""
-        if not self.held():
+        found = _read(self._path)
+        if found.get("token") != self.token:
+            owner = f"{_described(found)} owns" if found else "somebody else changed"
             raise UserError(
-                f"another start of this run owns {self._path.parent} now; this process ends without touching it",
+                f"{owner} the run {self._folder} now; this start has ended and writes nothing more",
                 "Two launches of one --experiment-name at a time? Give each its own.",
             )
+
+    def release(self) -> None:
+        """The run has ended: the next start need not look whether this one lives."""
+        self._released.set()
+        with suppress(OSError):
+            self._heartbeat.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self._released.wait(_HEARTBEAT):
+            try:
+                os.utime(self._heartbeat)  # the file system's clock, never creating it: a later start removes it
+            except FileNotFoundError:
+                return
+            except OSError:
+                continue
+
+
+def refuse_owned(folder: Path, launch: str | None) -> None:
+    """Raises UserError while an earlier start of the run lives, unless it was made by the same launch. Writes nothing;
+    may wait for a minute to see whether a heartbeat on another machine goes on."""
+    found = _read(folder / NAME)
+    if not found or (launch is not None and found.get("job") == launch):
+        return
+    if _lives(folder, found):
+        raise UserError(
+            f"{_described(found)} owns the run {folder} and still trains it",
+            "Stop that one first (SIGTERM has it save), or give this one its own --experiment-name.",
+        )
+    if (folder / f".owner-{found.get('token')}").exists():
+        log.warning("%s owned the run %s and is gone: this start takes it over", _described(found), folder)
 
 
 def last_global_batch(folder: Path, launch: str | None) -> int | None:
     """The global batch of the run in `folder` if `launch` made its last start, else None."""
     found = _read(folder / NAME)
-    return int(found["global_batch_size"]) if launch is not None and found.get("job") == launch else None
+    size = found.get("global_batch_size")
+    return size if launch is not None and found.get("job") == launch and isinstance(size, int) else None
+
+
+# --- Whether a start lives ------------------------------------------------------------------------
+
+
+def _lives(folder: Path, owner: dict[str, Any]) -> bool:
+    heartbeat = folder / f".owner-{owner.get('token')}"
+    if not heartbeat.exists():  # it ended, or is of a version that had none
+        return False
+    here = _this_process()
+    if owner.get("machine") == here["machine"]:
+        if owner.get("pid") == here["pid"] and owner.get("started") == here["started"]:
+            return False  # an earlier run of this very process
+        return owner.get("started") is not None and _process_start(owner.get("pid")) == owner["started"]
+    last, age = _heartbeat_age(folder, heartbeat)
+    if age is not None and age < _STALE:
+        log.info("%s owns the run %s: waiting to see whether it lives", _described(owner), folder)
+    while age is not None and age < _STALE:
+        time.sleep(min(1.0, _STALE - age + 0.05))
+        now, age = _heartbeat_age(folder, heartbeat)
+        if now is not None and now != last:
+            return True
+    return False
+
+
+def _heartbeat_age(folder: Path, heartbeat: Path) -> tuple[int | None, float | None]:
+    """When a heartbeat was last renewed (ns) and how long that is ago (s), both by the file system's own clock; None
+    when its file is gone."""
+    probe = folder / f".owner.{secrets.token_hex(4)}.partial"
+    try:
+        with heartbeat.open("rb") as file:  # opening it has NFS ask the server
+            last = os.fstat(file.fileno()).st_mtime_ns
+        probe.touch()
+        now = probe.stat().st_mtime_ns
+    except OSError:
+        return None, None
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return last, (now - last) / 1e9
+
+
+def _this_process() -> dict[str, Any]:
+    """Where this process runs, so that another one can tell whether it is still there."""
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "started": _process_start(os.getpid()),
+    }
+
+
+def _machine() -> str:
+    """The machine, its boot and its process-ID namespace: where these are the same, process IDs mean the same."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _process_start(pid: Any) -> float | None:
+    """When a process began, by a clock that nobody sets where there is one; None for one that is not there or only
+    waits for its parent to take note of its end."""
+    if not isinstance(pid, int) or pid <= 0:
+        return None
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else float(fields[19])  # field 22: clock ticks since boot
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return None
+
+
+def _described(owner: dict[str, Any]) -> str:
+    """For people: which start it is."""
+    since = owner.get("since")
+    when = ""
+    if isinstance(since, int | float):
+        with suppress(ValueError, OSError, OverflowError):
+            when = f", since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}"
+    if not isinstance(owner.get("pid"), int):
+        return "another start"
+    return f"another start (process {owner['pid']} on {owner.get('host')}{when})"
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -123,7 +123,11 @@ class MergedWeights:
             self._newest = name, lora.gain(name, self._shape, self._settings, self.adapter)
         gain = self._newest[1]
         if gain is not None:
-            assert gain.numel() == self.numel(name), f"{name} and its adapters differ in shape"
+            if gain.numel() != self.numel(name):
+                raise UserError(
+                    f"{name} has {self.numel(name)} elements, its adapters {gain.numel()}",
+                    "The adapters belong to another model.",
+                )
             out += gain.flatten()[start : start + out.numel()]
 
 

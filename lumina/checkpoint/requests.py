@@ -1,11 +1,18 @@
 """Requests for a checkpoint: files in the run's folder by which another process, anywhere, asks the job that trains it.
 
-`requests/save-ID.json` asks; the job takes it away and writes `requests/save-ID.answer.json`. Loads no torch.
+    RUN/requests/asked/ID.json      a request
+    RUN/requests/answered/ID.taken  the job has taken it: its checkpoint will be, or was, begun
+    RUN/requests/answered/ID.json   the reply
+
+Requests and replies are in separate folders, so that no name can stand for both. A request is handled once: the job
+remembers the identifiers that it took, and leaves a record of each that outlives it. That the request's own file can be
+removed is not relied on: a folder may be another account's, and NFS shows removed files for a while. Loads no torch.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from contextlib import suppress
@@ -16,6 +23,7 @@ from lumina.config import UserError
 from lumina.files import write_json
 
 _FOLDER = "requests"
+_FORGOTTEN = 24 * 3600.0  # seconds after which a reply that nobody fetched is removed
 
 
 class SaveReply(TypedDict):
@@ -29,44 +37,100 @@ class SaveReply(TypedDict):
 def request_save(run: Path, timeout: float) -> SaveReply:
     """Ask the job that trains the run in `run` for a checkpoint now, and wait for its reply, at most `timeout` seconds.
     Raises UserError when none comes."""
-    folder = run / _FOLDER
-    folder.mkdir(exist_ok=True)
-    request = f"save-{secrets.token_hex(6)}"
-    asked, replied = folder / f"{request}.json", _reply_path(run, request)
-    write_json(asked, {"time": time.time()})
+    identifier = secrets.token_hex(8)
+    asked, taken, replied = _asked(run, identifier), _taken(run, identifier), _replied(run, identifier)
+    try:
+        for folder in {asked.parent, replied.parent}:
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(asked, {"time": time.time()})
+    except OSError as error:
+        raise UserError(
+            f"the request cannot be written to {asked.parent}: {error.strerror or error}",
+            "Ask from an account that may write to the run's folder.",
+        ) from error
     deadline = time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:
-            if replied.exists():
-                reply: Any = json.loads(replied.read_text())
-                return SaveReply(step=reply["step"], path=reply["path"], error=reply["error"])
+            reply = _read_reply(replied)
+            if reply is not None:
+                return reply
             time.sleep(0.1)
+        untouched = not taken.exists() and asked.exists()
     finally:
-        taken = not asked.exists()
-        for file in (asked, replied):
-            file.unlink(missing_ok=True)
+        for file in (asked, taken, replied):
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
     raise UserError(
-        f"no checkpoint in {timeout:.0f} s: " + ("the job is still saving" if taken else "nothing trains this run now"),
+        f"no checkpoint in {timeout:.0f} s: "
+        + ("nothing trains this run now" if untouched else "the job is still saving"),
         "A job looks for requests at each step; --timeout SECONDS waits longer for long steps.",
     )
 
 
-def take_save_requests(run: Path) -> list[str]:
-    """The requests made since the last call; their files are removed. For the job's rank 0."""
-    found = []
-    with suppress(OSError):
-        for path in sorted((run / _FOLDER).glob("save-*.json")):
-            if not path.name.endswith(".answer.json"):
-                path.unlink()
-                found.append(path.stem)
-    return found
+def _read_reply(path: Path) -> SaveReply | None:
+    """The reply, once it is there."""
+    try:
+        reply: Any = json.loads(path.read_text(encoding="utf-8"))
+        return SaveReply(step=int(reply["step"]), path=str(reply["path"]), error=str(reply["error"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
-def reply_to_save(run: Path, request: str, reply: SaveReply) -> None:
-    """Write the reply to a request. One whose asker has gone is dropped."""
-    with suppress(OSError):
-        write_json(_reply_path(run, request), reply)
+class SaveRequests:
+    """The requests to one run, as its job's rank 0 sees them."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._handled: set[str] = set()
+        self._forget()
+
+    def take(self) -> list[str]:
+        """Identifiers of the requests that were made since the last call and that no start of the run took before."""
+        found = []
+        with suppress(OSError):
+            for path in sorted((self._run / _FOLDER / "asked").glob("*.json")):
+                if path.stem in self._handled:
+                    continue
+                self._handled.add(path.stem)
+                if self._first(path.stem):
+                    found.append(path.stem)
+                with suppress(OSError):
+                    path.unlink()
+        return found
+
+    def reply(self, identifier: str, reply: SaveReply) -> None:
+        """Write the reply to a request. One whose asker has gone is dropped."""
+        with suppress(OSError):
+            write_json(_replied(self._run, identifier), reply)
+
+    def _first(self, identifier: str) -> bool:
+        """Leave the record that this request was taken; False if an earlier start left one."""
+        record = _taken(self._run, identifier)
+        try:
+            os.close(os.open(record, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            return False
+        except OSError:  # a disk that is full or read-only: this start remembers by itself
+            pass
+        return True
+
+    def _forget(self) -> None:
+        """Remove the replies and records that nobody will fetch. A record stays as long as its request does."""
+        with suppress(OSError):
+            now = time.time()
+            for path in (self._run / _FOLDER / "answered").iterdir():
+                if now - path.stat().st_mtime > _FORGOTTEN and not _asked(self._run, path.stem).exists():
+                    with suppress(OSError):
+                        path.unlink()
 
 
-def _reply_path(run: Path, request: str) -> Path:
-    return run / _FOLDER / f"{request}.answer.json"
+def _asked(run: Path, identifier: str) -> Path:
+    return run / _FOLDER / "asked" / f"{identifier}.json"
+
+
+def _taken(run: Path, identifier: str) -> Path:
+    return run / _FOLDER / "answered" / f"{identifier}.taken"
+
+
+def _replied(run: Path, identifier: str) -> Path:
+    return run / _FOLDER / "answered" / f"{identifier}.json"

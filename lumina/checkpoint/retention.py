@@ -27,11 +27,12 @@ class Retention:
         return newest | multiples | ({best} & set(steps) if self.best and best is not None else set())
 
 
-def prune(folder: Path, keep: Retention | int) -> list[Path]:
+def prune(folder: Path, keep: Retention | int, step: int | None = None) -> list[Path]:
     """Remove the checkpoints that are not to be kept, and what earlier removals left; returns the removed ones. Rank 0
-    only."""
+    only. step: at which the run stands. Later checkpoints are of an earlier start, which this one did not go on from,
+    perhaps because they are damaged: they stay, and count for none of those to keep."""
     keep = Retention(keep) if isinstance(keep, int) else keep
-    found = list_checkpoints(folder)
+    found = [path for path in list_checkpoints(folder) if step is None or step_of(path) <= step]
     kept = keep.kept([step_of(path) for path in found], best_step(folder))
     removed = [path for path in found if step_of(path) not in kept]
     for path in removed:

@@ -133,7 +133,7 @@ class Saver:
             if job.best_loss is not None:
                 record_best(target.folder, job.snapshot.step, job.best_loss)
             self._clear(target.folder, attempt)
-            prune(target.folder, target.keep)
+            prune(target.folder, target.keep, job.snapshot.step)
         return path
 
     def _clear(self, folder: Path, attempt: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lumina.checkpoint.format import FORMAT, MANIFEST, TRAINER, name_of
+from lumina.checkpoint.format import FORMAT, MANIFEST, TRAINER, name_of, rank_name
 from lumina.checkpoint.integrity import manifest_entry
 from lumina.checkpoint.retention import set_aside
 from lumina.checkpoint.snapshot import Snapshot
@@ -56,7 +56,7 @@ def write_rank_file(partial: Path, snapshot: Snapshot, rank: int, world: int) ->
     try:
         snapshot.wait()
         partial.mkdir(parents=True, exist_ok=True)
-        own = partial / f"rank-{rank:05d}-of-{world:05d}.safetensors"
+        own = partial / rank_name(rank, world)
         sha256 = _write_tensors(own, snapshot)
         fsync(own)
         write_json(_entry_path(partial, rank), {"name": own.name, "bytes": own.stat().st_size, "sha256": sha256})

@@ -67,6 +67,10 @@ def subreason(detail: str) -> str:
     return _VARIES.sub("…", detail)[:120]
 
 
+class AccountError(RuntimeError):
+    """The account of a data set does not add up: something was lost, or counted twice, by a fault of this package."""
+
+
 @dataclass
 class SubreasonCount:
     """Lines skipped for one reason in one way: how many, and the first of them, where it is and what is wrong."""
@@ -210,12 +214,15 @@ class Account:
         return self.epoch_tokens / (self.samples * self.seq_length) if self.samples else 0.0
 
     def check(self) -> None:
-        """Asserts that lines, messages and tokens add up."""
-        assert self.lines == self.blank_lines + self.records + self.bad_lines, "lines do not add up"
+        """Raises AccountError unless lines, messages and tokens add up (law 4)."""
+        if self.lines != self.blank_lines + self.records + self.bad_lines:
+            raise AccountError("lines do not add up")
         dropped = sum(self.messages_dropped.values())
-        assert self.messages == self.messages_supervised + self.messages_masked + dropped, "messages do not add up"
+        if self.messages != self.messages_supervised + self.messages_masked + dropped:
+            raise AccountError("messages do not add up")
         dropped = sum(self.tokens_dropped.values())
-        assert self.tokens == self.tokens_supervised + self.tokens_masked + dropped, "tokens do not add up"
+        if self.tokens != self.tokens_supervised + self.tokens_masked + dropped:
+            raise AccountError("tokens do not add up")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data under the stored names, with the derived `bad_lines` and `fill`."""

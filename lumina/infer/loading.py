@@ -18,11 +18,13 @@ from safetensors import SafetensorError
 from lumina.chat import ChatTokenizer, open_tokenizer, recorded_template
 from lumina.checkpoint import (
     TRAINER,
+    ManifestError,
     TrainerState,
     base_checkpoint,
     iter_weights,
     latest_valid,
     model_choices,
+    rank_files,
     read_trainer_state,
 )
 from lumina.config import ModelConfig, UserError, parse_settings
@@ -86,7 +88,10 @@ def check_size(checkpoint: Path, config: ModelConfig) -> None:
     are far too small for the model. Those of adapters are as small as they are: their base checkpoint is looked at."""
     while (base := base_checkpoint(checkpoint, trainer_state_of(checkpoint))) is not None:
         checkpoint = base
-    held = sum(path.stat().st_size for path in checkpoint.glob("rank-*.safetensors"))
+    try:
+        held = sum(path.stat().st_size for path in rank_files(checkpoint))
+    except (ManifestError, OSError) as error:
+        raise UserError(f"{checkpoint} cannot be read: {error}") from None
     wanted = 4 * config.num_parameters()
     if wanted > 4 * held:  # what is off by less is named with the tensor that it concerns
         raise UserError(
@@ -107,7 +112,7 @@ def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.
     try:
         trainer_state_of(checkpoint)
         yield from iter_weights(checkpoint, shapes)
-    except (SafetensorError, KeyError, TypeError, ValueError, AssertionError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint} cannot be read: {error}") from None
 
 

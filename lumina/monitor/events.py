@@ -55,8 +55,9 @@ def _plain(value: Any) -> Any:
 class EventLog:
     """Appends events to a run's file; without a path (other ranks) it only hands them back."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, may_write: Callable[[], bool] = lambda: True) -> None:
+        """`may_write`: false once another start of the run owns its folder."""
+        self._path, self._may_write = path, may_write
         self._refused = False
         self.listeners: list[Callable[[Event], None]] = []  # called with every event
 
@@ -73,7 +74,7 @@ class EventLog:
     ) -> Event:
         listed = None if samples is None else [int(sample) for sample in samples]
         event = Event(step, kind, level, rule, reason, action, listed, values)
-        if self._path is not None:
+        if self._path is not None and self._may_write():
             self._write(event.line())
         for listener in self.listeners:
             listener(event)

@@ -48,8 +48,9 @@ class MetricsFile:
     """Appends records. Opened at a resumed run's step, it first drops the records of later steps, which will be made
     again."""
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, resumed_step: int, may_write: Callable[[], bool] = lambda: True) -> None:
+        """`may_write`: false once another start of the run owns its folder."""
+        self._path, self._may_write = path, may_write
         self._file = self._open(resumed_step)
         self._lock = threading.Lock()  # system figures come from a thread
         self._refused = False
@@ -62,6 +63,8 @@ class MetricsFile:
 
     def rewind(self, step: int) -> None:
         """The run goes back to `step`: later records are dropped, since those steps will be made again."""
+        if not self._may_write():
+            return
         with self._lock, suppress(OSError):
             self._file.close()
             self._file = self._open(step)
@@ -81,7 +84,7 @@ class MetricsFile:
         record = {"kind": kind, "step": step, **_plain(values)}
         with self._lock:
             try:
-                if not self._file.closed:
+                if not self._file.closed and self._may_write():
                     self._file.write(json.dumps(record) + "\n")
                 self._refused = False
             except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,18 @@ log = logging.getLogger("lumina")
 class Recorder:
     """Opened with the run's folder, closed with the run. Nothing it does stops a run."""
 
-    def __init__(self, folder: Path, config: Config, metrics: MetricsFile, fingerprint: str, **facts: Any) -> None:
-        """`facts` go into this start's entry of run.json; among them `step`, which the run goes on from."""
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        metrics: MetricsFile,
+        fingerprint: str,
+        may_write: Callable[[], bool] = lambda: True,
+        **facts: Any,
+    ) -> None:
+        """`facts` go into this start's entry of run.json; among them `step`, which the run goes on from. `may_write`:
+        false once another start of the run owns its folder."""
+        self._may_write = may_write
         self._folder, self._metrics, self._step = folder, metrics, int(facts["step"])
         try:
             run_json.add_start(folder, config.values(), fingerprint, **facts)
@@ -49,8 +59,9 @@ class Recorder:
         """Keep (prompt, answer) pairs of an evaluation in samples.jsonl."""
         record = {"step": step, "answers": [{"prompt": prompt, "answer": answer} for prompt, answer in answers]}
         try:
-            with (self._folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if self._may_write():
+                with (self._folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
             log.warning("samples.jsonl could not be written: %s", error)
         for number, (prompt, answer) in enumerate(answers):
@@ -66,7 +77,8 @@ class Recorder:
         if self._sampler is not None:
             self._sampler.close()
         try:
-            run_json.add_end(self._folder, state, step, reason)
+            if self._may_write():
+                run_json.add_end(self._folder, state, step, reason)
         except OSError as error:
             log.warning("run.json could not be written: %s", error)
         self._trackers.close()

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lumina.checkpoint import RunLock
 from lumina.config import UserError
 from lumina.train.deepspeed import Ranks
 from lumina.train.torch_private import default_store
@@ -44,6 +45,7 @@ class StepSums:
     checkpoint: float = 0.0  # a checkpoint is asked for, by a user or a retry
     backup: float = 0.0  # a backup is asked for
     corrupt: float = 0.0  # samples that could not be read
+    lock_lost: float = 0.0  # a later start of the run has taken its lock
     callback_stop: float = 0.0  # a callback asks to stop
     callback_failed: float = 0.0  # a callback raised an exception
     sample_count: float = 0.0  # lumina.data.loading.order.sample_sums of this rank's samples
@@ -100,6 +102,11 @@ def decided_by_rank_0(ranks: Ranks, choose: Callable[[], T]) -> T:
         raise found[0]
     chosen: T = found[0]
     return chosen
+
+
+def assert_lock_held(ranks: Ranks, lock: RunLock | None) -> None:
+    """Raises UserError on every rank when a later start of the run has taken `lock`, which is rank 0's; collective."""
+    decided_by_rank_0(ranks, lambda: None if lock is None else lock.assert_held())
 
 
 # --- Without a collective -------------------------------------------------------------------------

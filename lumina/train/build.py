@@ -18,6 +18,7 @@ from lumina.config import Config, UserError
 from lumina.files import write_text
 from lumina.model import lora, report_kernel
 from lumina.monitor import Console, EventLog
+from lumina.train.agreement import decided_by_rank_0
 from lumina.train.callbacks import Callback, Callbacks
 from lumina.train.deepspeed import Engine, LayerStats, Ranks
 from lumina.train.deferred import Deferred
@@ -38,6 +39,7 @@ from lumina.train.liveness.watchdog import Watchdog
 from lumina.train.make_engine import Settings, make_engine, resolve
 from lumina.train.objectives import Preparation, objective
 from lumina.train.outputs.outputs import Outputs, RunOutputs
+from lumina.train.recovery.record import RecoveryRecord
 from lumina.train.recovery.recovery import Recovery
 from lumina.train.recovery.spikes import SpikeDetector
 from lumina.train.saving.saves import Saves
@@ -65,6 +67,7 @@ class Run:
     callbacks: Callbacks
     watchdog: Watchdog
     stop: StopRequest
+    lock: RunLock | None = None  # rank 0's claim on the run's folder
     layers: LayerStats | None = None
 
     @property
@@ -76,32 +79,92 @@ class Run:
         return Path(self.config.output_dir) / self.config.experiment_name
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What a start has found out before it claims the run's folder. origin: what it goes on from, and what is changed,
+    for people."""
+
+    start: Start
+    settings: Settings
+    data: TrainingData
+    rates: Schedule
+    origin: list[str]
+    folder: Path
+
+
 def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> Run:
     """A run that is ready for its first step: its data prepared, its state initialised or resumed, its folder claimed.
     In the process group that `ranks` describes; every rank builds at the same time. Raises UserError."""
     stop = StopRequest()
     stop.interruptible = ranks.world == 1 and "LUMINA_JOB" not in os.environ  # until the first step
     watchdog = Watchdog(config.hang_timeout, config.stop_timeout, stop, ranks.rank)
+    prepared = _prepare(config, ranks)
+    lock = _claim(prepared, ranks)
+    try:
+        return _assemble(prepared, ranks, lock, callbacks, stop, watchdog)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _prepare(config: Config, ranks: Ranks) -> _Prepared:
+    """Settings, data and what to go on from; collective. Nothing is written to the run's folder."""
     folder = Path(config.output_dir) / config.experiment_name
+    decided_by_rank_0(ranks, lambda: checkpoint.refuse_owned(folder, _job()))
     start = find_start(config, folder, ranks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = resolve(start.config, ranks.world, device, start.recovery.micro_batch_size)
     config = settings.config
-    assert config.global_batch_size is not None  # filled in by `resolve`
-    progress = Console(ranks.main, 0, 0, live=False).progress  # the run's own console is not there yet
     _say(ranks, "preparing the data")
     data = open_data(start, config, ranks)
     rates = schedule(config, data.total_steps)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks.world)]
+    return _Prepared(start, settings, data, rates, origin, folder)
+
+
+def _job() -> str | None:
+    """The launch that this start belongs to."""
+    return os.environ.get("LUMINA_JOB")
+
+
+def _claim(prepared: _Prepared, ranks: Ranks) -> RunLock | None:
+    """Take the run's lock, for rank 0, unless a start took it that lives, while this one prepared; collective."""
+    taken: list[RunLock] = []
+
+    def claim() -> None:
+        size = prepared.settings.config.global_batch_size
+        assert size is not None  # filled in by `resolve`
+        checkpoint.refuse_owned(prepared.folder, _job())
+        taken.append(RunLock(prepared.folder, _job(), size))
+        if prepared.start.config.resume is None:
+            RecoveryRecord.remove(prepared.folder)
+
+    decided_by_rank_0(ranks, claim)
+    return taken[0] if taken else None
+
+
+def _assemble(
+    prepared: _Prepared,
+    ranks: Ranks,
+    lock: RunLock | None,
+    callbacks: Sequence[Callback],
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> Run:
+    """The parts of a run whose folder is claimed."""
+    start, settings, data, folder = prepared.start, prepared.settings, prepared.data, prepared.folder
+    config = settings.config
+    progress = Console(ranks.main, 0, 0, live=False).progress  # the run's own console is not there yet
+    may_write = lock.held if lock is not None else lambda: True
     torch.manual_seed(config.seed)
     loading = "" if start.checkpoint is None else f", loading {start.checkpoint}"
     _say(ranks, f"building the model of {config.num_parameters() / 1e6:.1f}M parameters{loading}")
     state = _initialise(start, settings, ranks, data, folder, watchdog.heartbeat, progress)
-    events = EventLog(folder / "events.jsonl" if ranks.main else None)
+    events = EventLog(folder / "events.jsonl" if ranks.main else None, may_write)
     health = Health(config, events)
-    lock = RunLock(folder, os.environ.get("LUMINA_JOB"), config.global_batch_size) if ranks.main else None
-    outputs = _open_outputs(settings, ranks, folder, state, events, health, data, origin)
+    outputs = _open_outputs(settings, ranks, folder, state, events, health, data, prepared.origin, may_write)
     deferred = Deferred()
     saves = Saves(config, ranks, folder, state, deferred, events, health, lock, watchdog.heartbeat)
     recovery = Recovery(config, ranks, folder, start.recovery, state, events, health)
@@ -109,7 +172,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
         ranks=ranks,
         settings=settings,
         data=data,
-        schedule=rates,
+        schedule=prepared.rates,
         state=state,
         deferred=deferred,
         saves=saves,
@@ -121,6 +184,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
         ),
         watchdog=watchdog,
         stop=stop,
+        lock=lock,
     )
 
 
@@ -197,9 +261,10 @@ def _open_outputs(
     health: Health,
     data: TrainingData,
     origin: Sequence[str],
+    may_write: Callable[[], bool],
 ) -> Outputs:
     """The run's folder with its resolved configuration, log and metrics, on rank 0. `origin`: what the start goes on
-    from, and what is changed, for people."""
+    from, and what is changed, for people; `may_write`: false once another start owns the folder."""
     config, engine = settings.config, state.engine
     # On every rank: chosen here, not in its first step.
     kernel = report_kernel(engine.device, settings.precision, config.attention_softcap)
@@ -219,6 +284,7 @@ def _open_outputs(
         fingerprint=data.train.fingerprint,
         steps_per_epoch=data.order.steps_per_epoch,
         device=engine.device,
+        may_write=may_write,
         step=state.step,
         total_steps=data.total_steps,
         world=ranks.world,

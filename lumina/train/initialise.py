@@ -90,10 +90,7 @@ def find_start(config: Config, folder: Path, ranks: Ranks) -> Start:
 
 def _recovery_record(config: Config, folder: Path) -> RecoveryRecord:
     """The run's recovery record; a run that is initialised anew has an empty one."""
-    if config.resume is not None:
-        return RecoveryRecord.read(folder)
-    RecoveryRecord.remove(folder)
-    return RecoveryRecord()
+    return RecoveryRecord.read(folder) if config.resume is not None else RecoveryRecord()
 
 
 def checkpoint_to_resume(config: Config, folder: Path) -> Path | None:

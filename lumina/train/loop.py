@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lumina.config import UserError
 from lumina.data import Loader
+from lumina.train.agreement import assert_lock_held
 from lumina.train.build import Run
 from lumina.train.evaluate import evaluate
 from lumina.train.liveness.watchdog import report_failure
@@ -29,6 +30,8 @@ def fit(run: Run) -> int:
     """Train to the end of the run, and close it. Returns the exit code: 0, or that of the reason that ended it early
     (lumina.train.outcomes.Stop), or 1 when its last checkpoint could not be written."""
     with ExitStack() as closing:  # in the order from bottom to top
+        if run.lock is not None:
+            closing.callback(run.lock.release)
         closing.enter_context(run.outputs)
         closing.callback(run.saves.stop_waiting, 5.0)
         closing.enter_context(run.watchdog)
@@ -161,10 +164,14 @@ def _tell_of_saves(run: Run) -> None:
 def _end(run: Run, stop: Stop) -> int:
     """Save what there is, and the exit code: a run whose last checkpoint could not be written has failed."""
     step, done = run.state.step, stop.finished or run.state.step == run.data.total_steps
+    assert_lock_held(run.ranks, run.lock)
     saved = run.saves.finish()
-    _tell_of_saves(run)
     if not saved:
-        log.error("the checkpoint of step %d could not be written; the newest one is older", step)
+        assert_lock_held(run.ranks, run.lock)
+    _tell_of_saves(run)
+    unsaved = "" if saved else f"the checkpoint of step {step} could not be written; the newest one is older"
+    if unsaved:
+        log.error("%s", unsaved)
     elif stop.kind is not StopKind.FINISHED:
         then = "" if done else f" To go on: {resuming_command(run.folder, run.ranks.world)}"
         run.outputs.say(f"Stopped at step {step}: {stop.reason}. The checkpoint is saved.{then}")
@@ -172,7 +179,8 @@ def _end(run: Run, stop: Stop) -> int:
         best = run.state.trainer_state
         found = None if best.best_loss is None or best.best_step is None else (best.best_loss, best.best_step)
         run.outputs.summary(step, found)
-    run.outputs.end("finished" if done else "stopped", step, stop.reason)
+    state = "failed" if unsaved else "finished" if done else "stopped"
+    run.outputs.end(state, step, "; ".join(filter(None, (stop.reason, unsaved))))
     if stop.error is not None:
         raise stop.error
     run.callbacks.at_end(stop)

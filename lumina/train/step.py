@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lumina.data import StepData, sample_sums, samples_id
 from lumina.model import expert_balance
-from lumina.train.agreement import StepSums, entry, pack
+from lumina.train.agreement import StepSums, assert_lock_held, entry, pack
 from lumina.train.build import Run
 from lumina.train.callbacks import StepResult
 from lumina.train.deepspeed import LayerStats, scale_exhausted
@@ -122,6 +122,7 @@ def _own_sums(run: Run, data: StepData, loss: Tensor) -> StepSums:
         checkpoint=checkpoint,
         backup=backup,
         corrupt=len(data.corrupt),
+        lock_lost=float(run.lock is not None and not run.lock.held()),
         callback_stop=float(run.callbacks.stop_reason is not None),
         callback_failed=float(run.callbacks.failure is not None),
         sample_count=count,
@@ -180,6 +181,8 @@ def settle(run: Run) -> Stop | Rewind | Fail | None:
     if taken is None:
         return None
     update_numbers, sums, means = taken.read()
+    if sums.lock_lost:  # before anything of the step is written
+        assert_lock_held(run.ranks, run.lock)
     if sums.corrupt >= len(taken.data.samples):  # nothing was left to be supervised
         nothing = np.zeros_like(taken.data.shares)
         taken = replace(taken, data=replace(taken.data, supervised_tokens=0.0, shares=nothing))

@@ -277,6 +277,14 @@ def test_the_last_and_the_best_are_kept(best: int | None, kept: list[int], tmp_p
     assert len(checkpoint.list_checkpoints(tmp_path)) == len(kept)
 
 
+def test_later_checkpoints_of_an_earlier_start_count_for_none(tmp_path: Path) -> None:
+    """Resumed from step 3 because steps 6 and 9 are damaged: with `keep_last: 1`, the save of step 4 must stay."""
+    fill(tmp_path, range(3, 10, 3))
+    fill(tmp_path, range(4, 5))
+    assert [path.name for path in checkpoint.prune(tmp_path, 1, step=4)] == ["step-00000003"]
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [9, 6, 4]
+
+
 def test_leftovers_of_a_kill_are_cleared(tmp_path: Path) -> None:
     """By the next start; a prune leaves unfinished saves alone, which may be another start's."""
     fill(tmp_path, range(1, 3))

@@ -1,13 +1,60 @@
-"""The newest start owns the run's folder; only its own launch goes on by itself."""
+"""The newest start owns a run, but none takes it from one that lives; only its own launch goes on by itself."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lumina.checkpoint.lock import NAME, RunLock, last_global_batch
+from lumina.checkpoint import lock as lock_module
+from lumina.checkpoint.lock import NAME, RunLock, last_global_batch, refuse_owned
 from lumina.config import UserError
+from tests.runs import clean_environment
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lumina.checkpoint import RunLock
+lock = RunLock(Path(sys.argv[1]), sys.argv[2] or None, 8)
+print("held", flush=True)
+sys.stdin.readline()
+lock.release()
+"""
+
+
+def holder(folder: Path, launch: str = "") -> subprocess.Popen[str]:
+    """A process that holds the lock of a run until it is told to end."""
+    command = [sys.executable, "-P", "-c", HOLDER, str(folder), launch]
+    process = subprocess.Popen(
+        command,
+        env=clean_environment(),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def elsewhere(folder: Path, **facts: Any) -> Path:
+    """A lock that a start on another machine holds; returns its heartbeat's file."""
+    folder.mkdir(exist_ok=True)
+    record = {"token": "0a", "job": "other", "host": "far", "machine": "far 1", "pid": 17, "started": 1.0, "since": 0.0}
+    (folder / NAME).write_text(json.dumps(record | facts))
+    heartbeat = folder / ".owner-0a"
+    heartbeat.touch()
+    return heartbeat
 
 
 def test_a_later_claim_takes_it(tmp_path: Path) -> None:
@@ -16,8 +63,12 @@ def test_a_later_claim_takes_it(tmp_path: Path) -> None:
     second = RunLock(tmp_path / "run", "job", 8)
     assert second.held()
     assert not first.held(), "a node that wakes up must find that it has lost the folder"
-    with pytest.raises(UserError, match="another start of this run owns"):
+    own = rf"process {os.getpid()} on {socket.gethostname()}, since \d{{4}}-.* owns the run .*run now"
+    with pytest.raises(UserError, match=own):
         first.assert_held()
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == sorted([NAME, f".owner-{second.token}"])
+    second.release()
     assert [path.name for path in (tmp_path / "run").iterdir()] == [NAME], "nothing else is left behind"
 
 
@@ -27,14 +78,17 @@ def test_two_runs_do_not_meet(tmp_path: Path) -> None:
     assert other.held()
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", '{"token": "x"', "{}"])
+@pytest.mark.parametrize("text", [None, "", "[]", '{"token": "x"', "{}", "[" * 10**5])
 def test_a_lost_or_torn_file_is_not_held(text: str | None, tmp_path: Path) -> None:
     lock = RunLock(tmp_path, "job", 8)
     (tmp_path / NAME).unlink()
     if text is not None:
         (tmp_path / NAME).write_text(text)
     assert not lock.held()
+    with pytest.raises(UserError, match=r"owns the run|somebody else"):
+        lock.assert_held()
     assert last_global_batch(tmp_path, "job") is None
+    refuse_owned(tmp_path, None)
 
 
 def test_only_the_same_launch_goes_on(tmp_path: Path) -> None:
@@ -52,3 +106,101 @@ def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"the run's folder .*file/run cannot be written: Not a directory"):
         RunLock(tmp_path / "file/run", None, 1)
+
+
+# --- Whether the start before lives ---------------------------------------------------------------
+
+
+def test_on_one_machine_a_process_is_looked_for(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = holder(run, "job")
+    seen = sorted(run.iterdir())
+    with pytest.raises(UserError, match=f"process {process.pid} on .* owns the run .* still trains it"):
+        refuse_owned(run, None)
+    process.send_signal(signal.SIGSTOP)  # one that is suspended will go on
+    with pytest.raises(UserError, match="still trains it"):
+        refuse_owned(run, "another job")
+    process.send_signal(signal.SIGCONT)
+    assert sorted(run.iterdir()) == seen, "a refused start writes nothing"
+    refuse_owned(run, "job")  # the launcher's own restart
+    process.kill()
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    refuse_owned(run, None)  # killed, though its parent has not taken note
+    process.wait()
+    refuse_owned(run, None)
+    again = holder(run)
+    assert len(list(run.glob(".owner-*"))) == 1
+    again.communicate("\n")
+    assert [path.name for path in run.iterdir()] == [NAME], "a start that ended needs no look"
+    refuse_owned(run, None)
+
+
+def test_the_same_number_may_be_another_process(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, None, 8)
+    record = json.loads((tmp_path / NAME).read_text())
+    elsewhere(tmp_path, machine=record["machine"], pid=os.getppid(), started=0.5)
+    refuse_owned(tmp_path, None)
+    assert not lock.held()
+
+
+def test_a_run_of_this_process_is_no_other(tmp_path: Path) -> None:
+    RunLock(tmp_path, None, 8)
+    refuse_owned(tmp_path, None)
+
+
+def test_on_another_machine_the_heartbeat_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "_STALE", 1.0)
+    heartbeat = elsewhere(tmp_path)
+    refuse_owned(tmp_path, None)  # it did not go on
+    heartbeat.touch()
+    going = threading.Event()
+
+    def beat() -> None:
+        while not going.wait(0.1):
+            os.utime(heartbeat)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(UserError, match=r"process 17 on far, since 19.* still trains it"):
+        refuse_owned(tmp_path, None)
+    going.set()
+    thread.join()
+    os.utime(heartbeat, (0, 0))
+    refuse_owned(tmp_path, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".owner-0a", NAME]
+
+
+def test_a_heartbeat_goes_on_and_never_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "_HEARTBEAT", 0.05)
+    lock = RunLock(tmp_path, None, 8)
+    heartbeat = tmp_path / f".owner-{lock.token}"
+    os.utime(heartbeat, (0, 0))
+    deadline = time.monotonic() + 60
+    while heartbeat.stat().st_mtime == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    later = RunLock(tmp_path, None, 8)
+    assert not heartbeat.exists()
+    time.sleep(0.2)
+    assert not heartbeat.exists(), "a start that lost the lock made its heartbeat anew"
+    lock.release()
+    assert later.held()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"pid": "17", "machine": None},
+        {"pid": -1},
+        {"since": "yesterday"},
+        {"since": 1e300, "host": 5},
+        {"token": ["x"]},
+        {"global_batch_size": "8"},
+    ],
+    ids=str,
+)
+def test_odd_owners(facts: dict[str, Any], tmp_path: Path) -> None:
+    os.utime(elsewhere(tmp_path, **facts), (0, 0))
+    refuse_owned(tmp_path, None)
+    assert last_global_batch(tmp_path, "other") is None

@@ -2,47 +2,125 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from lumina.checkpoint import SaveReply, reply_to_save, request_save, take_save_requests
+from lumina.checkpoint import SaveReply, SaveRequests, request_save
 from lumina.config import UserError
+
+WRITTEN = SaveReply(step=7, path="checkpoints/step-00000007", error="")
+
+
+def ask(run: Path, identifier: str) -> Path:
+    """A request whose asker is gone: killed right after it was written."""
+    path = run / "requests" / "asked" / f"{identifier}.json"
+    (run / "requests" / "answered").mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    return path
+
+
+def files(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "requests").rglob("*") if path.is_file())
 
 
 def test_a_request_is_taken_once_and_replied_to(tmp_path: Path) -> None:
     taken: list[str] = []
-    written = SaveReply(step=7, path="checkpoints/step-00000007", error="")
+    job = SaveRequests(tmp_path)
 
-    def job() -> None:
+    def train() -> None:
         while not taken:
-            taken.extend(take_save_requests(tmp_path))
-        reply_to_save(tmp_path, taken[0], written)
+            taken.extend(job.take())
+        job.reply(taken[0], WRITTEN)
 
-    thread = threading.Thread(target=job)
+    thread = threading.Thread(target=train)
     thread.start()
-    assert request_save(tmp_path, timeout=60) == written
+    assert request_save(tmp_path, timeout=60) == WRITTEN
     thread.join()
     assert len(taken) == 1
-    assert list((tmp_path / "requests").iterdir()) == []
+    assert files(tmp_path) == []
 
 
-def test_a_reply_that_waits_to_be_read_is_no_request(tmp_path: Path) -> None:
-    (tmp_path / "requests").mkdir()
-    reply_to_save(tmp_path, "save-0a", SaveReply(step=1, path="", error="disk full"))
-    before = list((tmp_path / "requests").iterdir())
-    assert len(before) == 1
-    assert take_save_requests(tmp_path) == []
-    assert list((tmp_path / "requests").iterdir()) == before
+def test_one_request_is_one_checkpoint_whatever_becomes_of_its_asker(tmp_path: Path) -> None:
+    """A reply that nobody fetches must not be taken for a request, neither by this start of the run nor by the next."""
+    ask(tmp_path, "0a")
+    job = SaveRequests(tmp_path)
+    assert job.take() == ["0a"]
+    job.reply("0a", WRITTEN)
+    assert [job.take() for _ in range(5)] == [[]] * 5
+    assert SaveRequests(tmp_path).take() == []
+
+
+def test_a_request_that_cannot_be_removed_is_handled_once(tmp_path: Path) -> None:
+    """NFS shows removed files for a while, and the folder may be another account's."""
+    asked = ask(tmp_path, "0a")
+    job = SaveRequests(tmp_path)
+    with mock.patch.object(Path, "unlink", side_effect=PermissionError):
+        assert job.take() == ["0a"]
+        assert job.take() == []
+        assert SaveRequests(tmp_path).take() == [], "the next start of the run takes the same request again"
+    assert asked.exists()
+
+
+def test_a_disk_that_takes_no_record_still_means_once_a_start(tmp_path: Path) -> None:
+    asked = ask(tmp_path, "0a")
+    (tmp_path / "requests" / "answered").rmdir()
+    job = SaveRequests(tmp_path)
+    with mock.patch.object(Path, "unlink", side_effect=OSError):
+        assert [job.take(), job.take()] == [["0a"], []]
+    assert asked.exists()
 
 
 def test_nobody_trains(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing trains this run now"):
         request_save(tmp_path, timeout=0.01)
-    assert list((tmp_path / "requests").iterdir()) == []
+    assert files(tmp_path) == []
+
+
+def test_the_asker_is_told_that_the_job_has_taken_it(tmp_path: Path) -> None:
+    """Also where the request's file is still to be seen."""
+    job = SaveRequests(tmp_path)
+    taken: list[str] = []
+
+    def train() -> None:
+        while not taken:
+            taken.extend(job.take())
+            for identifier in taken:
+                ask(tmp_path, identifier)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    with pytest.raises(UserError, match="the job is still saving"):
+        request_save(tmp_path, timeout=2)
+    thread.join()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "requests").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        request_save(tmp_path, timeout=1)
 
 
 def test_an_asker_that_is_gone_hinders_nobody(tmp_path: Path) -> None:
-    reply_to_save(tmp_path / "no such run", "save-0a", SaveReply(step=1, path="", error=""))
-    assert take_save_requests(tmp_path / "no such run") == []
+    job = SaveRequests(tmp_path / "no such run")
+    job.reply("0a", WRITTEN)
+    assert job.take() == []
+
+
+def test_what_nobody_fetches_is_removed_after_a_day(tmp_path: Path) -> None:
+    ask(tmp_path, "0a")
+    job = SaveRequests(tmp_path)
+    job.reply(job.take()[0], WRITTEN)
+    left = tmp_path / "requests" / "answered"
+    assert json.loads((left / "0a.json").read_text()) == WRITTEN
+    SaveRequests(tmp_path)
+    assert sorted(path.name for path in left.iterdir()) == ["0a.json", "0a.taken"]
+    for path in left.iterdir():
+        os.utime(path, (0, 0))
+    SaveRequests(tmp_path)
+    assert list(left.iterdir()) == []

@@ -149,4 +149,4 @@ def test_save_asks_a_running_job(
     job.signal(signal.SIGTERM)
     assert job.wait() == [75, 75]
     assert lumina("save", run, "--timeout", 0.5) == 2
-    assert not list((run / "requests").iterdir())
+    assert not [path for path in (run / "requests").rglob("*") if path.is_file()]

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
-from lumina.data.account import FIRST_LINES, MOST_FIELDS, field_details, field_sums
+from lumina.data.account import FIRST_LINES, MOST_FIELDS, AccountError, field_details, field_sums
 from lumina.data.cache.files import content_digests
 from lumina.data.converting.columns import Columns, check_columns, described, renamed
 from lumina.data.loading.dataset import Batch, join
@@ -199,7 +199,8 @@ def _build(
     account["fields"], account["left_out"] = tally.totals(), dict(tally.dropped)
     account["unknown_fields"] = {name: f"{line}: {value}" for name, (line, value) in tally.examples.items()}
     skipped = sum(entry["count"] for entry in account["skipped"].values())
-    assert account["lines"] == account["blank_lines"] + account["pairs"] + skipped  # law 4
+    if account["lines"] != account["blank_lines"] + account["pairs"] + skipped:
+        raise AccountError("lines do not add up")
     if not account["pairs"]:
         why = "\n  ".join(account_lines(account))
         raise UserError(

@@ -41,7 +41,7 @@ def write_adapter(folder: Path, checkpoint: Path, dtype: torch.dtype) -> tuple[l
         weights = open_weights(checkpoint)
         assert isinstance(weights, MergedWeights)
         tensors = {theirs: weights.adapter(ours).to(dtype) for ours, theirs in lora.peft_names(shape, settings)}
-    except (SafetensorError, KeyError, TypeError, ValueError, AssertionError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint} cannot be read: {error}") from None
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", _description(settings), indent=2, sort_keys=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -112,11 +112,13 @@ class RunOutputs(Outputs):
         fingerprint: str,
         steps_per_epoch: int,
         device: torch.device,
+        may_write: Callable[[], bool] = lambda: True,
         **facts: int | str,
     ) -> None:
         """`config`: resolved; `fingerprint`: of the training data; `facts`: this start's entry of run.json, among them
         step, total_steps, world, precision and zero_stage. `machine` is closed with the outputs; `device`: whose
-        memory is shown."""
+        memory is shown. `may_write`: false once another start of the run owns its folder: nothing is written there
+        any more."""
         self._health, self._machine, self._steps_per_epoch = health, machine, steps_per_epoch
         step, total, precision = int(facts["step"]), int(facts["total_steps"]), str(facts["precision"])
         title = (
@@ -124,14 +126,15 @@ class RunOutputs(Outputs):
         )
         self._device = device
         self._console = Console(True, total, step, title, config.live_view)
-        self._metrics = MetricsFile(folder / "metrics.jsonl", step)
+        self._metrics = MetricsFile(folder / "metrics.jsonl", step, may_write)
         self._handler = logging.FileHandler(folder / "train.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._handler.addFilter(lambda record: may_write())
         for logger in (log, record_log):
             logger.addHandler(self._handler)
         self._utilisation = Utilisation(config, precision, torch.cuda.is_available())
         self._profile = Profile(folder, step) if config.profile else None
-        self._recorder = Recorder(folder, config, self._metrics, fingerprint, **facts)
+        self._recorder = Recorder(folder, config, self._metrics, fingerprint, may_write, **facts)
         self._ended = ("stopped", step, "")
         self._folder, self._first_step, self._began, self._tokens = folder, step, time.monotonic(), 0
         events.listeners += [self._recorder.event, self._console.event]

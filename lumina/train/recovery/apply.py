@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from lumina import checkpoint
 from lumina.checkpoint import TrainerState
+from lumina.train.agreement import assert_lock_held
 from lumina.train.build import Run
 from lumina.train.deepspeed import restore_engine, snapshot_engine
 from lumina.train.make_engine import make_engine
@@ -21,6 +22,7 @@ def rewind(run: Run, action: Rewind) -> None:
     """Take the state of an earlier checkpoint, skip the steps that were refused, and record anew from there;
     collective."""
     step = run.state.step
+    assert_lock_held(run.ranks, run.lock)  # checkpoints lose their names below
     run.recovery.remember_rewind(action)
     run.state.rewind(action.checkpoint, run.config, partial(run.outputs.progress, "Loading"))
     if run.ranks.main:

@@ -26,6 +26,7 @@ from lumina.checkpoint import (
     SaveOutcome,
     Saver,
     SaveReply,
+    SaveRequests,
     SaveTarget,
     StagingBuffer,
 )
@@ -62,7 +63,7 @@ class Saves:
         heartbeat: Callable[[str], None],
     ) -> None:
         """`folder`: the run's; `lock`: rank 0's claim on it, None on the others; `heartbeat`: of the watchdog."""
-        self._config, self._ranks, self._folder = config, ranks, folder
+        self._config, self._ranks = config, ranks
         self._state, self._deferred, self._events, self._health = state, deferred, events, health
         self._heartbeat = heartbeat
         start = [secrets.token_hex(4)]
@@ -81,6 +82,7 @@ class Saves:
         self._retry = _Retry()
         self._last_backup = time.monotonic()
         self._looked = 0.0
+        self._inbox = SaveRequests(folder)
         self._requests: list[str] = []
         self._asked = False  # by code of this process
         self.stall = 0.0  # seconds that this step's saving took from the training
@@ -171,9 +173,7 @@ class Saves:
         for request in self._requests:
             path = self._checkpoints.folder / checkpoint.name_of(self._state.step)
             error = "" if named else "the run ended and could not save"
-            checkpoint.reply_to_save(
-                self._folder, request, SaveReply(step=self._state.step, path=str(path), error=error)
-            )
+            self._inbox.reply(request, SaveReply(step=self._state.step, path=str(path), error=error))
         return bool(named)
 
     def _named(self) -> bool:
@@ -258,7 +258,7 @@ class Saves:
         if outcome.kind == "checkpoint":
             for request in outcome.job.requests:
                 reply = SaveReply(step=step, path=str(outcome.path or ""), error=outcome.error)
-                checkpoint.reply_to_save(self._folder, request, reply)
+                self._inbox.reply(request, reply)
 
     def written(self) -> list[Path]:
         """The checkpoints that got their names since the last call; on rank 0, which alone knows."""
@@ -277,7 +277,7 @@ class Saves:
         if now - self._looked < 1.0:
             return
         self._looked = now
-        self._requests += checkpoint.take_save_requests(self._folder)
+        self._requests += self._inbox.take()
 
     # --- Going back ---
 

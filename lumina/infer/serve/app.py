@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -18,27 +16,10 @@ from lumina.infer.serve.service import Service
 
 log = logging.getLogger("lumina")
 
-_FIELD = 200  # characters of a field's name in an error: names come from clients
-
-
-def _invalid(first: Any) -> ApiError:
-    """The first thing that is wrong with a body, as pydantic tells it."""
-    names = [str(part) for part in first["loc"][1:] if not str(part).isdigit()]
-    if first["type"] == "refused":  # of a model: the field is in the error itself
-        names.append(first["ctx"]["field"])
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is not JSON: {first['ctx']['error']}")
-    where = ".".join(names)[:_FIELD] or None
-    unknown = first["type"] == "extra_forbidden"
-    text = "is not a field that this server knows" if unknown else first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{where or 'The body'}: {text}", None, where)
-
 
 async def _refused(request: Request, error: Exception) -> Response:
     """Every failure as OpenAI's error object."""
-    if isinstance(error, RequestValidationError):
-        error = _invalid(error.errors()[0])
-    elif isinstance(error, HTTPException):
+    if isinstance(error, HTTPException):
         error = ApiError(error.status_code, str(error.detail))
     assert isinstance(error, ApiError)
     return error.response()
@@ -57,7 +38,7 @@ def make_app(service: Service, rules: Rules) -> ASGIApp:
     endpoints = all_endpoints()
     for endpoint in endpoints:
         app.add_api_route(endpoint.path, endpoint.handler, methods=[endpoint.method])
-    for kind in (ApiError, RequestValidationError, HTTPException):
+    for kind in (ApiError, HTTPException):
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(Exception, _crashed)
     return RequestChecks(app, rules, service.metrics, endpoints)

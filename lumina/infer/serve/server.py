@@ -8,7 +8,6 @@ import signal
 import socket
 from types import FrameType
 
-import uvicorn
 from starlette.types import ASGIApp
 
 from lumina.chat import open_tokenizer
@@ -17,6 +16,7 @@ from lumina.infer.generation.prefix_cache import PrefixCache
 from lumina.infer.loading import Loaded, load
 from lumina.infer.serve.app import make_app
 from lumina.infer.serve.batcher import ContinuousBatcher
+from lumina.infer.serve.connections import STALL_SECONDS, BoundedServer, Limits, limits_for
 from lumina.infer.serve.metrics import Metrics
 from lumina.infer.serve.middleware import LOOPBACK, Rules
 from lumina.infer.serve.service import Service
@@ -24,9 +24,6 @@ from lumina.infer.serve.service import Service
 log = logging.getLogger("lumina")
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
-STALL_SECONDS = 30.0  # without the client reading what was sent
-GRACE_SECONDS = 10  # for answers that are being made when the server is told to stop
-_CONNECTIONS = 1024
 
 
 def serve(
@@ -46,7 +43,7 @@ def serve(
     """Serve until SIGTERM or SIGINT; returns the exit code. Raises UserError: no such run, address taken, a bad key."""
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         raise UserError("the API key must be printable ASCII without spaces at its ends", "`openssl rand -hex 32`")
-    listener = _listen(host, port)
+    listener, limits = _listen(host, port), limits_for(timeout)
     try:
         prefixes = PrefixCache(prefix_cache, prefix_cache_bytes) if prefix_cache else None
         service = make_service(load(run, precision), slots, queue, max_tokens, timeout, prefixes)
@@ -55,7 +52,7 @@ def serve(
         if key is None and not open_to:
             log.warning("%s can be reached from other machines and asks for no key: set LUMINA_API_KEY", address)
         rules = Rules(key, LOOPBACK if open_to else None, max_body, BODY_SECONDS)
-        server = make_server(make_app(service, rules))
+        server = make_server(make_app(service, rules), limits)
         # uvicorn stops at these by itself and then raises them again for whoever handled them before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stopping)
@@ -82,17 +79,9 @@ def make_service(
     return Service(loaded, tokenizer, batcher, metrics, max_tokens, timeout, STALL_SECONDS)
 
 
-def make_server(app: ASGIApp) -> uvicorn.Server:
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    return uvicorn.Server(config)
+def make_server(app: ASGIApp, limits: Limits | None = None) -> BoundedServer:
+    """`limits`: of connections; None: those that this process has room for."""
+    return BoundedServer(app, limits_for(300.0) if limits is None else limits)
 
 
 def _stopping(number: int, frame: FrameType | None) -> None:

@@ -14,7 +14,8 @@ import httpx
 from openai import OpenAI
 
 from lumina.infer import Loaded
-from lumina.infer.serve import LOOPBACK, PrefixCache, Rules, Service, make_app, make_server, make_service
+from lumina.infer.serve import LOOPBACK, Limits, PrefixCache, Rules, Service, make_app, make_server, make_service
+from lumina.infer.serve.connections import Connections
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Running:
     service: Service
     address: str
     port: int
+    connections: Connections
 
     def client(self, key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
@@ -56,9 +58,10 @@ def running(
     body_seconds: float = 10.0,
     max_tokens: int = 2000,
     kept: int = 4,
+    limits: Limits | None = None,
 ) -> Iterator[Running]:
     service = make_service(loaded, slots, queue, max_tokens, timeout, PrefixCache(kept, 1 << 24) if kept else None)
-    server = make_server(make_app(service, Rules(key, LOOPBACK, max_body, body_seconds)))
+    server = make_server(make_app(service, Rules(key, LOOPBACK, max_body, body_seconds)), limits)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -66,7 +69,7 @@ def running(
     thread.start()
     try:
         wait_for(lambda: server.started)
-        yield Running(service, f"http://127.0.0.1:{port}", port)
+        yield Running(service, f"http://127.0.0.1:{port}", port, server.connections)
     finally:
         server.should_exit = True
         thread.join()

@@ -313,7 +313,7 @@ def test_open_to_others_without_a_key_is_warned_of(
             """Ends at once."""
 
     monkeypatch.setattr(module, "load", lambda *_: loaded)
-    monkeypatch.setattr(module, "make_server", lambda app: Server())
+    monkeypatch.setattr(module, "make_server", lambda app, limits: Server())
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         for host, key, warned in (("0.0.0.0", None, True), ("0.0.0.0", "k", False), ("127.0.0.1", None, False)):

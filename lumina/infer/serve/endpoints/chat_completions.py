@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Request
-from pydantic import Field, field_validator
+from pydantic import FailFast, Field, field_validator
 from starlette.responses import Response
 
 from lumina.chat import ChatTokenizer, Conversation, ToolCall
@@ -29,12 +29,11 @@ from lumina.infer.serve.requests import (
     Tool,
     check_tools,
     conversation_of,
+    read_body,
 )
 from lumina.infer.serve.responses import Choice, ResponseBuilder, finite_logprob
 from lumina.infer.serve.service import Service
 from lumina.infer.serve.token_texts import TokenTexts
-
-MESSAGES = 4096  # of one request
 
 
 class TemplateSettings(StrictModel):
@@ -68,12 +67,14 @@ class ChatRequest(CompletionOptions):
         "continue_final_message": "is not supported by this server: it answers, and does not go on with an answer",
     }
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MESSAGES)]
+    longest: ClassVar = {"tools": TOOLS}
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     response_format: ResponseFormat | None = None
-    tools: list[Tool] = Field([], max_length=TOOLS)
+    tools: Annotated[list[Tool], FailFast()] = Field([])
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
@@ -174,9 +175,9 @@ def _call_body(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id or f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
-async def chat_completions(body: ChatRequest, request: Request) -> Response:
+async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
-    service = service_of(request)
+    service, body = service_of(request), await read_body(request, ChatRequest)
     check_model(service, body.model)
     check_tools(body.tools, body.tool_choice)
     conversation, thinking = body.conversation(), body.thinking()

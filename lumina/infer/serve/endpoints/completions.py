@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import Request
 from pydantic import Field, field_validator
@@ -10,17 +10,22 @@ from starlette.responses import Response
 
 from lumina.chat import ContentReader
 from lumina.config import UserError
+from lumina.infer.generation.generate import check_prompt
 from lumina.infer.generation.sampling import forbidden_tokens
 from lumina.infer.serve.completion import Task, check_model, complete
 from lumina.infer.serve.endpoint import Endpoint, service_of
 from lumina.infer.serve.errors import ApiError
-from lumina.infer.serve.requests import CHOICES, CompletionOptions
+from lumina.infer.serve.requests import CHOICES, CompletionOptions, read_body
 from lumina.infer.serve.responses import Choice, ResponseBuilder, finite_logprob
 from lumina.infer.serve.service import Service
+
+IDS = 1 << 20  # of tokens in a prompt
 
 
 class CompletionRequest(CompletionOptions):
     """POST /v1/completions."""
+
+    longest: ClassVar = {"prompt": IDS}
 
     prompt: list[str | list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -71,9 +76,10 @@ class TextResponse(ResponseBuilder):
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
-async def completions(body: CompletionRequest, request: Request) -> Response:
+async def completions(request: Request) -> Response:
     """Go on with texts."""
     service, ids = service_of(request), list[list[int]]()
+    body = await read_body(request, CompletionRequest)
     check_model(service, body.model)
     if not 1 <= len(body.prompt) * body.n <= CHOICES:
         raise ApiError(400, f"1 to {CHOICES} answers can be asked for, prompts times n", param="prompt")
@@ -88,10 +94,13 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 def _only_text(service: Service, ids: list[int]) -> list[int]:
     """Token ids from outside are text: special tokens come from the template only."""
+    check_prompt(len(ids), service.loaded.config.seq_length)  # before each is looked at
     size = service.loaded.config.vocab_size
-    forbidden_V = forbidden_tokens(service.tokenizer, size)
+    text_V = ~forbidden_tokens(service.tokenizer, size)
+    text_V[[token for token in service.tokenizer.stop_ids if token < size]] = False
+    allowed = text_V.tolist()
     for token in ids:
-        if not 0 <= token < size or forbidden_V[token] or token in service.tokenizer.stop_ids:
+        if not 0 <= token < size or not allowed[token]:
             raise UserError(f"{token} is not the id of a token of text")
     return ids
 

@@ -2,6 +2,7 @@
 
 from lumina.infer.serve.requests.messages import ChatMessage, conversation_of
 from lumina.infer.serve.requests.options import CHOICES, CompletionOptions
+from lumina.infer.serve.requests.reading import parse_body, read_body
 from lumina.infer.serve.requests.response_format import ResponseFormat
 from lumina.infer.serve.requests.strict import StrictModel
 from lumina.infer.serve.requests.tools import TOOLS, NamedTool, Tool, check_tools
@@ -17,4 +18,6 @@ __all__ = [
     "Tool",
     "check_tools",
     "conversation_of",
+    "parse_body",
+    "read_body",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import FailFast, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from lumina.chat import Conversation, Message
@@ -33,12 +33,13 @@ class ChatMessage(StrictModel):
         "images": ([],),
         "finish_reason": (ANY,),
     }
+    longest: ClassVar = {"tool_calls": TOOLS}
     refused: ClassVar = {"audio": "is not supported: this model takes text only"}
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | None = None
     name: str | None = None
-    tool_calls: list[CallPart] = Field([], max_length=TOOLS)
+    tool_calls: Annotated[list[CallPart], FailFast()] = Field([])
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None

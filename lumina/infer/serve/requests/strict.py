@@ -6,6 +6,7 @@ field that the schema does not have is refused by name: the answer would not be 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 log = logging.getLogger("lumina")
 
+LONGEST = 4096  # entries of a list; `longest` has those that may have more or fewer
 ANY: Any = object()
 """In a table of fields without effect: whatever the value."""
 _MOST_NAMES, _NAME_LENGTH = 200, 64  # names come from clients: the log takes so many, so long
@@ -24,11 +26,12 @@ _logged: set[str] = set()
 
 class StrictModel(BaseModel):
     """`no_effect`: fields without effect, and the values with which they have none. `refused`: why some other field
-    that clients send cannot be met."""
+    that clients send cannot be met. `longest`: entries of a list, where not LONGEST."""
 
     model_config = ConfigDict(extra="forbid")
     no_effect: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     refused: ClassVar[Mapping[str, str]] = {}
+    longest: ClassVar[Mapping[str, int]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -42,9 +45,21 @@ class StrictModel(BaseModel):
                     _note(name)
             elif name in cls.refused and name not in cls.model_fields:
                 raise PydanticCustomError("refused", "{why}", {"field": name, "why": cls.refused[name]})
+            elif name not in cls.known():
+                why = "is not a field that this server knows"
+                raise PydanticCustomError("refused", "{why}", {"field": name, "why": why})
+            elif isinstance(value, list) and len(value) > (most := cls.longest.get(name, LONGEST)):
+                why = f"has {len(value)} entries, more than {most}"
+                raise PydanticCustomError("refused", "{why}", {"field": name, "why": why})
             else:
                 kept[name] = value
         return kept
+
+    @classmethod
+    @functools.cache
+    def known(cls) -> frozenset[str]:
+        """The fields as clients spell them."""
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
 
 def _harmless(values: tuple[Any, ...], value: Any) -> bool:

@@ -1,0 +1,202 @@
+"""Attacks on the server's connections, before any request is read: (what is sent, what must come back)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import httpx
+import pytest
+
+from lumina.config import UserError
+from lumina.infer import Loaded, load
+from lumina.infer.serve import Limits
+from lumina.infer.serve.connections import limits_for
+from tests.infer.serve.running_server import Running, running, wait_for
+from tests.infer.small_models import write_small_run
+
+KEY = "k"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+LONG = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2000, "temperature": 0, "stream": True}
+DRIP = None  # in place of what is sent: a byte again and again, for as long as the connection is open
+
+# What is sent, then again and again; the status that must come before the server closes (None: it closes in silence).
+SLOW: dict[str, tuple[bytes, bytes | None, int | None]] = {
+    "nothing": (b"", None, None),
+    "half a head": (b"GET /health HTTP/1.1\r\nHost: loc", None, 408),
+    "a head by the byte": (b"GET /health HTTP/1.1\r\nX: ", b"y", 408),
+    "headers without end": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n", 408),
+    "half a head after an answer": (HEALTH + HEALTH[:20], None, 408),
+    "a body by the byte after its refusal": (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n", b" ", 401),
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", None, 400),
+    "a chunk that is none, after its refusal": (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"zz\r\n", 401),
+    "a head of 80 kB": (b"GET /health HTTP/1.1\r\nX: " + b"y" * 80_000, None, 400),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    run = write_small_run(tmp_path_factory.mktemp("runs") / "small", num_layers=1, seq_length=4096)
+    return load(run, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def server(loaded: Loaded) -> Iterator[Running]:
+    """Twenty connections, eight of them from one address."""
+    with running(loaded, key=KEY, slots=1, limits=Limits(20, 8, head=0.5)) as started:
+        yield started
+
+
+def connect(server: Running, source: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=30, source_address=(source, 0))
+
+
+def until_closed(connection: socket.socket, again: bytes | None) -> bytes:
+    """All that comes; `again` is sent before each look."""
+    said = b""
+    if again is not None:
+        connection.settimeout(0.05)
+    with suppress(ConnectionError):
+        for _ in range(600):
+            try:
+                if again is not None:
+                    connection.sendall(again)
+                new = connection.recv(1 << 16)
+            except TimeoutError:
+                if again is None:
+                    raise
+                continue
+            if not new:
+                return said
+            said += new
+        raise AssertionError("it was never closed")
+    return said
+
+
+@pytest.mark.parametrize("attack", SLOW)
+def test_what_waits_for_its_end_is_closed(server: Running, attack: str) -> None:
+    sent, again, status = SLOW[attack]
+    with connect(server) as connection:
+        with suppress(ConnectionError):
+            connection.sendall(sent)
+        said = until_closed(connection, again)
+    if status is None:
+        assert said == b""
+    elif sent.startswith(HEALTH):
+        assert said.count(b"HTTP/1.1 200 ") == 1
+    if status is not None and len(sent) < 1 << 16:  # what was not read resets the connection, the answer with it
+        head, _, body = said.rpartition(b"\r\n\r\n")
+        assert f"HTTP/1.1 {status} ".encode() in head
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+    assert httpx.get(f"{server.address}/health").status_code == 200
+
+
+def test_refusals_of_the_protocol_do_not_fill_the_log(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    upgrade = HEALTH[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    for _ in range(10):
+        for sent in (b"\x00\r\n\r\n", upgrade):
+            with connect(server) as connection:
+                connection.sendall(sent)
+                assert connection.recv(100)
+    assert len(caplog.records) <= 3  # three kinds of complaint
+
+
+def test_many_that_wait_shut_nobody_out(server: Running) -> None:
+    """From one address, and from more of them than there is room for."""
+    for sources in (["127.0.0.1"] * 60, [f"127.0.0.{2 + i % 50}" for i in range(100)]):
+        with ExitStack() as held:
+            for source in sources:
+                held.enter_context(connect(server, source)).sendall(b"GET / HTTP/1.1\r\nHos")
+            assert httpx.get(f"{server.address}/health").status_code == 200
+            assert len(server.connections) <= 20
+
+
+def test_when_all_are_busy_the_refusal_is_the_apis(server: Running) -> None:
+    body = json.dumps(LONG).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    asked = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    with ExitStack() as held:
+        for _ in range(8):
+            held.enter_context(connect(server)).sendall(asked)
+        wait_for(lambda: server.connections.busy == 8)
+        refused = httpx.get(f"{server.address}/health")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
+        with connect(server, "127.0.0.9") as other:  # a client of its own
+            other.sendall(HEALTH)
+            assert other.recv(1000).startswith(b"HTTP/1.1 200 ")
+    wait_for(server.idle)
+    assert httpx.get(f"{server.address}/health").status_code == 200
+
+
+@contextmanager
+def open_files(most: int) -> Iterator[None]:
+    """A soft limit of so many more than are open now."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+FLOOD = """
+import resource, socket, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096) if hard > 0 else 4096, hard))
+port, held = int(sys.argv[1]), []
+for number in range(int(sys.argv[2])):
+    one = socket.create_connection(("127.0.0.1", port), source_address=(f"127.0.{1 + number // 50}.1", 0))
+    one.sendall(b"GET / HTTP/1.1")
+    held.append(one)
+print("flooded", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def flood(port: int, count: int) -> Iterator[None]:
+    """So many connections that send half a head, from another process."""
+    command = [sys.executable, "-I", "-S", "-c", FLOOD, str(port), str(count)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "flooded\n"
+            yield
+        finally:
+            child.kill()
+
+
+def test_connections_stay_below_the_descriptors(loaded: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    with open_files(220), running(loaded, limits=limits_for(60.0)) as server, flood(server.port, 500):
+        assert httpx.get(f"{server.address}/health").status_code == 200
+        assert not caplog.records
+
+
+def test_a_limit_that_leaves_no_room_is_refused() -> None:
+    with open_files(100), pytest.raises(UserError, match="ulimit -n"):
+        limits_for(1.0)
+    with open_files(300):
+        assert 16 <= limits_for(1.0).total <= 300 - 160
+
+
+def test_failures_to_accept_are_told_once(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as held:
+        clients = [held.enter_context(socket.socket()) for _ in range(5)]
+        with open_files(0):
+            for client in clients:
+                client.connect(("127.0.0.1", server.port))
+            wait_for(lambda: "no connection can be accepted" in caplog.text)
+        for client in clients:  # they are accepted later
+            client.settimeout(30)
+            client.sendall(HEALTH)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]

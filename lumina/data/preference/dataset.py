@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.data.account import FIRST_LINES, MOST_FIELDS, AccountError, field_details, field_sums
-from lumina.data.cache.files import content_digests
+from lumina.data.cache.files import Contents
 from lumina.data.converting.columns import Columns, check_columns, described, renamed
 from lumina.data.loading.dataset import Batch, join
 from lumina.data.loading.order import PADDING
@@ -122,7 +122,8 @@ def prepare_pairs(
     files = check_inputs(paths)
     tokenizer.check_trainable()
     root = make_root(config, files)
-    inputs = [content_digests(files, root / "sources.json"), config.seq_length]
+    contents = Contents(files, root / "sources.json")
+    inputs = [contents.digests, config.seq_length]
     current = tokenizer.fingerprint, tokenizer.template_version
     mapped = [dict(config.columns)] if config.columns else []
     for version in (*(EARLIER_FORMATS if earlier else ()), FORMAT_VERSION):
@@ -138,6 +139,7 @@ def prepare_pairs(
             try:
                 with atomic_folder(final, replace=True) as scratch:  # one that is there already is damaged
                     _build(files, scratch, fingerprint, config, tokenizer)
+                    contents.check_all()
             except OSError as error:
                 raise UserError(f"cannot make the cache {final}: {error.strerror or error}") from error
             found = _open(final, fingerprint)

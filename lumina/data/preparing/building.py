@@ -15,6 +15,7 @@ from lumina.chat import ChatTokenizer
 from lumina.config import UserError
 from lumina.data.account import Account
 from lumina.data.cache import arrow
+from lumina.data.cache.files import Contents
 from lumina.data.cache.shards import open_batches, write_plan
 from lumina.data.converting.columns import described
 from lumina.data.preparing.mixing import LEFT_OUT, repeats, shares
@@ -47,6 +48,7 @@ class PrepareSettings(Protocol):
 
 def build(
     tasks: Sequence[Task],
+    contents: Contents,
     config: PrepareSettings,
     tokenizer: ChatTokenizer,
     fingerprint: str,
@@ -57,8 +59,10 @@ def build(
 ) -> None:
     """Runs the tasks that are not done yet, packs, and gives the folder its name.
 
+    `contents`: of the files, which `fingerprint` stands for. Nothing is kept of a file that is not what it was.
+
     Raises:
-        UserError: an input cannot be read, or nothing is left to train on.
+        UserError: an input cannot be read, was changed while it was, or nothing is left to train on.
     """
     partial = final.with_name(f"{final.name}.partial")
     files = list(dict.fromkeys(task.path for task in tasks))
@@ -69,6 +73,7 @@ def build(
     def done(number: int, report: dict[str, Any]) -> None:
         nonlocal bytes_done
         task = tasks[number]
+        contents.check(task.path)
         write_json(_report_path(Path(task.out)), {**report, "range": [task.start, task.stop]})
         reports[number] = report
         bytes_done += task.stop - task.start

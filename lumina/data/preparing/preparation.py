@@ -25,7 +25,7 @@ import orjson
 
 from lumina.chat import ChatTokenizer
 from lumina.config import UserError
-from lumina.data.cache.files import cache_root, content_digests
+from lumina.data.cache.files import Contents, cache_root
 from lumina.data.converting.columns import Columns, by_file, check_columns
 from lumina.data.formats import added_versions, tests_by_precedence
 from lumina.data.loading.dataset import PackedDataset
@@ -81,7 +81,12 @@ def prepare(
         raise UserError(f"seq_length is {config.seq_length}; conversations need at least {MIN_SEQ_LENGTH} tokens")
     root = make_root(config, files)
     mapped = by_file(map(str, files), columns or {}, config.columns)
-    final, fingerprint = _place(files, root, config, tokenizer, selection, weights or {}, formats or {}, mapped)
+    contents = Contents(files, root / "sources.json")
+    if selection is not None and selection.contents is not None:
+        selection.contents.check_all()
+    final, fingerprint = _place(
+        files, contents, root, config, tokenizer, selection, weights or {}, formats or {}, mapped
+    )
     found = open_cached(final, fingerprint)
     if found is not None:
         return found
@@ -96,7 +101,7 @@ def prepare(
                     tasks = plan_tasks(files, "chunks", partial, config, formats, columns)
                 else:
                     tasks = selection.tasks(files, partial, config)
-                build(tasks, config, tokenizer, fingerprint, final, count, progress, weights)
+                build(tasks, contents, config, tokenizer, fingerprint, final, count, progress, weights)
             except OSError as error:
                 raise UserError(f"cannot make the cache {final}: {error.strerror or error}") from error
             found = open_cached(final, fingerprint)
@@ -120,13 +125,15 @@ def find_earlier(
     files = check_inputs(paths)
     root = make_root(config, files)
     mapped = by_file(map(str, files), columns or {}, config.columns)
+    contents = Contents(files, root / "sources.json")
     return open_cached(
-        *_place(files, root, config, tokenizer, selection, weights or {}, formats or {}, mapped, version)
+        *_place(files, contents, root, config, tokenizer, selection, weights or {}, formats or {}, mapped, version)
     )
 
 
 def _place(
     files: Sequence[Path],
+    contents: Contents,
     root: Path,
     config: PrepareSettings,
     tokenizer: ChatTokenizer,
@@ -139,9 +146,8 @@ def _place(
     """The folder of a cache, and its fingerprint."""
     by_weight = [weights.get(str(path), 1.0) for path in files]
     fixed = [formats.get(str(path), "") for path in files]
-    digests = content_digests(files, root / "sources.json")
     moved = [dict(columns.get(str(path), {})) for path in files]
-    fingerprint = fingerprint_of(digests, config, tokenizer, selection, by_weight, fixed, moved, version)
+    fingerprint = fingerprint_of(contents.digests, config, tokenizer, selection, by_weight, fixed, moved, version)
     return root / fingerprint[:32], fingerprint
 
 
@@ -220,6 +226,7 @@ class Selection:
     formats: Mapping[str, str]
     columns: Mapping[str, Columns]
     earlier: Mapping[int, str] = field(default_factory=dict)  # the decisions' fingerprint in each of EARLIER_FORMATS
+    contents: Contents | None = None  # of `files`, on which the decisions were taken
 
     def tasks(self, own: Sequence[Path], folder: Path, config: PrepareSettings) -> list[Task]:
         """The tasks of the files `own`, each with its decisions: those of planning all files together."""

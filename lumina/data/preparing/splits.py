@@ -13,7 +13,7 @@ import orjson
 from lumina.chat import ChatTokenizer, Conversation
 from lumina.config import UserError, install_command
 from lumina.data.account import Account
-from lumina.data.cache.files import content_digests
+from lumina.data.cache.files import Contents
 from lumina.data.converting.columns import Columns, by_file
 from lumina.data.formats import added_versions
 from lumina.data.loading.dataset import PackedDataset
@@ -112,12 +112,12 @@ def prepare_splits(
         raise UserError("near-duplicates need the package rensa", f"{install_command('dedup')}, or use --dedup exact.")
     unused = frozenset(path for path, weight in weights.items() if weight == 0)
     files = _Files(check_inputs(train_paths), check_inputs(config.eval_data) if config.eval_data else [], unused)
-    folder, fingerprint = _decisions_on(files, formats, columns, config, tokenizer, progress)
+    folder, fingerprint, contents = _decisions_on(files, formats, columns, config, tokenizer, progress)
     evaluation: PackedDataset | None = None
     if files.eval or config.eval_fraction:
-        chosen = Selection(files.all, folder, fingerprint, EVAL, formats, columns)
+        chosen = Selection(files.all, folder, fingerprint, EVAL, formats, columns, contents=contents)
         evaluation = prepare(files.eval or files.train, config, tokenizer, selection=chosen, **how)
-    chosen = Selection(files.all, folder, fingerprint, TRAIN, formats, columns)
+    chosen = Selection(files.all, folder, fingerprint, TRAIN, formats, columns, contents=contents)
     train = prepare(files.train, config, tokenizer, selection=chosen, weights=weights, **how)
     if (folder / HELD_OUT).exists():
         train.account["notes"].append(orjson.loads((folder / HELD_OUT).read_bytes())["note"])
@@ -154,7 +154,8 @@ def _earlier_splits(
         return train, held_out
     files = _Files(check_inputs(train_paths), check_inputs(config.eval_data) if config.eval_data else [])
     root = make_root(config, files.all)
-    earlier = {version: _fingerprint(files, root, formats, columns, config, EARLIER_DECISIONS[version])}
+    contents = Contents(files.all, root / "sources.json")
+    earlier = {version: _fingerprint(files, contents, formats, columns, config, EARLIER_DECISIONS[version])}
     sides = {split: Selection(files.all, root, "", split, formats, columns, earlier) for split in (TRAIN, EVAL)}
     train = find(files.train, selection=sides[TRAIN], weights=weights, formats=formats)
     if train is None or train.fingerprint != resumed:
@@ -189,15 +190,14 @@ def _sources(
 
 def _fingerprint(
     files: _Files,
-    root: Path,
+    contents: Contents,
     formats: Mapping[str, str],
     columns: Mapping[str, Columns],
     config: SplitSettings,
     version: int,
 ) -> str:
     """SHA-256 over what decisions on all conversations of these files depend on."""
-    digests = content_digests(files.all, root / "sources.json")
-    settings: list[Any] = [version, len(files.train), config.eval_fraction, config.dedup, digests]
+    settings: list[Any] = [version, len(files.train), config.eval_fraction, config.dedup, contents.digests]
     settings += [dict(formats)] if formats else []
     mapped = by_file(map(str, files.all), columns, config.columns)
     settings += [["columns", *(dict(mapped.get(str(path), {})) for path in files.all)]] if mapped else []
@@ -213,16 +213,19 @@ def _decisions_on(
     config: SplitSettings,
     tokenizer: ChatTokenizer,
     progress: OnProgress | None,
-) -> tuple[Path, str]:
-    """The folder of decisions on all conversations, made if it is not there, and its fingerprint."""
+) -> tuple[Path, str, Contents]:
+    """The folder of decisions on all conversations, made if it is not there, its fingerprint, and the contents of the
+    files that they were taken on."""
     root = make_root(config, files.all)
-    fingerprint = _fingerprint(files, root, formats, columns, config, DECISIONS_VERSION)
+    contents = Contents(files.all, root / "sources.json")
+    fingerprint = _fingerprint(files, contents, formats, columns, config, DECISIONS_VERSION)
     final = root / f"curation-{fingerprint[:32]}"
     with cache_lock(root / f"{final.name}.lock", final, 3600.0):
         if not final.exists():
             with atomic_folder(final) as scratch:
                 _write_decisions(files, formats, columns, config, tokenizer, scratch, progress)
-    return final, fingerprint
+                contents.check_all()
+    return final, fingerprint, contents
 
 
 def _write_decisions(

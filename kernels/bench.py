@@ -90,7 +90,7 @@ def print_table(table: Table, columns: Sequence[str], *, header: bool = True) ->
 def write_csv(path: Path, table: Table, note: dict[str, str]) -> None:
     """The table, after `# key: value` lines that tell how it was made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in note.items())
         writer = csv.DictWriter(file, fieldnames=list(table[0]))
         writer.writeheader()

@@ -181,7 +181,7 @@ def pick(
         known: dict[str, Any] = {}
         if path.exists():
             try:
-                known = json.loads(path.read_text())
+                known = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 known = {}  # a torn file costs one new measurement, not the run
         if key in known:
@@ -191,7 +191,7 @@ def pick(
             known[key] = asdict(_tuned[key])
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = path.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps(known, indent=1, sort_keys=True))
+            scratch.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
             scratch.replace(path)
     return _tuned[key]
 

@@ -104,7 +104,7 @@ def run(shapes: Sequence[Shape], dtype: torch.dtype, repeats: int, path: Path | 
             table.append(row)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             file.writelines(f"# {key}: {value}\n" for key, value in note.items())
             writer = csv.DictWriter(file, fieldnames=COLUMNS)
             writer.writeheader()

@@ -127,7 +127,7 @@ def torch_of(python: Path) -> tuple[str, str] | None:
 
 def wheel_of_pip(python: Path) -> tuple[str, list[str]]:
     """Version and requirements of the wheel that pip takes for the tested torch; its metadata alone is fetched."""
-    pinned = re.search(r"^torch==\S+", (ROOT / "constraints-cuda.txt").read_text(), re.MULTILINE)
+    pinned = re.search(r"^torch==\S+", (ROOT / "constraints-cuda.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned, "constraints-cuda.txt pins no torch"
     ask = [
         str(python),
@@ -160,7 +160,7 @@ def make_venv(venv: Path, setup: str) -> None:
     if own is not None and shared and torch_of(venv / "bin/python") is None:
         # This Python is in an environment itself, whose packages are not the system's.
         place = next((venv / "lib").glob("python*/site-packages"))
-        (place / "outer.pth").write_text(own[1] + "\n")
+        (place / "outer.pth").write_text(own[1] + "\n", encoding="utf-8")
 
 
 def _give_pip(venv: Path) -> None:
@@ -189,7 +189,7 @@ def remove_former(python: Path) -> None:
 
 def main(venv: Path, extras: str, *options: str) -> int:
     """Decide, say what was decided, and let pip install; returns pip's exit status."""
-    setup = (ROOT / "setup.py").read_text()
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     make_venv(venv, setup)
     python = (venv / "bin/python").absolute()
     kept = torch_of(python)
@@ -201,7 +201,7 @@ def main(venv: Path, extras: str, *options: str) -> int:
         return 2
     print(f"install: {choice.reason}", flush=True)
     chosen = venv / "constraints.txt"
-    chosen.write_text("".join(f"{line}\n" for line in choice.constraints))
+    chosen.write_text("".join(f"{line}\n" for line in choice.constraints), encoding="utf-8")
     install = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "-c", str(chosen)]
     return subprocess.run([*install, "-e", f"{ROOT}[{extras}]", *options], env=_environment()).returncode
 

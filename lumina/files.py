@@ -1,11 +1,15 @@
-"""Atomic writes: files and folders that appear under their name whole or not at all. And the hash of a file.
+"""Text and JSON files: read within bounds as UTF-8, written atomically. And the hash of a file.
 
 Everything that the project keeps is written under another name first, flushed, and then renamed: a kill, a full disk or
-a power cut leaves the old contents or the new ones. This imports nothing of the package, so that every room can use it.
+a power cut leaves the old contents or the new ones. What is read may have been written by anybody: a pipe in a file's
+place, a size without end, other bytes than UTF-8 and JSON nested without end are errors that name the file, and an
+encoding never comes from the locale. This imports nothing of the package, so that every room can use it.
 """
 
 from __future__ import annotations
 
+import codecs
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +22,12 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 20
+LARGEST = 200 * 10**6
+"""Bytes that a text or JSON file may have: the tokenizer.json of the largest vocabularies has a tenth of it."""
+
+
+class FormatError(ValueError):
+    """A file whose contents are not what its name promises. The message begins with its path."""
 
 
 def fsync(path: Path) -> None:
@@ -68,6 +78,95 @@ def _copy_mode(source: Path, target: Path) -> None:
             target.chmod(mode)
 
 
+def read_bytes(path: str | os.PathLike[str], most: int = LARGEST) -> bytes:
+    """A regular file's contents. OSError, with the path and the reason, for anything else: a pipe or a device, which
+    could make a reader wait for ever, more than `most` bytes, and a path that no file can have."""
+    path = Path(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return found
+
+
+def read_text(path: str | os.PathLike[str], most: int = LARGEST) -> str:
+    """A UTF-8 file's text, without a byte order mark, whatever the locale. OSError as of `read_bytes`, and for other
+    bytes than UTF-8."""
+    found = read_bytes(path, most).removeprefix(codecs.BOM_UTF8)
+    try:
+        return found.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{found[error.start]:02x} at offset {error.start:,}"
+        raise OSError(errno.EILSEQ, f"it is not UTF-8 text: {byte}", str(path)) from None
+
+
+def parse_json(text: str, where: str | os.PathLike[str], *, finite: bool = False, **options: Any) -> Any:
+    """JSON of `where`. FormatError for what is none, is nested too deeply or has an integer of thousands of digits, and
+    with `finite` for NaN, Infinity and 1e999. `options`: further ones of json.loads."""
+    where = os.fspath(where)
+
+    def constant(name: str) -> float:
+        if finite:
+            raise FormatError(f"{where} is not valid JSON: {name} is no number")
+        return float(name)
+
+    def number(digits: str) -> float:
+        found = float(digits)
+        return found if abs(found) < float("inf") else constant(digits)
+
+    try:
+        return json.loads(text, **{"parse_constant": constant, "parse_float": number, **options})
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}"
+        raise FormatError(f"{where}, {at}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise FormatError(f"{where} is not valid JSON: it is nested too deeply") from None
+    except FormatError:
+        raise
+    except ValueError:  # int's limit of digits
+        raise FormatError(f"{where} is not valid JSON: a number has thousands of digits") from None
+
+
+def read_json(path: str | os.PathLike[str], *, most: int = LARGEST, finite: bool = False, **options: Any) -> Any:
+    """A JSON file's value. OSError as of `read_text`, FormatError as of `parse_json`."""
+    return parse_json(read_text(path, most), path, finite=finite, **options)
+
+
+def read_object(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """`read_json` of a file that holds an object; FormatError for another value."""
+    found = read_json(path, **options)
+    if not isinstance(found, dict):
+        raise FormatError(f"{os.fspath(path)} is not a JSON object")
+    return found
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of the file `name` of a folder that came from elsewhere. OSError where a symbolic link leads out of the
+    folder: its contents could be any file of this user's. The hub's cache is a model's folder too: its snapshots/REV
+    links to the blobs beside it."""
+    path = folder / name
+    target, home = path.resolve(), folder.resolve()
+    homes = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(target.is_relative_to(one) for one in homes):
+        raise OSError(errno.ELOOP, f"it leads out of its folder, to {target}", str(path))
+    return path
+
+
+def _name(error: BaseException, scratch: Path, path: Path) -> None:
+    """Give an OSError the name that the user knows: that of a full disk has none, others the scratch file's."""
+    if isinstance(error, OSError) and (error.filename is None or str(scratch) in str(error.filename)):
+        error.filename, error.filename2 = str(path), None
+
+
 @contextmanager
 def atomic_file(path: Path, durable: bool = True, follow: bool = False) -> Iterator[Path]:
     """A name to write `path`'s new contents under, of this process alone; at the end it becomes `path`, unless the
@@ -89,8 +188,10 @@ def atomic_file(path: Path, durable: bool = True, follow: bool = False) -> Itera
         else:
             _open_to_all(scratch)
         os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        _name(error, scratch, path)
         raise
 
 
@@ -101,8 +202,8 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     it must be empty, or OSError is raised."""
     scratch = _beside(path)
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
+        scratch.mkdir(parents=True)
         yield scratch
         for folder, _, names in os.walk(scratch):
             for name in names:
@@ -112,6 +213,9 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         if replace:
             shutil.rmtree(path, ignore_errors=True)
         os.replace(scratch, path)
+    except OSError as error:
+        _name(error, scratch, path)
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -8,6 +8,7 @@ inside a function, and so does `import_module` of a literal name.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -147,14 +148,44 @@ class Tree:
         many = {folder: count for folder, count in folders.items() if count > MOST_FILES and folder not in LARGE}
         return found + [f"{folder}: {count} files, at most {MOST_FILES}" for folder, count in many.items()]
 
+    def locale_text(self) -> list[str]:
+        """Text files that are read or written in the locale's encoding: no `encoding=` is given."""
+        found = []
+        for module, tree in self._trees.items():
+            for node in ast.walk(tree):
+                named = isinstance(node, ast.Call) and any(keyword.arg == "encoding" for keyword in node.keywords)
+                if isinstance(node, ast.Call) and _is_text_file(node) and not named:
+                    found.append(f"{self._names[module]}:{node.lineno}: a text file without encoding=")
+        return found
+
     def findings(self) -> list[str]:
-        return [*self.upward(), *self.past_doors(), *self.circles(), *self.too_large()]
+        return [*self.upward(), *self.past_doors(), *self.circles(), *self.too_large(), *self.locale_text()]
 
 
 def room_of(module: str) -> str:
     """lumina.data.loading.order -> lumina.data; launchers.train -> launchers."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "lumina" else parts[0]
+
+
+def _is_text_file(call: ast.Call) -> bool:
+    """Path.read_text and write_text, and open in a mode without b; lumina.files' functions are called by their names,
+    or as `files.NAME`."""
+    if isinstance(call.func, ast.Attribute):
+        name, owner = call.func.attr, getattr(call.func.value, "id", "")
+    else:
+        name, owner = getattr(call.func, "id", ""), None
+    if name in ("read_text", "write_text"):
+        return owner not in (None, "files")
+    if name not in ("open", "fdopen"):
+        return False
+    given = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    modes = [
+        str(one.value) for one in given if isinstance(one, ast.Constant) and re.fullmatch("[rwaxbt+]+", str(one.value))
+    ]
+    if modes:
+        return "b" not in modes[-1]
+    return (owner is None and bool(call.args)) or (name == "open" and not call.args)
 
 
 @cache

@@ -39,6 +39,10 @@ def test_no_folder_and_no_file_is_too_large(tree: Tree) -> None:
     assert tree.too_large() == []
 
 
+def test_no_text_file_is_in_the_locales_encoding(tree: Tree) -> None:
+    assert tree.locale_text() == []
+
+
 @pytest.mark.parametrize(
     ("file", "line", "finding"),
     [
@@ -92,6 +96,19 @@ def test_what_is_planted_is_found(tmp_path: Path, tree: Tree, file: str, line: s
 def test_a_crowded_folder_is_found(tree: Tree) -> None:
     crowd = {f"lumina/chat/number_{i}.py": "" for i in range(17)}
     assert any(one.startswith("lumina/chat: ") for one in Tree({**tree.sources, **crowd}).too_large())
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["p.read_text()", "p.write_text('')", "p.open()", "p.open('a')", "open(p)", "open(p, 'w')", "os.fdopen(1, 'w')"],
+)
+def test_a_text_file_in_the_locales_encoding_is_found(call: str) -> None:
+    named = f"{call[:-1]}{', ' if call[-2] != '(' else ''}encoding='utf-8')"
+    kept = ["open(p, 'rb')", "gzip.open(p)", "read_text(p)", "files.read_text(p)", "webbrowser.open(url)", named]
+    source = "".join(f"{line}\n" for line in [*kept, call])
+    assert [one.partition(" ")[0] for one in Tree({"lumina/data/a.py": source}).locale_text()] == [
+        "lumina/data/a.py:7:"
+    ]
 
 
 def test_no_test_file_imports_another() -> None:

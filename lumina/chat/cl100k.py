@@ -124,7 +124,7 @@ def find_ranks(paths: Sequence[Path] | None = None) -> tuple[Path, bytes]:
 def _resident_bytes() -> int:
     """This process's resident memory; 0 where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
 

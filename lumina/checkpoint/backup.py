@@ -6,22 +6,19 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from lumina.checkpoint.integrity import integrity_error
 from lumina.checkpoint.retention import discard
-from lumina.config import UserError
-from lumina.files import fsync
+from lumina.config import UserError, parse_yaml
+from lumina.files import fsync, read_text
 
 
 def backup_folder(run: Path) -> Path | None:
     """Where the run's configuration says that its backups go."""
     try:
-        settings: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
+        settings = parse_yaml(read_text(run / "config.yaml"), "config.yaml")[0]
         return Path(str(settings["backup_dir"])) / str(settings["experiment_name"]) if settings["backup_dir"] else None
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, UserError, KeyError):
         return None
 
 

@@ -7,11 +7,15 @@ only then named. A kill at any moment leaves either the folder without its name,
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from lumina.files import FormatError, read_object
 
 FORMAT = 1
 MANIFEST, TRAINER, BEST = "manifest.json", "trainer.json", "best.json"
@@ -61,7 +65,20 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_trainer_state(checkpoint: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """The record of trainer.json, and all that the file holds (optimizer_step and loss_scale too)."""
-    trainer = json.loads((checkpoint / TRAINER).read_text())
+    """The record of trainer.json, and all that the file holds (optimizer_step and loss_scale too). OSError and
+    FormatError as of lumina.files.read_json, and FormatError for a value of another kind than the field's."""
+    trainer = read_object(checkpoint / TRAINER)
     known = {name: trainer[name] for name in TrainerState.__dataclass_fields__ if name in trainer}
-    return TrainerState(**known), trainer
+    try:
+        return _checked().validate_python(known), trainer
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FormatError(
+            f"{checkpoint / TRAINER}: `{where}` is {str(first['input'])[:100]!r}: {first['msg']}"
+        ) from None
+
+
+@cache
+def _checked() -> TypeAdapter[TrainerState]:
+    return TypeAdapter(TrainerState)

@@ -6,15 +6,23 @@ A damaged checkpoint is skipped with a warning and the one before it is taken.
 
 from __future__ import annotations
 
-import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lumina.checkpoint.format import FORMAT, MANIFEST, NAME, TRAINER, list_checkpoints, rank_name, step_of
+from lumina.checkpoint.format import (
+    FORMAT,
+    MANIFEST,
+    NAME,
+    TRAINER,
+    list_checkpoints,
+    rank_name,
+    read_trainer_state,
+    step_of,
+)
 from lumina.config import UserError, usable_cpus
-from lumina.files import file_sha256
+from lumina.files import file_sha256, read_object
 
 log = logging.getLogger("lumina")
 
@@ -32,7 +40,7 @@ def read_manifest(checkpoint: Path) -> list[tuple[str, int, str]]:
     """(name, size in bytes, SHA-256) of every file that belongs to a checkpoint: no other one is ever opened. Raises
     ManifestError."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(checkpoint / MANIFEST)
         files = [(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]]
         found = manifest.get("format")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -82,6 +90,10 @@ def integrity_error(checkpoint: Path) -> str | None:
             if found != sha256:
                 pool.shutdown(wait=False, cancel_futures=True)
                 return f"{name} does not match its hash"
+    try:
+        read_trainer_state(checkpoint)
+    except (OSError, ValueError) as error:  # written so, by somebody else
+        return f"{TRAINER} cannot be read ({error})"
     return None
 
 

@@ -14,7 +14,6 @@ told to with --resume.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -28,7 +27,7 @@ from typing import Any
 import psutil
 
 from lumina.config import UserError
-from lumina.files import write_json
+from lumina.files import read_json, write_json
 
 log = logging.getLogger("lumina")
 
@@ -206,7 +205,7 @@ def _described(owner: dict[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -11,7 +11,6 @@ removed is not relied on: a folder may be another account's, and NFS shows remov
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from lumina.config import UserError
-from lumina.files import write_json
+from lumina.files import read_json, write_json
 
 _FOLDER = "requests"
 _FORGOTTEN = 24 * 3600.0  # seconds after which a reply that nobody fetched is removed
@@ -70,7 +69,7 @@ def request_save(run: Path, timeout: float) -> SaveReply:
 def _read_reply(path: Path) -> SaveReply | None:
     """The reply, once it is there."""
     try:
-        reply: Any = json.loads(path.read_text(encoding="utf-8"))
+        reply: Any = read_json(path)
         return SaveReply(step=int(reply["step"]), path=str(reply["path"]), error=str(reply["error"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

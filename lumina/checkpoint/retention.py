@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from lumina.checkpoint.format import BEST, list_checkpoints, step_of
-from lumina.files import write_json
+from lumina.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,6 @@ def record_best(folder: Path, step: int, loss: float) -> None:
 def best_step(folder: Path) -> int | None:
     """The step that best.json names, None where there is none or it cannot be read."""
     try:
-        return int(json.loads((folder / BEST).read_text())["step"])
+        return int(read_json(folder / BEST)["step"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -27,7 +27,7 @@ from lumina.checkpoint.format import FORMAT, MANIFEST, TRAINER, name_of, rank_na
 from lumina.checkpoint.integrity import manifest_entry
 from lumina.checkpoint.retention import set_aside
 from lumina.checkpoint.snapshot import Snapshot
-from lumina.files import file_sha256, fsync, write_json
+from lumina.files import file_sha256, fsync, read_json, write_json
 
 _BLOCK = 16 * 2**20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int64: "I64"}
@@ -170,7 +170,7 @@ def _wait_for(partial: Path, rank: int, deadline: float) -> dict[str, Any]:
     pause = 0.002
     while True:
         try:
-            found: dict[str, Any] = json.loads(_entry_path(partial, rank).read_text())
+            found: dict[str, Any] = read_json(_entry_path(partial, rank))
             return found
         except FileNotFoundError:
             pass

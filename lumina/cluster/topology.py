@@ -111,7 +111,7 @@ def parse_cpulist(text: str) -> list[int]:
 
 def _text(path: Path, default: str = "") -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     except OSError:
         return default
 

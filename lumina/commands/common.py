@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -146,8 +147,11 @@ def _config_of_resumed_run(flags: dict[str, Any]) -> Path | None:
     return run_config(resume)
 
 
-def exit_code_of(run: Callable[[], int]) -> int:
-    """Runs a command. Returns its exit code: 2 for a user's mistake, which is told; 130 when it was interrupted."""
+def exit_code_of(run: Callable[[], int], disks: bool = True) -> int:
+    """Runs a command. Returns its exit code: 2 for a user's mistake, which is told; 130 when it was interrupted.
+
+    A user's mistake is also what a file or a disk did (law 7): LUMINA_DEBUG=1 shows where. disks: False where an
+    OSError may pass by itself and a restart helps, as in the middle of training."""
     try:
         return run()
     except KeyboardInterrupt:
@@ -157,8 +161,13 @@ def exit_code_of(run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from lumina.config import UserError
+        from lumina.config import UserError, user_error
+        from lumina.files import FormatError
 
+        if disks and isinstance(error, OSError | FormatError | UnicodeError):
+            if os.environ.get("LUMINA_DEBUG") == "1":
+                traceback.print_exc()
+            error = user_error(error)
         if not isinstance(error, UserError):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lumina.commands.checks import trained_model
 from lumina.commands.common import Arguments, Command, Parser, between, json_option, print_json
+from lumina.files import read_json
 
 if TYPE_CHECKING:
     from lumina.chat import AnswerDelta
@@ -228,7 +229,7 @@ def import_(arguments: Arguments) -> int:
     checkpoint = find_checkpoint(folder)
     config, own = read_config(checkpoint), tokenizer_folder(checkpoint) is None
     if arguments.json:
-        notes = json.loads((folder / IMPORT_RECORD).read_text(encoding="utf-8"))["notes"]
+        notes = read_json(folder / IMPORT_RECORD)["notes"]
         facts = {"folder": str(folder), "parameters": config.num_parameters(), "lumina_tokenizer": own, "notes": notes}
         print_json(facts)
     else:

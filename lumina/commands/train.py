@@ -31,7 +31,7 @@ def train(arguments: Arguments) -> int:
 
     ends_here = arguments.own_process or int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        code = exit_code_of(lambda: train_rank(config))
+        code = exit_code_of(lambda: train_rank(config), disks=False)
     except Exception:
         if not ends_here:
             raise

@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
-    from lumina.config.errors import UserError, did_you_mean
+    from lumina.config.errors import UserError, did_you_mean, user_error
     from lumina.config.installing import DISTRIBUTION, FORMER_DISTRIBUTION, install_command
-    from lumina.config.loading import DEFAULT_PRESET, PRESETS, load, parse_settings, preset_names, run_config
+    from lumina.config.loading import (
+        DEFAULT_PRESET,
+        PRESETS,
+        load,
+        parse_settings,
+        parse_yaml,
+        preset_names,
+        run_config,
+    )
     from lumina.config.reference import commented_yaml, settings_reference
     from lumina.config.registry import (
         FAMILIES,
@@ -105,11 +113,13 @@ _HOMES = {
     "open_nvml": "visible",
     "output_chunk_bytes": "rows",
     "parse_settings": "loading",
+    "parse_yaml": "loading",
     "preset_names": "loading",
     "round_up": "rows",
     "run_config": "loading",
     "take_device": "visible",
     "upgrade": "renamed",
+    "user_error": "errors",
     "usable_cpus": "visible",
     "visible_gpus": "visible",
     "visible_names": "visible",
@@ -163,6 +173,7 @@ __all__ = [
     "open_nvml",
     "output_chunk_bytes",
     "parse_settings",
+    "parse_yaml",
     "precision",
     "preset_names",
     "private_names",
@@ -174,6 +185,7 @@ __all__ = [
     "take_device",
     "upgrade",
     "usable_cpus",
+    "user_error",
     "versions",
     "visible_gpus",
     "visible_names",

@@ -1,9 +1,24 @@
-"""The one exception for a user's mistake, and the hint that goes with a misspelt name."""
+"""The one exception for a user's mistake, what a file system's errors are told as, and the hint that goes with a
+misspelt name."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+
+from lumina.files import FormatError
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space, or choose another place (df -h and df -i show what is left).",
+    errno.EDQUOT: "Free some space, or choose another place: this user's share of the disk is used up.",
+    errno.EACCES: "Change its permissions, or choose another place.",
+    errno.EPERM: "Change its permissions, or choose another place.",
+    errno.EROFS: "Its file system is mounted read-only: choose another place.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 65536.",
+}
 
 
 class UserError(Exception):
@@ -23,3 +38,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint such as `` Did you mean `hidden_size`?`` (leading space), or the empty string when nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean `{near[0]}`?" if near else ""
+
+
+def user_error(error: OSError | FormatError | UnicodeError) -> UserError:
+    """What a file system, or a file's contents, did, as one message: the path, the reason, and what helps. Rooms say
+    more where they know more; this is for what comes through them, and the command line's outermost layer tells it."""
+    if not isinstance(error, OSError):
+        return UserError(str(error))
+    paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
+    reason = error.strerror or str(error) or type(error).__name__
+    remedy = _REMEDIES.get(error.errno) if error.errno is not None else None
+    return UserError(f"{' -> '.join(paths)}: {reason}" if paths else reason, remedy)

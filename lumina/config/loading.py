@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from pydantic import ValidationError
 from lumina.config.errors import UserError, did_you_mean
 from lumina.config.renamed import new_name, upgrade
 from lumina.config.schema import FIRST_TEMPLATE, MIN_VOCAB, Config, ModelConfig
+from lumina.files import read_text
 
 DEFAULT_PRESET = "medium"
+MOST_VALUES = 100_000
+MOST_YAML = 1 << 20  # bytes; the largest configuration has a hundredth of it
 PRESETS = ("nano", "debug", "small", "medium", "1b", "large", "3b", "8b")
 
 # Names people type for a key that is called something else: the command line's flags and other trainers' names.
@@ -145,9 +149,9 @@ def _base(preset_or_yaml: str, resuming: bool) -> tuple[dict[str, Any], dict[str
             )
         raise UserError(f"no such configuration file: {preset_or_yaml}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        text = read_text(path, MOST_YAML)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     values, lines = parse_settings(text, str(path))
     preset = values.pop("preset", DEFAULT_PRESET)
     if preset not in PRESETS:
@@ -209,9 +213,9 @@ def inherited(given: str, context_length: int) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values, _ = parse_settings(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        values, _ = parse_settings(read_text(path, MOST_YAML), str(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     _find_tokenizer(values, path.parent)
     _name_template(values)
     kept = (*ModelConfig.model_fields, "tokenizer", "chat_template")
@@ -235,10 +239,7 @@ def parse_settings(text: str, where: str) -> tuple[dict[str, Any], dict[str, int
 def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     """A flat YAML mapping and the 1-based line of each key. Raises UserError on bad YAML, nesting of the document in
     anything but a mapping, and a key given twice (YAML would silently keep the last)."""
-    loader = None
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
+    with _composed(text, where) as (loader, node):
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
@@ -253,15 +254,48 @@ def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
             lines[key] = line
             values[key] = loader.construct_object(value_node, deep=True)
         return values, lines
+
+
+@contextmanager
+def _composed(text: str, where: str) -> Iterator[tuple[_Loader, yaml.Node | None]]:
+    """A loader and the one document of a YAML text, None where it is empty; within the block too, what is not valid
+    YAML is a UserError."""
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _refuse_bomb(node, where)
+        yield loader, node
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark is not None else ""
         raise UserError(f"{where}{at}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     except RecursionError:
         raise UserError(f"{where}: not valid YAML: it is nested too deeply") from None
+    except (ValueError, TypeError) as error:  # PyYAML's own: the 32nd of a month, a number of thousands of digits
+        raise UserError(f"{where}: not valid YAML: {error}") from None
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _refuse_bomb(root: yaml.Node, where: str) -> None:
+    """UserError for more than MOST_VALUES values, each counted as often as aliases repeat it: a few lines of aliases of
+    aliases stand for billions, which merging, comparing or printing them would go through."""
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node) -> float:
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = float("inf")  # for an alias of what it stands in
+            inner = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        return sizes[id(node)]
+
+    if size(root) > MOST_VALUES:
+        raise UserError(f"{where} holds more than {MOST_VALUES:,} values, with what its aliases (*name) repeat")
 
 
 def _check_key(name: str, where: str) -> None:
@@ -279,10 +313,8 @@ def _parse_set(pair: str) -> dict[str, Any]:
     if not equals:
         raise UserError(f"--set {pair}: expected key=value, such as --set learning_rate=3e-4")
     _check_key(new_name(name), f"--set {pair}")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {pair}: the value is not valid YAML") from None
+    with _composed(text, f"--set {pair}") as (loader, node):
+        value = None if node is None else loader.construct_document(node)
     return upgrade({name: value}, f"--set {pair}")
 
 

@@ -77,7 +77,7 @@ class Registry:
     def summary(self, name: str) -> str:
         """The first line of the thing's file, for help texts and documents; of another package, its name."""
         if name in self.own():
-            return (ast.get_docstring(ast.parse(self.own()[name].read_text())) or "").partition("\n")[0]
+            return (ast.get_docstring(ast.parse(self.own()[name].read_text(encoding="utf-8"))) or "").partition("\n")[0]
         return f"of {_package(self.added()[name])}"
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from lumina.chat import ChatTokenizer, open_tokenizer, recorded_template
@@ -29,6 +29,7 @@ from lumina.checkpoint import (
 )
 from lumina.config import ModelConfig, UserError, parse_settings
 from lumina.config import precision as precisions
+from lumina.files import read_text
 from lumina.model import Transformer, keep_heap
 
 log = logging.getLogger("lumina")
@@ -72,9 +73,10 @@ def read_config(checkpoint: Path) -> ModelConfig:
     """The model's shape, from the run's config.yaml; settings of training are not looked at."""
     path = checkpoint.parent.parent / "config.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}", "A checkpoint is used from inside its run's folder.") from None
+        text = read_text(path)
+    except OSError as error:
+        remedy = "A checkpoint is used from inside its run's folder."
+        raise UserError(f"cannot read {path}: {error.strerror}", remedy) from None
     values, _ = parse_settings(text, str(path))
     try:
         return ModelConfig(**{name: value for name, value in values.items() if name in ModelConfig.model_fields})
@@ -119,9 +121,8 @@ def weights(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, torch.
 def trainer_state_of(checkpoint: Path) -> TrainerState:
     """Where the run stood, from trainer.json. Raises UserError when it is not what training writes."""
     try:
-        state, _ = read_trainer_state(checkpoint)
-        return TypeAdapter(TrainerState).validate_python(asdict(state))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return read_trainer_state(checkpoint)[0]
+    except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint / TRAINER} cannot be read: {error}") from None
 
 

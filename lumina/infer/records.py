@@ -10,6 +10,7 @@ import orjson
 
 from lumina.chat import ROLE_ALIASES, Conversation, Message, ToolCall, json_text
 from lumina.config import UserError
+from lumina.files import FormatError, read_json
 
 
 def record_of(conversation: Conversation) -> dict[str, Any]:
@@ -79,11 +80,11 @@ def tool_texts(tools: Any) -> tuple[str, ...]:
 def read_tools(path: Path) -> tuple[str, ...]:
     """The tools of a JSON file: a list, or an object with the list under "tools". Raises UserError."""
     try:
-        found = orjson.loads(path.read_bytes())
+        found = read_json(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    except FormatError as error:
+        raise UserError(str(error)) from None
     try:
         return tool_texts(found["tools"] if isinstance(found, dict) and "tools" in found else found)
     except UserError as error:

@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 def _processor() -> str:
     """What -march=native depends on: the model name and the feature flags."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     except OSError:
         return platform.processor()
@@ -58,7 +58,8 @@ def _build(source: Path) -> Path | None:
     flags = list(_FLAGS)
     if "avx512f" in _processor():
         flags.append("-mprefer-vector-width=512")
-    key = hashlib.sha256("\0".join([source.read_text(), _processor(), *flags]).encode()).hexdigest()[:16]
+    text = source.read_text(encoding="utf-8")
+    key = hashlib.sha256("\0".join([text, _processor(), *flags]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("LUMINA_CACHE", Path.home() / ".cache" / "lumina"))
     library = cache / f"{source.stem}-{key}.so"
     if library.exists():

@@ -59,7 +59,7 @@ class MetricsFile:
     def _open(self, resumed_step: int) -> TextIO:
         kept = [record for record in read_metrics(self._path) if record["step"] <= resumed_step] if resumed_step else []
         write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept), durable=False)
-        return self._path.open("a", buffering=1)  # by line: what a killed run did is on disk
+        return self._path.open("a", buffering=1, encoding="utf-8")  # by line: what a killed run did is on disk
 
     def rewind(self, step: int) -> None:
         """The run goes back to `step`: later records are dropped, since those steps will be made again."""

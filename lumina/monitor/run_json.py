@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import socket
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.config import UserError, upgrade, usable_cpus
-from lumina.files import write_json
+from lumina.files import read_json, write_json
 
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "pyarrow", "tiktoken", "flash-attn")
 
@@ -24,7 +23,7 @@ _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "pyarrow", "tiktoken", "fl
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json says: {config, data_fingerprint, starts: [...]}; empty where there is none or it is torn."""
     try:
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "run.json")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

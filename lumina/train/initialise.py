@@ -16,7 +16,7 @@ from lumina.chat import ChatTokenizer, copy_files, open_tokenizer
 from lumina.checkpoint import TrainerState
 from lumina.config import Config, OnResume, UserError, differences, parse_settings, upgrade
 from lumina.data import GlobalOrder, Samples
-from lumina.files import atomic_folder
+from lumina.files import atomic_folder, read_text
 from lumina.monitor import read_run
 from lumina.train.agreement import decided_by_rank_0
 from lumina.train.chat_template import say_taught, with_template
@@ -202,7 +202,7 @@ def settings_before(config: Config, source: Path | None, folder: Path) -> dict[s
         if source is not None:
             log.warning("%s has no run.json and no config.yaml beside it: its settings are not compared", source)
         return None
-    values, _ = parse_settings(path.read_text(encoding="utf-8"), str(path))
+    values, _ = parse_settings(read_text(path), str(path))
     return values
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lumina.cluster import handlers_kept
-from lumina.config import Config
+from lumina.config import Config, user_error
+from lumina.files import FormatError
 from lumina.model import keep_heap
 from lumina.monitor import read_metrics
 from lumina.train.build import Run, build
@@ -69,7 +70,13 @@ def _build(config: Config, callbacks: Sequence[Callback]) -> Run:
     keep_heap()
     if config.deterministic:
         set_deterministic()
-    return build(config, init_process_group(), callbacks)
+    ranks = init_process_group()
+    try:
+        return build(config, ranks, callbacks)
+    except (ConnectionError, TimeoutError):  # of another rank
+        raise
+    except (OSError, FormatError, UnicodeError) as error:
+        raise user_error(error) from error
 
 
 def _fit_and_release(run: Run) -> int:

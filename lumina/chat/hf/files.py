@@ -8,8 +8,10 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
+from lumina import files
 from lumina.chat.hf.escaping import clean
 from lumina.config import UserError
+from lumina.files import FormatError, inside, parse_json, read_text, write_text
 
 STOPS = "stops.json"  # the ids that end a turn, as lumina import found them in the model's configuration
 DATE = "date.json"  # the date that a template which writes one is given, recorded when the folder was copied
@@ -22,20 +24,17 @@ TOKENIZER_FILES = (
     STOPS,
     DATE,
 )
-_LARGEST_FILE = 200 * 10**6  # bytes; the tokenizer.json of the largest vocabularies has a tenth of it
 
 
 def read_json(path: Path) -> tuple[str, dict[str, Any]]:
     """A JSON object as text and as values. Raises UserError."""
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, more than any such file has")
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text)
+        text = read_text(inside(path.parent, path.name))
+        values = parse_json(text, path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", "Give a Hugging Face model's folder.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except FormatError as error:
+        raise UserError(str(error)) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object")
     return text, values
@@ -63,9 +62,9 @@ def template_text(folder: Path, settings: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+            return read_text(inside(folder, path.name))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
     given = settings.get("chat_template")
     if isinstance(given, list):
         given = next((t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), None)
@@ -84,7 +83,7 @@ def find_stops(folder: Path, end_id: int | None) -> frozenset[int]:
 def read_stops(folder: Path) -> frozenset[int]:
     """The ids that end an imported model's turns, from stops.json. Raises UserError."""
     try:
-        stops = frozenset(int(token) for token in json.loads((folder / STOPS).read_text())["stop_ids"])
+        stops = frozenset(int(token) for token in files.read_json(inside(folder, STOPS))["stop_ids"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise UserError(f"{folder / STOPS} cannot be read: {error}", "Import the model again.") from None
     if not stops or min(stops) < 0:
@@ -119,12 +118,19 @@ def copy_files(source: Path, target: Path, template: str | None = None) -> None:
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            _copy(source, target, name)
     if template is None:
         day = find_date(source, template_text(source, read_settings(source)))
     else:
-        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+        write_text(target / "chat_template.jinja", template)
         dated = "strftime_now" in template and not (target / DATE).is_file()
         day = datetime.now(UTC).date() if dated else None
     if day is not None:
-        (target / DATE).write_text(json.dumps({"date": day.isoformat()}) + "\n")
+        write_text(target / DATE, json.dumps({"date": day.isoformat()}) + "\n")
+
+
+def _copy(source: Path, target: Path, name: str) -> None:
+    try:
+        shutil.copyfile(inside(source, name), target / name)
+    except OSError as error:
+        raise UserError(f"cannot copy {source / name}: {error.strerror}") from None

@@ -69,7 +69,7 @@ def first_cause(failures: list[Failure]) -> Failure:
 def oom_kills() -> int:
     """How many processes the kernel has killed for want of memory on this machine since it started, in any cgroup."""
     try:
-        for line in Path("/proc/vmstat").read_text().splitlines():
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     except OSError:

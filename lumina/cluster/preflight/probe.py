@@ -106,7 +106,7 @@ def wait_for_text(path: Path, text: str, patience: float) -> bool:
     deadline = time.monotonic() + patience
     while True:
         with suppress(OSError, UnicodeDecodeError):
-            if path.read_text() == text:
+            if path.read_text(encoding="ascii") == text:
                 return True
         if time.monotonic() > deadline:
             return False
@@ -160,7 +160,7 @@ class Probe:
         wrote = None
         self._own_file = place / f"{mark}.{name}"
         try:
-            self._own_file.write_text(token)
+            self._own_file.write_text(token, encoding="ascii")
         except OSError as error:
             wrote = error.strerror
         return {"there": True, "seen": seen, "wrote": wrote, "free": shutil.disk_usage(place).free}
@@ -279,7 +279,7 @@ def _read(questions: queue.Queue[Answer], end: Callable[[int], None]) -> None:
 
 def main() -> None:
     """Answer until the input ends."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not come between the answers
     probe = Probe()
 

@@ -179,7 +179,7 @@ class Preflight:
         made = [place for place in (self._folder, *self._folder.parents) if not place.exists()]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            mine.write_text(token)
+            mine.write_text(token, encoding="ascii")
         except OSError as error:
             self._add(found(HEAD, "FAIL", "shared", f"cannot write to {self._folder}: {error.strerror}",
                             "Give --output-dir a folder on the shared file system where you may write."))  # fmt: skip

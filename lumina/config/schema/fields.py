@@ -16,6 +16,8 @@ MIN_VOCAB = 100_352
 ChatTemplate = Literal["im-roles-1", "im-roles-2"]
 FIRST_TEMPLATE: ChatTemplate = "im-roles-1"  # of every run that records none
 
+_LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255, and files beside it have longer ones
+
 FFN_MULTIPLE = 64  # rows of the feed-forward matrices are a multiple of this: whole tiles on tensor cores
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -31,6 +33,20 @@ RuleName = Annotated[str, AfterValidator(HEALTH_RULES.check)]
 TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
 
 
+def _run_name(name: str) -> str:
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise ValueError("it is a folder's name inside output_dir, without . and ..")
+    if any(len(part.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for part in parts):
+        raise ValueError(f"it has more than {_LONGEST_NAME} bytes, the most for a folder's name")
+    if not name.isprintable():
+        raise ValueError("it holds characters that cannot be shown")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_run_name)]
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
@@ -40,5 +56,7 @@ class Strict(BaseModel):
         """A text or a mapping where a list of them is meant is the list of that one."""
         if not isinstance(values, dict):
             return values
+        if any(isinstance(value, str) and "\0" in value for value in values.values()):
+            raise ValueError("a text holds a NUL, which no path or name has")
         lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
         return {name: [v] if name in lists and isinstance(v, str | dict) else v for name, v in values.items()}

@@ -19,6 +19,7 @@ from lumina.config.schema.fields import (
     PositiveFloat,
     PositiveInt,
     RuleName,
+    RunName,
     ScheduleName,
     Strict,
     TrackerName,
@@ -145,7 +146,7 @@ class RunConfig(Strict):
     """The run: its name and folder, what it starts from, intervals of evaluation and saving, timeouts."""
 
     model_name: str = "lumina"
-    experiment_name: Annotated[str, Field(min_length=1)] = "experiment"
+    experiment_name: RunName = "experiment"
     output_dir: Annotated[str, Field(min_length=1)] = "experiments"
     resume: str | None = None  # auto, a run's folder, or a checkpoint
     init_from: str | None = None

@@ -286,7 +286,7 @@ def cache_lock(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(open(lock, "w"))
+            file = stack.enter_context(open(lock, "w", encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot write the cache: {error.strerror}: {lock}", "Set cache_dir.") from error
         deadline, told = time.monotonic() + wait_seconds, False

@@ -273,6 +273,8 @@ class _Values:
                     self.wanted = 2 * (len(self.text) - self.at)  # so that a long value is scanned a few times
                 self._more()
                 continue
+            except ValueError as error:  # a number of thousands of digits
+                return Fault(BROKEN_JSON, f"after element {self.number}: {error}")
             element = self.text[self.at : end]
             self.at, self.wanted = end, 0
             return element
@@ -309,12 +311,12 @@ class _Values:
                 begin = self.at + self.text[self.at :].index(",")
                 try:
                     others, length = self.scan("{" + self.text[begin + 1 :])
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     size = len(self.text) - begin
                     if (
                         self.ended
                         or size > MAX_ELEMENT_CHARS
-                        or isinstance(error, RecursionError)
+                        or not isinstance(error, json.JSONDecodeError)
                         or self._is_wrong(error, begin)
                     ):
                         self.at = begin

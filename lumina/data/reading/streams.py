@@ -8,14 +8,17 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 
 from lumina.data.records.fault import Fault
 
 TRUNCATED_FILE = "truncated file"
+LONG_LINE = "line too long"
 READ_BYTES = 1 << 20
+#: Bytes of a line, or of a table's row, that are held: a packed file of a few megabytes can hold one of gigabytes.
+LONGEST_LINE = 1 << 26
 # What is no character in UTF-16 or 32 becomes a lone surrogate, whose bytes no reader of UTF-8 takes: it makes its
 # record a bad one, where U+FFFD would be learned.
 _NO_CHARACTER = "lumina-no-character"
@@ -103,35 +106,56 @@ def text_of(path: str, layout: FileLayout) -> Iterator[bytes | Fault]:
     yield decoder.decode(b"", True).encode("utf-8", "surrogatepass")
 
 
+def _too_long() -> Fault:
+    return Fault(LONG_LINE, f"more than {LONGEST_LINE:,} bytes without a line end")
+
+
 def lines_of(chunks: Iterator[bytes | Fault]) -> Iterator[bytes | Fault]:
+    """Lines with their ends. One of more than LONGEST_LINE bytes is a fault, and is not held."""
     held: list[bytes] = []
+    size, long = 0, False
     for chunk in chunks:
         if isinstance(chunk, Fault):
             yield chunk
             return  # what is held is the beginning of a line that never ended: part of the break
         *ended, rest = chunk.split(b"\n")
         for line in ended:
-            held.append(line)
-            yield b"".join(held) + b"\n"
+            if not long:
+                held.append(line)
+                yield b"".join(held) + b"\n"
             held.clear()
-        if rest:
+            size, long = 0, False
+        if rest and not long:
             held.append(rest)
+            size += len(rest)
+            if size > LONGEST_LINE:
+                yield _too_long()
+                held.clear()
+                long = True
     if held:
         yield b"".join(held)
 
 
-def read_lines(path: str, start: int, stop: int) -> Iterator[bytes]:
+def read_lines(path: str, start: int, stop: int) -> Iterator[bytes | Fault]:
     """The lines that begin in bytes [start, stop) of the file, with their ends. Splits at LF only."""
     with open(path, "rb") as file:
         if start:
             file.seek(start - 1)
-            file.readline()  # the line that byte start - 1 belongs to began before this range
+            _skip_line(file)  # the line that byte start - 1 belongs to began before this range
         position = file.tell()
-        for line in file:
-            if position >= stop:
-                return
+        while position < stop and (line := file.readline(LONGEST_LINE + 1)):
+            if len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+                _skip_line(file)
+                position = file.tell()
+                yield _too_long()
+                continue
             position += len(line)
             yield line
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while (part := file.readline(READ_BYTES)) and not part.endswith(b"\n"):
+        pass
 
 
 def count_bytes(path: str, layout: FileLayout) -> int:

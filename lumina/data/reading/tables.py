@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from lumina.data.reading import streams
 from lumina.data.reading.streams import lines_of
 from lumina.data.records.fault import WRONG_TYPE, Fault
 
@@ -70,8 +71,12 @@ class _Reader:
         self._rows = csv.reader(self._feed(), delimiter=delimiter, strict=True)
 
     def _feed(self) -> Iterator[str]:
+        size = 0  # of the row, in characters: one whose quote never ends could take in gigabytes
         while (line := self._lines.take()) is not None:
+            size = len(line) + (size if self._held else 0)
             self._held.append(line)
+            if size > streams.LONGEST_LINE:
+                break
             yield line
         self._ended = True
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lumina.chat import ChatTokenizer, json_text
 from lumina.config import UserError, install_command
+from lumina.files import read_text
 
 # White space between the parts is bounded: a small model may otherwise fill its answer with it.
 _OPTIONS = {"whitespace_pattern": "[ \\n]{0,8}"}
@@ -190,7 +191,7 @@ def _vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> Any:
     guidance = _llguidance()
     stops = sorted(tokenizer.stop_ids)
     if tokenizer.folder is not None:
-        text = (tokenizer.folder / "tokenizer.json").read_text(encoding="utf-8")
+        text = read_text(tokenizer.folder / "tokenizer.json")
         return guidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=stops)
     own = guidance.TokenizerWrapper(_Bytes(tokenizer, vocab_size))
     return guidance.LLTokenizer(own, n_vocab=vocab_size, eos_token=stops)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lumina.chat import open_tokenizer, read_json
 from lumina.config import ModelConfig, UserError, did_you_mean
-from lumina.files import write_text
+from lumina.files import read_text, write_text
 
 # Stock templates (templates/NAME.jinja) and the special tokens that each writes; others are the vocabulary's own
 # bos_token and eos_token.
@@ -31,9 +31,9 @@ def find_template(given: str) -> tuple[str, str]:
             f"Stock templates: {', '.join(STOCK)}.",
         )
     try:
-        return given, path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        return given, read_text(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def stock_template(name: str) -> tuple[str, tuple[str, ...]]:

@@ -40,7 +40,11 @@ def render(runs: Sequence[RunData]) -> str:
     """The report as one HTML document."""
     names = _names(runs)
     asset = resources.files("lumina.monitor.reports").joinpath("assets")
-    style = asset.joinpath("uPlot.min.css").read_text() + asset.joinpath("report.css").read_text()
+
+    def own(name: str) -> str:
+        return asset.joinpath(name).read_text(encoding="utf-8")
+
+    style = own("uPlot.min.css") + own("report.css")
     # Inside a script only `</script` and `<!--` could end it early; JSON may write < as an escape anywhere.
     data = json.dumps(chart_data(runs, names), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     title = "Run report: " + ", ".join(names)
@@ -69,8 +73,8 @@ def render(runs: Sequence[RunData]) -> str:
         '<link rel="icon" href="data:,">'  # without it a browser asks the server for /favicon.ico
         f"<style>{style}</style></head><body>{''.join(body)}"
         f'<script type="application/json" id="data">{data}</script>'
-        f"<script>{asset.joinpath('uPlot.iife.min.js').read_text()}</script>"
-        f"<script>{asset.joinpath('report.js').read_text()}</script></body></html>\n"
+        f"<script>{own('uPlot.iife.min.js')}</script>"
+        f"<script>{own('report.js')}</script></body></html>\n"
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lumina.config import UserError, upgrade
+from lumina.config import UserError, parse_yaml, upgrade
+from lumina.files import read_text
 from lumina.monitor.events import read_events
 from lumina.monitor.metrics import read_metrics
 from lumina.monitor.reports.runs import is_run, summary
@@ -137,10 +138,7 @@ def _seconds(starts: Sequence[Mapping[str, Any]], times: Sequence[float]) -> flo
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    import yaml
-
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else {}
+    return parse_yaml(read_text(path), str(path))[0]
 
 
 def _world(starts: Sequence[Mapping[str, Any]], groups: Mapping[str, Group]) -> Group:

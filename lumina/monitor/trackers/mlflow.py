@@ -7,6 +7,7 @@ import time as clock
 from collections.abc import Mapping
 from typing import Any
 
+from lumina.files import read_text, write_text
 from lumina.monitor.tracking import GROUPS, RunInfo
 
 _MAX_PARAMETER = 500  # characters that MLflow takes
@@ -25,14 +26,14 @@ class MLflow:
         self._client: Any = MlflowClient(tracking_uri=given or (run.folder.resolve() / "mlflow").as_uri())
         remembered = run.folder / "mlflow-run"
         if run.step and remembered.exists():
-            self._run = remembered.read_text().strip()
+            self._run = read_text(remembered).strip()
             self._client.update_run(self._run, status="RUNNING")
             return {group: self._last(group) for group in GROUPS.values()}
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "lumina")
         experiment = self._client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self._client.create_experiment(name)
         self._run = self._client.create_run(number, run_name=run.name).info.run_id
-        remembered.write_text(self._run)
+        write_text(remembered, self._run)
         for key, value in run.config.items():
             self._client.log_param(self._run, key, str(value)[:_MAX_PARAMETER])
         return {}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from lumina.files import read_text, write_text
 from lumina.monitor.tracking import GROUPS, RunInfo
 
 _SECONDS_BETWEEN_FLUSHES = 5.0
@@ -24,7 +25,7 @@ class TensorBoard:
         self._mark = self._folder / "complete"
         complete = 0
         with suppress(FileNotFoundError, ValueError):
-            complete = min(int(self._mark.read_text()), run.step)
+            complete = min(int(read_text(self._mark)), run.step)
         self._writer = self._start(complete)
         self._flushed = clock.monotonic()
         settings = "\n".join(f"    {name}: {value}" for name, value in run.config.items())  # Markdown's verbatim
@@ -44,7 +45,7 @@ class TensorBoard:
 
     def _flush(self, complete: int) -> None:
         self._writer.flush()
-        self._mark.write_text(str(complete))
+        write_text(self._mark, str(complete))
         self._flushed = clock.monotonic()
 
     def text(self, name: str, step: int, text: str) -> None:
@@ -52,7 +53,7 @@ class TensorBoard:
 
     def rewind(self, step: int) -> bool:
         self._writer.close()
-        self._mark.write_text(str(step))
+        write_text(self._mark, str(step))
         self._writer = self._start(step)
         return True
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lumina.files import read_text, write_text
 from lumina.monitor.tracking import GROUPS, RunInfo
 
 log = logging.getLogger("lumina")
@@ -31,8 +32,8 @@ class Wandb:
 
         remembered = run.folder / "wandb-run"
         again = run.step > 0 and remembered.exists()
-        run_id = remembered.read_text().strip() if again else secrets.token_hex(4)
-        remembered.write_text(run_id)
+        run_id = read_text(remembered).strip() if again else secrets.token_hex(4)
+        write_text(remembered, run_id)
         self._run = self._start(wandb, run, run_id)
         for group in GROUPS.values():
             self._run.define_metric(f"{group}/step", hidden=True)

@@ -41,7 +41,7 @@ def _alone() -> Iterator[Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "lumina" / "extensions" / environment)))
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lumina-build").open("w") as guard:
+    with (folder / ".lumina-build").open("w", encoding="utf-8") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield folder
 

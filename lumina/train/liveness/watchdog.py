@@ -10,7 +10,6 @@ faulthandler's own C thread, which then dumps the stacks and ends the process wi
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import sys
 import threading
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from lumina.cluster import EXIT_HUNG, StopRequest
+from lumina.files import write_json
 
 _COLLECTIVES = "torch.distributed.distributed_c10d"
 _TICK = 0.5  # seconds
@@ -116,6 +116,6 @@ def report_failure(message: str, callstack: str = "") -> None:
     if path and not Path(path).exists():
         extra = {"py_callstack": callstack, "timestamp": str(int(time.time()))}
         try:
-            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+            write_json(Path(path), {"message": {"message": message, "extraInfo": extra}})
         except OSError:
             return  # the exit code still tells the agent that it failed

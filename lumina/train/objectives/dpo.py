@@ -8,7 +8,6 @@ computed once and kept in RUN/reference/ for the run's intact life. The loss is 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from lumina.chat import ChatTokenizer
 from lumina.config import Config, UserError
 from lumina.data import PADDING, PairDataset, Samples, TorchBatch, deal, prepare_pairs
-from lumina.files import atomic_file, file_sha256, write_json
+from lumina.files import atomic_file, file_sha256, read_json, write_json
 from lumina.model import PREFERENCE_FIGURES
 from lumina.train.objectives import Forward, Preparation
 
@@ -134,7 +133,7 @@ def _read(folder: Path, dataset: PairDataset) -> NDArray[np.float32] | None:
     0.2.0 kept the margins alone: then log p(chosen) is NaN, and so are the rewards of single answers."""
     values, facts = _paths(folder, dataset)
     try:
-        stored = json.loads(facts.read_text())
+        stored = read_json(facts)
         intact = hashlib.sha256(values.read_bytes()).hexdigest() == stored["sha256"]
         if not intact or stored["fingerprint"] != dataset.fingerprint:
             raise ValueError("it does not match its hash")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import profiler
 
+from lumina.files import write_text
+
 log = logging.getLogger("lumina")
 
 _SKIPPED, _WARM, _TRACED = 2, 1, 3  # the first steps allocate and compile
@@ -42,7 +44,7 @@ class Profile:
             name = f"step-{self._last:08d}"
             traced.export_chrome_trace(str(self._folder / f"{name}.trace.json.gz"))
             table = top_operations(traced)
-            (self._folder / f"{name}.txt").write_text(table + "\n")
+            write_text(self._folder / f"{name}.txt", table + "\n")
             log.info("profile of %d steps in %s\n%s", _TRACED, self._folder, table)
         except OSError as error:
             log.warning("the profile could not be written: %s", error)

@@ -5,13 +5,12 @@ It is written before an action is carried out: a run that is killed in the middl
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lumina.files import write_json
+from lumina.files import read_json, write_json
 
 log = logging.getLogger("lumina")
 
@@ -36,11 +35,11 @@ class RecoveryRecord:
         try:
             if not (folder / FILE).exists() and (folder / OLD_FILE).exists():
                 log.warning("%s is called %s now: what it says is taken over", folder / OLD_FILE, FILE)
-                found: dict[str, Any] = json.loads((folder / OLD_FILE).read_text())
+                found: dict[str, Any] = read_json(folder / OLD_FILE)
                 record = cls(**{_OLD_NAMES.get(name, name): value for name, value in found.items()})
                 record.write(folder)
                 return record
-            return cls(**json.loads((folder / FILE).read_text()))
+            return cls(**read_json(folder / FILE))
         except (OSError, ValueError, TypeError, AttributeError):
             return cls()
 

@@ -32,7 +32,8 @@ def first_rank() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))) == "0"
 
 
-def _alone() -> bool:
+def alone() -> bool:
+    """Whether no launcher's words speak of several ranks."""
     return not any(
         int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     )
@@ -47,7 +48,7 @@ def before_training(config: Config, yes: bool) -> None:
     """
     _refuse_idle_settings(config)
     _refuse_missing_start(config)
-    if _alone():
+    if alone():
         _refuse_wrong_paths(config)
         _ask_about_size(config, yes)
     if first_rank():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import traceback
+from typing import TYPE_CHECKING
 
-from lumina.commands.checks import before_training
+from lumina.commands.checks import alone, before_training
 from lumina.commands.common import (
     Arguments,
     Command,
@@ -18,15 +19,24 @@ from lumina.commands.common import (
     load_config,
 )
 
+if TYPE_CHECKING:
+    from lumina.config import UserError
+
 
 def train(arguments: Arguments) -> int:
     """Train a chat model on conversations."""
-    config = load_config(arguments)
-    if not config.train_data and not config.data:
-        from lumina.config import UserError
+    from lumina.config import UserError, user_error
+    from lumina.files import FormatError
 
-        raise UserError("no training data", "Give --train-data FILE [FILE …], or train_data in the YAML.")
-    before_training(config, arguments.yes)
+    try:
+        config = load_config(arguments)
+        if not config.train_data and not config.data:
+            raise UserError("no training data", "Give --train-data FILE [FILE …], or train_data in the YAML.")
+        before_training(config, arguments.yes)
+    except (UserError, OSError, FormatError, UnicodeError) as error:
+        if alone():
+            raise
+        return _refuse_rank(error if isinstance(error, UserError) else user_error(error))
     from lumina.train import end_process, train_rank
 
     ends_here = arguments.own_process or int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -38,6 +48,18 @@ def train(arguments: Arguments) -> int:
         traceback.print_exc()
         code = 1
     return end_process(code) if ends_here else code
+
+
+def _refuse_rank(error: UserError) -> int:
+    """What only this rank may have met, such as a file that its node has not, ends all of them."""
+    from lumina.cluster import detect_launcher
+
+    detect_launcher()
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        raise error
+    from lumina.train import end_process, refuse_rank
+
+    return end_process(exit_code_of(lambda: refuse_rank(error)))
 
 
 def train_options(parser: Parser) -> None:

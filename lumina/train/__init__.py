@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lumina.train.callbacks import Callback, CallbackError, Context, StepResult
     from lumina.train.deepspeed import end_process
     from lumina.train.outcomes import Stop, StopKind
-    from lumina.train.run import TrainedRun, train, train_rank
+    from lumina.train.run import TrainedRun, refuse_rank, train, train_rank
 
 _HOMES = {
     "Callback": "callbacks",
@@ -29,6 +29,7 @@ _HOMES = {
     "StopKind": "outcomes",
     "TrainedRun": "run",
     "end_process": "deepspeed",
+    "refuse_rank": "run",
     "train": "run",
     "train_rank": "run",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "StopKind",
     "TrainedRun",
     "end_process",
+    "refuse_rank",
     "train",
     "train_rank",
 ]

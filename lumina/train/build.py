@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from lumina.config import Config, UserError
 from lumina.files import write_text
 from lumina.model import lora, report_kernel
 from lumina.monitor import Console, EventLog
-from lumina.train.agreement import decided_by_rank_0
+from lumina.train.agreement import agree_on_data, decided_by_rank_0, manifest_digest, together
 from lumina.train.callbacks import Callback, Callbacks
 from lumina.train.deepspeed import Engine, LayerStats, Ranks
 from lumina.train.deferred import Deferred
@@ -114,12 +115,17 @@ def _prepare(config: Config, ranks: Ranks) -> _Prepared:
     decided_by_rank_0(ranks, lambda: checkpoint.refuse_owned(folder, _job()))
     start = find_start(config, folder, ranks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = resolve(start.config, ranks.world, device, start.recovery.micro_batch_size)
+    settings = together(
+        ranks,
+        "resolving the settings",
+        lambda: resolve(start.config, ranks.world, device, start.recovery.micro_batch_size),
+    )
     config = settings.config
     _say(ranks, "preparing the data")
     data = open_data(start, config, ranks)
     rates = schedule(config, data.total_steps)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
+    agree_on_data(ranks, _facts(start, settings, data, device))
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks.world)]
     return _Prepared(start, settings, data, rates, origin, folder)
 
@@ -186,6 +192,19 @@ def _assemble(
         stop=stop,
         lock=lock,
     )
+
+
+def _facts(start: Start, settings: Settings, data: TrainingData, device: str) -> dict[str, Any]:
+    """What only the data and the machine say, and every rank must find the same."""
+    facts = {"data": data.train, "evaluation data": data.evaluation}
+    found: dict[str, Any] = {
+        name: None if one is None else f"{one.num_samples} samples, {one.fingerprint[:16]}"
+        for name, one in facts.items()
+    }
+    weights = {"checkpoint": start.checkpoint, "initial weights": start.weights, "base of the adapters": settings.base}
+    found |= {f"{name} {path}": manifest_digest(path) for name, path in weights.items() if path is not None}
+    resolved = {f"{name} in DeepSpeed's configuration": value for name, value in settings.ds_config.items()}
+    return {**found, "tokenizer": data.tokenizer.fingerprint, "device": device, **resolved}
 
 
 def _say(ranks: Ranks, text: str) -> None:

@@ -6,10 +6,9 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from lumina import checkpoint
 from lumina.chat import ChatTokenizer, copy_files, open_tokenizer
@@ -18,7 +17,7 @@ from lumina.config import Config, OnResume, UserError, differences, parse_settin
 from lumina.data import GlobalOrder, Samples
 from lumina.files import atomic_folder, read_text
 from lumina.monitor import read_run
-from lumina.train.agreement import decided_by_rank_0
+from lumina.train.agreement import decided_by_rank_0, together
 from lumina.train.chat_template import say_taught, with_template
 from lumina.train.deepspeed import Engine, Ranks
 from lumina.train.objectives import objective
@@ -65,7 +64,8 @@ def find_start(config: Config, folder: Path, ranks: Ranks) -> Start:
     if relaunched is not None:
         config = same_batch(config.replace(resume="auto"), relaunched)
     source = decided_by_rank_0(ranks, lambda: checkpoint_to_resume(config, folder))
-    trainer_state, trainer = checkpoint.read_trainer_state(source) if source is not None else (TrainerState(), {})
+    read = lambda: (TrainerState(), {}) if source is None else checkpoint.read_trainer_state(source)
+    trainer_state, trainer = together(ranks, "reading the checkpoint", read)
     before = decided_by_rank_0(ranks, lambda: settings_before(config, source, folder))
     if before is not None:
         if source is not None:
@@ -290,8 +290,10 @@ class TrainingData:
 
 def open_data(start: Start, config: Config, ranks: Ranks) -> TrainingData:
     """The run's data, prepared where that was not done yet; collective. `config`: resolved. Raises UserError."""
-    tokenizer = open_run_tokenizer(config)
-    train, evaluation = prepare_data(config, tokenizer, ranks, start.trainer_state.data_fingerprint or None)
+    prepare = partial(_prepare, config, start.trainer_state.data_fingerprint or None)
+    leader = ranks.local_rank == 0  # of its node; the others find the cache that it leaves
+    early = together(ranks, "preparing the data", lambda: prepare() if leader else None)
+    tokenizer, train, evaluation = together(ranks, "opening the data", lambda: early or prepare())
     assert config.global_batch_size is not None
     order = GlobalOrder(train.num_samples, config.global_batch_size, config.seed, train.fingerprint)
     return TrainingData(tokenizer, train, evaluation, order, total_steps(config, order))
@@ -303,28 +305,11 @@ def total_steps(config: Config, order: GlobalOrder) -> int:
     return min(steps, config.max_steps or steps)
 
 
-def prepare_data(
-    config: Config, tokenizer: ChatTokenizer, ranks: Ranks, resumed: str | None
-) -> tuple[Samples, Samples | None]:
-    """The data to train and to evaluate on; `resumed`: the fingerprint of what the run has been trained on. Rank 0 of
-    each node prepares; the others find the cache it left."""
-
-    def both() -> tuple[Samples, Samples | None]:
-        return objective(config).prepare_data(tokenizer, resumed=resumed)
-
-    failure: list[Any] = [None] * ranks.world
-    own: UserError | None = None
-    data: tuple[Samples, Samples | None] | None = None
-    if ranks.local_rank == 0:
-        try:
-            data = both()
-        except UserError as error:
-            own = error
-    dist.all_gather_object(failure, own)
-    for refusal in failure:
-        if refusal is not None:
-            raise refusal
-    return data if data is not None else both()
+def _prepare(config: Config, resumed: str | None) -> tuple[ChatTokenizer, Samples, Samples | None]:
+    """The tokenizer, and the data to train and to evaluate on; `resumed`: the fingerprint of what the run has been
+    trained on."""
+    tokenizer = open_run_tokenizer(config)
+    return tokenizer, *objective(config).prepare_data(tokenizer, resumed=resumed)
 
 
 def keep_tokenizer(config: Config, folder: Path) -> Config:

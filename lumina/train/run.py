@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lumina.cluster import handlers_kept
-from lumina.config import Config, user_error
+from lumina.config import Config, UserError, user_error
 from lumina.files import FormatError
 from lumina.model import keep_heap
 from lumina.monitor import read_metrics
+from lumina.train.agreement import agree_on_start, refuse_start, signs_of_life
 from lumina.train.build import Run, build
 from lumina.train.callbacks import Callback
-from lumina.train.deepspeed import destroy_process_group, init_process_group
+from lumina.train.deepspeed import destroy_process_group, end_process, init_process_group
 from lumina.train.determinism import set_deterministic
 from lumina.train.loop import fit
+
+_REFUSAL_PATIENCE = 60.0  # seconds in which the other ranks join
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,30 @@ def train_rank(config: Config) -> int:
     return code
 
 
+def refuse_rank(error: UserError) -> NoReturn:
+    """End one rank's start by what it met before it could join the others: they would wait for it, and raise it too."""
+    end = threading.Timer(_REFUSAL_PATIENCE, _end_alone, [error])
+    end.daemon = True
+    end.start()
+    refuse_start(error, init_process_group())
+    raise error
+
+
+def _end_alone(error: UserError) -> None:
+    """The others do not come either."""
+    print(f"error: {error}", file=sys.stderr)
+    end_process(2)
+
+
 def _build(config: Config, callbacks: Sequence[Callback]) -> Run:
     keep_heap()
     if config.deterministic:
         set_deterministic()
     ranks = init_process_group()
     try:
-        return build(config, ranks, callbacks)
+        with signs_of_life(ranks):
+            agree_on_start(config, ranks)
+            return build(config, ranks, callbacks)
     except (ConnectionError, TimeoutError):  # of another rank
         raise
     except (OSError, FormatError, UnicodeError) as error:

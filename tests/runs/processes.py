@@ -188,8 +188,17 @@ class Runs:
         with mock.patch.dict(os.environ, {**clean_environment(), "PYTHONPATH": str(ROOT)}, clear=True):
             forkserver.ensure_running()
 
-    def start(self, argv: Sequence[str], world: int = 1, patch: Patch | None = None) -> Job:
-        """Start `lumina train ARGV` on `world` ranks and come back at once."""
+    def start(
+        self,
+        argv: Sequence[str],
+        world: int = 1,
+        patch: Patch | None = None,
+        *,
+        own: Sequence[Sequence[str]] = (),
+        machines: bool = False,
+    ) -> Job:
+        """Start `lumina train ARGV` on `world` ranks and come back at once. own: more words of each rank; machines:
+        each rank is told that it is alone on a machine of its own."""
         port = free_port()
         names = ("--output-dir", "--experiment-name")
         run = Path(*(argv[argv.index(name) + 1] for name in names)) if names[0] in argv else self._folder
@@ -198,11 +207,13 @@ class Runs:
         logs = [self._folder / f"{len(self._jobs):03d}-{rank}" for rank in range(world)]
         ranks = []
         for rank, log in enumerate(logs):
-            placed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            local, local_world = (0, 1) if machines else (rank, world)
+            placed = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local_world}
             environment = {name: str(value) for name, value in placed.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             environment = environment if world > 1 else {}  # one process needs no launcher
-            process = self._context.Process(target=_rank, args=(["train", *argv], environment, str(log), patch))
+            words = ["train", *argv, *(own[rank] if own else ())]
+            process = self._context.Process(target=_rank, args=(words, environment, str(log), patch))
             process.start()
             ranks.append(process)
         self._jobs.append(Job(ranks, logs, metrics, earlier))

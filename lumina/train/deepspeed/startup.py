@@ -6,6 +6,7 @@ DeepSpeed is imported here first, without what it loads for nobody; see `import_
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 import secrets
@@ -18,23 +19,27 @@ from typing import Any, NoReturn
 import torch
 
 from lumina.cluster import bind, detect_launcher, end_with_parent, parent_signal, refuse_taken_port
-from lumina.config import explain_duplicate, take_device, usable_cpus
+from lumina.config import UserError, explain_duplicate, take_device, usable_cpus
 from lumina.train.deepspeed import surface
+from lumina.train.torch_private import default_store
 
 log = logging.getLogger("lumina")
+_starts = itertools.count()  # of this process
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class Ranks:
     """Where this process stands. start: a token of this start of a run, the same on every rank: a process may train
-    several runs one after another, and the process group's store keeps what the ranks of an earlier one said in it."""
+    several runs one after another, and the process group's store keeps what the ranks of an earlier one said in it.
+    refusal: what this rank cannot start with; it has joined the others to tell them (lumina.train.agreement)."""
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     start: str = ""
+    refusal: UserError | None = None
 
     @property
     def main(self) -> bool:
@@ -50,6 +55,20 @@ def init_process_group() -> Ranks:
     """
     launcher = detect_launcher()
     rank, world, local, local_world = (int(os.environ[name]) for name in _NAMES)
+    refusal = None
+    try:
+        _prepare_process(launcher, world, local, local_world)
+    except UserError as error:
+        if world == 1:
+            raise
+        refusal = error
+    if not torch.distributed.is_initialized():
+        _join(rank, local_world)
+    return Ranks(rank, world, local, local_world, _token_of_start(rank), refusal)
+
+
+def _prepare_process(launcher: str | None, world: int, local: int, local_world: int) -> None:
+    """This rank's parent, CPUs, GPU and DeepSpeed. Raises UserError."""
     if launcher is not None and world > 1:
         end_with_parent(parent_signal())
     if os.environ.get("LUMINA_BIND") == "1":
@@ -59,7 +78,8 @@ def init_process_group() -> Ranks:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     if cpus:
-        log.info("rank %d on %s: CPUs %s, %d thread(s)", rank, socket.gethostname(), cpus, torch.get_num_threads())
+        place = os.environ["RANK"], socket.gethostname()
+        log.info("rank %s on %s: CPUs %s, %d thread(s)", *place, cpus, torch.get_num_threads())
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices:
         torch.cuda.set_device(take_device(local, local_world, devices))
@@ -69,24 +89,35 @@ def init_process_group() -> Ranks:
                 devices - local_world, devices, socket.gethostname(),
             )  # fmt: skip
     _quiet_deepspeed()
-    deepspeed = import_deepspeed()
+    import_deepspeed()
     surface.check()
 
-    if not torch.distributed.is_initialized():
-        backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` is torch itself
-        # Its all-reduce through shared memory is for tensor-parallel inference alone. Made at every start, it would
-        # cost a compilation on a new machine and 66 MB a rank, in a segment that a killed rank leaves to the next run
-        # on the same port.
-        vars(backend)["build_shm_op"] = lambda: None
-        try:
-            deepspeed.init_distributed(verbose=False)
-        except RuntimeError as error:
-            if rank == 0 and isinstance(error, torch.distributed.DistError) and "MASTER_PORT" in os.environ:
-                refuse_taken_port(int(os.environ["MASTER_PORT"]), "MASTER_PORT")
-            raise explain_duplicate(error, devices, local_world) or error from None
-    start = [secrets.token_hex(4)]
-    torch.distributed.broadcast_object_list(start)
-    return Ranks(rank, world, local, local_world, start[0])
+
+def _join(rank: int, local_world: int) -> None:
+    """Join the process group that the launcher described."""
+    deepspeed = import_deepspeed()
+    backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` is torch itself
+    # Its all-reduce through shared memory is for tensor-parallel inference alone. Made at every start, it would cost a
+    # compilation on a new machine and 66 MB a rank, in a segment that a killed rank leaves to the next run on the same
+    # port.
+    vars(backend)["build_shm_op"] = lambda: None
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except RuntimeError as error:
+        if rank == 0 and isinstance(error, torch.distributed.DistError) and "MASTER_PORT" in os.environ:
+            refuse_taken_port(int(os.environ["MASTER_PORT"]), "MASTER_PORT")
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise explain_duplicate(error, devices, local_world) or error from None
+
+
+def _token_of_start(rank: int) -> str:
+    """A token of this start, which rank 0 chooses. Without a collective: a rank that is about to refuse may have no
+    device for one."""
+    store, key = default_store(), f"lumina/start/{next(_starts)}"
+    if rank == 0:
+        store.set(key, secrets.token_hex(4))
+    token: bytes = store.get(key)
+    return token.decode()
 
 
 def import_deepspeed() -> Any:

@@ -1,0 +1,241 @@
+"""Agreement through the process group's key-value store, without a collective.
+
+A collective ends with an error when a rank comes ten minutes late, or whatever the process group's timeout is. Before
+the first step a rank may well be late: it prepares the data, or verifies a checkpoint of a terabyte. Here the others
+wait as long as it takes, say for whom and for what, and end when a rank that they wait for gives no sign of life.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import pickle
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from lumina.checkpoint import RunLock
+from lumina.config import UserError, user_error
+from lumina.files import FormatError
+from lumina.train.deepspeed import Ranks
+from lumina.train.torch_private import default_store
+
+log = logging.getLogger("lumina")
+T = TypeVar("T")
+R = TypeVar("R")
+
+_BEAT = 2.0  # seconds between a rank's signs of life
+_GONE = 60.0  # seconds without one: a rank may be stopped for a while, or hold the interpreter's lock
+_ACKNOWLEDGE = 10.0  # seconds that rank 0 waits for the others to have read why all of them end
+_LEFT, _QUIET = "left", "quiet"  # the last sign of a rank that an exception ended, and of one that goes on
+_SAY_AFTER, _SAY_EVERY = 10.0, 60.0  # seconds
+_counts: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)  # agreements of each start so far
+
+
+class LostRankError(RuntimeError):
+    """A rank that the others wait for is gone."""
+
+
+def exchange(key: str, value: dict[str, Any], ranks: Ranks, seconds: float) -> list[dict[str, Any]] | None:
+    """Every rank's `value` under `key`, which is used once in a start, without a collective; None when some rank says
+    nothing for `seconds`."""
+    if ranks.world == 1:
+        return [value]
+    key = f"{key}/{ranks.start}"
+    try:
+        group = default_store()
+        group.set(f"{key}/{ranks.rank}", json.dumps(value))
+        keys = [f"{key}/{other}" for other in range(ranks.world)]
+        group.wait(keys, timedelta(seconds=seconds))
+        return [json.loads(group.get(name)) for name in keys]
+    except Exception as error:  # a rank that is gone, or the store with it
+        log.warning("the ranks could not agree: %s", error)
+        return None
+
+
+def decided_by_rank_0(ranks: Ranks, choose: Callable[[], T], what: str = "rank 0 reads the run's folder") -> T:
+    """Rank 0's choice, or the UserError that it met, on every rank. `what`: it does meanwhile, for people."""
+    if ranks.world == 1:
+        return choose()
+    key = _key(ranks)
+    if ranks.main:
+        with signs_of_life(ranks):
+            _tell(key, choose)
+    chosen: T = _heard(ranks, key, what)
+    return chosen
+
+
+def gathered(ranks: Ranks, what: str, value: T, conclude: Callable[[Sequence[T]], R]) -> R:
+    """What rank 0 concludes from every rank's `value`, or the UserError that it raises, on every rank. `what`: the
+    ranks that are late do, for people."""
+    if ranks.world == 1:
+        return conclude([value])
+    store, key = default_store(), _key(ranks)
+    store.set(f"{key}/{ranks.rank}", pickle.dumps(value))
+    if ranks.main:
+        told = partial(_told, ranks, key, what)
+        _tell(key, lambda: conclude([told(rank) for rank in range(ranks.world)]))
+    concluded: R = _heard(ranks, key, what)
+    return concluded
+
+
+def together(ranks: Ranks, what: str, work: Callable[[], T]) -> T:
+    """This rank's `work`, unless a rank met a user's mistake in its own: then a UserError on every rank, which names
+    those ranks and their hosts. `what`: the work, for people."""
+    value: T | None = None
+    refusal: UserError | None = None
+    try:
+        value = work()
+    except UserError as error:
+        refusal = error
+    except (ConnectionError, TimeoutError):  # of another rank
+        raise
+    except (OSError, FormatError, UnicodeError) as error:
+        refusal = user_error(error)
+    gathered(ranks, what, (socket.gethostname(), refusal), refuse_together)
+    return cast(T, value)
+
+
+def refuse_together(answers: Sequence[tuple[str, UserError | None]]) -> None:
+    """Raise what the ranks, each with its host, refuse, where one does."""
+    refusals = {rank: (host, error) for rank, (host, error) in enumerate(answers) if error is not None}
+    if not refusals:
+        return
+    rank, (host, first) = next(iter(refusals.items()))
+    if len(refusals) == len(answers) and len({str(error) for _, error in refusals.values()}) == 1:
+        raise first
+    others = f" (and {len(refusals) - 1} more of {len(answers)} ranks)" if len(refusals) > 1 else ""
+    raise UserError(f"rank {rank} on {host}{others}: {first.message}", first.remedy)
+
+
+def assert_lock_held(ranks: Ranks, lock: RunLock | None) -> None:
+    """Raises UserError on every rank when a later start of the run has taken `lock`, which is rank 0's."""
+    decided_by_rank_0(ranks, lambda: None if lock is None else lock.assert_held())
+
+
+@contextmanager
+def signs_of_life(ranks: Ranks) -> Iterator[None]:
+    """In the block this rank tells the others every two seconds that it is there, whatever its main thread does.
+    Outside of one, in the training, the watchdog and the launcher see to ranks that are gone."""
+    if ranks.world == 1:
+        yield
+        return
+    ended = threading.Event()
+    store, host, sign = default_store(), socket.gethostname(), _sign(ranks, ranks.rank)
+
+    def beat() -> None:
+        for number in itertools.count():
+            try:
+                store.set(sign, f"{number} {host}")
+            except RuntimeError:  # the store's process is gone: whoever waits finds that out
+                return
+            if ended.wait(_BEAT):
+                return
+
+    thread = threading.Thread(target=beat, name="lumina-signs-of-life", daemon=True)
+    thread.start()
+    last = f"{_QUIET} {host}"
+    try:
+        yield
+    except BaseException as error:
+        last = f"{_LEFT} {host} {type(error).__name__}: {error}"
+        raise
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(RuntimeError):
+            store.set(sign, last)
+
+
+def _key(ranks: Ranks) -> str:
+    """A key that no other agreement has: every rank takes part in each of them, in one order."""
+    return f"lumina/agreement/{ranks.start}/{next(_counts[ranks.start])}"
+
+
+def _sign(ranks: Ranks, rank: int) -> str:
+    return f"lumina/alive/{ranks.start}/{rank}"
+
+
+def _tell(key: str, choose: Callable[[], Any]) -> None:
+    """Rank 0's word under `key`: what it chose, or the exception that kept it from that."""
+    said: tuple[Any, Exception | None]
+    try:
+        said = (choose(), None)
+    except (UserError, LostRankError) as error:
+        said = (None, error)
+    except BaseException as error:
+        default_store().set(f"{key}/0-says", pickle.dumps((None, LostRankError(f"rank 0 failed: {error!r}"))))
+        raise
+    default_store().set(f"{key}/0-says", pickle.dumps(said))
+
+
+def _told(ranks: Ranks, key: str, what: str, rank: int) -> Any:
+    """What a rank said under `key`."""
+    return pickle.loads(_await(ranks, key, rank, f"{key}/{rank}", what))
+
+
+def _heard(ranks: Ranks, key: str, what: str) -> Any:
+    chosen, error = pickle.loads(_await(ranks, key, 0, f"{key}/0-says", what))
+    if error is None:
+        return chosen
+    store, acknowledged = default_store(), f"{key}/acknowledged/"
+    if ranks.main:  # it may hold the store, and ends now
+        with suppress(RuntimeError):
+            store.wait([f"{acknowledged}{rank}" for rank in range(1, ranks.world)], timedelta(seconds=_ACKNOWLEDGE))
+    else:
+        store.set(f"{acknowledged}{ranks.rank}", "1")
+    raise error
+
+
+def _await(ranks: Ranks, key: str, rank: int, name: str, what: str) -> bytes:
+    """What `rank` puts under `name`, waited for as long as it takes and `rank` lives."""
+    store, sign = default_store(), _sign(ranks, rank)
+    waited = silent = 0.0
+    said, pause, newest = _SAY_AFTER - _SAY_EVERY, 0.002, b""
+    last = time.monotonic()
+    try:
+        while not store.check([name]):
+            time.sleep(pause)
+            now = time.monotonic()
+            # Of one turn a second counts at most: this process may have been stopped, and the others with it.
+            turn, last, pause = min(now - last, 1.0), now, min(1.5 * pause, 0.5)
+            waited, silent = waited + turn, silent + turn
+            if waited - said > _SAY_EVERY and ranks.local_rank == 0:
+                said = waited
+                log.info("rank %d waits for %s: %s (%.0f s)", ranks.rank, _late(ranks, store, key), what, waited)
+            seen = store.get(sign) if store.check([sign]) else b""
+            if seen.startswith(_LEFT.encode()):
+                why = seen.decode().split(" ", 2)[2]
+                raise LostRankError(f"{_place(ranks, store, rank)} has ended ({what}): {why}")
+            if seen != newest or not seen or seen.startswith(_QUIET.encode()):
+                newest, silent = seen, 0.0
+            elif silent > _GONE:
+                raise LostRankError(f"{_place(ranks, store, rank)} gives no sign of life for {_GONE:.0f} s ({what})")
+        found: bytes = store.get(name)
+        return found
+    except LostRankError:
+        raise
+    except RuntimeError as error:  # the store's own, whose process is rank 0's or the launcher's
+        raise LostRankError(f"rank 0 or the launcher is gone ({what}): {error}") from error
+
+
+def _place(ranks: Ranks, store: Any, rank: int) -> str:
+    """A rank with its host, where that is known."""
+    sign = _sign(ranks, rank)
+    words = store.get(sign).decode().split(" ") if store.check([sign]) else []
+    return f"rank {rank} on {words[1]}" if words else f"rank {rank}"
+
+
+def _late(ranks: Ranks, store: Any, key: str) -> str:
+    """The ranks of which the others wait to hear; rank 0 where it alone has a word to say."""
+    told = [store.check([f"{key}/{rank}"]) for rank in range(ranks.world)]
+    late = [rank for rank, has_told in enumerate(told) if not has_told] if any(told) else [0]
+    more = f" and {len(late) - 4} more" if len(late) > 4 else ""
+    return ", ".join(_place(ranks, store, rank) for rank in late[:4] or [0]) + more

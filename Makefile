@@ -8,6 +8,7 @@
 # make resolve        both sets of pinned versions (CPU, CUDA), resolved dry for x86_64 and aarch64
 # make test-triton    the kernels compiled by the Triton of GPU users, or TRITON=x.y.z; registers, spills and bytes held
 # make mutation       the laws' sources changed one place at a time, or LAWS="order packing": what no test notices (hours)
+# make crash-consistency  what a power cut at any moment of a save may leave, STATES=600 of them (strace; a minute)
 # make check          ruff, formatting, mypy
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -26,7 +27,7 @@ CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install quickstart test test-long test-documents test-cluster mutation cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels resolve test-triton check format clean
+.PHONY: install quickstart test test-long test-documents test-cluster mutation crash-consistency cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels resolve test-triton check format clean
 
 install: $(STAMP)
 
@@ -103,6 +104,10 @@ test-triton: $(STAMP)
 
 mutation: $(STAMP)
 	$(BIN)/python -m tests.mutation $(LAWS)
+
+STATES ?= 600
+crash-consistency: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crashes --states $(STATES)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,28 +3,35 @@
 Progress is a call of `heartbeat`: at every micro-batch, step, evaluation batch and save. Two clocks watch it. One is a
 Python thread that finds the usual hang, a collective whose other side is gone (those wait without the interpreter's
 lock): it writes every thread's stack to stderr, says which collective the main thread sits in, and ends the process.
-Where the lock itself is held, by a kernel that never returns, that thread cannot run: every half second it re-arms
-faulthandler's own C thread, which then dumps the stacks and ends the process without needing the lock.
+Where the lock itself is held, by a kernel that never returns, that thread cannot run: a process of its own
+(lumina.train.liveness.lock_watch) then has faulthandler write the stacks, which needs no lock, and ends it.
+
+Time in which the process is suspended (Ctrl-Z, `scontrol suspend`) is no hang: neither clock counts it.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from lumina.cluster import EXIT_HUNG, StopRequest
 from lumina.files import write_json
+from lumina.train.liveness import lock_watch
 
 _COLLECTIVES = "torch.distributed.distributed_c10d"
 _TICK = 0.5  # seconds
-_C_GRACE = 5.0  # seconds that the C clock leaves to the Python one
+_GRACE = 5.0  # seconds that the second clock leaves to the first
+_SUSPENDED = 2.0  # seconds by which a tick is late when the process was suspended
+_IDLE = 0.1  # of that time, at most, the process computed: more, and it only held the interpreter's lock
 
 
 class Watchdog:
@@ -47,9 +54,18 @@ class Watchdog:
         self._closed = threading.Event()
         self._main = threading.main_thread().ident
         self.end: Callable[[int], None] = os._exit  # tests look instead of ending
+        self._suspended = 0.0  # seconds since the stop was asked for
         self._thread = threading.Thread(target=self._watch, name="lumina-watchdog", daemon=True)
+        self._lock_watch: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Watchdog:
+        if self._timeout:
+            faulthandler.enable(2)  # writes the stacks at SIGABRT
+            command = [sys.executable, "-I", "-S", lock_watch.__file__, str(os.getpid()), str(self._rank)]
+            # In a session of its own: Ctrl-C and Ctrl-Z are for the rank.
+            self._lock_watch = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True
+            )
         if self._timeout or self._stop_timeout:
             self._thread.start()
         return self
@@ -58,7 +74,10 @@ class Watchdog:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        if self._lock_watch is not None and self._lock_watch.stdin is not None:
+            with suppress(OSError):
+                self._lock_watch.stdin.close()
+            self._lock_watch.wait()
 
     def heartbeat(self, what: str) -> None:
         """Progress was made; `what` is being done from here on. Costs a microsecond."""
@@ -71,15 +90,28 @@ class Watchdog:
         return max(self._timeout, self._start_timeout) if self._timeout and not self._heartbeats else self._timeout
 
     def _watch(self) -> None:
+        before, computed = time.monotonic(), time.process_time()
         while not self._closed.wait(_TICK):
-            limit, now = self.limit(), time.monotonic()
-            if limit:
-                faulthandler.dump_traceback_later(max(limit, 1.0) + _C_GRACE, exit=True, file=2)
+            limit, now, used = self.limit(), time.monotonic(), time.process_time()
+            late = now - before - _TICK
+            if late > _SUSPENDED and used - computed < _IDLE * late:
+                self._last = min(now, self._last + late)
+                self._suspended += late
+            before, computed = now, used
+            self._tell(max(limit, 1.0) + _GRACE if limit else 0.0)
             if limit and now - self._last > limit:
                 self._give_up(f"no progress for {now - self._last:.0f} s (hang_timeout {limit:g}) in: {self._what}")
             asked = self._stop.since
-            if self._stop_timeout and asked is not None and now - max(asked, self._last) > self._stop_timeout:
+            if asked is None:
+                self._suspended = 0.0
+            elif self._stop_timeout and now - max(asked + self._suspended, self._last) > self._stop_timeout:
                 self._give_up(f"no progress within {self._stop_timeout:g} s of {self._stop.signal}, in: {self._what}")
+
+    def _tell(self, limit: float) -> None:
+        """Have the second clock wait `limit` seconds for the next word from here; 0: for ever."""
+        if self._lock_watch is not None and self._lock_watch.stdin is not None:
+            with suppress(OSError):  # somebody ended it: the first clock goes on
+                self._lock_watch.stdin.write(f"{limit}\n".encode())
 
     def _give_up(self, reason: str) -> None:
         frames = sys._current_frames()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +34,7 @@ with Watchdog(1.0, 0, StopRequest(), rank=3) as dog:
 """,
     # PyDLL keeps the interpreter's lock while it calls C: no Python thread runs any more.
     "lock": """
-watchdog._C_GRACE = 0.5
+watchdog._GRACE = 0.5
 with Watchdog(1.0, 0, StopRequest(), rank=3) as dog:
     dog.heartbeat("step 7, update")
     time.sleep(0.8)
@@ -52,6 +55,23 @@ with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
         dog.heartbeat(f"step {number}")
         time.sleep(0.05)
 print("done")
+""",
+    # Stopped for longer than either clock allows, with a stop asked for or without; then a hang all the same.
+    "suspended": """
+watchdog._GRACE, watchdog._SUSPENDED = 0.5, 0.5
+with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
+    for number in range(100):
+        dog.heartbeat(f"step {number}")
+        print(number, flush=True)
+        time.sleep(0.05)
+print("done")
+""",
+    "suspended in a step": """
+watchdog._GRACE, watchdog._SUSPENDED = 0.5, 0.5
+with Watchdog(3.0, 3.0, StopRequest(), rank=3) as dog:
+    dog.heartbeat("step 7, update")
+    print("begun", flush=True)
+    stuck(time.sleep)
 """,
     "late start": """
 with Watchdog(0.5, 0, StopRequest(), rank=3, start_timeout=1.0) as dog:
@@ -87,13 +107,24 @@ class Started:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._processes = {name: self._start(name, script) for name, script in SCRIPTS.items()}
+        self._processes = {
+            name: self._start(name, script) for name, script in SCRIPTS.items() if "suspended" not in name
+        }
 
     def _start(self, name: str, script: str) -> subprocess.Popen[str]:
         environment = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(self._folder / name), "GLOO_SOCKET_IFNAME": "lo"}
         command = [sys.executable, "-c", _START + script, str(self._folder / "meeting")]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=environment, text=True, **streams)  # type: ignore[call-overload,no-any-return]
+
+    def suspend(self, name: str, seconds: float) -> None:
+        """Start it, stop it after its first line, as Ctrl-Z or `scontrol suspend` do, and let it go on."""
+        process = self._processes[name] = self._start(name, SCRIPTS[name])
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGCONT)
 
     def end(self, name: str) -> Ended:
         process = self._processes[name]
@@ -126,8 +157,8 @@ def test_a_stall_ends_with_stacks(started: Started) -> None:
 
 def test_a_held_lock_is_no_hiding_place(started: Started) -> None:
     ended = started.end("lock")
-    assert ended.code == 1, ended.err  # faulthandler's own, which knows no other
-    assert "Timeout" in ended.err
+    assert ended.code == -signal.SIGABRT, ended.err
+    assert "WATCHDOG rank 3: no Python code has run for" in ended.err
     assert "in stuck" in ended.err
 
 
@@ -153,3 +184,19 @@ def test_the_collective_is_named(started: Started) -> None:
     assert ended.code == EXIT_HUNG, ended.err
     assert "in the collective all_reduce" in ended.reported
     assert "all_reduce" in ended.err.partition("Thread MainThread")[2], "and its stack is there"
+
+
+def test_suspended_time_is_no_hang(started: Started) -> None:
+    started.suspend("suspended", 5.0)
+    ended = started.end("suspended")
+    assert (ended.code, ended.err, ended.reported) == (0, "", "")
+    assert ended.out.endswith("99\ndone\n")
+
+
+def test_a_hang_around_a_suspension_is_found_all_the_same(started: Started) -> None:
+    began = time.monotonic()
+    started.suspend("suspended in a step", 6.0)
+    ended = started.end("suspended in a step")
+    assert ended.code == EXIT_HUNG, ended.err
+    (seconds,) = re.findall(r"no progress for (\d+) s", ended.reported)
+    assert int(seconds) <= time.monotonic() - began - 5.0, "the suspended time was counted"

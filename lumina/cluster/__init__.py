@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
-    from lumina.cluster.launcher_detection import detect_launcher, free_port, parent_signal, refuse_taken_port
+    from lumina.cluster.launcher_detection import detect_launcher, free_port, launched, parent_signal, refuse_taken_port
     from lumina.cluster.launching import LaunchOptions, launch
     from lumina.cluster.preflight.run import preflight_command
     from lumina.cluster.signals import EXIT_HUNG, EXIT_RESIZE, EXIT_STOPPED, StopRequest, end_with_parent, handlers_kept
@@ -23,6 +23,7 @@ _HOMES = {
     "free_port": "launcher_detection",
     "handlers_kept": "signals",
     "launch": "launching",
+    "launched": "launcher_detection",
     "parent_signal": "launcher_detection",
     "preflight_command": "preflight.run",
     "refuse_taken_port": "launcher_detection",
@@ -40,6 +41,7 @@ __all__ = [
     "free_port",
     "handlers_kept",
     "launch",
+    "launched",
     "parent_signal",
     "preflight_command",
     "refuse_taken_port",

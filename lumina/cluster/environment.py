@@ -1,4 +1,4 @@
-"""Environment variables that are forwarded to the other nodes: named ones and families, with any value."""
+"""Environment variables: the numbers among them, and those that are forwarded to the other nodes, with any value."""
 
 from __future__ import annotations
 
@@ -42,3 +42,15 @@ def forwarded(exports: Iterable[str], environment: Mapping[str, str] = os.enviro
             raise UserError(f"--export {name}: there is no such variable here", f"Give --export {name}=VALUE.")
         chosen[name] = value if given else environment[name]
     return chosen
+
+
+def number(name: str, environment: Mapping[str, str] = os.environ, default: int | None = None) -> int:
+    """A variable that holds a number, 0 or more. Raises UserError where it holds anything else, or is not set and has
+    no default."""
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not (text.isascii() and text.isdecimal()) or len(text) > 9:
+        said = "is not set" if text is None else f"is {text!r}, which is no whole number"
+        raise UserError(f"{name} {said}", f"Set {name} as its launcher does, or unset it.")
+    return int(text)

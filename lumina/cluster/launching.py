@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lumina.cluster import slurm
-from lumina.cluster.environment import forwarded
+from lumina.cluster.environment import forwarded, number
 from lumina.cluster.hostfile import Host, read_hostfile
 from lumina.cluster.launcher_detection import refuse_taken_port
 from lumina.cluster.topology import choose_interface, rank_map
@@ -94,7 +94,7 @@ def _hosts(asked: LaunchOptions) -> list[Host]:
     if asked.hostfile is not None:
         return read_hostfile(asked.hostfile)
     if asked.slurm or slurm.in_allocation():
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        if number("SLURM_STEP_NUM_TASKS", default=1) > 1:
             raise UserError(
                 "lumina launch was started several times, by srun",
                 "Start it once, without srun (it starts a step on every node), or: srun … lumina train …",
@@ -103,8 +103,8 @@ def _hosts(asked: LaunchOptions) -> list[Host]:
         owned = slurm.gpus([host.name for host in hosts])
         if idle := sum(max(own - host.slots, 0) for own, host in zip(owned, hosts, strict=True)):
             _say(
-                f"WARNING: {idle} of this job's {sum(owned)} GPUs will be idle: leave --ntasks-per-node out for a rank "
-                "on each GPU"
+                f"WARNING: {idle} of this job's {sum(owned)} GPUs will be idle: leave --ntasks and "
+                "--ntasks-per-node out for a rank on each GPU"
             )
         return hosts
     raise UserError("no nodes", "Give --hostfile FILE, or start inside a Slurm allocation (launchers/train.sbatch).")
@@ -115,10 +115,10 @@ def _commands(asked: LaunchOptions, hosts: list[Host], folder: str) -> list[list
     cpus = slurm.cpus() if name == "srun" else []
     gpus = slurm.gpus([host.name for host in hosts]) if name == "srun" and slurm.in_allocation() else [0] * len(hosts)
     commands = []
-    for number, host in enumerate(hosts):
+    for index, host in enumerate(hosts):
         chosen = choose(name, host)
-        own = cpus[number] if number < len(cpus) else None
-        command = remote_command(chosen, host, RemoteModule(AGENT, folder, asked.python, own, gpus[number]))
+        own = cpus[index] if index < len(cpus) else None
+        command = remote_command(chosen, host, RemoteModule(AGENT, folder, asked.python, own, gpus[index]))
         if shutil.which(command[0]) is None and not asked.dry_run:
             raise UserError(f"{command[0]} is not installed here", "Install it, or choose another --transport.")
         commands.append(command)

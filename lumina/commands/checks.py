@@ -29,14 +29,16 @@ def trained_model(given: str) -> Path:
 
 def first_rank() -> bool:
     """Whether this process is the only one, or the first of several: the one that speaks."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))) == "0"
+    from lumina.cluster import launched
+
+    return launched().rank == 0
 
 
 def alone() -> bool:
-    """Whether no launcher's words speak of several ranks."""
-    return not any(
-        int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    )
+    """Whether no launcher started several ranks."""
+    from lumina.cluster import launched
+
+    return launched().world == 1
 
 
 def before_training(config: Config, yes: bool) -> None:
@@ -44,7 +46,8 @@ def before_training(config: Config, yes: bool) -> None:
     that the run starts. One rank of several checks with the others, where no rank waits for one that has ended.
 
     Raises:
-        UserError: a file that is not there, a run that exists, an output folder that cannot be one, …
+        UserError: a file that is not there, a run that exists, an output folder that cannot be one, a launcher's
+            variables that contradict each other, …
     """
     _refuse_idle_settings(config)
     _refuse_missing_start(config)

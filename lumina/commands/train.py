@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import traceback
 from typing import TYPE_CHECKING
 
@@ -39,7 +38,7 @@ def train(arguments: Arguments) -> int:
         return _refuse_rank(error if isinstance(error, UserError) else user_error(error))
     from lumina.train import end_process, train_rank
 
-    ends_here = arguments.own_process or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ends_here = arguments.own_process or not alone()
     try:
         code = exit_code_of(lambda: train_rank(config), disks=False)
     except Exception:
@@ -52,11 +51,6 @@ def train(arguments: Arguments) -> int:
 
 def _refuse_rank(error: UserError) -> int:
     """What only this rank may have met, such as a file that its node has not, ends all of them."""
-    from lumina.cluster import detect_launcher
-
-    detect_launcher()
-    if int(os.environ["WORLD_SIZE"]) == 1:
-        raise error
     from lumina.train import end_process, refuse_rank
 
     return end_process(exit_code_of(lambda: refuse_rank(error)))

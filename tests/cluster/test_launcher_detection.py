@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lumina.cluster.launcher_detection import detect_launcher, parent_signal
+from lumina.cluster.launcher_detection import detect_launcher, launched, parent_signal
 from lumina.config import UserError
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -61,6 +61,46 @@ def test_a_hand_written_rank_has_defaults() -> None:
     detect_launcher(environment)
     assert place(environment) == (0, 1, 0, 1)
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", "29500")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 1, 2)),  # two shells of one machine
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, (1, 2, 1, 2)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "job-master-0"}, (3, 4, 0, 1)),  # a Kubernetes pod for each
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "n0"}, (3, 4, 0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, (3, 4, 3, 4)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n0"}, (3, 4, 1, 4)),
+    ],
+)
+def test_what_a_hand_leaves_out(given: dict[str, str], wanted: tuple[int, ...]) -> None:
+    environment = dict(given)
+    assert detect_launcher(environment) == "torch"
+    assert place(environment) == wanted
+    assert {name: environment[name] for name in given} == given
+
+
+def test_reading_changes_nothing() -> None:
+    environment = open_mpi(1, 4, 1, 2)
+    before = dict(environment)
+    assert launched(environment) == ("Open MPI", 1, 4, 1, 2, ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
+    assert environment == before
+
+
+@pytest.mark.parametrize("slots", [(3, 1), (1, 3), (2, 2), (1, 1, 2)])
+@pytest.mark.parametrize("by", ["slot", "node"])
+def test_open_mpi_with_uneven_slots_and_either_mapping(slots: tuple[int, ...], by: str) -> None:
+    """mpirun --map-by slot fills a machine before the next; --map-by node gives each machine a rank in turn."""
+    order = [node for node, count in enumerate(slots) for _ in range(count)]
+    if by == "node":
+        order = [node for turn in range(max(slots)) for node, count in enumerate(slots) if turn < count]
+    for rank, node in enumerate(order):
+        local = order[:rank].count(node)
+        environment = {**open_mpi(rank, len(order), local, slots[node]), "MASTER_ADDR": "n0", "MASTER_PORT": "29400"}
+        assert detect_launcher(environment) == "Open MPI"
+        assert place(environment) == (rank, len(order), local, slots[node])
+        assert environment["MASTER_ADDR"] == "n0"
 
 
 @pytest.mark.parametrize(("start", "name"), [(open_mpi, "Open MPI"), (mpich, "MPI")])

@@ -1,4 +1,4 @@
-"""What Slurm's environment says, expanded by a real scontrol where there is one."""
+"""What Slurm's environment says, beside a real scontrol where there is one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lumina.cli import main
 from lumina.cluster import slurm
@@ -25,6 +27,19 @@ ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b"}
 )
 def test_cpus_of_each_node(text: str, wanted: list[int]) -> None:
     assert slurm.cpus({"SLURM_JOB_CPUS_PER_NODE": text}) == wanted
+
+
+@pytest.mark.parametrize("text", ["two", "4(2)", "4(x2", "4,,2", "-1", "4(x99999)", "¹"])
+def test_counts_that_slurm_does_not_write_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="no number for each node"):
+        slurm.cpus({"SLURM_JOB_CPUS_PER_NODE": text})
+
+
+@pytest.mark.parametrize("nodelist", ["n[", "n[1", "n]1", "n[]", "n[3-1]", "n[a]", "n[1-9999999]", "a[1-300]b[1-300]",
+                                      "n[1][", "a b", ",", "", "a,,b", "n[1--2]", "n[[1]]"])  # fmt: skip
+def test_lists_that_slurm_does_not_write_are_refused(nodelist: str) -> None:
+    with pytest.raises(UserError, match=r"no node list|more than 65,536 nodes"):
+        slurm.expand(nodelist)
 
 
 def test_no_cpus_outside_an_allocation() -> None:
@@ -46,6 +61,26 @@ def test_no_cpus_outside_an_allocation() -> None:
 )
 def test_ranks_of_a_node(more: dict[str, str], slots: int) -> None:
     assert slurm.hosts({**ALLOCATION, **more}) == [Host("a", slots), Host("b", slots)]
+
+
+@pytest.mark.parametrize(
+    ("more", "slots"),
+    [
+        # sbatch --nodes=2 --ntasks=N on nodes of 4 CPUs, in the words of Slurm 22.05
+        ({"SLURM_NTASKS": "6", "SLURM_TASKS_PER_NODE": "4,2"}, [4, 2]),
+        ({"SLURM_NTASKS": "6", "SLURM_TASKS_PER_NODE": "3(x2)"}, [3, 3]),
+        ({"SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "3,1", "SLURM_GPUS_ON_NODE": "8"}, [3, 1]),
+        ({"SLURM_NTASKS": "6", "SLURM_NTASKS_PER_NODE": "3", "SLURM_TASKS_PER_NODE": "3(x2)"}, [3, 3]),
+        # No number of tasks was asked for: a task for each node, or with --exclusive for each CPU.
+        ({"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"}, [8, 8]),
+        ({"SLURM_TASKS_PER_NODE": "64(x2)"}, [1, 1]),
+        # A shell of `srun --nodes=1 --ntasks=1 --pty` inside such a job has its own step's counts.
+        ({"SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "2"}, [2, 2]),
+        ({"SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1", "SLURM_NTASKS_PER_NODE": "3"}, [3, 3]),
+    ],
+)
+def test_tasks_as_slurm_divided_them(more: dict[str, str], slots: list[int]) -> None:
+    assert [host.slots for host in slurm.hosts({**ALLOCATION, **more})] == slots
 
 
 @pytest.mark.parametrize("told", [("SLURM_JOB_ID", "SLURM_JOB_NODELIST"), ("SLURM_JOB_ID",)], ids=["sbatch", "salloc"])
@@ -141,11 +176,37 @@ def test_outside_an_allocation_is_the_users_mistake(missing: str) -> None:
         slurm.hosts(environment)
 
 
-def test_a_plain_list_needs_no_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    assert slurm.expand("login,n7") == ["login", "n7"]
-    with pytest.raises(UserError, match="scontrol cannot expand"):
-        slurm.expand("n[1-2]")
+texts = st.text("abz-_.", min_size=1, max_size=4)
+widths = st.integers(1, 4)
+
+
+@st.composite
+def elements(draw: st.DrawFn) -> tuple[str, list[str]]:
+    """An element of a node list and the names that it means, counted out one by one."""
+    text = draw(texts)
+    names = [text]
+    for _ in range(draw(st.integers(0, 2))):
+        written, numbers = [], []
+        for _ in range(draw(st.integers(1, 3))):
+            low, more, width = draw(st.integers(0, 120)), draw(st.integers(0, 12)), draw(widths)
+            first = f"{low:0{width}d}"
+            written.append(first if more == 0 and draw(st.booleans()) else f"{first}-{low + more:0{width}d}")
+            for value in range(low, low + more + 1):
+                digits = str(value)
+                while len(digits) < len(first):
+                    digits = "0" + digits
+                numbers.append(digits)
+        after = draw(st.sampled_from(["", "c", "-ib"]))
+        text += "[" + ",".join(written) + "]" + after
+        names = [name + digits + after for name in names for digits in numbers]
+    return text, names
+
+
+@given(st.lists(elements(), min_size=1, max_size=3))
+def test_a_list_is_expanded_without_scontrol(written: list[tuple[str, list[str]]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        assert slurm.expand(",".join(text for text, _ in written)) == [name for _, names in written for name in names]
 
 
 @pytest.fixture
@@ -158,12 +219,9 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_scontrol
 @pytest.mark.usefixtures("conf")
 @pytest.mark.parametrize(
-    ("nodelist", "wanted"),
-    [
-        ("n[01-03,7],login", ["n01", "n02", "n03", "n7", "login"]),
-        ("gpu[8-11]", ["gpu8", "gpu9", "gpu10", "gpu11"]),
-        ("r[1-2]c[1-2]", ["r1c1", "r1c2", "r2c1", "r2c2"]),
-    ],
+    "nodelist",
+    ["login,n7", "n[01-03,7],login", "gpu[8-11]", "r[1-2]c[1-2]", "n[098-101],n[5]", "a-1-[1,3-4]b[001-002]"],
 )
-def test_scontrol_expands(nodelist: str, wanted: list[str]) -> None:
-    assert slurm.expand(nodelist) == wanted
+def test_as_scontrol_expands(nodelist: str) -> None:
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    assert slurm.expand(nodelist) == shown.stdout.split()

@@ -5,9 +5,17 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
-    from lumina.cluster.launcher_detection import detect_launcher, free_port, launched, parent_signal, refuse_taken_port
+    from lumina.cluster.launcher_detection import (
+        Launched,
+        detect_launcher,
+        free_port,
+        launched,
+        parent_signal,
+        refuse_taken_port,
+    )
     from lumina.cluster.launching import LaunchOptions, launch
     from lumina.cluster.preflight.run import preflight_command
+    from lumina.cluster.rendezvous import await_ranks
     from lumina.cluster.signals import EXIT_HUNG, EXIT_RESIZE, EXIT_STOPPED, StopRequest, end_with_parent, handlers_kept
     from lumina.cluster.topology import bind
 
@@ -16,7 +24,9 @@ _HOMES = {
     "EXIT_RESIZE": "signals",
     "EXIT_STOPPED": "signals",
     "LaunchOptions": "launching",
+    "Launched": "launcher_detection",
     "StopRequest": "signals",
+    "await_ranks": "rendezvous",
     "bind": "topology",
     "detect_launcher": "launcher_detection",
     "end_with_parent": "signals",
@@ -34,7 +44,9 @@ __all__ = [
     "EXIT_RESIZE",
     "EXIT_STOPPED",
     "LaunchOptions",
+    "Launched",
     "StopRequest",
+    "await_ranks",
     "bind",
     "detect_launcher",
     "end_with_parent",

@@ -18,7 +18,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from lumina.cluster import bind, detect_launcher, end_with_parent, parent_signal, refuse_taken_port
+from lumina.cluster import (
+    Launched,
+    await_ranks,
+    bind,
+    detect_launcher,
+    end_with_parent,
+    launched,
+    parent_signal,
+    refuse_taken_port,
+)
 from lumina.config import UserError, explain_duplicate, take_device, usable_cpus
 from lumina.train.deepspeed import surface
 from lumina.train.torch_private import default_store
@@ -50,9 +59,10 @@ def init_process_group() -> Ranks:
     """Join the process group that the launcher described, or be a world of one. Sets the threads of this rank.
 
     Raises:
-        UserError: this DeepSpeed is not one that Lumina knows (surface.py), two ranks were given one GPU, or
-            another process listens at rank 0's MASTER_PORT.
+        UserError: this DeepSpeed is not one that Lumina knows (surface.py), two ranks were given one GPU, another
+            process listens at rank 0's MASTER_PORT, or some ranks did not come.
     """
+    place = launched()
     launcher = detect_launcher()
     rank, world, local, local_world = (int(os.environ[name]) for name in _NAMES)
     refusal = None
@@ -63,7 +73,7 @@ def init_process_group() -> Ranks:
             raise
         refusal = error
     if not torch.distributed.is_initialized():
-        _join(rank, local_world)
+        _join(place)
     return Ranks(rank, world, local, local_world, _token_of_start(rank), refusal)
 
 
@@ -93,8 +103,8 @@ def _prepare_process(launcher: str | None, world: int, local: int, local_world: 
     surface.check()
 
 
-def _join(rank: int, local_world: int) -> None:
-    """Join the process group that the launcher described."""
+def _join(place: Launched) -> None:
+    """Join the process group that the launcher described, once all of its ranks are there."""
     deepspeed = import_deepspeed()
     backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm.torch` is torch itself
     # Its all-reduce through shared memory is for tensor-parallel inference alone. Made at every start, it would cost a
@@ -102,12 +112,15 @@ def _join(rank: int, local_world: int) -> None:
     # port.
     vars(backend)["build_shm_op"] = lambda: None
     try:
+        patience = deepspeed.constants.default_pg_timeout.total_seconds()
+        store = await_ranks(place, patience) if place.world > 1 else None
         deepspeed.init_distributed(verbose=False)
+        del store  # the process group has its own connection to it
     except RuntimeError as error:
-        if rank == 0 and isinstance(error, torch.distributed.DistError) and "MASTER_PORT" in os.environ:
+        if place.rank == 0 and isinstance(error, torch.distributed.DistError) and "MASTER_PORT" in os.environ:
             refuse_taken_port(int(os.environ["MASTER_PORT"]), "MASTER_PORT")
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise explain_duplicate(error, devices, local_world) or error from None
+        raise explain_duplicate(error, devices, place.local_world) or error from None
 
 
 def _token_of_start(rank: int) -> str:

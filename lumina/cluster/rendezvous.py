@@ -1,0 +1,100 @@
+"""Rendezvous of the ranks at MASTER_ADDR: waits until all are there, says for which, and can be interrupted.
+
+torch waits in C++, where no signal is heard, and says nothing for as long as its timeout. What is waited for here are
+keys of a store at the same address, which torch shares with the process group's own (one server in a process).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from itertools import groupby
+from typing import Any
+
+from lumina.cluster.launcher_detection import Launched
+from lumina.config import UserError
+
+log = logging.getLogger("lumina")
+
+_POLL = 0.1  # seconds
+_FIRST_WORD, _NEXT_WORD = 10.0, 60.0  # seconds of waiting after which it is said; ranks load torch at unequal speed
+_ANSWER = 15.0  # seconds in which a store answers
+
+
+def await_ranks(here: Launched, patience: float) -> Any:
+    """Returns when every rank has called it: something to keep until the process group is there. `patience`: seconds.
+
+    Raises:
+        UserError: some did not come in time; a RuntimeError under an agent, whose launcher restarts them.
+        torch.distributed.DistError: rank 0 cannot listen at MASTER_PORT.
+    """
+    wait = _Wait(here, time.monotonic() + patience)
+    if here.rank == 0:
+        store = _connect(here, wait)
+        everyone = [f"lumina/rank/{rank}" for rank in range(1, here.world)]
+        while not store.check(everyone):
+            wait.once(lambda: _listed([r for r in range(1, here.world) if not store.check([everyone[r - 1]])]))
+        store.set("lumina/all", "")
+        return store
+    store = _connect(here, wait)
+    store.set(f"lumina/rank/{here.rank}", "")
+    while not store.check(["lumina/all"]):
+        wait.once(None)  # rank 0 says for whom
+    return store
+
+
+def _connect(here: Launched, wait: _Wait) -> Any:
+    """The store at MASTER_ADDR: its server is in rank 0, or in torchrun's agent, which says so."""
+    from lumina.cluster.elastic.torch_store import PrefixStore, TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    while True:
+        try:
+            if not serves:  # torch's own attempts cannot be interrupted
+                socket.create_connection((address, port), _POLL * 20).close()
+            server = TCPStore(
+                address, port, here.world, serves, timedelta(seconds=_ANSWER), wait_for_workers=False,
+                multi_tenant=True, use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+            )  # fmt: skip
+            return PrefixStore(f"lumina/{attempt}", server)
+        except (OSError, RuntimeError) as error:
+            if serves:
+                raise
+            wait.once(lambda why=error: f"rank 0 at {address} port {port} ({why})")
+
+
+class _Wait:
+    """Waiting with an end, of which a line is said now and then."""
+
+    def __init__(self, here: Launched, until: float) -> None:
+        self._here, self._until = here, until
+        self._said_at = time.monotonic() + _FIRST_WORD - _NEXT_WORD
+
+    def once(self, whom: Callable[[], str] | None) -> None:
+        """A moment of it. `whom`: makes the words for who is missing; None to say nothing."""
+        now, here = time.monotonic(), self._here
+        if now > self._until:
+            missing = f"{whom() if whom else 'the others'} did not come"
+            remedy = "Did the launcher start them all? Their own output, or its log, says what ended them."
+            raise RuntimeError(missing) if "LUMINA_AGENT" in os.environ else UserError(missing, remedy)
+        if whom is not None and now - self._said_at >= _NEXT_WORD:
+            self._said_at = now
+            log.warning(
+                "rank %d of %d waits for %s, %.0f s more at most. %s=%d says how many ranks there are; to train in "
+                "this process alone: RANK=0 WORLD_SIZE=1", here.rank, here.world, whom(), self._until - now,
+                here.variables[1], here.world,
+            )  # fmt: skip
+        time.sleep(_POLL)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    """Ranks 1, 3-5."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

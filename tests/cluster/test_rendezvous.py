@@ -1,0 +1,70 @@
+"""Waiting for the other ranks: it is said for which, Ctrl-C ends it, and so does its time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from lumina.cluster import await_ranks, free_port
+from lumina.cluster.launcher_detection import Launched
+from lumina.config import UserError
+from tests.runs import Job, Runs, arguments
+
+STEP = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_JOB_ID": str(os.getpid())}
+
+
+def first_task(rank: int) -> None:
+    """As in one shell of `srun --ntasks=3 --pty bash`."""
+    os.environ |= STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "1"}
+
+
+def last_task(rank: int) -> None:
+    """The same in the last of the shells of another step, whose first one has not started it."""
+    os.environ |= STEP | {"SLURM_PROCID": "2", "SLURM_LOCALID": "2", "SLURM_STEP_ID": "2"}
+
+
+def expect(job: Job, text: str) -> None:
+    """Waits until the rank has said something."""
+    deadline = time.monotonic() + 120
+    while not any(log.with_suffix(".err").exists() for log in job.logs) or text not in job.stderr():
+        assert time.monotonic() < deadline, f"it did not say: {text}"
+        assert job.ranks[0].is_alive(), job.stderr()
+        time.sleep(0.1)
+
+
+def test_a_lone_rank_says_for_whom_it_waits_and_ctrl_c_ends_it(runs: Runs, conversations: Path, place: Path) -> None:
+    jobs = [runs.start(arguments(place / start.__name__, conversations), patch=start)
+            for start in (first_task, last_task)]  # fmt: skip
+    expect(jobs[0], "rank 0 of 3 waits for ranks 1-2")
+    expect(jobs[1], "rank 2 of 3 waits for rank 0 at 127.0.0.1 port ")
+    for job in jobs:
+        assert "SLURM_STEP_NUM_TASKS=3 says how many ranks there are" in job.stderr()
+        job.signal(signal.SIGINT)
+        assert job.wait() == [130], job.stderr()
+        assert "Traceback" not in job.stderr()
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "ranks 1-2 did not come"), (2, "rank 0 at 127.0.0.1 port")])
+def test_it_ends(rank: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LUMINA_AGENT", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(UserError, match=said):
+        await_ranks(Launched("torch", rank, 3, rank, 3), patience=0.5)
+    monkeypatch.setenv("LUMINA_AGENT", "n0")  # whose launcher starts ranks again, but not after a user's mistake
+    with pytest.raises(RuntimeError, match="did not come"):
+        await_ranks(Launched("torch", rank, 3, rank, 3), patience=0.5)
+
+
+def test_rank_0_cannot_listen_where_another_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(RuntimeError) as raised:
+            await_ranks(Launched("torch", 0, 2, 0, 2), patience=5)
+        assert type(raised.value).__name__ == "DistNetworkError"

@@ -22,7 +22,7 @@ FILES_AT_A_TIME := --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime slurm-wlm munge
+CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime slurm-wlm munge tcsh
 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
 from lumina.commands import COMMANDS, Arguments, Command, Parser, exit_code_of
+
+_LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -32,6 +35,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 def parse(argv: Sequence[str]) -> Arguments:
     """Parse, or exit 2 with a did-you-mean for an unknown command or option."""
     parser, each = build_parser()
+    if argv and _LOCAL_RANK.fullmatch(argv[0]):  # `deepspeed --module lumina train …` puts it before all else
+        argv = argv[1:]
     if not argv:
         parser.print_help()
         sys.exit(0)

@@ -83,6 +83,15 @@ def test_train_defaults_are_the_seeds(trained: list[Config]) -> None:
     assert config.explicit == {"train_data"}
 
 
+@pytest.mark.parametrize("rank", ["--local_rank=0", "--local-rank=1"])
+def test_a_launcher_may_put_the_local_rank_first(rank: str, trained: list[Config]) -> None:
+    """`deepspeed --module lumina train …`, and torch.distributed.launch: before the command."""
+    assert cli.main([rank, "train", "--train-data", "a"]) == 0
+    assert trained[0].train_data == ["a"]
+    with pytest.raises(SystemExit):
+        cli.main(["--local_rank=x", "train"])
+
+
 def test_a_preset_may_be_called_one(trained: list[Config]) -> None:
     assert cli.main(["train", "--preset", "1b", "--train-data", "a"]) == 0
     assert (trained[0].model_name, trained[0].head_dim) == ("1b", 128)

@@ -66,7 +66,7 @@ def _connect(here: Launched, wait: _Wait) -> Any:
         except (OSError, RuntimeError) as error:
             if serves:
                 raise
-            wait.once(lambda why=error: f"rank 0 at {address} port {port} ({why})")
+            wait.once(f"rank 0 at {address} port {port} ({error})")
 
 
 class _Wait:
@@ -76,18 +76,18 @@ class _Wait:
         self._here, self._until = here, until
         self._said_at = time.monotonic() + _FIRST_WORD - _NEXT_WORD
 
-    def once(self, whom: Callable[[], str] | None) -> None:
-        """A moment of it. `whom`: makes the words for who is missing; None to say nothing."""
+    def once(self, whom: Callable[[], str] | str | None) -> None:
+        """A moment of it. `whom`: who is missing, or what makes the words for it; None to say nothing."""
         now, here = time.monotonic(), self._here
         if now > self._until:
-            missing = f"{whom() if whom else 'the others'} did not come"
+            missing = f"{_words(whom)} did not come"
             remedy = "Did the launcher start them all? Their own output, or its log, says what ended them."
             raise RuntimeError(missing) if "LUMINA_AGENT" in os.environ else UserError(missing, remedy)
         if whom is not None and now - self._said_at >= _NEXT_WORD:
             self._said_at = now
             log.warning(
                 "rank %d of %d waits for %s, %.0f s more at most. %s=%d says how many ranks there are; to train in "
-                "this process alone: RANK=0 WORLD_SIZE=1", here.rank, here.world, whom(), self._until - now,
+                "this process alone: RANK=0 WORLD_SIZE=1", here.rank, here.world, _words(whom), self._until - now,
                 here.variables[1], here.world,
             )  # fmt: skip
         time.sleep(_POLL)
@@ -98,3 +98,7 @@ def _listed(ranks: Sequence[int]) -> str:
     runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
     text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
+def _words(whom: Callable[[], str] | str | None) -> str:
+    return whom() if callable(whom) else whom or "the others"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import psutil
 from lumina.config import UserError, VisibleGpu, open_nvml, usable_cpus, visible_gpus
 
 _ETHERNET, _LOOPBACK, _INFINIBAND = 1, 772, 32  # /sys/class/net/*/type (linux/if_arp.h)
+_NAMESPACES = ("net", "pid", "mnt", "uts")
 _KINDS = {_ETHERNET: "ethernet", _LOOPBACK: "loopback", _INFINIBAND: "infiniband"}
 
 
@@ -182,6 +184,14 @@ def _gpu(nvml: Any, visible: VisibleGpu) -> Gpu:
         int(nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
         links,
     )
+
+
+def machine_identity() -> str:
+    """The same for two processes on one machine, whatever its name; containers that share a machine have one each. A
+    node of Slurm is told by its name there, since tests run several on one machine."""
+    spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in _NAMESPACES if Path(f"/proc/self/ns/{kind}").exists()]
+    boot = _text(Path("/proc/sys/kernel/random/boot_id"), str(uuid.getnode()))
+    return " ".join([boot, *spaces, socket.gethostname(), os.environ.get("SLURMD_NODENAME", "")])
 
 
 # --- Choosing -------------------------------------------------------------------------------------

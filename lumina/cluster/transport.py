@@ -44,8 +44,9 @@ class RemoteModule:
         return [self.python, "-m", self.module, "-"]
 
     def shell(self, spec: str = "-") -> str:
-        """The same as one line for a login shell, which is somewhere else when it starts."""
-        return f"cd {shlex.quote(self.folder)} && {_QUIET} exec {shlex.quote(self.python)} -m {self.module} {spec}"
+        """The same as one line for a login shell, which is somewhere else when it starts; of csh's family or fish too,
+        which know no NAME=value before a command."""
+        return f"cd {shlex.quote(self.folder)} && exec env {_QUIET} {shlex.quote(self.python)} -m {self.module} {spec}"
 
 
 class Transport(Protocol):

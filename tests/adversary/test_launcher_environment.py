@@ -5,7 +5,6 @@ Each line: the environment of `lumina train`, and what it must say.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess

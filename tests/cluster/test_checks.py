@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import uuid
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ def machine(gpus: int = 0, **changes: Any) -> dict[str, Any]:
         "versions": CUDA if gpus else VERSIONS, "torch_error": None, "cores": 4, "cpus": 8, "visible": gpus,
         "gpus": [{"index": i, **card} for i in range(gpus)], "infiniband": [], "network_error": None,
         "interface": {"name": "eth0", "address": "10.0.0.1", "kind": "ethernet", "speed": 0}, "summary": "4 cores",
+        "machine": uuid.uuid4().hex,
     }  # fmt: skip
     return {**facts, **changes}
 
@@ -101,6 +103,14 @@ def test_slots_are_gpus_or_at_most_cores(gpus: int, slots: int, level: str) -> N
 def test_a_node_without_gpus_among_others_with_some() -> None:
     results = checks.slots([Host("a", 2), Host("b", 2), Host("lost", 2)], {"a": machine(2), "b": machine()})
     assert bad(results) == [("b", "FAIL")]
+
+
+def test_one_machine_under_two_names() -> None:
+    twice = machine(2)
+    hosts = [Host("a", 2), Host("b", 2), Host("c", 2)]
+    results = checks.slots(hosts, {"a": twice, "b": machine(2), "c": dict(twice)})
+    assert bad(results) == [("c", "FAIL")]
+    assert results[2].finding.detail == "the same machine as a"
 
 
 def test_no_gpu_seen_by_a_torch_for_cuda() -> None:

@@ -37,7 +37,8 @@ def test_a_host_without_slots_has_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     ["n1 slots=0", "n1 slots=-2", "n1 slots=two", "n1 slots", "n1 slots=2 gpus=4", "n1 n2", "n1,n2 slots=1 x",
-     "-oProxyCommand=true slots=1"],
+     "-oProxyCommand=true slots=1", "n[1-2] slots=1", "n1,n2 slots=1", "n1;reboot slots=1", "a@b@c",
+     "n1 slots=9999999999"],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line(line: str, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(f"# two hosts\nn0 slots=1\n{line}\n")
@@ -52,6 +53,20 @@ def test_a_name_given_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("n0 slots=1\n\nn0 slots=2\n")
     with pytest.raises(UserError, match=r"line 3: n0 is there twice"):
         read_hostfile(tmp_path / "hosts")
+
+
+@pytest.mark.parametrize("line", ["n1:2222 slots=8", "n1:8", "ann@n1:22 slots=2"])
+def test_a_port_is_no_part_of_a_name(line: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(f"n0 slots=1\n{line}\n")
+    with pytest.raises(UserError, match=r"line 2: \S+ names a port") as raised:
+        read_hostfile(tmp_path / "hosts")
+    assert "~/.ssh/config" in str(raised.value.remedy)
+
+
+def test_addresses_and_users_are_names(tmp_path: Path) -> None:
+    names = ["192.0.2.7", "fe80::1", "2001:db8::8:80", "ann@n1", "n_1.example.org"]
+    (tmp_path / "hosts").write_text("".join(f"{name} slots=2\n" for name in names))
+    assert read_hostfile(tmp_path / "hosts") == [Host(name, 2) for name in names]
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# n0 slots=1\n"])

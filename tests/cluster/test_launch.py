@@ -33,7 +33,7 @@ def test_ssh() -> None:
     assert "BatchMode=yes" in command, "it must never ask for a password"
     words = shlex.split(command[-1])  # as the shell on n1 reads it
     assert words[:3] == ["cd", FOLDER, "&&"]
-    assert words[-5:] == ["exec", PYTHON, "-m", "lumina.cluster.elastic.agent", "-"]
+    assert words[-6:] == ["env", "TORCH_CPP_LOG_LEVEL=ERROR", PYTHON, "-m", "lumina.cluster.elastic.agent", "-"]
 
 
 def test_pdsh() -> None:
@@ -150,3 +150,13 @@ def test_the_port_of_rank_0_in_use_is_refused() -> None:
         .splitlines()[-2]
         .endswith(f"UserError: cannot listen at port {port}: Address already in use")
     )
+
+
+def test_one_machine_under_two_names_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would have two agents, and each GPU two ranks."""
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    (tmp_path / "script.py").write_text("raise SystemExit('started')\n")
+    assert main(["launch", "--hostfile", str(tmp_path / "hosts"), "--", str(tmp_path / "script.py")]) == 2
+    said = capsys.readouterr().out
+    assert "127.0.0.1 and localhost are one machine" in said or "localhost and 127.0.0.1 are one machine" in said, said
+    assert "group 1" not in said

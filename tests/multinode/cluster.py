@@ -342,7 +342,7 @@ class Cluster:
             "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_CPU", "ReturnToService=2", "SlurmdTimeout=10", "KillWait=30", "MpiDefault=none",
             "SwitchType=switch/none", "JobRequeue=1", "SchedulerType=sched/backfill", "MinJobAge=3600",
-            "SlurmctldTimeout=30", "SlurmdParameters=config_overrides", "InactiveLimit=0", "JobCompType=jobcomp/none", "GresTypes=gpu",
+            "SlurmctldTimeout=30", "InactiveLimit=0", "JobCompType=jobcomp/none", "GresTypes=gpu",
             "CredType=cred/munge", "SchedulerParameters=requeue_delay=0,batch_sched_delay=0,bf_interval=2",
         ]  # fmt: skip
         names = [name for name in self.places if name != HEAD]

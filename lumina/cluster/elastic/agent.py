@@ -85,7 +85,13 @@ def run(spec: Spec) -> int:
     os.environ["LUMINA_BIND"] = "1" if spec.bind else "0"
     control = AgentControl(
         connect(spec.store, spec.job),
-        {"node": spec.node, "host": socket.gethostname(), "pid": os.getpid(), "topology": here.summary(interface)},
+        {
+            "node": spec.node,
+            "host": socket.gethostname(),
+            "machine": topology.machine_identity(),
+            "pid": os.getpid(),
+            "topology": here.summary(interface),
+        },
     )
     Heartbeat(spec, control.index).start()
     commands = ReceivedCommands(control)

@@ -9,6 +9,7 @@ the exit code says what happened: 0, 75 (saved and stopped: start it again to go
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -58,6 +59,7 @@ class NodeState:
     command: list[str]
     process: subprocess.Popen[str] | None = None
     agent: int | None = None
+    machine: str = ""  # of its newest agent, by topology.machine_identity
     ready: bool = False  # waits for a group
     heartbeats: int = 0
     last_heartbeat: float = 0.0  # time.monotonic()
@@ -155,11 +157,24 @@ class Supervisor:
                 if node is None or node.agent is not None:
                     self.control.fence(agent)  # of an attempt that was given up
                     continue
+                if twin := next((p for p in self.nodes if p.agent is not None and p.machine == event["machine"]), None):
+                    self._refuse_twin(node, twin, event["host"])
+                    return
                 node.agent, node.heartbeats, node.last_heartbeat = agent, 0, time.monotonic()
+                node.machine = event["machine"]
                 by_agent[agent] = node
                 self.say(f"{node.host.name}: {event['topology']}")
             elif agent in by_agent:
                 self._take_event(by_agent[agent], event)
+
+    def _refuse_twin(self, node: NodeState, twin: NodeState, host: str) -> None:
+        """One machine under two names would have its cores and GPUs twice. A job that has trained goes on without."""
+        names = f"{twin.host.name} and {node.host.name}"
+        self.say(f"FAILED: {names} are one machine ({host}). Name it once, with all of its ranks: NAME slots=N")
+        if self.generation == 0:
+            self._end(USER_ERROR)
+        _kill_agent(node)
+        node.process, node.retry_at = None, math.inf
 
     def _take_event(self, node: NodeState, event: dict[str, Any]) -> None:
         kind = event["kind"]

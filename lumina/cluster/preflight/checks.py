@@ -108,13 +108,18 @@ def _minor(version: str | None) -> str | None:
 
 
 def slots(hosts: list[Host], facts: Mapping[str, Facts]) -> list[NodeFinding]:
-    """A GPU for each slot; without GPUs, a core for each."""
+    """A GPU for each slot, without GPUs a core for each; and no machine under two names."""
     any_gpu = any(fact["visible"] for fact in facts.values())
     results = []
     for host in hosts:
         if host.name not in facts:
             continue
         fact, wanted = facts[host.name], host.slots
+        twin = next(name for name, other in facts.items() if other["machine"] == fact["machine"])
+        if twin != host.name:
+            remedy = "Name each machine once, with all of its ranks: NAME slots=N"
+            results.append(found(host.name, "FAIL", "slots", f"the same machine as {twin}", remedy))
+            continue
         gpus, cores, cpus = fact["visible"], fact["cores"], fact["cpus"]
         if gpus:
             detail = f"slots={wanted}, {gpus} GPU(s)"

@@ -136,6 +136,7 @@ class Probe:
             "gpus": gpus,
             "memory": psutil.virtual_memory().total,
             "infiniband": node.infiniband,
+            "machine": topology.machine_identity(),
             "interface": None,
             "network_error": None,
             **torch_facts,

@@ -1,6 +1,7 @@
 """The quickstart's parts: its prompts, its configuration and what its script says. The whole of it takes minutes."""
 
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -26,16 +27,21 @@ def _words(text: str) -> str:
 def test_no_prompt_stands_in_the_training_text() -> None:
     pytest.importorskip("chatterbot_corpus", reason="the extra quickstart is not installed")
     pytest.importorskip("chitchat_dataset", reason="the extra quickstart is not installed")
-    messages = [messages for _, messages in chitchat.read_dialogues()] + everyday.read_exchanges()
+    exchanges, dialogues = everyday.read_exchanges(), [messages for _, messages in chitchat.read_dialogues()]
+    openings = [messages[: everyday.OPENING] for messages in dialogues]
+    messages = dialogues + exchanges + everyday.vary_exchanges(exchanges, openings)
     text = "\n".join(_words(message["content"]) for conversation in messages for message in conversation)
     assert _words("Tell me a joke") in text
     assert len(prompts()) == 3
     assert [prompt for prompt in prompts() if _words(prompt) in text] == []
+    forms = runpy.run_path(str(ROOT / "benchmarks/paraphrases.py"))["FORMS"]
+    assert [form for _, form in forms if _words(form) in text] == []
+    assert {question for question, _ in forms} <= {messages[0]["content"] for messages in exchanges}
 
 
 def test_the_configuration_is_one_that_the_script_makes_the_files_of() -> None:
     config = load(str(ROOT / "launchers/quickstart.yaml"), {}, [])
-    written = {f"data/everyday/{name}" for name in (everyday.EXCHANGES, everyday.OPENINGS_TRAIN)}
+    written = {f"data/everyday/{name}" for name in (everyday.VARIED, everyday.OPENINGS_TRAIN)}
     assert {source.path for source in config.data} == written
     assert config.eval_data == [f"data/everyday/{everyday.OPENINGS_EVAL}"]
     assert "data=data/everyday\n" in SCRIPT

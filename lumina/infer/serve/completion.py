@@ -6,9 +6,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,7 +20,7 @@ from lumina.infer.serve.errors import ApiError
 from lumina.infer.serve.requests import CompletionOptions
 from lumina.infer.serve.responses import Choice, ResponseBuilder, by_choice
 from lumina.infer.serve.service import Service
-from lumina.infer.serve.streaming import EventStream, stream_deltas
+from lumina.infer.serve.streaming import EventStream, events, stream_deltas
 
 CLAMPED = "Lumina-Max-Tokens"
 """Header of an answer that could not be as long as was asked: the most tokens that it could have."""
@@ -110,19 +108,16 @@ async def _events(
     """Server-sent events. An error after the first word can only be an event."""
     extra = {"usage": None} if usage else {}
 
-    def lines(chunks: list[dict[str, Any]]) -> bytes:
-        return b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks)
-
     async with aclosing(deltas):  # type: ignore[type-var]
-        yield lines([chunk | extra for chunk in [*response.first_chunks(choices), *response.chunks(first)]])
+        yield events([chunk | extra for chunk in [*response.first_chunks(choices), *response.chunks(first)]])
         try:
             async for new in deltas:
                 chunks = response.chunks(new)
                 if chunks:
-                    yield lines([chunk | extra for chunk in chunks])
+                    yield events([chunk | extra for chunk in chunks])
         except ApiError as error:
             if error.status == 499:
                 raise
-            yield lines([error.body()])
+            yield events([error.body()])
             return
-        yield (lines([response.final_chunk()]) if usage else b"") + b"data: [DONE]\n\n"
+        yield (events([response.final_chunk()]) if usage else b"") + b"data: [DONE]\n\n"

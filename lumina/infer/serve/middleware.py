@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumina.infer.serve.endpoint import Endpoint
-from lumina.infer.serve.errors import ApiError
+from lumina.infer.serve.errors import ApiError, shutting_down
 from lumina.infer.serve.metrics import Metrics
 
 LOOPBACK = frozenset(["localhost", "127.0.0.1", "[::1]"])
@@ -57,13 +57,24 @@ class RequestChecks:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
         async def answer(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] = [*message.get("headers", []), *_HEADERS]
                 path = scope["path"] if scope["path"] in self._paths else "other"
                 self._metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
+        try:
+            await self._answered(scope, receive, answer)
+        except asyncio.CancelledError:  # the server goes down, and the time for answers that were begun is over
+            if not started:
+                await shutting_down().response()(scope, receive, answer)
+
+    async def _answered(self, scope: Scope, receive: Receive, answer: Send) -> None:
         try:
             self._check(scope)
             body = await self._body(scope, receive)

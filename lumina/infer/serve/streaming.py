@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
+import orjson
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from lumina.chat import AnswerReader
-from lumina.infer.generation.batch import Sequence
+from lumina.infer.generation.batch import Sequence as Generated
 from lumina.infer.serve.batcher import ContinuousBatcher, Delta, GenerationRequest
-from lumina.infer.serve.errors import ApiError
+from lumina.infer.serve.errors import ApiError, shutting_down
 from lumina.infer.serve.middleware import wait_for_disconnect
 
 
@@ -26,7 +28,7 @@ class ClientGoneError(ApiError):
 
 async def stream_deltas(
     batcher: ContinuousBatcher,
-    sequences: list[Sequence],
+    sequences: list[Generated],
     reader: Callable[[], AnswerReader],
     seconds: float,
     receive: Receive,
@@ -70,6 +72,11 @@ async def stream_deltas(
         batcher.cancel(request)
 
 
+def events(bodies: Sequence[dict[str, Any]]) -> bytes:
+    """Server-sent events of these bodies."""
+    return b"".join(b"data: " + orjson.dumps(body) + b"\n\n" for body in bodies)
+
+
 class EventStream(StreamingResponse):
     """Server-sent events (HTML standard, section 9.2). A client that does not read for `stall` seconds, or has gone, is
     let go of: the connection is closed without an end mark.
@@ -95,8 +102,9 @@ class EventStream(StreamingResponse):
         except ClientGoneError:
             return
         except asyncio.CancelledError:
-            if not watched.stalled:
-                raise
+            if not watched.stalled:  # the server goes down
+                said = events([shutting_down().body()])
+                await watched.send({"type": "http.response.body", "body": said, "more_body": False})
         finally:
             watched.stop()
             await self._events.aclose()  # type: ignore[attr-defined]

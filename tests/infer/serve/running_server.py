@@ -59,9 +59,12 @@ def running(
     max_tokens: int = 2000,
     kept: int = 4,
     limits: Limits | None = None,
+    grace: int | None = None,
 ) -> Iterator[Running]:
     service = make_service(loaded, slots, queue, max_tokens, timeout, PrefixCache(kept, 1 << 24) if kept else None)
     server = make_server(make_app(service, Rules(key, LOOPBACK, max_body, body_seconds)), limits)
+    if grace is not None:
+        server.config.timeout_graceful_shutdown = grace
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listener],))

@@ -271,6 +271,27 @@ def test_stopping_gives_running_answers_their_time(loaded: Loaded) -> None:
         server.client().models.list()
 
 
+def test_stopping_under_load_tells_every_client(loaded: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    """Thirty clients of answers that outlast the time of grace: an event, or the API's 503, and nothing in the log."""
+
+    def ask(number: int) -> tuple[int, dict[str, Any]]:
+        with httpx.stream("POST", url, json={**LONG, "n": 4, "stream": number % 2 == 0}, timeout=60) as answer:
+            lines = answer.read().decode().strip().splitlines()
+        return answer.status_code, json.loads(lines[-1].removeprefix("data: "))
+
+    with ThreadPoolExecutor(30) as pool:
+        with running(loaded, slots=8, queue=200, grace=1) as server:
+            url = f"{server.address}/v1/chat/completions"
+            asked = [pool.submit(ask, number) for number in range(30)]
+            wait_for(lambda: server.metric("lumina_sequences_waiting") == 112)
+        told = [one.result() for one in asked]
+    assert {status for status, _ in told} <= {200, 503}
+    assert {body["error"]["code"] for _, body in told} == {"shutting_down"}
+    assert sum(status == 503 for status, _ in told) >= 15  # those that are not streamed
+    assert [record.message for record in caplog.records if record.exc_info] == []
+    assert "Traceback" not in caplog.text
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_the_command_and_its_end(run: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "lumina.cli", "serve", str(run), "--port", "0", "--precision", "fp32"]

@@ -344,7 +344,7 @@ def serve(arguments: Arguments) -> int:
 
     key = os.environ.get("LUMINA_API_KEY") if arguments.api_key is None else arguments.api_key
     names = ["host", "port", "precision", "slots", "queue", "max_tokens", "timeout", "max_body"]
-    names += ["prefix_cache", "prefix_cache_bytes"]
+    names += ["prefix_cache", "prefix_cache_bytes", "context_length"]
     return run_server(str(run), key, **{name: getattr(arguments, name) for name in names})
 
 
@@ -366,6 +366,12 @@ def _serve_options(parser: Parser) -> None:
     parser.add_argument("--prefix-cache", type=between(int, 0, 100_000), default=32, metavar="N", help=kept)
     size = "of all of these at most (1 GiB)"
     parser.add_argument("--prefix-cache-bytes", type=between(int, 0, 1 << 50), default=1 << 30, metavar="B", help=size)
+    parser.add_argument(
+        "--context-length",
+        type=between(int, 2, 1 << 30),
+        metavar="N",
+        help="tokens of a prompt and its answer (the model's; less where half of the free memory holds less)",
+    )
     parser.add_argument("--max-body", type=between(int, 1024, 1 << 30), default=1 << 20, help="bytes (1 MiB)")
 
 

@@ -68,7 +68,7 @@ class CachedRow(NamedTuple):
 class KVCache:
     """Keys and values (L, N, K, C, d) of N sequences of at most C tokens, in the model's dtype.
 
-    Bytes: 2 * L * N * K * C * d * element size. On a GPU they are a view of (L, N, C, K, d).
+    On a GPU they are a view of (L, N, C, K, d).
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor) -> None:
@@ -83,6 +83,11 @@ class KVCache:
         self.rows, self.capacity = rows, capacity
         self.lengths = [0] * rows
         self._pass: _Pass | None = None
+
+    @staticmethod
+    def bytes_of(config: ModelConfig, rows: int, capacity: int, element_size: int) -> int:
+        """Bytes that a cache takes."""
+        return 2 * config.num_layers * rows * config.num_kv_heads * capacity * config.head_dim * element_size
 
     @property
     def device(self) -> torch.device:

@@ -101,12 +101,19 @@ class ContinuousBatcher:
     """Runs one model for many requests."""
 
     def __init__(
-        self, loaded: Loaded, slots: int, most_waiting: int, metrics: Metrics, prefixes: PrefixCache | None = None
+        self,
+        loaded: Loaded,
+        slots: int,
+        most_waiting: int,
+        metrics: Metrics,
+        prefixes: PrefixCache | None = None,
+        context_length: int | None = None,
     ) -> None:
-        """`slots` sequences at a time; `most_waiting` more may wait for one. `prefixes` keeps those that ended."""
+        """`slots` sequences at a time; `most_waiting` more may wait for one. `prefixes` keeps those that ended.
+        `context_length`: of a prompt and its answer, if less than the model's."""
         self._metrics, self._most_waiting, self._prefixes = metrics, most_waiting, prefixes
-        model, length = loaded.model, loaded.config.seq_length
-        self._batch = SequenceBatch(model, loaded.tokenizer, slots, length, prefixes=prefixes)
+        self.context_length = context_length or loaded.config.seq_length
+        self._batch = SequenceBatch(loaded.model, loaded.tokenizer, slots, self.context_length, prefixes=prefixes)
         self._wake = threading.Condition()
         self._waiting: deque[_Entry] = deque()  # guarded by _wake, as is _closing
         self._closing = False

@@ -49,7 +49,7 @@ def _sampling(service: Service, body: CompletionOptions, task: Task) -> tuple[Sa
     """How to choose, and headers. A limit beyond the server's or the context's is clamped, and that is said; what the
     answer begins with is cut to it. Raises ApiError."""
     name, asked = body.limit()
-    room = service.loaded.config.seq_length - min(map(len, task.prompts))
+    room = service.context_length - min(map(len, task.prompts))
     most = min(service.most_tokens, room)
     if asked is not None and asked < 1:
         raise ApiError(400, f"{name} {asked} is less than 1", param=name)

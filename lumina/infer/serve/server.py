@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from lumina.chat import open_tokenizer
 from lumina.config import UserError
+from lumina.infer.generation.memory import fitting_context, free_memory
 from lumina.infer.generation.prefix_cache import PrefixCache
 from lumina.infer.loading import Loaded, load
 from lumina.infer.serve.app import make_app
@@ -39,6 +40,7 @@ def serve(
     max_body: int = 1 << 20,
     prefix_cache: int = 32,
     prefix_cache_bytes: int = 1 << 30,
+    context_length: int | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code. Raises UserError: no such run, address taken, a bad key."""
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
@@ -46,7 +48,7 @@ def serve(
     listener, limits = _listen(host, port), limits_for(timeout)
     try:
         prefixes = PrefixCache(prefix_cache, prefix_cache_bytes) if prefix_cache else None
-        service = make_service(load(run, precision), slots, queue, max_tokens, timeout, prefixes)
+        service = make_service(load(run, precision), slots, queue, max_tokens, timeout, prefixes, context_length)
         address = _address(listener)
         open_to = _loopback(listener.getsockname()[0])
         if key is None and not open_to:
@@ -69,11 +71,19 @@ def serve(
 
 
 def make_service(
-    loaded: Loaded, slots: int, queue: int, max_tokens: int, timeout: float, prefixes: PrefixCache | None = None
+    loaded: Loaded,
+    slots: int,
+    queue: int,
+    max_tokens: int,
+    timeout: float,
+    prefixes: PrefixCache | None = None,
+    context_length: int | None = None,
 ) -> Service:
-    """The model's batcher, not yet started, and what the endpoints need."""
+    """The model's batcher, not yet started, and what the endpoints need. Without a `context_length` it is the model's,
+    or what fits into the free memory. Raises UserError: it does not."""
+    length = fitting_context(loaded, slots, context_length, free_memory(loaded.model.embedding.weight.device))
     metrics = Metrics(slots)
-    batcher = ContinuousBatcher(loaded, slots, queue, metrics, prefixes)
+    batcher = ContinuousBatcher(loaded, slots, queue, metrics, prefixes, length)
     own = loaded.tokenizer
     tokenizer = open_tokenizer(own.folder, own.chat_template)  # a second one: see Service
     return Service(loaded, tokenizer, batcher, metrics, max_tokens, timeout, STALL_SECONDS)

@@ -40,6 +40,11 @@ class Service:
     def name(self) -> str:
         return self.loaded.checkpoint.parent.parent.name
 
+    @property
+    def context_length(self) -> int:
+        """The most tokens that a prompt and its answer have together."""
+        return self.batcher.context_length
+
     @cached_property
     def grammars(self) -> GrammarCompiler:
         return GrammarCompiler(self.tokenizer, self.loaded.config.vocab_size)
@@ -72,7 +77,7 @@ class Service:
         """A prompt's ids, which leave room for an answer. Raises ApiError."""
         ids = await self.apart(work, param)
         try:
-            check_prompt(len(ids), self.loaded.config.seq_length)
+            check_prompt(len(ids), self.context_length)
         except UserError as error:
             raise ApiError(400, str(error), "context_length_exceeded", param) from None
         return ids

@@ -60,8 +60,11 @@ def running(
     kept: int = 4,
     limits: Limits | None = None,
     grace: int | None = None,
+    context_length: int | None = None,
 ) -> Iterator[Running]:
-    service = make_service(loaded, slots, queue, max_tokens, timeout, PrefixCache(kept, 1 << 24) if kept else None)
+    service = make_service(
+        loaded, slots, queue, max_tokens, timeout, PrefixCache(kept, 1 << 24) if kept else None, context_length
+    )
     server = make_server(make_app(service, Rules(key, LOOPBACK, max_body, body_seconds)), limits)
     if grace is not None:
         server.config.timeout_graceful_shutdown = grace

@@ -271,6 +271,17 @@ def test_stopping_gives_running_answers_their_time(loaded: Loaded) -> None:
         server.client().models.list()
 
 
+def test_a_shorter_context(loaded: Loaded) -> None:
+    with running(loaded, context_length=64) as server:
+        client = server.client()
+        assert client.models.list().data[0].model_dump()["max_model_len"] == 64
+        with pytest.raises(openai.BadRequestError, match="context length is 64"):
+            client.chat.completions.create(model="small", messages=[{"role": "user", "content": "my dog " * 60}])
+        got = client.chat.completions.create(model="small", messages=HELLO, temperature=0)
+    assert got.usage is not None
+    assert got.usage.total_tokens <= 64
+
+
 def test_stopping_under_load_tells_every_client(loaded: Loaded, caplog: pytest.LogCaptureFixture) -> None:
     """Thirty clients of answers that outlast the time of grace: an event, or the API's 503, and nothing in the log."""
 

@@ -94,7 +94,7 @@ async def completions(request: Request) -> Response:
 
 def _only_text(service: Service, ids: list[int]) -> list[int]:
     """Token ids from outside are text: special tokens come from the template only."""
-    check_prompt(len(ids), service.loaded.config.seq_length)  # before each is looked at
+    check_prompt(len(ids), service.context_length)  # before each is looked at
     size = service.loaded.config.vocab_size
     text_V = ~forbidden_tokens(service.tokenizer, size)
     text_V[[token for token in service.tokenizer.stop_ids if token < size]] = False

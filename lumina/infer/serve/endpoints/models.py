@@ -14,7 +14,7 @@ from lumina.infer.serve.service import Service
 
 def _model(service: Service) -> dict[str, Any]:
     created = int(service.loaded.checkpoint.stat().st_mtime)
-    limits = {"max_model_len": service.loaded.config.seq_length, "max_tokens": service.most_tokens}
+    limits = {"max_model_len": service.context_length, "max_tokens": service.most_tokens}
     return {"id": service.name, "object": "model", "created": created, "owned_by": "lumina", **limits}
 
 

@@ -40,9 +40,11 @@ from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.chat.hf import (
+        STEP_SECONDS,
         STOPS,
         TOKENIZER_FILES,
         HFTokenizer,
+        OutOfBoundsError,
         copy_files,
         hf_tokenizer_files,
         read_json,
@@ -55,6 +57,8 @@ __getattr__ = names_of(
     __name__,
     {
         "HFTokenizer": "hf",
+        "OutOfBoundsError": "hf",
+        "STEP_SECONDS": "hf",
         "STOPS": "hf",
         "TOKENIZER_FILES": "hf",
         "copy_files": "hf",
@@ -72,6 +76,7 @@ __all__ = [
     "ROLES",
     "ROLE_ALIASES",
     "SPECIAL_TOKENS",
+    "STEP_SECONDS",
     "STOPS",
     "SUPERVISED_ROLES",
     "TEMPLATES",
@@ -88,6 +93,7 @@ __all__ = [
     "Message",
     "MessageColumns",
     "MessageSpan",
+    "OutOfBoundsError",
     "Rendered",
     "RenderedBlock",
     "Tokenizer",

@@ -9,9 +9,12 @@ from lumina.chat.template import FIRST_TEMPLATE
 from lumina.chat.tokenizer import Tokenizer
 
 
-def open_tokenizer(folder: str | Path | None, chat_template: str | None = None) -> ChatTokenizer:
+def open_tokenizer(
+    folder: str | Path | None, chat_template: str | None = None, step_seconds: float | None = None
+) -> ChatTokenizer:
     """Lumina's tokenizer with the chat template of that name, or with a folder an imported model's own and the chat
-    template that it brings.
+    template that it brings. With `step_seconds` that one is run in a process of its own (hf/bounded.py): for files that
+    nobody has looked at, and for a server, which must not hang.
 
     Raises:
         UserError: a file is missing or damaged, the libraries that read it are not installed, or there is no such chat
@@ -19,9 +22,9 @@ def open_tokenizer(folder: str | Path | None, chat_template: str | None = None) 
     """
     if folder is None:
         return Tokenizer.load(chat_template)
-    from lumina.chat.hf import HFTokenizer  # not at the top: prepare's workers must start fast
+    from lumina.chat.hf import BoundedTokenizer, HFTokenizer  # not at the top: prepare's workers must start fast
 
-    return HFTokenizer(Path(folder))
+    return HFTokenizer(Path(folder)) if step_seconds is None else BoundedTokenizer(Path(folder), step_seconds)
 
 
 def recorded_template(recorded: str) -> str:

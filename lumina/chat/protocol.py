@@ -154,3 +154,6 @@ class ChatTokenizer(Protocol):
 
     def warm_up(self) -> None:
         """Read the vocabulary now rather than with the first text."""
+
+    def close(self) -> None:
+        """End what it runs beside this process."""

@@ -73,6 +73,9 @@ class Tokenizer(Cl100kEncoder):
     def warm_up(self) -> None:
         self.encode_many([" "])
 
+    def close(self) -> None:
+        """Does nothing: all of it is in this process."""
+
 
 class _Utf8Decoder:
     """Bytes of tokens to whole characters."""

@@ -132,15 +132,15 @@ def tokenizer_folder(checkpoint: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def read_tokenizer(checkpoint: Path) -> ChatTokenizer:
-    """The tokenizer and template that the checkpoint's model was trained with."""
+def read_tokenizer(checkpoint: Path, step_seconds: float | None = None) -> ChatTokenizer:
+    """The tokenizer and template that the checkpoint's model was trained with; `step_seconds`: see open_tokenizer."""
     folder = tokenizer_folder(checkpoint)
-    return open_tokenizer(folder, recorded_template(trainer_state_of(checkpoint).chat_template))
+    return open_tokenizer(folder, recorded_template(trainer_state_of(checkpoint).chat_template), step_seconds)
 
 
-def fitting_tokenizer(checkpoint: Path, config: ModelConfig) -> ChatTokenizer:
+def fitting_tokenizer(checkpoint: Path, config: ModelConfig, step_seconds: float | None = None) -> ChatTokenizer:
     """The same, seen to fit the model. Raises UserError when it does not."""
-    tokenizer = read_tokenizer(checkpoint)
+    tokenizer = read_tokenizer(checkpoint, step_seconds)
     if max(tokenizer.stop_ids) >= config.vocab_size:
         raise UserError(
             f"{checkpoint}: the model's {config.vocab_size:,} ids leave out its tokenizer's stop token",
@@ -162,8 +162,9 @@ def choose_dtype(precision: str = "auto") -> tuple[torch.device, torch.dtype]:
 
 
 @torch.no_grad()
-def load(path: str | Path, precision: str = "auto") -> Loaded:
-    """Load the model that `path` means (see find_checkpoint), in evaluation mode, on the GPU when there is one."""
+def load(path: str | Path, precision: str = "auto", step_seconds: float | None = None) -> Loaded:
+    """Load the model that `path` means (see find_checkpoint), in evaluation mode, on the GPU when there is one. With
+    `step_seconds` an imported model's tokenizer runs in a process of its own (see open_tokenizer)."""
     keep_heap()
     checkpoint = find_checkpoint(path)
     config = read_config(checkpoint)
@@ -178,4 +179,5 @@ def load(path: str | Path, precision: str = "auto") -> Loaded:
     for name, weight in weights(checkpoint, config):
         parameters[name].copy_(weight)
     model.requires_grad_(False).eval()
-    return Loaded(model, fitting_tokenizer(checkpoint, config), checkpoint, trainer_state_of(checkpoint).step)
+    tokenizer = fitting_tokenizer(checkpoint, config, step_seconds)
+    return Loaded(model, tokenizer, checkpoint, trainer_state_of(checkpoint).step)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
+    from lumina.chat.hf.bounded import STEP_SECONDS, BoundedTokenizer, OutOfBoundsError
     from lumina.chat.hf.export import hf_tokenizer_files
     from lumina.chat.hf.files import STOPS, TOKENIZER_FILES, copy_files, read_json
     from lumina.chat.hf.tokenizer import HFTokenizer
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 __getattr__ = names_of(
     __name__,
     {
+        "BoundedTokenizer": "bounded",
         "HFTokenizer": "tokenizer",
+        "OutOfBoundsError": "bounded",
+        "STEP_SECONDS": "bounded",
         "STOPS": "files",
         "TOKENIZER_FILES": "files",
         "copy_files": "files",
@@ -29,9 +33,12 @@ __getattr__ = names_of(
 )
 
 __all__ = [
+    "STEP_SECONDS",
     "STOPS",
     "TOKENIZER_FILES",
+    "BoundedTokenizer",
     "HFTokenizer",
+    "OutOfBoundsError",
     "copy_files",
     "hf_tokenizer_files",
     "read_json",

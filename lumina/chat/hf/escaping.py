@@ -30,6 +30,7 @@ from lumina.chat.hf.jinja import RefusalError
 # Noncharacters, which no text is meant to hold (Unicode 16, section 23.7): two enclose placeholders, one escapes.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _ESCAPES = tuple(map(chr, range(0xFDD2, 0xFDF0)))
+_MOST_GROWTH = 64.0  # of a text by the decoder's replacements
 
 
 def clean(text: str) -> str:
@@ -73,6 +74,10 @@ class EscapingEncoder:
         self.special_ids = special_names(spec)
         if any(len(name) == 1 for name in self.special_ids):
             raise ValueError("it has a special token of one character, which cannot be told from text")
+        if any(sign in name for name in self.special_ids for sign in (_OPEN, _CLOSE, *_ESCAPES)):
+            # Without them, every character that escaping adds leaves a name less, so that it comes to an end.
+            raise ValueError("it has a special token with a character that is set aside for escaping")
+        check_decoder(spec)
         nonce = secrets.token_hex(16)
         self._placeholders = {name: f"{_OPEN}{nonce}{i}{_CLOSE}" for i, name in enumerate(self.special_ids)}
         longest_first = sorted(self.special_ids, key=len, reverse=True)
@@ -161,6 +166,23 @@ class EscapingEncoder:
         named = sum(text.count(placeholder) for placeholder in self._placeholders.values())
         if int(self._is_special_V[ids].sum()) != named:
             raise RefusalError("its text would become special tokens")
+
+
+def check_decoder(spec: dict[str, Any]) -> None:
+    """Raises ValueError where ids to text could cost more than the text is long: that is not bounded otherwise."""
+    level, growth = [spec.get("decoder")], 1.0
+    while level:
+        step = level.pop()
+        if not isinstance(step, dict):
+            continue
+        level += step.get("decoders") or []
+        pattern, content = step.get("pattern"), step.get("content")
+        if isinstance(pattern, dict) and "Regex" in pattern:
+            raise ValueError("its decoder replaces by a regular expression")
+        if isinstance(pattern, dict) and isinstance(content, str):
+            growth *= max(1.0, len(content) / max(1, len(str(pattern.get("String", "")))))
+    if growth > _MOST_GROWTH:
+        raise ValueError(f"its decoder makes texts {growth:.3g} times as long")
 
 
 def _joined(pair: Any) -> str:

@@ -79,6 +79,7 @@ class HFTokenizer:
         self.folder: Path | None = folder
         self.chat_template: str | None = None
         raw, spec = hf_files.read_json(folder / "tokenizer.json")
+        self._raw = raw
         settings = hf_files.read_settings(folder)
         try:
             self._tokenizer: Any = Tokenizer.from_str(raw)
@@ -164,14 +165,26 @@ class HFTokenizer:
     def _answer_form(self) -> AnswerForm | None:
         return None if self._template is None else find_form(self._template)
 
+    @cached_property
+    def _spoken(self) -> frozenset[int]:
+        return self.stop_ids if self._template is None else self._template.spoken_ids
+
+    def facts(self) -> tuple[str, dict[str, Any]]:
+        """The text of tokenizer.json, and all that ids to text needs besides, for another process."""
+        gone = ("_raw", "_tokenizer", "_escaping", "_template", "_joins", "_leading")
+        known = {"_answer_form": self._answer_form, "_spoken": self._spoken}
+        return self._raw, known | {name: value for name, value in vars(self).items() if name not in gone}
+
+    def close(self) -> None:
+        """Does nothing: all of it is in this process."""
+
     def is_special(self, token: int) -> bool:
         return token in self._special or token >= self.vocab_size
 
     def allowed_tokens(self, vocab_size: int) -> NDArray[np.bool_]:
         """bool (V): text, the stop tokens, and those that the template writes into answers (around tool calls)."""
         allowed_V = np.arange(vocab_size) < self.vocab_size
-        spoken = self.stop_ids if self._template is None else self._template.spoken_ids
-        allowed_V[[token for token in self._special - spoken if token < vocab_size]] = False
+        allowed_V[[token for token in self._special - self._spoken if token < vocab_size]] = False
         return allowed_V
 
     def warm_up(self) -> None:

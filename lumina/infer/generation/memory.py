@@ -53,7 +53,7 @@ def fitting_context(loaded: Loaded, slots: int, asked: int | None, free: int) ->
         )
     length = max(fits // _STEP * _STEP, min(_LEAST, longest))
     log.warning(
-        "%d of the model's %d tokens of context are used: keys and values of %d answers take %.1f GiB, and %.1f are free "
+        "%d of the model's %d tokens of context are used: keys and values of %d answers take %.1f GiB, %.1f are free "
         "(--slots, --context-length)", length, longest, slots, each * length / 2**30, free / 2**30
     )  # fmt: skip
     return length

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from lumina.chat import open_tokenizer, read_json
+from lumina.chat import STEP_SECONDS, open_tokenizer, read_json
 from lumina.config import ModelConfig, UserError, did_you_mean
 from lumina.files import read_text, write_text
 
@@ -72,7 +72,7 @@ def check_template(folder: Path, template: tuple[str, str] | None, notes: list[s
     """A template that was asked for must be one to train with: raises UserError. A model without any is said."""
     if template is not None:
         try:
-            open_tokenizer(folder).check_trainable()
+            open_tokenizer(folder, step_seconds=STEP_SECONDS).check_trainable()
         except UserError as error:
             raise UserError(
                 f"the chat template {template[0]} does not suit this vocabulary: {error.message}",
@@ -94,7 +94,7 @@ def _has_template(folder: Path) -> bool:
 def fitting_config(folder: Path, config: ModelConfig, grow: bool, notes: list[str]) -> ModelConfig:
     """The model's settings with a row of the embedding for each id of the tokenizer in `folder`. Raises UserError when
     rows are missing and may not be added."""
-    ids = open_tokenizer(folder).vocab_size
+    ids = open_tokenizer(folder, step_seconds=STEP_SECONDS).vocab_size
     if ids <= config.vocab_size:
         return config
     if not grow:

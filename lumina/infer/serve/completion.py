@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from lumina.infer.generation.sampling import Sampling, SamplingError
 from lumina.infer.serve.batcher import Delta
 from lumina.infer.serve.endpoint import json_response
 from lumina.infer.serve.errors import ApiError
+from lumina.infer.serve.middleware import ARRIVED
 from lumina.infer.serve.requests import CompletionOptions
 from lumina.infer.serve.responses import Choice, ResponseBuilder, by_choice
 from lumina.infer.serve.service import Service
@@ -89,7 +91,7 @@ async def complete(
         lambda: sum(min(s.reused, len(s.prompt) - len(task.begun)) for s in sequences[:: body.n]),
     )
     deltas = stream_deltas(
-        service.batcher, sequences, task.reader, service.seconds, request.receive, task.begun, task.most_calls
+        service.batcher, sequences, task.reader, _left(service, request), request.receive, task.begun, task.most_calls
     )
     if body.stream:
         first = await anext(deltas)  # what is refused is refused with its own status, before a stream begins
@@ -100,6 +102,12 @@ async def complete(
         async for new in deltas:
             by_choice(new, choices)
     return json_response(response.body(choices), headers=headers)
+
+
+def _left(service: Service, request: Request) -> float:
+    """Seconds of a request's time that reading and tokenizing it left."""
+    arrived: float = request.scope[ARRIVED]
+    return max(0.0, service.seconds - (time.monotonic() - arrived))
 
 
 async def _events(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from lumina.infer.serve.endpoint import Endpoint
 from lumina.infer.serve.errors import ApiError, shutting_down
 from lumina.infer.serve.metrics import Metrics
 
+ARRIVED = "lumina.arrived"  # in the scope: when the request's head did, of time.monotonic()
 LOOPBACK = frozenset(["localhost", "127.0.0.1", "[::1]"])
 _TELLING = frozenset([b"content-type", b"origin", b"sec-fetch-site"])  # of the body, and that a browser sent it
 _HEADERS = [
@@ -57,7 +59,7 @@ class RequestChecks:
             await self._app(scope, receive, send)
             return
 
-        started = False
+        started, scope[ARRIVED] = False, time.monotonic()
 
         async def answer(message: Message) -> None:
             nonlocal started

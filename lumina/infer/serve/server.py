@@ -10,7 +10,7 @@ from types import FrameType
 
 from starlette.types import ASGIApp
 
-from lumina.chat import open_tokenizer
+from lumina.chat import STEP_SECONDS, open_tokenizer
 from lumina.config import UserError
 from lumina.infer.generation.memory import fitting_context, free_memory
 from lumina.infer.generation.prefix_cache import PrefixCache
@@ -48,7 +48,8 @@ def serve(
     listener, limits = _listen(host, port), limits_for(timeout)
     try:
         prefixes = PrefixCache(prefix_cache, prefix_cache_bytes) if prefix_cache else None
-        service = make_service(load(run, precision), slots, queue, max_tokens, timeout, prefixes, context_length)
+        loaded = load(run, precision, min(timeout, STEP_SECONDS))
+        service = make_service(loaded, slots, queue, max_tokens, timeout, prefixes, context_length)
         address = _address(listener)
         open_to = _loopback(listener.getsockname()[0])
         if key is None and not open_to:
@@ -63,7 +64,7 @@ def serve(
             print(f"{service.loaded.checkpoint}, step {service.loaded.step}: {address}", flush=True)
             server.run([listener])
         finally:
-            service.batcher.close()
+            service.close()
     finally:
         listener.close()
     log.info("stopped")
@@ -85,7 +86,7 @@ def make_service(
     metrics = Metrics(slots)
     batcher = ContinuousBatcher(loaded, slots, queue, metrics, prefixes, length)
     own = loaded.tokenizer
-    tokenizer = open_tokenizer(own.folder, own.chat_template)  # a second one: see Service
+    tokenizer = open_tokenizer(own.folder, own.chat_template, min(timeout, STEP_SECONDS))  # a second one: see Service
     return Service(loaded, tokenizer, batcher, metrics, max_tokens, timeout, STALL_SECONDS)
 
 

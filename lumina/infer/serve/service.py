@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from lumina.chat import ChatTokenizer
+from lumina.chat import ChatTokenizer, OutOfBoundsError
 from lumina.config import UserError
 from lumina.infer.generation.constraint import CallTokens, GrammarCompiler
 from lumina.infer.generation.forms import call_tokens, calling_tokens, reasoning_tokens
@@ -19,6 +20,8 @@ from lumina.infer.loading import Loaded
 from lumina.infer.serve.batcher import ContinuousBatcher
 from lumina.infer.serve.errors import ApiError
 from lumina.infer.serve.metrics import Metrics
+
+log = logging.getLogger("lumina")
 
 _T = TypeVar("_T")
 
@@ -64,14 +67,27 @@ class Service:
         """The tokens that begin reasoning; see there."""
         return reasoning_tokens(self.tokenizer)
 
+    def close(self) -> None:
+        """End the batcher, and a step of the tokenizer that is being made."""
+        self.tokenizer.close()
+        self.batcher.close()
+
     async def apart(self, work: Callable[[], _T], param: str) -> _T:
         """Work with the tokenizer, which may take a second: not in the event loop. Raises ApiError, which names the
         field `param`, for a UserError."""
-        async with self.one_at_a_time:
-            try:
-                return await run_in_threadpool(work)
-            except UserError as error:
-                raise ApiError(400, " ".join(str(error).split()), param=param) from None
+        try:
+            await asyncio.wait_for(self.one_at_a_time.acquire(), self.seconds)
+        except TimeoutError:
+            raise ApiError(504, f"The request was not looked at after {self.seconds:g} s.", "timeout") from None
+        try:
+            return await run_in_threadpool(work)
+        except OutOfBoundsError as error:
+            log.warning("%s", error.message)
+            raise ApiError(504, "The model's tokenizer or chat template took too long.", "timeout", param) from None
+        except UserError as error:
+            raise ApiError(400, " ".join(str(error).split()), param=param) from None
+        finally:
+            self.one_at_a_time.release()
 
     async def tokenized(self, work: Callable[[], list[int]], param: str) -> list[int]:
         """A prompt's ids, which leave room for an answer. Raises ApiError."""

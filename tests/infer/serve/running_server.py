@@ -79,5 +79,5 @@ def running(
     finally:
         server.should_exit = True
         thread.join()
-        service.batcher.close()
+        service.close()
         listener.close()

@@ -12,7 +12,7 @@ const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const QUOTE = /^ {0,3}> ?/;
-const TABLE_RULE = /^ *\|?[ :|-]*-[ :|-]*$/;
+const TABLE_RULE = /^[ :|-]*$/; // with a - in it
 const SCHEMES = new Set(["http:", "https:", "mailto:"]);
 const DEEPEST = 6; // quotes in lists in quotes, and so on: deeper ones stay text
 
@@ -53,7 +53,7 @@ function special(lines, at, depth) {
   if (heading) {
     // The page's own headings are h1 and h2.
     const level = Math.min(6, heading[1].length + 2);
-    return [make("h" + level, ...inline(heading[2].replace(/\s+#+\s*$/, ""))), at + 1];
+    return [make("h" + level, ...inline(withoutClosing(heading[2]))), at + 1];
   }
   if (RULE.test(line)) return [make("hr"), at + 1];
   if (QUOTE.test(line)) {
@@ -61,10 +61,18 @@ function special(lines, at, depth) {
     return [make("blockquote", ...blocks(lines.slice(at, end).map((other) => other.replace(QUOTE, "")), depth + 1)), end];
   }
   if (ITEM.test(line)) return list(lines, at, depth);
-  if (line.includes("|") && at + 1 < lines.length && lines[at + 1].includes("|") && TABLE_RULE.test(lines[at + 1])) {
+  if (line.includes("|") && at + 1 < lines.length && lines[at + 1].includes("|") && lines[at + 1].includes("-") &&
+      TABLE_RULE.test(lines[at + 1])) {
     return table(lines, at);
   }
   return null;
+}
+
+/** A heading without the signs that may end it. */
+function withoutClosing(text) {
+  const whole = text.trimEnd();
+  const short = whole.slice(0, whole.length - /#*$/.exec(whole.slice(-100))[0].length);
+  return short.length < whole.length && /\s$/.test(short) ? short.trimEnd() : text;
 }
 
 function stretch(lines, at, belongs) {
@@ -126,16 +134,18 @@ function table(lines, at) {
 
 const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
 
-/** The nodes of a run of text. Left to right; what does not close is text. */
+/** The nodes of a run of text. Left to right; what does not close is text. `open`: marks that nothing closes from here on,
+ * for which the rest of the text is not searched again: each is looked for once, and the work grows with the text alone. */
 function inline(text, depth = 0) {
   const out = [];
+  const open = new Set();
   let plain = "";
   const flush = () => {
     if (plain) out.push(document.createTextNode(plain));
     plain = "";
   };
   for (let at = 0; at < text.length; ) {
-    const found = depth < DEEPEST ? span(text, at, depth) : null;
+    const found = depth < DEEPEST ? span(text, at, depth, open) : null;
     if (found) {
       flush();
       out.push(found[0]);
@@ -153,24 +163,26 @@ function inline(text, depth = 0) {
 }
 
 /** [node, index after it] of what begins at `at`, or null. */
-function span(text, at, depth) {
+function span(text, at, depth, open) {
   const letter = text[at];
   if (letter === "`") {
     const ticks = /^`+/.exec(text.slice(at, at + 20))[0];
-    const end = text.indexOf(ticks, at + ticks.length);
+    const end = open.has(ticks) ? -1 : text.indexOf(ticks, at + ticks.length);
+    if (end < 0) open.add(ticks);
     return end > 0 ? [make("code", text.slice(at + ticks.length, end)), end + ticks.length] : null;
   }
   if (letter === "[" || (letter === "!" && text[at + 1] === "[")) return link(text, at, depth);
   if (!"*_~".includes(letter)) return null;
   const inWord = (index) => /[\p{L}\p{N}]/u.test(text[index] ?? "");
   for (const [mark, name] of MARKS) {
-    if (!text.startsWith(mark, at) || /\s/.test(text[at + mark.length] ?? " ")) continue;
+    if (open.has(mark) || !text.startsWith(mark, at) || /\s/.test(text[at + mark.length] ?? " ")) continue;
     if (letter === "_" && inWord(at - 1)) continue; // snake_case
     let end = text.indexOf(mark, at + mark.length + 1);
     while (end > 0 && (/\s/.test(text[end - 1]) || (letter === "_" && inWord(end + mark.length)))) {
       end = text.indexOf(mark, end + 1);
     }
     if (end > 0) return [make(name, ...inline(text.slice(at + mark.length, end), depth + 1)), end + mark.length];
+    open.add(mark);
   }
   return null;
 }

@@ -14,7 +14,10 @@ from lumina.infer.serve.endpoints.page import ASSETS
 
 # A document of nodes that do nothing, and a count of the characters that searches look at.
 SCRIPT = """
-class Node { constructor() { this.dataset = {}; this.childNodes = []; } append(...all) { this.childNodes.push(...all); } }
+class Node {
+  constructor() { this.dataset = {}; this.childNodes = []; }
+  append(...all) { this.childNodes.push(...all); }
+}
 globalThis.document = { createElement: () => new Node(), createTextNode: (text) => text };
 const { render } = await import(process.argv[1]);
 let looked = 0;

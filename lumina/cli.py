@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from lumina.commands import COMMANDS, Arguments, Command, Parser, exit_code_of
+from lumina.terminal import Formatter
 
 _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
 
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Without `argv` it is this process's own, which `train` then ends."""
     arguments = parse(list(sys.argv[1:] if argv is None else argv))
     arguments.own_process = argv is None
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     return exit_code_of(lambda: COMMANDS[arguments.command].run(arguments))
 
 

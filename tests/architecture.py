@@ -37,10 +37,13 @@ ROOMS["lumina.api"] = _ALL  # what Python programs call; lumina/__init__.py hand
 ROOMS["lumina"] = ("lumina.api", *_ALL)
 
 #: What every room may use, because it imports nothing of the package.
-GROUND = ("lumina.files", "lumina.lazy", "lumina.__version__")
+GROUND = ("lumina.files", "lumina.lazy", "lumina.terminal", "lumina.__version__")
 
 #: Benchmarks stand beside what they time and know every room; no module but themselves imports them.
 BENCHMARKS = ("lumina.kernels.bench", "lumina.kernels.model_step", "lumina.kernels.output_layer")
+
+#: What prints by itself: the printer, kernels (which know no room), launchers, and a protocol of JSON on stdout.
+PRINTS = ("lumina.terminal", "lumina.kernels", "launchers", "lumina.cluster.preflight.probe")
 
 MOST_FILES = 16  # of a folder, its `__init__` included
 MOST_LINES = 400  # of a file
@@ -158,8 +161,28 @@ class Tree:
                     found.append(f"{self._names[module]}:{node.lineno}: a text file without encoding=")
         return found
 
+    def raw_prints(self) -> list[str]:
+        """Prints past lumina.terminal, which shows what could steer a terminal: print, and rich's own console."""
+        found = []
+        for module, tree in self._trees.items():
+            if room_of(module) in PRINTS or module in PRINTS:
+                continue
+            consoles = set(_names_from(tree, "rich.console", "Console"))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"print", *consoles}:
+                    found.append(f"{self._names[module]}:{node.lineno}: print with lumina.terminal")
+        return found
+
     def findings(self) -> list[str]:
-        return [*self.upward(), *self.past_doors(), *self.circles(), *self.too_large(), *self.locale_text()]
+        own = (
+            self.upward(),
+            self.past_doors(),
+            self.circles(),
+            self.too_large(),
+            self.locale_text(),
+            self.raw_prints(),
+        )
+        return [line for lines in own for line in lines]
 
 
 def room_of(module: str) -> str:
@@ -186,6 +209,13 @@ def _is_text_file(call: ast.Call) -> bool:
     if modes:
         return "b" not in modes[-1]
     return (owner is None and bool(call.args)) or (name == "open" and not call.args)
+
+
+def _names_from(tree: ast.Module, module: str, name: str) -> Iterator[str]:
+    """What a name of `module` is called in a module that imports it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == module:
+            yield from (alias.asname or alias.name for alias in node.names if alias.name == name)
 
 
 @cache

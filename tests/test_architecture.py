@@ -39,6 +39,12 @@ def test_no_folder_and_no_file_is_too_large(tree: Tree) -> None:
     assert tree.too_large() == []
 
 
+def test_what_is_printed_goes_through_the_one_printer(tree: Tree) -> None:
+    assert tree.raw_prints() == []
+    for planted in ("print(name)", "from rich.console import Console as C\nC().print(name)"):
+        assert len(Tree({"lumina/data/a.py": planted}).raw_prints()) == 1
+
+
 def test_no_text_file_is_in_the_locales_encoding(tree: Tree) -> None:
     assert tree.locale_text() == []
 

@@ -18,6 +18,7 @@ from lumina.cluster.launcher_detection import refuse_taken_port
 from lumina.cluster.topology import choose_interface, rank_map
 from lumina.cluster.transport import RemoteModule, Spec, choose, is_here, remote_command, resolved
 from lumina.config import UserError
+from lumina.terminal import say
 
 AGENT = "lumina.cluster.elastic.agent"
 
@@ -145,14 +146,14 @@ def _job_of_slurm() -> str | None:
 
 
 def _show(hosts: list[Host], commands: list[list[str]], ranks: list[str], env: dict[str, Any], folder: str) -> None:
-    print("# ranks:")
+    say("# ranks:")
     for line in rank_map([(host.name, host.slots) for host in hosts]):
-        print(f"#   {line}")
-    print(f"# in {folder}, with these variables: {', '.join(sorted(env)) or 'none'}")
-    print(f"# each rank: {shlex.join(ranks)}")
+        say(f"#   {line}")
+    say(f"# in {folder}, with these variables: {', '.join(sorted(env)) or 'none'}")
+    say(f"# each rank: {shlex.join(ranks)}")
     for command in commands:
-        print(shlex.join(command))
+        say(shlex.join(command))
 
 
 def _say(text: str) -> None:
-    print(f"[lumina launch] {text}", flush=True)
+    say(f"[lumina launch] {text}", flush=True)

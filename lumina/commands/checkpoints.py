@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lumina.commands.common import Arguments, Command, Parser
+from lumina.terminal import say
 
 
 def checkpoints(arguments: Arguments) -> int:
@@ -76,14 +77,14 @@ def _list(run: Path) -> int:
 
     found = _found(run)
     if not found:
-        print(f"{run} has no checkpoints yet")
+        say(f"{run} has no checkpoints yet")
         return 0
-    print(f"{'step':>10}  {'place':<10}  {'size':>10}  {'written':<16}  notes")
+    say(f"{'step':>10}  {'place':<10}  {'size':>10}  {'written':<16}  notes")
     for kind, path in found:
         size = sum(file.stat().st_size for file in path.iterdir())
         written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         step = checkpoint.step_of(path)
-        print(f"{step:>10}  {kind:<10}  {size / 2**20:>7.1f} MB  {written:<16}  {', '.join(_notes(path, step))}")
+        say(f"{step:>10}  {kind:<10}  {size / 2**20:>7.1f} MB  {written:<16}  {', '.join(_notes(path, step))}")
     return 0
 
 
@@ -111,7 +112,7 @@ def _verify(run: Path) -> int:
     for kind, path in _found(run):
         wrong = checkpoint.integrity_error(path)
         damaged += wrong is not None
-        print(f"{kind} {path.name}: {'DAMAGED: ' + wrong if wrong is not None else 'whole'}")
+        say(f"{kind} {path.name}: {'DAMAGED: ' + wrong if wrong is not None else 'whole'}")
     return 1 if damaged else 0
 
 
@@ -132,10 +133,10 @@ def _prune(run: Path, last: int, every: int | None, backups: bool, dry_run: bool
     if removed and all(checkpoint.integrity_error(path) is not None for path in found if path not in removed):
         raise UserError("none of the checkpoints that would stay is whole", f"See lumina checkpoints verify {run}.")
     for path in removed:
-        print(f"{'would remove' if dry_run else 'removed'} {path}")
+        say(f"{'would remove' if dry_run else 'removed'} {path}")
     if not dry_run:
         checkpoint.prune(folder, keep)
-    print(f"{len(found) - len(removed)} kept")
+    say(f"{len(found) - len(removed)} kept")
     return 0
 
 
@@ -154,13 +155,13 @@ def _restore(run: Path, step: int | None, source: str | None) -> int:
         raise UserError(f"no whole backup{wanted} in {folder}", f"lumina checkpoints list {run} shows what there is.")
     final = run / "checkpoints" / chosen.name
     if final.is_dir() and checkpoint.integrity_error(final) is None:
-        print(f"{final} is there and whole: nothing to restore")
+        say(f"{final} is there and whole: nothing to restore")
         return 0
     checkpoint.copy_checkpoint(chosen, final.parent)
-    print(f"restored {final} from {chosen}")
+    say(f"restored {final} from {chosen}")
     newest = checkpoint.list_checkpoints(final.parent)[0]
     if newest != final:
-        print(f"--resume auto would take the newer {newest.name}; to go on from this one: --resume {final}")
+        say(f"--resume auto would take the newer {newest.name}; to go on from this one: --resume {final}")
     return 0
 
 
@@ -170,9 +171,9 @@ def _save(run: Path, timeout: float) -> int:
 
     reply = checkpoint.request_save(run, timeout)
     if reply["error"]:
-        print(f"step {reply['step']} could not be saved: {reply['error']}")
+        say(f"step {reply['step']} could not be saved: {reply['error']}")
         return 1
-    print(f"saved {reply['path']}")
+    say(f"saved {reply['path']}")
     return 0
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lumina.terminal import say
+
 if TYPE_CHECKING:
     from lumina.config import Config
 
@@ -178,7 +180,7 @@ def _ask_about_size(config: Config, yes: bool) -> None:
     if yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
         log.warning("%s; --config nano (29 M) is made for a CPU", size)
         return
-    print(
+    say(
         f"{size}.\n--config nano (29 M) is made for a CPU. Train this one all the same? [y/N] ", end="", file=sys.stderr
     )
     sys.stderr.flush()

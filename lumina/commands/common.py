@@ -6,7 +6,6 @@ Nothing heavier than argparse is imported here or beside it: `lumina --help` rea
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -14,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from lumina.terminal import json_line, printable, say
 
 if TYPE_CHECKING:
     from lumina.config import Config
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n  See: {self.prog} --help\n")
+        self.exit(2, printable(f"error: {message}\n  See: {self.prog} --help\n"))
 
     def format_help(self) -> str:
         """The help text. `{FAMILIES}` in an option's becomes the names of that registry of lumina.config.registry,
@@ -106,7 +107,7 @@ def add_files(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(value, ensure_ascii=False))
+    say(json_line(value))
 
 
 def load_config(arguments: Arguments) -> Config:
@@ -155,7 +156,7 @@ def exit_code_of(run: Callable[[], int], disks: bool = True) -> int:
     try:
         return run()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `lumina config show medium | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -170,5 +171,5 @@ def exit_code_of(run: Callable[[], int], disks: bool = True) -> int:
             error = user_error(error)
         if not isinstance(error, UserError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ from lumina.commands.common import (
     load_config,
 )
 from lumina.files import write_text
+from lumina.terminal import console, json_line, say
 
 if TYPE_CHECKING:
     from lumina.config import Config
@@ -35,18 +36,13 @@ log = logging.getLogger("lumina")
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    import orjson
-
-    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+    say(json_line(value, indent=2))
 
 
 def _say(lines: Sequence[str]) -> None:
     """Plain lines: file names may hold what rich would take for markup."""
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, highlight=False, markup=False)
     for line in lines:
-        console.print(line)
+        say(line)
 
 
 @contextmanager
@@ -56,7 +52,6 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
         yield None
         return
     from rich import progress
-    from rich.console import Console
 
     columns = (
         progress.TextColumn(title),
@@ -64,7 +59,7 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
         progress.DownloadColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress.Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(title)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -220,8 +215,6 @@ def inspect_sample(
     """
     if line is not None:
         return _inspect_record(files, config, line, table=table, json=json)
-    from rich.console import Console
-
     from lumina.chat import open_tokenizer
     from lumina.config import UserError
     from lumina.data import describe_sample, render_sample
@@ -236,15 +229,13 @@ def inspect_sample(
     if json:
         _print_json(description)
         return 0
-    console = Console(soft_wrap=True, highlight=False)
+    out = console(soft_wrap=True)
     for text in render_sample(description, tokenizer, table):
-        console.print(text)
+        out.print(text)
     return 0
 
 
 def _inspect_record(files: Sequence[str], config: Config, line: int, *, table: bool, json: bool) -> int:
-    from rich.console import Console
-
     from lumina.chat import open_tokenizer
     from lumina.config import UserError
     from lumina.data import describe_record, expand, render_record
@@ -257,9 +248,9 @@ def _inspect_record(files: Sequence[str], config: Config, line: int, *, table: b
     if json:
         _print_json(description)
         return 0
-    console = Console(soft_wrap=True, highlight=False)
+    out = console(soft_wrap=True)
     for text in render_record(description, tokenizer, table):
-        console.print(text)
+        out.print(text)
     return 0
 
 

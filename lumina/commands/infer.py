@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lumina.commands.checks import trained_model
 from lumina.commands.common import Arguments, Command, Parser, between, json_option, print_json
 from lumina.files import read_json
+from lumina.terminal import json_line, printable, say
 
 if TYPE_CHECKING:
     from lumina.chat import AnswerDelta
@@ -78,7 +78,6 @@ def _tools(arguments: Arguments) -> tuple[str, ...]:
 def _print_answer(deltas: Iterable[AnswerDelta], answer: Answer) -> None:
     """As it arrives. On a terminal the reasoning is dimmed; elsewhere it goes to stderr, so that stdout has the answer
     and its tool calls alone, a line of JSON each."""
-    from lumina.infer import printable
 
     terminal = sys.stdout.isatty()
     for delta in deltas:
@@ -89,7 +88,7 @@ def _print_answer(deltas: Iterable[AnswerDelta], answer: Answer) -> None:
         sys.stdout.write(printable(delta.content) if terminal else delta.content)
         sys.stdout.flush()
     if answer.text or not answer.tool_calls:
-        print()
+        say()
     for call in answer.tool_calls:
         print_json({"tool_call": {"name": call.name, "arguments": call.arguments}})
 
@@ -190,7 +189,7 @@ def export(arguments: Arguments) -> int:
     else:
         files = f"{len(written.shards)} weight file" + ("s" if len(written.shards) > 1 else "")
         size = f"{written.bytes / 1e6:.1f} MB in {arguments.dtype}"
-        print(f"{written.checkpoint} -> {written.folder}: {files}, {size}")
+        say(f"{written.checkpoint} -> {written.folder}: {files}, {size}")
     return 0
 
 
@@ -234,7 +233,7 @@ def import_(arguments: Arguments) -> int:
         print_json(facts)
     else:
         whose = "Lumina's tokenizer" if own else "its own tokenizer and chat template"
-        print(f"{arguments.source} -> {folder}: {config.num_parameters() / 1e6:.1f}M parameters, {whose}")
+        say(f"{arguments.source} -> {folder}: {config.num_parameters() / 1e6:.1f}M parameters, {whose}")
     return 0
 
 
@@ -288,7 +287,7 @@ def evaluate(arguments: Arguments) -> int:
         asked = {name: getattr(arguments, name) for name in names}
         facts["tasks"] = run_tasks(loaded, arguments.tasks, folder=arguments.task_path, **asked)
         lines.append(task_table(facts["tasks"]))
-    print(json.dumps(facts, ensure_ascii=False, default=str) if arguments.json else "\n".join(lines))
+    say(json_line(facts, default=str) if arguments.json else "\n".join(lines))
     return 0
 
 

@@ -9,6 +9,7 @@ import sys
 
 from lumina.commands.common import Arguments, Command, Parser, between, json_option, load_config, print_json
 from lumina.commands.train import train_options
+from lumina.terminal import say
 
 log = logging.getLogger("lumina")
 
@@ -18,7 +19,7 @@ def config(arguments: Arguments) -> int:
     from lumina.config import UserError, commented_yaml, load, settings_reference
 
     if arguments.action == "reference":
-        print(settings_reference(_flags()), end="")
+        say(settings_reference(_flags()), end="")
         return 0
     if arguments.preset is None:
         raise UserError("no configuration", "Give one: lumina config show PRESET, or a YAML file.")
@@ -30,9 +31,9 @@ def config(arguments: Arguments) -> int:
     if arguments.json:
         print_json({"config": shown.values(), "ffn_size": shown.ffn_size, "parameters": counts})
         return 0
-    print(commented_yaml(shown), end="")
-    print(f"# feed-forward width: {shown.ffn_size}")
-    print(f"# parameters: {counts['without_embeddings']:,} without embeddings, {counts['with_embeddings']:,} with")
+    say(commented_yaml(shown), end="")
+    say(f"# feed-forward width: {shown.ffn_size}")
+    say(f"# parameters: {counts['without_embeddings']:,} without embeddings, {counts['with_embeddings']:,} with")
     return 0
 
 
@@ -85,9 +86,9 @@ def _check_this_machine(as_json: bool) -> int:
         return 1 if failed else 0
     for result in results:
         remedy = f"  -> {result.remedy}" if result.remedy else ""
-        print(f"{result.level:4}  {result.name:22} {result.detail}{remedy}")
+        say(f"{result.level:4}  {result.name:22} {result.detail}{remedy}")
     warned = sum(result.level == "WARN" for result in results)
-    print(f"\n{len(results)} checks: {failed} failed, {warned} warnings")
+    say(f"\n{len(results)} checks: {failed} failed, {warned} warnings")
     return 1 if failed else 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumina.commands.common import Arguments, Command, Parser
+from lumina.terminal import say
 
 if TYPE_CHECKING:
     from lumina.chat import Conversation
@@ -27,10 +28,10 @@ def train_tokenizer(arguments: Arguments) -> int:
     texts = _texts(read_conversations(arguments.files, skipped))
     size = train_vocabulary(texts, out, arguments.vocab_size, template, special)
     open_tokenizer(out).check_trainable()
-    print(f"{out}: {size:,} ids, chat template {arguments.chat_template}")
+    say(f"{out}: {size:,} ids, chat template {arguments.chat_template}")
     for reason, count in skipped.most_common():
-        print(f"  left out: {count:,} records ({reason})")
-    print(f"Train with it: lumina train --set tokenizer={out} --set vocab_size={size} …")
+        say(f"  left out: {count:,} records ({reason})")
+    say(f"Train with it: lumina train --set tokenizer={out} --set vocab_size={size} …")
     return 0
 
 

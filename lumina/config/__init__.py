@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
-    from lumina.config.errors import UserError, did_you_mean, user_error
+    from lumina.config.errors import UserError, did_you_mean, explain_values, user_error
     from lumina.config.installing import DISTRIBUTION, FORMER_DISTRIBUTION, install_command
     from lumina.config.loading import (
         DEFAULT_PRESET,
@@ -108,6 +108,7 @@ _HOMES = {
     "did_you_mean": "errors",
     "differences": "resuming",
     "explain_duplicate": "visible",
+    "explain_values": "errors",
     "install_command": "installing",
     "load": "loading",
     "open_nvml": "visible",
@@ -168,6 +169,7 @@ __all__ = [
     "did_you_mean",
     "differences",
     "explain_duplicate",
+    "explain_values",
     "install_command",
     "load",
     "open_nvml",

@@ -16,16 +16,15 @@ No torch here. Spec of the JSON: https://www.deepspeed.ai/docs/config-json/
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from lumina.config import precision as precision_rules
-from lumina.config.errors import UserError
-from lumina.config.schema import Config, ModelConfig
+from pydantic import ValidationError
 
-Json = dict[str, Any]
-AUTO = "auto"
+from lumina.config import precision as precision_rules
+from lumina.config.deepspeed_keys import AUTO, Json, check
+from lumina.config.errors import UserError, explain_values, user_error
+from lumina.config.schema import Config, ModelConfig
+from lumina.files import FormatError, read_object
 
 # What runs when no --ds_config is given: one process has nobody to share with; more share gradients and optimizer
 # states. On GPUs whose memory is known the plan chooses instead (lumina.plan.stage).
@@ -35,26 +34,8 @@ DEFAULT_STAGE_SEVERAL = 2
 # Elements of a gradient bucket: 100 MB in half precision, at which NCCL's collectives reach their rate between nodes,
 # and several to a model, so that all but the last are reduced while the backward pass goes on.
 REDUCE_BUCKET = 50_000_000
+MOST_BYTES = 1 << 20  # of a DeepSpeed JSON
 
-# Keys that DeepSpeed (0.19) removed or that Lumina does in its own way. Silence would train something else than asked.
-REFUSED_KEYS = {
-    "elasticity": "DeepSpeed removed it; Lumina keeps the global batch at any world size by itself (see --resume)",
-    "nebula": "DeepSpeed removed it; Lumina writes its own verified checkpoints",
-    "amp": "DeepSpeed removed it; use a bf16 or fp16 block, or --precision",
-    "curriculum_learning": "DeepSpeed removed it; Lumina's order of samples is a function of seed and step",
-    "compression_training": "DeepSpeed removed it",
-    "quantize_training": "DeepSpeed removed it",
-    "eigenvalue": "DeepSpeed removed it",
-    "sparse_attention": "DeepSpeed removed it",
-    "sparse_gradients": "DeepSpeed removed it",
-    "progressive_layer_drop": "DeepSpeed removed it",
-    "graph_harvesting": "DeepSpeed removed it",
-    "scheduler": (
-        "Lumina's learning rate is a function of the step (lr_scheduler, warmup_ratio, min_lr), so that a resumed run "
-        "continues on the same curve; remove the block and set those keys"
-    ),
-    "data_efficiency": "Lumina's own sampler fixes the order of samples; DeepSpeed's would train other ones",
-}
 ADAM_TYPES = frozenset({"adam", "adamw", "torch_adam", "fusedadam"})
 
 
@@ -95,14 +76,11 @@ def read_json(path: str) -> Json:
         return seen
 
     try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the DeepSpeed configuration {path}: {error}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return loaded
+        return read_object(path, most=MOST_BYTES, finite=True, object_pairs_hook=no_duplicates)
+    except FormatError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"cannot read the DeepSpeed configuration {user_error(error)}") from None
 
 
 def resolve(
@@ -128,9 +106,9 @@ def resolve(
     source = config.ds_config or "the built-in DeepSpeed configuration"
     if document is None:
         document = read_json(config.ds_config) if config.ds_config else default_json(world_size)
-    _check_kinds(document, source)
+    notes = check(document, source)
     merge = _Merge(config, copy.deepcopy(document), source)
-    merge.refuse_removed()
+    merge.report += notes
     merge.take_adam_settings()
     merge.fill_precision(device_type, bf16_supported)
     merge.keep_overflow_checks()
@@ -139,7 +117,10 @@ def resolve(
     merge.fill_zero(device_type != "cpu" and world_size > 1)
     merge.json.setdefault("steps_per_print", 2**31 - 1)  # Lumina prints its own line
     _refuse_leftover_auto(merge.json, source)
-    return Resolved(merge.json, merge.report, config.replace(**merge.changes))
+    try:
+        return Resolved(merge.json, merge.report, config.replace(**merge.changes))
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain_values(error)}") from None
 
 
 class _Merge:
@@ -154,11 +135,6 @@ class _Merge:
 
     def value(self, name: str) -> Any:
         return self.changes.get(name, getattr(self.config, name))
-
-    def refuse_removed(self) -> None:
-        for key, why in REFUSED_KEYS.items():
-            if key in self.json:
-                raise UserError(f"{self.source}: `{key}` is not supported: {why}")
 
     def contradiction(self, key: str, given: Any, name: str, ours: Any) -> UserError:
         return UserError(
@@ -212,6 +188,9 @@ class _Merge:
         for key, given in flat.items():
             if given not in (AUTO, self.value(names[key])):
                 self.override_setting(f"optimizer.params.{key}", given, names[key])
+        rate = self.changes.get("learning_rate")
+        if rate is not None and rate < self.config.min_lr and "min_lr" not in self.config.explicit:
+            self.changes["min_lr"] = rate / 100  # as lumina.config.loading lowers a floor that nobody set
         self.report.append("optimizer: AdamW, built by Lumina without decay on norms and embeddings")
 
     def fill_precision(self, device_type: str, bf16_supported: bool | None) -> None:
@@ -293,8 +272,6 @@ class _Merge:
         """Sizes of ZeRO's buffers, and whether gradients are reduced beside the backward pass."""
         zero = self.json.setdefault("zero_optimization", {"stage": 0})
         stage = zero.get("stage", 0)
-        if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-            raise UserError(f"{self.source}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
         rules: Json = {**zero_sizes(self.config), "overlap_comm": overlap}
         missing = ["reduce_bucket_size"] if stage else []
         if stage and overlap:
@@ -358,29 +335,6 @@ def _padded(wanted: int, micro: int, world: int) -> tuple[int, int]:
     per_rank = -(-wanted // world)
     steps = -(-per_rank // micro)
     return steps, micro * steps * world
-
-
-_BLOCKS = ("zero_optimization", "optimizer", "optimizer.params", "fp16", "bf16")
-_COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
-
-def _check_kinds(document: Json, source: str) -> None:
-    """UserError for a value of another kind than what is read here: DeepSpeed would fail with a traceback, or later."""
-    for path in _BLOCKS:
-        value: Any = document
-        for part in path.split("."):
-            value = value.get(part, {})
-        if not isinstance(value, dict):
-            raise UserError(
-                f"{source}: `{path}` is {value!r}; it must be an object", "See ds_configs/ for whole files."
-            )
-    for key in _COUNTS:
-        count = document.get(key, AUTO)
-        if count != AUTO and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise UserError(f"{source}: `{key}` is {count!r}; it must be a positive number", 'Write "auto" for it.')
-    betas = document.get("optimizer", {}).get("params", {}).get("betas", AUTO)
-    if betas != AUTO and not (isinstance(betas, list) and len(betas) == 2):
-        raise UserError(f"{source}: `optimizer.params.betas` is {betas!r}; it must be a list of two numbers")
 
 
 def _refuse_leftover_auto(value: Any, source: str, path: str = "") -> None:

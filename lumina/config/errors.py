@@ -6,9 +6,14 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from lumina.files import FormatError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _REMEDIES = {
     errno.ENOSPC: "Free some space, or choose another place (df -h and df -i show what is left).",
@@ -49,3 +54,23 @@ def user_error(error: OSError | FormatError | UnicodeError) -> UserError:
     reason = error.strerror or str(error) or type(error).__name__
     remedy = _REMEDIES.get(error.errno) if error.errno is not None else None
     return UserError(f"{' -> '.join(paths)}: {reason}" if paths else reason, remedy)
+
+
+def explain_values(error: ValidationError, origin: Mapping[str, str] = MappingProxyType({})) -> str:
+    """pydantic's findings as one line each: where, which key, which value, what was expected."""
+    found: dict[str, str] = {}
+    for item in error.errors():
+        name = str(item["loc"][0]) if item["loc"] else ""
+        message = item["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        if not name:
+            found.setdefault(message, message)
+        elif name in found:  # a union (`bool or int`) reports once per member
+            found[name] += f", or {message.removeprefix('input ')}"
+        else:
+            shown = repr(item["input"])
+            shown = shown if len(shown) <= 200 else shown[:200] + "…"
+            given = "" if item["type"] == "missing" else f" (given {shown})"
+            at = f"{origin[name]}: " if name in origin else ""
+            found[name] = f"{at}`{name}`{given}: {message}"
+    return "; ".join(found.values())

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lumina.config.errors import UserError, did_you_mean
+from lumina.config.errors import UserError, did_you_mean, explain_values
 from lumina.config.renamed import new_name, upgrade
 from lumina.config.schema import FIRST_TEMPLATE, MIN_VOCAB, Config, ModelConfig
 from lumina.files import read_text
@@ -123,7 +123,7 @@ def load(
     try:
         config = Config.create(merged, frozenset(explicit))
     except ValidationError as error:
-        raise UserError(_explain(error, origin)) from None
+        raise UserError(explain_values(error, origin)) from None
     return _with_room_for_the_tokenizer(config)
 
 
@@ -316,24 +316,6 @@ def _parse_set(pair: str) -> dict[str, Any]:
     with _composed(text, f"--set {pair}") as (loader, node):
         value = None if node is None else loader.construct_document(node)
     return upgrade({name: value}, f"--set {pair}")
-
-
-def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
-    """pydantic's findings as one line each: where, which key, which value, what was expected."""
-    found: dict[str, str] = {}
-    for item in error.errors():
-        name = str(item["loc"][0]) if item["loc"] else ""
-        message = item["msg"].removeprefix("Value error, ")
-        message = message[:1].lower() + message[1:]
-        if not name:
-            found.setdefault(message, message)
-        elif name in found:  # a union (`bool or int`) reports once per member
-            found[name] += f", or {message.removeprefix('input ')}"
-        else:
-            given = "" if item["type"] == "missing" else f" (given {item['input']!r})"
-            at = f"{origin[name]}: " if name in origin else ""
-            found[name] = f"{at}`{name}`{given}: {message}"
-    return "; ".join(found.values())
 
 
 def _with_room_for_the_tokenizer(config: Config) -> Config:

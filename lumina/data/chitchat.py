@@ -20,6 +20,7 @@ import orjson
 
 from lumina.config import UserError, install_command
 from lumina.files import atomic_file
+from lumina.terminal import say
 
 EVAL_SHARE = 20
 TRAIN_FILE, EVAL_FILE = "chitchat.train.jsonl", "chitchat.eval.jsonl"
@@ -88,9 +89,9 @@ def main() -> int:
     try:
         train, evaluation, train_count, eval_count = write_files(parser.parse_args().out_dir)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{train}: {train_count:,} dialogues\n{evaluation}: {eval_count:,} dialogues")
+    say(f"{train}: {train_count:,} dialogues\n{evaluation}: {eval_count:,} dialogues")
     return 0
 
 

@@ -30,6 +30,7 @@ import yaml
 from lumina.config import UserError, install_command
 from lumina.data import chitchat
 from lumina.files import atomic_file
+from lumina.terminal import say
 
 EXCHANGES, VARIED = "exchanges.jsonl", "varied.jsonl"
 OPENINGS_TRAIN, OPENINGS_EVAL = "openings.train.jsonl", "openings.eval.jsonl"
@@ -150,9 +151,9 @@ def main() -> int:
     try:
         written = write_files(out_dir)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(f"{path}: {count:,} conversations" for path, count in written.items()))
+    say("\n".join(f"{path}: {count:,} conversations" for path, count in written.items()))
     return 0
 
 

@@ -13,7 +13,7 @@ from lumina.lazy import names_of
 if TYPE_CHECKING:
     from lumina.infer.evaluation.loss import Evaluation, evaluate, evaluation_table, read_conversations
     from lumina.infer.generation.batch import Sequence, SequenceBatch, Token
-    from lumina.infer.generation.generate import Answer, generate, printable, stream, stream_answer, stream_answers
+    from lumina.infer.generation.generate import Answer, generate, stream, stream_answer, stream_answers
     from lumina.infer.generation.sampling import Sampling, forbidden_tokens
     from lumina.infer.hf.exporting import Exported, export
     from lumina.infer.hf.importing import IMPORT_RECORD, import_hf
@@ -51,7 +51,6 @@ __getattr__ = names_of(
         "load": "loading",
         "message_of": "records",
         "parse_size": "hf.paths",
-        "printable": "generation.generate",
         "read_config": "loading",
         "read_conversations": "evaluation.loss",
         "read_tools": "records",
@@ -92,7 +91,6 @@ __all__ = [
     "load",
     "message_of",
     "parse_size",
-    "printable",
     "read_config",
     "read_conversations",
     "read_tools",

@@ -16,12 +16,14 @@ from typing import Any
 import orjson
 from rich.console import Console
 
+from lumina import terminal
 from lumina.chat import AnswerDelta, ChatTokenizer, Conversation, Message, ToolCall
 from lumina.config import UserError
-from lumina.infer.generation.generate import Answer, check_prompt, printable, stream_answer
+from lumina.infer.generation.generate import Answer, check_prompt, stream_answer
 from lumina.infer.generation.sampling import Sampling
 from lumina.infer.records import conversation_of, read_tools, record_of
 from lumina.model import Transformer
+from lumina.terminal import printable
 
 HELP = """\
 /system TEXT   what the model is told before the conversation (no TEXT: nothing)
@@ -175,7 +177,7 @@ class Chat:
 
 def converse(chat: Chat, about: str, read: Callable[[str], str] = input, console: Console | None = None) -> int:
     """Read lines and answer until the end of input. Returns the exit code."""
-    console = console or Console(highlight=False)
+    console = console or terminal.console()
     with contextlib.suppress(ImportError):
         import_module("readline")  # gives input() its history and editing
     console.print(f"{about}\n/help lists the commands, /quit leaves.", style="dim", markup=False)

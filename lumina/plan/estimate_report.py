@@ -17,6 +17,7 @@ from lumina.plan.costs.setup import Data, Setup
 from lumina.plan.costs.workload import flops_per_token
 from lumina.plan.estimate import RunEstimate, assumed_data, data_of_files, estimate_run, total_steps
 from lumina.plan.search import buffers_for
+from lumina.terminal import say
 
 REFERENCE = ("a100-80gb", "h100")  # shown where no GPU is named and none is here
 
@@ -31,13 +32,13 @@ def print_estimate(config: Config, arguments: argparse.Namespace) -> int:
     estimates = [estimate_run(config, cluster, data, document) for cluster in clusters]
     if arguments.json:
         runs = [as_dict(config, each, arguments.price) for each in estimates]
-        print(json.dumps({"model": model_dict(config, data), "data": asdict(data), "runs": runs}))
+        say(json.dumps({"model": model_dict(config, data), "data": asdict(data), "runs": runs}))
     else:
-        print("\n".join(model_lines(config, data)))
+        say("\n".join(model_lines(config, data)))
         if note:
-            print(note)
+            say(note)
         for each in estimates:
-            print("\n".join(["", *run_lines(config, each, arguments.price)]))
+            say("\n".join(["", *run_lines(config, each, arguments.price)]))
     return 0 if all(each.fits for each in estimates) else 1
 
 
@@ -52,10 +53,10 @@ def measured_estimate(config: Config, data: Data, arguments: argparse.Namespace)
     seconds = steps * found.seconds
     if arguments.json:
         run = asdict(found) | {"tokens_per_second": found.tokens_per_second, "run_steps": steps, "run_seconds": seconds}
-        print(json.dumps({"model": model_dict(config, data), "data": asdict(data), "measured": run}))
+        say(json.dumps({"model": model_dict(config, data), "data": asdict(data), "measured": run}))
         return 0
-    print("\n".join(model_lines(config, data)))
-    print(
+    say("\n".join(model_lines(config, data)))
+    say(
         f"\nmeasured here: {found.processes} process(es), {found.steps} steps of {found.global_batch} samples\n"
         f"  step      {_time(found.seconds)} (spread {found.spread:.0%}), {found.tokens_per_second:,.0f} tokens/s\n"
         f"  memory    {_size(found.memory)} in the first process\n"

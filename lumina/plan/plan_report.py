@@ -15,6 +15,7 @@ from lumina.plan.costs.setup import Data
 from lumina.plan.estimate import TOKENS_PER_PARAMETER, estimate_setup
 from lumina.plan.estimate_report import choose_clusters, gather_data, model_lines, run_lines
 from lumina.plan.search import NOISE, Candidate, buffers_for, candidates, choose
+from lumina.terminal import say
 
 FEW, MANY = TOKENS_PER_PARAMETER / 4, TOKENS_PER_PARAMETER * 10
 
@@ -36,13 +37,13 @@ def print_plan(config: Config, arguments: argparse.Namespace) -> int:
     remarks = remarks_on(config, cluster, data, batch)
     files = write(Path(arguments.write), config, cluster, best, batch) if arguments.write and best else []
     if arguments.json:
-        print(json.dumps(as_dict(cluster, best, found, remarks, files)))
+        say(json.dumps(as_dict(cluster, best, found, remarks, files)))
     else:
-        print("\n".join(model_lines(config, data)))
-        print("\n" + "\n".join(chosen_lines(config, cluster, data, batch, best, arguments.price)))
-        print("\n" + "\n".join([*reasons(found, best), *remarks]))
+        say("\n".join(model_lines(config, data)))
+        say("\n" + "\n".join(chosen_lines(config, cluster, data, batch, best, arguments.price)))
+        say("\n" + "\n".join([*reasons(found, best), *remarks]))
         for file in files:
-            print(f"wrote {file}")
+            say(f"wrote {file}")
     return 0 if best else 1
 
 

@@ -13,6 +13,7 @@ from lumina.config.deepspeed import resolve
 from lumina.plan.costs.devices import Cluster, find_device
 from lumina.plan.estimate import assumed_data, total_steps
 from lumina.plan.search import Candidate, candidates, choose
+from lumina.terminal import say
 
 PRESETS = ("debug", "small", "medium", "1b", "large", "3b", "8b")
 DEVICES = (("A100 80GB", "a100-80gb"), ("H100", "h100"))
@@ -84,4 +85,4 @@ def table() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    say("\n".join(table()))

@@ -21,6 +21,7 @@ from lumina.plan.costs.setup import Setup
 from lumina.plan.costs.speed import predict
 from lumina.plan.estimate import assumed_data, estimate_run
 from lumina.plan.presets import PRESETS, mfu_table
+from lumina.terminal import say
 
 LLM_FOUNDRY = "llm-foundry, scripts/train/benchmarking/README.md at 8c8dd48"
 TORCHTITAN = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md at b5bcd76 (500 W boards)"
@@ -281,4 +282,4 @@ def document() -> str:
 
 
 if __name__ == "__main__":
-    print(document(), end="")
+    say(document(), end="")

@@ -11,7 +11,7 @@ from lumina.config import Config
 from lumina.config import deepspeed as ds_json
 from lumina.model import Transformer, float8, lora
 from lumina.plan import default_document, smallest_memory
-from lumina.train.deepspeed import Engine, allocate_optimizer_state, partitioned_init
+from lumina.train.deepspeed import Engine, allocate_optimizer_state, partitioned_init, refuse_what_deepspeed_does
 from lumina.train.saving.snapshot import load_frozen_weights
 
 
@@ -47,6 +47,7 @@ def resolve(config: Config, world: int, device: str, micro_batch_size: int | Non
     """`device`: cuda or cpu; `micro_batch_size`: the largest that fits, where an earlier start ran out of memory."""
     document = default_document(config, world, smallest_memory())
     ds_config, report, resolved = ds_json.resolve(config, world, device, document=document)
+    refuse_what_deepspeed_does(ds_config, config.ds_config or "the built-in DeepSpeed configuration")
     settings = Settings(resolved, ds_config, report)
     if micro_batch_size is not None and micro_batch_size < resolved.batch_size:
         return settings.with_micro_batch(micro_batch_size, world)

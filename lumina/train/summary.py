@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from lumina.config import UserError, load
+from lumina.terminal import say
 
 
 def summarise(folder: Path) -> int:
@@ -33,8 +34,8 @@ def summarise(folder: Path) -> int:
     assert eval_data is not None
     baseline, best = unigram_baseline(train_data, eval_data, config.vocab_size), min(losses)
     plot_loss(folder, folder / "loss.png", baseline)
-    print(f"Unigram baseline {baseline:.4f} | Eval loss {best:.4f} (nats per supervised token)")
-    print(f"Loss curve       {folder / 'loss.png'}")
+    say(f"Unigram baseline {baseline:.4f} | Eval loss {best:.4f} (nats per supervised token)")
+    say(f"Loss curve       {folder / 'loss.png'}")
     return 0 if best < baseline else 1
 
 
@@ -50,7 +51,7 @@ def main() -> int:
     try:
         return summarise(parser.parse_args().run)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumina.config import Config, UserError, load
-from lumina.config.deepspeed import REFUSED_KEYS, Resolved, resolve
+from lumina.config.deepspeed import Resolved, resolve
+from lumina.config.deepspeed_keys import REFUSED_KEYS
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 

@@ -14,8 +14,9 @@ from lumina.chat import AnswerDelta, Conversation, Message, Tokenizer
 from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import Sampling
-from lumina.infer.generation.generate import Answer, printable
+from lumina.infer.generation.generate import Answer
 from lumina.infer.repl import Chat, converse
+from lumina.terminal import printable
 from tests.infer.small_models import make_model, write_run
 from tests.infer.taught_models import ANSWER, ASKED, CONVERSATIONS, REASONING, WEATHER, taught_model
 
@@ -156,7 +157,7 @@ def test_unknown_commands_and_leaving(chat: Chat) -> None:
 
 
 def test_output_cannot_steer_the_terminal() -> None:
-    assert printable("a\x1b[2J\x9b\r\x07b\n\tc🙂\u202e") == "a\ufffd[2J\ufffd\ufffd\ufffdb\n\tc🙂\u202e"
+    assert printable("a\x1b[2J\x9b\r\x07b\n\tc🙂\u202e") == "a\\x1b[2J\\x9b\\x0d\\x07b\n\tc🙂\\u202e"
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from lumina.cluster.elastic.control import AgentControl, connect
 from lumina.cluster.elastic.node_agent import POLL, JobOverError, NodeAgent, ReceivedCommands, Rendezvous
 from lumina.cluster.signals import EXIT_STOPPED
 from lumina.cluster.transport import Spec
+from lumina.terminal import say
 
 _HEARTBEAT = 1.0  # seconds between heartbeats
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -62,7 +63,7 @@ class Heartbeat(threading.Thread):
 
 def _say(text: str) -> None:
     with suppress(OSError):  # whoever gave the agent up has closed its standard error too; it ends all the same
-        print(text, file=sys.stderr, flush=True)
+        say(text, file=sys.stderr, flush=True)
 
 
 def _raise(number: int, frame: object) -> None:

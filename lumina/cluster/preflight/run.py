@@ -31,6 +31,7 @@ from lumina.cluster.preflight.report import Answers, Report
 from lumina.cluster.preflight.table import as_dict, show
 from lumina.cluster.transport import is_here, resolved
 from lumina.config import RunConfig, UserError
+from lumina.terminal import say
 
 _PROBE = "lumina.cluster.preflight.probe"
 _EXCHANGES = 8  # of clocks; the quickest counts
@@ -53,10 +54,10 @@ def preflight_command(
     if any(not is_here(host) for host in hosts) and shutil.which("ssh") is None:
         raise UserError("ssh is not installed here", "Install it: apt-get install openssh-client.")
     folder = Path(output_dir or RunConfig.model_fields["output_dir"].default).absolute()
-    print(f"asking {len(hosts)} node(s), for at most {timeout:g} s", file=sys.stderr, flush=True)
+    say(f"asking {len(hosts)} node(s), for at most {timeout:g} s", file=sys.stderr, flush=True)
     report = asyncio.run(Preflight(hosts, folder, port, timeout).run())
     if json_output:
-        print(json.dumps(as_dict(report)))
+        say(json.dumps(as_dict(report)))
     else:
         show(report)
     return 0 if report.ok else 1

@@ -9,6 +9,7 @@ from lumina.cluster.preflight.report import Report
 from lumina.cluster.topology import rank_map, recommended
 from lumina.config import PRESETS, load
 from lumina.plan import CheckResult
+from lumina.terminal import say
 
 _ORDER = ("OK", "WARN", "FAIL")
 
@@ -40,22 +41,22 @@ def advice(report: Report) -> list[tuple[list[str], dict[str, Any]]]:
 
 def show(report: Report) -> None:
     for line in table(report):
-        print(line)
-    print()
+        say(line)
+    say()
     for finding, nodes in problems(report):
-        print(f"{finding.level:4}  {', '.join(nodes)}: {finding.name}: {finding.detail}\n      -> {finding.remedy}")
+        say(f"{finding.level:4}  {', '.join(nodes)}: {finding.name}: {finding.detail}\n      -> {finding.remedy}")
     for line in dict.fromkeys(
         f"{item.finding.name}: {item.finding.detail}"
         for item in report.findings
         if item.finding.level == "OK" and item.finding.name in ("versions", "all-reduce")
     ):
-        print(line)
-    print("\n" + "\n".join(rank_map([(host.name, host.slots) for host in report.hosts])))
+        say(line)
+    say("\n" + "\n".join(rank_map([(host.name, host.slots) for host in report.hosts])))
     for presets, settings in advice(report):
-        print(f"ZeRO for {', '.join(presets)} on this cluster: {settings}")
+        say(f"ZeRO for {', '.join(presets)} on this cluster: {settings}")
     levels = [item.finding.level for item in report.findings]
     failed, warned = levels.count("FAIL"), levels.count("WARN")
-    print(f"\n{len(report.hosts)} node(s), {len(levels)} checks: {failed} failed, {warned} warnings")
+    say(f"\n{len(report.hosts)} node(s), {len(levels)} checks: {failed} failed, {warned} warnings")
 
 
 def table(report: Report) -> list[str]:

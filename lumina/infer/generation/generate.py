@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -151,9 +150,3 @@ def stream_answer(
     prompt fills the context length."""
     for new in stream_answers(model, tokenizer, [prompt], sampling, [answer], thinking):
         yield from (delta for _, delta in new)
-
-
-def printable(text: str) -> str:
-    """Text that cannot steer a terminal: control characters other than line feed and tab become U+FFFD."""
-    safe = (c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
-    return "".join(safe)

@@ -21,6 +21,7 @@ from lumina.infer.serve.connections import STALL_SECONDS, BoundedServer, Limits,
 from lumina.infer.serve.metrics import Metrics
 from lumina.infer.serve.middleware import LOOPBACK, Rules
 from lumina.infer.serve.service import Service
+from lumina.terminal import say
 
 log = logging.getLogger("lumina")
 
@@ -61,7 +62,7 @@ def serve(
             signal.signal(number, _stopping)
         service.batcher.start()
         try:
-            print(f"{service.loaded.checkpoint}, step {service.loaded.step}: {address}", flush=True)
+            say(f"{service.loaded.checkpoint}, step {service.loaded.step}: {address}", flush=True)
             server.run([listener])
         finally:
             service.close()

@@ -19,6 +19,7 @@ from lumina.monitor.reports.comparison import data_name, differing_settings, dur
 from lumina.monitor.reports.run_data import RunData, read
 from lumina.monitor.reports.runs import span
 from lumina.monitor.reports.tables import clock_time, events_table, samples_tables, settings_table, starts_table
+from lumina.terminal import say
 
 
 def report_command(folders: Sequence[Path], out: Path | None, *, show: bool) -> int:
@@ -30,9 +31,9 @@ def report_command(folders: Sequence[Path], out: Path | None, *, show: bool) -> 
         write_text(out, html, follow=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}", "Choose another file with --out.") from None
-    print(f"Report of {', '.join(run.name for run in runs)}: {out} ({len(html.encode()) / 1e6:.2f} MB)")
+    say(f"Report of {', '.join(run.name for run in runs)}: {out} ({len(html.encode()) / 1e6:.2f} MB)")
     if show and not webbrowser.open(out.resolve().as_uri()):
-        print("No browser was found to open it in.")
+        say("No browser was found to open it in.")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import os
 import socket
 import time
@@ -15,6 +14,7 @@ import psutil
 
 from lumina.config import UserError
 from lumina.monitor.run_json import read_run
+from lumina.terminal import console, json_line, say
 
 _QUIET = 300.0  # seconds without a line in its files after which a run on another machine counts as stale
 _TAIL = 1 << 16  # bytes: more than any record is long
@@ -114,14 +114,13 @@ def runs_command(folder: Path, *, json: bool = False) -> int:
     """Print the runs in `folder`."""
     runs = list_runs(folder)
     if json:
-        print(json_module.dumps({"runs": runs}, ensure_ascii=False))
+        say(json_line({"runs": runs}))
         return 0
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     if not runs:
-        print(f"No runs in {folder}.")
+        say(f"No runs in {folder}.")
         return 0
     colours = {"running": "green", "finished": "blue", "failed": "red", "stale": "yellow"}
     table = Table(box=None, pad_edge=False)
@@ -132,7 +131,7 @@ def runs_command(folder: Path, *, json: bool = False) -> int:
         best = "" if run["best_eval"] is None else f"{run['best_eval']:.4f} at {run['best_step']:,}"
         name, where = Text(run["name"]), Text(run["state"], style=colours.get(run["state"], ""))
         table.add_row(name, where, f"{run['step']:,}{total}", best, str(run["world"] or ""), span(run["age"]))
-    Console(soft_wrap=True, highlight=False).print(table)
+    console(soft_wrap=True).print(table)
     return 0
 
 

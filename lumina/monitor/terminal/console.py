@@ -7,12 +7,11 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console as RichConsole
-
 from lumina.monitor.events import Event
 from lumina.monitor.metrics import read_metrics
 from lumina.monitor.step_record import StepRecord, figures_text
 from lumina.monitor.terminal.live_view import LiveView
+from lumina.terminal import console
 
 _GIB = 2**30
 _SECONDS_TO_PROGRESS, _SECONDS_BETWEEN_PROGRESS = 3.0, 10.0
@@ -40,7 +39,7 @@ class Console:
     def __init__(
         self, enabled: bool, total_steps: int, start_step: int, title: str = "lumina", live: bool = True
     ) -> None:
-        self._rich = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._rich = console(file=sys.stdout, soft_wrap=True)
         self._enabled = enabled
         self._last_line = 0.0
         self._doing, self._next_progress = "", 0.0

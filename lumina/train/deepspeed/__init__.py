@@ -4,6 +4,7 @@
 the rest of training needs of it.
 """
 
+from lumina.train.deepspeed.document import refuse_what_deepspeed_does
 from lumina.train.deepspeed.engine import Engine
 from lumina.train.deepspeed.fragments import (
     EngineSnapshot,
@@ -55,6 +56,7 @@ __all__ = [
     "parameter_groups",
     "partition_on_init",
     "raw_step_count",
+    "refuse_what_deepspeed_does",
     "restore_engine",
     "scale_exhausted",
     "snapshot_engine",

@@ -4,6 +4,7 @@ the page, and a test holds the file to it."""
 from __future__ import annotations
 
 from lumina.config import HEALTH_RULES, HealthConfig, SavingConfig
+from lumina.terminal import say
 
 _HEAD = """\
 # Health of a run
@@ -143,4 +144,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    say(page(), end="")

@@ -25,6 +25,7 @@ from types import FrameType
 
 from lumina.cluster import EXIT_HUNG, StopRequest
 from lumina.files import write_json
+from lumina.terminal import say
 from lumina.train.liveness import lock_watch
 
 _COLLECTIVES = "torch.distributed.distributed_c10d"
@@ -122,7 +123,7 @@ class Watchdog:
         for ident, frame in frames.items():
             if ident != threading.get_ident():
                 dump += [f"  Thread {names.get(ident, ident)}:\n", *traceback.format_stack(frame)]
-        print("".join(dump), file=sys.stderr, flush=True)
+        say("".join(dump), file=sys.stderr, flush=True)
         report_failure(f"hung: {text}")
         self.end(EXIT_HUNG)
 

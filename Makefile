@@ -9,6 +9,8 @@
 # make test-triton    the kernels compiled by the Triton of GPU users, or TRITON=x.y.z; registers, spills and bytes held
 # make mutation       the laws' sources changed one place at a time, or LAWS="order packing": what no test notices (hours)
 # make crash-consistency  what a power cut at any moment of a save may leave, STATES=600 of them (strace; a minute)
+# make fuzz           fuzzers of every door that text from elsewhere comes in by: MINUTES=30, DOORS="yaml data"; what they
+#                     find is kept in tests/adversary/corpus, which make test reads again
 # make check          ruff, formatting, mypy
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -27,7 +29,7 @@ CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2 procps faketime 
 # DeepSpeed's launcher and compilers are looked up on PATH; one thread per test process, as the tests expect.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install quickstart test test-long test-documents test-cluster mutation crash-consistency cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels resolve test-triton check format clean
+.PHONY: install quickstart test test-long test-documents test-cluster mutation fuzz crash-consistency cluster-packages browser-packages extensions gpu-rehearsal gpu-wheels resolve test-triton check format clean
 
 install: $(STAMP)
 
@@ -101,6 +103,11 @@ test-triton: $(STAMP)
 	  --target build/triton.tmp triton==$(TRITON) && mv build/triton.tmp build/triton-$(TRITON); }
 	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) $(BIN)/python -c "import triton; assert triton.__version__ == '$(TRITON)', triton; print('triton', triton.__version__)"
 	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/kernels/test_static.py
+
+MINUTES ?= 30
+DOORS ?=
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.adversary.fuzz --minutes $(MINUTES) $(if $(DOORS),--door $(DOORS))
 
 mutation: $(STAMP)
 	$(BIN)/python -m tests.mutation $(LAWS)

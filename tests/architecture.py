@@ -42,8 +42,12 @@ GROUND = ("lumina.files", "lumina.lazy", "lumina.terminal", "lumina.__version__"
 #: Benchmarks stand beside what they time and know every room; no module but themselves imports them.
 BENCHMARKS = ("lumina.kernels.bench", "lumina.kernels.model_step", "lumina.kernels.output_layer")
 
-#: What prints by itself: the printer, kernels (which know no room), launchers, and a protocol of JSON on stdout.
-PRINTS = ("lumina.terminal", "lumina.kernels", "launchers", "lumina.cluster.preflight.probe")
+#: What prints by itself: the printer, kernels (which know no room), launchers, a protocol of JSON on stdout, and a
+#: program that imports nothing of the package and prints a number.
+PRINTS = (
+    *("lumina.terminal", "lumina.kernels", "launchers", "lumina.cluster.preflight.probe"),
+    "lumina.train.liveness.lock_watch",
+)
 
 MOST_FILES = 16  # of a folder, its `__init__` included
 MOST_LINES = 400  # of a file

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumina.config import UserError
+from lumina.files import read_text
 
 _LINE = re.compile(r"(?P<name>\S+)(?:\s+slots\s*=\s*(?P<slots>\d{1,6}))?", re.ASCII)
 # Nothing that ssh takes for an option (-x), or pdsh for several machines (n1,n2 and n[1-2]).
@@ -30,7 +31,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
     Raises UserError naming the line for anything else than `NAME slots=N`, a name given twice, and an empty file.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, most=1 << 20).splitlines()
     except OSError as error:
         raise UserError(f"cannot read the hostfile {path}: {error.strerror}", "Give --hostfile FILE.") from None
     hosts: list[Host] = []

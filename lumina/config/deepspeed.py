@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from lumina.config import precision as precision_rules
-from lumina.config.deepspeed_keys import AUTO, Json, check
+from lumina.config.deepspeed_keys import AUTO as AUTO
+from lumina.config.deepspeed_keys import Json, check
 from lumina.config.errors import UserError, explain_values, user_error
 from lumina.config.schema import Config, ModelConfig
 from lumina.files import FormatError, read_object

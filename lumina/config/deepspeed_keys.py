@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lumina.config.errors import UserError, did_you_mean
 
 Json = dict[str, Any]
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 
 # Keys that DeepSpeed (0.19) removed or that Lumina does in its own way. Silence would train something else than asked.
 REFUSED_KEYS = {
@@ -63,6 +63,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _integer(value: Any) -> Any:
+    """True and 2.0 equal numbers that a literal takes."""
+    return value if type(value) is int else repr(value)
+
+
 _Count = Annotated[int, Field(gt=0)] | Auto
 _Elements = Annotated[Annotated[int, Field(ge=0)] | Auto, BeforeValidator(_whole)]
 _Number = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Auto
@@ -84,7 +89,7 @@ class _Offload(_Block):
 
 
 class _Zero(_Block):
-    stage: Literal[0, 1, 2, 3] = 0
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_integer)] = 0
     reduce_bucket_size: _Elements = AUTO
     allgather_bucket_size: _Elements = AUTO
     stage3_prefetch_bucket_size: _Elements = AUTO
@@ -184,10 +189,9 @@ def _explain(error: ValidationError, document: Json) -> str:
     path: list[str] = []
     value: Any = document
     for part in first["loc"]:  # pydantic names the members of a union too
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
-            value = value[part]
-        else:
+        if not (isinstance(value, dict) and part in value):
             break
+        value = value[part]
         path.append(str(part))
     same = [item["msg"] for item in error.errors() if item["loc"][: len(path)] == first["loc"][: len(path)]]
     wanted = ", or ".join(dict.fromkeys(text.removeprefix("Input should be ") for text in same))

@@ -16,6 +16,7 @@ from lumina.config import Config, UserError, user_error
 from lumina.files import FormatError
 from lumina.model import keep_heap
 from lumina.monitor import read_metrics
+from lumina.terminal import say
 from lumina.train.agreement import agree_on_start, refuse_start, signs_of_life
 from lumina.train.build import Run, build
 from lumina.train.callbacks import Callback
@@ -82,7 +83,7 @@ def refuse_rank(error: UserError) -> NoReturn:
 
 def _end_alone(error: UserError) -> None:
     """The others do not come either."""
-    print(f"error: {error}", file=sys.stderr)
+    say(f"error: {error}", file=sys.stderr)
     end_process(2)
 
 

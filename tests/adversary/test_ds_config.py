@@ -60,7 +60,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"optimizer": {"params": {"lr": -1e-4}}}, "`optimizer.params.lr` is -0.0001"),
     ({"optimizer": {"params": {"betas": 0.9}}}, "`optimizer.params.betas` is 0.9"),
     ({"optimizer": {"params": {"betas": [0.9]}}}, "`optimizer.params.betas` is [0.9]"),
-    ({"optimizer": {"params": {"betas": [0.9, None]}}}, "`optimizer.params.betas.1` is None"),
+    ({"optimizer": {"params": {"betas": [0.9, None]}}}, "`optimizer.params.betas` is [0.9, None]"),
     ({"optimizer": {"params": {"betas": [0.9, 1.5]}}}, "`adam_beta2`"),
     ({"optimizer": {"params": {"adam_w_mode": False}}}, "optimizer.params.adam_w_mode = false is not supported"),
     ({"optimizer": {"params": {"amsgrad": True}}}, "optimizer.params.amsgrad = true is not supported"),

@@ -8,11 +8,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from lumina.config import UserError, explain_values
+from lumina.train.deepspeed.startup import import_deepspeed
 
 
 def refuse_what_deepspeed_does(document: dict[str, Any], source: str) -> None:
     """UserError where DeepSpeed would refuse the filled document, with its own words, before anything is loaded. In a
     process group; each rank comes to the same."""
+    import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:

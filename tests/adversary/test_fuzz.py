@@ -1,0 +1,64 @@
+"""A few texts at each door, and all that was ever found there; `make fuzz` tries for half an hour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tests.adversary.doors import CORPUS, DOORS
+from tests.adversary.fuzz import attempt, texts
+
+#: Doors whose readers take longer for a text: fewer of them here.
+FEW = {"tokenizer": 4, "template": 4, "ds_config": 10, "safetensors": 10}
+KEPT = sorted(path for path in CORPUS.glob("*/*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_a_door_reads_or_refuses(name: str) -> None:
+    door = DOORS[name]
+    for text in door.seeds():
+        assert attempt(door, text) is None
+
+    @settings(
+        max_examples=FEW.get(name, 25),
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(text=texts(door))
+    def check(text: bytes) -> None:
+        wrong = attempt(door, text)
+        assert wrong is None, wrong
+
+    check()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_was_found_is_found_no_more(path: Path) -> None:
+    wrong = attempt(DOORS[path.parent.name], path.read_bytes())
+    assert wrong is None, wrong
+
+
+def test_the_fuzzer_finds(tmp_path: Path) -> None:
+    from tests.adversary.doors import Door
+
+    def read(text: bytes, folder: Path) -> None:
+        if b"\x00" in text:
+            raise IndexError("planted")
+
+    found = []
+
+    @settings(max_examples=200, database=None, derandomize=True)
+    @given(text=texts(Door(read, lambda: [b"abc"], (b"\0",))))
+    def check(text: bytes) -> None:
+        wrong = attempt(Door(read, lambda: [b"abc"]), text)
+        if wrong is not None:
+            found.append(wrong)
+
+    check()
+    assert found
+    assert "IndexError: planted" in found[0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.multinode.cluster import Cluster
+from tests.multinode.cluster import BIN, Cluster
 from tests.multinode.elastic import SETTINGS as COMMON
 from tests.multinode.elastic import launch
 from tests.runs import DEEPSPEED, ROOT, Runs, arguments, losses, steps
@@ -63,6 +65,24 @@ def test_every_launcher_gives_the_curve_of_a_single_process(
     for name in ("deepspeed", "mpirun", "ssh", "pdsh"):
         assert "2 process(es)" in (place / name / "train.log").read_text(), name
         assert losses(place / name) == pytest.approx(alone, abs=1e-5, rel=0), name
+
+
+@pytest.mark.skipif(shutil.which("tcsh") is None, reason="needs tcsh")
+def test_a_node_whose_login_shell_is_tcsh(cluster: Cluster, place: Path) -> None:
+    accounts = place / "passwd"
+    accounts.write_text(re.sub(r"(?m)^(root:.*:).*$", r"\g<1>/bin/tcsh", Path("/etc/passwd").read_text()))
+    (place / "says.py").write_text("import os; print('SAYS', os.environ['RANK'], os.environ['LUMINA_X'], flush=True)\n")
+    assert cluster.run("n1", ["mount", "--bind", str(accounts), "/etc/passwd"]).returncode == 0
+    try:
+        assert "tcsh" in cluster.run("head", ["ssh", "n1", "echo $version"]).stdout  # a variable of tcsh's own
+        line = [str(BIN / "lumina"), "launch", "--hostfile", cluster.hostfile(), "--", str(place / "says.py")]
+        done = cluster.run("head", line, 120, LUMINA_X="it's $HOME")
+    finally:
+        cluster.run("n1", ["umount", "/etc/passwd"])
+    assert done.returncode == 0, done.stdout
+    assert sorted(line for line in done.stdout.splitlines() if "SAYS" in line) == [
+        f"SAYS {rank} it's $HOME" for rank in range(2)
+    ]
 
 
 def test_a_failing_rank_fails_the_launch(cluster: Cluster, place: Path) -> None:

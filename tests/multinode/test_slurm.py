@@ -154,7 +154,42 @@ def test_a_shell_of_salloc_knows_its_gpus_and_a_heterogeneous_one_is_refused(slu
         shown = slurm.run("head", ["salloc", "--nodes=2", *options, *launch]).stdout
         assert "n0: ranks 0-1" in shown, shown
         assert "n1: ranks 2-3" in shown, shown
+    shown = slurm.run("head", ["salloc", "--nodes=2", "--ntasks=3", *launch]).stdout
+    assert "n0: ranks 0-1" in shown, shown
+    assert "n1: rank 2\n" in shown, shown
     shown = slurm.run("head", ["salloc", "--nodes=2", "--gres=gpu:2", "--ntasks-per-node=1", *launch]).stdout
     assert "WARNING: 2 of this job's 4 GPUs will be idle" in shown, shown
     done = slurm.run("head", ["salloc", "--nodes=1", ":", "--nodes=1", *launch], 120)
     assert (done.returncode, "a heterogeneous job of 2 components" in done.stdout) == (2, True), done.stdout
+
+
+SAYS = """
+from lumina.cluster import launched
+from lumina.config.visible import device_of, visible_names
+launcher, rank, world, local_rank, local_world, _ = launched()
+names = visible_names() or []
+device = device_of(local_rank, local_world, len(names)) if names else None
+print("SAYS", launcher, rank, world, local_rank, local_world, names, device, flush=True)
+"""
+
+
+# Slurm sets it where it knows the GPUs' driver, which plain files have not.
+OWN_GPU = ["sh", "-c", 'CUDA_VISIBLE_DEVICES=$SLURM_LOCALID exec "$@"', "sh"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        # Each rank is shown its own GPU alone, which is number 0 of one.
+        (["--gres=gpu:2", "--nodes=2", "--ntasks=3", "srun", "--ntasks=3", "--gpus-per-task=1", *OWN_GPU],
+         ["Slurm 0 3 0 2 ['0'] 0", "Slurm 1 3 1 2 ['1'] 0", "Slurm 2 3 0 1 ['0'] 0"]),
+        # The tasks of a heterogeneous job's components are one world.
+        (["--ntasks=2", ":", "--ntasks=1", "srun", "--het-group=0,1"],
+         ["Slurm 0 3 0 2 [] None", "Slurm 1 3 1 2 [] None", "Slurm 2 3 0 1 [] None"]),
+    ],
+    ids=["gpus-per-task", "het-group"],
+)  # fmt: skip
+def test_a_plain_step_knows_its_ranks(slurm: Cluster, words: list[str], said: list[str]) -> None:
+    shown = slurm.run("head", ["salloc", *words, "python", "-P", "-c", SAYS], 120).stdout
+    lines = [line.partition(" ")[2] for line in shown.splitlines() if line.startswith("SAYS ")]
+    assert sorted(lines) == said, shown

@@ -30,7 +30,7 @@ _NAMES: dict[OnResume, str] = {
     """,
     OnResume.CHECKPOINT: """
         hidden_size num_layers num_heads num_kv_heads head_size vocab_size intermediate_size family tie_word_embeddings
-        experts         lora_rank lora_alpha lora_targets global_batch_size chat_template
+        experts lora_rank lora_alpha lora_targets global_batch_size chat_template
     """,
     OnResume.DATA: "train_data data columns eval_fraction dedup packing overlong overlong_context seq_length tokenizer",
     OnResume.SCHEDULE: "epochs max_steps lr_scheduler warmup_ratio",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
+    from lumina.cluster.hangup import outliving_readers
     from lumina.cluster.launcher_detection import (
         Launched,
         detect_launcher,
@@ -34,6 +35,7 @@ _HOMES = {
     "handlers_kept": "signals",
     "launch": "launching",
     "launched": "launcher_detection",
+    "outliving_readers": "hangup",
     "parent_signal": "launcher_detection",
     "preflight_command": "preflight.run",
     "refuse_taken_port": "launcher_detection",
@@ -54,6 +56,7 @@ __all__ = [
     "handlers_kept",
     "launch",
     "launched",
+    "outliving_readers",
     "parent_signal",
     "preflight_command",
     "refuse_taken_port",

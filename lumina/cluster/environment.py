@@ -7,19 +7,30 @@ from collections.abc import Iterable, Mapping
 
 from lumina.config import VISIBLE, UserError, visible_names
 
-FAMILIES = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "DEEPSPEED_", "DS_", "LUMINA_", "WANDB_", "MLFLOW_", "HF_")
+# Of families whose names a launcher also uses for a rank's own place (TORCHELASTIC_, OMPI_, PMI_, SLURM_) none is here.
+_NETWORK = ("NCCL_", "RCCL_", "GLOO_", "UCX_", "FI_", "NVSHMEM_")
+_TORCH = ("TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_", "DEEPSPEED_", "DS_", "LUMINA_")
+_LIBRARIES = ("CUDA_", "CUBLAS_", "CUDNN_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "NUMEXPR_")
+_DATA = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "TIKTOKEN_", "WANDB_", "MLFLOW_")
+FAMILIES = (*_NETWORK, *_TORCH, *_LIBRARIES, *_DATA)
 NAMES = (
-    "CUDA_VISIBLE_DEVICES",
-    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "HTTPS_PROXY",
+    "HTTP_PROXY",
     "LD_LIBRARY_PATH",
-    "OMP_NUM_THREADS",
+    "LD_PRELOAD",
+    "NO_PROXY",
+    "NVIDIA_TF32_OVERRIDE",
     "PATH",
+    "PYTHONFAULTHANDLER",
+    "PYTHONHASHSEED",
     "PYTHONPATH",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "TIKTOKEN_CACHE_DIR",
-    "TOKENIZERS_PARALLELISM",
-    "TRITON_CACHE_DIR",
-    "TRITON_INTERPRET",
+    "PYTHONUNBUFFERED",
+    "PYTHONWARNINGS",
+    "REQUESTS_CA_BUNDLE",
+    "SSL_CERT_FILE",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
 )
 
 

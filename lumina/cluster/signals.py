@@ -1,6 +1,7 @@
 """Stopping on a signal: noted when it comes, acted upon by all ranks together at the next step boundary.
 
-SIGTERM, SIGINT and SIGUSR1 (Slurm's warning before its time limit) mean: save and end. SIGUSR2 comes from Lumina's own
+SIGTERM, SIGINT, SIGUSR1 (Slurm's warning before its time limit) and SIGHUP (the terminal was closed, the ssh connection
+is gone; not under nohup) mean: save and end. SIGUSR2 comes from Lumina's own
 agents and means: save and end, you will be started again at another world size.
 """
 
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from lumina.cluster.hangup import without_ignored_hangup
+
 # sysexits.h EX_TEMPFAIL: the run was asked to stop, saved, and can be resumed. Not a failure of the run.
 EXIT_STOPPED = 75
 # The same, asked for by the agent in order to go on at another world size.
@@ -23,7 +26,9 @@ EXIT_RESIZE = 76
 # A watchdog ended the process: no progress for too long, or no step boundary in time after a signal.
 EXIT_HUNG = 77
 
-_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Asked to stop before there was anything to save: never 75, which means that a checkpoint of that step exists.
+EXITS_UNSAVED = frozenset(128 + number for number in STOP_SIGNALS)
 
 
 class StopRequest:
@@ -41,7 +46,7 @@ class StopRequest:
         self.resize = False
         self.since: float | None = None  # time.monotonic() of the first signal
         if threading.current_thread() is threading.main_thread():
-            for number in (*_STOP, signal.SIGUSR2):
+            for number in without_ignored_hangup((*STOP_SIGNALS, signal.SIGUSR2)):
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -63,7 +68,7 @@ class StopRequest:
 @contextmanager
 def handlers_kept() -> Iterator[None]:
     """Puts this process's handlers back at the end, for a caller that goes on with something else."""
-    before = {number: signal.getsignal(number) for number in (*_STOP, signal.SIGUSR2)}
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGUSR2)}
     try:
         yield
     finally:

@@ -117,6 +117,8 @@ def with_spec(command: list[str], spec: Spec) -> tuple[list[str], str]:
 
 
 def launcher_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of the ssh, pdsh or srun process itself."""
+    """The environment of the ssh, pdsh or srun process itself. The user's own options for pdsh's ssh come first: of an
+    option that is given twice, ssh takes the first."""
     quiet = dict([_QUIET.split("=")])
-    return {**quiet, **environment, "PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": " ".join(SSH_OPTIONS)}
+    options = " ".join(filter(None, (environment.get("PDSH_SSH_ARGS_APPEND"), *SSH_OPTIONS)))
+    return {**quiet, **environment, "PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": options}

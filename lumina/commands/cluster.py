@@ -10,12 +10,13 @@ from lumina.config import TRANSPORTS
 
 def launch(arguments: Arguments) -> int:
     """Train on many machines; lost ones are done without, returning ones taken in."""
-    from lumina.cluster import LaunchOptions
+    from lumina.cluster import LaunchOptions, outliving_readers
     from lumina.cluster import launch as run
 
     words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
     given = {name: value for name, value in vars(arguments).items() if name in LaunchOptions.__dataclass_fields__}
-    return run(LaunchOptions(**{**given, "words": words}))
+    with outliving_readers():
+        return run(LaunchOptions(**{**given, "words": words}))
 
 
 def launch_options(parser: Parser) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lumina.cluster import handlers_kept
+from lumina.cluster import handlers_kept, outliving_readers
 from lumina.config import Config, UserError, user_error
 from lumina.files import FormatError
 from lumina.model import keep_heap
@@ -58,7 +58,7 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainedRun:
         CallbackError: a callback failed, or changed what it must leave as it was.
     """
     try:
-        with handlers_kept():
+        with handlers_kept(), outliving_readers():
             code = _fit_and_release(_build(config, callbacks))
     finally:
         gc.collect()  # an engine is full of cycles, and its memory may be a GPU's
@@ -67,8 +67,9 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainedRun:
 
 def train_rank(config: Config) -> int:
     """Run one rank: train, leave the process group, and return the exit code (see TrainedRun)."""
-    code = fit(_build(config, ()))
-    destroy_process_group()
+    with outliving_readers():
+        code = fit(_build(config, ()))
+        destroy_process_group()
     return code
 
 

@@ -6,7 +6,7 @@ import base64
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.cluster.environment import forwarded
@@ -24,6 +24,7 @@ def spec(environment: dict[str, str]) -> Spec:
     return Spec("10.0.0.1:29400", "a job", "n1", 4, ["python", "-c", "print('%s,')"], environment, "/home/a b")
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.dictionaries(names, values | awkward, max_size=6))
 def test_any_value_arrives_unchanged(environment: dict[str, str]) -> None:
     sent = spec(forwarded([f"{name}={value}" for name, value in environment.items()], {}))
@@ -34,6 +35,7 @@ def test_any_value_arrives_unchanged(environment: dict[str, str]) -> None:
     assert Spec.load(base64.b64encode(line.encode()).decode()) == sent
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.dictionaries(names, values | awkward, max_size=6))
 def test_no_value_meets_a_shell(environment: dict[str, str]) -> None:
     """On standard input, or in pdsh's command as base64, which has no character that a shell or pdsh knows."""
@@ -59,6 +61,32 @@ def test_what_travels() -> None:
     assert sent["MODE"] == "a=b"
     assert sent["NCCL_DEBUG"] == "WARN", "what is asked for wins"
     assert sent["EMPTY"] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "travels"),
+    [
+        ("PYTORCH_ALLOC_CONF", True),
+        ("PYTORCH_CUDA_ALLOC_CONF", True),
+        ("CUDA_DEVICE_ORDER", True),
+        ("CUBLAS_WORKSPACE_CONFIG", True),
+        ("TORCHINDUCTOR_CACHE_DIR", True),
+        ("TRITON_CACHE_DIR", True),
+        ("OMP_PROC_BIND", True),
+        ("MKL_NUM_THREADS", True),
+        ("WANDB_RUN_ID", True),
+        ("HF_HOME", True),
+        ("https_proxy", True),
+        # A rank's own place, which the launch gives it, or the shell's.
+        ("TORCHELASTIC_RUN_ID", False),
+        ("OMPI_COMM_WORLD_RANK", False),
+        ("SLURM_PROCID", False),
+        ("PYTHONHOME", False),
+        ("TMPDIR", False),
+    ],
+)
+def test_whether_a_variable_travels(name: str, travels: bool) -> None:
+    assert (name in forwarded([], {name: "x"})) == travels
 
 
 def test_what_names_this_machines_gpus_stays_here() -> None:

@@ -43,6 +43,9 @@ def test_pdsh() -> None:
     assert shlex.split(command[-1].replace("%%", "%"))[1] == FOLDER
     assert "%" not in command[-1].replace("%%", "")
     assert launcher_environment({"PDSH_RCMD_TYPE": "rsh"})["PDSH_RCMD_TYPE"] == "ssh"
+    ours = launcher_environment({})["PDSH_SSH_ARGS_APPEND"]
+    own = launcher_environment({"PDSH_SSH_ARGS_APPEND": "-p 2222"})["PDSH_SSH_ARGS_APPEND"]
+    assert own == f"-p 2222 {ours}", "the user's, and before ours: ssh takes the first of two"
 
 
 def test_srun() -> None:

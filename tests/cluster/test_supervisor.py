@@ -11,7 +11,7 @@ import pytest
 from lumina.cluster.elastic.control import LauncherControl
 from lumina.cluster.elastic.supervisor import Limits, Supervisor
 from lumina.cluster.hostfile import Host
-from lumina.cluster.signals import EXIT_STOPPED
+from lumina.cluster.signals import STOP_SIGNALS
 from lumina.cluster.transport import Spec
 
 
@@ -30,10 +30,12 @@ def test_nodes_that_never_come_are_named(command: list[str]) -> None:
     assert all(node.process is None or node.process.poll() is not None for node in asked.nodes)
 
 
-def test_told_to_stop_before_anyone_came() -> None:
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_told_to_stop_before_anyone_came(number: signal.Signals) -> None:
+    """Not 75: no checkpoint was saved."""
     said: list[str] = []
     asked = supervisor(["sleep", "1000"], said)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    assert asked.run() == EXIT_STOPPED
-    assert said[-1].startswith("SIGTERM")
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    assert asked.run() == 128 + number
+    assert said[-1].startswith(number.name)
     assert all(node.process is None or node.process.poll() is not None for node in asked.nodes)

@@ -18,7 +18,6 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -26,12 +25,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from lumina.cluster import topology
 from lumina.cluster.elastic.control import AgentControl, connect
 from lumina.cluster.elastic.node_agent import POLL, JobOverError, NodeAgent, ReceivedCommands, Rendezvous
-from lumina.cluster.signals import EXIT_STOPPED
+from lumina.cluster.hangup import outliving_readers, without_ignored_hangup
+from lumina.cluster.signals import EXIT_STOPPED, EXITS_UNSAVED, STOP_SIGNALS
 from lumina.cluster.transport import Spec
 from lumina.terminal import say
 
 _HEARTBEAT = 1.0  # seconds between heartbeats
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_CHILD_SUBREAPER = 36
 _FOREVER = 1_000_000  # the launcher counts restarts, not the agents
 
@@ -73,10 +72,11 @@ def _raise(number: int, frame: object) -> None:
 def run(spec: Spec) -> int:
     """Take part in a job until it is over; returns the exit code."""
     _adopt()
-    for number in _SIGNALS:
+    signals = without_ignored_hangup(STOP_SIGNALS)
+    for number in signals:
         signal.signal(number, _raise)
     os.environ.update(spec.environment)
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in _SIGNALS)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in signals)
     os.environ["LUMINA_AGENT"] = spec.node
     os.environ["LUMINA_JOB"] = spec.job
     here = topology.read()
@@ -123,21 +123,29 @@ def _until_over(agent: NodeAgent, control: AgentControl, spec: Spec) -> int:
         code = over.code
     except SignalException as caught:
         agent.end_ranks(caught.sigval, timeout=int(spec.stop_timeout) + 10)
-        # A rank that the signal itself ended had not begun to train: there was nothing to save.
-        ended = {EXIT_STOPPED, *(-number for number in _SIGNALS)}
-        stopped = ended >= {code for code in agent.codes() if code is not None}
-        code = EXIT_STOPPED if stopped else 1
-        _try_to_report(control, "stopped" if stopped else "failed")
+        code = exit_code(caught.sigval, {code for code in agent.codes() if code is not None})
+        _try_to_report(control, code)
     finally:
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         agent.end_ranks(signal.SIGTERM if code == EXIT_STOPPED else signal.SIGKILL, timeout=int(spec.stop_timeout))
     return code
 
 
-def _try_to_report(control: AgentControl, kind: Any) -> None:
+def exit_code(number: int, ranks: set[int]) -> int:
+    """The code of an agent that was sent a signal, from those of its ranks. A rank that the signal itself ended had not
+    begun to train: there was nothing to save, and this is not 75."""
+    if not ranks <= {EXIT_STOPPED, *EXITS_UNSAVED, *(-one for one in STOP_SIGNALS)}:
+        return 1
+    return EXIT_STOPPED if EXIT_STOPPED in ranks else 128 + number
+
+
+def _try_to_report(control: AgentControl, code: int) -> None:
     with suppress(Exception):  # the launcher is gone, or sees this agent's exit code
-        control.report(kind, generation=0, failures=[])
+        if code == 1:
+            control.report("failed", generation=0, failures=[])
+        else:
+            control.report("stopped", generation=0, code=code)
 
 
 def _adopt() -> None:
@@ -151,7 +159,8 @@ def main() -> int:
     spec = Spec.load(sys.stdin.readline() if given == "-" else given)
     os.chdir(spec.folder)
     try:
-        return run(spec)
+        with outliving_readers():
+            return run(spec)
     except Exception as error:
         _say(f"agent on {spec.node}: {type(error).__name__}: {error}")
         return 1

@@ -4,7 +4,8 @@ It alone decides. A node is lost when its agent's command ends, when its heartbe
 to a new group in time; the others are told at once, go on from the newest checkpoint without it, and the lost one is
 tried again every few seconds. The job ends when every node has succeeded, when it was asked to stop, when the ranks
 have failed too often, or when too few nodes are left for too long. Whatever happens, no process stays on any node, and
-the exit code says what happened: 0, 75 (saved and stopped: start it again to go on), 2 (a user's mistake), 1.
+the exit code says what happened: 0, 75 (saved and stopped: start it again to go on), 128 and the signal's number (asked
+to stop before there was anything to save), 2 (a user's mistake), 1.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 
 from lumina.cluster.elastic.control import ControlCommand, LauncherControl
 from lumina.cluster.elastic.failures import USER_ERROR, Failure, first_cause
+from lumina.cluster.hangup import without_ignored_hangup
 from lumina.cluster.hostfile import Host
-from lumina.cluster.signals import EXIT_HUNG, EXIT_STOPPED
+from lumina.cluster.signals import EXIT_HUNG, EXIT_STOPPED, EXITS_UNSAVED, STOP_SIGNALS
 from lumina.cluster.topology import rank_map
 from lumina.cluster.transport import Spec, launcher_environment, with_spec
 
@@ -96,13 +98,14 @@ class Supervisor:
         self._gathering_since = self._short_since = time.monotonic()
         self._heartbeats_read_at = 0.0
         self._stop: str | None = None
+        self._unsaved = 128 + signal.SIGTERM  # the exit code where there was nothing to save
         self._exit_code: int | None = None
 
     # --- The loop ---
 
     def run(self) -> int:
         """Returns the exit code. Nothing that was started outlives the call."""
-        old = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+        old = {number: signal.signal(number, self._note) for number in without_ignored_hangup(STOP_SIGNALS)}
         asked_to_stop = False
         try:
             while self._exit_code is None:
@@ -111,10 +114,10 @@ class Supervisor:
                 self._check_nodes()
                 if self._stop is not None and not asked_to_stop:
                     asked_to_stop = True
-                    self.say(f"{self._stop}: every rank saves and stops")
                     self.control.send(ControlCommand("stop"))
+                    self.say(f"{self._stop}: every rank saves and stops")
                     if not self.running:
-                        self._end(EXIT_STOPPED)
+                        self._end(self._unsaved)
                 if self._exit_code is None:
                     self._decide()
                 time.sleep(_POLL)
@@ -125,7 +128,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._stop = signal.Signals(number).name
+        self._stop, self._unsaved = signal.Signals(number).name, 128 + number
 
     def _start_agents(self) -> None:
         if self._stop is not None:
@@ -184,9 +187,9 @@ class Supervisor:
             self.succeeded.add(event["agent"])
         elif kind == "stopped":
             self._stop = self._stop or f"a rank on {node.host.name} was asked to stop"
-            self._end(EXIT_STOPPED)
+            self._end(event.get("code", EXIT_STOPPED))
         elif kind == "failed" and self._stop is not None and _only_signalled(event["failures"]):
-            self._end(EXIT_STOPPED)  # it had not begun to train, so there was nothing to save
+            self._end(self._unsaved)  # it had not begun to train, so there was nothing to save
         elif kind == "failed" and event["generation"] == self.generation and self.running:
             self._pending = self._pending or _PendingFailure(time.monotonic())
             self._pending.failures += [Failure(**values) for values in event["failures"]]
@@ -212,9 +215,9 @@ class Supervisor:
                 self._drop(node, f"its agent did not start within {self.limits.start_timeout:.0f} s")
 
     def _agent_ended(self, node: NodeState, code: int) -> None:
-        if code == EXIT_STOPPED and node in self.members:
+        if code in (EXIT_STOPPED, *EXITS_UNSAVED) and node in self.members:
             self._stop = self._stop or f"the agent on {node.host.name} was asked to stop"
-            self._end(EXIT_STOPPED)
+            self._end(code)
         elif code == USER_ERROR:
             self._end(USER_ERROR)
         else:
@@ -334,7 +337,8 @@ class Supervisor:
 
 
 def _only_signalled(failures: list[dict[str, Any]]) -> bool:
-    return all(values["exitcode"] in (-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT) for values in failures)
+    ended = {*EXITS_UNSAVED, *(-number for number in STOP_SIGNALS)}
+    return all(values["exitcode"] in ended for values in failures)
 
 
 def _kill_agent(node: NodeState) -> None:

@@ -14,7 +14,7 @@ _MAX_PARAMETER = 500  # characters that MLflow takes
 
 
 class MLflow:
-    """The run's id is kept in RUN/mlflow-run, so that a run that goes on does so there too."""
+    """The run's id is MLFLOW_RUN_ID, or one that is kept in RUN/mlflow-run: a run that goes on does so there too."""
 
     def open(self, run: RunInfo) -> Mapping[str, int]:
         given = os.environ.get("MLFLOW_TRACKING_URI")
@@ -25,18 +25,25 @@ class MLflow:
 
         self._client: Any = MlflowClient(tracking_uri=given or (run.folder.resolve() / "mlflow").as_uri())
         remembered = run.folder / "mlflow-run"
-        if run.step and remembered.exists():
-            self._run = read_text(remembered).strip()
+        given_run = os.environ.get("MLFLOW_RUN_ID")  # the user's job looks for the run under it
+        if given_run is not None or (run.step and remembered.exists()):
+            self._run = given_run or read_text(remembered).strip()
             self._client.update_run(self._run, status="RUNNING")
-            return {group: self._last(group) for group in GROUPS.values()}
+            self._parameters(run, set(self._client.get_run(self._run).data.params))
+            return {group: self._last(group) for group in GROUPS.values()} if run.step else {}
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "lumina")
         experiment = self._client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self._client.create_experiment(name)
         self._run = self._client.create_run(number, run_name=run.name).info.run_id
         write_text(remembered, self._run)
-        for key, value in run.config.items():
-            self._client.log_param(self._run, key, str(value)[:_MAX_PARAMETER])
+        self._parameters(run, set())
         return {}
+
+    def _parameters(self, run: RunInfo, there: set[str]) -> None:
+        """MLflow refuses another value of a parameter that is there."""
+        for key, value in run.config.items():
+            if key not in there:
+                self._client.log_param(self._run, key, str(value)[:_MAX_PARAMETER])
 
     def _last(self, group: str) -> int:
         """The last step whose figures are all there: `group/complete` is logged after them."""

@@ -1,7 +1,8 @@
-"""Weights & Biases. WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE and WANDB_BASE_URL are honoured by the library itself.
+"""Weights & Biases. WANDB_ENTITY, WANDB_MODE, WANDB_BASE_URL, WANDB_TAGS … are honoured by the library itself.
 
 Without a login, or when the service cannot be reached at the start, the run is recorded in RUN/wandb, to be sent later
-with `wandb sync`. The run's id is kept in RUN/wandb-run: a run that goes on does so there too.
+with `wandb sync`. The run's id is WANDB_RUN_ID, or one that is kept in RUN/wandb-run: a run that goes on does so there
+too.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ class Wandb:
         import wandb
 
         remembered = run.folder / "wandb-run"
-        again = run.step > 0 and remembered.exists()
-        run_id = read_text(remembered).strip() if again else secrets.token_hex(4)
+        given = os.environ.get("WANDB_RUN_ID")  # the user's job looks for the run under it
+        again = run.step > 0 and (given is not None or remembered.exists())
+        run_id = given or (read_text(remembered).strip() if again else secrets.token_hex(4))
         write_text(remembered, run_id)
         self._run = self._start(wandb, run, run_id)
         for group in GROUPS.values():
@@ -51,7 +53,7 @@ class Wandb:
             "project": os.environ.get("WANDB_PROJECT", "lumina"),
             "name": os.environ.get("WANDB_NAME", run.name),
             "id": run_id,
-            "resume": "allow",
+            "resume": os.environ.get("WANDB_RESUME", "allow"),
             "dir": str(run.folder),
             "config": dict(run.config),
             "settings": settings,

@@ -136,6 +136,20 @@ def test_wandb_goes_on_with_the_same_run(followed: Path) -> None:
     assert {path.name for path in files} == {f"run-{(followed / 'wandb-run').read_text()}.wandb"}
 
 
+def test_the_ids_that_a_job_gives_are_the_runs(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
+    number = client.create_run("0").info.run_id
+    ids = {"WANDB_RUN_ID": "of-my-job", "MLFLOW_RUN_ID": number, "MLFLOW_ALLOW_FILE_STORE": "true"}
+    for begin, end in ((0, 4), (4, 8)):
+        done = start(tmp_path, begin, end, names=("wandb", "mlflow"), **ids)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")} == {"run-of-my-job.wandb"}
+    found = {point.step for point in client.get_metric_history(number, "train/loss")}
+    assert found == {step for step, _ in truth(tmp_path)["train", "loss"]}
+
+
 def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

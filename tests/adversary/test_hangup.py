@@ -1,0 +1,69 @@
+"""Whoever reads what a run prints goes away: the terminal is closed, the ssh connection is lost, `tee` ends.
+
+Each line is how, and how the run must end: no step is lost, and what cannot be printed any more kills nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import termios
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from lumina import checkpoint
+from tests.runs import Runs, arguments, newest
+
+STEPS = 120
+
+
+def on_a_terminal(terminal: str, ignored: bool, rank: int) -> None:
+    """This process leads a session whose terminal it is, as under a shell that is closed; ignored: as under nohup."""
+    if ignored:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.setsid()
+    descriptor = os.open(terminal, os.O_RDWR)
+    fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+    for number in range(3):
+        os.dup2(descriptor, number)
+
+
+def into_a_pipe(pipe: Path, rank: int) -> None:
+    descriptor = os.open(pipe, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+
+
+# What goes away, the exit code, and whether every step is to be taken.
+ATTACKS = [("a terminal", 75, False), ("a terminal under nohup", 0, True), ("the reader of a pipe", 0, True)]
+
+
+@pytest.mark.parametrize(("gone", "code", "finished"), ATTACKS, ids=[attack[0] for attack in ATTACKS])
+def test_a_run_outlives_its_readers(
+    gone: str, code: int, finished: bool, runs: Runs, conversations: Path, place: Path
+) -> None:
+    words = arguments(place / "run", conversations, max_steps=STEPS, precision="fp32", save_every_n_batches=10_000)
+    if gone == "the reader of a pipe":
+        os.mkfifo(place / "pipe")
+        job = runs.start(words, patch=partial(into_a_pipe, place / "pipe"))
+        reader = os.open(place / "pipe", os.O_RDONLY)
+    else:
+        reader, terminal = os.openpty()
+        job = runs.start(words, patch=partial(on_a_terminal, os.ttyname(terminal), gone.endswith("nohup")))
+    os.set_blocking(reader, False)
+    while job.step() < 2:
+        assert job.ranks[0].is_alive(), "it ended"
+        try:
+            os.read(reader, 1 << 16)
+        except BlockingIOError:
+            time.sleep(0.01)
+    os.close(reader)  # of a terminal: its last, and the kernel sends SIGHUP
+    assert job.wait() == [code]
+    assert job.step() == STEPS if finished else 2 <= job.step() < STEPS
+    saved = newest(place / "run")
+    assert saved.name == checkpoint.name_of(job.step()), "75 and 0: a checkpoint of the last step is there"
+    assert checkpoint.integrity_error(saved) is None

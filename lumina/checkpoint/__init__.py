@@ -31,7 +31,7 @@ from lumina.checkpoint.integrity import (
     manifest_entry,
     rank_files,
 )
-from lumina.checkpoint.lock import RunLock, last_global_batch, refuse_owned
+from lumina.checkpoint.lock import RunLock, last_global_batch, last_launch, refuse_owned
 from lumina.checkpoint.model_shape import check_same_model, model_shape
 from lumina.checkpoint.requests import SaveReply, SaveRequests, request_save
 from lumina.checkpoint.retention import Retention, best_step, clear_leftovers, discard, prune, record_best
@@ -111,6 +111,7 @@ __all__ = [
     "integrity_error",
     "iter_weights",
     "last_global_batch",
+    "last_launch",
     "latest_valid",
     "list_checkpoints",
     "manifest_entry",

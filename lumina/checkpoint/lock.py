@@ -106,6 +106,12 @@ def refuse_owned(folder: Path, launch: str | None) -> None:
         log.warning("%s owned the run %s and is gone: this start takes it over", _described(found), folder)
 
 
+def last_launch(folder: Path) -> str | None:
+    """The launch that made the last start of the run in `folder`, if one did."""
+    job = _read(folder / NAME).get("job")
+    return job if isinstance(job, str) else None
+
+
 def last_global_batch(folder: Path, launch: str | None) -> int | None:
     """The global batch of the run in `folder` if `launch` made its last start, else None."""
     found = _read(folder / NAME)

@@ -6,6 +6,7 @@ from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.cluster.hangup import outliving_readers
+    from lumina.cluster.launch_identity import own_launch
     from lumina.cluster.launcher_detection import (
         Launched,
         detect_launcher,
@@ -36,6 +37,7 @@ _HOMES = {
     "launch": "launching",
     "launched": "launcher_detection",
     "outliving_readers": "hangup",
+    "own_launch": "launch_identity",
     "parent_signal": "launcher_detection",
     "preflight_command": "preflight.run",
     "refuse_taken_port": "launcher_detection",
@@ -57,6 +59,7 @@ __all__ = [
     "launch",
     "launched",
     "outliving_readers",
+    "own_launch",
     "parent_signal",
     "preflight_command",
     "refuse_taken_port",

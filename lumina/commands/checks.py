@@ -114,6 +114,7 @@ def _idle_settings(config: Config) -> list[tuple[str, str]]:
 
 def _refuse_wrong_paths(config: Config) -> None:
     from lumina import checkpoint
+    from lumina.cluster import own_launch
     from lumina.config import UserError
     from lumina.config import deepspeed as ds_json
     from lumina.data import check_inputs
@@ -129,7 +130,7 @@ def _refuse_wrong_paths(config: Config) -> None:
     folder = Path(config.output_dir) / config.experiment_name
     writable_folder(folder)
     saved = checkpoint.list_checkpoints(folder / "checkpoints")
-    if saved and config.resume is None and "LUMINA_JOB" not in os.environ:
+    if saved and config.resume is None and own_launch() is None:  # else it may be a restart: looked into later
         raise UserError(
             f"{folder} already holds checkpoints (newest {saved[0].name})",
             "Add --resume auto to go on, or choose another --experiment-name.",

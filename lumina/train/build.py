@@ -19,7 +19,7 @@ from lumina.config import Config, UserError
 from lumina.files import write_text
 from lumina.model import lora, report_kernel
 from lumina.monitor import Console, EventLog
-from lumina.train.agreement import agree_on_data, decided_by_rank_0, manifest_digest, together
+from lumina.train.agreement import agree_on_data, agree_on_launch, decided_by_rank_0, manifest_digest, together
 from lumina.train.callbacks import Callback, Callbacks
 from lumina.train.deepspeed import Engine, LayerStats, Ranks
 from lumina.train.deferred import Deferred
@@ -91,6 +91,7 @@ class _Prepared:
     rates: Schedule
     origin: list[str]
     folder: Path
+    job: str | None  # the launch that this start belongs to
 
 
 def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> Run:
@@ -112,8 +113,9 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
 def _prepare(config: Config, ranks: Ranks) -> _Prepared:
     """Settings, data and what to go on from; collective. Nothing is written to the run's folder."""
     folder = Path(config.output_dir) / config.experiment_name
-    decided_by_rank_0(ranks, lambda: checkpoint.refuse_owned(folder, _job()))
-    start = find_start(config, folder, ranks)
+    job = agree_on_launch(ranks, folder)
+    decided_by_rank_0(ranks, lambda: checkpoint.refuse_owned(folder, job))
+    start = find_start(config, folder, ranks, job)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = together(
         ranks,
@@ -127,12 +129,7 @@ def _prepare(config: Config, ranks: Ranks) -> _Prepared:
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     agree_on_data(ranks, _facts(start, settings, data, device))
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks.world)]
-    return _Prepared(start, settings, data, rates, origin, folder)
-
-
-def _job() -> str | None:
-    """The launch that this start belongs to."""
-    return os.environ.get("LUMINA_JOB")
+    return _Prepared(start, settings, data, rates, origin, folder, job)
 
 
 def _claim(prepared: _Prepared, ranks: Ranks) -> RunLock | None:
@@ -142,8 +139,8 @@ def _claim(prepared: _Prepared, ranks: Ranks) -> RunLock | None:
     def claim() -> None:
         size = prepared.settings.config.global_batch_size
         assert size is not None  # filled in by `resolve`
-        checkpoint.refuse_owned(prepared.folder, _job())
-        taken.append(RunLock(prepared.folder, _job(), size))
+        checkpoint.refuse_owned(prepared.folder, prepared.job)
+        taken.append(RunLock(prepared.folder, prepared.job, size))
         if prepared.start.config.resume is None:
             RecoveryRecord.remove(prepared.folder)
 

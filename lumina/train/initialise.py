@@ -4,7 +4,6 @@ what must be the same to go on."""
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,10 +55,9 @@ class Start:
         return f"begins from scratch: weights drawn with seed {self.config.seed}"
 
 
-def find_start(config: Config, folder: Path, ranks: Ranks) -> Start:
+def find_start(config: Config, folder: Path, ranks: Ranks, job: str | None) -> Start:
     """Look for what --resume means in the run's folder; collective. A start by the launch that made the run's last one
     (a restart, a requeued job) goes on by itself, whatever the world size is now."""
-    job = os.environ.get("LUMINA_JOB")
     relaunched = decided_by_rank_0(ranks, lambda: checkpoint.last_global_batch(folder, job))
     if relaunched is not None:
         config = same_batch(config.replace(resume="auto"), relaunched)

@@ -4,7 +4,7 @@ step_sums: what every rank contributes to a step. store: what one rank decides o
 collective, as long as it takes. start: what must be the same on every rank before the first step.
 """
 
-from lumina.train.agreement.start import agree_on_data, agree_on_start, manifest_digest, refuse_start
+from lumina.train.agreement.start import agree_on_data, agree_on_launch, agree_on_start, manifest_digest, refuse_start
 from lumina.train.agreement.step_sums import StepSums, entry, pack, unpack
 from lumina.train.agreement.store import (
     assert_lock_held,
@@ -18,6 +18,7 @@ from lumina.train.agreement.store import (
 __all__ = [
     "StepSums",
     "agree_on_data",
+    "agree_on_launch",
     "agree_on_start",
     "assert_lock_held",
     "decided_by_rank_0",

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from lumina import checkpoint
+from lumina.cluster import own_launch
 from lumina.config import FAMILIES, FORMATS, OBJECTIVES, SCHEDULES, Config, UserError
 from lumina.files import file_sha256
 from lumina.train.agreement.store import gathered, refuse_together
@@ -74,6 +75,19 @@ def agree_on_start(config: Config, ranks: Ranks) -> None:
         for folder_name, mark in marks.items():
             with suppress(OSError):
                 Path(folder_name, mark).unlink(missing_ok=True)
+
+
+def agree_on_launch(ranks: Ranks, folder: Path) -> str | None:
+    """The launch that this start of the run in `folder` belongs to, the same on every rank; None for what is started
+    once. torchrun's agents have no name in common: it is the launch of the start before where one of them made that."""
+
+    def conclude(launches: Sequence[str | None]) -> str | None:
+        names = sorted({name for name in launches if name is not None})
+        before = checkpoint.last_launch(folder)
+        again = before is not None and not set(names).isdisjoint([before, *before.split()])
+        return before if again else " ".join(names) or None
+
+    return gathered(ranks, "starting", own_launch(), conclude)
 
 
 def agree_on_data(ranks: Ranks, facts: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from lumina.cluster import (
     refuse_taken_port,
 )
 from lumina.config import UserError, explain_duplicate, take_device, usable_cpus
-from lumina.train.deepspeed import surface
+from lumina.train.deepspeed import extensions, surface
 from lumina.train.torch_private import default_store
 
 log = logging.getLogger("lumina")
@@ -101,6 +101,7 @@ def _prepare_process(launcher: str | None, world: int, local: int, local_world: 
     _quiet_deepspeed()
     import_deepspeed()
     surface.check()
+    extensions.guard(importlib.import_module("deepspeed.ops.op_builder.builder").OpBuilder)
 
 
 def _join(place: Launched) -> None:

@@ -136,12 +136,13 @@ def test_wandb_goes_on_with_the_same_run(followed: Path) -> None:
     assert {path.name for path in files} == {f"run-{(followed / 'wandb-run').read_text()}.wandb"}
 
 
-def test_the_ids_that_a_job_gives_are_the_runs(tmp_path: Path) -> None:
+def test_the_ids_that_a_job_gives_are_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
     number = client.create_run("0").info.run_id
-    ids = {"WANDB_RUN_ID": "of-my-job", "MLFLOW_RUN_ID": number, "MLFLOW_ALLOW_FILE_STORE": "true"}
+    ids = {"WANDB_RUN_ID": "of-my-job", "MLFLOW_RUN_ID": number}
     for begin, end in ((0, 4), (4, 8)):
         done = start(tmp_path, begin, end, names=("wandb", "mlflow"), **ids)
         assert done.returncode == 0, done.stderr

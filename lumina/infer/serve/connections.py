@@ -184,6 +184,9 @@ class BoundedProtocol(H11Protocol):
         self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # the application's own answer has no place any more, which is no failure
+            self.cycle.message_event.set()
         self._refuse(ApiError(400, msg))
         self.transport.close()
 

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from lumina.cluster.launching import LaunchOptions, launch
     from lumina.cluster.preflight.run import preflight_command
     from lumina.cluster.rendezvous import await_ranks
-    from lumina.cluster.signals import EXIT_HUNG, EXIT_RESIZE, EXIT_STOPPED, StopRequest, end_with_parent, handlers_kept
+    from lumina.cluster.signals import (
+        EXIT_HUNG,
+        EXIT_RESIZE,
+        EXIT_STOPPED,
+        StoppedEarly,
+        StopRequest,
+        end_with_parent,
+        handlers_kept,
+    )
     from lumina.cluster.topology import bind
 
 _HOMES = {
@@ -28,6 +36,7 @@ _HOMES = {
     "LaunchOptions": "launching",
     "Launched": "launcher_detection",
     "StopRequest": "signals",
+    "StoppedEarly": "signals",
     "await_ranks": "rendezvous",
     "bind": "topology",
     "detect_launcher": "launcher_detection",
@@ -50,6 +59,7 @@ __all__ = [
     "LaunchOptions",
     "Launched",
     "StopRequest",
+    "StoppedEarly",
     "await_ranks",
     "bind",
     "detect_launcher",

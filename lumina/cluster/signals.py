@@ -31,6 +31,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 EXITS_UNSAVED = frozenset(128 + number for number in STOP_SIGNALS)
 
 
+class StoppedEarly(BaseException):  # no error, as KeyboardInterrupt is none
+    """A signal asked to stop before there was anything to save. saved: whether the run has a checkpoint to go on from,
+    the one that this start resumes."""
+
+    def __init__(self, number: signal.Signals, saved: bool) -> None:
+        super().__init__(f"{number.name} before the first step")
+        self.number, self.saved = number, saved
+
+
 class StopRequest:
     """Set by a signal. A second SIGINT interrupts at once, for a user who will not wait; so does the first while
     `interruptible` is true, when there is nothing to save. Python gives signals to the main thread alone: made in
@@ -41,6 +50,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.interruptible = False
+        self.saved = False  # the run stands at a checkpoint
+        self._early = False
         self.announce: Callable[[str], None] | None = None
         self.signal: str | None = None
         self.resize = False
@@ -52,12 +63,23 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and (self.signal is not None or self.interruptible):
             raise KeyboardInterrupt
+        if self._early and number != signal.SIGUSR2:
+            raise StoppedEarly(signal.Signals(number), self.saved)
         if self.signal is None and number != signal.SIGUSR2 and self.announce is not None:
             # Not here: the main thread may be in the middle of a print, whose locks are not for two.
             threading.Thread(target=self.announce, args=(signal.Signals(number).name,), daemon=True).start()
         self.resize = number == signal.SIGUSR2 and (self.signal is None or self.resize)
         self.signal = signal.Signals(number).name
         self.since = self.since or time.monotonic()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In the block there is nothing to save, and what it does may take hours: a signal ends it by StoppedEarly."""
+        self._early = True
+        try:
+            yield
+        finally:
+            self._early = False
 
     @property
     def flags(self) -> tuple[float, float]:

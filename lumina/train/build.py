@@ -100,7 +100,8 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     stop = StopRequest()
     stop.interruptible = ranks.world == 1 and "LUMINA_JOB" not in os.environ  # until the first step
     watchdog = Watchdog(config.hang_timeout, config.stop_timeout, stop, ranks.rank)
-    prepared = _prepare(config, ranks)
+    with stop.at_once():
+        prepared = _prepare(config, ranks, stop)
     lock = _claim(prepared, ranks)
     try:
         return _assemble(prepared, ranks, lock, callbacks, stop, watchdog)
@@ -110,12 +111,13 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
         raise
 
 
-def _prepare(config: Config, ranks: Ranks) -> _Prepared:
+def _prepare(config: Config, ranks: Ranks, stop: StopRequest) -> _Prepared:
     """Settings, data and what to go on from; collective. Nothing is written to the run's folder."""
     folder = Path(config.output_dir) / config.experiment_name
     job = agree_on_launch(ranks, folder)
     decided_by_rank_0(ranks, lambda: checkpoint.refuse_owned(folder, job))
     start = find_start(config, folder, ranks, job)
+    stop.saved = start.checkpoint is not None and start.checkpoint.parent.parent.resolve() == folder.resolve()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = together(
         ranks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lumina.cluster import handlers_kept, outliving_readers
+from lumina.cluster import EXIT_STOPPED, StoppedEarly, handlers_kept, outliving_readers
 from lumina.config import Config, UserError, user_error
 from lumina.files import FormatError
 from lumina.model import keep_heap
@@ -60,6 +61,9 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainedRun:
     try:
         with handlers_kept(), outliving_readers():
             code = _fit_and_release(_build(config, callbacks))
+    except StoppedEarly as stopped:
+        signal.raise_signal(stopped.number)  # for the handlers that the process had
+        raise
     finally:
         gc.collect()  # an engine is full of cycles, and its memory may be a GPU's
     return TrainedRun(Path(config.output_dir) / config.experiment_name, code)
@@ -68,9 +72,24 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainedRun:
 def train_rank(config: Config) -> int:
     """Run one rank: train, leave the process group, and return the exit code (see TrainedRun)."""
     with outliving_readers():
-        code = fit(_build(config, ()))
+        try:
+            run = _build(config, ())
+        except StoppedEarly as stopped:
+            return _end_early(stopped)
+        code = fit(run)
         destroy_process_group()
     return code
+
+
+def _end_early(stopped: StoppedEarly) -> int:
+    """A signal came before the first step. 75 says that there is a checkpoint to go on from; where none is, the signal
+    itself ends the process."""
+    print(f"{stopped}: nothing was trained, nothing is lost", file=sys.stderr, flush=True)
+    if not stopped.saved:
+        signal.signal(stopped.number, signal.SIG_DFL)
+        signal.raise_signal(stopped.number)
+        return 128 + stopped.number  # a container's first process has no default action
+    return EXIT_STOPPED
 
 
 def refuse_rank(error: UserError) -> NoReturn:

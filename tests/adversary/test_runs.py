@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import signal
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from lumina.checkpoint import write
 from lumina.checkpoint.lock import NAME
 from lumina.cli import main
 from lumina.files import write_json
-from tests.runs import Job, Runs, arguments
+from tests.runs import PATIENCE, Job, Runs, arguments, newest
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -81,3 +83,46 @@ def test_the_recorded_state_is_what_the_exit_code_says(
     assert "the checkpoint of step 2 could not be written" in end["reason"]
     assert main(["runs", str(place)]) == 0
     assert "failed" in capsys.readouterr().out
+
+
+def _prepares_for_ever(rank: int, *, begun: Path) -> None:
+    """Rank 0 prepares the data for an hour; the others wait for it."""
+    from lumina.train import build
+
+    def slow(*given: Any) -> Any:
+        begun.touch()
+        time.sleep(3600)
+
+    if rank == 0:
+        build.open_data = slow
+
+
+def _stop_while_preparing(runs: Runs, argv: list[str], world: int, begun: Path) -> tuple[Job, list[int]]:
+    """SIGTERM to every rank while the data is prepared."""
+    job = runs.start(argv, world, partial(_prepares_for_ever, begun=begun))
+    deadline = time.monotonic() + PATIENCE
+    while not begun.exists():
+        assert time.monotonic() < deadline
+        assert all(rank.is_alive() for rank in job.ranks), job.stderr()
+        time.sleep(0.02)
+    signal_all(job, signal.SIGTERM)
+    return job, job.wait()
+
+
+def test_sigterm_while_data_is_prepared(runs: Runs, conversations: Path, place: Path) -> None:
+    """At once, without a first step. 75 means that there is a checkpoint to go on from, always: so none where none
+    is."""
+    run = place / "run"
+    argv = arguments(run, conversations, stage=2, **{**SETTINGS, "max_steps": 1})
+    job, codes = _stop_while_preparing(runs, argv, 2, place / "first")
+    assert codes == [-signal.SIGTERM] * 2, job.stderr()
+    assert "Traceback" not in job.stderr()
+    assert not run.exists()
+
+    runs.train(argv)
+    before = contents(run)
+    job, codes = _stop_while_preparing(runs, [*argv, "--resume", "auto"], 1, place / "second")
+    assert codes == [75], job.stderr()
+    assert "Traceback" not in job.stderr()
+    assert contents(run) == before
+    assert checkpoint.step_of(newest(run)) == 1

@@ -46,7 +46,11 @@ def say(*values: object, end: str = "\n", file: TextIO | None = None, flush: boo
 def json_line(value: Any, *, indent: int | None = None, default: Any = None) -> str:
     """JSON for a program's standard output: what could steer a terminal is escaped within it, so that it reads the
     same."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent, default=default)
+    return escape_json(json.dumps(value, ensure_ascii=False, indent=indent, default=default))
+
+
+def escape_json(text: str) -> str:
+    """A JSON text with what could steer a terminal escaped: it reads the same."""
     return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

@@ -26,7 +26,7 @@ from lumina.commands.common import (
     load_config,
 )
 from lumina.files import write_text
-from lumina.terminal import console, json_line, say
+from lumina.terminal import console, escape_json, say
 
 if TYPE_CHECKING:
     from lumina.config import Config
@@ -36,7 +36,9 @@ log = logging.getLogger("lumina")
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    say(json_line(value, indent=2))
+    import orjson
+
+    say(escape_json(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()))
 
 
 def _say(lines: Sequence[str]) -> None:

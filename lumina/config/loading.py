@@ -141,6 +141,8 @@ def _base(preset_or_yaml: str, resuming: bool) -> tuple[dict[str, Any], dict[str
         return _read_preset(preset_or_yaml), {}, {}, ""
     path = Path(preset_or_yaml)
     if not path.is_file():
+        if path.exists() and not (path.is_dir() and path.suffix not in {".yaml", ".yml"}):
+            raise UserError(f"{path} is a folder, a pipe or a device, not a configuration file")
         looks_like_a_name = path.suffix not in {".yaml", ".yml"} and path.parent == Path()
         if looks_like_a_name:
             raise UserError(

@@ -1,0 +1,124 @@
+"""Door: paths and disks. Each line: a command line, and what is said; never a traceback (law 7)."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lumina.cli import main
+from lumina.config import UserError, user_error
+from lumina.files import atomic_file, atomic_folder
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
+LONG = "x" * 300
+SMALL = ("--config", "nano", "--num-workers", "1")
+TRAIN = ("train", *SMALL, "--train-data", "good.jsonl")
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Files of at most 100 bytes: a write fails in the middle, as on a full disk, for root too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("good.jsonl").write_text((json.dumps({"messages": TURNS}) + "\n") * 20)
+    Path("latin.txt").write_bytes("é slots=2".encode("latin-1"))
+    Path("nul.txt").write_bytes(b"node\x001 slots=2\n")
+    os.mkfifo("pipe")
+    Path("run").mkdir()
+    Path("run/config.yaml").write_bytes(b"model_name: \xe9\n")
+    Path("run/metrics.jsonl").touch()
+    return tmp_path
+
+
+LINES: list[tuple[tuple[str, ...], str]] = [
+    (("validate-data", "good.jsonl", "--fix", "/dev/full"), "No space left on device\n  Free some space"),
+    (("validate-data", "good.jsonl", "--fix", "/proc/x"), "error: /proc/x: No such file or directory"),
+    (("validate-data", "good.jsonl", "--fix", LONG), "File name too long\n  Choose a shorter name"),
+    (("validate-data", LONG), "File name too long"),
+    (("prepare", "good.jsonl", *SMALL, "--cache-dir", "/proc/x"), "cannot make the cache folder /proc/x"),
+    (("prepare", "good.jsonl", *SMALL, "--cache-dir", "good.jsonl"), "cannot make the cache folder good.jsonl"),
+    (("process-oasst", "good.jsonl", LONG), "File name too long"),
+    (("train-tokenizer", "good.jsonl", "--out", "/proc/x"), "error: /proc/x: No such file or directory"),
+    (("report", LONG), "File name too long"),
+    (("report", "run"), "run/config.yaml: it is not UTF-8 text: byte 0xe9"),
+    (("runs", LONG), "File name too long"),
+    (("config", "show", "run/config.yaml"), "it is not UTF-8 text: byte 0xe9"),
+    (("config", "show", "./pipe"), "not a configuration file"),
+    (("config", "show", LONG), "File name too long"),
+    ((*TRAIN, "--ds-config", "pipe"), "it is a pipe or a device"),
+    (
+        ("train", *SMALL, "--train-data", "good.jsonl", "--experiment-name", "../../x"),
+        "a folder's name inside output_dir",
+    ),
+    ((*TRAIN, "--experiment-name", LONG), "it has more than 200 bytes"),
+    ((*TRAIN, "--output-dir", LONG), "File name too long"),
+    (
+        ("launch", "--dry-run", "--hostfile", "latin.txt", "--", *TRAIN),
+        "latin.txt: it is not UTF-8 text",
+    ),
+    (("launch", "--dry-run", "--hostfile", "nul.txt", "--", *TRAIN), "nul.txt, line 1"),
+    (("import", "run", "out"), "config.json"),
+    (("export", LONG, "out"), LONG),
+]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("line", "said"), LINES, ids=lambda value: " ".join(value)[:40] if type(value) is tuple else ""
+)
+def test_it_is_one_message(line: tuple[str, ...], said: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(list(line)) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+    assert not (place / "out").exists()
+
+
+FULL: list[tuple[tuple[str, ...], str]] = [
+    (("validate-data", "good.jsonl", "--fix", "fixed.jsonl"), "File too large"),
+    (("validate-data", "good.jsonl", "--create-report"), "good.jsonl.report.html: File too large"),
+    (("prepare", "good.jsonl", *SMALL, "--cache-dir", "cache"), "File too large"),
+    (("train-tokenizer", "good.jsonl", "--out", "tokenizer"), "tokenizer: File too large"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), FULL, ids=str)
+def test_a_full_disk_is_one_message_and_leaves_nothing_half(
+    line: tuple[str, ...], said: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name for path in place.iterdir()}
+    with full_disk():
+        assert main(list(line)) == 2
+    assert said in capsys.readouterr().err
+    assert {path.name for path in place.iterdir()} - before <= {"cache"}
+
+
+def test_what_a_disk_says_names_the_file_that_the_user_knows(tmp_path: Path) -> None:
+    def half(scratch: Path) -> None:
+        scratch.write_bytes(b"x" * 1000)
+
+    with full_disk(), pytest.raises(OSError, match="too large") as caught, atomic_file(tmp_path / "a") as scratch:
+        half(scratch)
+    assert caught.value.filename == str(tmp_path / "a")
+    with full_disk(), pytest.raises(OSError, match="too large") as caught, atomic_folder(tmp_path / "b") as scratch:
+        half(scratch / "c")
+    assert caught.value.filename == str(tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+    told = user_error(OSError(28, "No space left on device", "a", None, "b"))
+    assert isinstance(told, UserError)
+    assert told.message == "a -> b: No space left on device"

@@ -148,7 +148,8 @@ def test_twenty_kills_in_preparing_with_two_ranks(runs: Runs, place: Path) -> No
         deadline = time.monotonic() + PATIENCE
         done = partial((place / "cache-run").glob, "*/meta.json")
         while {path for path in (place / "cache-run").glob("*.partial/*.json")} <= before and not list(done()):
-            assert time.monotonic() < deadline
+            assert all(rank.is_alive() for rank in job.ranks), job.stderr()
+            assert time.monotonic() < deadline, job.stderr()
         time.sleep(rng.random() * 0.02)
         job.kill()
         inside += not list(done())

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
+    from lumina.cluster.command_line import launch_command
     from lumina.cluster.hangup import outliving_readers
     from lumina.cluster.launch_identity import own_launch
     from lumina.cluster.launcher_detection import (
@@ -44,6 +45,7 @@ _HOMES = {
     "free_port": "launcher_detection",
     "handlers_kept": "signals",
     "launch": "launching",
+    "launch_command": "command_line",
     "launched": "launcher_detection",
     "outliving_readers": "hangup",
     "own_launch": "launch_identity",
@@ -67,6 +69,7 @@ __all__ = [
     "free_port",
     "handlers_kept",
     "launch",
+    "launch_command",
     "launched",
     "outliving_readers",
     "own_launch",

@@ -7,11 +7,18 @@ import shlex
 from datetime import timedelta
 from pathlib import Path
 
+from lumina.cluster import launch_command
+
 
 def resuming_command(folder: Path, world: int) -> str:
-    """How the run is gone on with. One that a launcher started has a command line that only its user knows."""
+    """How the run is gone on with: where there are several ranks, by the launcher's command line, if this machine has
+    it."""
     if world > 1:
-        return "the same command with --resume auto"
+        command = launch_command()
+        if command is None:
+            return "the same command with --resume auto"
+        resumes = any(word == "--resume" or word.startswith("--resume=") for word in command)
+        return shlex.join([*command, *([] if resumes else ["--resume", "auto"])])
     return f"lumina train --resume {shlex.quote(str(folder))}"
 
 

@@ -2,9 +2,27 @@
 
 from pathlib import Path
 
+import pytest
+
+from lumina.train.outputs import ending
 from lumina.train.outputs.ending import interrupted, resuming_command, stopping, summary
 
 RUN = Path("experiments/my run")
+
+
+@pytest.mark.parametrize(
+    ("launched", "said"),
+    [
+        (["deepspeed", "--num_gpus", "2", "my train.py"], "deepspeed --num_gpus 2 'my train.py' --resume auto"),
+        (["torchrun", "train.py", "--resume", "auto"], "torchrun train.py --resume auto"),
+        (["lumina", "launch", "train", "--resume=auto"], "lumina launch train --resume=auto"),
+    ],
+)
+def test_a_launched_job_is_resumed_by_its_own_command_line(
+    launched: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "launch_command", lambda: launched)
+    assert resuming_command(RUN, 4) == said
 
 
 def test_the_resuming_command_can_be_pasted() -> None:

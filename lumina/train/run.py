@@ -84,7 +84,7 @@ def train_rank(config: Config) -> int:
 def _end_early(stopped: StoppedEarly) -> int:
     """A signal came before the first step. 75 says that there is a checkpoint to go on from; where none is, the signal
     itself ends the process."""
-    print(f"{stopped}: nothing was trained, nothing is lost", file=sys.stderr, flush=True)
+    say(f"{stopped}: nothing was trained, nothing is lost", file=sys.stderr, flush=True)
     if not stopped.saved:
         signal.signal(stopped.number, signal.SIG_DFL)
         signal.raise_signal(stopped.number)

@@ -123,6 +123,13 @@ def train_options(parser: Parser) -> None:
         metavar="N",
         help="recompute every layer, or every Nth, in the backward pass",
     )
+    optim.add_argument(
+        "--sequence-parallel",
+        dest="sequence_parallel_size",
+        type=int,
+        metavar="P",
+        help="P neighbouring ranks share each micro-batch's tokens, for long contexts (1: off)",
+    )
     optim.add_argument("--seed", type=int, help="of the weights and the order of samples (1234)")
 
 

@@ -10,6 +10,9 @@ divide by world size times micro-batch, Lumina pads with samples of weight zero,
     accumulation     = ceil(ceil(global / world) / micro)
     train_batch_size = micro * accumulation * world            (>= global)
 
+Where ranks share the tokens of a micro-batch (sequence_parallel_size), each such group counts as one for samples; of
+that DeepSpeed is not told, and train_batch_size counts all ranks.
+
 No torch here. Spec of the JSON: https://www.deepspeed.ai/docs/config-json/
 """
 
@@ -96,7 +99,7 @@ def resolve(
 
     Args:
         config: the run's configuration; `config.ds_config` names the file, None takes `default_json`.
-        world_size: number of data-parallel processes.
+        world_size: number of processes, all of which DeepSpeed takes for data-parallel.
         device_type: `cpu` or `cuda`.
         bf16_supported: passed on to `lumina.config.precision.resolve` (None asks the device).
         document: the JSON itself, for a caller that has made one; read from the file otherwise.
@@ -237,20 +240,21 @@ class _Merge:
             self.report.append("bf16.check_grad_overflow = true (steps that are not finite are always refused)")
 
     def fill_batches(self, world: int) -> None:
+        groups = max(1, world // self.config.sequence_parallel_size)  # ranks that share tokens have the same samples
         self.fill("train_micro_batch_size_per_gpu", "batch_size")
         micro = int(self.json["train_micro_batch_size_per_gpu"])
         total, accumulation = (self.json.get(k, AUTO) for k in ("train_batch_size", "gradient_accumulation_steps"))
         fixed = self.config.global_batch_size
         if total != AUTO:
-            if fixed is not None and total not in (fixed, _padded(fixed, micro, world)[1]):
+            if fixed is not None and total not in (fixed, _padded(fixed, micro, groups)[1]):
                 raise self.contradiction("train_batch_size", total, "global_batch_size", fixed)
             wanted = fixed if fixed is not None else int(total)
         elif fixed is not None:
             wanted = fixed
         else:
             self.fill("gradient_accumulation_steps", "gradient_accumulation_steps")
-            wanted = micro * int(self.json["gradient_accumulation_steps"]) * world
-        steps, padded = _padded(wanted, micro, world)
+            wanted = micro * int(self.json["gradient_accumulation_steps"]) * groups
+        steps, padded = _padded(wanted, micro, groups)
         if accumulation not in (AUTO, steps):
             raise UserError(
                 f"{self.source}: gradient_accumulation_steps = {accumulation} does not fit a global batch of {wanted} "
@@ -263,10 +267,11 @@ class _Merge:
                 raise self.contradiction("train_batch_size", total, "gradient_accumulation_steps", ours)
             self.report.append(f"gradient_accumulation_steps = {steps} (global batch {wanted}, world size {world})")
         self.changes |= {"gradient_accumulation_steps": steps, "global_batch_size": wanted}
-        self.json |= {"gradient_accumulation_steps": steps, "train_batch_size": padded}
+        self.json |= {"gradient_accumulation_steps": steps, "train_batch_size": padded // groups * world}
+        kind = "processes" if groups == world else f"group(s) of {world // groups} processes"
         padding = f", {padded - wanted} of them padding of weight zero" if padded > wanted else ""
         self.report.append(
-            f"train_batch_size = {padded} ({micro} per micro-batch x {steps} accumulation x {world} processes{padding})"
+            f"train_batch_size = {padded} ({micro} per micro-batch x {steps} accumulation x {groups} {kind}{padding})"
         )
 
     def fill_zero(self, overlap: bool) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lumina.data.loading.dataset import Batch, PackedDataset, Samples
     from lumina.data.loading.loader import Loader, StepData
     from lumina.data.loading.order import PADDING, GlobalOrder, deal, sample_sums, samples_id
+    from lumina.data.loading.part import Part
     from lumina.data.loading.tensors import TorchBatch
     from lumina.data.oasst.extraction import THREADS, OasstOptions
     from lumina.data.preference.dataset import PairDataset, prepare_pairs
@@ -54,6 +55,7 @@ _HOMES = {
         "sample_sums",
         "samples_id",
     ),
+    "loading.part": ("Part",),
     "loading.tensors": ("TorchBatch",),
     "oasst.extraction": (
         "THREADS",
@@ -102,6 +104,7 @@ __all__ = [
     "OasstOptions",
     "PackedDataset",
     "PairDataset",
+    "Part",
     "Samples",
     "StepData",
     "TorchBatch",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lumina.model.cache import KVCache as KVCache
     from lumina.model.cpu import keep_heap as keep_heap
     from lumina.model.decode import Decoder as Decoder
+    from lumina.model.parallel.sequence import SequenceGroup as SequenceGroup
+    from lumina.model.parallel.sequence import sequence_group as sequence_group
     from lumina.model.preference import PREFERENCE_FIGURES as PREFERENCE_FIGURES
     from lumina.model.routing import ExpertBalance as ExpertBalance
     from lumina.model.routing import expert_balance as expert_balance
@@ -29,6 +31,7 @@ __all__ = [
     "Decoder",
     "ExpertBalance",
     "KVCache",
+    "SequenceGroup",
     "StaticDecoder",
     "Transformer",
     "expert_balance",
@@ -38,6 +41,7 @@ __all__ = [
     "lora",
     "ops",
     "report_kernel",
+    "sequence_group",
     "static_fits",
 ]
 
@@ -49,10 +53,12 @@ __getattr__ = names_of(
         "ExpertBalance": "routing",
         "KVCache": "cache",
         "PREFERENCE_FIGURES": "preference",
+        "SequenceGroup": "parallel.sequence",
         "StaticDecoder": "static",
         "Transformer": "transformer",
         "expert_balance": "routing",
         "keep_heap": "cpu",
+        "sequence_group": "parallel.sequence",
         "static_fits": "static",
         "report_kernel": "attention",
     },

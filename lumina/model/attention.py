@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from lumina.config import UserError
 from lumina.model import cpu
+from lumina.model.parallel.sequence import SequenceGroup
 from lumina.model.varlen import Kernel, find
 
 
@@ -46,11 +48,13 @@ PLAIN = Scoring()
 class Documents:
     """Document boundaries. `cu_seqlens` are their edges over the S tokens of a single row, where the row is, for the
     variable-length kernels; None: each row is one document. `bounds` is the same on the host, for the other ways: None
-    where nobody said so, since asking the device for it would make the host wait for all that it has to do."""
+    where nobody said so, since asking the device for it would make the host wait for all that it has to do. sequence:
+    the ranks that share the row's tokens, None where this one has them all."""
 
     bounds: tuple[int, ...] | None
     cu_seqlens: Tensor | None
     max_seqlen: int
+    sequence: SequenceGroup | None = None
     _groups: list[tuple[list[Tensor], Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
@@ -60,8 +64,10 @@ class Documents:
         cu_seqlens_D: Tensor | None,
         max_seqlen: int | None,
         bounds: tuple[int, ...] | None = None,
+        sequence: SequenceGroup | None = None,
     ) -> Documents:
         if cu_seqlens_D is None:
+            assert sequence is None, "only a row of documents is shared"
             return cls(None, None, ids_BS.shape[1])
         assert ids_BS.shape[0] == 1, "documents are laid end to end in one row"
         if cu_seqlens_D.device.type == "cpu" and bounds is None:
@@ -69,7 +75,7 @@ class Documents:
         if max_seqlen is None:
             assert bounds is not None, "on a device, the longest document or the bounds are given"
             max_seqlen = max(end - start for start, end in itertools.pairwise(bounds))
-        return cls(bounds, cu_seqlens_D, max_seqlen)
+        return cls(bounds, cu_seqlens_D, max_seqlen, sequence)
 
     def edges(self) -> Iterator[tuple[int, int]]:
         """(start, end) of each document of a single row."""
@@ -109,7 +115,12 @@ def _sent(array: NDArray[np.int64], device: torch.device) -> Tensor:
 def attention(
     q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents | None, scoring: Scoring = PLAIN
 ) -> Tensor:
-    """softmax(scores of q k^T, causal, within documents) v: (B, S, H, d), in q's dtype, softmax in float32."""
+    """softmax(scores of q k^T, causal, within documents) v: (B, S, H, d), in q's dtype, softmax in float32. Where ranks
+    share the row, S are this one's tokens; collective then."""
+    if docs is not None and docs.sequence is not None:
+        return docs.sequence.attend(
+            partial(attention, docs=replace(docs, sequence=None), scoring=scoring), q_BSHd, k_BSKd, v_BSKd
+        )
     if docs is not None and docs.cu_seqlens is not None:
         on_gpu = q_BSHd.device.type == "cuda"
         varlen = _varlen_kernel(q_BSHd.dtype) if on_gpu and scoring.softcap is None else None

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumina.model.loss import output_loss, token_losses
+from lumina.model.parallel.sequence import SequenceGroup
 
 PREFERENCE_FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 
@@ -32,14 +33,16 @@ def log_probabilities(
     document_N: Tensor,
     pairs: int,
     softcap: float | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> Tensor:
     """log p(chosen) and log p(rejected) of each pair, in nats: float64 (P, 2). Documents 2p and 2p+1 are pair p's
     answers, each the sum of its tokens' log-probabilities where the mask is not 0. Sums of thousands of tokens that
-    nearly cancel: in float64."""
+    nearly cancel: in float64. The tokens are those of all ranks of `sequence`; collective over it."""
     logs_N = -token_losses(hidden_ND, weight_VD, targets_N, softcap).double() * mask_N.double()
     # As a product: index_add_ adds in an order of its own on a GPU, and a resumed run would not be the same (law 6).
     of_DN = document_N == torch.arange(2 * pairs, device=document_N.device)[:, None]
-    return (of_DN.double() @ logs_N).view(pairs, 2)
+    found_P2 = (of_DN.double() @ logs_N).view(pairs, 2)
+    return found_P2 if sequence is None else sequence.sum(found_P2)
 
 
 def preference_loss(
@@ -51,21 +54,25 @@ def preference_loss(
     pairs_P3: Tensor,
     beta: float,
     softcap: float | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> Tensor:
     """sum_p weight_p * -log sigmoid(beta * (margin_p - reference_p)), followed by sum_p weight_p * figure_p of each of
     PREFERENCE_FIGURES: float32 (or float64) (1 + F). The gradient is that of the first alone.
 
     pairs_P3: the reference model's margin, the weight of each pair, and the reference's log p(chosen), float32. The
-    last is for the rewards of single answers only: NaN where it is not known, and so are they.
+    last is for the rewards of single answers only: NaN where it is not known, and so are they. Of the ranks of
+    `sequence`, which share the tokens, the first has the sums, the others zeros, and each the gradient of its tokens.
     """
     reference_P, weight_P, reference_chosen_P = pairs_P3.double().unbind(1)
     of_pairs = hidden_ND, weight_VD, targets_N, mask_N, document_N
-    chosen_P, rejected_P = log_probabilities(*of_pairs, len(pairs_P3), softcap).unbind(1)
+    chosen_P, rejected_P = log_probabilities(*of_pairs, len(pairs_P3), softcap, sequence).unbind(1)
     margin_P = chosen_P - rejected_P - reference_P
     exact = torch.promote_types(hidden_ND.dtype, torch.float32)
     loss_P, reward_P = F.softplus(-beta * margin_P), beta * (chosen_P - reference_chosen_P)
     sums_FP = torch.stack((loss_P, reward_P, reward_P - beta * margin_P, (margin_P > 0).double(), beta * margin_P))
     sums = (weight_P * sums_FP).sum(1).to(exact)
+    if sequence is not None and not sequence.first:
+        sums = torch.zeros_like(sums)
     if not torch.is_grad_enabled():
         return sums
     slope_P = weight_P * beta * torch.sigmoid(-beta * margin_P)

@@ -25,6 +25,7 @@ from lumina.model.attention import bind as bind_attention
 from lumina.model.experts import ExpertFeedForward
 from lumina.model.experts import bind as bind_experts
 from lumina.model.loss import output_loss
+from lumina.model.parallel.sequence import SequenceGroup
 from lumina.model.preference import log_probabilities, preference_loss
 from lumina.model.routing import DocumentMembers, Routing
 
@@ -202,6 +203,7 @@ class Output(nn.Module):
         super().__init__()
         self.weight = weight
         self.scale, self.softcap = config.logit_scale, config.logit_softcap
+        self.sequence: SequenceGroup | None = None
 
     def forward(
         self,
@@ -228,8 +230,8 @@ class Output(nn.Module):
         assert documents_N is not None, "a pair's answers are documents: each supervised token has one"
         of_pairs = hidden_ND, self.weight, targets_N, weights_N, documents_N
         if beta is None:
-            return log_probabilities(*of_pairs, len(pairs_P3), self.softcap)
-        return preference_loss(*of_pairs, pairs_P3, beta, self.softcap)
+            return log_probabilities(*of_pairs, len(pairs_P3), self.softcap, self.sequence)
+        return preference_loss(*of_pairs, pairs_P3, beta, self.softcap, self.sequence)
 
 
 class Transformer(nn.Module):
@@ -251,7 +253,15 @@ class Transformer(nn.Module):
             _draw(weight, config.init_std)
             self.output = Output(weight, config)
         self.checkpoint_every = 0  # 0: keep all activations; n: recompute every nth layer in the backward pass
+        self.sequence: SequenceGroup | None = None
         self._routing_counts: Tensor | None = None
+
+    def share_rows(self, sequence: SequenceGroup) -> None:
+        """From now on a row of documents is shared by these ranks: `forward` is given this rank's part of ids,
+        positions and supervised positions (counted within the part), and the documents of the whole row; it returns
+        this rank's part of the loss, and what is of whole pairs on the group's first rank (with `beta`) or on all of
+        them. Passes with a cache are each rank's own as before."""
+        self.sequence = self.output.sequence = sequence
 
     def forward(
         self,
@@ -316,7 +326,9 @@ class Transformer(nn.Module):
         routing: Routing | None = None,
     ) -> Tensor:
         """What the output layer reads: (B, S, D). Arguments as in `forward`; `routing` is added to."""
-        docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen, bounds) if cache is None else None
+        docs = None
+        if cache is None:
+            docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen, bounds, self.sequence)
         rotaries = {rope: None if rope is None else ops.Rotary.of(positions_BS, *rope) for rope in set(self.ropes)}
         delta_BSD = self.embedding(ids_BS)
         residual_BSD: Tensor | None = None

@@ -66,7 +66,14 @@ def measured_estimate(config: Config, data: Data, arguments: argparse.Namespace)
 
 
 def gather_data(config: Config, arguments: argparse.Namespace) -> Data:
-    """Counted from the training data where there are some, else what the options say."""
+    """Counted from the training data where there are some, else what the options say. UserError for a run that is not
+    estimated."""
+    if config.sequence_parallel_size > 1:
+        raise UserError(
+            "neither memory nor time is estimated of ranks that share rows (sequence_parallel_size "
+            f"{config.sequence_parallel_size})",
+            "Leave sequence_parallel_size out: the estimate is then of ranks that have rows of their own.",
+        )
     if config.train_data or config.data:
         return data_of_files(config)
     return assumed_data(config, arguments.tokens, arguments.document_tokens, arguments.supervised)

@@ -102,6 +102,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     watchdog = Watchdog(config.hang_timeout, config.stop_timeout, stop, ranks.rank)
     with stop.at_once():
         prepared = _prepare(config, ranks, stop)
+    ranks = replace(ranks, sequence=prepared.settings.config.sequence_parallel_size)
     lock = _claim(prepared, ranks)
     try:
         return _assemble(prepared, ranks, lock, callbacks, stop, watchdog)
@@ -118,6 +119,7 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest) -> _Prepared:
     decided_by_rank_0(ranks, lambda: checkpoint.refuse_owned(folder, job))
     start = find_start(config, folder, ranks, job)
     stop.saved = start.checkpoint is not None and start.checkpoint.parent.parent.resolve() == folder.resolve()
+    ranks = replace(ranks, sequence=start.config.sequence_parallel_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = together(
         ranks,
@@ -130,7 +132,7 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest) -> _Prepared:
     rates = schedule(config, data.total_steps)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     agree_on_data(ranks, _facts(start, settings, data, device))
-    origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks.world)]
+    origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks)]
     return _Prepared(start, settings, data, rates, origin, folder, job)
 
 
@@ -246,6 +248,9 @@ def _initialise(
             folder=folder,
             rank=ranks.rank,
             world=ranks.world,
+            data_rank=ranks.data_rank,
+            data_world=ranks.data_world,
+            part=ranks.part,
             micro_batch_size=config.batch_size,
             resumed=resumed,
             initialise=partial(_initial_weights, settings, ranks, engine, start, progress),
@@ -268,6 +273,16 @@ def _initialise(
     trainer_state.base = {} if settings.base is None else checkpoint.base_reference(settings.base, folder)
     trainer_state.model, trainer_state.data_fingerprint = checkpoint.model_shape(config), data.train.fingerprint
     return RunState(engine, trainer_state, SpikeDetector(config, trainer_state.guard))
+
+
+def _placement(ranks: Ranks) -> list[str]:
+    """Where the ranks are that share rows, for people; none where each has its own."""
+    if ranks.sequence == 1:
+        return []
+    where = (
+        "of one node" if ranks.local_world % ranks.sequence == 0 else "across nodes: attention waits for the network"
+    )
+    return [f"sequence parallelism: {ranks.sequence} neighbouring ranks share each micro-batch's tokens, {where}"]
 
 
 def _open_outputs(
@@ -323,6 +338,6 @@ def _open_outputs(
             f"WARNING: the global batch of {data.order.global_batch_size} samples is larger than the data, which has "
             f"{data.train.num_samples}: every step is a whole epoch; a smaller --global-batch-size makes more steps"
         )
-    for text in [*origin, *settings.report, *kernel, *data.train.account_lines()]:
+    for text in [*origin, *settings.report, *kernel, *_placement(ranks), *data.train.account_lines()]:
         outputs.say(f"  {text}")
     return outputs

@@ -28,10 +28,12 @@ def evaluate(
     totals = torch.zeros(2 + len(engine.figures), dtype=torch.float64, device=engine.device)
     indices = torch.arange(dataset.num_samples).numpy()
     with engine.evaluation():
-        shares = deal(indices, ranks.rank, ranks.world, micro_batch_size)
+        shares = deal(indices, ranks.data_rank, ranks.data_world, micro_batch_size)
         for number, share in enumerate(shares, 1):
             heartbeat("evaluation")
-            batch = dataset.batch(share).torch()
+            row = dataset.batch(share)
+            row.part = ranks.part
+            batch = row.torch()
             # Added up where they are: reading each batch's loss would make the host wait for it.
             totals[1:] += engine.loss(batch)
             totals[0] += batch.units

@@ -4,6 +4,7 @@ what must be the same to go on."""
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,7 @@ def find_start(config: Config, folder: Path, ranks: Ranks, job: str | None) -> S
     relaunched = decided_by_rank_0(ranks, lambda: checkpoint.last_global_batch(folder, job))
     if relaunched is not None:
         config = same_batch(config.replace(resume="auto"), relaunched)
+    config = _with_sequence_groups(config, ranks, relaunched is not None)
     source = decided_by_rank_0(ranks, lambda: checkpoint_to_resume(config, folder))
     read = lambda: (TrainerState(), {}) if source is None else checkpoint.read_trainer_state(source)
     trainer_state, trainer = together(ranks, "reading the checkpoint", read)
@@ -84,6 +86,26 @@ def find_start(config: Config, folder: Path, ranks: Ranks, job: str | None) -> S
     if weights is not None and ranks.main and not config.lora_rank:  # of adapters' base it is said when it is chosen
         say_taught(weights, config)
     return Start(config, source, trainer_state, trainer, record, weights, before)
+
+
+def _with_sequence_groups(config: Config, ranks: Ranks, relaunched: bool) -> Config:
+    """UserError where the ranks do not make whole groups of sequence_parallel_size. A start by the launch that made the
+    run's last one is given other ranks by what was lost, and goes on with the largest size that divides both."""
+    size = config.sequence_parallel_size
+    if ranks.world % size == 0:
+        return config
+    if relaunched:
+        fitting = math.gcd(size, ranks.world)
+        if ranks.main:
+            log.warning(
+                "sequence_parallel_size %d does not divide the %d processes that are left: %d for now",
+                size, ranks.world, fitting,
+            )  # fmt: skip
+        return config.replace(sequence_parallel_size=fitting)
+    raise UserError(
+        f"sequence_parallel_size {size} does not divide the number of processes, {ranks.world}",
+        f"Start {size} processes or a multiple (docs/cluster.md), or set it to a divisor of {ranks.world}.",
+    )
 
 
 def _recovery_record(config: Config, folder: Path) -> RecoveryRecord:
@@ -219,7 +241,7 @@ def _another(source: Path) -> str:
     return f"Leave it as it was, or begin another run with these weights: --init-from {run} --experiment-name NAME."
 
 
-def check_resumed(start: Start, config: Config, data: TrainingData, world: int) -> list[str]:
+def check_resumed(start: Start, config: Config, data: TrainingData, ranks: Ranks) -> list[str]:
     """What a resume changes, a line each; `config`: resolved. Raises UserError where data, schedule or the model's
     shape are not those of the checkpoint. Nothing for a run that begins."""
     source, before, now = start.checkpoint, start.before, config.model_dump(mode="json")
@@ -238,11 +260,14 @@ def check_resumed(start: Start, config: Config, data: TrainingData, world: int) 
     _refuse_another_schedule(before, config, data, start.trainer_state.step, source)
     lines = [f"changed: {change}" for change in differences(before, now, OnResume.SHOWN, OnResume.SCHEDULE)]
     given, size = start.config, config.global_batch_size
-    made = given.batch_size * given.gradient_accumulation_steps * world
+    made = given.batch_size * given.gradient_accumulation_steps * ranks.data_world
     if made != size:
+        on = f"{ranks.data_world} " + (
+            "process(es)" if ranks.sequence == 1 else f"group(s) of {ranks.sequence} processes"
+        )
         lines.append(
             f"kept: the global batch of {size} samples, of the run's first start (batch_size {given.batch_size} x "
-            f"gradient_accumulation_steps {given.gradient_accumulation_steps} x {world} process(es) would make {made})"
+            f"gradient_accumulation_steps {given.gradient_accumulation_steps} x {on} would make {made})"
         )
     return lines
 

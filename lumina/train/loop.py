@@ -142,8 +142,9 @@ def _loader(run: Run) -> Loader:
     return Loader(
         run.data.train,
         run.data.order,
-        rank=run.ranks.rank,
-        world=run.ranks.world,
+        rank=run.ranks.data_rank,
+        world=run.ranks.data_world,
+        part=run.ranks.part,
         micro_batch_size=run.config.batch_size,
         start_step=run.state.step,
         stop_step=run.data.total_steps,

@@ -9,7 +9,7 @@ from typing import Any
 
 from lumina.config import Config
 from lumina.config import deepspeed as ds_json
-from lumina.model import Transformer, float8, lora
+from lumina.model import Transformer, float8, lora, sequence_group
 from lumina.plan import default_document, smallest_memory
 from lumina.train.deepspeed import Engine, allocate_optimizer_state, partitioned_init, refuse_what_deepspeed_does
 from lumina.train.saving.snapshot import load_frozen_weights
@@ -33,7 +33,7 @@ class Settings:
         """The same with another micro-batch; the global batch, which laws 1 and 2 hang on, stays."""
         wanted = self.config.global_batch_size
         assert wanted is not None
-        accumulation = -(-wanted // (size * world))
+        accumulation = -(-wanted // (size * (world // self.config.sequence_parallel_size)))
         config = self.config.replace(batch_size=size, gradient_accumulation_steps=accumulation)
         batches = {
             "train_micro_batch_size_per_gpu": size,
@@ -68,6 +68,9 @@ def make_engine(settings: Settings, drawn: bool) -> Engine:
         float8.check(config)
         float8.convert(model, config.float8)
     model.checkpoint_every = config.checkpoint_every
+    sequence = sequence_group(config.sequence_parallel_size)
+    if sequence is not None:
+        model.share_rows(sequence)
     if config.compile:
         model.compile_blocks()
     made = Engine(model, config, settings.ds_config)

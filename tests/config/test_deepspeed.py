@@ -35,6 +35,25 @@ def accepted_by_deepspeed(document: dict[str, Any], world: int, monkeypatch: pyt
     return deepspeed_config.DeepSpeedConfig(document)
 
 
+@pytest.mark.parametrize(
+    ("world", "size", "accumulation", "padded"), [(2, 2, 4, 8), (4, 2, 2, 8), (4, 4, 4, 8), (8, 2, 1, 8)]
+)
+def test_ranks_that_share_rows_count_once(
+    world: int, size: int, accumulation: int, padded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 7 samples in micro-batches of 2; DeepSpeed, which is not told, counts every rank."""
+    given = {"global_batch_size": 7, "batch_size": 2, "sequence_parallel_size": size, "num_heads": 4}
+    answer = resolve(load("nano", given), world, "cpu")
+    assert answer.config.gradient_accumulation_steps == accumulation
+    assert answer.config.global_batch_size == 7
+    read = accepted_by_deepspeed(json.loads(json.dumps(answer.json)), world, monkeypatch)
+    assert read.train_batch_size == padded * size
+    assert read.gradient_accumulation_steps == accumulation
+    del given["global_batch_size"]
+    unset = resolve(load("nano", {**given, "gradient_accumulation_steps": 3}), world, "cpu")
+    assert unset.config.global_batch_size == 2 * 3 * world // size
+
+
 def test_there_is_a_file_per_stage() -> None:
     assert [file.stem for file in FILES] == ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
 

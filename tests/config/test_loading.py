@@ -303,3 +303,20 @@ def test_the_default_floor_follows_a_small_rate() -> None:
 )
 def test_a_preset_s_name_is_that_of_its_sizes(flags: dict[str, Any], name: str) -> None:
     assert load("medium", flags).model_name == name
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_heads": 4, "num_kv_heads": 2, "sequence_parallel_size": 3}, "3 does not divide num_heads 4.* 1, 2, 4"),
+        ({"num_heads": 4, "sequence_parallel_size": 2, "compile": True}, "2 does not work together with compile"),
+        (
+            {"family": "qwen3_moe", "experts": {"count": 4}, "num_heads": 4, "sequence_parallel_size": 2},
+            "2 does not work together with experts",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_shared(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        load("nano", settings)
+    assert str(caught.value).count("sequence_parallel_size") >= 1

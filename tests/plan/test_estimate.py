@@ -252,3 +252,11 @@ def test_a_device_that_no_published_run_stands_beside_is_less_certain(
     text, raw = shown(capsys, "--config", "nano", "--gpu", device), shown(capsys, "--gpu", device, "--json")[1]
     assert f"(within {within})" in text[1]
     assert json.loads(raw)["runs"][0]["uncertainty"] == float(within[:-1]) / 100
+
+
+@pytest.mark.parametrize("command", ["estimate-time", "plan"])
+def test_shared_rows_are_not_estimated(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "shared.yaml"
+    config.write_text("preset: nano\nnum_heads: 4\nsequence_parallel_size: 2\n")
+    assert cli.main([command, "--config", str(config), "--gpu", "h100"]) == 2
+    assert "Leave sequence_parallel_size out" in capsys.readouterr().err

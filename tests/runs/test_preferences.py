@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import random
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +23,7 @@ from lumina.monitor.reports.html import render
 from lumina.monitor.reports.run_data import read
 from tests.infer.hf_models import make_hf
 from tests.runs import Runs, differing, final, losses
+from tests.runs.pairs import write_pairs
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
@@ -36,19 +35,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     make_hf(folder / "hf", "llama2")
     return import_hf(folder / "hf", folder / "run")
-
-
-def write_pairs(path: Path, count: int, seed: int) -> Path:
-    """Of two answers the one without the dog is preferred."""
-    rng = random.Random(seed)
-    with path.open("w") as file:
-        for _ in range(count):
-            words = [rng.choice(["my sister", "the weather", "that film", "your garden"]) for _ in range(3)]
-            question = {"role": "user", "content": f"Well, {words[0]} was a surprise!"}
-            chosen = {"role": "assistant", "content": f"Honestly, {words[1]} makes me happy."}
-            rejected = {"role": "assistant", "content": f"I think our dog keeps {words[2]} awake."}
-            file.write(json.dumps({"prompt": [question], "chosen": [chosen], "rejected": [rejected]}) + "\n")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,22 @@ class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, Health
             )
         return self
 
+    @model_validator(mode="after")
+    def _sequences_can_be_shared(self) -> Config:
+        size = self.sequence_parallel_size
+        if self.num_heads % size:
+            fitting = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ValueError(
+                f"sequence_parallel_size {size} does not divide num_heads {self.num_heads}, which each rank gets an "
+                f"equal part of; set it to one of {', '.join(map(str, fitting))}"
+            )
+        for name, there in {"experts": self.experts is not None, "compile": self.compile}.items():
+            if size > 1 and there:
+                raise ValueError(
+                    f"sequence_parallel_size {size} does not work together with {name}; set it to 1 or leave {name} out"
+                )
+        return self
+
     @property
     def explicit(self) -> frozenset[str]:
         """Names of the settings that the user wrote down (YAML, flag or --set), as against presets and defaults."""

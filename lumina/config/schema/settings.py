@@ -38,7 +38,8 @@ class OptimConfig(Strict):
     learning_rate: PositiveFloat = 1e-4
     batch_size: PositiveInt = 2
     gradient_accumulation_steps: PositiveInt = 4
-    # None: batch_size * gradient_accumulation_steps * world size at the run's first start, kept when it resumes.
+    # None: batch_size * gradient_accumulation_steps * the ranks that read data of their own (world size /
+    # sequence_parallel_size) at the run's first start, kept when it resumes.
     global_batch_size: PositiveInt | None = None
     max_grad_norm: NonNegativeFloat = 1.0  # 0 switches clipping off
     weight_decay: NonNegativeFloat = 0.01
@@ -57,6 +58,8 @@ class OptimConfig(Strict):
     float8: Literal["tensorwise", "rowwise"] | None = None
     # False: keep every activation. True: recompute every layer. n: recompute every nth layer.
     gradient_checkpointing: bool | PositiveInt = False
+    # Neighbouring ranks that share each micro-batch's tokens (docs/long-context.md); 1: every rank has its own.
+    sequence_parallel_size: PositiveInt = 1
     early_stopping_patience: PositiveInt | None = None
     seed: NonNegativeInt = 1234
 

@@ -20,6 +20,7 @@ from lumina.data.cache import arrow
 from lumina.data.cache.chunks import ranges
 from lumina.data.cache.shards import open_batches
 from lumina.data.loading.order import PADDING
+from lumina.data.loading.part import WHOLE, Part
 
 if TYPE_CHECKING:
     from lumina.data.loading.tensors import TorchBatch
@@ -44,6 +45,8 @@ class Batch:
     cu_seqlens_D: NDArray[np.int32]
     max_seqlen: int
     pairs_P3: NDArray[np.float32] | None = None
+    part: Part = WHOLE
+    """What of the row `torch` is to return, where ranks share it; the arrays here are whole."""
     made: TorchBatch | None = field(default=None, repr=False, compare=False)
     """What `torch` returns, where the loader has made it ahead of the step."""
 

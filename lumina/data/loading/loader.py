@@ -1,5 +1,7 @@
 """Data loader of one rank: batches step by step, prefetched by one thread.
 
+Ranks that share rows (sequence parallelism) read the same samples, and each makes tensors of its part of them.
+
 The memory held is `prefetch` steps' batches, whatever the size of the data. The state is the step number alone.
 """
 
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from lumina.data.loading.dataset import Batch, Samples
 from lumina.data.loading.order import PADDING, GlobalOrder, deal
+from lumina.data.loading.part import WHOLE, Part
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +33,9 @@ class StepData:
     step, epoch and batch_in_epoch count from 0; micro_batches are this rank's; tokens and samples int64[n] are those of
     the whole global batch, and so is supervised_tokens, the step's true weight sum (law 2): of preference pairs, their
     number. It is 0 where no token is supervised: such a step is no update. own_samples int64[m] are those in
-    `micro_batches`; shares float64[n]: of each sample's tokens, the supervised ones; corrupt: this rank's samples that
-    could not be read and are of weight zero here, though supervised_tokens counts them.
+    `micro_batches` that this rank counts; shares float64[n]: of each sample's tokens, the supervised ones; corrupt:
+    those of this rank's samples that it counts and that could not be read and are of weight zero here, though
+    supervised_tokens counts them.
     """
 
     step: int
@@ -44,6 +48,9 @@ class StepData:
     own_samples: NDArray[np.int64]
     shares: NDArray[np.float64]
     corrupt: list[int] = field(default_factory=list)
+
+
+_NOTHING = np.empty(0, dtype=np.int64)
 
 
 class _Failure:
@@ -70,10 +77,12 @@ class Loader:
         replace_corrupt: bool = False,
         vocab_size: int | None = None,
         device: torch.device | None = None,
+        part: Part = WHOLE,
     ) -> None:
-        """`device`: where the model is; to a GPU the thread copies each batch ahead of its step. `replace_corrupt`: a
-        sample that cannot be read, or that holds tokens outside `vocab_size`, becomes padding and is named in
-        StepData.corrupt; else reading it raises."""
+        """`rank` of `world`: which of the readers this is, between whom a step's samples are dealt out; `part`: of its
+        rows, where several processes read the same; their first counts the samples. `device`: where the model is; to a
+        GPU the thread copies each batch ahead of its step. `replace_corrupt`: a sample that cannot be read, or that
+        holds tokens outside `vocab_size`, becomes padding and is named in StepData.corrupt; else reading it raises."""
         assert order.num_samples == dataset.num_samples
         assert 0 <= rank < world
         assert prefetch >= 1
@@ -88,6 +97,7 @@ class Loader:
         self.replace_corrupt = replace_corrupt
         self.vocab_size = vocab_size
         self.device = device
+        self.part = part
 
     def __len__(self) -> int:
         return max(0, self.stop_step - self.start_step)
@@ -100,6 +110,10 @@ class Loader:
         shares = self.dataset.supervised_share(samples)
         supervised = self.dataset.supervised_per_sample[samples].sum(dtype=np.int64) if shares.any() else 0
         micro_batches = [self._read(indices, corrupt) for indices in dealt]
+        for batch in micro_batches:
+            batch.part = self.part
+        if not self.part.first:  # the first part's rank has the same
+            dealt, corrupt = [], []
         return StepData(
             step=step,
             epoch=self.order.epoch_of(step),
@@ -109,7 +123,7 @@ class Loader:
             tokens=int(self.dataset.tokens_per_sample[samples].sum(dtype=np.int64)),
             samples=samples,
             shares=shares,
-            own_samples=np.concatenate([indices[indices != PADDING] for indices in dealt]),
+            own_samples=np.concatenate([_NOTHING, *(indices[indices != PADDING] for indices in dealt)]),
             corrupt=corrupt,
         )
 

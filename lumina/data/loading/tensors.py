@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lumina.config import round_up
+from lumina.config import ROW_TILE, round_up
+from lumina.data.loading.part import Part
 
 
 class Arrays(Protocol):
@@ -33,6 +34,7 @@ class Arrays(Protocol):
     cu_seqlens_D: NDArray[np.int32]
     max_seqlen: int
     pairs_P3: NDArray[np.float32] | None
+    part: Part
 
 
 class TorchBatch(NamedTuple):
@@ -43,6 +45,9 @@ class TorchBatch(NamedTuple):
     and weights_N float32 are theirs, a weight of 0 for what was filled up. `units`: what the loss is divided by for a
     mean, supervised tokens or pairs. Of preference pairs, documents_N int64 is the document of each supervised
     position and pairs_P3 float32 as in Batch.
+
+    Of a row that ranks share this is one rank's part: T and N are its own, and supervised positions are counted from
+    its first token. Documents are the whole row's, and so are pairs, whose units the first part's rank counts.
     """
 
     ids_T: Tensor
@@ -126,30 +131,36 @@ def _view(block: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def tensors(batch: Arrays) -> TorchBatch:
-    """The tensors of a batch, on the host."""
-    tokens = len(batch.ids_T)
-    extra = round_up(tokens) - tokens
+    """The tensors of a batch, on the host; those of the rank's part where a row is shared."""
+    tokens, part = len(batch.ids_T), batch.part
+    extra = -tokens % (ROW_TILE * part.count)  # each part in whole tiles
     ids_T, positions_T, bounds_D = batch.ids_T, batch.positions_T, batch.cu_seqlens_D
     if extra:  # one more document, of weight zero
         ids_T = np.pad(ids_T, (0, extra))
         positions_T = np.concatenate([positions_T, np.arange(extra)])
         bounds_D = np.append(bounds_D, np.int32(tokens + extra))
-    where_N = np.flatnonzero(batch.weights_T)
-    fill = (0, round_up(len(where_N)) - len(where_N))
-    supervised_N = np.pad(where_N, fill)
+    length = len(ids_T) // part.count
+    start, stop = part.index * length, (part.index + 1) * length
+    where_N = start + np.flatnonzero(batch.weights_T[start:stop])
+    weights_N = batch.weights_T[where_N]
+    fill = round_up(len(where_N)) - len(where_N)
+    where_N = np.pad(where_N, (0, fill), constant_values=start)
     documents_N = None
     if batch.pairs_P3 is not None:
-        documents_N = torch.from_numpy(np.searchsorted(bounds_D, supervised_N, side="right") - 1)
+        documents_N = torch.from_numpy(np.searchsorted(bounds_D, where_N, side="right") - 1)
+        units = float(batch.pairs_P3[:, 1].sum()) if part.first else 0.0
+    else:
+        units = float(weights_N.sum())
     return TorchBatch(
-        torch.from_numpy(ids_T),
-        torch.from_numpy(positions_T),
+        torch.from_numpy(ids_T[start:stop]),
+        torch.from_numpy(positions_T[start:stop]),
         torch.from_numpy(bounds_D),
-        torch.from_numpy(supervised_N),
-        torch.from_numpy(batch.targets_T[supervised_N]),
-        torch.from_numpy(np.pad(batch.weights_T[where_N], fill)),
+        torch.from_numpy(where_N - start),
+        torch.from_numpy(batch.targets_T[where_N]),
+        torch.from_numpy(np.pad(weights_N, (0, fill))),
         tuple(bounds_D.tolist()),
         max(batch.max_seqlen, extra),
-        float(batch.weights_T.sum() if batch.pairs_P3 is None else batch.pairs_P3[:, 1].sum()),
+        units,
         documents_N,
         None if batch.pairs_P3 is None else torch.from_numpy(batch.pairs_P3),
     )

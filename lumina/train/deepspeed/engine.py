@@ -58,6 +58,8 @@ class Engine:
         self.device: torch.device = self.ds.device
         self.timer = StepTimer(self.device)
         self.timer.watch_collectives()
+        if model.sequence is not None:
+            model.sequence.communicating = self.timer.communicating
         self.collectives = False  # whether a collective may have been begun since the loop last set this
         self._accumulated = False  # whether there are gradients that no step has used
         self._stepping = False  # whether the optimizer proper has been called in this step
@@ -104,6 +106,12 @@ class Engine:
         """scale * sum(weight * loss) of a micro-batch by the run's objective, in nats, followed by the sums of its
         figures: (1 + F)."""
         return self._objective.loss(self.forward, batch.to(self.device), scale).reshape(-1)
+
+    @property
+    def collective_forward(self) -> bool:
+        """Whether ranks meet in the forward pass: ZeRO-3 gathers weights there, and attention is exchanged where ranks
+        share rows."""
+        return self.stage == 3 or self.model.sequence is not None
 
     @property
     def figures(self) -> tuple[str, ...]:
@@ -156,7 +164,7 @@ class Engine:
         # float16 gradients would underflow divided by a token count that the loss scale has not met yet: there the
         # division comes after the loss.
         inner, outer = (1.0, scale) if self.fp16 else (scale, 1.0)
-        self.collectives = self.collectives or self.stage == 3
+        self.collectives = self.collectives or self.collective_forward
         with self.timer.phase("forward"), self._gate.without_waiting():
             sums = self.loss(batch, inner)
         # Multiplied even by one: DeepSpeed 0.19.8 divides the gradient of a tensor that its forward returned by the

@@ -29,6 +29,7 @@ from lumina.cluster import (
     refuse_taken_port,
 )
 from lumina.config import UserError, explain_duplicate, take_device, usable_cpus
+from lumina.data import Part
 from lumina.train.deepspeed import extensions, surface
 from lumina.train.torch_private import default_store
 
@@ -41,7 +42,8 @@ _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 class Ranks:
     """Where this process stands. start: a token of this start of a run, the same on every rank: a process may train
     several runs one after another, and the process group's store keeps what the ranks of an earlier one said in it.
-    refusal: what this rank cannot start with; it has joined the others to tell them (lumina.train.agreement)."""
+    refusal: what this rank cannot start with; it has joined the others to tell them (lumina.train.agreement). sequence:
+    how many neighbouring ranks share each row's tokens."""
 
     rank: int
     world: int
@@ -49,6 +51,22 @@ class Ranks:
     local_world: int
     start: str = ""
     refusal: UserError | None = None
+    sequence: int = 1
+
+    @property
+    def data_world(self) -> int:
+        """How many readers of samples there are: groups of ranks that share rows."""
+        return self.world // self.sequence
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this rank belongs to."""
+        return self.rank // self.sequence
+
+    @property
+    def part(self) -> Part:
+        """What this rank has of its group's rows."""
+        return Part(self.rank % self.sequence, self.sequence)
 
     @property
     def main(self) -> bool:

@@ -124,14 +124,15 @@ class StepTimer:
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.collectives += 1
-            with self._communicating():
+            with self.communicating():
                 handle = call(*args, **kwargs)
             return _Handle(handle, self) if hasattr(handle, "wait") else handle
 
         return timed
 
     @contextmanager
-    def _communicating(self) -> Iterator[None]:
+    def communicating(self) -> Iterator[None]:
+        """What is done in the `with` block is a collective."""
         if self._gpu and torch.cuda.current_stream() != torch.cuda.default_stream():
             began = self._now()
             yield
@@ -161,7 +162,7 @@ class _Handle:
         self._handle, self._timer = handle, timer
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timer._communicating():
+        with self._timer.communicating():
             return self._handle.wait(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

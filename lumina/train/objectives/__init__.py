@@ -19,7 +19,7 @@ import torch
 
 from lumina.chat import ChatTokenizer
 from lumina.config import OBJECTIVES, Config
-from lumina.data import Samples, TorchBatch
+from lumina.data import Part, Samples, TorchBatch
 
 
 class Forward(Protocol):
@@ -34,7 +34,9 @@ class Forward(Protocol):
 class Preparation:
     """What an objective may use before the first step; every rank has one, and its calls are collective.
 
-    train_data, eval_data: from `prepare_data`. folder: the run's, which rank 0 may write to. resumed: whether the run
+    train_data, eval_data: from `prepare_data`. rank: of `world` processes. data_rank: of `data_world` readers, between
+    whom samples are dealt out; the ranks of one share its rows, each has `part` of them (Batch.part), and the first
+    part's counts what is of whole rows. folder: the run's, which rank 0 may write to. resumed: whether the run
     goes on from a checkpoint. initialise: puts the weights that the run begins with into the engine, which a resumed
     run's checkpoint replaces afterwards. forward: the model's, on `device`. evaluation: the model without dropout in
     its `with` block. heartbeat: to be called at least every few seconds with what is being done. progress: shows on
@@ -46,6 +48,9 @@ class Preparation:
     folder: Path
     rank: int
     world: int
+    data_rank: int
+    data_world: int
+    part: Part
     micro_batch_size: int
     resumed: bool
     initialise: Callable[[], None]

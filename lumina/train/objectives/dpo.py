@@ -86,19 +86,23 @@ def _score(forward: Forward, batch: TorchBatch, scale: float, beta: float | None
 def reference_log_probabilities(dataset: PairDataset, preparation: Preparation) -> NDArray[np.float32]:
     """The margin of every pair and log p(chosen) under the engine's weights, in nats (P, 2); collective."""
     indices, answers = [], []
-    rank, world, device = preparation.rank, preparation.world, preparation.device
+    part, device = preparation.part, preparation.device
     with preparation.evaluation():
-        shares = deal(np.arange(dataset.num_samples), rank, world, preparation.micro_batch_size)
+        every, micro_batch_size = np.arange(dataset.num_samples), preparation.micro_batch_size
+        shares = deal(every, preparation.data_rank, preparation.data_world, micro_batch_size)
         for number, share in enumerate(shares, 1):
             preparation.heartbeat("reference log-probabilities")
-            answers.append(_score(preparation.forward, dataset.batch(share).torch().to(device), 1.0, None))
+            row = dataset.batch(share)
+            row.part = part
+            answers.append(_score(preparation.forward, row.torch().to(device), 1.0, None))
             indices.append(share)
             preparation.progress("Preparing the reference", number, len(shares))
         share, answer_P2 = np.concatenate(indices), torch.cat(answers).double().cpu().numpy()  # the one wait for it
         own_P2 = np.zeros((dataset.num_samples, 2))
         # The margin as it is, not from two float32 numbers: they are large and nearly cancel.
         margin_P = answer_P2[:, 0] - answer_P2[:, 1]
-        own_P2[share[share != PADDING]] = np.stack((margin_P, answer_P2[:, 0]), 1)[share != PADDING]
+        if part.first:  # the ranks that share rows have the same sums
+            own_P2[share[share != PADDING]] = np.stack((margin_P, answer_P2[:, 0]), 1)[share != PADDING]
         found = torch.from_numpy(own_P2).to(device)
         dist.all_reduce(found)
     return found.float().cpu().numpy()

@@ -12,7 +12,7 @@ from lumina.plan import Device, attended_keys, layer_matrix_parameters, local_de
 
 
 def step_flops(model: ModelConfig, batches: Sequence[Batch]) -> float:
-    """Matrix-product FLOPs of one rank's micro-batches, forward and backward (three times forward), without
+    """Matrix-product FLOPs of one rank's part in its micro-batches, forward and backward (three times forward), without
     recomputation: attention over each document's own past, the output layer at supervised positions only."""
     tokens = sum(len(batch.ids_T) for batch in batches)
     supervised = sum(int((batch.weights_T > 0).sum()) for batch in batches)
@@ -20,7 +20,7 @@ def step_flops(model: ModelConfig, batches: Sequence[Batch]) -> float:
     layers = 2.0 * model.num_layers * layer_matrix_parameters(model) * tokens
     attention = 4.0 * model.num_heads * model.head_dim * attended_keys(model, lengths)
     output = 2.0 * model.hidden_size * model.vocab_size * supervised
-    return 3.0 * (layers + attention + output)
+    return 3.0 * (layers + attention + output) / batches[0].part.count
 
 
 class Utilisation:

@@ -19,12 +19,12 @@ _MANY = 64  # ranks
 class StepReports:
     """How each rank came through the micro-batches of a step. `seconds`: how long others are waited for."""
 
-    def __init__(self, ranks: Ranks, enabled: bool, zero_stage: int, seconds: float) -> None:
-        """Ranks do not report under ZeRO-3, whose forward pass is full of collectives, nor among many, for whom that is
-        a store operation of every rank at every step: there memory that runs out ends the start, and the next one takes
-        half."""
+    def __init__(self, ranks: Ranks, enabled: bool, seconds: float) -> None:
+        """`enabled`: not where the forward pass is full of collectives. Ranks do not report among many either, for whom
+        that is a store operation of every rank at every step: there memory that runs out ends the start, and the next
+        one takes half."""
         self._ranks, self._seconds = ranks, seconds
-        self._reporting = enabled and 1 < ranks.world <= _MANY and zero_stage < 3
+        self._reporting = enabled and 1 < ranks.world <= _MANY
 
     def report(self, step: int, batch_size: int, state: str) -> None:
         """Let the other ranks know how this one came through the micro-batches, of `batch_size` samples, of `step`

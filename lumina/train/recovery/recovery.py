@@ -59,7 +59,8 @@ class Recovery:
         self._state, self._events, self._health = state, events, health
         self.record = record
         self._batch_size, self._global_batch = config.batch_size, config.global_batch_size
-        self._reports = StepReports(ranks, config.on_oom != "fail", state.engine.stage, config.emergency_seconds)
+        answering = config.on_oom != "fail" and not state.engine.collective_forward
+        self._reports = StepReports(ranks, answering, config.emergency_seconds)
         self._corrupt = 0  # samples of weight zero so far
         self._repeated: list[int] = []  # the refused steps that the run is to go back for
         self._finite = True  # loss and gradient norm of the last of them

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumina.data import GlobalOrder, Loader, PackedDataset, StepData, prepare
+from lumina.data import GlobalOrder, Loader, PackedDataset, Part, StepData, prepare
 from lumina.data.loading import tensors
 from lumina.data.loading.tensors import TorchBatch
 from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
@@ -48,6 +48,30 @@ def test_resuming_is_a_step_number(dataset: PackedDataset) -> None:
         assert np.array_equal(one.samples, other.samples)
         for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
             assert np.array_equal(a.ids_T, b.ids_T)
+
+
+def test_ranks_that_share_rows_have_the_same_and_count_it_once(dataset: PackedDataset) -> None:
+    order = GlobalOrder(dataset.num_samples, 6, seed=3, fingerprint=dataset.fingerprint)
+
+    def part(index: int) -> StepData:
+        loader = Loader(
+            dataset, order, rank=1, world=2, micro_batch_size=2, start_step=0, stop_step=1, part=Part(index, 2)
+        )
+        (made,) = loader
+        return made
+
+    (alone,) = load(dataset, 1, 2, 2, stop=1)
+    first, second = part(0), part(1)
+    assert np.array_equal(first.own_samples, alone.own_samples)
+    assert len(second.own_samples) == 0
+    for one in (first, second):
+        assert (one.supervised_tokens, one.tokens) == (alone.supervised_tokens, alone.tokens)
+    assert len(first.micro_batches) == len(second.micro_batches) == len(alone.micro_batches) > 0
+    for one, other, whole in zip(first.micro_batches, second.micro_batches, alone.micro_batches, strict=True):
+        assert np.array_equal(one.ids_T, whole.ids_T)
+        assert np.array_equal(other.ids_T, whole.ids_T)
+        ids = torch.cat((one.torch().ids_T, other.torch().ids_T))
+        assert ids[: len(whole.ids_T)].tolist() == whole.ids_T.tolist(), "made ahead, of its part"
 
 
 def test_leaving_early_ends_the_thread(dataset: PackedDataset) -> None:

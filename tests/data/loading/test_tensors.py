@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config import ROW_TILE, round_up
-from lumina.data import Batch
+from lumina.data import Batch, Part
 from lumina.data.loading import tensors
 from lumina.data.loading.dataset import join
 from lumina.data.loading.tensors import TorchBatch
@@ -23,6 +23,42 @@ def batch(lengths: list[int], supervised: float = 0.5, seed: int = 0) -> Batch:
     draw = np.random.default_rng(seed)
     ids = [draw.integers(1, 100, length).astype(np.int32) for length in lengths]
     return join(ids, [(draw.random(length) < supervised).astype(np.uint8) for length in lengths])
+
+
+@pytest.mark.parametrize("lengths", [[40, 7, 33], [64, 64], [1], [100, 60, 32, 3], [5, 300]])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_parts_make_up_the_row(lengths: list[int], count: int, pairs: bool) -> None:
+    whole, parts = batch(lengths), []
+    if pairs:
+        whole.pairs_P3 = np.ones((max(1, len(lengths) // 2), 3), dtype=np.float32)
+    for index in range(count):
+        whole.part = Part(index, count)
+        parts.append(whole.torch())
+    tokens, length = sum(lengths), len(parts[0].ids_T)
+    assert length == -(-tokens // (ROW_TILE * count)) * ROW_TILE
+    assert torch.cat([part.ids_T for part in parts])[:tokens].tolist() == whole.ids_T.tolist()
+    assert torch.cat([part.positions_T for part in parts])[:tokens].tolist() == whole.positions_T.tolist()
+    for part in parts:
+        assert part.bounds == tuple(part.cu_seqlens_D.tolist())
+        assert part.bounds[: len(lengths) + 1] == tuple(whole.cu_seqlens_D.tolist())
+        assert part.bounds[-1] == count * length
+        assert part.max_seqlen == max(b - a for a, b in pairwise(part.bounds))
+        assert len(part.supervised_N) % ROW_TILE == 0
+        assert part.supervised_N.numel() == 0 or int(part.supervised_N.max()) < length
+    learned = []
+    for index, part in enumerate(parts):
+        for at, target, weight in zip(part.supervised_N, part.targets_N, part.weights_N, strict=True):
+            if weight:
+                learned.append((index * length + int(at), int(target), float(weight)))
+    expected = np.flatnonzero(whole.weights_T)
+    assert learned == [(at, whole.targets_T[at], 1.0) for at in expected.tolist()]
+    assert sum(part.units for part in parts) == (len(whole.pairs_P3) if whole.pairs_P3 is not None else len(expected))
+    if pairs:
+        for index, part in enumerate(parts):
+            assert part.documents_N is not None
+            for at, document in zip(part.supervised_N.tolist(), part.documents_N.tolist(), strict=True):
+                assert part.bounds[document] <= index * length + at < part.bounds[document + 1]
 
 
 def test_whole_tiles() -> None:

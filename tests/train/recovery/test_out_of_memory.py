@@ -20,7 +20,7 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, 
 found = []
 for start in ("one", "two"):  # two runs of the same processes
     ranks = Ranks(rank, 2, rank, 2, start)
-    reports = StepReports(ranks, enabled=True, zero_stage=2, seconds=1.0)
+    reports = StepReports(ranks, enabled=True, seconds=1.0)
     for batch_size in (4, 2):  # the step is taken again with half; then rank 1 has memory enough, and says so late
         tried = (start, batch_size)
         first = tried == ("one", 4)

@@ -1,0 +1,1 @@
+"""Work of one model shared between ranks beside data parallelism."""

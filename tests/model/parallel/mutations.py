@@ -1,0 +1,112 @@
+"""Sequence parallelism broken on purpose; a test must catch each:  python -m tests.model.parallel.mutations [WORD ...]
+
+A mutant is a copy of the tree with one replacement, in which the tests named beside it are run. One that passes them is
+a hole in the tests; so is a run of the unbroken tree that fails. Exit status 0 when every mutant is caught. Words
+select mutants by name.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.runs import clean_environment
+
+ROOT = Path(__file__).parents[3]
+COPIED = ("lumina", "kernels", "tests", "ds_configs")
+FILES = ("pyproject.toml", "setup.py")
+
+MODEL = "tests/model/parallel/test_sequence.py"
+LOADER = "tests/data/loading/test_loader.py"
+RUN = "tests/runs/test_sequence.py::test_two_ranks_that_share_rows"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace `old`, which occurs once, by `new` in lumina/`file`; `tests` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str = MODEL
+
+
+_SEQUENCE, _TENSORS, _PAIRS = "model/parallel/sequence.py", "data/loading/tensors.py", "model/preference.py"
+MUTATIONS = (
+    # --- the exchange
+    Mutation("heads dealt out in turn", _SEQUENCE, "x.reshape(length, size, -1, width)",
+             "x.reshape(length, -1, size, width).transpose(1, 2)"),
+    Mutation("heads put back in another order", _SEQUENCE, "o_PTnd.transpose(0, 1).reshape(", "o_PTnd.reshape("),
+    Mutation("tokens interleaved", _SEQUENCE, ".transpose(0, 1)).flatten(0, 1)",
+             ".transpose(0, 1)).transpose(0, 1).flatten(0, 1)"),
+    Mutation("key/value heads repeated in turn", _SEQUENCE, "x_1TKd.repeat_interleave(times, 2)",
+             "x_1TKd.repeat(1, 1, times, 1)"),
+    Mutation("keys and values swapped", _SEQUENCE, "q_Snd, k_Snd, v_Snd = ", "q_Snd, v_Snd, k_Snd = "),
+    Mutation("gradients not sent back", _SEQUENCE, "_all_to_all(grads[0], ctx.sequence)", "grads[0]"),
+    # --- attention
+    Mutation("documents' mask ignored", "model/attention.py", "docs=replace(docs, sequence=None)", "docs=None"),
+    Mutation("scale, window and cap ignored", "model/attention.py", ", scoring=scoring), q_BSHd", "), q_BSHd"),
+    # --- the parts of a row
+    Mutation("positions from the row's beginning", _TENSORS, "positions_T[start:stop]", "positions_T[:length]"),
+    Mutation("targets of the first part", _TENSORS, "batch.targets_T[where_N]", "batch.targets_T[where_N - start]"),
+    Mutation("parts overlap by a token", _TENSORS, "batch.weights_T[start:stop]", "batch.weights_T[start : stop + 1]"),
+    Mutation("a part's last token is not learned", _TENSORS, "batch.weights_T[start:stop]",
+             "batch.weights_T[start : stop - 1]"),
+    Mutation("padding for whole tiles of the row alone", _TENSORS, "(ROW_TILE * part.count)", "ROW_TILE"),
+    Mutation("pairs counted on every rank", _TENSORS, "if part.first else 0.0", "if part.count else 0.0"),
+    # --- pairs
+    Mutation("an answer's log-probability of one part", _PAIRS, "sequence.sum(found_P2)", "found_P2"),
+    Mutation("a pair's loss on every rank", _PAIRS, "sequence is not None and not sequence.first", "False"),
+    # --- a run
+    Mutation("samples counted on every rank", "data/loading/loader.py", "if not self.part.first:", "if False:", LOADER),
+    Mutation("loss divided by the groups", "train/step.py", "run.ranks.world / max(", "run.ranks.data_world / max(",
+             RUN),
+    Mutation("samples dealt out to ranks", "train/loop.py", "rank=run.ranks.data_rank", "rank=run.ranks.rank", RUN),
+    Mutation("whole rows in evaluation", "train/evaluate.py", "row.part = ranks.part", "pass", RUN),
+)  # fmt: skip
+
+
+def passes(folder: Path, tests: list[str]) -> bool:
+    """Whether the tests pass in the tree there."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not long", *tests]
+    environment = clean_environment() | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode > 1:
+        raise SystemExit(f"error: pytest could not run {tests} ({done.returncode}):\n{done.stdout[-3000:]}")
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    """Run the mutants whose names contain a word (all without words); returns the exit status."""
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    missed = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for one in COPIED:
+            shutil.copytree(ROOT / one, folder / one, ignore=shutil.ignore_patterns("__pycache__"))
+        for one in FILES:
+            shutil.copy(ROOT / one, folder)
+        if not passes(folder, sorted({m.tests for m in chosen})):
+            print("the unbroken tree fails the tests that are to catch mutants")
+            return 1
+        for mutation in chosen:
+            path = folder / "lumina" / mutation.file
+            source = path.read_text()
+            if (found := source.count(mutation.old)) != 1:
+                raise SystemExit(f"error: {mutation.name}: its text occurs {found} times in lumina/{mutation.file}")
+            path.write_text(source.replace(mutation.old, mutation.new))
+            caught = not passes(folder, [mutation.tests])
+            path.write_text(source)
+            missed += [] if caught else [mutation.name]
+            print(f"{'caught' if caught else 'MISSED'}  {mutation.name}", flush=True)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} mutants caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

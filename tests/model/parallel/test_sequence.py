@@ -1,0 +1,55 @@
+"""Ranks that share a row compute what one process computes, whatever the heads, the documents and the loss."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.model.parallel.ranks import CASES
+from tests.runs import clean_environment
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """By case; one start of four processes for all of them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.model.parallel.ranks", str(tmp_path_factory.mktemp("ranks") / "meeting")],
+        env=clean_environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shared_rows_are_as_whole_ones(name: str, differences: dict[str, dict[str, float]]) -> None:
+    """Loss, units and every gradient in float64; in bfloat16 no further from float64 than twice a whole row's are."""
+    found = differences[name]
+    assert found["shared"] <= (1e-12 if "whole" not in found else 2 * found["whole"] + 1e-6)
+
+
+@pytest.mark.parametrize(("size", "kv_heads"), [(2, 2), (4, 4)])
+def test_the_bytes_that_documentation_names(size: int, kv_heads: int, differences: dict[str, dict[str, float]]) -> None:
+    """Of 4 query heads of width 8 over 2 key/value heads; `kv_heads`: as repeated for so many ranks."""
+    numbers = (2 * 4 + 2 * kv_heads) * 8 * (size - 1) / size
+    assert differences[f"sent, {size} ranks"]["bytes"] == 2 * 8 * numbers, "forward and backward, eight bytes each"
+
+
+@pytest.mark.long  # about the other tests: what they notice changes only when the code or its tests do
+@pytest.mark.timeout(1800)
+def test_every_mutant_is_caught() -> None:
+    command = [sys.executable, "-m", "tests.model.parallel.mutations"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "MISSED" not in run.stdout

@@ -1,0 +1,263 @@
+"""Ranks that share rows: laws 1, 2 and 6 hold with sequence_parallel_size as another name for the world size."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tests.runs as real
+from lumina.cluster import EXIT_STOPPED
+from lumina.infer import import_hf
+from lumina.monitor import read_metrics
+from tests.infer.hf_models import make_hf
+from tests.runs import Runs, arguments, differing, final, losses, state, steps
+from tests.runs.pairs import write_pairs
+
+pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
+
+# 23 conversations, which no number of readers here divides, and rows of no whole tiles.
+SETTINGS: dict[str, Any] = {
+    "precision": "fp32",
+    "global_batch_size": 7,
+    "batch_size": 2,
+    "seq_length": 160,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+    "max_steps": 20,
+    "lr_scheduler": "constant",
+    "warmup_ratio": 0.0,
+    "layer_stats_every": 5,
+    "eval_fraction": 0.2,
+    "eval_every_n_batches": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return real.write_conversations(tmp_path_factory.mktemp("few") / "few.jsonl", 23, seed=5, turns=2)
+
+
+@dataclass
+class Alone:
+    """Runs on one process, each made once."""
+
+    runs: Runs
+    data: Path
+    folder: Path
+    _made: dict[str, Path] = field(default_factory=dict)
+
+    def run(self, **settings: Any) -> Path:
+        key = repr(sorted(settings.items()))
+        if key not in self._made:
+            run = self._made[key] = self.folder / f"run-{len(self._made)}"
+            self.runs.train(arguments(run, self.data, **{**SETTINGS, **settings}))
+        return self._made[key]
+
+
+@pytest.fixture(scope="module")
+def alone(runs: Runs, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+    folder = tmp_path_factory.mktemp("alone")
+    yield Alone(runs, few, folder)
+    shutil.rmtree(folder)
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == kind]
+
+
+def held(run: Path, other: Path, rel: float = 1e-5) -> None:
+    """All that a run tells of its numbers: losses, what the steps were made of, evaluations, layers."""
+    assert losses(run) == pytest.approx(losses(other), rel=rel)
+    for name in ("samples", "tokens", "lr"):
+        assert [record[name] for record in steps(run)] == [record[name] for record in steps(other)], name
+    norms = [[record["grad_norm"] for record in steps(one)] for one in (run, other)]
+    assert norms[0] == pytest.approx(norms[1], rel=100 * rel)
+    evaluated = [[record["loss"] for record in records(one, "eval")] for one in (run, other)]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=rel)
+    assert evaluated[0], "it evaluated"
+    layers = [[record["layers"] for record in records(one, "layers")] for one in (run, other)]
+    assert layers[0], "it measured the layers"
+    for found, expected in zip(*layers, strict=True):
+        for name in expected:
+            assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_two_ranks_that_share_rows(alone: Alone, runs: Runs, few: Path, place: Path) -> None:
+    """With accumulation, recomputed layers, evaluations and sample answers; the numbers in its log count a row once."""
+    settings = SETTINGS | {"max_steps": 10, "gradient_checkpointing": 2, "sample_prompts": "[hello]"}
+    line = arguments(place / "run", few, stage=2, **settings)
+    runs.train([*line, "--sequence-parallel", "2"], 2)
+    expected = alone.run(max_steps=10)
+    held(place / "run", expected)
+    assert {record["batches"] for record in steps(place / "run")} <= {2, 3, 4}, "of two samples each, on each rank"
+    assert "1 group(s) of 2 processes" in (place / "run/train.log").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("world", "size", "stage", "more"),
+    [
+        *((2, 2, stage, {}) for stage in (0, 1, 2, 3)),
+        *((4, 2, stage, {}) for stage in (0, 1, 2, 3)),
+        *((4, 4, stage, {}) for stage in (0, 1, 2, 3)),
+        *((world, 2, 2, {"num_kv_heads": kv}) for kv in (1, 4) for world in (2, 4)),
+        *((4, 4, 3, {"num_kv_heads": kv}) for kv in (1, 4)),
+        *((world, 2, 3, {"packing": False}) for world in (2, 4)),
+        (2, 1, 2, {}),
+        (4, 1, 3, {}),
+        (3, 3, 2, {"num_heads": 3, "num_kv_heads": 1, "hidden_size": 48}),
+        (4, 2, 2, {"batch_size": 1}),
+        (4, 2, 3, {"gradient_checkpointing": True, "batch_size": 4}),
+    ],
+)
+def test_every_way_to_share(
+    world: int, size: int, stage: int, more: dict[str, Any], alone: Alone, runs: Runs, few: Path, place: Path
+) -> None:
+    kept = {"save_every_n_batches": 1, "save_async": False, "keep_last": 30, "max_grad_norm": 0.0}
+    # Adam's first update is the gradient's sign: at the default epsilon, elements whose gradient is rounding differ by
+    # 2e-6 of the weights between one process's own micro-batches of one and two samples.
+    kept["adam_eps"] = 1e-5
+    expected = alone.run(**{name: value for name, value in more.items() if name in MODEL}, **kept)
+    settings = SETTINGS | kept | more | {"sequence_parallel_size": size}
+    runs.train(arguments(place / "run", few, stage=stage, **settings), world)
+    held(place / "run", expected)
+    first = [state(run / "checkpoints/step-00000001") for run in (place / "run", expected)]
+    for (kind, name), value in first[1].items():
+        difference = (first[0][kind, name].double() - value.double()).norm() / value.double().norm()
+        assert difference <= 1e-6, (kind, name)
+
+
+MODEL = ("num_heads", "num_kv_heads", "hidden_size", "packing")
+
+
+@pytest.mark.long
+def test_bfloat16_within_its_rounding(alone: Alone, runs: Runs, few: Path, place: Path) -> None:
+    """Two and four ranks stay as near to float32 as one process in bfloat16 does."""
+    exact, rounded = losses(alone.run()), losses(alone.run(precision="bf16"))
+    far = max(abs(a - b) for a, b in zip(exact, rounded, strict=True))
+    for world in (2, 4):
+        settings = SETTINGS | {"precision": "bf16", "sequence_parallel_size": 2}
+        runs.train(arguments(place / f"run-{world}", few, stage=2, **settings), world)
+        found = losses(place / f"run-{world}")
+        assert max(abs(a - b) for a, b in zip(exact, found, strict=True)) <= 2 * far + 1e-6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("world", "stage"), [(2, 2), (4, 2), (4, 3)])
+def test_killed_and_resumed_bit_for_bit(world: int, stage: int, runs: Runs, few: Path, place: Path) -> None:
+    settings = SETTINGS | {"sequence_parallel_size": 2, "save_every_n_batches": 3, "max_steps": 14}
+    runs.train(arguments(place / "whole", few, stage=stage, **settings), world)
+    line = arguments(place / "killed", few, stage=stage, **settings)
+    job = runs.start(line, world)
+    job.wait_for_step(7)
+    job.kill()
+    runs.train([*line, "--resume", "auto"], world)
+    assert [record["step"] for record in steps(place / "killed")] == list(range(1, 15))
+    assert differing(final(place / "killed", 14), final(place / "whole", 14)) == []
+
+
+@pytest.mark.long
+def test_resized_between_groups_and_sizes(alone: Alone, runs: Runs, few: Path, place: Path) -> None:
+    """(groups, size): (1, 2), (2, 1), (1, 1), (2, 2), one after another."""
+    expected, run = alone.run(), place / "run"
+    for number, (world, size, stage) in enumerate([(2, 2, 2), (2, 1, 3), (1, 1, 0), (4, 2, 1)], 1):
+        settings = SETTINGS | {"sequence_parallel_size": size}
+        line = [*arguments(run, few, stage=stage, **settings), "--resume", "auto"]
+        if number == 4:
+            runs.train(line, world)
+            break
+        job = runs.start(line, world)
+        job.wait_for_step(5 * number - 2)
+        for rank in range(world):
+            job.signal(signal.SIGTERM, rank)
+        assert job.wait() == [EXIT_STOPPED] * world, job.stderr()
+    assert [record["step"] for record in steps(run)] == list(range(1, 21))
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-4)
+    assert [record["samples"] for record in steps(run)] == [record["samples"] for record in steps(expected)]
+
+
+def _one_launch(rank: int) -> None:
+    os.environ["LUMINA_JOB"] = "night"
+
+
+@pytest.mark.long
+def test_a_launch_that_lost_a_rank_goes_on_with_what_fits(alone: Alone, runs: Runs, few: Path, place: Path) -> None:
+    expected, run = alone.run(max_steps=10), place / "run"
+    line = arguments(run, few, **SETTINGS | {"sequence_parallel_size": 2, "max_steps": 10, "save_every_n_batches": 3})
+    for world, ends in ((2, False), (1, False), (2, True)):
+        job = runs.start(line, world, patch=_one_launch)
+        if not ends:
+            job.wait_for_step(3 if world == 2 else 6)
+            for rank in range(world):
+                job.signal(signal.SIGTERM, rank)
+        assert job.wait() == [0 if ends else EXIT_STOPPED] * world, job.stderr()
+        told = "sequence_parallel_size 2 does not divide the 1 processes that are left: 1 for now" in job.stderr()
+        assert told == (world == 1)
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-5)
+    assert [record["samples"] for record in steps(run)] == [record["samples"] for record in steps(expected)]
+
+
+# --- Over another run's weights ---
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    make_hf(folder / "hf", "qwen2")
+    return import_hf(folder / "hf", folder / "run")
+
+
+def over(base: Path, run: Path, data: Path, stage: int, **settings: Any) -> list[str]:
+    line = ["--config", "nano", "--train-data", str(data), "--output-dir", str(run.parent), "--init-from", str(base)]
+    line += ["--experiment-name", run.name, "--ds_config", str(real.ROOT / "ds_configs" / f"zero{stage}.json")]
+    fixed = {name: SETTINGS[name] for name in ("precision", "lr_scheduler", "warmup_ratio", "learning_rate")}
+    chosen = fixed | {"num_workers": 1, "epochs": 100, "global_batch_size": 7, "batch_size": 2} | settings
+    return line + [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_rank": 4, "gradient_checkpointing": True},
+        {"objective": "dpo", "dpo_beta": 0.2},
+        {"objective": "dpo", "dpo_beta": 0.2, "lora_rank": 4},
+    ],
+)
+def test_adapters_and_preferences(settings: dict[str, Any], base: Path, few: Path, runs: Runs, place: Path) -> None:
+    data = few if "objective" not in settings else write_pairs(place / "pairs.jsonl", 11, seed=5)
+    settings = {**settings, "max_steps": 6}
+    if "objective" in settings:
+        settings |= {"eval_data": str(write_pairs(place / "held-out.jsonl", 5, seed=6)), "eval_every_n_batches": 3}
+    runs.train(over(base, place / "alone", data, 0, **settings))
+    for world, stage in ((2, 2), (2, 3), (4, 2)):
+        run = place / f"run-{world}-{stage}"
+        runs.train(over(base, run, data, stage, **settings, sequence_parallel_size=2), world)
+        for kind in ("step", "eval"):
+            for found, expected in zip(records(run, kind), records(place / "alone", kind), strict=True):
+                figures = [name for name in expected if name == "loss" or name.startswith("rewards/")]
+                for name in figures:
+                    if found["step"] > 1 or name == "loss":  # before, what the model prefers is rounding
+                        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (name, found["step"])
+        assert [one["samples"] for one in steps(run)] == [one["samples"] for one in steps(place / "alone")]
+        states = final(run, 6), final(place / "alone", 6)
+        for key, value in states[1].items():
+            if key[0] == "master":
+                assert (states[0][key] - value).norm() <= 1e-3 * value.norm() + 1e-5, key
+
+
+# --- What is refused ---
+
+
+def test_ranks_that_do_not_make_whole_groups_are_refused(runs: Runs, few: Path, place: Path) -> None:
+    told = runs.refusal(arguments(place / "run", few, **SETTINGS, sequence_parallel_size=2))
+    assert "sequence_parallel_size 2 does not divide the number of processes, 1" in told

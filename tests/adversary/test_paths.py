@@ -63,7 +63,7 @@ LINES: list[tuple[tuple[str, ...], str]] = [
     ((*TRAIN, "--ds-config", "pipe"), "it is a pipe or a device"),
     (
         ("train", *SMALL, "--train-data", "good.jsonl", "--experiment-name", "../../x"),
-        "a folder's name inside output_dir",
+        "is no name of one folder",
     ),
     ((*TRAIN, "--experiment-name", LONG), "it has more than 200 bytes"),
     ((*TRAIN, "--output-dir", LONG), "File name too long"),

@@ -36,7 +36,7 @@ TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
 def _run_name(name: str) -> str:
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts):
-        raise ValueError("it is a folder's name inside output_dir, without . and ..")
+        raise ValueError("it is no name of one folder inside output_dir")
     if any(len(part.encode("utf-8", "surrogatepass")) > _LONGEST_NAME for part in parts):
         raise ValueError(f"it has more than {_LONGEST_NAME} bytes, the most for a folder's name")
     if not name.isprintable():

@@ -13,9 +13,11 @@ _HEAD = """\
 
 The console line ends in `Health: OK`, `WARN(reason)` or `CRIT(reason)`. Behind it, rules watch the steps, evaluations,
 layers and the machine. A baseline is the median and the median absolute deviation over the last `health_window` steps;
-the current value is never part of its own baseline, and a refused step never enters one. What a rule finds is one
-episode: logged once in `train.log`, with its beginning and its end in `events.jsonl`, and shown in the console line
-until `health_check_interval` steps have passed without a sign of it (or at once, where its cause is plainly gone).
+the current value is never part of its own baseline, and a refused step never enters one. No loss and no gradient norm
+below one and a half times the largest of its baseline is a spike: where most of the data is learned by heart and the
+rest is not, both heights are ordinary. What a rule finds is one episode: logged once in `train.log`, with its beginning
+and its end in `events.jsonl`, and shown in the console line until `health_check_interval` steps have passed without a
+sign of it (or at once, where its cause is plainly gone).
 
 `events.jsonl` in the run's folder has one JSON object per line: `step`, `time`, `kind` (`health`, `recovery`, `save`,
 `run`), `level`, `rule`, `reason`, `action`, and where they apply `samples` and `values`.
@@ -40,6 +42,9 @@ _RECOVERY = """
   checkpoint from before the first of them; those steps are then skipped. `max_rollbacks` bounds it, and then the run
   ends with a clear failure. The skipped steps are kept in `recovery.json`, so that a killed run comes to the same end
   (the `answers.json` of version 0.1.0 is taken over). Checkpoints made in between are discarded.
+- **Before the first checkpoint** there is nothing to go back to. Where updates were refused one after another, the
+  weights are beyond the limits and not the samples: baselines and limits are measured anew, and updates, clipped to
+  `max_grad_norm`, are made again. `max_rollbacks` bounds this too.
 - **Out of memory** (`on_oom`): memory is freed, the engine rebuilt with half the micro-batch and twice
   the accumulation, and the step taken again: same global batch, same gradient. With several ranks that works when
   every rank runs out before a collective of that step has begun (never so under ZeRO-3, and not asked among more

@@ -39,6 +39,10 @@ class RollingWindow:
     def median(self) -> float:
         return median(self._values)
 
+    def largest(self) -> float:
+        """The largest value; -infinity of nothing."""
+        return max(self._values, default=-math.inf)
+
     def spread(self) -> tuple[float, float]:
         """(median, robust standard deviation)."""
         middle = self.median()

@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 from lumina.config import Config
 from lumina.train.health import RollingWindow
 
+# Nothing is a spike that the baseline itself has seen. Where most of the data is learned by heart and some is not,
+# losses have two heights, and the spread about the lower one says nothing of the other.
+_ABOVE_ALL = 1.5
+
 NOT_FINITE, LOSS_SPIKE, GRAD_EXPLOSION = "not-finite", "loss-spike", "grad-explosion"
 
 
@@ -49,14 +53,14 @@ class SpikeDetector:
         if not self._loss_on or len(self._losses) < self._warmup:
             return math.inf
         middle, sigma = self._losses.spread()
-        return middle + self._deviations * max(sigma, 0.1 * abs(middle))
+        return max(middle + self._deviations * max(sigma, 0.1 * abs(middle)), _ABOVE_ALL * self._losses.largest())
 
     def norm_limit(self) -> float:
         """The gradient norm above which a step is an explosion: infinite while there is no baseline."""
         if not self._norm_on or len(self._norms) < self._warmup:
             return math.inf
         middle, sigma = self._norms.spread()
-        return max(self._factor * middle, middle + self._deviations * sigma)
+        return max(self._factor * middle, middle + self._deviations * sigma, _ABOVE_ALL * self._norms.largest())
 
     def classify(self, loss: float, norm: float) -> Anomaly | None:
         """What is wrong with a step of this loss and gradient norm, if anything; asked before it enters the

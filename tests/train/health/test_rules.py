@@ -169,6 +169,18 @@ def test_noise_and_a_falling_loss_are_no_spikes() -> None:
     assert anomalies(CONFIG, falling) == []
 
 
+def test_samples_that_are_not_learned_by_heart_are_no_spikes_beside_those_that_are() -> None:
+    """As in the quickstart: most steps are of memorised exchanges, one in ten holds other text, whose loss varies."""
+    two = steps(
+        400,
+        loss=lambda n: 0.1 + 0.02 * (n % 7) if n % 10 else 2.6 + 0.4 * (n // 10 % 3),
+        grad_norm=lambda n: 0.1 + 0.01 * (n % 7) if n % 10 else 1.5 + 0.4 * (n // 10 % 3),
+    )
+    assert anomalies(CONFIG, two) == []
+    beyond = steps(400, loss=lambda n: 9.0 if n == 390 else two[n - 1].loss, grad_norm=lambda n: two[n - 1].grad_norm)
+    assert anomalies(CONFIG, beyond) == [(390, LOSS_SPIKE)]
+
+
 def test_a_spike_detector_goes_on_from_its_state() -> None:
     seen = steps(300, loss=lambda n: 2.0 + 0.01 * (n * 37 % 11), grad_norm=lambda n: 1 + (n * 31 % 7) / 7)
     detector = SpikeDetector(CONFIG)

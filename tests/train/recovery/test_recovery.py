@@ -32,7 +32,9 @@ def make(folder: Path, rollbacks: int = 0, begun: bool = False, **settings: Any)
     values = {"batch_size": 4, "global_batch_size": 8, "health_warmup": 4, "health_window": 16, **settings}
     config = make_config(**values)
     events = EventLog(folder / "events.jsonl")
-    engine = SimpleNamespace(stage=2, fp16=False, begun=begun, timer=SimpleNamespace(collectives=3))
+    engine = SimpleNamespace(
+        stage=2, collective_forward=False, fp16=False, begun=begun, timer=SimpleNamespace(collectives=3)
+    )
     state: Any = SimpleNamespace(engine=engine, step=9, spikes=SpikeDetector(config), consistent=False)
     record = RecoveryRecord(rollbacks=rollbacks)
     return Recovery(config, Ranks(0, 1, 0, 1), folder, record, state, events, Health(config, events))

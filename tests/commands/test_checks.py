@@ -23,6 +23,20 @@ code = main(sys.argv[1:])
 assert "torch" not in sys.modules, "torch was loaded first"
 sys.exit(code)
 """
+ENDS_AT_TORCH = """
+import importlib.abc, os, sys
+
+class Torch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(99)
+
+sys.meta_path.insert(0, Torch())
+from lumina.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello to you"}]
 
 
@@ -105,6 +119,34 @@ def test_refused_before_torch(place: Path, line: str, says: str) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train --config nano --train-data data.jsonl",
+        "train --config nano --train-data data.jsonl --output-dir made --experiment-name there --resume auto",
+        "generate made/there --prompt x",
+        "chat made/there",
+        "serve made/there",
+        "evaluate made/there --data data.jsonl",
+        "export made/there out",
+        "import made out",
+    ],
+)
+def test_the_first_word_comes_before_torch(place: Path, line: str) -> None:
+    """Loading it takes seconds, in which a command would be silent."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ENDS_AT_TORCH, *line.split()],
+        cwd=place,
+        env=clean_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 99, done.stderr
+    assert (done.stdout + done.stderr).strip()
 
 
 def test_a_folder_that_may_not_be_written_to(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,7 +275,8 @@ def _composed(text: str, where: str) -> Iterator[tuple[_Loader, yaml.Node | None
         raise UserError(f"{where}{at}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     except RecursionError:
         raise UserError(f"{where}: not valid YAML: it is nested too deeply") from None
-    except (ValueError, TypeError) as error:  # PyYAML's own: the 32nd of a month, a number of thousands of digits
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        # PyYAML's own: the 32nd of a month, `!!int _`, a number of thousands of digits
         raise UserError(f"{where}: not valid YAML: {error}") from None
     finally:
         if loader is not None:

@@ -56,7 +56,7 @@ def new_name(name: str) -> str:
 def _upgrade(values: Mapping[str, Any], where: str, prefix: str) -> tuple[list[str], dict[str, Any]]:
     found, upgraded = [], {}
     for name, value in values.items():
-        old = prefix + name
+        old = f"{prefix}{name}"
         if isinstance(value, Mapping):
             inner, value = _upgrade(value, where, f"{old}.")
             found += inner

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from tests.adversary.doors import CORPUS, DOORS, EXPECTED, Door
 
 HANG = 60.0  # seconds for one text, on a machine that does other things too
+MEMORY = 8 << 30  # bytes of addresses: a text that takes more of them is a finding too
 _SLICE = 60.0  # seconds for one process
 _MOST = 1 << 20  # bytes of a text
 
@@ -75,6 +77,7 @@ def keep(name: str, text: bytes) -> Path:
 def work(name: str, until: float, place: Path, number: int) -> None:
     """Try texts at one door until a time; `place`: where the text that is tried and the counts are written."""
     door, found, tried = DOORS[name], dict[str, str](), 0
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
     @seed(number)
     @settings(

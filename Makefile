@@ -66,7 +66,7 @@ test-cluster: $(STAMP) cluster-packages
 
 # Debian packages that some tests need: installed for root, named for others, whose tests then say why they skip.
 cluster-packages: PACKAGES := $(CLUSTER_PACKAGES)
-browser-packages: PACKAGES := chromium tmux
+browser-packages: PACKAGES := chromium tmux strace
 cluster-packages browser-packages:
 	if dpkg -s $(PACKAGES) >/dev/null 2>&1; then exit 0; \
 	elif [ "$$(id -u)" -ne 0 ]; then echo "not root: install $(PACKAGES) yourself; their tests will say why they skip" >&2; \

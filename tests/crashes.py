@@ -44,6 +44,7 @@ SETTINGS: dict[str, Any] = {
     "precision": "fp32",
     "batch_size": 2,
     "global_batch_size": 4,
+    "epochs": 10**6,
     "save_every_n_batches": 5,
     "keep_last": 1,  # the hardest: the old checkpoint goes as soon as the new one is there
     "learning_rate": 1e-5,
@@ -324,13 +325,13 @@ def record(runs: Runs, run: Path, data: Path, saves: int) -> Disk:
     _until(lambda: bool(_named(run)), job)
     for number in range(2):
         job.signal(signal.SIGSTOP, number)
-    time.sleep(0.3)  # until every thread stands
+    _until(lambda: _every_thread(job, r"State:\s+[Tt]"), job)
     recording, log = Recording(run), run.with_name("strace.log")
     assert STRACE is not None
     command = [STRACE, "-f", "-y", "-xx", "-s", str(2**26), "-e", f"trace={CALLS}", "-e", "signal=none", "-o", str(log)]
     pids = [word for process in job.ranks for word in ("-p", str(process.pid))]
     tracer = subprocess.Popen([*command, *pids], stderr=subprocess.PIPE, text=True)
-    time.sleep(1.0)  # until it has taken hold of every thread
+    _until(lambda: _every_thread(job, r"TracerPid:\s+[1-9]"), job)
     first = _named(run)[0]
     for number in range(2):
         job.signal(signal.SIGCONT, number)
@@ -355,6 +356,15 @@ def record(runs: Runs, run: Path, data: Path, saves: int) -> Disk:
 
 def _named(run: Path) -> list[int]:
     return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
+
+
+def _every_thread(job: Job, pattern: str) -> bool:
+    """Whether a line of its status (proc_pid_status(5)) is this one for every thread of the ranks."""
+    threads = [thread for rank in job.ranks for thread in Path(f"/proc/{rank.pid}/task").iterdir()]
+    with suppress(OSError):  # a thread that ends just now
+        texts = [(thread / "status").read_text(encoding="utf-8", errors="replace") for thread in threads]
+        return all(re.search(f"^{pattern}", text, re.MULTILINE) for text in texts)
+    return False
 
 
 def _until(condition: Callable[[], bool], job: Job) -> None:

@@ -14,19 +14,21 @@ told to with --resume.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
 import socket
 import threading
 import time
+from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from lumina.config import UserError
+from lumina.config import UserError, user_error
 from lumina.files import read_json, write_json
 
 log = logging.getLogger("lumina")
@@ -34,6 +36,8 @@ log = logging.getLogger("lumina")
 NAME = ".owner.json"
 _HEARTBEAT = 5.0  # seconds
 _STALE = 60.0  # seconds without a heartbeat: of a start whose process cannot be looked at
+# What reading the lock may fail with though nobody took it: a network file system that stumbles, too many open files.
+_PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class RunLock:
@@ -48,26 +52,33 @@ class RunLock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._heartbeat.touch()
-            before = list(folder.glob(".owner-*"))
+            before = f".owner-{_read(self._path).get('token')}"
             write_json(self._path, {"token": self.token, "job": launch, "global_batch_size": global_batch, **owner})
         except OSError as error:
             raise UserError(
                 f"the run's folder {folder} cannot be written: {error.strerror or error}",
                 "Choose another --output-dir.",
             ) from error
-        for heartbeat in before:
-            if heartbeat != self._heartbeat:
+        for heartbeat in folder.glob(".owner-*"):
+            if heartbeat.name == before:  # no other: a start at this very moment may own the run by now
                 with suppress(OSError):
                     heartbeat.unlink()
         threading.Thread(target=self._renew, name="lumina-lock", daemon=True).start()
 
     def held(self) -> bool:
-        """Whether no later start has taken the lock."""
-        return _read(self._path).get("token") == self.token
+        """Whether no later start has taken the lock, as far as it can be read."""
+        return self._owner().get("token") == self.token
+
+    def _owner(self) -> dict[str, Any]:
+        """What the lock says; this start's token while it cannot be read and nothing tells of another one."""
+        try:
+            return _read(self._path, _PASSING)
+        except OSError:
+            return {"token": self.token}
 
     def assert_held(self) -> None:
         """Raises UserError when a later start of the run has taken the lock."""
-        found = _read(self._path)
+        found = self._owner()
         if found.get("token") != self.token:
             owner = f"{_described(found)} owns" if found else "somebody else changed"
             raise UserError(
@@ -94,7 +105,10 @@ class RunLock:
 def refuse_owned(folder: Path, launch: str | None) -> None:
     """Raises UserError while an earlier start of the run lives, unless it was made by the same launch. Writes nothing;
     may wait for a minute to see whether a heartbeat on another machine goes on."""
-    found = _read(folder / NAME)
+    try:
+        found = _read(folder / NAME, _PASSING | {errno.EACCES, errno.EPERM})
+    except OSError as error:  # whether another start lives is not known
+        raise user_error(error) from error
     if not found or (launch is not None and found.get("job") == launch):
         return
     if _lives(folder, found):
@@ -209,9 +223,12 @@ def _described(owner: dict[str, Any]) -> str:
     return f"another start (process {owner['pid']} on {owner.get('host')}{when})"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, raised: Container[int | None] = ()) -> dict[str, Any]:
+    """What the lock says, nothing where it is not there or torn. `raised`: numbers of the OSErrors that are raised."""
     try:
         found = read_json(path)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in raised:
+            raise
         return {}
     return found if isinstance(found, dict) else {}

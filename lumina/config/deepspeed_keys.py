@@ -36,7 +36,7 @@ REFUSED_KEYS = {
     "data_efficiency": "Lumina's own sampler fixes the order of samples; DeepSpeed's would train other ones",
     "tensor_parallel": "Lumina's layers are not divided between GPUs; ZeRO stage 3 divides their weights",
     "expert_parallel": "Lumina's experts are not divided between GPUs; ZeRO stage 3 divides their weights",
-    "sequence_parallel_size": "each rank has whole sequences; --gradient-checkpointing saves memory of long ones",
+    "sequence_parallel_size": "Lumina's own shares rows between ranks: --sequence-parallel P (docs/long-context.md)",
 }
 REFUSED_ZERO_KEYS = {
     "mics_shard_size": "DeepSpeed removed it; zero_hpz_partition_size keeps copies of the weights in each node",

@@ -19,7 +19,14 @@ from lumina.config import Config, UserError
 from lumina.files import write_text
 from lumina.model import lora, report_kernel
 from lumina.monitor import Console, EventLog
-from lumina.train.agreement import agree_on_data, agree_on_launch, decided_by_rank_0, manifest_digest, together
+from lumina.train.agreement import (
+    agree_on_data,
+    agree_on_launch,
+    assert_lock_held,
+    decided_by_rank_0,
+    manifest_digest,
+    together,
+)
 from lumina.train.callbacks import Callback, Callbacks
 from lumina.train.deepspeed import Engine, LayerStats, Ranks
 from lumina.train.deferred import Deferred
@@ -169,6 +176,7 @@ def _assemble(
     loading = "" if start.checkpoint is None else f", loading {start.checkpoint}"
     _say(ranks, f"building the model of {config.num_parameters() / 1e6:.1f}M parameters{loading}")
     state = _initialise(start, settings, ranks, data, folder, watchdog.heartbeat, progress)
+    assert_lock_held(ranks, lock)  # two starts at one moment: the first of them writes nothing beside the other's files
     events = EventLog(folder / "events.jsonl" if ranks.main else None, may_write)
     health = Health(config, events)
     outputs = _open_outputs(settings, ranks, folder, state, events, health, data, prepared.origin, may_write)

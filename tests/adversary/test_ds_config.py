@@ -73,7 +73,10 @@ REFUSED: list[tuple[Any, str]] = [
     ({"zero_optimisation": {"stage": 2}}, "Did you mean `zero_optimization`?"),
     ({"train_micro_batch_size": 2}, "Did you mean `train_micro_batch_size_per_gpu`?"),
     ({"tensor_parallel": {"autotp_size": 2}}, "`tensor_parallel` is not supported"),
-    ({"sequence_parallel_size": 2}, "`sequence_parallel_size` is not supported"),
+    (
+        {"sequence_parallel_size": 2},
+        "`sequence_parallel_size` is not supported: Lumina's own shares rows between ranks: --sequence-parallel P",
+    ),
 ]
 
 

@@ -52,7 +52,7 @@ def test_the_fuzzer_finds(tmp_path: Path) -> None:
 
     found = []
 
-    @settings(max_examples=200, database=None, derandomize=True)
+    @settings(max_examples=200, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(text=texts(Door(read, lambda: [b"abc"], (b"\0",))))
     def check(text: bytes) -> None:
         wrong = attempt(Door(read, lambda: [b"abc"]), text)

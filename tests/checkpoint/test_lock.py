@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -89,6 +92,37 @@ def test_a_lost_or_torn_file_is_not_held(text: str | None, tmp_path: Path) -> No
         lock.assert_held()
     assert last_global_batch(tmp_path, "job") is None
     refuse_owned(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("number", "held", "refused"),
+    [
+        (errno.EIO, True, True),
+        (errno.ESTALE, True, True),
+        (errno.EMFILE, True, True),
+        (errno.EACCES, False, True),  # another account's
+        (errno.EILSEQ, False, False),  # torn
+    ],
+)
+def test_a_read_that_fails_ends_no_run_and_lets_none_take_it(
+    number: int, held: bool, refused: bool, tmp_path: Path
+) -> None:
+    lock = RunLock(tmp_path, "job", 8)
+    with mock.patch.object(lock_module, "read_json", side_effect=OSError(number, "it says nothing")):
+        assert lock.held() == held
+        with pytest.raises(UserError, match="it says nothing") if refused else nullcontext():
+            refuse_owned(tmp_path, None)
+    later = RunLock(tmp_path, "job", 8)
+    assert not lock.held(), "and tells of a later start as soon as it can be read"
+    assert later.held()
+
+
+def test_two_claims_at_one_moment_leave_the_owner_its_heartbeat(tmp_path: Path) -> None:
+    """A start that loses must not remove the sign that the winner lives: a third would take the run from it."""
+    RunLock(tmp_path, "job", 8)
+    (tmp_path / ".owner-0a").touch()  # of one that is about to write the lock
+    lock = RunLock(tmp_path, "job", 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([NAME, ".owner-0a", f".owner-{lock.token}"])
 
 
 def test_only_the_same_launch_goes_on(tmp_path: Path) -> None:

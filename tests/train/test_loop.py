@@ -20,9 +20,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from lumina import Callback, CallbackError, Config, Context, StepResult, load_config, train
 from lumina.checkpoint import CheckpointReader, list_checkpoints, name_of
+from lumina.checkpoint.lock import NAME as LOCK
 from lumina.cluster import EXIT_STOPPED
 from lumina.config import UserError
+from lumina.files import write_json
 from lumina.model import Transformer
+from lumina.train import build
 from lumina.train.deferred import Deferred
 from lumina.train.loop import fit
 from lumina.train.outcomes import Stop, StopKind
@@ -172,6 +175,23 @@ def test_a_run_that_is_complete_trains_no_more(make: Make) -> None:
     assert again.stop == Stop(StopKind.FINISHED)
     assert len(list(first.metrics())) == STEPS
     assert (first.folder / "metrics.jsonl").read_bytes().startswith(record)
+
+
+def test_a_start_that_lost_the_run_while_it_was_built_writes_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two starts at one moment: the later one has taken the lock of the first, whose settings may be others."""
+    config, make_engine = make("run"), build.make_engine
+    folder = Path(config.output_dir) / "run"
+
+    def meanwhile(*given: Any, **named: Any) -> Any:
+        write_json(folder / LOCK, {"token": "0a", "pid": 17, "host": "far", "since": 0})
+        return make_engine(*given, **named)
+
+    monkeypatch.setattr(build, "make_engine", meanwhile)
+    with pytest.raises(UserError, match=r"process 17 on far, since .* owns the run .* writes nothing more"):
+        train(config)
+    assert [path.name for path in folder.iterdir()] == [LOCK]
 
 
 def ask_to_stop(context: Context) -> None:
@@ -386,6 +406,7 @@ def test_what_an_exception_leads_to(
         callbacks=SimpleNamespace(at_start=fail),
         folder=tmp_path / "run",
         ranks=SimpleNamespace(world=1),
+        lock=None,
         saves=SimpleNamespace(
             last_begun=3, stop_waiting=lambda seconds: None, emergency=lambda why, **how: emergencies.append((why, how))
         ),

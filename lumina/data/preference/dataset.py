@@ -15,6 +15,7 @@ Shapes: P pairs, T tokens, D documents (two a pair, the chosen one first).
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def prepare_pairs(
     paths: Sequence[str | os.PathLike[str]],
     config: PrepareSettings,
     tokenizer: ChatTokenizer,
-    wait_seconds: float = 3600.0,
+    wait_seconds: float = math.inf,
     earlier: bool = False,
 ) -> PairDataset:
     """The data set of these files, from the cache when nothing has changed. `earlier` as in `prepare`.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ def prepare(
     *,
     workers: int | None = None,
     progress: OnProgress | None = None,
-    wait_seconds: float = 3600.0,
+    wait_seconds: float = math.inf,
     selection: Selection | None = None,
     weights: Mapping[str, float] | None = None,
     formats: Mapping[str, str] | None = None,
@@ -64,7 +65,7 @@ def prepare(
     Args:
         paths: files of conversations, read in this order.
         workers: processes; None takes config.num_workers, else the usable cores (at most 16).
-        wait_seconds: how long to wait for another process that is preparing the same data.
+        wait_seconds: how long to wait for another process that is preparing the same data: as long as it lives.
         selection: the split of the conversations to take; None takes all.
         weights: how often an epoch takes the conversations of a file; 1 for files not named. See mixing.py.
         formats: what every record of a file has to be (a name of FORMATS); files not named are told record by record.
@@ -301,7 +302,8 @@ def cache_lock(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
                         "Wait for it to end, or end it, and start again: finished tasks are kept.",
                     ) from None
                 if not told:
-                    log.warning("waiting for another process that prepares %s, at most %.0f s", final, wait_seconds)
+                    most = "" if math.isinf(wait_seconds) else f", at most {wait_seconds:.0f} s"
+                    log.warning("waiting for another process that prepares %s%s", final, most)
                     told = True
                 time.sleep(0.1)
             except OSError as error:  # a network file system without locks

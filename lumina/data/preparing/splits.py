@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -220,7 +221,7 @@ def _decisions_on(
     contents = Contents(files.all, root / "sources.json")
     fingerprint = _fingerprint(files, contents, formats, columns, config, DECISIONS_VERSION)
     final = root / f"curation-{fingerprint[:32]}"
-    with cache_lock(root / f"{final.name}.lock", final, 3600.0):
+    with cache_lock(root / f"{final.name}.lock", final, math.inf):
         if not final.exists():
             with atomic_folder(final) as scratch:
                 _write_decisions(files, formats, columns, config, tokenizer, scratch, progress)

@@ -78,6 +78,7 @@ class Watchdog:
         if self._lock_watch is not None and self._lock_watch.stdin is not None:
             with suppress(OSError):
                 self._lock_watch.stdin.close()
+            self._lock_watch.kill()  # a forked child may hold the pipe open
             self._lock_watch.wait()
 
     def heartbeat(self, what: str) -> None:

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lumina.chat import Conversation, Message, render
 from lumina.config import UserError
 from lumina.data import PackedDataset, prepare
 from lumina.data.account import DROPPED_UNSUPERVISED, Account
+from lumina.data.preparing import preparation
 from tests.data.helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 
 words = st.text(st.sampled_from("ab é漢\n"), min_size=1, max_size=120).filter(lambda text: not text.isspace())
@@ -318,6 +320,29 @@ def test_another_process_preparing_is_waited_for_within_a_bound(
         with pytest.raises(UserError, match="another process"):
             prepare([tmp_path / "in.jsonl"], Settings(), TOKENIZER, wait_seconds=0.3)
     assert caplog.text.count("waiting for another process that prepares") == 1
+
+
+def test_another_process_may_take_as_long_as_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One node's rank prepares, those of the others wait for it: by a clock that goes on by an hour at each look."""
+    import fcntl
+
+    dataset = prepared(tmp_path, [chat("q", "a")])
+    lock = dataset.folder.parent / f"{dataset.folder.name}.lock"
+    shutil.rmtree(dataset.folder)
+    hours = itertools.count()
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def sleep(seconds: float) -> None:
+            if next(hours) > 10:
+                fcntl.flock(held, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(preparation, "time", SimpleNamespace(monotonic=lambda: 3600.0 * next(hours), sleep=sleep))
+        assert prepare([tmp_path / "in.jsonl"], Settings(), TOKENIZER).fingerprint == dataset.fingerprint
+    assert next(hours) > 10
+    assert f"waiting for another process that prepares {dataset.folder}\n" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,14 @@ import pytest
 from tests.runs import Runs, arguments, steps
 
 TIMEOUT, PREPARING = 8, 13  # seconds; a collective that began with the preparing would have ended with an error
+SAY_AFTER = 3.0  # seconds: rank 0 waits for less than PREPARING, by what its own preparing takes
 
 
 def prepare(what: str, slow: int, rank: int) -> None:
     """`slow` prepares the data for long, or ends instead."""
     import torch.distributed as dist
 
+    from lumina.train.agreement import store
     from lumina.train.objectives import sft
 
     original, join = sft.prepare_splits, dist.init_process_group
@@ -40,6 +42,7 @@ def prepare(what: str, slow: int, rank: int) -> None:
     sft.prepare_splits = prepared
     if what == "waits":
         dist.init_process_group = impatient
+        store._SAY_AFTER = SAY_AFTER
 
 
 def test_preparing_may_take_longer_than_a_collective(runs: Runs, conversations: Path, place: Path) -> None:
@@ -48,7 +51,7 @@ def test_preparing_may_take_longer_than_a_collective(runs: Runs, conversations: 
     job = runs.start(words, 2, partial(prepare, "waits", 1), machines=True)
     assert job.wait() == [0, 0], job.stderr()
     assert [record["step"] for record in steps(place / "run")] == [1]
-    assert f"rank 0 waits for rank 1 on {os.uname().nodename}: preparing the data (1" in job.stderr()
+    assert f"rank 0 waits for rank 1 on {os.uname().nodename}: preparing the data (" in job.stderr()
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ with Watchdog(1.0, 0, StopRequest(), rank=3) as dog:
     # PyDLL keeps the interpreter's lock while it calls C: no Python thread runs any more.
     "lock": """
 watchdog._GRACE = 0.5
-with Watchdog(1.0, 0, StopRequest(), rank=3) as dog:
+with Watchdog(2.0, 0, StopRequest(), rank=3) as dog:
     dog.heartbeat("step 7, update")
     time.sleep(0.8)
     dog.heartbeat("step 8, update")
@@ -47,13 +47,17 @@ with Watchdog(0, 1.0, StopRequest(), rank=3) as dog:
     os.kill(os.getpid(), signal.SIGUSR1)
     stuck(time.sleep)
 """,
-    # The first heartbeat may take longer than the others.
+    # The first heartbeat may take longer than the others, and a child that was forked lives on.
     "heartbeats": """
 with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
+    child = os.fork()
+    if child == 0:
+        stuck(time.sleep)
     time.sleep(2.6)
     for number in range(60):
         dog.heartbeat(f"step {number}")
         time.sleep(0.05)
+os.kill(child, signal.SIGKILL)
 print("done")
 """,
     # Stopped for longer than either clock allows, with a stop asked for or without; then a hang all the same.

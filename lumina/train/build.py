@@ -217,7 +217,7 @@ def _facts(start: Start, settings: Settings, data: TrainingData, device: str) ->
 
 
 def _say(ranks: Ranks, text: str) -> None:
-    """A sign of life before the run has its outputs."""
+    """What is being done, on rank 0, before the run has its outputs."""
     if ranks.main:
         log.info("%s", text)
 

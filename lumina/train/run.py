@@ -18,7 +18,7 @@ from lumina.files import FormatError
 from lumina.model import keep_heap
 from lumina.monitor import read_metrics
 from lumina.terminal import say
-from lumina.train.agreement import agree_on_start, refuse_start, signs_of_life
+from lumina.train.agreement import agree_on_start, heartbeats, refuse_start
 from lumina.train.build import Run, build
 from lumina.train.callbacks import Callback
 from lumina.train.deepspeed import destroy_process_group, end_process, init_process_group
@@ -113,7 +113,7 @@ def _build(config: Config, callbacks: Sequence[Callback]) -> Run:
         set_deterministic()
     ranks = init_process_group()
     try:
-        with signs_of_life(ranks):
+        with heartbeats(ranks):
             agree_on_start(config, ranks)
             return build(config, ranks, callbacks)
     except (ConnectionError, TimeoutError):  # of another rank

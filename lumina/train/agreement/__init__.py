@@ -11,7 +11,7 @@ from lumina.train.agreement.store import (
     decided_by_rank_0,
     exchange,
     gathered,
-    signs_of_life,
+    heartbeats,
     together,
 )
 
@@ -25,10 +25,10 @@ __all__ = [
     "entry",
     "exchange",
     "gathered",
+    "heartbeats",
     "manifest_digest",
     "pack",
     "refuse_start",
-    "signs_of_life",
     "together",
     "unpack",
 ]

@@ -2,7 +2,7 @@
 
 A collective ends with an error when a rank comes ten minutes late, or whatever the process group's timeout is. Before
 the first step a rank may well be late: it prepares the data, or verifies a checkpoint of a terabyte. Here the others
-wait as long as it takes, say for whom and for what, and end when a rank that they wait for gives no sign of life.
+wait as long as it takes, say for whom and for what, and end when a rank that they wait for sends no heartbeat.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = logging.getLogger("lumina")
 T = TypeVar("T")
 R = TypeVar("R")
 
-_BEAT = 2.0  # seconds between a rank's signs of life
+_HEARTBEAT = 2.0  # seconds between a rank's heartbeats
 _GONE = 60.0  # seconds without one: a rank may be stopped for a while, or hold the interpreter's lock
 _ACKNOWLEDGE = 10.0  # seconds that rank 0 waits for the others to have read why all of them end
-_LEFT, _QUIET = "left", "quiet"  # the last sign of a rank that an exception ended, and of one that goes on
+_LEFT, _QUIET = "left", "quiet"  # the last heartbeat of a rank that an exception ended, and of one that goes on
 _SAY_AFTER, _SAY_EVERY = 10.0, 60.0  # seconds
 _counts: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)  # agreements of each start so far
 
@@ -66,9 +66,9 @@ def decided_by_rank_0(ranks: Ranks, choose: Callable[[], T], what: str = "rank 0
         return choose()
     key = _key(ranks)
     if ranks.main:
-        with signs_of_life(ranks):
-            _tell(key, choose)
-    chosen: T = _heard(ranks, key, what)
+        with heartbeats(ranks):
+            _put_outcome(key, choose)
+    chosen: T = _outcome(ranks, key, what)
     return chosen
 
 
@@ -80,9 +80,9 @@ def gathered(ranks: Ranks, what: str, value: T, conclude: Callable[[Sequence[T]]
     store, key = default_store(), _key(ranks)
     store.set(f"{key}/{ranks.rank}", pickle.dumps(value))
     if ranks.main:
-        told = partial(_told, ranks, key, what)
-        _tell(key, lambda: conclude([told(rank) for rank in range(ranks.world)]))
-    concluded: R = _heard(ranks, key, what)
+        value_of = partial(_value_of, ranks, key, what)
+        _put_outcome(key, lambda: conclude([value_of(rank) for rank in range(ranks.world)]))
+    concluded: R = _outcome(ranks, key, what)
     return concluded
 
 
@@ -121,25 +121,25 @@ def assert_lock_held(ranks: Ranks, lock: RunLock | None) -> None:
 
 
 @contextmanager
-def signs_of_life(ranks: Ranks) -> Iterator[None]:
-    """In the block this rank tells the others every two seconds that it is there, whatever its main thread does.
-    Outside of one, in the training, the watchdog and the launcher see to ranks that are gone."""
+def heartbeats(ranks: Ranks) -> Iterator[None]:
+    """In the block this rank sends the others a heartbeat every two seconds, whatever its main thread does. Outside of
+    one, in the training, the watchdog and the launcher see to ranks that are gone."""
     if ranks.world == 1:
         yield
         return
     ended = threading.Event()
-    store, host, sign = default_store(), socket.gethostname(), _sign(ranks, ranks.rank)
+    store, host, heartbeat = default_store(), socket.gethostname(), _heartbeat_key(ranks, ranks.rank)
 
-    def beat() -> None:
+    def renew() -> None:
         for number in itertools.count():
             try:
-                store.set(sign, f"{number} {host}")
+                store.set(heartbeat, f"{number} {host}")
             except RuntimeError:  # the store's process is gone: whoever waits finds that out
                 return
-            if ended.wait(_BEAT):
+            if ended.wait(_HEARTBEAT):
                 return
 
-    thread = threading.Thread(target=beat, name="lumina-signs-of-life", daemon=True)
+    thread = threading.Thread(target=renew, name="lumina-heartbeats", daemon=True)
     thread.start()
     last = f"{_QUIET} {host}"
     try:
@@ -151,7 +151,7 @@ def signs_of_life(ranks: Ranks) -> Iterator[None]:
         ended.set()
         thread.join()
         with suppress(RuntimeError):
-            store.set(sign, last)
+            store.set(heartbeat, last)
 
 
 def _key(ranks: Ranks) -> str:
@@ -159,11 +159,11 @@ def _key(ranks: Ranks) -> str:
     return f"lumina/agreement/{ranks.start}/{next(_counts[ranks.start])}"
 
 
-def _sign(ranks: Ranks, rank: int) -> str:
+def _heartbeat_key(ranks: Ranks, rank: int) -> str:
     return f"lumina/alive/{ranks.start}/{rank}"
 
 
-def _tell(key: str, choose: Callable[[], Any]) -> None:
+def _put_outcome(key: str, choose: Callable[[], Any]) -> None:
     """Rank 0's word under `key`: what it chose, or the exception that kept it from that."""
     said: tuple[Any, Exception | None]
     try:
@@ -176,12 +176,12 @@ def _tell(key: str, choose: Callable[[], Any]) -> None:
     default_store().set(f"{key}/0-says", pickle.dumps(said))
 
 
-def _told(ranks: Ranks, key: str, what: str, rank: int) -> Any:
+def _value_of(ranks: Ranks, key: str, what: str, rank: int) -> Any:
     """What a rank said under `key`."""
     return pickle.loads(_await(ranks, key, rank, f"{key}/{rank}", what))
 
 
-def _heard(ranks: Ranks, key: str, what: str) -> Any:
+def _outcome(ranks: Ranks, key: str, what: str) -> Any:
     chosen, error = pickle.loads(_await(ranks, key, 0, f"{key}/0-says", what))
     if error is None:
         return chosen
@@ -196,7 +196,7 @@ def _heard(ranks: Ranks, key: str, what: str) -> Any:
 
 def _await(ranks: Ranks, key: str, rank: int, name: str, what: str) -> bytes:
     """What `rank` puts under `name`, waited for as long as it takes and `rank` lives."""
-    store, sign = default_store(), _sign(ranks, rank)
+    store, heartbeat = default_store(), _heartbeat_key(ranks, rank)
     waited = silent = 0.0
     said, pause, newest = _SAY_AFTER - _SAY_EVERY, 0.002, b""
     last = time.monotonic()
@@ -210,14 +210,14 @@ def _await(ranks: Ranks, key: str, rank: int, name: str, what: str) -> bytes:
             if waited - said > _SAY_EVERY and ranks.local_rank == 0:
                 said = waited
                 log.info("rank %d waits for %s: %s (%.0f s)", ranks.rank, _late(ranks, store, key), what, waited)
-            seen = store.get(sign) if store.check([sign]) else b""
+            seen = store.get(heartbeat) if store.check([heartbeat]) else b""
             if seen.startswith(_LEFT.encode()):
                 why = seen.decode().split(" ", 2)[2]
                 raise LostRankError(f"{_place(ranks, store, rank)} has ended ({what}): {why}")
             if seen != newest or not seen or seen.startswith(_QUIET.encode()):
                 newest, silent = seen, 0.0
             elif silent > _GONE:
-                raise LostRankError(f"{_place(ranks, store, rank)} gives no sign of life for {_GONE:.0f} s ({what})")
+                raise LostRankError(f"{_place(ranks, store, rank)} sends no heartbeat for {_GONE:.0f} s ({what})")
         found: bytes = store.get(name)
         return found
     except LostRankError:
@@ -228,8 +228,8 @@ def _await(ranks: Ranks, key: str, rank: int, name: str, what: str) -> bytes:
 
 def _place(ranks: Ranks, store: Any, rank: int) -> str:
     """A rank with its host, where that is known."""
-    sign = _sign(ranks, rank)
-    words = store.get(sign).decode().split(" ") if store.check([sign]) else []
+    heartbeat = _heartbeat_key(ranks, rank)
+    words = store.get(heartbeat).decode().split(" ") if store.check([heartbeat]) else []
     return f"rank {rank} on {words[1]}" if words else f"rank {rank}"
 
 

@@ -58,7 +58,7 @@ def test_preparing_may_take_longer_than_a_collective(runs: Runs, conversations: 
     ("what", "code"),
     [
         ("raises", 1),
-        # A minute without a sign of life.
+        # A minute without a heartbeat.
         pytest.param("is killed", -signal.SIGKILL, marks=pytest.mark.long),
     ],
 )
@@ -70,4 +70,4 @@ def test_a_rank_that_is_gone_is_not_waited_for(
     assert job.wait() == [1, code], job.stderr()
     told = "has ended (preparing the data): RuntimeError: a planted exception"
     assert f"rank 1 on {os.uname().nodename} " in job.stderr()
-    assert (told if what == "raises" else "gives no sign of life for 60 s (preparing the data)") in job.stderr()
+    assert (told if what == "raises" else "sends no heartbeat for 60 s (preparing the data)") in job.stderr()

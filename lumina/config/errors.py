@@ -1,5 +1,7 @@
-"""The one exception for a user's mistake, what a file system's errors are told as, and the hint that goes with a
-misspelt name."""
+"""The one exception for a user's mistake, and the hint that goes with a misspelt name.
+
+An error of a file system is a user's mistake too: `user_error` words it.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import pytest
 from lumina import checkpoint
 from tests.runs import Runs, arguments, newest
 
-STEPS, MANY = 120, 100_000  # of a run that goes on to its end, and of one that is stopped
+STEPS = 120
 
 
 def on_a_terminal(terminal: str, ignored: bool, rank: int) -> None:
@@ -46,10 +46,7 @@ ATTACKS = [("a terminal", 75, False), ("a terminal under nohup", 0, True), ("the
 def test_a_run_outlives_its_readers(
     gone: str, code: int, finished: bool, runs: Runs, conversations: Path, place: Path
 ) -> None:
-    steps = STEPS if finished else MANY
-    words = arguments(
-        place / "run", conversations, epochs=MANY, max_steps=steps, precision="fp32", save_every_n_batches=10_000
-    )
+    words = arguments(place / "run", conversations, max_steps=STEPS, precision="fp32", save_every_n_batches=10_000)
     if gone == "the reader of a pipe":
         os.mkfifo(place / "pipe")
         job = runs.start(words, patch=partial(into_a_pipe, place / "pipe"))
@@ -66,7 +63,7 @@ def test_a_run_outlives_its_readers(
             time.sleep(0.01)
     os.close(reader)  # of a terminal: its last, and the kernel sends SIGHUP
     assert job.wait() == [code]
-    assert job.step() == steps if finished else 2 <= job.step() < steps
+    assert job.step() == STEPS if finished else 2 <= job.step() < STEPS
     saved = newest(place / "run")
     assert saved.name == checkpoint.name_of(job.step()), "75 and 0: a checkpoint of the last step is there"
     assert checkpoint.integrity_error(saved) is None

@@ -21,13 +21,7 @@ from tests.runs import PATIENCE, Job, Runs, arguments, newest
 
 pytestmark = pytest.mark.timeout(900)
 
-SETTINGS: dict[str, Any] = {
-    "precision": "fp32",
-    "batch_size": 2,
-    "global_batch_size": 4,
-    "epochs": 100_000,  # a run goes on for as long as a test looks at it
-    "max_steps": 100_000,
-}
+SETTINGS: dict[str, Any] = {"precision": "fp32", "batch_size": 2, "global_batch_size": 4, "max_steps": 100_000}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     import tests.runs as real  # imported where it is used: it takes seconds, and most tests start no run
+
+# An example takes as long as a busy machine lets it. The rest is as hypothesis has it here, or in CI.
+settings.register_profile("no deadline", settings(), deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched:
             f"local rank {found.local_rank} of {found.local_world} on this machine, with {world_name}={found.world}",
             "Local ranks count from 0 on each machine. docs/cluster.md has launchers that set them.",
         )
-    if "MASTER_PORT" in environment and number("MASTER_PORT", environment) > 65535:
+    port = number("MASTER_PORT", environment, 1)
+    if port > 65535 or (port == 0 and found.world > 1):  # 0: any free one, which the others could not know
         raise UserError(f"MASTER_PORT={environment['MASTER_PORT']} is no port", "Ports are 1 to 65535.")
     return found
 
@@ -99,7 +100,12 @@ def _by(launcher: str, environment: Mapping[str, str]) -> Launched:
     rank_name, world_name, local_name, here_name = _SOURCES[launcher]
     rank, world = number(rank_name, environment), number(world_name, environment)
     local_rank = number(local_name, environment, rank)
-    local_world = _own_count(environment[here_name], environment) if here_name in environment else world
+    if here_name not in environment:
+        local_world = world
+    elif launcher == "Slurm":
+        local_world = _own_count(environment[here_name], environment)
+    else:
+        local_world = number(here_name, environment)
     return Launched(launcher, rank, world, local_rank, local_world, (rank_name, world_name))
 
 
@@ -166,7 +172,7 @@ def _started_by(launcher: str, environment: Mapping[str, str]) -> bool:
 
 
 def _own_count(text: str, environment: Mapping[str, str]) -> int:
-    """A number; or this node's, where the counts of a Slurm step's nodes are written like 2(x3),1."""
+    """Tasks of this node, of a Slurm step's, which are written like 2(x3),1."""
     counts, node = slurm.counts(text), number("SLURM_NODEID", environment, 0)
     return counts[node] if node < len(counts) else counts[0] if counts else 0
 

@@ -29,9 +29,12 @@ def await_ranks(here: Launched, patience: float) -> Any:
     """Returns when every rank has called it: something to keep until the process group is there. `patience`: seconds.
 
     Raises:
-        UserError: some did not come in time; a RuntimeError under an agent, whose launcher restarts them.
+        UserError: some did not come in time, or rank 0 has ended meanwhile; a RuntimeError under an agent, whose
+            launcher restarts them.
         torch.distributed.DistError: rank 0 cannot listen at MASTER_PORT.
     """
+    from torch.distributed import DistError
+
     wait = _Wait(here, time.monotonic() + patience)
     if here.rank == 0:
         store = _connect(here, wait)
@@ -41,9 +44,13 @@ def await_ranks(here: Launched, patience: float) -> Any:
         store.set("lumina/all", "")
         return store
     store = _connect(here, wait)
-    store.set(f"lumina/rank/{here.rank}", "")
-    while not store.check(["lumina/all"]):
-        wait.once(None)  # rank 0 says for whom
+    try:
+        store.set(f"lumina/rank/{here.rank}", "")
+        while not store.check(["lumina/all"]):
+            wait.once(None)  # rank 0 says for whom
+    except DistError as error:
+        said = str(error).partition("\n")[0]  # torch's own stack follows
+        raise _failure(f"rank 0 has ended: its store is closed ({said})") from None
     return store
 
 
@@ -80,9 +87,7 @@ class _Wait:
         """A moment of it. `whom`: who is missing, or what makes the words for it; None to say nothing."""
         now, here = time.monotonic(), self._here
         if now > self._until:
-            missing = f"{_words(whom)} did not come"
-            remedy = "Did the launcher start them all? Their own output, or its log, says what ended them."
-            raise RuntimeError(missing) if "LUMINA_AGENT" in os.environ else UserError(missing, remedy)
+            raise _failure(f"{_words(whom)} did not come")
         if whom is not None and now - self._said_at >= _NEXT_WORD:
             self._said_at = now
             log.warning(
@@ -91,6 +96,11 @@ class _Wait:
                 here.variables[1], here.world,
             )  # fmt: skip
         time.sleep(_POLL)
+
+
+def _failure(what: str) -> Exception:
+    remedy = "Did the launcher start them all? Their own output, or its log, says what ended them."
+    return RuntimeError(what) if "LUMINA_AGENT" in os.environ else UserError(what, remedy)
 
 
 def _listed(ranks: Sequence[int]) -> str:

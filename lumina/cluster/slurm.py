@@ -13,7 +13,7 @@ from lumina.cluster.hostfile import Host
 from lumina.config import UserError
 
 MOST_NODES = 65_536  # of a list or of its counts; Slurm's own limit of a range
-_COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?", re.ASCII)
+_COUNT = re.compile(r"(\d{1,9})(?:\(x(\d{1,9})\))?", re.ASCII)
 _NAMES = re.compile(r"(?:[^\[\],\s]|\[[^\[\]]*\])+")  # one element of a node list: n7, or r[1-2]c[01-12,20]
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 _CHANGED = "Was a SLURM_… variable changed by hand?"

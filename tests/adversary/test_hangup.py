@@ -23,8 +23,7 @@ STEPS = 120
 
 def on_a_terminal(terminal: str, ignored: bool, rank: int) -> None:
     """This process leads a session whose terminal it is, as under a shell that is closed; ignored: as under nohup."""
-    if ignored:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)  # the tests may be under nohup too
     os.setsid()
     descriptor = os.open(terminal, os.O_RDWR)
     fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
@@ -46,7 +45,9 @@ ATTACKS = [("a terminal", 75, False), ("a terminal under nohup", 0, True), ("the
 def test_a_run_outlives_its_readers(
     gone: str, code: int, finished: bool, runs: Runs, conversations: Path, place: Path
 ) -> None:
-    words = arguments(place / "run", conversations, max_steps=STEPS, precision="fp32", save_every_n_batches=10_000)
+    steps = STEPS if finished else 100 * STEPS  # far more than are taken before it stops, on a busy machine too
+    settings = {"precision": "fp32", "save_every_n_batches": 1_000_000, "epochs": 10_000}
+    words = arguments(place / "run", conversations, max_steps=steps, **settings)
     if gone == "the reader of a pipe":
         os.mkfifo(place / "pipe")
         job = runs.start(words, patch=partial(into_a_pipe, place / "pipe"))
@@ -63,7 +64,7 @@ def test_a_run_outlives_its_readers(
             time.sleep(0.01)
     os.close(reader)  # of a terminal: its last, and the kernel sends SIGHUP
     assert job.wait() == [code]
-    assert job.step() == STEPS if finished else 2 <= job.step() < STEPS
+    assert job.step() == steps if finished else 2 <= job.step() < steps
     saved = newest(place / "run")
     assert saved.name == checkpoint.name_of(job.step()), "75 and 0: a checkpoint of the last step is there"
     assert checkpoint.integrity_error(saved) is None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from lumina.cluster import await_ranks, free_port
+from lumina.cluster.elastic.torch_store import PrefixStore, TCPStore
 from lumina.cluster.launcher_detection import Launched
 from lumina.config import UserError
 from tests.runs import Job, Runs, arguments
@@ -59,6 +61,24 @@ def test_it_ends(rank: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUMINA_AGENT", "n0")  # whose launcher starts ranks again, but not after a user's mistake
     with pytest.raises(RuntimeError, match="did not come"):
         await_ranks(Launched("torch", rank, 3, rank, 3), patience=0.5)
+
+
+def test_rank_0_ends_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LUMINA_AGENT", raising=False)
+    server = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server[0].port))
+    seen = PrefixStore("lumina/0", TCPStore("127.0.0.1", server[0].port, is_master=False))
+
+    def end() -> None:
+        seen.wait(["lumina/rank/2"])
+        server.clear()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    with pytest.raises(UserError, match="rank 0 has ended"):
+        await_ranks(Launched("torch", 2, 3, 2, 3), patience=60)
+    ending.join()
 
 
 def test_rank_0_cannot_listen_where_another_does(monkeypatch: pytest.MonkeyPatch) -> None:

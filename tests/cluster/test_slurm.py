@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ def test_cpus_of_each_node(text: str, wanted: list[int]) -> None:
     assert slurm.cpus({"SLURM_JOB_CPUS_PER_NODE": text}) == wanted
 
 
-@pytest.mark.parametrize("text", ["two", "4(2)", "4(x2", "4,,2", "-1", "4(x99999)", "¹"])
+@pytest.mark.parametrize("text", ["two", "4(2)", "4(x2", "4,,2", "-1", "4(x99999)", "¹", "9" * 5000])
 def test_counts_that_slurm_does_not_write_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="no number for each node"):
         slurm.cpus({"SLURM_JOB_CPUS_PER_NODE": text})
@@ -166,6 +168,60 @@ def test_the_batch_script_asks_for_no_number_of_tasks() -> None:
     assert not [line for line in options if "ntasks" in line]
     for file in (SCRIPT, SCRIPT.with_name("site.sh.example")):
         subprocess.run(["bash", "-n", str(file)], check=True)
+
+
+LAUNCHER = """#!/bin/bash
+trap 'exit $CODE' USR1
+echo started
+[ -n "$SIGNALLED" ] || exit $CODE
+while true; do /bin/sleep 0.02; done
+"""
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for the signal."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["SigCgt"], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "signalled", "queued"),
+    [
+        (75, True, True),
+        (138, True, True),  # Slurm's warning before there was anything to save
+        (1, True, False),
+        (143, False, False),  # told to end, by scancel
+        (137, False, False),
+        (0, False, False),
+    ],
+)
+def test_the_batch_script_ends_as_its_launcher_does(code: int, signalled: bool, queued: bool, tmp_path: Path) -> None:
+    """Programs in the places of `lumina`, Slurm's own and its last `sleep`."""
+    programs = {
+        "lumina": LAUNCHER,
+        "squeue": "#!/bin/sh\necho RUNNING\n",
+        "scontrol": f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n',
+        "sleep": "#!/bin/sh\n",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+    environment |= {"CODE": str(code), "SIGNALLED": "yes" if signalled else ""}
+    script = subprocess.Popen(["bash", SCRIPT], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert script.stdout is not None
+        assert script.stdout.readline() == "started\n"
+        if signalled:
+            while not catches(script.pid, signal.SIGUSR1):
+                assert script.poll() is None
+                time.sleep(0.01)
+            script.send_signal(signal.SIGUSR1)
+        assert script.wait(60) == code
+    finally:
+        script.kill()
+        script.communicate()
+    assert (tmp_path / "requeued").exists() == queued
 
 
 @pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"])

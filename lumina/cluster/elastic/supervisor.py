@@ -99,6 +99,7 @@ class Supervisor:
         self._heartbeats_read_at = 0.0
         self._stop: str | None = None
         self._unsaved = 128 + signal.SIGTERM  # the exit code where there was nothing to save
+        self._saved = False  # whether the ranks save before they leave their group for a larger one
         self._exit_code: int | None = None
 
     # --- The loop ---
@@ -117,7 +118,7 @@ class Supervisor:
                     self.control.send(ControlCommand("stop"))
                     self.say(f"{self._stop}: every rank saves and stops")
                     if not self.running:
-                        self._end(self._unsaved)
+                        self._end(EXIT_STOPPED if self._saved else self._unsaved)
                 if self._exit_code is None:
                     self._decide()
                 time.sleep(_POLL)
@@ -162,7 +163,7 @@ class Supervisor:
                     continue
                 if twin := next((p for p in self.nodes if p.agent is not None and p.machine == event["machine"]), None):
                     self._refuse_twin(node, twin, event["host"])
-                    return
+                    continue
                 node.agent, node.heartbeats, node.last_heartbeat = agent, 0, time.monotonic()
                 node.machine = event["machine"]
                 by_agent[agent] = node
@@ -172,8 +173,9 @@ class Supervisor:
 
     def _refuse_twin(self, node: NodeState, twin: NodeState, host: str) -> None:
         """One machine under two names would have its cores and GPUs twice. A job that has trained goes on without."""
+        then = "FAILED" if self.generation == 0 else f"WARNING: going on without {node.host.name}"
         names = f"{twin.host.name} and {node.host.name}"
-        self.say(f"FAILED: {names} are one machine ({host}). Name it once, with all of its ranks: NAME slots=N")
+        self.say(f"{then}: {names} are one machine ({host}). Name it once, with all of its ranks: NAME slots=N")
         if self.generation == 0:
             self._end(USER_ERROR)
         _kill_agent(node)
@@ -188,6 +190,9 @@ class Supervisor:
         elif kind == "stopped":
             self._stop = self._stop or f"a rank on {node.host.name} was asked to stop"
             self._end(event.get("code", EXIT_STOPPED))
+        elif kind == "failed" and self._stop is not None and not event["failures"]:  # its agent was signalled too
+            self.say(f"FAILED: a rank on {node.host.name} failed when it was asked to stop")
+            self._end(1)
         elif kind == "failed" and self._stop is not None and _only_signalled(event["failures"]):
             self._end(self._unsaved)  # it had not begun to train, so there was nothing to save
         elif kind == "failed" and event["generation"] == self.generation and self.running:
@@ -235,7 +240,10 @@ class Supervisor:
         was_member = node in self.members and self.running
         node.process, node.agent, node.ready = None, None, False
         node.retry_at = time.monotonic() + self.limits.retry
-        if was_member:
+        if was_member and self._stop is not None:
+            self.say("not every rank has saved: the job goes on from its newest checkpoint when it is started again")
+            self._end(self._unsaved)
+        elif was_member:
             if self._pending is None and self.limits.min_nodes == len(self.nodes) and self.limits.max_restarts == 0:
                 self.say(f"{node.host.name} was needed (--min-nodes {self.limits.min_nodes}, --max-restarts 0)")
                 self._end(1)
@@ -281,7 +289,7 @@ class Supervisor:
     def _regroup(self, reason: str) -> None:
         self.say(f"new group: {reason}")
         self.control.send(ControlCommand("regroup", self.generation, reason=reason))
-        self.running = False
+        self.running, self._saved = False, reason == "joined"
         self._gathering_since = self._short_since = time.monotonic()
 
     def _form_group(self) -> None:

@@ -3,7 +3,7 @@
 # make test-long      more cases of the same by real runs: other worlds, stages and phases (two minutes)
 # make test-documents every command block of README.md and docs/ (DOCUMENTS=docs/serve.md for one) as it stands; minutes
 # make test-cluster   the tests that start sshd, pdsh and several processes (root: installs their Debian packages)
-# make gpu-rehearsal  benchmarks/gpu_day.sh on this CPU (a minute); make test does it too
+# make gpu-rehearsal  benchmarks/gpu_day.sh on this CPU (a minute); make test-long does it too
 # make gpu-wheels     what a GPU machine without an index lacks, into wheels/gpu (GPU_PYTHON=3.12)
 # make resolve        both sets of pinned versions (CPU, CUDA), resolved dry for x86_64 and aarch64
 # make test-triton    the kernels compiled by the Triton of GPU users, or TRITON=x.y.z; registers, spills and bytes held

@@ -163,7 +163,9 @@ def inside(folder: Path, name: str) -> Path:
 
 def _name(error: BaseException, scratch: Path, path: Path) -> None:
     """Give an OSError the name that the user knows: that of a full disk has none, others the scratch file's."""
-    if isinstance(error, OSError) and (error.filename is None or str(scratch) in str(error.filename)):
+    if not isinstance(error, OSError) or error.errno is None:  # a text of its own, which a name would take the place of
+        return
+    if error.filename is None or str(scratch) in str(error.filename):
         error.filename, error.filename2 = str(path), None
 
 

@@ -73,7 +73,8 @@ def files(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("every", [7, 1])
 def test_import_and_export_leave_nothing_half(every: int, runs: Runs, conversations: Path, place: Path) -> None:
     runs.train(arguments(place / "run", conversations, **{**SETTINGS, "max_steps": 1}))
     ends = kill_at_moments(["export", str(place / "run"), "TARGET"], place / "exported", every)

@@ -26,6 +26,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> object:
             del sys.modules[name]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_day_is_rehearsed(tmp_path: Path) -> None:
     """Every part runs to its end on a CPU, and every check in it holds."""

@@ -91,6 +91,7 @@ def test_a_model_family_from_outside(tmp_path: Path) -> None:
     assert float(python(FAMILY, environment, tmp_path, VOCABULARY).split()[-1]) < 1e-4
 
 
+@pytest.mark.long
 def test_the_callback(tmp_path: Path, chitchat: Path) -> None:
     """As it stands, with the step count and the bound of a test."""
     code = (EXAMPLES / "callback.py").read_text()
@@ -114,6 +115,7 @@ def chitchat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "chitchat.train.jsonl"
 
 
+@pytest.mark.long
 def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell in a real kernel; its plot is a picture and its answers are text."""
     import nbformat

@@ -68,6 +68,7 @@ def test_the_door_rotates_alike_by_both_paths() -> None:
     assert run(ROTATE, "interpret") == pytest.approx(run(ROTATE, "torch"), abs=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(280)
 def test_twenty_steps_by_both_paths() -> None:
     interpreted, plain = run(TRAIN, "interpret"), run(TRAIN, "torch")

@@ -86,7 +86,10 @@ def _draw_more(rank: int) -> None:
     step.update = drawing
 
 
-@pytest.mark.parametrize(("stage", "world", "precision"), [(2, 2, "bf16"), (3, 2, "fp32"), (0, 1, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "world", "precision"),
+    [pytest.param(2, 2, "bf16", marks=pytest.mark.long), (3, 2, "fp32"), (0, 1, "bf16")],
+)
 def test_killed_and_resumed_bit_for_bit(
     runs: Runs, place: Path, base: Path, data: Path, stage: int, world: int, precision: str
 ) -> None:

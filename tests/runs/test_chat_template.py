@@ -53,7 +53,7 @@ def write_agents(path: Path, reasoned: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize("template", ["im-roles-1", "im-roles-2"])
+@pytest.mark.parametrize("template", [pytest.param("im-roles-1", marks=pytest.mark.long), "im-roles-2"])
 def test_a_run_keeps_its_template(template: str, runs: Runs, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = template == "im-roles-1"
     data = write_agents(place / "train.jsonl", reasoned=not first)

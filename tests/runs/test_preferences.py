@@ -87,7 +87,7 @@ def test_one_step_does_not_depend_on_how_it_is_cut(runs: Runs, place: Path, base
             assert difference <= 1e-4, (run.name, key)
 
 
-@pytest.mark.parametrize(("stage", "world", "rank"), [(2, 2, 0), (3, 2, 4)])
+@pytest.mark.parametrize(("stage", "world", "rank"), [(2, 2, 0), pytest.param(3, 2, 4, marks=pytest.mark.long)])
 def test_killed_and_resumed_bit_for_bit(
     runs: Runs, place: Path, base: Path, data: Path, stage: int, world: int, rank: int
 ) -> None:

@@ -47,6 +47,7 @@ def make_run(order: list[str]) -> Any:
     return SimpleNamespace(
         folder=Path("run"),
         state=state,
+        lock=None,
         config=load("nano", {"layer_stats_every": 1}),
         stragglers=SimpleNamespace(add=note(order, "times")),
         recovery=SimpleNamespace(

@@ -60,6 +60,9 @@ _STARTUP = (
     PrivateName("deepspeed.comm.torch", "build_shm_op", "replaced: no compilation of an operator nobody uses", ()),
     PrivateName(f"{_RUNTIME}.zero.muon.muon_optimizer", "MuonWithAuxAdam", "imported without torch's compiler"),
     PrivateName(f"{_RUNTIME}.zero.utils", "ZERO_SUPPORTED_OPTIMIZERS", "our AdamW is named as one of them"),
+    PrivateName(
+        f"{_RUNTIME}.config", "DeepSpeedConfig", "what DeepSpeed refuses in its JSON, before a start", ("config",)
+    ),
     PrivateName("deepspeed.ops.op_builder.builder", "OpBuilder", "the class of them all"),
     PrivateName(BUILDER, "is_compatible", "whether an operator can be built", ("verbose",)),
     PrivateName(BUILDER, "load", "building an operator", ("verbose",)),

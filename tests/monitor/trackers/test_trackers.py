@@ -157,6 +157,7 @@ def closed_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.long
 def test_a_service_that_cannot_be_reached_stops_nothing(tmp_path: Path) -> None:
     nobody = f"http://127.0.0.1:{closed_port()}"
     done = start(

@@ -45,6 +45,7 @@ def prepare(what: str, slow: int, rank: int) -> None:
         store._SAY_AFTER = SAY_AFTER
 
 
+@pytest.mark.long
 def test_preparing_may_take_longer_than_a_collective(runs: Runs, conversations: Path, place: Path) -> None:
     """And it is said for whom, and for what."""
     words = arguments(place / "run", conversations, max_steps=1, precision="fp32", cache_dir=place / "cache")

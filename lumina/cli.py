@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from lumina.commands import COMMANDS, Arguments, Command, Parser, exit_code_of
-from lumina.terminal import Formatter
+from lumina.terminal import Formatter, escape_what_is_missing
 
 _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
 
@@ -60,6 +60,9 @@ def _hint(word: str, known: Sequence[str] | dict[str, Command]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Without `argv` it is this process's own, which `train` then ends."""
+    if argv is None:
+        for stream in (sys.stdout, sys.stderr):
+            escape_what_is_missing(stream)
     arguments = parse(list(sys.argv[1:] if argv is None else argv))
     arguments.own_process = argv is None
     handler = logging.StreamHandler(sys.stderr)

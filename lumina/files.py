@@ -149,12 +149,18 @@ def read_object(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     return found
 
 
+def real_path(path: Path) -> Path:
+    """The path without symbolic links. Links that lead in a circle stay: opening them is an OSError, where
+    Path.resolve raises RuntimeError."""
+    return Path(os.path.realpath(path))
+
+
 def inside(folder: Path, name: str) -> Path:
     """The path of the file `name` of a folder that came from elsewhere. OSError where a symbolic link leads out of the
     folder: its contents could be any file of this user's. The hub's cache is a model's folder too: its snapshots/REV
     links to the blobs beside it."""
     path = folder / name
-    target, home = path.resolve(), folder.resolve()
+    target, home = real_path(path), real_path(folder)
     homes = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
     if not any(target.is_relative_to(one) for one in homes):
         raise OSError(errno.ELOOP, f"it leads out of its folder, to {target}", str(path))
@@ -179,7 +185,7 @@ def atomic_file(path: Path, durable: bool = True, follow: bool = False) -> Itera
         yield path
         return
     if follow:
-        path = path.resolve()
+        path = real_path(path)
     scratch = _beside(path, secrets.token_hex(4))
     try:
         yield scratch

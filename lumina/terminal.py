@@ -6,6 +6,8 @@ nothing else prints. This imports nothing of the package, so that every room can
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import logging
 import re
@@ -41,6 +43,23 @@ def say(*values: object, end: str = "\n", file: TextIO | None = None, flush: boo
     out.write(printable(" ".join(map(str, values))) + end)
     if flush:
         out.flush()
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return re.sub("(....)", r"\\u\1", units), error.end
+
+
+_ESCAPED = "lumina-escaped"
+codecs.register_error(_ESCAPED, _escaped)
+
+
+def escape_what_is_missing(stream: TextIO | None) -> None:
+    """Let a stream whose encoding does not have every character (a Latin-1 locale) write the others as JSON does,
+    `\\u4e2d`, where writing would fail after the work is done."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=_ESCAPED)
 
 
 def json_line(value: Any, *, indent: int | None = None, default: Any = None) -> str:

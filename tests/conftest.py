@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     import tests.runs as real  # imported where it is used: it takes seconds, and most tests start no run
 
-# An example takes as long as a busy machine lets it. The rest is as hypothesis has it here, or in CI.
-settings.register_profile("no deadline", settings(), deadline=None)
-settings.load_profile("no deadline")
+# How long an example takes says nothing on a machine that does other things too.
+settings.register_profile("untimed", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ DEFAULT_STAGE_SEVERAL = 2
 # Elements of a gradient bucket: 100 MB in half precision, at which NCCL's collectives reach their rate between nodes,
 # and several to a model, so that all but the last are reduced while the backward pass goes on.
 REDUCE_BUCKET = 50_000_000
-MOST_BYTES = 1 << 20  # of a DeepSpeed JSON
+MOST_BYTES, MOST_DEPTH = 1 << 20, 50  # of a DeepSpeed JSON
 
 ADAM_TYPES = frozenset({"adam", "adamw", "torch_adam", "fusedadam"})
 
@@ -80,11 +80,27 @@ def read_json(path: str) -> Json:
         return seen
 
     try:
-        return read_object(path, most=MOST_BYTES, finite=True, object_pairs_hook=no_duplicates)
+        document = read_object(path, most=MOST_BYTES, finite=True, object_pairs_hook=no_duplicates)
     except FormatError as error:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"cannot read the DeepSpeed configuration {user_error(error)}") from None
+    _refuse_deep(document, path)
+    return document
+
+
+def _refuse_deep(document: Json, path: str) -> None:
+    """UserError for nesting that would exhaust the stack where the document is copied and gone through."""
+    level: list[Any] = [document]
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+        ]
+        if not level:
+            return
+    raise UserError(f"{path} is nested too deeply: more than {MOST_DEPTH} levels")
 
 
 def resolve(

@@ -263,6 +263,8 @@ def _composed(text: str, where: str) -> Iterator[tuple[_Loader, yaml.Node | None
     """A loader and the one document of a YAML text, None where it is empty; within the block too, what is not valid
     YAML is a UserError."""
     loader = None
+    if len(text) > MOST_YAML:
+        raise UserError(f"{where} has more than {MOST_YAML:,} characters")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -9,15 +10,18 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import httpx
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from lumina.config import UserError
 from lumina.infer import Loaded, load
-from lumina.infer.serve import Limits
+from lumina.infer.serve import Limits, make_server
 from lumina.infer.serve.connections import limits_for
 from tests.infer.serve.running_server import Running, running, wait_for
 from tests.infer.small_models import write_small_run
@@ -135,11 +139,52 @@ def test_when_all_are_busy_the_refusal_is_the_apis(server: Running) -> None:
         wait_for(lambda: server.connections.busy == 8)
         refused = httpx.get(f"{server.address}/health")
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
+        held.enter_context(connect(server))  # one that waits is closed for the next, and makes no room
+        assert httpx.get(f"{server.address}/health").status_code == 503
         with connect(server, "127.0.0.9") as other:  # a client of its own
             other.sendall(HEALTH)
             assert other.recv(1000).startswith(b"HTTP/1.1 200 ")
     wait_for(server.idle)
     assert httpx.get(f"{server.address}/health").status_code == 200
+
+
+def test_requests_whose_client_has_left_count_until_they_end() -> None:
+    """Else a client could have any number of them, each with its body."""
+    begun, going = list[str](), threading.Event()
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["client"][0] == "127.0.0.1":
+            begun.append(scope["path"])
+            while not going.is_set():
+                await asyncio.sleep(0.01)
+        await Response("ok")(scope, receive, send)
+
+    server = make_server(application, Limits(20, 8))
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+
+    def ask(source: str) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=30, source_address=(source, 0)) as one:
+            one.sendall(HEALTH)
+            return b"" if source == "127.0.0.1" and len(begun) < 8 else one.recv(100)
+
+    try:
+        for number in range(8):
+            ask("127.0.0.1")
+            wait_for(lambda: len(begun) == number + 1)  # noqa: B023
+        wait_for(lambda: server.server_state.connections == set())
+        assert ask("127.0.0.1").startswith(b"HTTP/1.1 503 ")
+        assert ask("127.0.0.2").startswith(b"HTTP/1.1 200 ")
+        going.set()
+        wait_for(lambda: server.connections.busy == 0)
+        assert ask("127.0.0.1").startswith(b"HTTP/1.1 200 ")
+    finally:
+        going.set()
+        server.should_exit = True
+        thread.join()
+        listener.close()
 
 
 @contextmanager

@@ -43,6 +43,11 @@ def test_what_was_found_is_found_no_more(path: Path) -> None:
     assert wrong is None, wrong
 
 
+def test_no_test_has_a_time_for_its_examples() -> None:
+    assert settings(max_examples=1).deadline is None
+    assert HealthCheck.too_slow in settings().suppress_health_check
+
+
 def test_the_fuzzer_finds(tmp_path: Path) -> None:
     from tests.adversary.doors import Door
 

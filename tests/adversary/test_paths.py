@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +25,24 @@ TRAIN = ("train", *SMALL, "--train-data", "good.jsonl")
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Files of at most 100 bytes: a write fails in the middle, as on a full disk, for root too."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    """Files of at most 100 bytes: a write fails in the middle, as on a full disk, for root too. No module's bytecode is
+    written: Python (3.11) does not see that only its beginning was, and every later import of it would fail."""
+    before, bytecode = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = bytecode
+
+
+def test_an_import_on_a_full_disk_leaves_no_torn_bytecode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_on_a_full_disk.py").write_text("X = " + repr([*range(100)]))
+    monkeypatch.syspath_prepend(tmp_path)
+    with full_disk():
+        importlib.import_module("imported_on_a_full_disk")
+    assert [path.name for path in tmp_path.rglob("*.pyc")] == []
 
 
 @pytest.fixture
@@ -39,6 +52,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("latin.txt").write_bytes("é slots=2".encode("latin-1"))
     Path("nul.txt").write_bytes(b"node\x001 slots=2\n")
     os.mkfifo("pipe")
+    Path("circle").symlink_to("circle")
     Path("run").mkdir()
     Path("run/config.yaml").write_bytes(b"model_name: \xe9\n")
     Path("run/metrics.jsonl").touch()
@@ -49,10 +63,13 @@ LINES: list[tuple[tuple[str, ...], str]] = [
     (("validate-data", "good.jsonl", "--fix", "/dev/full"), "No space left on device\n  Free some space"),
     (("validate-data", "good.jsonl", "--fix", "/proc/x"), "error: /proc/x: No such file or directory"),
     (("validate-data", "good.jsonl", "--fix", LONG), "File name too long\n  Choose a shorter name"),
+    (("validate-data", "good.jsonl", "--fix", "circle/x"), "error: circle: File exists"),
     (("validate-data", LONG), "File name too long"),
     (("prepare", "good.jsonl", *SMALL, "--cache-dir", "/proc/x"), "cannot make the cache folder /proc/x"),
     (("prepare", "good.jsonl", *SMALL, "--cache-dir", "good.jsonl"), "cannot make the cache folder good.jsonl"),
     (("process-oasst", "good.jsonl", LONG), "File name too long"),
+    (("process-oasst", "good.jsonl", "circle/x"), "error: circle: File exists"),
+    (("export", "run", "circle/x"), "error: run"),
     (("train-tokenizer", "good.jsonl", "--out", "/proc/x"), "error: /proc/x: No such file or directory"),
     (("report", LONG), "File name too long"),
     (("report", "run"), "run/config.yaml: it is not UTF-8 text: byte 0xe9"),

@@ -19,7 +19,7 @@ from rich.text import Text
 from lumina.cli import main
 from lumina.commands import COMMANDS
 from lumina.files import write_json
-from lumina.terminal import Formatter, console, json_line, printable, say
+from lumina.terminal import Formatter, console, escape_what_is_missing, json_line, printable, say
 
 #: Clears the screen, sets a title, goes back over the line, C1's CSI, turns the text's direction, rich's markup.
 HOSTILE = "x\x1b[2Jy\x1b]0;owned\x07\rz\x9b31m\u202egnp.exe[/bold][red]"
@@ -62,6 +62,19 @@ def test_json_says_the_same_to_a_program() -> None:
     text = json_line({HOSTILE: [HOSTILE, "\udc80"]})
     assert not steers(text)
     assert json.loads(text) == {HOSTILE: [HOSTILE, "\udc80"]}
+
+
+def test_a_locale_without_the_characters_shows_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    escape_what_is_missing(out)
+    say(json_line({"é中": "🙂…"}), file=out, flush=True)
+    assert out.buffer.getvalue() == b'{"\xe9\\u4e2d": "\\ud83d\\ude42\\u2026"}\n'  # type: ignore[attr-defined]
+    err = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(sys, "argv", ["lumina", "config", "show", "中"])
+    assert main() == 2
+    err.flush()
+    assert b"\\u4e2d" in err.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.fixture

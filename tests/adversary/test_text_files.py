@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lumina.chat import copy_files
 from lumina.checkpoint import TrainerState, read_trainer_state
 from lumina.config import UserError
 from lumina.files import FormatError, inside, read_object, read_text, write_json, write_text
+from lumina.infer.hf.tensors import SINGLE, TensorFiles
 
 CONTENTS = [
     (b"\xff\xfe{\x00}\x00", "it is not UTF-8 text: byte 0xff at offset 0"),
@@ -75,6 +77,12 @@ def test_links_lead_to_nothing_outside_a_models_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="leads out of its folder"):
         copy_files(model, tmp_path / "copied")
     assert not (tmp_path / "copied/tokenizer_config.json").exists()
+    (model / SINGLE).symlink_to(secret)
+    with pytest.raises(UserError, match="leads out of its folder"), ExitStack() as files:
+        TensorFiles(model, files)
+    (model / "config.json").symlink_to("config.json")  # in a circle
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        read_text(inside(model, "config.json"))
     # The hub's cache: snapshots/REVISION/NAME -> ../../blobs/HASH, and to nothing else above it.
     (hub / "blobs").mkdir(parents=True)
     (hub / "blobs/1a").write_text("{}")

@@ -31,6 +31,7 @@ TEXTS = [
     ("- 1", "is not a mapping"),
     ("a: 1\na: 2", "`a` was already given on line 1"),
     ("a: 1\n--- \nb: 2", "not valid YAML"),
+    ("#" * (MOST_YAML + 1), "has more than 1,048,576 characters"),
 ]
 
 

@@ -8,6 +8,7 @@ next step begins a new one. What stays in this process is ids to text, over a de
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -18,6 +19,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ STEP_SECONDS = 20.0  # for a step, and for reading the files
 STEP_BYTES = 4 << 30  # of address space; the largest vocabularies take a third of it
 _LATE, _START = 2.0, 60.0  # seconds after which this process ends the other itself; for it to start
 _OPENED = 4  # tokenizers that are kept; one more costs reading its files again
+_NO_MEMORY = 3  # exit code
 
 
 class OutOfBoundsError(UserError):
@@ -64,8 +67,12 @@ class _Process:
                 kind, value = ("late", value) if late else pipe.recv()
             except (EOFError, OSError):
                 kind = "died"
+            except BaseException:  # Ctrl-C: the answer that comes later is not the next step's
+                self.close()
+                raise
             if kind in ("late", "died"):
                 self.close()
+                child.wait()
         if kind == "value":
             return value
         if kind == "refused":
@@ -74,6 +81,8 @@ class _Process:
             raise UserError(*value)
         if kind == "failed":
             raise RuntimeError(value)
+        if child.returncode > 0 and child.returncode != _NO_MEMORY:
+            raise RuntimeError(f"the process of {folder}'s tokenizer ended with exit code {child.returncode}")
         took_time = kind == "late" or child.returncode == -signal.SIGALRM
         what = f"more than {self._seconds:g} s" if took_time else f"more than {self._most_bytes >> 20} MiB of memory"
         raise OutOfBoundsError(
@@ -160,7 +169,7 @@ def _answer(make: Any) -> tuple[str, Any]:
     except RefusalError as refusal:
         return "refused", str(refusal)
     except MemoryError:
-        os._exit(1)
+        os._exit(_NO_MEMORY)
     except Exception as error:  # a fault of ours: it belongs to who asked
         return "failed", f"{type(error).__name__}: {error}"
 
@@ -194,7 +203,13 @@ def main() -> None:
     descriptor, seconds, most_bytes = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_AS, (int(most_bytes), int(most_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _serve(Connection(int(descriptor)), float(seconds))
+    with contextlib.suppress(ImportError):  # now rather than within a step's time; HFTokenizer says what is missing
+        for name in ("jinja2.ext", "jinja2.sandbox", "tokenizers"):
+            import_module(name)
+    try:
+        _serve(Connection(int(descriptor)), float(seconds))
+    except MemoryError:
+        os._exit(_NO_MEMORY)
 
 
 if __name__ == "__main__":

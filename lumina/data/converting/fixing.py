@@ -18,7 +18,7 @@ from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import check_inputs
 from lumina.data.records.fault import BLANK, Fault, Tree
 from lumina.data.records.fields import FieldTally
-from lumina.files import atomic_file
+from lumina.files import atomic_file, real_path
 
 
 def write_fixed(paths: Sequence[str], out: Path, columns: Columns | None = None) -> tuple[int, int, Path]:
@@ -29,7 +29,7 @@ def write_fixed(paths: Sequence[str], out: Path, columns: Columns | None = None)
     """
     files = check_inputs(paths)
     rejects = out.with_name(out.name + ".rejected.jsonl")
-    if any(path.resolve() in (out.resolve(), rejects.resolve()) for path in files):
+    if any(real_path(path) in (real_path(out), real_path(rejects)) for path in files):
         raise UserError(f"{out} is one of the inputs", "Name another file after --fix.")
     written = rejected = 0
     out.parent.mkdir(parents=True, exist_ok=True)

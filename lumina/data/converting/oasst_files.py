@@ -20,7 +20,7 @@ from lumina.data.reading.layout import detect
 from lumina.data.reading.paths import check_inputs
 from lumina.data.records.fault import BLANK, Fault
 from lumina.data.records.fields import FieldTally
-from lumina.files import atomic_file
+from lumina.files import atomic_file, real_path
 
 NOT_A_TREE = "not an OASST tree or message"
 
@@ -79,7 +79,7 @@ def process_oasst_file(
         UserError: the input is missing, empty, or holds no tree at all; or nothing passes the options.
     """
     (path,) = check_inputs([source])
-    if path.resolve() == output.resolve():
+    if real_path(path) == real_path(output):
         raise UserError(f"{output} is the input itself", "Name another output file.")
     layout = detect(str(path))
     summary = Summary(str(path), str(output), layout.describe(), pairs=pairs)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lumina.config import UserError
+from lumina.files import real_path
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -15,7 +16,7 @@ def check_new_folder(out: Path) -> None:
     """Raise UserError where `out` is a file, lies under one, or holds something already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already holds something", "Choose another folder, or remove it first.")
-    there = next(path for path in (out, *out.resolve().parents) if path.exists())
+    there = next(path for path in (out, *real_path(out).parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{there} is a file: {out} cannot be a folder", "Choose another folder.")
 

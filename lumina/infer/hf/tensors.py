@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from lumina.chat import read_json
 from lumina.config import ModelConfig, UserError
+from lumina.files import inside
 from lumina.model.families import RowSlice, family_of
 
 log = logging.getLogger("lumina")
@@ -35,7 +36,7 @@ class TensorFiles:
         held: dict[str, str] = {}
         for path in weight_files(source):
             try:
-                file = files.enter_context(safe_open(path, framework="pt"))
+                file = files.enter_context(safe_open(inside(source, path.name), framework="pt"))
                 names = list(file.keys())
             except (SafetensorError, OSError) as error:
                 raise _unreadable(path, error) from None

@@ -4,9 +4,9 @@ uvicorn (0.54.0 read) bounds requests (limit_concurrency), the size of a head an
 limit on how long a head may take, nor on connections before their request, and it writes refusals as plain text. What
 is missing is here, on its own classes; nothing of the protocol is written again.
 
-A connection waits until a request has come whole, and is busy until it is answered. When there are too many, the one
-that has waited longest goes: a client that sends what it has to say is not hurt by those that send theirs by the byte.
-Only when all are busy is a new one refused.
+A connection waits until a request has come whole, and is busy until it is answered, also where its client has left
+before that. When there are too many, the one that has waited longest goes: a client that sends what it has to say is
+not hurt by those that send theirs by the byte. Only when all are busy is a new one refused.
 """
 
 from __future__ import annotations
@@ -84,20 +84,21 @@ class Connections:
 
     def add(self, new: BoundedProtocol) -> bool:
         """Make room for a new connection, and count it; false where there is none."""
-        own = self._by_client[new.peer]
-        fits = len(own) < self.limits.per_client or self._drop_oldest(own)
-        fits = fits and (len(self) < self.limits.total or self._drop_oldest(self._waiting))
+        own, fits = self._by_client[new.peer], len(self._busy) < self.limits.total
+        if len(own) >= self.limits.per_client:
+            fits = fits and sum(one in self._busy for one in own) < self.limits.per_client
+            self._drop_oldest(own)
+        if len(self) >= self.limits.total and fits:
+            self._drop_oldest(self._waiting)
         self._by_client[new.peer][new] = None
         self._waiting[new] = new.loop.time()
         return fits
 
-    def _drop_oldest(self, among: dict[BoundedProtocol, Any]) -> bool:
+    def _drop_oldest(self, among: dict[BoundedProtocol, Any]) -> None:
         oldest = next((one for one in among if one in self._waiting), None)
-        if oldest is None:
-            return False
-        self.remove(oldest)
-        oldest.transport.abort()
-        return True
+        if oldest is not None:
+            self.remove(oldest)
+            oldest.transport.abort()
 
     def remove(self, gone: BoundedProtocol) -> None:
         for held in (self._waiting, self._busy, self._closing):
@@ -150,6 +151,17 @@ class BoundedProtocol(H11Protocol):
     def __init__(self, connections: Connections, **others: Any) -> None:
         super().__init__(**others)
         self._open, self.peer = connections, ""
+        self._answer, self.app = self.app, self._counted
+        self._answering, self._gone = 0, False
+
+    async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._answering += 1  # of pipelined requests two for a moment
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._answering -= 1
+            if self._gone and not self._answering:
+                self._open.remove(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -161,7 +173,9 @@ class BoundedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._open.remove(self)
+        self._gone = True
+        if not self._answering:  # else its request, whose body and work are still here, counts as busy until it ends
+            self._open.remove(self)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -85,7 +85,7 @@ def drawn(view: LiveView, console: RichConsole) -> str:
 
 def test_what_is_drawn() -> None:
     console = RichConsole(width=100, force_terminal=True, color_system=None)
-    view = LiveView(console, "name", 3000, 0)
+    view = LiveView(console, "v[/x]", 3000, 0)
     assert "waiting for the first step" in drawn(view, console)
     now = time.time()
     for step in range(1, 101):
@@ -95,6 +95,7 @@ def test_what_is_drawn() -> None:
     view.evaluation(100, math.nan)
     view.event(Event(7, "health", "warn", "loss_spike", "[bold]loss 50[/bold]", "skipped"))
     text = drawn(view, console)
+    assert "v[/x]" in text  # the name of a run is no markup
     assert "100/3,000" in text
     assert "epoch 1/2" in text
     assert "5% of the epoch" in text

@@ -40,16 +40,23 @@ def parse_body(kind: type[M], body: bytes) -> M:
     def integer(digits: str) -> int | _Refused:
         """What fits into 64 bits: others overflow wherever they come to."""
         value = int(digits) if len(digits) <= _DIGITS else 1 << 64
-        return value if -(1 << 63) <= value < 1 << 64 else refuse(f"an integer of {len(digits.lstrip('-'))} digits")
+        if -(1 << 63) <= value < 1 << 64:
+            return value
+        return refuse(f"an integer of {len(digits.lstrip('-'))} digits does not fit into 64 bits")
 
     def number(text: str) -> float | _Refused:
         value = float(text)
-        return value if math.isfinite(value) else refuse(text[:_DIGITS])
+        return value if math.isfinite(value) else refuse(f"{text[:_DIGITS]} does not fit into 64 bits")
 
     try:
-        values = json.loads(body, parse_int=integer, parse_float=number, parse_constant=refuse)
+        text = body.decode("utf-8-sig")
+        values = json.loads(
+            text, parse_int=integer, parse_float=number, parse_constant=lambda name: refuse(f"{name} is no JSON")
+        )
         if refused:
             _check_numbers(values)
+        if "\\u" in text:
+            values = _whole(values)
         return kind.model_validate(values)
     except ValidationError as error:
         raise _invalid(error.errors(include_url=False, include_input=False)[0]) from None
@@ -58,7 +65,7 @@ def parse_body(kind: type[M], body: bytes) -> M:
 
 
 class _Refused(str):
-    """A number that no field takes."""
+    """Why a number is refused, in its place."""
 
 
 def _check_numbers(values: Any) -> None:
@@ -72,8 +79,19 @@ def _check_numbers(values: Any) -> None:
             elif isinstance(value, list):
                 inner += [(where, one) for one in value]
             elif isinstance(value, _Refused):
-                raise ApiError(400, f"{where or 'The body'}: {value} does not fit into 64 bits", param=where or None)
+                raise ApiError(400, f"{where or 'The body'}: {value}", param=where or None)
         level = inner
+
+
+def _whole(value: Any) -> Any:
+    """The value with U+FFFD for halves of characters (a lone "\\ud800"): UTF-8 has none, and orjson fails on them."""
+    if isinstance(value, dict):
+        return {_whole(name): _whole(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    if isinstance(value, str) and not value.isascii():
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return value
 
 
 def _invalid(first: Any) -> ApiError:

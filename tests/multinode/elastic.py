@@ -54,7 +54,7 @@ def worlds(run: Path) -> list[int]:
     """The world size of each start of the run so far."""
     log = run / "train.log"
     lines = log.read_text().splitlines() if log.exists() else []
-    return [int(line.split(" process(es)")[0].split()[-1]) for line in lines if "process(es)" in line]
+    return [int(line.split(" process(es),")[0].split()[-1]) for line in lines if "process(es)," in line]
 
 
 def expect_every_sample(run: Path, conversations: Path) -> None:

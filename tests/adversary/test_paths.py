@@ -69,7 +69,7 @@ LINES: list[tuple[tuple[str, ...], str]] = [
     (("prepare", "good.jsonl", *SMALL, "--cache-dir", "good.jsonl"), "cannot make the cache folder good.jsonl"),
     (("process-oasst", "good.jsonl", LONG), "File name too long"),
     (("process-oasst", "good.jsonl", "circle/x"), "error: circle: File exists"),
-    (("export", "run", "circle/x"), "error: run"),
+    (("export", "run", "circle/x"), "error: no checkpoint at run"),
     (("train-tokenizer", "good.jsonl", "--out", "/proc/x"), "error: /proc/x: No such file or directory"),
     (("report", LONG), "File name too long"),
     (("report", "run"), "run/config.yaml: it is not UTF-8 text: byte 0xe9"),

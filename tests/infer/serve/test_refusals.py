@@ -286,14 +286,13 @@ def test_stopping_under_load_tells_every_client(loaded: Loaded, caplog: pytest.L
     """Thirty clients of answers that outlast the time of grace: an event, or the API's 503, and nothing in the log."""
 
     def ask(number: int) -> tuple[int, dict[str, Any]]:
-        body = {**LONG, "max_tokens": 4000, "n": 4, "stream": number % 2 == 0}
-        with client.stream("POST", url, json=body) as answer:
+        with client.stream("POST", url, json={**LONG, "n": 4, "stream": number % 2 == 0}) as answer:
             lines = answer.read().decode().strip().splitlines()
         return answer.status_code, json.loads(lines[-1].removeprefix("data: "))
 
     # One client: thirty would take longer to be made than the first answers to end.
     with httpx.Client(timeout=60) as client, ThreadPoolExecutor(30) as pool:
-        with running(loaded, slots=8, queue=200, grace=1, max_tokens=4000) as server:
+        with running(loaded, slots=8, queue=200, grace=1) as server:
             url = f"{server.address}/v1/chat/completions"
             asked = [pool.submit(ask, number) for number in range(30)]
             wait_for(lambda: server.metric("lumina_sequences_waiting") == 112)

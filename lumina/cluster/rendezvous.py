@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from itertools import groupby
 from typing import Any
@@ -59,8 +59,7 @@ def _connect(here: Launched, wait: _Wait) -> Any:
     from lumina.cluster.elastic.torch_store import PrefixStore, TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    serves = here.rank == 0 and not _agent_serves(os.environ)
     while True:
         try:
             if not serves:  # torch's own attempts cannot be interrupted
@@ -69,11 +68,22 @@ def _connect(here: Launched, wait: _Wait) -> Any:
                 address, port, here.world, serves, timedelta(seconds=_ANSWER), wait_for_workers=False,
                 multi_tenant=True, use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
             )  # fmt: skip
-            return PrefixStore(f"lumina/{attempt}", server)
+            return PrefixStore(prefix(os.environ), server)
         except (OSError, RuntimeError) as error:
             if serves:
                 raise
             wait.once(f"rank 0 at {address} port {port} ({error})")
+
+
+def _agent_serves(environment: Mapping[str, str]) -> bool:
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def prefix(environment: Mapping[str, str]) -> str:
+    """What the keys of this meeting begin with, the same on every rank. A store of torchrun's agent outlives its ranks,
+    and their next start is told from the one before by the agents' count of restarts, as torch does. A store of rank 0
+    is as new as the ranks are, and the count is of no use there: each node's agent counts its own restarts."""
+    return f"lumina/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}" if _agent_serves(environment) else "lumina"
 
 
 class _Wait:

@@ -14,6 +14,7 @@ import pytest
 from lumina.cluster import await_ranks, free_port
 from lumina.cluster.elastic.torch_store import PrefixStore, TCPStore
 from lumina.cluster.launcher_detection import Launched
+from lumina.cluster.rendezvous import prefix
 from lumina.config import UserError
 from tests.runs import Job, Runs, arguments
 
@@ -88,3 +89,11 @@ def test_rank_0_cannot_listen_where_another_does(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(RuntimeError) as raised:
             await_ranks(Launched("torch", 0, 2, 0, 2), patience=5)
         assert type(raised.value).__name__ == "DistNetworkError"
+
+
+def test_agents_that_restarted_their_ranks_unequally_often_meet() -> None:
+    """A rank that failed alone is started again by its own agent, whose count is then ahead of the others': each looked
+    for the ranks under keys of its own, for ten minutes. A store of torchrun's agent outlives a start, and needs it."""
+    assert prefix({"TORCHELASTIC_RESTART_COUNT": "1"}) == prefix({"TORCHELASTIC_RESTART_COUNT": "0"}) == prefix({})
+    kept = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert prefix(kept | {"TORCHELASTIC_RESTART_COUNT": "1"}) != prefix(kept | {"TORCHELASTIC_RESTART_COUNT": "0"})

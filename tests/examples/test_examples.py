@@ -84,6 +84,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.long
 def test_a_model_family_from_outside(tmp_path: Path) -> None:
     """transformers' own class of the family gives the logits, and takes the exported weights back bit for bit."""
     environment = install("family", tmp_path)

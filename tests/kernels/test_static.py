@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long  # a minute of compilation
+
 CARDS = ("A100", "H100", "B200")
 #: Resident warps over the most a multiprocessor holds: enough to keep 16 kB of 128-bit loads in flight (32 lanes x 16
 #: bytes x 2 tiles x 16 warps), what 3.35 TB/s over 132 multiprocessors at 0.6 microseconds of latency needs.

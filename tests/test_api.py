@@ -128,6 +128,7 @@ def train_under_each_stage(folder: Path, data: Path) -> None:
         assert alive_engines() == 0, f"stage {stage}, interrupted"
 
 
+@pytest.mark.long
 def test_the_engine_of_a_run_is_gone_after_it(tmp_path: Path, conversations: Path) -> None:
     """A notebook trains many times: each engine, a GPU's memory, stayed until the process ended."""
     alone(train_under_each_stage, tmp_path, conversations)

@@ -54,6 +54,7 @@ def test_this_machine_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate-time", "--config", "nano", "--measure", "--nodes", "2"]) == 2
 
 
+@pytest.mark.long
 def test_a_real_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ.keys() - clean_environment().keys():
         monkeypatch.delenv(name)  # of a process group that another test made in this process

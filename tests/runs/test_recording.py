@@ -73,6 +73,7 @@ def _out_of_reach(rank: int) -> None:
     }
 
 
+@pytest.mark.long
 def test_wandb_out_of_reach(runs: Runs, tmp_path: Path) -> None:
     """The run ends well with its metrics whole, and what wandb was to have is in its folder, to be sent later."""
     pytest.importorskip("wandb")

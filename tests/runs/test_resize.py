@@ -70,7 +70,7 @@ def calm(runs: Runs, conversations: Path, tmp_path_factory: pytest.TempPathFacto
         pytest.param([(2, 1), (1, 1), (3, 1), (2, 1)], id="2-1-3-2 ranks under ZeRO-1", marks=pytest.mark.long),
         pytest.param([(2, 2), (1, 2), (3, 2), (2, 2)], id="2-1-3-2 ranks under ZeRO-2", marks=pytest.mark.long),
         pytest.param([(2, 3), (1, 3), (3, 3), (2, 3)], id="2-1-3-2 ranks under ZeRO-3"),
-        pytest.param([(2, 3), (2, 1), (2, 0), (2, 0)], id="ZeRO-3 to 1 to 0"),
+        pytest.param([(2, 3), (2, 1), (2, 0), (2, 0)], id="ZeRO-3 to 1 to 0", marks=pytest.mark.long),
     ],
 )
 @pytest.mark.timeout(600)

@@ -139,6 +139,7 @@ def reads(place: Path, rank: int) -> None:
     CheckpointReader.read = noted  # type: ignore[method-assign]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_three_ranks(runs: Runs, conversations: Path, place: Path) -> None:
     """Shares that end in padding: the same run either way, from draws, from another run's weights and over them. Each

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     )
     from lumina.cluster.launching import LaunchOptions, launch
     from lumina.cluster.preflight.run import preflight_command
-    from lumina.cluster.rendezvous import await_ranks
+    from lumina.cluster.rendezvous import await_key, await_ranks
     from lumina.cluster.signals import (
         EXIT_HUNG,
         EXIT_RESIZE,
@@ -38,6 +38,7 @@ _HOMES = {
     "Launched": "launcher_detection",
     "StopRequest": "signals",
     "StoppedEarly": "signals",
+    "await_key": "rendezvous",
     "await_ranks": "rendezvous",
     "bind": "topology",
     "detect_launcher": "launcher_detection",
@@ -62,6 +63,7 @@ __all__ = [
     "Launched",
     "StopRequest",
     "StoppedEarly",
+    "await_key",
     "await_ranks",
     "bind",
     "detect_launcher",

@@ -8,10 +8,13 @@ Slurm's node list, or is this machine when all ranks are on it.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import zlib
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from lumina.cluster import slurm
@@ -19,6 +22,7 @@ from lumina.cluster.environment import number
 from lumina.config import UserError, install_command
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_LOWEST_PORT = 10_000  # below are those of services
 _LOOPBACK = ("localhost", "127.0.0.1", "::1", "")
 _SOURCES = {
     "Open MPI": (
@@ -158,6 +162,14 @@ def refuse_taken_port(port: int, flag: str) -> None:
 
 
 def free_port() -> int:
+    """A port of this machine that nobody listens at, for a process that will later. Not one of those that the kernel
+    gives to whoever asks for any: by then it may be a connection's, or another listener's."""
+    first = 32768  # Linux's own choice
+    with suppress(OSError, ValueError, IndexError):
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    for port in (_LOWEST_PORT + secrets.randbelow(first - _LOWEST_PORT) for _ in range(100) if first > _LOWEST_PORT):
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -36,22 +39,68 @@ def await_ranks(here: Launched, patience: float) -> Any:
     from torch.distributed import DistError
 
     wait = _Wait(here, time.monotonic() + patience)
+    store = _connect(here, wait)
     if here.rank == 0:
-        store = _connect(here, wait)
+        store.set("lumina/job", _job(here))
         everyone = [f"lumina/rank/{rank}" for rank in range(1, here.world)]
         while not store.check(everyone):
             wait.once(lambda: _listed([r for r in range(1, here.world) if not store.check([everyone[r - 1]])]))
         store.set("lumina/all", "")
         return store
-    store = _connect(here, wait)
     try:
-        store.set(f"lumina/rank/{here.rank}", "")
+        if _agent_serves(os.environ):  # it keeps what the ranks of an earlier start said
+            store.set(f"lumina/rank/{here.rank}", "")
+        else:
+            while not store.check(["lumina/job"]):
+                wait.once(None)
+            _refuse_another_job(store, here)
         while not store.check(["lumina/all"]):
             wait.once(None)  # rank 0 says for whom
     except DistError as error:
-        said = str(error).partition("\n")[0]  # torch's own stack follows
-        raise _failure(f"rank 0 has ended: its store is closed ({said})") from None
+        raise _closed(error) from None
     return store
+
+
+def await_key(store: Any, key: str, patience: float) -> bytes:
+    """What rank 0 puts under `key`, waited for as `await_ranks` waits: Ctrl-C is heard. `patience`: seconds."""
+    from torch.distributed import DistError
+
+    until = time.monotonic() + patience
+    try:
+        while not store.check([key]):
+            if time.monotonic() > until:
+                raise _failure(f"rank 0 did not say {key} in {patience:.0f} s")
+            time.sleep(_POLL / 10)
+        found: bytes = store.get(key)
+        return found
+    except DistError as error:
+        raise _closed(error) from None
+
+
+def _closed(error: Exception) -> Exception:
+    said = str(error).partition("\n")[0]  # torch's own stack follows
+    return _failure(f"rank 0 has ended: its store is closed ({said})")
+
+
+def _job(here: Launched) -> str:
+    """What is the same on every rank of a job, as far as a launcher says it."""
+    return f"{here.world} {os.environ.get('LUMINA_JOB', '')}"
+
+
+def _refuse_another_job(store: Any, here: Launched) -> None:
+    """Join the ranks of the store's job. UserError where that is another one, which meets at the same address and port.
+    One that is as large and has no other name is told by its ranks: each joins once."""
+    own, found = _job(here), store.get("lumina/job").decode()
+    again = own == found and store.add(f"lumina/rank/{here.rank}", 1) > 1
+    if own == found and not again:
+        return
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    world = found.partition(" ")[0]
+    why = f"whose rank {here.rank} is there already" if own == found else f"of {world} ranks"
+    raise _failure(
+        f"rank {here.rank} of {here.world} met another job at {address} port {port}, {why}",
+        "Give each job its own MASTER_PORT.",
+    )
 
 
 def _connect(here: Launched, wait: _Wait) -> Any:
@@ -60,19 +109,44 @@ def _connect(here: Launched, wait: _Wait) -> Any:
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = here.rank == 0 and not _agent_serves(os.environ)
+
+    def make() -> Any:
+        return TCPStore(
+            address, port, here.world, serves, timedelta(seconds=_ANSWER), wait_for_workers=False,
+            multi_tenant=True, use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+        )  # fmt: skip
+
     while True:
         try:
             if not serves:  # torch's own attempts cannot be interrupted
                 socket.create_connection((address, port), _POLL * 20).close()
-            server = TCPStore(
-                address, port, here.world, serves, timedelta(seconds=_ANSWER), wait_for_workers=False,
-                multi_tenant=True, use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
-            )  # fmt: skip
+            server = make() if serves else _in_thread(make, partial(wait.once, f"an answer of {address} port {port}"))
             return PrefixStore(prefix(os.environ), server)
         except (OSError, RuntimeError) as error:
             if serves:
                 raise
             wait.once(f"rank 0 at {address} port {port} ({error})")
+
+
+def _in_thread(make: Callable[[], Any], wait: Callable[[], None]) -> Any:
+    """What `make` returns or raises; `wait` is called until then. For what cannot be interrupted: torch waits without
+    an end for the first answer of whatever listens, such as a rank 0 that is suspended, or no store at all."""
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(make())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="lumina-rendezvous", daemon=True).start()
+    while True:
+        try:
+            return done.result(timeout=2 * _POLL)
+        except TimeoutError:
+            if done.done():
+                raise
+            wait()
 
 
 def _agent_serves(environment: Mapping[str, str]) -> bool:
@@ -108,8 +182,9 @@ class _Wait:
         time.sleep(_POLL)
 
 
-def _failure(what: str) -> Exception:
-    remedy = "Did the launcher start them all? Their own output, or its log, says what ended them."
+def _failure(
+    what: str, remedy: str = "Did the launcher start them all? Their own output, or its log, says what ended them."
+) -> Exception:
     return RuntimeError(what) if "LUMINA_AGENT" in os.environ else UserError(what, remedy)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import traceback
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from lumina.commands.common import (
     exit_code_of,
     load_config,
 )
+from lumina.terminal import say
 
 if TYPE_CHECKING:
     from lumina.config import UserError
@@ -36,11 +38,14 @@ def train(arguments: Arguments) -> int:
         if alone():
             raise
         return _refuse_rank(error if isinstance(error, UserError) else user_error(error))
-    from lumina.train import end_process, train_rank
+    from lumina.train import LostRankError, end_process, train_rank
 
     ends_here = arguments.own_process or not alone()
     try:
         code = exit_code_of(lambda: train_rank(config), disks=False)
+    except LostRankError as error:  # that rank's own log has the traceback
+        say(f"error: {error}", file=sys.stderr)
+        code = 1
     except Exception:
         if not ends_here:
             raise

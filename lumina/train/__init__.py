@@ -15,6 +15,7 @@ from lumina.lazy import names_of
 
 if TYPE_CHECKING:
     from lumina.config import Config
+    from lumina.train.agreement import LostRankError
     from lumina.train.callbacks import Callback, CallbackError, Context, StepResult
     from lumina.train.deepspeed import end_process
     from lumina.train.outcomes import Stop, StopKind
@@ -24,6 +25,7 @@ _HOMES = {
     "Callback": "callbacks",
     "CallbackError": "callbacks",
     "Context": "callbacks",
+    "LostRankError": "agreement",
     "StepResult": "callbacks",
     "Stop": "outcomes",
     "StopKind": "outcomes",
@@ -38,6 +40,7 @@ __all__ = [
     "Callback",
     "CallbackError",
     "Context",
+    "LostRankError",
     "StepResult",
     "Stop",
     "StopKind",

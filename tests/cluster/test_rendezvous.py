@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lumina.cluster import await_ranks, free_port
+from lumina.cluster import await_key, await_ranks, free_port
 from lumina.cluster.elastic.torch_store import PrefixStore, TCPStore
 from lumina.cluster.launcher_detection import Launched
 from lumina.cluster.rendezvous import prefix
@@ -64,22 +64,63 @@ def test_it_ends(rank: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
         await_ranks(Launched("torch", rank, 3, rank, 3), patience=0.5)
 
 
-def test_rank_0_ends_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def meeting(monkeypatch: pytest.MonkeyPatch) -> list[TCPStore]:
+    """Where the ranks of a job of three meet, by a rank 0 of which there is only the store."""
     monkeypatch.delenv("LUMINA_AGENT", raising=False)
-    server = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    monkeypatch.delenv("LUMINA_JOB", raising=False)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(server[0].port))
-    seen = PrefixStore("lumina/0", TCPStore("127.0.0.1", server[0].port, is_master=False))
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    PrefixStore(prefix({}), server).set("lumina/job", "3 ")
+    return [server]
+
+
+def test_rank_0_ends_meanwhile(meeting: list[TCPStore]) -> None:
+    seen = PrefixStore(prefix({}), TCPStore("127.0.0.1", meeting[0].port, is_master=False))
 
     def end() -> None:
         seen.wait(["lumina/rank/2"])
-        server.clear()
+        meeting.clear()
 
     ending = threading.Thread(target=end)
     ending.start()
     with pytest.raises(UserError, match="rank 0 has ended"):
         await_ranks(Launched("torch", 2, 3, 2, 3), patience=60)
     ending.join()
+
+
+def test_another_job_meets_there(meeting: list[TCPStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs whose launchers chose one port: a rank of one would wait in the other's store, or train with it."""
+    PrefixStore(prefix({}), meeting[0]).set("lumina/all", "")
+    assert await_ranks(Launched("torch", 2, 3, 2, 3), patience=10) is not None
+    with pytest.raises(UserError, match=r"rank 2 of 3 met another job at .*, whose rank 2 is there already"):
+        await_ranks(Launched("torch", 2, 3, 2, 3), patience=10)
+    with pytest.raises(UserError, match=r"rank 1 of 4 met another job at .*, of 3 ranks"):
+        await_ranks(Launched("torch", 1, 4, 1, 4), patience=10)
+    monkeypatch.setenv("LUMINA_JOB", "another")
+    with pytest.raises(UserError, match=r"rank 1 of 3 met another job at"):
+        await_ranks(Launched("torch", 1, 3, 1, 3), patience=10)
+
+
+def test_a_listener_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch waits for its first answer without an end, where no Ctrl-C is heard."""
+    monkeypatch.delenv("LUMINA_AGENT", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        port = mute.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=f"an answer of 127.0.0.1 port {port} did not come"):
+            await_ranks(Launched("torch", 2, 3, 2, 3), patience=1)
+
+
+def test_a_rank_0_that_says_nothing_more(meeting: list[TCPStore]) -> None:
+    with pytest.raises(UserError, match="rank 0 did not say what in 0 s"):
+        await_key(meeting[0], "what", 0.2)
+    client = TCPStore("127.0.0.1", meeting[0].port, is_master=False)
+    threading.Timer(0.3, meeting.clear).start()
+    with pytest.raises(UserError, match="rank 0 has ended"):
+        await_key(client, "what", 60)
 
 
 def test_rank_0_cannot_listen_where_another_does(monkeypatch: pytest.MonkeyPatch) -> None:

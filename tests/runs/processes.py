@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from unittest import mock
 import torch
 
 from lumina import checkpoint
+from lumina.cluster import free_port
 from lumina.monitor import read_metrics
 from tests.small_tokenizer import small_vocabulary, write_tokenizer
 
@@ -91,12 +91,6 @@ def _tokenizer() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="lumina-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return write_tokenizer(folder / "tokenizer")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def clean_environment() -> dict[str, str]:

@@ -7,6 +7,7 @@ collective, as long as it takes. start: what must be the same on every rank befo
 from lumina.train.agreement.start import agree_on_data, agree_on_launch, agree_on_start, manifest_digest, refuse_start
 from lumina.train.agreement.step_sums import StepSums, entry, pack, unpack
 from lumina.train.agreement.store import (
+    LostRankError,
     assert_lock_held,
     decided_by_rank_0,
     exchange,
@@ -16,6 +17,7 @@ from lumina.train.agreement.store import (
 )
 
 __all__ = [
+    "LostRankError",
     "StepSums",
     "agree_on_data",
     "agree_on_launch",

@@ -33,6 +33,9 @@ R = TypeVar("R")
 
 _HEARTBEAT = 2.0  # seconds between a rank's heartbeats
 _GONE = 60.0  # seconds without one: a rank may be stopped for a while, or hold the interpreter's lock
+# Seconds without a first one. A rank sends it as soon as it has joined the others, but in a process that trains several
+# runs, where it may do something of its own between two: it has as long as it had to join.
+_NEVER_SEEN = 600.0
 _ACKNOWLEDGE = 10.0  # seconds that rank 0 waits for the others to have read why all of them end
 _LEFT, _QUIET = "left", "quiet"  # the last heartbeat of a rank that an exception ended, and of one that goes on
 _SAY_AFTER, _SAY_EVERY = 10.0, 60.0  # seconds
@@ -40,7 +43,14 @@ _counts: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)  
 
 
 class LostRankError(RuntimeError):
-    """A rank that the others wait for is gone."""
+    """A rank that the others wait for is gone. rank: which, where it is known."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message, rank)
+        self.rank = rank
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def exchange(key: str, value: dict[str, Any], ranks: Ranks, seconds: float) -> list[dict[str, Any]] | None:
@@ -61,13 +71,14 @@ def exchange(key: str, value: dict[str, Any], ranks: Ranks, seconds: float) -> l
 
 
 def decided_by_rank_0(ranks: Ranks, choose: Callable[[], T], what: str = "rank 0 reads the run's folder") -> T:
-    """Rank 0's choice, or the UserError that it met, on every rank. `what`: it does meanwhile, for people."""
+    """Rank 0's choice, or what kept it from that, on every rank: its UserError, or what a file or a disk did to it with
+    its host; LostRankError on the others for any other exception. `what`: it does meanwhile, for people."""
     if ranks.world == 1:
         return choose()
     key = _key(ranks)
     if ranks.main:
         with heartbeats(ranks):
-            _put_outcome(key, choose)
+            _put_outcome(ranks, key, choose)
     chosen: T = _outcome(ranks, key, what)
     return chosen
 
@@ -77,28 +88,34 @@ def gathered(ranks: Ranks, what: str, value: T, conclude: Callable[[Sequence[T]]
     ranks that are late do, for people."""
     if ranks.world == 1:
         return conclude([value])
-    store, key = default_store(), _key(ranks)
-    store.set(f"{key}/{ranks.rank}", pickle.dumps(value))
+    key = _key(ranks)
+    _put(f"{key}/{ranks.rank}", pickle.dumps(value))
     if ranks.main:
         value_of = partial(_value_of, ranks, key, what)
-        _put_outcome(key, lambda: conclude([value_of(rank) for rank in range(ranks.world)]))
+        _put_outcome(ranks, key, lambda: conclude([value_of(rank) for rank in range(ranks.world)]))
     concluded: R = _outcome(ranks, key, what)
     return concluded
 
 
 def together(ranks: Ranks, what: str, work: Callable[[], T]) -> T:
     """This rank's `work`, unless a rank met a user's mistake in its own: then a UserError on every rank, which names
-    those ranks and their hosts. `what`: the work, for people."""
+    those ranks and their hosts. Any other exception of a rank's is LostRankError on the others. `what`: the work, for
+    people."""
     value: T | None = None
     refusal: UserError | None = None
     try:
         value = work()
     except UserError as error:
         refusal = error
-    except (ConnectionError, TimeoutError):  # of another rank
-        raise
-    except (OSError, FormatError, UnicodeError) as error:
-        refusal = user_error(error)
+    except Exception as error:
+        # The first two may be of another rank.
+        of_files = not isinstance(error, ConnectionError | TimeoutError)
+        if of_files and isinstance(error, OSError | FormatError | UnicodeError):
+            refusal = user_error(error)
+        else:
+            if ranks.main and ranks.world > 1:
+                _put_outcome(ranks, _key(ranks), partial(_raise, error))
+            raise
     gathered(ranks, what, (socket.gethostname(), refusal), refuse_together)
     return cast(T, value)
 
@@ -163,17 +180,49 @@ def _heartbeat_key(ranks: Ranks, rank: int) -> str:
     return f"lumina/alive/{ranks.start}/{rank}"
 
 
-def _put_outcome(key: str, choose: Callable[[], Any]) -> None:
+def _put_outcome(ranks: Ranks, key: str, choose: Callable[[], Any]) -> None:
     """Rank 0's word under `key`: what it chose, or the exception that kept it from that."""
     said: tuple[Any, Exception | None]
+    place = f"rank 0 on {socket.gethostname()}"
     try:
         said = (choose(), None)
     except (UserError, LostRankError) as error:
         said = (None, error)
+    except (OSError, FormatError, UnicodeError) as error:
+        said = (None, _met_by(place, error))
     except BaseException as error:
-        default_store().set(f"{key}/0-says", pickle.dumps((None, LostRankError(f"rank 0 failed: {error!r}"))))
+        why = LostRankError(f"{place} has ended: {type(error).__name__}: {error}")
+        with suppress(LostRankError):
+            _put(f"{key}/0-says", pickle.dumps((None, why)))
+        if isinstance(error, Exception):  # a signal has mostly ended the others, too
+            _await_acknowledgement(ranks, key)
         raise
-    default_store().set(f"{key}/0-says", pickle.dumps(said))
+    _put(f"{key}/0-says", pickle.dumps(said))
+
+
+def _put(name: str, value: bytes) -> None:
+    try:
+        default_store().set(name, value)
+    except RuntimeError as error:
+        raise _without_store(error) from error
+
+
+def _without_store(error: RuntimeError, what: str = "") -> LostRankError:
+    """The store's own error: its process, which is rank 0's or the launcher's, is gone. torch's own stack follows."""
+    return LostRankError(f"rank 0 or the launcher is gone{what}: {str(error).partition(chr(10))[0]}")
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _met_by(place: str, error: OSError | FormatError | UnicodeError) -> OSError | FormatError:
+    """What a file or a disk did to a rank, as the others raise it: of the same kind, and it says where."""
+    if not isinstance(error, OSError):
+        return FormatError(f"{place}: {error}")
+    if error.errno is None:
+        return OSError(f"{place}: {error}")
+    return OSError(error.errno, f"{error.strerror} ({place})", error.filename, None, error.filename2)
 
 
 def _value_of(ranks: Ranks, key: str, what: str, rank: int) -> Any:
@@ -185,13 +234,23 @@ def _outcome(ranks: Ranks, key: str, what: str) -> Any:
     chosen, error = pickle.loads(_await(ranks, key, 0, f"{key}/0-says", what))
     if error is None:
         return chosen
-    store, acknowledged = default_store(), f"{key}/acknowledged/"
-    if ranks.main:  # it may hold the store, and ends now
-        with suppress(RuntimeError):
-            store.wait([f"{acknowledged}{rank}" for rank in range(1, ranks.world)], timedelta(seconds=_ACKNOWLEDGE))
+    if ranks.main:
+        _await_acknowledgement(ranks, key, error.rank if isinstance(error, LostRankError) else None)
     else:
-        store.set(f"{acknowledged}{ranks.rank}", "1")
+        with suppress(LostRankError):
+            _put(_acknowledged(key, ranks.rank), b"1")
     raise error
+
+
+def _await_acknowledgement(ranks: Ranks, key: str, gone: int | None = None) -> None:
+    """Rank 0 may hold the store, and ends now: until the others have read why, but for one that is `gone`."""
+    with suppress(RuntimeError):
+        others = [_acknowledged(key, rank) for rank in range(1, ranks.world) if rank != gone]
+        default_store().wait(others, timedelta(seconds=_ACKNOWLEDGE))
+
+
+def _acknowledged(key: str, rank: int) -> str:
+    return f"{key}/acknowledged/{rank}"
 
 
 def _await(ranks: Ranks, key: str, rank: int, name: str, what: str) -> bytes:
@@ -212,18 +271,22 @@ def _await(ranks: Ranks, key: str, rank: int, name: str, what: str) -> bytes:
                 log.info("rank %d waits for %s: %s (%.0f s)", ranks.rank, _late(ranks, store, key), what, waited)
             seen = store.get(heartbeat) if store.check([heartbeat]) else b""
             if seen.startswith(_LEFT.encode()):
+                if store.check([name]):  # it said its word first
+                    break
                 why = seen.decode().split(" ", 2)[2]
-                raise LostRankError(f"{_place(ranks, store, rank)} has ended ({what}): {why}")
-            if seen != newest or not seen or seen.startswith(_QUIET.encode()):
+                raise LostRankError(f"{_place(ranks, store, rank)} has ended ({what}): {why}", rank)
+            if seen != newest or seen.startswith(_QUIET.encode()):
                 newest, silent = seen, 0.0
-            elif silent > _GONE:
-                raise LostRankError(f"{_place(ranks, store, rank)} sends no heartbeat for {_GONE:.0f} s ({what})")
+            patience = _GONE if seen else _NEVER_SEEN
+            if silent > patience:
+                said_nothing = f"sends no heartbeat for {patience:.0f} s ({what})"
+                raise LostRankError(f"{_place(ranks, store, rank)} {said_nothing}", rank)
         found: bytes = store.get(name)
         return found
     except LostRankError:
         raise
-    except RuntimeError as error:  # the store's own, whose process is rank 0's or the launcher's
-        raise LostRankError(f"rank 0 or the launcher is gone ({what}): {error}") from error
+    except RuntimeError as error:
+        raise _without_store(error, f" ({what})") from error
 
 
 def _place(ranks: Ranks, store: Any, rank: int) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from lumina.cluster import (
     Launched,
+    await_key,
     await_ranks,
     bind,
     detect_launcher,
@@ -131,8 +132,7 @@ def _join(place: Launched) -> None:
     # port.
     vars(backend)["build_shm_op"] = lambda: None
     try:
-        patience = deepspeed.constants.default_pg_timeout.total_seconds()
-        store = await_ranks(place, patience) if place.world > 1 else None
+        store = await_ranks(place, _patience()) if place.world > 1 else None
         deepspeed.init_distributed(verbose=False)
         del store  # the process group has its own connection to it
     except RuntimeError as error:
@@ -148,8 +148,12 @@ def _token_of_start(rank: int) -> str:
     store, key = default_store(), f"lumina/start/{next(_starts)}"
     if rank == 0:
         store.set(key, secrets.token_hex(4))
-    token: bytes = store.get(key)
-    return token.decode()
+    return await_key(store, key, _patience()).decode()
+
+
+def _patience() -> float:
+    """Seconds in which the other ranks come."""
+    return float(import_deepspeed().constants.default_pg_timeout.total_seconds())
 
 
 def import_deepspeed() -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -45,6 +47,26 @@ def prepare(what: str, slow: int, rank: int) -> None:
         store._SAY_AFTER = SAY_AFTER
 
 
+def reads(error: Exception, rank: int) -> None:
+    """Rank 0 meets `error` in the run's folder."""
+    from lumina import checkpoint
+
+    def raise_error(folder: Path, launch: str | None) -> None:
+        raise error
+
+    checkpoint.refuse_owned = raise_error
+
+
+def killed_at_once(rank: int) -> None:
+    """Rank 1, before its first heartbeat; how long that may take is shortened."""
+    from lumina.train import run
+    from lumina.train.agreement import store
+
+    store._NEVER_SEEN = 2.0
+    if rank == 1:
+        run.heartbeats = lambda ranks: os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.long
 def test_preparing_may_take_longer_than_a_collective(runs: Runs, conversations: Path, place: Path) -> None:
     """And it is said for whom, and for what."""
@@ -55,20 +77,55 @@ def test_preparing_may_take_longer_than_a_collective(runs: Runs, conversations: 
     assert f"rank 0 waits for rank 1 on {os.uname().nodename}: preparing the data (" in job.stderr()
 
 
-@pytest.mark.parametrize(
-    ("what", "code"),
-    [
-        ("raises", 1),
-        # A minute without a heartbeat.
-        pytest.param("is killed", -signal.SIGKILL, marks=pytest.mark.long),
-    ],
-)
-def test_a_rank_that_is_gone_is_not_waited_for(
-    what: str, code: int, runs: Runs, conversations: Path, place: Path
-) -> None:
+HOST = os.uname().nodename
+# What happens, the ranks' exit codes, the ranks that have a traceback, and what the others say in one line.
+ENDS: dict[str, tuple[Callable[[int], None], list[int], set[int], str]] = {
+    "rank 1 raises": (
+        partial(prepare, "raises", 1),
+        [1, 1],
+        {1},
+        f"error: rank 1 on {HOST} has ended (preparing the data): RuntimeError: a planted exception",
+    ),
+    "rank 0 raises": (
+        partial(prepare, "raises", 0),
+        [1, 1],
+        {0},
+        f"error: rank 0 on {HOST} has ended: RuntimeError: a planted exception",
+    ),
+    "rank 0 raises in a decision": (
+        partial(reads, RuntimeError("a planted exception")),
+        [1, 1],
+        {0},
+        f"error: rank 0 on {HOST} has ended: RuntimeError: a planted exception",
+    ),
+    "a disk fails rank 0": (
+        partial(reads, OSError(errno.EACCES, "Permission denied", "/far/run")),
+        [2, 2],
+        set(),
+        f"error: /far/run: Permission denied (rank 0 on {HOST})\n  Change its permissions",
+    ),
+    "rank 1 is killed at once": (killed_at_once, [1, -signal.SIGKILL], set(), "rank 1 sends no heartbeat for 2 s"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_rank_that_ends_is_not_waited_for(end: str, runs: Runs, conversations: Path, place: Path) -> None:
+    """The others say in a line what it met, and where, and end as it did where a user or a disk is the cause."""
+    patch, codes, with_traceback, says = ENDS[end]
     words = arguments(place / "run", conversations, max_steps=1, precision="fp32", cache_dir=place / "cache")
-    job = runs.start(words, 2, partial(prepare, what, 1), machines=True)
-    assert job.wait() == [1, code], job.stderr()
-    told = "has ended (preparing the data): RuntimeError: a planted exception"
-    assert f"rank 1 on {os.uname().nodename} " in job.stderr()
-    assert (told if what == "raises" else "sends no heartbeat for 60 s (preparing the data)") in job.stderr()
+    job = runs.start(words, 2, patch, machines=True)
+    assert job.wait() == codes, job.stderr()
+    texts = {rank: log.with_suffix(".err").read_text() for rank, log in enumerate(job.logs)}
+    assert {rank for rank, text in texts.items() if "Traceback" in text} == with_traceback
+    for rank, text in texts.items():
+        if rank not in with_traceback and codes[rank] > 0:
+            assert says in text
+
+
+@pytest.mark.long  # a minute without a heartbeat
+def test_a_rank_that_is_killed_is_not_waited_for(runs: Runs, conversations: Path, place: Path) -> None:
+    words = arguments(place / "run", conversations, max_steps=1, precision="fp32", cache_dir=place / "cache")
+    job = runs.start(words, 2, partial(prepare, "is killed", 1), machines=True)
+    assert job.wait() == [1, -signal.SIGKILL], job.stderr()
+    assert f"error: rank 1 on {HOST} sends no heartbeat for 60 s (preparing the data)" in job.stderr()
+    assert "Traceback" not in job.stderr()

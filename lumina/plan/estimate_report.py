@@ -28,6 +28,8 @@ def print_estimate(config: Config, arguments: argparse.Namespace) -> int:
     if arguments.measure:
         return measured_estimate(config, data, arguments)
     clusters, note = choose_clusters(arguments)
+    for cluster in clusters:
+        whole_groups(config, cluster)
     document = stage_document(config, arguments.zero)
     estimates = [estimate_run(config, cluster, data, document) for cluster in clusters]
     if arguments.json:
@@ -66,14 +68,7 @@ def measured_estimate(config: Config, data: Data, arguments: argparse.Namespace)
 
 
 def gather_data(config: Config, arguments: argparse.Namespace) -> Data:
-    """Counted from the training data where there are some, else what the options say. UserError for a run that is not
-    estimated."""
-    if config.sequence_parallel_size > 1:
-        raise UserError(
-            "neither memory nor time is estimated of ranks that share rows (sequence_parallel_size "
-            f"{config.sequence_parallel_size})",
-            "Leave sequence_parallel_size out: the estimate is then of ranks that have rows of their own.",
-        )
+    """Counted from the training data where there are some, else what the options say."""
     if config.train_data or config.data:
         return data_of_files(config)
     return assumed_data(config, arguments.tokens, arguments.document_tokens, arguments.supervised)
@@ -91,6 +86,16 @@ def choose_clusters(arguments: argparse.Namespace) -> tuple[list[Cluster], str]:
             note = f"no --gpu given and none that is known here: shown for {' and '.join(REFERENCE)}"
     cost = LaunchCost(*(1e-6 * each for each in arguments.host_us)) if arguments.host_us else LaunchCost()
     return [Cluster(device, arguments.nodes, arguments.gpus_per_node, cost) for device in devices], note
+
+
+def whole_groups(config: Config, cluster: Cluster) -> None:
+    """UserError where the cluster's ranks do not make whole groups of those that share rows."""
+    size, world = config.sequence_parallel_size, cluster.world_size
+    if world % size:
+        raise UserError(
+            f"sequence_parallel_size {size} does not divide the number of GPUs, {world}",
+            f"Name {size} GPUs or a multiple (--nodes, --gpus-per-node), or set it to a divisor of {world}.",
+        )
 
 
 def stage_document(config: Config, stage: int | None) -> dict[str, Any] | None:
@@ -147,6 +152,7 @@ def as_dict(config: Config, each: RunEstimate, price: float | None) -> dict[str,
             "gradients": speed.traffic.gradients,
             "weights": speed.traffic.weights,
             "weights_within_nodes": speed.traffic.near,
+            "exchanged": speed.traffic.exchanged,
         },
         "step": {
             "products": speed.products,
@@ -210,9 +216,12 @@ def run_lines(config: Config, each: RunEstimate, price: float | None) -> list[st
     stages = ", ".join(f"{name} {_size(total)}" for name, total in by_stage(config, each).items())
     within = each.cluster.device.uncertainty
     low, high = (each.seconds * factor for factor in (1 / (1 + within), 1 / (1 - within)))
+    ranks = f"{setup.world} ranks"
+    if setup.sequence_parallel > 1:
+        ranks = f"{setup.groups} group(s) of {setup.sequence_parallel} ranks"
     lines = [
         f"{each.cluster}: {setup.precision}, ZeRO {setup.stage}{offload}{layers}; {setup.micro_batch} per micro-batch "
-        f"x {setup.accumulation} x {setup.world} ranks = {each.global_batch} samples a step",
+        f"x {setup.accumulation} x {ranks} = {each.global_batch} samples a step",
         f"  memory    {_size(memory.device)} of {_size(capacity)} at the {memory.moment}: "
         f"{'fits' if each.fits else 'DOES NOT FIT'}",
         f"            {parts}",
@@ -225,7 +234,8 @@ def run_lines(config: Config, each: RunEstimate, price: float | None) -> list[st
         f"the host needs {_time(speed.host)} to queue it" + (", and the GPU waits for it" if speed.host_bound else ""),
         f"  network   {_size(speed.traffic.total)} received by each rank a step: gradients "
         f"{_size(speed.traffic.gradients)}, weights {_size(speed.traffic.weights)}"
-        + (f", weights within a node {_size(speed.traffic.near)}" if speed.traffic.near else ""),
+        + (f", weights within a node {_size(speed.traffic.near)}" if speed.traffic.near else "")
+        + (f", exchanged for attention {_size(speed.traffic.exchanged)}" if speed.traffic.exchanged else ""),
         f"  speed     {speed.tokens_per_second:,.0f} tokens/s, MFU {speed.mfu:.1%} (within {within:.0%})",
         f"  run       {each.steps:,} steps: {_duration(each.seconds)} (between {_duration(low)} and {_duration(high)})"
         f", {each.gpu_hours:,.1f} GPU-hours, {each.energy_kwh:,.1f} kWh"

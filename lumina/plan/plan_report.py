@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lumina.config.deepspeed import AUTO, resolve
 from lumina.plan.costs.devices import Cluster
 from lumina.plan.costs.setup import Data
 from lumina.plan.estimate import TOKENS_PER_PARAMETER, estimate_setup
-from lumina.plan.estimate_report import choose_clusters, gather_data, model_lines, run_lines
+from lumina.plan.estimate_report import choose_clusters, gather_data, model_lines, run_lines, whole_groups
 from lumina.plan.search import NOISE, Candidate, buffers_for, candidates, choose
 from lumina.terminal import say
 
@@ -27,13 +28,20 @@ def print_plan(config: Config, arguments: argparse.Namespace) -> int:
     if config.ds_config:
         raise UserError("a plan chooses the DeepSpeed JSON itself", "Leave out --ds_config; see estimate-time for one.")
     (cluster,), _ = choose_clusters(arguments)
+    whole_groups(config, cluster)
     data = gather_data(config, arguments)
     resolved = resolve(config, cluster.world_size, "cuda", bf16_supported="bf16" in cluster.device.peak).config
     batch = resolved.global_batch_size
     assert batch is not None
     stages = (0, 1, 2, 3) if arguments.zero is None else (arguments.zero,)
-    found = candidates(config, cluster, data, batch, resolved.precision, stages, arguments.quantized_weights)
-    best = choose(found, cluster)
+    found: list[Candidate] = []
+    best: Candidate | None = None
+    for size in sequence_sizes(config, cluster):
+        config = config.replace(sequence_parallel_size=size)
+        found = candidates(config, cluster, data, batch, resolved.precision, stages, arguments.quantized_weights)
+        best = choose(found, cluster)
+        if best is not None:
+            break
     remarks = remarks_on(config, cluster, data, batch)
     files = write(Path(arguments.write), config, cluster, best, batch) if arguments.write and best else []
     if arguments.json:
@@ -41,10 +49,20 @@ def print_plan(config: Config, arguments: argparse.Namespace) -> int:
     else:
         say("\n".join(model_lines(config, data)))
         say("\n" + "\n".join(chosen_lines(config, cluster, data, batch, best, arguments.price)))
-        say("\n" + "\n".join([*reasons(found, best), *remarks]))
+        say("\n" + "\n".join([*reasons(found, best, config.sequence_parallel_size), *remarks]))
         for file in files:
             say(f"wrote {file}")
     return 0 if best else 1
+
+
+def sequence_sizes(config: Config, cluster: Cluster) -> list[int]:
+    """How many ranks may share a row's tokens, the fewest first, of which the first that fits is taken: more only
+    exchange more. The size that was asked for, where one was."""
+    size = config.sequence_parallel_size
+    if size > 1 or "sequence_parallel_size" in config.explicit or config.experts is not None or config.compile:
+        return [size]
+    most = math.gcd(cluster.world_size, config.num_heads)
+    return [size for size in range(1, most + 1) if most % size == 0]
 
 
 def chosen_lines(
@@ -56,9 +74,10 @@ def chosen_lines(
     return run_lines(config, estimate_setup(config, best.setup, buffers_for(config), cluster, data, batch), price)
 
 
-def reasons(found: list[Candidate], best: Candidate | None) -> list[str]:
-    """For every stage and offload the best that fits and how far behind it is, or how much the leanest one lacks."""
-    lines = []
+def reasons(found: list[Candidate], best: Candidate | None, shared: int) -> list[str]:
+    """For every stage and offload the best that fits and how far behind it is, or how much the leanest one lacks.
+    shared: ranks that share a row's tokens."""
+    lines = [f"rows shared by {shared} ranks (sequence_parallel_size)"] if shared > 1 else []
     for strategy in dict.fromkeys(sorted(candidate.strategy for candidate in found)):
         members = [candidate for candidate in found if candidate.strategy == strategy]
         fitting = next((candidate for candidate in members if candidate.fits), None)
@@ -96,9 +115,11 @@ def remarks_on(config: Config, cluster: Cluster, data: Data, batch: int) -> list
         )
     elif ratio > MANY:
         remarks.append(f"{ratio:,.0f} tokens per parameter: a larger model would learn more from this data")
-    if batch < cluster.world_size:
+    groups = cluster.world_size // config.sequence_parallel_size
+    if batch < groups:
+        kind = "ranks" if groups == cluster.world_size else "groups of ranks"
         remarks.append(
-            f"{cluster.world_size} ranks for {batch} samples a step: {cluster.world_size - batch} only pad. "
+            f"{groups} {kind} for {batch} samples a step: {groups - batch} only pad. "
             "Fewer GPUs, or a larger --global-batch-size"
         )
     return remarks

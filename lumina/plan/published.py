@@ -195,8 +195,9 @@ Made by `python -m lumina.plan.published > docs/plan.md`; do not edit by hand.
 Weights, master weights and Adam's moments are what DeepSpeed allocates, to the byte, for ZeRO 0 to 3 at one, two and
 four ranks, and at 4,096 by a process group whose collectives do nothing, in bf16 and float32
 (`tests/plan/costs/test_memory.py` runs it). Activations are those that autograd keeps for Lumina's
-fused operators, held within 1% against the real model under fake tensors. On top come {context:.1f} GB for the
-CUDA context and NCCL, and {fragmentation:.0%} for fragmentation: assumptions, not measurements.
+fused operators, held within 1% against the real model under fake tensors, and so is all that is alive in a layer's
+backward pass (`tests/plan/costs/test_activations.py`), also of ranks that share rows. On top come {context:.1f} GB for
+the CUDA context and NCCL, and {fragmentation:.0%} for fragmentation: assumptions, not measurements.
 
 ## Speed against published runs
 

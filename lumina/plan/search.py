@@ -94,7 +94,9 @@ def candidates(
     """All of them, fastest first. With one rank nothing can be shared, so only stages 0 (and offload) are tried;
     gathers of 8 bits, which change the numbers, only when they are asked for (`quantized`)."""
     buffers = buffers_for(config)
-    per_rank = -(-global_batch // cluster.world_size)
+    shared = config.sequence_parallel_size
+    groups = cluster.world_size // shared
+    per_rank = -(-global_batch // groups)
     found = []
     for stage, hpz, optimizer, weights, eighth in _sharing(cluster, stages, quantized):
         for micro in _powers_of_two(per_rank):
@@ -116,10 +118,11 @@ def candidates(
                     bucket=buffers.reduce_bucket if stage in (1, 2) else 0,
                     quantized_weights=eighth,
                     reuse=buffers.live if stage == 3 else 0,  # the two are equal, see zero_sizes
+                    sequence_parallel=shared,
                 )
                 memory = peak_memory(config, setup, buffers, cluster.device.memory)
                 speed = predict(config, setup, cluster)
-                useful = global_batch / (micro * steps * cluster.world_size)
+                useful = global_batch / (micro * steps * groups)
                 fits = memory.device <= cluster.device.memory
                 found.append(Candidate(setup, memory, speed, speed.tokens_per_second * useful, fits))
     return sorted(found, key=lambda candidate: -candidate.rate)

@@ -15,7 +15,7 @@ from lumina.config import UserError, load
 from lumina.plan.costs.devices import Cluster, device_names, find_device
 from lumina.plan.costs.memory import states
 from lumina.plan.costs.setup import Setup
-from lumina.plan.costs.speed import link_rate, predict
+from lumina.plan.costs.speed import exchange_seconds, link_rate, predict
 from lumina.plan.costs.workload import flops_per_token, traffic
 from lumina.plan.estimate import assumed_data, estimate_run
 from lumina.plan.published import RUNS, document, median_error
@@ -254,9 +254,55 @@ def test_a_device_that_no_published_run_stands_beside_is_less_certain(
     assert json.loads(raw)["runs"][0]["uncertainty"] == float(within[:-1]) / 100
 
 
+def test_ranks_that_share_rows_read_the_same_samples() -> None:
+    """Eight ranks in two groups of four: a step of as many samples as two ranks would read, a quarter of the tokens and
+    of the activations on each, weights as over eight ranks."""
+    config = load("8b", {"batch_size": 2, "gradient_accumulation_steps": 3, "sequence_parallel_size": 4})
+    cluster, data = Cluster(find_device("h100"), 1, 8), assumed_data(config, 1e9, None, 1.0)
+    shared, own = (estimate_run(each, cluster, data) for each in (config, config.replace(sequence_parallel_size=1)))
+    assert (shared.global_batch, own.global_batch) == (2 * 3 * 2, 2 * 3 * 8)
+    assert shared.setup.tokens(config) == own.setup.tokens(config) / 4 == 2 * config.seq_length / 4
+    assert shared.steps == pytest.approx(4 * own.steps, rel=0.01)
+    assert shared.speed.tokens_per_step == own.speed.tokens_per_step / 4
+    assert (shared.memory.master, shared.memory.moments) == (own.memory.master, own.memory.moments)
+    assert shared.memory.activations < own.memory.activations / 3
+
+
+@pytest.mark.parametrize(("ranks", "kv_heads"), [(2, 8), (8, 8), (32, 32)])
+def test_exchanges_are_the_bytes_that_the_documentation_names(ranks: int, kv_heads: int) -> None:
+    """docs/long-context.md; tests/model/parallel/test_sequence.py holds the formula to what the model sends."""
+    config = load("8b")
+    setup = Setup(1, 3, ranks, "bf16", 3, sequence_parallel=ranks)
+    tokens = config.seq_length / ranks
+    each_way = (2 * 32 + 2 * kv_heads) * 128 * (ranks - 1) / ranks * 2
+    assert traffic(config, setup).exchanged == 3 * tokens * config.num_layers * 2 * each_way
+    again = traffic(config, replace(setup, checkpoint_every=1))
+    assert again.exchanged == 3 * tokens * config.num_layers * 3 * each_way
+    assert traffic(config, replace(setup, sequence_parallel=1)).exchanged == 0
+
+
+def test_nothing_hides_exchanges_and_a_network_carries_those_to_other_nodes() -> None:
+    config, device = load("8b"), find_device("h100")
+    assert device.network is not None
+    setup = Setup(1, 1, 16, "bf16", 0, sequence_parallel=8)
+    moved = traffic(config, setup)
+    inside = predict(config, setup, Cluster(device, 2, 8))
+    plain = exchange_seconds(setup, moved, Cluster(device, 2, 8))
+    assert plain == moved.exchanged / (0.8 * device.link)
+    assert inside.exposed == pytest.approx(inside.communication)  # stage 0: all of it
+    # Groups of eight over nodes of four: four of a rank's seven neighbours are behind the adapters.
+    across = exchange_seconds(setup, moved, Cluster(device, 4, 4))
+    assert across == pytest.approx(moved.exchanged * 4 / 7 / (0.8 * device.network))
+    with pytest.raises(UserError, match="network of nodes with l40s is not known"):
+        exchange_seconds(setup, moved, Cluster(find_device("l40s"), 4, 4))
+
+
 @pytest.mark.parametrize("command", ["estimate-time", "plan"])
-def test_shared_rows_are_not_estimated(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tmp_path / "shared.yaml"
-    config.write_text("preset: nano\nnum_heads: 4\nsequence_parallel_size: 2\n")
-    assert cli.main([command, "--config", str(config), "--gpu", "h100"]) == 2
-    assert "Leave sequence_parallel_size out" in capsys.readouterr().err
+def test_ranks_that_share_rows_are_whole_groups(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [command, "--config", "8b", "--gpu", "h100", "--sequence-parallel", "4"]
+    assert cli.main([*argv, "--gpus-per-node", "6"]) == 2
+    assert "sequence_parallel_size 4 does not divide the number of GPUs, 6" in capsys.readouterr().err
+    cli.main([*argv, "--gpus-per-node", "8"])
+    text = capsys.readouterr().out
+    assert "2 group(s) of 4 ranks" in text
+    assert "exchanged for attention" in text

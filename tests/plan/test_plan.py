@@ -138,6 +138,21 @@ def test_gathers_of_8_bits_only_when_asked_for() -> None:
     assert read_setup(resolved.config, resolved.json, 16, DATA)[0].quantized_weights
 
 
+def test_rows_are_shared_by_as_few_ranks_as_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Where no way fits in which every rank has rows of its own; the written files ask for it."""
+    argv = ["--config", "8b", "--gpu", "h100", "--gpus-per-node", "8", "--global-batch-size", "2"]
+    long = [*argv, "--set", "seq_length=500000"]
+    code, raw = planned(capsys, *long, "--write", str(tmp_path), "--json")
+    size = json.loads(raw)["best"]["shape"]["sequence_parallel"]
+    assert code == 0
+    assert size > 1
+    assert planned(capsys, *long, "--sequence-parallel", str(size // 2))[0] == 1
+    config = load(str(tmp_path / "config.yaml"))
+    assert (config.sequence_parallel_size, config.global_batch_size) == (size, 2)
+    assert f"rows shared by {size} ranks" in planned(capsys, *long)[1]
+    assert "rows shared" not in planned(capsys, *argv)[1]
+
+
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--config", "large", "--gpu", "a100-40gb", "--set", "hidden_size=16384", "--set", "num_layers=120"]
     code, text = planned(capsys, *argv)

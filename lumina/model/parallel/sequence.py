@@ -60,8 +60,8 @@ class SequenceGroup:
         size = self.size
         k_1TKd, v_1TKd = (_repeated(x, size) for x in (k_1TKd, v_1TKd))
         (_, length, heads, width), kv_heads = q_1THd.shape, k_1TKd.shape[2]
-        parts_TPnd = [x.reshape(length, size, -1, width) for x in (q_1THd, k_1TKd, v_1TKd)]
-        whole_Snd = self._exchange(torch.cat(parts_TPnd, 2).transpose(0, 1)).flatten(0, 1)
+        parts_PTnd = [x.reshape(length, size, -1, width).transpose(0, 1) for x in (q_1THd, k_1TKd, v_1TKd)]
+        whole_Snd = self._exchange(torch.cat(parts_PTnd, 2)).flatten(0, 1)
         own = heads // size, kv_heads // size, kv_heads // size
         q_Snd, k_Snd, v_Snd = torch.split(whole_Snd, list(own), 1)
         o_Snd = attention(q_Snd[None], k_Snd[None], v_Snd[None])[0]

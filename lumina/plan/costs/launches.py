@@ -23,6 +23,8 @@ NORM = 1, 2  # forward and backward
 # More, where a layer has experts (read off lumina.model.experts, not counted on a card): the router, its softmax, top k
 # and sort, where each expert's rows end, there and back, the weighted sum; their gradients and the losses' sums.
 EXPERTS = 20, 20
+# More, where ranks share rows: q, k and v joined, two exchanges, the result laid out again; k and v repeated.
+SHARED = 6, 6
 TENSORS = 6  # weights of a layer, whose gradients are added or copied after a micro-batch
 
 # Launches of a micro-batch outside the layers: ids to embedding, angles, last norm, rows of the loss; their gradients.
@@ -49,21 +51,22 @@ class LaunchCost:
         return (self.forward + self.backward) / (FORWARD + BACKWARD)
 
 
-def layer_launches(model: ModelConfig, recomputed: float = 0.0) -> tuple[float, float]:
-    """Launches of one layer, forward (the recomputed share of the layers twice) and backward."""
+def layer_launches(model: ModelConfig, recomputed: float = 0.0, shared: bool = False) -> tuple[float, float]:
+    """Launches of one layer, forward (the recomputed share of the layers twice) and backward. shared: ranks share
+    rows."""
     more = len(model.norm_widths) - 2  # than the two of Llama's blocks
     share = model.expert_layers / model.num_layers
-    forward = FORWARD + more * NORM[0] + share * EXPERTS[0]
-    backward = BACKWARD + more * NORM[1] + share * EXPERTS[1] + int(model.structure.qkv_bias)
+    forward = FORWARD + more * NORM[0] + share * EXPERTS[0] + shared * SHARED[0]
+    backward = BACKWARD + more * NORM[1] + share * EXPERTS[1] + int(model.structure.qkv_bias) + shared * SHARED[1]
     return forward * (1 + recomputed), backward
 
 
 def host_seconds(model: ModelConfig, setup: Setup, recomputed: float, capacity: float, cost: LaunchCost) -> float:
     """Host time of one optimizer step. `recomputed`: share of the layers whose forward pass runs twice; `capacity`: the
     device's memory in bytes, which bounds the chunks of the output layer."""
-    forward, backward = layer_launches(model, recomputed)
+    forward, backward = layer_launches(model, recomputed, setup.sequence_parallel > 1)
     layer = forward * cost.forward / FORWARD + backward * cost.backward / BACKWARD
-    rows = setup.micro_batch * model.seq_length * setup.fill * setup.supervised
+    rows = setup.tokens(model) * setup.supervised
     logits = rows * model.vocab_size * setup.element
     chunks = max(1, -(-logits // output_chunk_bytes(model.vocab_size, setup.element, capacity)))
     # Stages 2 and 3 copy each gradient into a bucket; 0 and 1 add it to those of the micro-batches before.

@@ -1,5 +1,7 @@
-"""Memory of one rank, by part, at the two moments that can be the highest: the end of the forward pass (activations are
-all there, gradients begin) and the optimizer step (activations are gone, float32 copies of gradients are there).
+"""Memory of one rank, by part, at the moments that can be the highest: in the output layer (all that autograd keeps is
+there, and the logits), in the backward pass of the last layer (which is there once more where it is recomputed), in
+that of the first (all gradients are there) and in the optimizer step (activations are gone, float32 copies of gradients
+are there).
 
 Weights, master weights and moments are what DeepSpeed 0.19 allocates, to the byte (tests/plan/costs/test_memory.py
 holds them against real runs). It keeps two flat buffers, one per parameter group (decayed matrices; norms and
@@ -9,7 +11,7 @@ embeddings):
 - stages 1, 2: each group is padded to a multiple of 2 * world; weights whole, master and moments 1/world of it.
 - stage 3: each tensor is padded to a multiple of world and every rank keeps 1/world; small ones are also kept whole.
 
-Activations are those that autograd keeps for the fused operators of lumina.model on a GPU. Sizes are bytes.
+Activations are in activations.py. Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -17,12 +19,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from lumina.config import ModelConfig, output_chunk_bytes
-from lumina.plan.costs.setup import Buffers, Setup
-from lumina.plan.costs.workload import dispatched, feed_forward_width
+from lumina.plan.costs import activations
+from lumina.plan.costs.setup import FP32, Buffers, Setup
 
 CONTEXT = 1.2e9  # CUDA context, cuBLAS workspaces and NCCL buffers; outside PyTorch's allocator
 FRAGMENTATION = 0.05  # of what PyTorch's allocator holds
-FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -91,45 +92,19 @@ def states(model: ModelConfig, setup: Setup, persistence: int = 0) -> States:
     return States(element * (shard + whole + second), FP32 * shard, 2 * FP32 * shard)
 
 
-def activation_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
-    """What autograd keeps per token, over all layers.
-
-    A layer keeps, per token: the summed residual and the normed input of both halves with a float32 scale each; the
-    projection of queries, keys and values (attention reads the values in place) and the rotated queries and keys; the
-    attention's result and a float32 log-sum per head; gate and up, and their product. A recomputed layer keeps its two
-    inputs only: the last layer's result and the residual sum, which the layer before it keeps too unless that one is
-    recomputed as well. The first layer, always among the recomputed, has one input.
-    """
-    whole, again = _layer_activations(model, setup)
-    inputs = setup.element * model.hidden_size
-    own_residuals = again - 1 if setup.checkpoint_every == 1 else 0
-    return (model.num_layers - again) * whole + (again + own_residuals) * inputs
-
-
-def _layer_activations(model: ModelConfig, setup: Setup) -> tuple[float, int]:
-    """Bytes per token of a layer that keeps all, and how many layers are recomputed."""
-    e, h, f, d = setup.element, model.hidden_size, feed_forward_width(model), model.head_dim
-    queries, keys = model.num_heads * d, model.num_kv_heads * d
-    after = 2 if model.structure.arrangement == "sandwich" else 0  # norms that add no residual
-    norms = 2 * (2 * e * h + FP32) + after * (e * h + FP32)
-    attention: float = e * (queries + 2 * keys) + e * (queries + keys) + e * queries + FP32 * model.num_heads
-    if model.attention_softcap is not None:  # (S, S) of a document: what tanh and softmax gave, and its rounded copy
-        document = min(setup.document_tokens or model.seq_length, model.seq_length)
-        attention += int(model.num_heads * document * (2 * FP32 + e))
-    feed_forward = e * 3 * f + 2 * e * h * dispatched(model)  # of experts also their inputs and outputs
-    if model.experts is not None:  # the router's logits, in float32 too, and their softmax
-        feed_forward += (e + 2 * FP32) * model.experts.count * model.expert_layers / model.num_layers
-    again = -(-model.num_layers // setup.checkpoint_every) if setup.checkpoint_every else 0
-    return float(norms + attention + feed_forward), again
-
-
 def peak_memory(
     model: ModelConfig, setup: Setup, buffers: Buffers | None = None, capacity: float | None = None
 ) -> PeakMemory:
-    """The higher of the two moments. `capacity`: the device's memory in bytes, which bounds the chunks of the output
+    """The highest of the moments. `capacity`: the device's memory in bytes, which bounds the chunks of the output
     layer (lumina.config.rows); None: no bound."""
     buffers = buffers or Buffers()
-    return max((_forward_end(model, setup, buffers, capacity), _update(model, setup, buffers)), key=lambda m: m.device)
+    moments = (
+        _output_layer(model, setup, buffers, capacity),
+        _backward(model, setup, buffers, first=False),
+        _backward(model, setup, buffers, first=True),
+        _update(model, setup, buffers),
+    )
+    return max(moments, key=lambda moment: moment.device)
 
 
 def _kept(model: ModelConfig, setup: Setup, buffers: Buffers) -> tuple[dict[str, float], float]:
@@ -154,31 +129,55 @@ def _gradients(model: ModelConfig, setup: Setup) -> float:
     return setup.element * model.num_parameters() / share
 
 
-def _forward_end(model: ModelConfig, setup: Setup, buffers: Buffers, capacity: float | None) -> PeakMemory:
+def _output_layer(model: ModelConfig, setup: Setup, buffers: Buffers, capacity: float | None) -> PeakMemory:
+    """The end of the forward pass."""
     parts, host = _kept(model, setup, buffers)
-    element, tokens = setup.element, setup.micro_batch * model.seq_length * setup.fill
-    whole, again = _layer_activations(model, setup)
-    rotary_and_inputs = tokens * (FP32 * model.head_dim + 28)
-    recomputing = whole * tokens if again else 0.0
+    element, tokens = setup.element, setup.tokens(model)
+    hidden = element * model.hidden_size
     table = model.vocab_size * model.hidden_size
     supervised = tokens * setup.supervised
     chunks = supervised * model.vocab_size * element
     # The loss keeps the gradient of the table (float32 while several chunks add up) and of the hidden states.
     chunk = output_chunk_bytes(model.vocab_size, element, capacity)
-    output = min(chunk, chunks) + table * (FP32 if chunks > chunk else element)
-    output += 2 * supervised * model.hidden_size * element
-    layer = (model.num_parameters(False) - model.hidden_size) / model.num_layers
-    gathered = element * min(model.num_parameters(), max(table, layer, buffers.live)) if setup.stage == 3 else 0.0
-    bucket = element * buffers.reduce_bucket * (2 if buffers.overlap else 1) if setup.stage and setup.world > 1 else 0.0
+    output = min(chunk, chunks) + table * (FP32 if chunks > chunk else element) + 2 * supervised * hidden
+    kept = activations.activation_bytes_per_token(model, setup) + activations.outside_bytes_per_token(model)
     # Gradients of earlier micro-batches are there already; with a single one they only begin to appear.
+    earlier = setup.accumulation > 1 or setup.stage == 3
     parts |= {
-        "gathered": gathered,
-        "gradients": _gradients(model, setup) if setup.accumulation > 1 or setup.stage == 3 else 0.0,
-        "activations": tokens * activation_bytes_per_token(model, setup) + recomputing + rotary_and_inputs,
+        **_sharing(model, setup, buffers),
+        "gradients": _gradients(model, setup) if earlier else 0.0,
+        "activations": tokens * (kept + 2 * hidden),  # the last norm's input and result
         "output": output,
-        "buffers": bucket,
     }
-    return _with_margin("forward pass", parts, host)
+    return _with_margin("output layer", parts, host)
+
+
+def _backward(model: ModelConfig, setup: Setup, buffers: Buffers, first: bool) -> PeakMemory:
+    """The backward pass of the last layer, or of the first."""
+    parts, host = _kept(model, setup, buffers)
+    earlier = setup.accumulation > 1 or setup.stage == 3
+    own = setup.element * model.vocab_size * model.hidden_size if setup.stage < 2 else 0  # of the output layer
+    alive = activations.outside_bytes_per_token(model)
+    if first:
+        alive += activations.first_layers_backward(model, setup)
+    else:
+        alive += activations.activation_bytes_per_token(model, setup) + activations.last_layers_backward(model, setup)
+    parts |= {
+        **_sharing(model, setup, buffers),
+        "gradients": _gradients(model, setup) if first or earlier else float(own),
+        "activations": setup.tokens(model) * alive,
+        "output": 0.0,
+    }
+    return _with_margin(f"backward pass of the {'first' if first else 'last'} layer", parts, host)
+
+
+def _sharing(model: ModelConfig, setup: Setup, buffers: Buffers) -> dict[str, float]:
+    """Gathered weights under stage 3, and the buckets in which gradients are reduced."""
+    table = model.vocab_size * model.hidden_size
+    layer = (model.num_parameters(False) - model.hidden_size) / model.num_layers
+    gathered = min(model.num_parameters(), max(table, layer, buffers.live)) if setup.stage == 3 else 0.0
+    bucket = buffers.reduce_bucket * (2 if buffers.overlap else 1) if setup.stage and setup.world > 1 else 0.0
+    return {"gathered": setup.element * gathered, "buffers": setup.element * bucket}
 
 
 def _update(model: ModelConfig, setup: Setup, buffers: Buffers) -> PeakMemory:

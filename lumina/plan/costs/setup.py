@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from lumina.config import Config
+from lumina.config import Config, ModelConfig, round_up
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FP32 = 4
+BYTES = {"fp32": FP32, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,31 @@ class Setup:
     reduce_scatter: bool = False
     reuse: int = 0  # stage 3: a weight used again within so many elements stays gathered between forward and backward
     quantized_weights: bool = False  # stage 3 gathers weights as 8-bit integers (qwZ, arXiv:2306.10209)
+    sequence_parallel: int = 1  # neighbouring ranks that share the tokens of a micro-batch
 
     @property
     def element(self) -> int:
         """Bytes of an element of weights and activations."""
         return BYTES[self.precision]
+
+    @property
+    def groups(self) -> int:
+        """Ranks, or groups of ranks that share rows, each of which reads a micro-batch of its own."""
+        return self.world // self.sequence_parallel
+
+    def tokens(self, model: ModelConfig) -> int:
+        """Tokens of a micro-batch that one rank holds, with those of weight zero that fill its part up to whole tiles
+        (lumina.data)."""
+        return round_up(math.ceil(self.micro_batch * model.seq_length * self.fill / self.sequence_parallel))
+
+    def useful_tokens(self, model: ModelConfig) -> float:
+        """Tokens of the data in one step, over all ranks."""
+        return self.micro_batch * model.seq_length * self.fill * self.accumulation * self.groups
+
+    def exchanged_heads(self, model: ModelConfig) -> tuple[int, int]:
+        """Query heads, and key heads as ranks that share rows exchange them: repeated until these divide their number
+        (lumina.model.parallel)."""
+        return model.num_heads, math.lcm(model.num_kv_heads, self.sequence_parallel)
 
 
 @dataclass(frozen=True)
@@ -89,6 +111,7 @@ def read_setup(config: Config, document: dict[str, Any], world: int, data: Data)
         reduce_scatter=zero.get("use_multi_rank_bucket_allreduce") is False,
         reuse=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)) if stage == 3 else 0,
         quantized_weights=stage == 3 and bool(zero.get("zero_quantized_weights")),
+        sequence_parallel=config.sequence_parallel_size,
     )
     buffers = Buffers(
         reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),

@@ -12,6 +12,7 @@ be predicted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lumina.config import ModelConfig, UserError
@@ -73,7 +74,7 @@ def predict(
     device = cluster.device
     if setup.precision not in device.peak:
         raise UserError(f"{device.name} has no {setup.precision}", f"It has {', '.join(device.peak)}.")
-    tokens = setup.micro_batch * model.seq_length * setup.fill
+    tokens = setup.tokens(model)
     flops = flops_per_token(model, setup)
     again = recomputed_share(model, setup)
     peak = device.peak[setup.precision]
@@ -87,11 +88,14 @@ def predict(
     communication = 0.0
     if setup.world > 1:
         communication = (moved.gradients + moved.weights) / link_rate(cluster) + moved.near / inside_rate(cluster)
-    exposed = _exposed(setup, moved, products + elementwise, communication)
+    # Exchanges stand between matrix products that need what they bring: nothing hides them.
+    exchange = exchange_seconds(setup, moved, cluster)
+    exposed = _exposed(setup, moved, products + elementwise, communication) + exchange
     queued = host_seconds(model, setup, again, device.memory, cluster.launch_cost)
     step = max(products + elementwise + optimizer, queued) + exposed
-    total = tokens * setup.accumulation * setup.world
+    total = setup.useful_tokens(model)
     mfu = flops.model * total / (step * cluster.world_size * device.peak[setup.precision])
+    communication += exchange
     return Speed(products, elementwise, optimizer, communication, exposed, queued, step, total, flops, moved, mfu)
 
 
@@ -110,9 +114,7 @@ def link_rate(cluster: Cluster) -> float:
     if cluster.nodes == 1:
         return inside_rate(cluster)
     if device.network is None:
-        raise UserError(
-            f"the network of nodes with {device.name} is not known", "Estimate one node, or --measure there."
-        )
+        raise _unknown_network(cluster)
     # All ranks of a node need the same bytes from outside once; the node's adapters bring them in together.
     world, nodes, each = cluster.world_size, cluster.nodes, cluster.gpus_per_node
     crossing = ((nodes - 1) / nodes) / ((world - 1) / world)
@@ -125,13 +127,35 @@ def inside_rate(cluster: Cluster) -> float:
     return cluster.device.link * COLLECTIVE
 
 
+def exchange_seconds(setup: Setup, moved: Traffic, cluster: Cluster) -> float:
+    """Time of a step's exchanges between ranks that share rows. Those of other nodes send through this rank's own
+    adapter; they are the fewest where the size of a group divides that of a node, or the other way round."""
+    if not moved.exchanged:
+        return 0.0
+    size = setup.sequence_parallel
+    near = math.gcd(size, cluster.gpus_per_node)
+    far = (size - near) / (size - 1)
+    inside = moved.exchanged * (1 - far) / inside_rate(cluster)
+    if not far:
+        return inside
+    if cluster.device.network is None:
+        raise _unknown_network(cluster)
+    return max(inside, moved.exchanged * far / (cluster.device.network * COLLECTIVE))
+
+
+def _unknown_network(cluster: Cluster) -> UserError:
+    return UserError(
+        f"the network of nodes with {cluster.device.name} is not known", "Estimate one node, or --measure there."
+    )
+
+
 def _exposed(setup: Setup, moved: Traffic, compute: float, communication: float) -> float:
     """Gradients are reduced during the backward pass (two thirds of compute) of the micro-batches that reduce, but for
     the last bucket of each, and none under stage 0, where DeepSpeed reduces when the backward pass has ended; gathered
     weights of stage 3 hide behind any compute; those of stages 1 and 2 come after the update, where nothing runs."""
     if not communication:
         return 0.0
-    per_byte = communication / moved.total
+    per_byte = communication / moved.of_weights
     if setup.stage == 3:
         return max(0.0, communication - compute)
     gradients, weights = moved.gradients * per_byte, moved.weights * per_byte

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,10 @@ def memory_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     # To the experts and back: two gathers, and the weighted sum, which reads every copy once more.
     forward += 10 * h * dispatched(model)
     backward += 10 * h * dispatched(model)
+    if setup.sequence_parallel > 1:  # joined by rank, and the result laid out again; as much on the way back
+        queries, keys = (heads * model.head_dim for heads in setup.exchanged_heads(model))
+        forward += 4 * (queries + 2 * keys) + 4 * queries
+        backward += 4 * (queries + 2 * keys) + 4 * queries
     layers = model.num_layers * (forward * (1 + recomputed_share(model, setup)) + backward)
     return scale * (layers + 5 * 2 * model.vocab_size * setup.supervised)
 
@@ -124,14 +128,34 @@ class Traffic:
     gradients: float
     weights: float
     near: float = 0.0  # weights that come from ranks of the same node only
+    exchanged: float = 0.0  # queries, keys, values and results, between the ranks that share rows
+
+    @property
+    def of_weights(self) -> float:
+        """What ZeRO moves."""
+        return self.gradients + self.weights + self.near
 
     @property
     def total(self) -> float:
-        return self.gradients + self.weights + self.near
+        return self.of_weights + self.exchanged
+
+
+def exchanged_bytes(model: ModelConfig, setup: Setup) -> float:
+    """Bytes that a rank receives in one step from those that it shares rows with (docs/long-context.md): per token of
+    its own and layer, forward, backward, and forward again where the layer is recomputed."""
+    share = (setup.sequence_parallel - 1) / setup.sequence_parallel
+    numbers = 2 * sum(setup.exchanged_heads(model)) * model.head_dim * share
+    passes = model.num_layers * (2 + recomputed_share(model, setup))
+    return setup.accumulation * setup.tokens(model) * passes * numbers * setup.element
 
 
 def traffic(model: ModelConfig, setup: Setup) -> Traffic:
-    """Communication of one step, as DeepSpeed 0.19.8 does it. Stage 0 all-reduces gradients once; 1 reduces them once
+    """Communication of one step."""
+    return replace(_zero_traffic(model, setup), exchanged=exchanged_bytes(model, setup))
+
+
+def _zero_traffic(model: ModelConfig, setup: Setup) -> Traffic:
+    """Gradients and weights, as DeepSpeed 0.19.8 moves them. Stage 0 all-reduces gradients once; 1 reduces them once
     and gathers the new weights; 2 reduces after every micro-batch; 3 also gathers weights before every forward and
     every backward pass, the latter within the node where hpZ keeps a copy there.
 

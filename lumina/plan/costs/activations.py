@@ -1,0 +1,124 @@
+"""Activations of one rank: what autograd keeps for the fused operators of lumina.model on a GPU, and what a layer's
+backward pass adds to it.
+
+A layer keeps, per token: the summed residual and the normed input of both halves with a float32 scale each; what
+attention keeps (`_attention`); gate and up, and their product. A recomputed layer keeps its two inputs only: the last
+layer's result and the residual sum, which the layer before it keeps too unless that one is recomputed as well. The
+first layer, always among the recomputed, has one input.
+
+Sizes are bytes, per token that the rank holds where nothing else is said.
+"""
+
+from __future__ import annotations
+
+from lumina.config import ModelConfig
+from lumina.plan.costs.setup import FP32, Setup
+from lumina.plan.costs.workload import dispatched, feed_forward_width
+
+
+def activation_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
+    """What autograd keeps over all layers."""
+    again = _recomputed(model, setup)
+    inputs = setup.element * model.hidden_size
+    own_residuals = again - 1 if setup.checkpoint_every == 1 else 0
+    return (model.num_layers - again) * layer_bytes_per_token(model, setup) + (again + own_residuals) * inputs
+
+
+def layer_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
+    """What autograd keeps of a layer that is not recomputed, or is at its recomputation."""
+    return sum(_norms(model, setup)) + _attention(model, setup) + _feed_forward(model, setup)
+
+
+def outside_bytes_per_token(model: ModelConfig) -> int:
+    """Beside the layers: the rotary tables, ids, positions, targets and weights."""
+    return FP32 * model.head_dim + 28
+
+
+def last_layers_backward(model: ModelConfig, setup: Setup) -> float:
+    """What is alive in the backward pass of the last layer, and of the last that is recomputed, beside what autograd
+    keeps: the recomputed layer itself, where none above it has given up as much, its results and their gradient."""
+    above = (model.num_layers - 1) % setup.checkpoint_every if setup.checkpoint_every else 0
+    recomputed = bool(setup.checkpoint_every) and not above
+    kept = 0.0 if recomputed else layer_bytes_per_token(model, setup)
+    return _backward(model, setup, recomputed) - kept
+
+
+def first_layers_backward(model: ModelConfig, setup: Setup) -> float:
+    """What is alive in the backward pass of the first layer, all of it: the layer, whose input is its first residual
+    sum too, and the gradients of both its results."""
+    return setup.element * model.hidden_size + _backward(model, setup, bool(setup.checkpoint_every))
+
+
+def _recomputed(model: ModelConfig, setup: Setup) -> int:
+    return -(-model.num_layers // setup.checkpoint_every) if setup.checkpoint_every else 0
+
+
+def _norms(model: ModelConfig, setup: Setup) -> tuple[float, float]:
+    """What the norms of either half keep, and the products after them of their results."""
+    hidden = setup.element * model.hidden_size
+    half = 2 * hidden + FP32
+    if model.structure.arrangement == "sandwich":  # another norm, that adds no residual
+        half += hidden + FP32
+    return half, half
+
+
+def _widths(model: ModelConfig, setup: Setup) -> tuple[int, int, int]:
+    """Bytes of a token's queries, of its keys (or values), and of those as ranks that share rows exchange them."""
+    head = setup.element * model.head_dim
+    return head * model.num_heads, head * model.num_kv_heads, head * setup.exchanged_heads(model)[1]
+
+
+def _attention(model: ModelConfig, setup: Setup) -> float:
+    """The projection of queries, keys and values (attention reads the values in place) and the rotated queries and
+    keys; the attention's result and a float32 log-sum per head. Where ranks share rows: queries, keys and values of
+    all tokens and a part of the heads, as they were exchanged, and the result before and after its own exchange."""
+    queries, keys, exchanged = _widths(model, setup)
+    projected, scales = queries + 2 * keys, FP32 * model.num_heads
+    kept: float = projected + queries + keys + queries + scales
+    if setup.sequence_parallel > 1:
+        kept = queries + 2 * exchanged + 2 * queries + scales
+        kept += projected if model.structure.qk_norm else 0  # which the norms of queries and keys keep
+    return kept + _scores(model, setup)
+
+
+def _scores(model: ModelConfig, setup: Setup) -> float:
+    """Under a soft cap, (S, S) of a document: what tanh and softmax gave, and its rounded copy."""
+    if model.attention_softcap is None:
+        return 0.0
+    document = min(setup.document_tokens or model.seq_length, model.seq_length)
+    return model.num_heads * document * (2 * FP32 + setup.element)
+
+
+def _feed_forward(model: ModelConfig, setup: Setup) -> float:
+    e, copies = setup.element, dispatched(model)
+    kept = e * 3 * feed_forward_width(model) + 2 * e * model.hidden_size * copies  # of experts also inputs and outputs
+    if model.experts is not None:  # the router's logits, in float32 too, and their softmax
+        kept += (e + 2 * FP32) * model.experts.count * model.expert_layers / model.num_layers
+    return kept
+
+
+def _backward(model: ModelConfig, setup: Setup, recomputed: bool) -> float:
+    """The most that is alive of one layer in its backward pass: in that of the feed-forward part, where the gradient of
+    the product takes the product's place and that of gate and up comes beside it, or in that of attention."""
+    e, hidden = setup.element, setup.element * model.hidden_size
+    queries, keys, exchanged = _widths(model, setup)
+    first, second = _norms(model, setup)
+    outside = hidden * (2 if recomputed else 1)  # the gradient of its result; recomputed, the result again
+    feed_forward = first + second + _attention(model, setup) + _feed_forward(model, setup)
+    feed_forward += e * 2 * feed_forward_width(model)
+    # Of attention: gradients of its result, queries, keys and values, and of the residual.
+    attention = first + hidden * (2 if recomputed else 1) + _attention(model, setup) + queries + 2 * keys
+    attention += queries if setup.sequence_parallel == 1 else 2 * (exchanged - keys)
+    return max(outside + feed_forward, outside + attention, _exchange(model, setup) if recomputed else 0.0)
+
+
+def _exchange(model: ModelConfig, setup: Setup) -> float:
+    """What is alive of a recomputed layer before its attention, where ranks share rows: the gradient of its result, the
+    first half's norm, the projection, queries and keys rotated, keys and values repeated, and all of them joined before
+    and after the exchange."""
+    hidden = setup.element * model.hidden_size
+    queries, keys, exchanged = _widths(model, setup)
+    if setup.sequence_parallel == 1:
+        return 0.0
+    repeated = 2 * exchanged if exchanged > keys else 0
+    return hidden + _norms(model, setup)[0] + 2 * queries + 3 * keys + repeated + 2 * (queries + 2 * exchanged)

@@ -1,6 +1,7 @@
 # make quickstart     train a small chat model on real conversations and ask it three things (minutes on two cores)
 # make test           the tests that need no root
-# make test-long      more cases of the same by real runs: other worlds, stages and phases (tens of minutes)
+# make test-long      more cases of the same by real runs: other worlds, stages and phases (tens of minutes); those that
+#                     need several machines run as root and are skipped for others
 # make test-documents every command block of README.md and docs/ (DOCUMENTS=docs/serve.md for one) as it stands; minutes
 # make test-cluster   the tests that start sshd, pdsh and several processes (root: installs their Debian packages)
 # make gpu-rehearsal  benchmarks/gpu_day.sh on this CPU (a minute); make test-long does it too
@@ -52,8 +53,8 @@ quickstart: $(VENV)/.quickstart
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) $(FILES_AT_A_TIME) -m "not cluster and not long" $(PYTEST_ARGS)
 
-test-long: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) $(FILES_AT_A_TIME) -m "long and not cluster" $(PYTEST_ARGS)
+test-long: $(STAMP) cluster-packages
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) $(FILES_AT_A_TIME) -m long $(PYTEST_ARGS)
 
 # Ends at the first block that fails, with the document and the line. `make test` runs the shorter documents too.
 test-documents: $(STAMP)
@@ -61,7 +62,7 @@ test-documents: $(STAMP)
 
 # pytest exits 5 when it collects nothing: say so rather than pass or fail in silence.
 test-cluster: $(STAMP) cluster-packages
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CLUSTER_WORKERS) $(FILES_AT_A_TIME) -m cluster $(PYTEST_ARGS) \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CLUSTER_WORKERS) $(FILES_AT_A_TIME) -m "cluster and not long" $(PYTEST_ARGS) \
 	  || { code=$$?; [ $$code -eq 5 ] && echo "no test is marked cluster" || exit $$code; }
 
 # Debian packages that some tests need: installed for root, named for others, whose tests then say why they skip.

@@ -80,6 +80,7 @@ def config_options(parser: Parser) -> None:
 
 def data_options(group: argparse._ArgumentGroup) -> None:
     columns_option(group)
+    group.add_argument("--seq-length", type=int, metavar="N", help="context length in tokens (the preset's)")
     group.add_argument("--packing", action=argparse.BooleanOptionalAction, help="several conversations a row (on)")
     group.add_argument("--overlong", choices=["split", "truncate", "drop"], help="longer than seq_length (split)")
     group.add_argument(

@@ -135,6 +135,11 @@ def train_options(parser: Parser) -> None:
         metavar="P",
         help="P neighbouring ranks share each micro-batch's tokens, for long contexts (1: off)",
     )
+    optim.add_argument(
+        "--rope-scaling",
+        metavar="TYPE[:FACTOR]",
+        help="linear, llama3 or yarn: go on with --init-from's weights at a longer --seq-length (off)",
+    )
     optim.add_argument("--seed", type=int, help="of the weights and the order of samples (1234)")
 
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from lumina.config.errors import UserError, did_you_mean, explain_values
 from lumina.config.renamed import new_name, upgrade
 from lumina.config.schema import FIRST_TEMPLATE, MIN_VOCAB, Config, ModelConfig
+from lumina.config.schema.short_rope import rope_scaling_of
 from lumina.files import read_text
 
 DEFAULT_PRESET = "medium"
@@ -114,9 +115,13 @@ def load(
         for name, value in _parse_set(pair).items():
             explicit[name] = value
             origin[name] = f"--set {pair}"
-    if explicit.get("resume") is None and isinstance(explicit.get("init_from"), str):
-        values |= inherited(explicit["init_from"], values["seq_length"])
+    begins_from = explicit.get("init_from") if explicit.get("resume") is None else None
+    if isinstance(begins_from, str):
+        values |= inherited(begins_from, values["seq_length"])
     merged = values | explicit
+    if isinstance(text := merged.get("rope_scaling"), str):
+        base = trained_as(begins_from) if isinstance(begins_from, str) else file_values if resuming else {}
+        merged["rope_scaling"] = explicit["rope_scaling"] = rope_scaling_of(text, merged.get("seq_length"), base)
     _lower_the_floor(merged, explicit)
     if "model_name" not in explicit and any(merged.get(name) != preset.get(name) for name in _SIZES):
         merged.pop("model_name", None)  # another size than the preset's: not the model that goes by its name
@@ -204,9 +209,17 @@ def run_config(given: str) -> Path | None:
 
 
 def inherited(given: str, context_length: int) -> dict[str, Any]:
-    """What a run that begins with another's weights takes over: the model's shape, its tokenizer or chat template, and
-    its seq_length where that is not above `context_length`, since a long context costs memory that fine-tuning seldom
-    needs. Nothing when there is no such run: whoever reads its weights says so.
+    """What a run that begins with another's weights takes over: `trained_as`, but for a seq_length above
+    `context_length`, since a long context costs memory that fine-tuning seldom needs."""
+    taken = trained_as(given)
+    if isinstance(taken.get("seq_length"), int) and taken["seq_length"] > context_length:
+        taken["seq_length"] = context_length
+    return taken
+
+
+def trained_as(given: str) -> dict[str, Any]:
+    """The model's settings of a run whose weights another begins with, and its tokenizer or chat template. Nothing when
+    there is no such run: whoever reads its weights says so.
 
     Raises:
         UserError: its config.yaml is not valid YAML.
@@ -221,10 +234,7 @@ def inherited(given: str, context_length: int) -> dict[str, Any]:
     _find_tokenizer(values, path.parent)
     _name_template(values)
     kept = (*ModelConfig.model_fields, "tokenizer", "chat_template")
-    taken = {name: values[name] for name in kept if name in values}
-    if isinstance(taken.get("seq_length"), int) and taken["seq_length"] > context_length:
-        taken["seq_length"] = context_length
-    return taken
+    return {name: values[name] for name in kept if name in values}
 
 
 def _read_preset(name: str) -> dict[str, Any]:

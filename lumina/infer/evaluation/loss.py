@@ -1,7 +1,8 @@
 """`lumina evaluate`: loss, perplexity and bits per byte of a model on held-out conversations.
 
 Every token of every message is predicted once: in its conversation when that fits the context length, else within the
-window of that length that it falls into. Sums are kept per message and added up by role and, for assistants, by turn.
+window of that length that it falls into. Sums are kept per message and added up by role and, for assistants, by turn;
+assistants' tokens also by position: how many tokens the model saw before each, between powers of two.
 
 - loss: nats per token; a message's tokens are its content and the token that ends it. The headline is the assistants'.
 - bits per byte: the same nats in bits, over the UTF-8 bytes of the content. It compares models of different tokenizers.
@@ -60,11 +61,21 @@ class Score:
 
 
 @dataclass
+class TokenLoss:
+    """Sums over tokens."""
+
+    nats: float = 0.0
+    tokens: int = 0
+
+
+@dataclass
 class Evaluation:
-    """By role, and assistants' by turn (1 is the first answer of a conversation)."""
+    """By role, and assistants' by turn (1 is the first answer of a conversation) and by position: under k, the loss of
+    tokens that have 2**k up to 2**(k + 1) - 1 tokens before them in their window."""
 
     roles: dict[str, Score] = field(default_factory=dict)
     turns: dict[int, Score] = field(default_factory=dict)
+    positions: dict[int, TokenLoss] = field(default_factory=dict)
     conversations: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     cut: int = 0  # places where a conversation longer than the context had to be cut
@@ -77,6 +88,10 @@ class Evaluation:
             "skipped": dict(self.skipped),
             "by_role": {role: score.to_dict() for role, score in sorted(self.roles.items())},
             "by_turn": {str(turn): score.to_dict() for turn, score in sorted(self.turns.items())},
+            "by_position": [
+                {"from": 2**k, "to": 2 ** (k + 1) - 1, "loss": one.nats / one.tokens, "tokens": one.tokens}
+                for k, one in sorted(self.positions.items())
+            ],
         }
 
 
@@ -193,7 +208,7 @@ def evaluate(loaded: Loaded, conversations: Iterable[Conversation]) -> Evaluatio
         for (tokenized, start, end), found in zip(parts, predict(loaded.model, windows), strict=True):
             tokenized.nats_T[start + 1 : end] = found.nats_N
         for tokenized in group:
-            _tally(result, tokenized)
+            _tally(result, tokenized, loaded.context_length)
     return result
 
 
@@ -209,7 +224,7 @@ def _groups(conversations: Iterator[_TokenizedConversation]) -> Iterator[list[_T
         yield group
 
 
-def _tally(result: Evaluation, tokenized: _TokenizedConversation) -> None:
+def _tally(result: Evaluation, tokenized: _TokenizedConversation, context_length: int) -> None:
     messages = tokenized.conversation.messages
     result.conversations += tokenized.first
     for index, start, end in tokenized.spans:
@@ -219,6 +234,20 @@ def _tally(result: Evaluation, tokenized: _TokenizedConversation) -> None:
         if message.role == "assistant":
             turn = sum(one.role == "assistant" for one in messages[: index + 1])
             result.turns.setdefault(turn, Score()).add(nats, end - start, size)
+            _tally_positions(result, tokenized, max(1, start), end, context_length)
+
+
+def _tally_positions(
+    result: Evaluation, tokenized: _TokenizedConversation, start: int, end: int, context_length: int
+) -> None:
+    """Add the tokens [start, end), by how many come before each in its window."""
+    before_N = (torch.arange(start, end) - 1) % (context_length - 1) + 1
+    powers_N = torch.frexp(before_N.double()).exponent.long() - 1
+    nats_K, tokens_K = torch.bincount(powers_N, tokenized.nats_T[start:end]), torch.bincount(powers_N)
+    for k in tokens_K.nonzero().flatten().tolist():
+        sums = result.positions.setdefault(k, TokenLoss())
+        sums.nats += float(nats_K[k])
+        sums.tokens += int(tokens_K[k])
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
@@ -231,4 +260,8 @@ def evaluation_table(evaluation: Evaluation) -> str:
         per_byte = "-" if facts["bits_per_byte"] is None else f"{facts['bits_per_byte']:.4f}"
         loss, ppl = facts["loss"] or 0.0, facts["perplexity"] or 1.0
         lines.append(f"{name:12}{loss:9.4f}{ppl:12.2f}{per_byte:>11}{score.tokens:10,}{score.messages:10,}")
+    lines += ["", f"{'answers, by tokens before':28}{'loss':>9}{'tokens':>12}"]
+    for one in evaluation.to_dict()["by_position"]:
+        place = f"{one['from']:,} to {one['to']:,}"
+        lines.append(f"{place:28}{one['loss']:9.4f}{one['tokens']:12,}")
     return "\n".join(lines)

@@ -84,6 +84,31 @@ def test_a_long_conversation_is_predicted_whole_each_token_once(loaded: Loaded) 
     assert result.roles["assistant"].nats == pytest.approx(total, rel=1e-5)
 
 
+def test_answers_by_how_many_tokens_come_before(loaded: Loaded) -> None:
+    """Counted token by token, in conversations that fit a window of 128 and one that is cut into several."""
+    words = " ".join(f"word{number}" for number in range(120))
+    conversations = [*CONVERSATIONS, Conversation([Message("user", "Tell me."), Message("assistant", words)])]
+    llama, nats, tokens = as_transformers(loaded.model), Counter[int](), Counter[int]()
+    for conversation in conversations:
+        ids, mask, _ = render(TOKENIZER, conversation)
+        for start in range(0, len(ids) - 1, 127):
+            window = ids[start : start + 128].tolist()
+            for before, cost in enumerate(nats_of(llama, window).tolist(), 1):
+                if mask[start + before]:
+                    lowest = next(low for low in (64, 32, 16, 8, 4, 2, 1) if before >= low)
+                    nats[lowest] += cost  # type: ignore[assignment]
+                    tokens[lowest] += 1
+    found = evaluate(loaded, conversations)
+    places = found.to_dict()["by_position"]
+    assert [(one["from"], one["to"], one["tokens"]) for one in places] == [
+        (low, 2 * low - 1, tokens[low]) for low in sorted(tokens)
+    ]
+    assert min(tokens) < 8 < 64 in tokens, "of near positions and of far ones"
+    for one in places:
+        assert one["loss"] == pytest.approx(nats[one["from"]] / tokens[one["from"]], rel=1e-5)
+    assert sum(one["tokens"] for one in places) == found.roles["assistant"].tokens
+
+
 def test_the_command_counts_what_it_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", make_model(num_layers=1))
     good = {"messages": [{"role": "human", "content": "Hi"}, {"role": "bot", "content": "Hello"}]}
@@ -98,6 +123,7 @@ def test_the_command_counts_what_it_skips(tmp_path: Path, capsys: pytest.Capture
     assert main(line) == 0
     shown = capsys.readouterr().out
     assert f"{facts['loss']:.4f}" in shown
+    assert all(f"{one['from']} to {one['to']}" in shown for one in facts["by_position"])
     assert "skipped, broken JSON: 1" in shown
 
 

@@ -20,6 +20,7 @@ from lumina.files import write_text
 from lumina.model import lora, report_kernel
 from lumina.monitor import Console, EventLog
 from lumina.train.agreement import (
+    agree_on_contents,
     agree_on_data,
     agree_on_launch,
     assert_lock_held,
@@ -139,6 +140,7 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest) -> _Prepared:
     rates = schedule(config, data.total_steps)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     agree_on_data(ranks, _facts(start, settings, data, device))
+    agree_on_contents(ranks, [one.folder for one in (data.train, data.evaluation) if one is not None])
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks)]
     return _Prepared(start, settings, data, rates, origin, folder, job)
 

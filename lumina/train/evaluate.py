@@ -31,9 +31,7 @@ def evaluate(
         shares = deal(indices, ranks.data_rank, ranks.data_world, micro_batch_size)
         for number, share in enumerate(shares, 1):
             heartbeat("evaluation")
-            row = dataset.batch(share)
-            row.part = ranks.part
-            batch = row.torch()
+            batch = dataset.batch(share, ranks.part).torch()
             # Added up where they are: reading each batch's loss would make the host wait for it.
             totals[1:] += engine.loss(batch)
             totals[0] += batch.units

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from lumina.chat import open_tokenizer
+from lumina.cli import build_parser
+from lumina.commands.common import load_config
+from lumina.data import prepare
 from tests.runs import Runs, arguments, write_conversations
 
 SETTINGS = "warmup_ratio: 0.0\n"
@@ -46,6 +50,13 @@ def another_version(package: str, own: Path) -> None:
 
 def nothing(own: Path) -> None:
     """Their folders are empty."""
+
+
+def prepared_caches(own: Path, line: Sequence[str], rank: int) -> list[Path]:
+    """A rank's cache, made as its start would make it: the files that hold samples."""
+    config = load_config(build_parser()[0].parse_args(["train", *line, "--cache-dir", str(own / f"cache-{rank}")]))
+    folder = prepare(config.train_data, config, open_tokenizer(config.tokenizer)).folder
+    return sorted(folder.glob("*.arrow"))
 
 
 def stand_in(own: Path, rank: int) -> None:
@@ -91,3 +102,23 @@ def test_ranks_that_differ_are_refused(attack: Attack, runs: Runs, conversations
     assert job.step() == 0, "it trained"
     left = [path for path in place.rglob("*") if path.name.startswith(".lumina-start") or path.name in ("runs", "run")]
     assert not left, "left behind"
+
+
+def test_a_cache_damaged_on_one_machine_is_refused_where_ranks_share_rows(
+    runs: Runs, conversations: Path, place: Path
+) -> None:
+    """Its fingerprint is the other's. The damaged sample would be another row, of another length, for one of them."""
+    line = arguments(place / "run", conversations, max_steps=2, precision="fp32", sequence_parallel_size=2)
+    first, second = (prepared_caches(place, line, rank) for rank in range(2))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    own = [["--cache-dir", str(place / f"cache-{rank}")] for rank in range(2)]
+    sound = runs.start([*line, "--experiment-name", "sound"], 2, own=own, machines=True)
+    assert sound.wait() == [0, 0], sound.stderr()
+    tokens = max(second, key=lambda path: path.stat().st_size)
+    spoilt = bytearray(tokens.read_bytes())
+    spoilt[len(spoilt) // 2] ^= 0x40
+    tokens.write_bytes(spoilt)
+    job = runs.start(line, 2, own=own, machines=True)
+    assert job.wait() == [2, 2], job.stderr()
+    assert "contents of the prepared data" in job.stderr()
+    assert job.step() == 0, "it trained"

@@ -1,5 +1,5 @@
-"""RoPE scaling in short, `TYPE` or `TYPE:FACTOR`, for a run that goes on from another's weights at a longer context: the
-rest follows from the length that those were trained at."""
+"""RoPE scaling in short, `TYPE` or `TYPE:FACTOR`, for a run that goes on from another's weights at a longer context:
+the rest follows from the length that those were trained at."""
 
 from __future__ import annotations
 

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Batch:
-    """A padding-free micro-batch: samples one after another; attention and positions stay inside a document.
+    """A padding-free micro-batch: samples one after another; attention and positions stay inside a document. Where
+    ranks share the row, the arrays of tokens are those of `part`; documents and pairs are the whole row's.
 
     ids_T, targets_T int64: a token and the next one of the same document; weights_T float32: 1 where the target is
     supervised (0 at every document's last token, whose target is its own id); positions_T int64 from 0 in each
-    document; cu_seqlens_D int32[D+1]: document bounds, 0 first and T last; max_seqlen: the longest document. Of
-    preference pairs (lumina.data.preference) every two documents are one, and pairs_P3 float32 is what the reference
+    document; cu_seqlens_D int32[D+1]: document bounds, 0 first, the row's length last; max_seqlen: the longest of them.
+    Of preference pairs (lumina.data.preference) every two documents are one, and pairs_P3 float32 is what the reference
     model prefers the first by, in nats, the pair's weight: 1, or 0 for padding, and the reference's log-probability of
     the first.
     """
@@ -46,7 +47,6 @@ class Batch:
     max_seqlen: int
     pairs_P3: NDArray[np.float32] | None = None
     part: Part = WHOLE
-    """What of the row `torch` is to return, where ranks share it; the arrays here are whole."""
     made: TorchBatch | None = field(default=None, repr=False, compare=False)
     """What `torch` returns, where the loader has made it ahead of the step."""
 
@@ -58,8 +58,9 @@ class Batch:
 
 
 class Samples(Protocol):
-    """What training asks of a data set: packed conversations, or preference pairs."""
+    """What training asks of a data set: packed conversations, or preference pairs. folder: where its files are."""
 
+    folder: Path
     fingerprint: str
     tokens_per_sample: NDArray[np.int32]
     supervised_per_sample: NDArray[np.int32]
@@ -70,7 +71,8 @@ class Samples(Protocol):
     def supervised_share(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """The share of each sample's tokens that is supervised."""
 
-    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch: ...
+    def batch(self, indices: Sequence[int] | NDArray[np.int64], part: Part = WHOLE) -> Batch:
+        """These samples as one row, or of its tokens `part`'s; index -1 is a padding sample."""
 
 
 class Chunk(NamedTuple):
@@ -173,8 +175,9 @@ class PackedDataset:
             )
         return chunks
 
-    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
-        """The samples `indices` in that order; index -1 is a padding sample: one token of weight 0."""
+    def batch(self, indices: Sequence[int] | NDArray[np.int64], part: Part = WHOLE) -> Batch:
+        """The samples `indices` in that order; index -1 is a padding sample: one token of weight 0. Of `part` alone the
+        tokens are read."""
         index_S = np.asarray(indices, dtype=np.int64)
         if index_S.size == 0:
             raise ValueError("a batch needs at least one sample index")
@@ -195,15 +198,30 @@ class PackedDataset:
                 start, stop = block.offsets[row], block.offsets[row + 1]
                 ids.append(block.ids[start:stop])
                 masks.append(block.mask[start:stop])
-        return join(ids, masks)
+        return join(ids, masks, part)
 
 
-def join(ids: list[NDArray[np.int32]], masks: list[NDArray[np.uint8]]) -> Batch:
-    """Collates documents into one padding-free batch. A target's weight is the mask of the document's next token."""
+def join(ids: list[NDArray[np.int32]], masks: list[NDArray[np.uint8]], part: Part = WHOLE) -> Batch:
+    """Collates documents into one padding-free batch, or the part of it. A target's weight is the mask of the
+    document's next token."""
     lengths_D = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     bounds = np.concatenate([[0], np.cumsum(lengths_D)])
+    longest, tokens = int(lengths_D.max()), int(bounds[-1])
+    start, stop = (0, tokens) if part.count == 1 else np.minimum(part.bounds(tokens), tokens).tolist()
+    first_D = np.zeros_like(lengths_D)  # where in each document the part begins
+    if part.count > 1:
+        there = slice(int(np.searchsorted(bounds, start, "right")) - 1, int(np.searchsorted(bounds, stop)))
+        first_D = np.maximum(start - bounds[:-1], 0)[there]
+        # One token more than the part has, where its last document goes on: the last one's target.
+        end_D = np.minimum(stop + 1 - bounds[:-1], lengths_D)[there]
+        ids = [x_T[a:b] for x_T, a, b in zip(ids[there], first_D, end_D, strict=True)]
+        masks = [x_T[a:b] for x_T, a, b in zip(masks[there], first_D, end_D, strict=True)]
+        lengths_D = end_D - first_D
+    if start == stop:  # of a short row there may be nothing left
+        nothing = np.zeros(0, dtype=np.int64)
+        return Batch(nothing, nothing, nothing.astype(np.float32), nothing, bounds.astype(np.int32), longest, part=part)
     ids_T = np.concatenate(ids).astype(np.int64)
-    last_D = bounds[1:] - 1
+    last_D = np.cumsum(lengths_D) - 1
     targets_T = np.empty_like(ids_T)
     targets_T[:-1] = ids_T[1:]
     targets_T[last_D] = ids_T[last_D]
@@ -211,5 +229,6 @@ def join(ids: list[NDArray[np.int32]], masks: list[NDArray[np.uint8]]) -> Batch:
     weights_T = np.zeros(len(ids_T), dtype=np.float32)
     weights_T[:-1] = mask_T[1:]
     weights_T[last_D] = 0.0
-    positions_T = ranges(np.zeros_like(lengths_D), lengths_D)
-    return Batch(ids_T, targets_T, weights_T, positions_T, bounds.astype(np.int32), int(lengths_D.max()))
+    positions_T = ranges(first_D, first_D + lengths_D)
+    own, bounds_D = slice(stop - start), bounds.astype(np.int32)
+    return Batch(ids_T[own], targets_T[own], weights_T[own], positions_T[own], bounds_D, longest, part=part)

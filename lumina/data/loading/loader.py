@@ -1,8 +1,9 @@
 """Data loader of one rank: batches step by step, prefetched by one thread.
 
-Ranks that share rows (sequence parallelism) read the same samples, and each makes tensors of its part of them.
+Ranks that share rows (sequence parallelism) read the same samples, and each keeps its part of them.
 
-The memory held is `prefetch` steps' batches, whatever the size of the data. The state is the step number alone.
+The memory held is `prefetch` steps' batches, or parts of them, whatever the size of the data. The state is the step
+number alone.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class StepData:
 
 
 _NOTHING = np.empty(0, dtype=np.int64)
+_AT_ONCE = 1 << 20  # tokens of a sample that are looked through at a time
 
 
 class _Failure:
@@ -110,8 +112,6 @@ class Loader:
         shares = self.dataset.supervised_share(samples)
         supervised = self.dataset.supervised_per_sample[samples].sum(dtype=np.int64) if shares.any() else 0
         micro_batches = [self._read(indices, corrupt) for indices in dealt]
-        for batch in micro_batches:
-            batch.part = self.part
         if not self.part.first:  # the first part's rank has the same
             dealt, corrupt = [], []
         return StepData(
@@ -128,28 +128,34 @@ class Loader:
         )
 
     def _read(self, share: NDArray[np.int64], corrupt: list[int]) -> Batch:
-        """A micro-batch; what is corrupt in it is replaced and added to `corrupt`."""
+        """A micro-batch, or this rank's part of it; what is corrupt in it is replaced and added to `corrupt`."""
         if not self.replace_corrupt:
-            return self.dataset.batch(share)
-        try:
-            whole = self.dataset.batch(share)
-        except Exception:  # found out sample by sample
-            whole = None
-        if whole is not None and self._valid(whole):
-            return whole
+            return self.dataset.batch(share, self.part)
+        if self.part.count == 1:
+            try:
+                whole = self.dataset.batch(share)
+            except Exception:  # found out sample by sample
+                whole = None
+            if whole is not None and self._valid(whole):
+                return whole
         bad = [int(sample) for sample in share if sample != PADDING and not self._readable(int(sample))]
         corrupt += bad
-        return self.dataset.batch(np.where(np.isin(share, bad), PADDING, share))
+        return self.dataset.batch(np.where(np.isin(share, bad), PADDING, share), self.part)
 
     def _readable(self, sample: int) -> bool:
+        """All of the sample, whatever this rank has of it: ranks that share a row replace the same ones. It is held a
+        piece at a time."""
+        pieces = -(-int(self.dataset.tokens_per_sample[sample]) // _AT_ONCE)
         try:
-            return self._valid(self.dataset.batch([sample]))
+            return all(self._valid(self.dataset.batch([sample], Part(piece, pieces))) for piece in range(pieces))
         except Exception:
             return False
 
     def _valid(self, batch: Batch) -> bool:
         """Whether every token exists and every weight is 0 or 1: what a damaged cache file breaks."""
         ids, weights = batch.ids_T, batch.weights_T
+        if not len(ids):  # of a part beyond the row's end
+            return True
         inside = ids.min() >= 0 and (self.vocab_size is None or ids.max() < self.vocab_size)
         return bool(inside and ((weights == 0) | (weights == 1)).all())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lumina.config import round_up
+
 
 @dataclass(frozen=True)
 class Part:
@@ -16,6 +18,12 @@ class Part:
     @property
     def first(self) -> bool:
         return self.index == 0
+
+    def bounds(self, tokens: int) -> tuple[int, int]:
+        """[start, stop) of the part in a row of `tokens`, which is filled up so that each part has whole tiles: the
+        last parts may begin or end beyond it."""
+        length = round_up(-(-tokens // self.count))
+        return self.index * length, (self.index + 1) * length
 
 
 WHOLE = Part()

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lumina.config import ROW_TILE, round_up
+from lumina.config import round_up
 from lumina.data.loading.part import Part
 
 
@@ -132,30 +132,30 @@ def _view(block: Tensor, start: int, like: Tensor) -> Tensor:
 
 def tensors(batch: Arrays) -> TorchBatch:
     """The tensors of a batch, on the host; those of the rank's part where a row is shared."""
-    tokens, part = len(batch.ids_T), batch.part
-    extra = -tokens % (ROW_TILE * part.count)  # each part in whole tiles
+    tokens, part = int(batch.cu_seqlens_D[-1]), batch.part
+    start, stop = part.bounds(tokens)
+    extra = (stop - start) * part.count - tokens
     ids_T, positions_T, bounds_D = batch.ids_T, batch.positions_T, batch.cu_seqlens_D
     if extra:  # one more document, of weight zero
-        ids_T = np.pad(ids_T, (0, extra))
-        positions_T = np.concatenate([positions_T, np.arange(extra)])
         bounds_D = np.append(bounds_D, np.int32(tokens + extra))
-    length = len(ids_T) // part.count
-    start, stop = part.index * length, (part.index + 1) * length
-    where_N = start + np.flatnonzero(batch.weights_T[start:stop])
+    if stop > tokens:  # some of it, or all, is this part's
+        ids_T = np.pad(ids_T, (0, stop - start - len(ids_T)))
+        positions_T = np.concatenate([positions_T, np.arange(max(start, tokens), stop) - tokens])
+    where_N = np.flatnonzero(batch.weights_T)
     weights_N = batch.weights_T[where_N]
     fill = round_up(len(where_N)) - len(where_N)
-    where_N = np.pad(where_N, (0, fill), constant_values=start)
+    where_N = np.pad(where_N, (0, fill))
     documents_N = None
     if batch.pairs_P3 is not None:
-        documents_N = torch.from_numpy(np.searchsorted(bounds_D, where_N, side="right") - 1)
+        documents_N = torch.from_numpy(np.searchsorted(bounds_D, start + where_N, side="right") - 1)
         units = float(batch.pairs_P3[:, 1].sum()) if part.first else 0.0
     else:
         units = float(weights_N.sum())
     return TorchBatch(
-        torch.from_numpy(ids_T[start:stop]),
-        torch.from_numpy(positions_T[start:stop]),
+        torch.from_numpy(ids_T),
+        torch.from_numpy(positions_T),
         torch.from_numpy(bounds_D),
-        torch.from_numpy(where_N - start),
+        torch.from_numpy(where_N),
         torch.from_numpy(batch.targets_T[where_N]),
         torch.from_numpy(np.pad(weights_N, (0, fill))),
         tuple(bounds_D.tolist()),

@@ -32,6 +32,7 @@ from lumina.data.cache.files import Contents
 from lumina.data.converting.columns import Columns, check_columns, described, renamed
 from lumina.data.loading.dataset import Batch, join
 from lumina.data.loading.order import PADDING
+from lumina.data.loading.part import WHOLE, Part
 from lumina.data.preference.pair import Pair, from_pair
 from lumina.data.preparing.building import PrepareSettings
 from lumina.data.preparing.preparation import cache_lock, make_root
@@ -77,7 +78,7 @@ class PairDataset:
         bounds = zip(self._offsets[2 * indices].tolist(), self._offsets[2 * indices + 2].tolist(), strict=True)
         return np.array([self._mask_T[start:stop].mean() for start, stop in bounds])
 
-    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+    def batch(self, indices: Sequence[int] | NDArray[np.int64], part: Part = WHOLE) -> Batch:
         """The pairs `indices` in that order; index -1 is a padding pair of weight 0, two documents of one token."""
         index_P = np.asarray(indices, dtype=np.int64)
         if index_P.size == 0:
@@ -95,7 +96,7 @@ class PairDataset:
                     ids.append(self._ids_T[start:stop])
                     masks.append(self._mask_T[start:stop])
         real_P = index_P != PADDING
-        batch = join(ids, masks)
+        batch = join(ids, masks, part)
         weight_P = np.where(real_P, self.supervised_per_sample[index_P], 0)
         margin_P, chosen_P = np.where(real_P[:, None], self.reference_P2[index_P], 0).T
         batch.pairs_P3 = np.stack([margin_P, weight_P, chosen_P], 1).astype(np.float32)

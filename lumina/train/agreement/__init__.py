@@ -4,7 +4,14 @@ step_sums: what every rank contributes to a step. store: what one rank decides o
 collective, as long as it takes. start: what must be the same on every rank before the first step.
 """
 
-from lumina.train.agreement.start import agree_on_data, agree_on_launch, agree_on_start, manifest_digest, refuse_start
+from lumina.train.agreement.start import (
+    agree_on_contents,
+    agree_on_data,
+    agree_on_launch,
+    agree_on_start,
+    manifest_digest,
+    refuse_start,
+)
 from lumina.train.agreement.step_sums import StepSums, entry, pack, unpack
 from lumina.train.agreement.store import (
     LostRankError,
@@ -19,6 +26,7 @@ from lumina.train.agreement.store import (
 __all__ = [
     "LostRankError",
     "StepSums",
+    "agree_on_contents",
     "agree_on_data",
     "agree_on_launch",
     "agree_on_start",

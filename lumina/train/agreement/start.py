@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import socket
 import sys
@@ -37,6 +38,10 @@ OWN = frozenset({"cache_dir", "num_workers", "train_data", "eval_data", "data", 
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "pyarrow", "tokenizers", "tiktoken", "safetensors", "jinja2")
 _VISIBLE = 10.0  # seconds in which a file must be seen on another machine: network file systems cache
 _MOST = 8  # differences that are named
+_CONTENTS = (".arrow", ".npy")  # files that samples are read from
+
+
+log = logging.getLogger("lumina")
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,24 @@ def agree_on_data(ranks: Ranks, facts: Mapping[str, Any]) -> None:
     """The same for what is known later: the prepared data, and the weights that the run begins with."""
     answer = _Answer(socket.gethostname(), {name: _text(value) for name, value in facts.items()})
     gathered(ranks, "opening the data", answer, _compare)
+
+
+def agree_on_contents(ranks: Ranks, folders: Sequence[Path]) -> None:
+    """Raises UserError on every rank where ranks share rows and the data sets in `folders`, of one fingerprint, are
+    not the same bytes: each reads a row for itself, and what is damaged for one of them is another row, of another
+    length, for which the others would wait. Files that are one on all machines are not read."""
+    if ranks.sequence == 1:
+        return
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in _CONTENTS]
+    found = [path.stat() for path in files]
+    places = [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
+    if gathered(ranks, "opening the data", places, lambda all_: all(one == all_[0] for one in all_)):
+        return
+    size = sum(one.st_size for one in found)
+    if ranks.main:
+        log.info("comparing the %.2f GB of prepared data that the machines have each for itself", size / 1e9)
+    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:16]
+    agree_on_data(ranks, {f"contents of the prepared data ({len(files)} files)": digest})
 
 
 def manifest_digest(saved: Path | None) -> str | None:

@@ -92,8 +92,7 @@ def reference_log_probabilities(dataset: PairDataset, preparation: Preparation) 
         shares = deal(every, preparation.data_rank, preparation.data_world, micro_batch_size)
         for number, share in enumerate(shares, 1):
             preparation.heartbeat("reference log-probabilities")
-            row = dataset.batch(share)
-            row.part = part
+            row = dataset.batch(share, part)
             answers.append(_score(preparation.forward, row.torch().to(device), 1.0, None))
             indices.append(share)
             preparation.progress("Preparing the reference", number, len(shares))

@@ -20,7 +20,7 @@ def step_flops(model: ModelConfig, batches: Sequence[Batch]) -> float:
     layers = 2.0 * model.num_layers * layer_matrix_parameters(model) * tokens
     attention = 4.0 * model.num_heads * model.head_dim * attended_keys(model, lengths)
     output = 2.0 * model.hidden_size * model.vocab_size * supervised
-    return 3.0 * (layers + attention + output) / batches[0].part.count
+    return 3.0 * (layers + attention / batches[0].part.count + output)
 
 
 class Utilisation:

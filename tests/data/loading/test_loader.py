@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from lumina.config import ROW_TILE
 from lumina.data import GlobalOrder, Loader, PackedDataset, Part, StepData, prepare
 from lumina.data.loading import tensors
 from lumina.data.loading.tensors import TorchBatch
@@ -68,10 +71,45 @@ def test_ranks_that_share_rows_have_the_same_and_count_it_once(dataset: PackedDa
         assert (one.supervised_tokens, one.tokens) == (alone.supervised_tokens, alone.tokens)
     assert len(first.micro_batches) == len(second.micro_batches) == len(alone.micro_batches) > 0
     for one, other, whole in zip(first.micro_batches, second.micro_batches, alone.micro_batches, strict=True):
-        assert np.array_equal(one.ids_T, whole.ids_T)
-        assert np.array_equal(other.ids_T, whole.ids_T)
+        assert np.array_equal(np.concatenate((one.ids_T, other.ids_T)), whole.ids_T)
+        assert len(other.ids_T) <= len(one.ids_T) <= -(-len(whole.ids_T) // 2) + ROW_TILE
         ids = torch.cat((one.torch().ids_T, other.torch().ids_T))
         assert ids[: len(whole.ids_T)].tolist() == whole.ids_T.tolist(), "made ahead, of its part"
+
+
+def test_ranks_that_share_rows_replace_the_same_samples(dataset: PackedDataset, tmp_path: Path) -> None:
+    """A sample is replaced for all of them wherever in the row its damage lies: here a token outside the vocabulary."""
+    order = GlobalOrder(dataset.num_samples, 12, seed=3, fingerprint=dataset.fingerprint)
+    wanted = order.indices(0)[[1, 4, 11]].tolist()
+    damaged = PackedDataset(shutil.copytree(dataset.folder, tmp_path / "damaged"), dataset.meta)
+    for sample in wanted:
+        stored = dataset.chunks_of(sample)[-1].ids
+        (path,) = [path for path in damaged.folder.glob("*.arrow") if stored.tobytes() in path.read_bytes()]
+        spoilt = stored.copy()
+        spoilt[-1] = 1 << 30
+        path.write_bytes(path.read_bytes().replace(stored.tobytes(), spoilt.tobytes(), 1))
+
+    def load_part(part: Part) -> StepData:
+        loader = Loader(
+            damaged,
+            order,
+            rank=0,
+            world=1,
+            micro_batch_size=4,
+            start_step=0,
+            stop_step=1,
+            replace_corrupt=True,
+            vocab_size=TOKENIZER.vocab_size,
+            part=part,
+        )
+        (made,) = loader
+        return made
+
+    whole, parts = load_part(Part()), [load_part(Part(index, 3)) for index in range(3)]
+    assert whole.corrupt == parts[0].corrupt == wanted
+    for one, *shares in zip(whole.micro_batches, *(part.micro_batches for part in parts), strict=True):
+        assert np.concatenate([share.ids_T for share in shares]).tolist() == one.ids_T.tolist()
+        assert all(share.cu_seqlens_D.tolist() == one.cu_seqlens_D.tolist() for share in shares)
 
 
 def test_leaving_early_ends_the_thread(dataset: PackedDataset) -> None:
@@ -87,10 +125,10 @@ def test_leaving_early_ends_the_thread(dataset: PackedDataset) -> None:
 def test_an_error_while_loading_reaches_the_loop(dataset: PackedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     real = PackedDataset.batch
 
-    def fails_later(self: PackedDataset, indices: object) -> object:
+    def fails_later(self: PackedDataset, indices: object, part: Part) -> object:
         if threading.current_thread().name == "lumina-loader" and next(calls) == 4:
             raise OSError("disk gone")
-        return real(self, indices)  # type: ignore[arg-type]
+        return real(self, indices, part)  # type: ignore[arg-type]
 
     calls = iter(range(100))
     monkeypatch.setattr(PackedDataset, "batch", fails_later)

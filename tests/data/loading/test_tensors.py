@@ -16,16 +16,17 @@ from lumina.config import ROW_TILE, round_up
 from lumina.data import Batch, Part
 from lumina.data.loading import tensors
 from lumina.data.loading.dataset import join
+from lumina.data.loading.part import WHOLE
 from lumina.data.loading.tensors import TorchBatch
 
 
-def batch(lengths: list[int], supervised: float = 0.5, seed: int = 0) -> Batch:
+def batch(lengths: list[int], supervised: float = 0.5, seed: int = 0, part: Part = WHOLE) -> Batch:
     draw = np.random.default_rng(seed)
     ids = [draw.integers(1, 100, length).astype(np.int32) for length in lengths]
-    return join(ids, [(draw.random(length) < supervised).astype(np.uint8) for length in lengths])
+    return join(ids, [(draw.random(length) < supervised).astype(np.uint8) for length in lengths], part)
 
 
-@pytest.mark.parametrize("lengths", [[40, 7, 33], [64, 64], [1], [100, 60, 32, 3], [5, 300]])
+@pytest.mark.parametrize("lengths", [[40, 7, 33], [64, 64], [1], [100, 60, 32, 3], [5, 300], [1] * 70, [128, 1, 127]])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("pairs", [False, True])
 def test_parts_make_up_the_row(lengths: list[int], count: int, pairs: bool) -> None:
@@ -33,8 +34,13 @@ def test_parts_make_up_the_row(lengths: list[int], count: int, pairs: bool) -> N
     if pairs:
         whole.pairs_P3 = np.ones((max(1, len(lengths) // 2), 3), dtype=np.float32)
     for index in range(count):
-        whole.part = Part(index, count)
-        parts.append(whole.torch())
+        own = batch(lengths, part=Part(index, count))
+        own.pairs_P3 = whole.pairs_P3
+        parts.append(own.torch())
+        for name in ("ids_T", "targets_T", "weights_T", "positions_T"):
+            start = index * len(parts[0].ids_T)
+            wanted = getattr(whole, name)[start : start + len(parts[0].ids_T)]
+            assert getattr(own, name).tolist() == wanted.tolist(), "held of the row: the part alone"
     tokens, length = sum(lengths), len(parts[0].ids_T)
     assert length == -(-tokens // (ROW_TILE * count)) * ROW_TILE
     assert torch.cat([part.ids_T for part in parts])[:tokens].tolist() == whole.ids_T.tolist()

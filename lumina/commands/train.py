@@ -129,6 +129,17 @@ def train_options(parser: Parser) -> None:
         help="recompute every layer, or every Nth, in the backward pass",
     )
     optim.add_argument(
+        "--activation-offloading",
+        action=argparse.BooleanOptionalAction,
+        help="keep the inputs of recomputed layers in the host's memory (off)",
+    )
+    optim.add_argument(
+        "--mlp-tile-tokens",
+        type=int,
+        metavar="N",
+        help="compute the feed-forward N tokens at a time, again in the backward pass, for long contexts (all)",
+    )
+    optim.add_argument(
         "--sequence-parallel",
         dest="sequence_parallel_size",
         type=int,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lumina.model.cache import KVCache as KVCache
     from lumina.model.cpu import keep_heap as keep_heap
     from lumina.model.decode import Decoder as Decoder
+    from lumina.model.memory.offload import HostCopies as HostCopies
     from lumina.model.parallel.sequence import SequenceGroup as SequenceGroup
     from lumina.model.parallel.sequence import sequence_group as sequence_group
     from lumina.model.preference import PREFERENCE_FIGURES as PREFERENCE_FIGURES
@@ -30,6 +31,7 @@ __all__ = [
     "CachedRow",
     "Decoder",
     "ExpertBalance",
+    "HostCopies",
     "KVCache",
     "SequenceGroup",
     "StaticDecoder",
@@ -51,6 +53,7 @@ __getattr__ = names_of(
         "CachedRow": "cache",
         "Decoder": "decode",
         "ExpertBalance": "routing",
+        "HostCopies": "memory.offload",
         "KVCache": "cache",
         "PREFERENCE_FIGURES": "preference",
         "SequenceGroup": "parallel.sequence",

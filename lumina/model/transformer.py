@@ -25,6 +25,9 @@ from lumina.model.attention import bind as bind_attention
 from lumina.model.experts import ExpertFeedForward
 from lumina.model.experts import bind as bind_experts
 from lumina.model.loss import output_loss
+from lumina.model.memory.offload import HostCopies
+from lumina.model.memory.recompute import recomputed
+from lumina.model.memory.tiles import tiled
 from lumina.model.parallel.sequence import SequenceGroup
 from lumina.model.preference import log_probabilities, preference_loss
 from lumina.model.routing import DocumentMembers, Routing
@@ -137,6 +140,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.arrangement, self.multiplier = config.structure.arrangement, config.residual_multiplier
+        self.tile_tokens = 0  # tokens of the feed-forward at a time; 0: all
         before = self.arrangement != "post-norm"
         self.attention_norm = RMSNorm(config.hidden_size, config) if before else Sum()
         self.attention = Attention(config, layer)
@@ -154,21 +158,37 @@ class Block(nn.Module):
         docs: Documents | None = None,
         cache: KVCache | None = None,
         members: DocumentMembers | None = None,
+        recomputing: bool = False,
     ) -> tuple[Tensor, ...]:
-        """(delta, residual); with `members` and in a layer that has experts, also what they sum up of the routing."""
+        """(delta, residual); with `members` and in a layer that has experts, also what they sum up of the routing.
+        recomputing: only the graph is wanted, so that a tiled feed-forward's delta is NaN."""
         normed_BSD, residual_BSD = self.attention_norm(delta_BSD, residual_BSD)
         delta_BSD = self.attention(normed_BSD, rotary, docs, cache)
         if self.arrangement != "pre-norm":
             delta_BSD, _ = self.attention_post_norm(delta_BSD)
-        normed_BSD, residual_BSD = self.feed_forward_norm(self._scaled(delta_BSD), residual_BSD)
-        sums: list[Tensor] = []
+        delta_BSD = self._scaled(delta_BSD)
         if isinstance(self.feed_forward, ExpertFeedForward):
+            normed_BSD, residual_BSD = self.feed_forward_norm(delta_BSD, residual_BSD)
             delta_BSD, *sums = self.feed_forward(normed_BSD, members)
+            if self.arrangement != "pre-norm":
+                delta_BSD, _ = self.feed_forward_post_norm(delta_BSD)
+            return self._scaled(delta_BSD), residual_BSD, *sums
+        if self.tile_tokens:
+            parts = [part for name, part in self.named_children() if name.startswith("feed_forward")]
+            parameters = [parameter for part in parts for parameter in part.parameters()]
+            given = self._feed_forward, parameters, self.tile_tokens, delta_BSD, residual_BSD
+            delta_BSD, residual_BSD = tiled(*given, recomputing=recomputing)
         else:
-            delta_BSD = self.feed_forward(normed_BSD)
+            delta_BSD, residual_BSD = self._feed_forward(delta_BSD, residual_BSD)
+        return self._scaled(delta_BSD), residual_BSD
+
+    def _feed_forward(self, delta_BSD: Tensor, residual_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """The second half of a layer without experts, norms and all: each token on its own."""
+        normed_BSD, residual_BSD = self.feed_forward_norm(delta_BSD, residual_BSD)
+        delta_BSD = self.feed_forward(normed_BSD)
         if self.arrangement != "pre-norm":
             delta_BSD, _ = self.feed_forward_post_norm(delta_BSD)
-        return self._scaled(delta_BSD), residual_BSD, *sums
+        return delta_BSD, residual_BSD
 
     def _scaled(self, delta_BSD: Tensor) -> Tensor:
         return delta_BSD if self.multiplier == 1.0 else delta_BSD * self.multiplier
@@ -253,6 +273,8 @@ class Transformer(nn.Module):
             _draw(weight, config.init_std)
             self.output = Output(weight, config)
         self.checkpoint_every = 0  # 0: keep all activations; n: recompute every nth layer in the backward pass
+        self.host_copies: HostCopies | None = None  # where recomputed layers' inputs wait; None: on the device
+        self.tile_tokens = 0
         self.sequence: SequenceGroup | None = None
         self._routing_counts: Tensor | None = None
 
@@ -262,6 +284,13 @@ class Transformer(nn.Module):
         this rank's part of the loss, and what is of whole pairs on the group's first rank (with `beta`) or on all of
         them. Passes with a cache are each rank's own as before."""
         self.sequence = self.output.sequence = sequence
+
+    def tile_feed_forward(self, tokens: int) -> None:
+        """From now on compute the feed-forward of layers without experts that many tokens at a time, again in the
+        backward pass; 0: all at once, and keep what is inside. The results are the same."""
+        self.tile_tokens = tokens
+        for block in self.blocks:
+            block.tile_tokens = tokens  # type: ignore[assignment]
 
     def forward(
         self,
@@ -336,7 +365,8 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             rotary = rotaries[self.ropes[layer]]
             if self.checkpoint_every and self.training and layer % self.checkpoint_every == 0:
-                delta_BSD, residual_BSD, *sums = _checkpointed(block, delta_BSD, residual_BSD, rotary, docs, members)
+                given = delta_BSD, residual_BSD, rotary, docs, None, members
+                delta_BSD, residual_BSD, *sums = recomputed(block, self.host_copies, *given)
             else:
                 delta_BSD, residual_BSD, *sums = block(delta_BSD, residual_BSD, rotary, docs, cache, members)
             if routing is not None:
@@ -359,29 +389,3 @@ class Transformer(nn.Module):
     def compiled(self) -> bool:
         """Whether the blocks are compiled."""
         return any(block._compiled_call_impl is not None for block in self.blocks)
-
-
-def _checkpointed(
-    block: nn.Module,
-    delta_BSD: Tensor,
-    residual_BSD: Tensor | None,
-    rotary: ops.Rotary | None,
-    docs: Documents | None,
-    members: DocumentMembers | None,
-) -> tuple[Tensor, ...]:
-    """Run a block through DeepSpeed's activation checkpointing: its inner activations are recomputed in backward."""
-    from deepspeed.runtime.activation_checkpointing.checkpointing import checkpoint
-
-    # The first block has no residual yet: an empty tensor stands for it, since checkpoint() wants tensors.
-    first = residual_BSD is None
-    given = delta_BSD.new_empty(0) if residual_BSD is None else residual_BSD
-    if first and torch.is_grad_enabled() and not delta_BSD.requires_grad:
-        # Over a frozen embedding nothing that goes in has a gradient, and checkpoint() then gives adapters none either.
-        delta_BSD = delta_BSD.detach().requires_grad_()
-
-    def run(delta: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
-        out: tuple[Tensor, ...] = block(delta, None if first else residual, rotary, docs, None, members)
-        return out
-
-    outputs: tuple[Tensor, ...] = checkpoint(run, delta_BSD, given)
-    return outputs

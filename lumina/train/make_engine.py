@@ -9,7 +9,7 @@ from typing import Any
 
 from lumina.config import Config
 from lumina.config import deepspeed as ds_json
-from lumina.model import Transformer, float8, lora, sequence_group
+from lumina.model import HostCopies, Transformer, float8, lora, sequence_group
 from lumina.plan import default_document, smallest_memory
 from lumina.train.deepspeed import Engine, allocate_optimizer_state, partitioned_init, refuse_what_deepspeed_does
 from lumina.train.saving.snapshot import load_frozen_weights
@@ -68,6 +68,8 @@ def make_engine(settings: Settings, drawn: bool) -> Engine:
         float8.check(config)
         float8.convert(model, config.float8)
     model.checkpoint_every = config.checkpoint_every
+    model.host_copies = HostCopies() if config.activation_offloading else None
+    model.tile_feed_forward(config.mlp_tile_tokens or 0)
     sequence = sequence_group(config.sequence_parallel_size)
     if sequence is not None:
         model.share_rows(sequence)

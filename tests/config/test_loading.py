@@ -308,6 +308,26 @@ def test_a_preset_s_name_is_that_of_its_sizes(flags: dict[str, Any], name: str) 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
+        ({"compile": True}, "compile"),
+        ({"lora_rank": 4, "lora_dropout": 0.1}, "lora_dropout"),
+        ({"float8": "tensorwise"}, "float8 tensorwise"),
+        ({"family": "qwen3_moe", "experts": {"count": 4}}, "experts"),
+    ],
+)
+def test_feed_forwards_that_cannot_be_tiled(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=f"mlp_tile_tokens does not work together with {told}; leave one of the two"):
+        load("nano", settings | {"mlp_tile_tokens": 64})
+
+
+def test_only_recomputed_layers_have_inputs_to_offload() -> None:
+    assert load("nano", {"activation_offloading": True, "gradient_checkpointing": 2}).activation_offloading
+    with pytest.raises(UserError, match=r"activation_offloading.*set gradient_checkpointing"):
+        load("nano", {"activation_offloading": True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
         ({"num_heads": 4, "num_kv_heads": 2, "sequence_parallel_size": 3}, "3 does not divide num_heads 4.* 1, 2, 4"),
         ({"num_heads": 4, "sequence_parallel_size": 2, "compile": True}, "2 does not work together with compile"),
         (

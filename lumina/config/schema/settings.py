@@ -58,6 +58,10 @@ class OptimConfig(Strict):
     float8: Literal["tensorwise", "rowwise"] | None = None
     # False: keep every activation. True: recompute every layer. n: recompute every nth layer.
     gradient_checkpointing: bool | PositiveInt = False
+    # The inputs of recomputed layers wait in the host's memory for the backward pass (docs/long-context.md).
+    activation_offloading: bool = False
+    # The feed-forward so many tokens at a time, computed again in the backward pass (docs/long-context.md); None: all.
+    mlp_tile_tokens: PositiveInt | None = None
     # Neighbouring ranks that share each micro-batch's tokens (docs/long-context.md); 1: every rank has its own.
     sequence_parallel_size: PositiveInt = 1
     early_stopping_patience: PositiveInt | None = None
@@ -67,6 +71,14 @@ class OptimConfig(Strict):
     def _floor_below_peak(self) -> OptimConfig:
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_what_is_recomputed(self) -> OptimConfig:
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError(
+                "activation_offloading is of the inputs of recomputed layers: set gradient_checkpointing too"
+            )
         return self
 
     @property

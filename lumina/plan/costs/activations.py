@@ -2,9 +2,7 @@
 backward pass adds to it.
 
 A layer keeps, per token: the summed residual and the normed input of both halves with a float32 scale each; what
-attention keeps (`_attention`); gate and up, and their product. A recomputed layer keeps its two inputs only: the last
-layer's result and the residual sum, which the layer before it keeps too unless that one is recomputed as well. The
-first layer, always among the recomputed, has one input.
+attention keeps (`_attention`); gate and up, and their product. A recomputed layer keeps its input only: the residual sum.
 
 Sizes are bytes, per token that the rank holds where nothing else is said.
 """
@@ -20,8 +18,7 @@ def activation_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     """What autograd keeps over all layers."""
     again = _recomputed(model, setup)
     inputs = setup.element * model.hidden_size
-    own_residuals = again - 1 if setup.checkpoint_every == 1 else 0
-    return (model.num_layers - again) * layer_bytes_per_token(model, setup) + (again + own_residuals) * inputs
+    return (model.num_layers - again) * layer_bytes_per_token(model, setup) + again * inputs
 
 
 def layer_bytes_per_token(model: ModelConfig, setup: Setup) -> float:

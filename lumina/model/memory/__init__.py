@@ -1,0 +1,1 @@
+"""Memory that does not grow with the sequence: tiles of tokens, recomputed layers, their inputs on the host."""

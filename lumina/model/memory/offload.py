@@ -70,7 +70,7 @@ class HostCopies:
 
     def _to_device(self, copy: _Copy) -> Tensor:
         self._fetch(copy)
-        found, before = copy.found, copy.before and copy.before()
+        found, before = copy.found, copy.before() if copy.before is not None else None
         assert found is not None
         copy.found = copy.before = None
         if copy.ready is not None:
@@ -99,7 +99,7 @@ class HostCopies:
         if device.type != "cuda":
             return None
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._stream
 
     def _buffer(self, tensor: Tensor) -> Tensor:

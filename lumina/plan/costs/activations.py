@@ -2,7 +2,8 @@
 backward pass adds to it.
 
 A layer keeps, per token: the summed residual and the normed input of both halves with a float32 scale each; what
-attention keeps (`_attention`); gate and up, and their product. A recomputed layer keeps its input only: the residual sum.
+attention keeps (`_attention`); gate and up, and their product. A recomputed layer keeps its input only: the
+residual sum.
 
 Sizes are bytes, per token that the rank holds where nothing else is said.
 """
@@ -42,8 +43,9 @@ def last_layers_backward(model: ModelConfig, setup: Setup) -> float:
 
 def first_layers_backward(model: ModelConfig, setup: Setup) -> float:
     """What is alive in the backward pass of the first layer, all of it: the layer, whose input is its first residual
-    sum too, and the gradients of both its results."""
-    return setup.element * model.hidden_size + _backward(model, setup, bool(setup.checkpoint_every))
+    sum too, and the gradients of both its results, which are one where the layer above is recomputed from their sum."""
+    gradients = setup.element * model.hidden_size if setup.checkpoint_every != 1 else 0
+    return gradients + _backward(model, setup, bool(setup.checkpoint_every))
 
 
 def _recomputed(model: ModelConfig, setup: Setup) -> int:

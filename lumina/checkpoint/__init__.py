@@ -31,7 +31,7 @@ from lumina.checkpoint.integrity import (
     manifest_entry,
     rank_files,
 )
-from lumina.checkpoint.lock import RunLock, last_global_batch, last_launch, refuse_owned
+from lumina.checkpoint.lock import RunLock, last_global_batch, last_launch, owned_by, refuse_owned
 from lumina.checkpoint.model_shape import check_same_model, model_shape
 from lumina.checkpoint.requests import SaveReply, SaveRequests, request_save
 from lumina.checkpoint.retention import Retention, best_step, clear_leftovers, discard, prune, record_best
@@ -119,6 +119,7 @@ __all__ = [
     "model_shape",
     "name_of",
     "open_weights",
+    "owned_by",
     "partial_name",
     "prune",
     "rank_files",

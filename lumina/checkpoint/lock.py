@@ -67,18 +67,11 @@ class RunLock:
 
     def held(self) -> bool:
         """Whether no later start has taken the lock, as far as it can be read."""
-        return self._owner().get("token") == self.token
-
-    def _owner(self) -> dict[str, Any]:
-        """What the lock says; this start's token while it cannot be read and nothing tells of another one."""
-        try:
-            return _read(self._path, _PASSING)
-        except OSError:
-            return {"token": self.token}
+        return owned_by(self._folder, self.token)
 
     def assert_held(self) -> None:
         """Raises UserError when a later start of the run has taken the lock."""
-        found = self._owner()
+        found = _owner(self._folder, self.token)
         if found.get("token") != self.token:
             owner = f"{_described(found)} owns" if found else "somebody else changed"
             raise UserError(
@@ -120,6 +113,31 @@ def refuse_owned(folder: Path, launch: str | None) -> None:
         log.warning("%s owned the run %s and is gone: this start takes it over", _described(found), folder)
 
 
+def owned_by(folder: Path, token: str) -> bool:
+    """Whether the start of `token` owns the run in `folder`, as far as its lock can be read: by any rank of it."""
+    return _owner(folder, token).get("token") == token
+
+
+def in_training(folder: Path) -> bool | None:
+    """Whether the last start of the run in `folder` lives, as far as can be told at once; None where there is none."""
+    owner = _read(folder / NAME)
+    if not owner:
+        return None
+    lives = _lives_here(folder, owner)
+    if lives is not None:
+        return lives
+    _, age = _heartbeat_age(folder, folder / f".owner-{owner.get('token')}")
+    return age is not None and age < _STALE
+
+
+def _owner(folder: Path, token: str) -> dict[str, Any]:
+    """What the lock says; `token` while it cannot be read and nothing tells of another one."""
+    try:
+        return _read(folder / NAME, _PASSING)
+    except OSError:
+        return {"token": token}
+
+
 def last_launch(folder: Path) -> str | None:
     """The launch that made the last start of the run in `folder`, if one did."""
     job = _read(folder / NAME).get("job")
@@ -136,15 +154,23 @@ def last_global_batch(folder: Path, launch: str | None) -> int | None:
 # --- Whether a start lives ------------------------------------------------------------------------
 
 
-def _lives(folder: Path, owner: dict[str, Any]) -> bool:
-    heartbeat = folder / f".owner-{owner.get('token')}"
-    if not heartbeat.exists():  # it ended, or is of a version that had none
+def _lives_here(folder: Path, owner: dict[str, Any]) -> bool | None:
+    """None for a start on another machine, of which a heartbeat is there."""
+    if not (folder / f".owner-{owner.get('token')}").exists():  # it ended, or is of a version that had none
         return False
+    if owner.get("machine") != _machine():
+        return None
+    return owner.get("started") is not None and _process_start(owner.get("pid")) == owner["started"]
+
+
+def _lives(folder: Path, owner: dict[str, Any]) -> bool:
     here = _this_process()
-    if owner.get("machine") == here["machine"]:
-        if owner.get("pid") == here["pid"] and owner.get("started") == here["started"]:
-            return False  # an earlier run of this very process
-        return owner.get("started") is not None and _process_start(owner.get("pid")) == owner["started"]
+    if all(owner.get(name) == here[name] for name in ("machine", "pid", "started")):
+        return False  # an earlier run of this very process
+    lives = _lives_here(folder, owner)
+    if lives is not None:
+        return lives
+    heartbeat = folder / f".owner-{owner.get('token')}"
     last, age = _heartbeat_age(folder, heartbeat)
     if age is not None and age < _STALE:
         log.info("%s owns the run %s: waiting to see whether it lives", _described(owner), folder)

@@ -18,10 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
+from lumina.checkpoint import lock
 from lumina.config import UserError
 from lumina.files import read_json, write_json
 
 _FOLDER = "requests"
+_LOOK = 1.0  # seconds after which an asker looks again whether the run still goes on
 _FORGOTTEN = 24 * 3600.0  # seconds after which a reply that nobody fetched is removed
 
 
@@ -47,12 +49,20 @@ def request_save(run: Path, timeout: float) -> SaveReply:
             f"the request cannot be written to {asked.parent}: {error.strerror or error}",
             "Ask from an account that may write to the run's folder.",
         ) from error
-    deadline = time.monotonic() + timeout
+    deadline, looked = time.monotonic() + timeout, 0.0
+    in_training: bool | None = None
     try:
         while time.monotonic() < deadline:
             reply = _read_reply(replied)
             if reply is not None:
                 return reply
+            if time.monotonic() - looked > _LOOK:
+                before, in_training, looked = in_training, lock.in_training(run), time.monotonic()
+                if before and in_training is False and _read_reply(replied) is None:
+                    raise UserError(
+                        "the run has ended, and nobody has saved it for this request",
+                        f"See why in {run / 'train.log'}; lumina checkpoints list {run} shows what there is.",
+                    )
             time.sleep(0.1)
         untouched = not taken.exists() and asked.exists()
     finally:
@@ -81,6 +91,7 @@ class SaveRequests:
     def __init__(self, run: Path) -> None:
         self._run = run
         self._handled: set[str] = set()
+        self._open: set[str] = set()  # taken, and not replied to
         self._forget()
 
     def take(self) -> list[str]:
@@ -93,14 +104,22 @@ class SaveRequests:
                 self._handled.add(path.stem)
                 if self._first(path.stem):
                     found.append(path.stem)
+                    self._open.add(path.stem)
                 with suppress(OSError):
                     path.unlink()
         return found
 
     def reply(self, identifier: str, reply: SaveReply) -> None:
         """Write the reply to a request. One whose asker has gone is dropped."""
+        self._open.discard(identifier)
         with suppress(OSError):
             write_json(_replied(self._run, identifier), reply)
+
+    def close(self, reply: SaveReply) -> None:
+        """The job ends: `reply` to every request that has no other yet."""
+        self.take()
+        for identifier in sorted(self._open):
+            self.reply(identifier, reply)
 
     def _first(self, identifier: str) -> bool:
         """Leave the record that this request was taken; False if an earlier start left one."""

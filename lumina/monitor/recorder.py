@@ -45,7 +45,11 @@ class Recorder:
 
     def _heard(self, record: Mapping[str, Any]) -> None:
         self._step = record["step"]
-        self._trackers.record(record)
+        self._track(record)
+
+    def _track(self, record: Mapping[str, Any]) -> None:
+        if self._may_write():
+            self._trackers.record(record)
 
     def _measured(self, values: dict[str, Any]) -> None:
         self._metrics.write("system", self._step, values)
@@ -53,7 +57,7 @@ class Recorder:
     def event(self, event: Event) -> None:
         """Show the trackers an event of the run's events.jsonl."""
         text = f"{event.level} {event.rule}: {event.reason}" + (f" -> {event.action}" if event.action else "")
-        self._trackers.record({"kind": "event", "step": event.step, "name": "events", "text": text})
+        self._track({"kind": "event", "step": event.step, "name": "events", "text": text})
 
     def samples(self, step: int, answers: Sequence[tuple[str, str]]) -> None:
         """Keep (prompt, answer) pairs of an evaluation in samples.jsonl."""
@@ -66,11 +70,12 @@ class Recorder:
             log.warning("samples.jsonl could not be written: %s", error)
         for number, (prompt, answer) in enumerate(answers):
             text = f"**{prompt}**\n\n{answer}"
-            self._trackers.record({"kind": "sample", "step": step, "name": f"samples/{number}", "text": text})
+            self._track({"kind": "sample", "step": step, "name": f"samples/{number}", "text": text})
 
     def rewind(self, step: int) -> None:
         """The run goes back to `step`."""
-        self._trackers.rewind(step)
+        if self._may_write():
+            self._trackers.rewind(step)
 
     def close(self, state: str, step: int, reason: str = "") -> None:
         """`state` is finished, stopped or failed."""
@@ -81,4 +86,5 @@ class Recorder:
                 run_json.add_end(self._folder, state, step, reason)
         except OSError as error:
             log.warning("run.json could not be written: %s", error)
-        self._trackers.close()
+        if self._may_write():  # what they write at their end may be the other start's by now
+            self._trackers.close()

@@ -111,9 +111,9 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     with stop.at_once():
         prepared = _prepare(config, ranks, stop)
     ranks = replace(ranks, sequence=prepared.settings.config.sequence_parallel_size)
-    lock = _claim(prepared, ranks)
+    lock, may_write = _claim(prepared, ranks)
     try:
-        return _assemble(prepared, ranks, lock, callbacks, stop, watchdog)
+        return _assemble(prepared, ranks, lock, may_write, callbacks, stop, watchdog)
     except BaseException:
         if lock is not None:
             lock.release()
@@ -145,26 +145,36 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest) -> _Prepared:
     return _Prepared(start, settings, data, rates, origin, folder, job)
 
 
-def _claim(prepared: _Prepared, ranks: Ranks) -> RunLock | None:
-    """Take the run's lock, for rank 0, unless a start took it that lives, while this one prepared; collective."""
+def _claim(prepared: _Prepared, ranks: Ranks) -> tuple[RunLock | None, Callable[[], bool]]:
+    """Take the run's lock, for rank 0, unless a start took it that lives, while this one prepared; and whether this
+    start still has it, for every rank; collective."""
     taken: list[RunLock] = []
 
-    def claim() -> None:
+    def claim() -> str:
         size = prepared.settings.config.global_batch_size
         assert size is not None  # filled in by `resolve`
         checkpoint.refuse_owned(prepared.folder, prepared.job)
-        taken.append(RunLock(prepared.folder, prepared.job, size))
+        lock = RunLock(prepared.folder, prepared.job, size)
+        taken.append(lock)
         if prepared.start.config.resume is None:
-            RecoveryRecord.remove(prepared.folder)
+            try:
+                RecoveryRecord.remove(prepared.folder)
+            except OSError:
+                lock.release()
+                raise
+        else:
+            prepared.start.recovery.take_over(prepared.folder)
+        return lock.token
 
-    decided_by_rank_0(ranks, claim)
-    return taken[0] if taken else None
+    token = decided_by_rank_0(ranks, claim)
+    return taken[0] if taken else None, partial(checkpoint.owned_by, prepared.folder, token)
 
 
 def _assemble(
     prepared: _Prepared,
     ranks: Ranks,
     lock: RunLock | None,
+    may_write: Callable[[], bool],
     callbacks: Sequence[Callback],
     stop: StopRequest,
     watchdog: Watchdog,
@@ -173,18 +183,17 @@ def _assemble(
     start, settings, data, folder = prepared.start, prepared.settings, prepared.data, prepared.folder
     config = settings.config
     progress = Console(ranks.main, 0, 0, live=False).progress  # the run's own console is not there yet
-    may_write = lock.held if lock is not None else lambda: True
     torch.manual_seed(config.seed)
     loading = "" if start.checkpoint is None else f", loading {start.checkpoint}"
     _say(ranks, f"building the model of {config.num_parameters() / 1e6:.1f}M parameters{loading}")
-    state = _initialise(start, settings, ranks, data, folder, watchdog.heartbeat, progress)
+    state = _initialise(start, settings, ranks, data, folder, may_write, watchdog.heartbeat, progress)
     assert_lock_held(ranks, lock)  # two starts at one moment: the first of them writes nothing beside the other's files
     events = EventLog(folder / "events.jsonl" if ranks.main else None, may_write)
     health = Health(config, events)
     outputs = _open_outputs(settings, ranks, folder, state, events, health, data, prepared.origin, may_write)
     deferred = Deferred()
     saves = Saves(config, ranks, folder, state, deferred, events, health, lock, watchdog.heartbeat)
-    recovery = Recovery(config, ranks, folder, start.recovery, state, events, health)
+    recovery = Recovery(config, ranks, folder, start.recovery, state, events, health, may_write)
     return Run(
         ranks=ranks,
         settings=settings,
@@ -244,6 +253,7 @@ def _initialise(
     ranks: Ranks,
     data: TrainingData,
     folder: Path,
+    may_write: Callable[[], bool],
     heartbeat: Callable[[str], None],
     progress: Callable[[str, int, int], None],
 ) -> RunState:
@@ -256,6 +266,7 @@ def _initialise(
             train_data=data.train,
             eval_data=data.evaluation,
             folder=folder,
+            may_write=may_write,
             rank=ranks.rank,
             world=ranks.world,
             data_rank=ranks.data_rank,

@@ -21,7 +21,13 @@ from tests.runs import PATIENCE, Job, Runs, arguments, newest
 
 pytestmark = pytest.mark.timeout(900)
 
-SETTINGS: dict[str, Any] = {"precision": "fp32", "batch_size": 2, "global_batch_size": 4, "max_steps": 100_000}
+SETTINGS: dict[str, Any] = {
+    "precision": "fp32",
+    "batch_size": 2,
+    "global_batch_size": 4,
+    "max_steps": 100_000,
+    "epochs": 100_000,  # the run is still there when it is looked at
+}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -83,6 +89,33 @@ def test_the_recorded_state_is_what_the_exit_code_says(
     assert "the checkpoint of step 2 could not be written" in end["reason"]
     assert main(["runs", str(place)]) == 0
     assert "failed" in capsys.readouterr().out
+
+
+def _asked_at_the_last_moment(rank: int, *, request: Path) -> None:
+    """Somebody asks for a checkpoint, and the run fails before it looks for requests again."""
+    from lumina.train import loop
+
+    take_step = loop.take_step
+
+    def fail(run: Any, data: Any) -> Any:
+        if run.state.step < 2:
+            return take_step(run, data)
+        for folder in ("asked", "answered"):
+            (request.parents[1] / folder).mkdir(parents=True)
+        request.write_text("{}")
+        raise RuntimeError("a planted exception")
+
+    loop.take_step = fail
+
+
+def test_who_asks_a_run_that_fails_for_a_checkpoint_is_told(runs: Runs, conversations: Path, place: Path) -> None:
+    requests = place / "run" / "requests"
+    argv = arguments(place / "run", conversations, emergency_checkpoint="false", **SETTINGS)
+    job = runs.start(argv, patch=partial(_asked_at_the_last_moment, request=requests / "asked" / "0a.json"))
+    assert job.wait() == [1], job.stderr()
+    reply = json.loads((requests / "answered" / "0a.json").read_text())
+    assert (reply["step"], reply["error"]) == (2, "the run ended at step 2 before it was saved")
+    assert list((requests / "asked").iterdir()) == []
 
 
 def _prepares_for_ever(rank: int, *, begun: Path) -> None:

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from lumina.checkpoint import SaveReply, SaveRequests, request_save
+from lumina.checkpoint import RunLock, SaveReply, SaveRequests, request_save
 from lumina.config import UserError
 
 WRITTEN = SaveReply(step=7, path="checkpoints/step-00000007", error="")
@@ -124,3 +124,27 @@ def test_what_nobody_fetches_is_removed_after_a_day(tmp_path: Path) -> None:
         os.utime(path, (0, 0))
     SaveRequests(tmp_path)
     assert list(left.iterdir()) == []
+
+
+def test_a_job_that_ends_tells_every_asker(tmp_path: Path) -> None:
+    """Also one whose request it had not taken yet."""
+    job, ended = SaveRequests(tmp_path), SaveReply(step=7, path="", error="the run ended")
+    ask(tmp_path, "0a")
+    job.take()
+    ask(tmp_path, "0b")
+    ask(tmp_path, "0c")
+    job.take()
+    job.reply("0c", WRITTEN)
+    ask(tmp_path, "0d")
+    job.close(ended)
+    replies = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "requests" / "answered").glob("*.json")}
+    assert replies == {"0a": ended, "0b": ended, "0c": WRITTEN, "0d": ended}
+
+
+def test_the_job_is_killed_meanwhile(tmp_path: Path) -> None:
+    """It says nothing: the asker sees that the owner of the run is gone."""
+    lock = RunLock(tmp_path, None, 8)
+    threading.Timer(0.5, lock.release).start()
+    with pytest.raises(UserError, match="the run has ended"):
+        request_save(tmp_path, timeout=60)
+    assert files(tmp_path) == []

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from lumina.config import load
-from lumina.monitor import MetricsFile, Recorder, read_metrics
+from lumina.monitor import Event, MetricsFile, Recorder, read_metrics
 from lumina.monitor.run_json import code_version, read_run
 from lumina.monitor.system import System
 
@@ -46,6 +46,23 @@ def test_starts_and_ends_are_kept(tmp_path: Path) -> None:
     answers = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [record["step"] for record in answers] == [5, 15]
     assert answers[0]["answers"][1] == {"prompt": "Bye", "answer": "“Bye”"}
+
+
+def test_trackers_hear_nothing_of_a_start_that_lost_its_run(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="its files are what is looked at")
+    config = load("nano", {"system_metrics_seconds": 0, "trackers": ["tensorboard"]})
+    for owned in (True, False):
+        folder = tmp_path / str(owned)
+        folder.mkdir()
+        metrics = MetricsFile(folder / "metrics.jsonl", 0)
+        recorder = Recorder(folder, config, metrics, "f" * 8, lambda: owned, step=0, world=1, total_steps=4)  # noqa: B023
+        recorder.samples(1, [("Hi", "Hello there")])
+        recorder.event(Event(1, "recovery", "warn", "rule", "a reason"))
+        recorder.close("stopped", 1)
+        metrics.close()
+    for owned in (True, False):
+        told = b"".join(path.read_bytes() for path in (tmp_path / str(owned)).rglob("events.out*"))
+        assert [word in told for word in (b"Hello there", b"a reason")] == [owned, owned]
 
 
 def test_the_machine_is_measured_while_the_run_lives(tmp_path: Path) -> None:

@@ -36,16 +36,18 @@ class Preparation:
 
     train_data, eval_data: from `prepare_data`. rank: of `world` processes. data_rank: of `data_world` readers, between
     whom samples are dealt out; the ranks of one share its rows, each has `part` of them (Batch.part), and the first
-    part's counts what is of whole rows. folder: the run's, which rank 0 may write to. resumed: whether the run
-    goes on from a checkpoint. initialise: puts the weights that the run begins with into the engine, which a resumed
-    run's checkpoint replaces afterwards. forward: the model's, on `device`. evaluation: the model without dropout in
-    its `with` block. heartbeat: to be called at least every few seconds with what is being done. progress: shows on
-    rank 0's console what is being done, how much of it is done, and of how much.
+    part's counts what is of whole rows. folder: the run's, which rank 0 may write to while `may_write` says so: until
+    another start owns the run. resumed: whether the run goes on from a checkpoint. initialise: puts the weights that
+    the run begins with into the engine, which a resumed run's checkpoint replaces afterwards. forward: the model's, on
+    `device`. evaluation: the model without dropout in its `with` block. heartbeat: to be called at least every few
+    seconds with what is being done. progress: shows on rank 0's console what is being done, how much of it is done, and
+    of how much.
     """
 
     train_data: Samples
     eval_data: Samples | None
     folder: Path
+    may_write: Callable[[], bool]
     rank: int
     world: int
     data_rank: int

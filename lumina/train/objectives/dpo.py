@@ -68,7 +68,7 @@ class DirectPreferenceOptimisation:
                     preparation.initialise()
                     initialised = True
                 kept = reference_log_probabilities(dataset, preparation)
-                if preparation.rank == 0:
+                if preparation.rank == 0 and preparation.may_write():
                     _write(preparation.folder, dataset, kept)
             dataset.reference_P2 = kept
 

@@ -31,14 +31,13 @@ class RecoveryRecord:
 
     @classmethod
     def read(cls, folder: Path) -> RecoveryRecord:
-        """The record in a run's folder; an empty one where there is none, or none that can be read."""
+        """The record in a run's folder; an empty one where there is none, or none that can be read. Writes nothing: who
+        reads it may not own the run yet."""
         try:
             if not (folder / FILE).exists() and (folder / OLD_FILE).exists():
                 log.warning("%s is called %s now: what it says is taken over", folder / OLD_FILE, FILE)
                 found: dict[str, Any] = read_json(folder / OLD_FILE)
-                record = cls(**{_OLD_NAMES.get(name, name): value for name, value in found.items()})
-                record.write(folder)
-                return record
+                return cls(**{_OLD_NAMES.get(name, name): value for name, value in found.items()})
             return cls(**read_json(folder / FILE))
         except (OSError, ValueError, TypeError, AttributeError):
             return cls()
@@ -49,6 +48,11 @@ class RecoveryRecord:
             write_json(folder / FILE, asdict(self))
         except OSError as error:
             log.warning("%s could not be written: %s", FILE, error)
+
+    def take_over(self, folder: Path) -> None:
+        """Write the record where only an old file has it: by the start that owns the run."""
+        if (folder / OLD_FILE).exists() and not (folder / FILE).exists():
+            self.write(folder)
 
     @staticmethod
     def remove(folder: Path) -> None:

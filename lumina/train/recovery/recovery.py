@@ -36,6 +36,10 @@ log = logging.getLogger("lumina")
 _NEVER = -1.0  # a limit that no gradient norm keeps
 
 
+def _one_after_another(steps: list[int]) -> bool:
+    return steps[-1] - steps[0] == len(steps) - 1
+
+
 class RestartError(RuntimeError):
     """This start must end, and the next one resumes. Nothing is saved first: the ranks may be at different steps."""
 
@@ -52,12 +56,14 @@ class Recovery:
         state: RunState,
         events: EventLog,
         health: Health,
+        may_write: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`config`: resolved, with the micro-batch that this start begins with; `folder`: the run's."""
+        """`config`: resolved, with the micro-batch that this start begins with; `folder`: the run's; `may_write`: false
+        once another start owns it."""
         assert config.global_batch_size is not None
         self._config, self._ranks, self._folder = config, ranks, folder
         self._state, self._events, self._health = state, events, health
-        self.record = record
+        self.record, self._may_write = record, may_write
         self._batch_size, self._global_batch = config.batch_size, config.global_batch_size
         answering = config.on_oom != "fail" and not state.engine.collective_forward
         self._reports = StepReports(ranks, answering, config.emergency_seconds)
@@ -121,7 +127,7 @@ class Recovery:
         if applied or (self._state.engine.fp16 and rule == NOT_FINITE and math.isfinite(loss)):
             return
         refused, self._finite = spikes.refuse(step), math.isfinite(loss) and math.isfinite(norm)
-        if self._config.rollback_after and len(refused) >= self._config.rollback_after:
+        if len(refused) >= (self._config.rollback_after or self._config.health_check_interval):
             self._repeated = refused
 
     @property
@@ -134,10 +140,13 @@ class Recovery:
         for the saves under way, which may be what the run can go back to."""
         refused, self._repeated = self._repeated, []
         config, step = self._config, self._state.step
-        if not refused or config.max_rollbacks == 0:
+        if not refused:
+            return None
+        # Where none is allowed, single steps among good ones are skipped and no more; but not for ever all of them.
+        if config.rollback_after and config.max_rollbacks == 0 and not _one_after_another(refused):
             return None
         many = f"{len(refused)} updates were skipped within {config.health_check_interval} steps"
-        if self.record.rollbacks >= config.max_rollbacks:
+        if not config.rollback_after or self.record.rollbacks >= config.max_rollbacks:
             self._events.add(step, "recovery", "crit", "rollback", many, "the run ends: no rollback is left")
             return Fail(
                 UserError(
@@ -158,10 +167,10 @@ class Recovery:
         but the weights, which no further refusal changes: limits that the weights are beyond would refuse every step
         to come. So the baselines are measured anew, and updates are clipped meanwhile; `max_rollbacks` bounds it."""
         done = "no earlier checkpoint: the run goes on"
-        if refused[-1] - refused[0] == len(refused) - 1:
+        if _one_after_another(refused):
             self.record.rollbacks += 1
             if self._ranks.main:
-                self.record.write(self._folder)
+                self._write_record()
             if self._finite and self._config.max_grad_norm:
                 self._state.spikes.measure_anew()
                 done = f"{done}, its baselines measured anew and gradients clipped to {self._config.max_grad_norm:g}"
@@ -178,7 +187,7 @@ class Recovery:
         self.record.rollbacks += 1
         self.record.skipped_steps = sorted({*self.record.skipped_steps, *action.skipped})
         if self._ranks.main:
-            self.record.write(self._folder)
+            self._write_record()
 
     def rewound(self, action: Rewind, step: int) -> None:
         """After it was carried out at step `step`."""
@@ -242,7 +251,11 @@ class Recovery:
     def remember_micro_batch(self, batch_size: int) -> None:
         """Before it is taken; whichever rank is the one that knows."""
         self.record.micro_batch_size, self.record.global_batch_size = batch_size, self._global_batch
-        self.record.write(self._folder)
+        self._write_record()
+
+    def _write_record(self) -> None:
+        if self._may_write():
+            self.record.write(self._folder)
 
     def halved(self, action: HalveMicroBatch) -> None:
         """After it was carried out."""

@@ -68,7 +68,7 @@ class Saves:
         self._heartbeat = heartbeat
         start = [secrets.token_hex(4)]
         dist.broadcast_object_list(start)
-        may_write = lock.held if lock is not None else lambda: True
+        self._may_write = may_write = lock.held if lock is not None else lambda: True
         self._saver = Saver(ranks.rank, ranks.world, start[0], 60 * config.save_timeout_minutes, may_write)
         self._checkpoints = SaveTarget("checkpoint", folder / "checkpoints", Retention(config.keep_last))
         self._backups: SaveTarget | None = None
@@ -277,7 +277,8 @@ class Saves:
         if now - self._looked < 1.0:
             return
         self._looked = now
-        self._requests += self._inbox.take()
+        if self._may_write():  # else they are for the start that owns the run now
+            self._requests += self._inbox.take()
 
     # --- Going back ---
 
@@ -346,6 +347,18 @@ class Saves:
     def stop_waiting(self, seconds: float) -> bool:
         """At the very end, or after an exception: give the writer `seconds` more. Not collective."""
         return self._saver.wait(seconds)
+
+    def close(self) -> None:
+        """The run has ended: whoever still waits for a checkpoint is told so, or of the one that is there. Not
+        collective."""
+        if not self._ranks.main or not self._may_write():
+            return
+        with suppress(Exception):  # what ended the run is what the user must hear of
+            self.collect()
+        step = self._state.step
+        path = self._checkpoints.folder / checkpoint.name_of(step)
+        error = "" if path.is_dir() else f"the run ended at step {step} before it was saved"
+        self._inbox.close(SaveReply(step=step, path=str(path), error=error))
 
 
 class _Retry:

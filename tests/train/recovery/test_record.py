@@ -23,13 +23,17 @@ def test_the_old_file_is_taken_over_with_one_line(tmp_path: Path, caplog: pytest
     old = {"past": [3, 8], "rollbacks": 2, "batch_size": 4, "global_batch_size": 32}
     (tmp_path / "answers.json").write_text(json.dumps(old))
     with caplog.at_level(logging.WARNING, "lumina"):
-        assert RecoveryRecord.read(tmp_path) == RECORD
+        found = RecoveryRecord.read(tmp_path)
+        assert found == RECORD
+        assert not (tmp_path / "recovery.json").exists(), "who reads it may not own the run yet"
+        found.take_over(tmp_path)
         assert [record.getMessage() for record in caplog.records] == [
             f"{tmp_path / 'answers.json'} is called recovery.json now: what it says is taken over"
         ]
         assert RecoveryRecord.read(tmp_path) == RECORD
     assert len(caplog.records) == 1
     (tmp_path / "answers.json").write_text(json.dumps({"past": [99]}))
+    RecoveryRecord().take_over(tmp_path)
     assert RecoveryRecord.read(tmp_path) == RECORD, "the new file counts where both are"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,13 @@ def group() -> None:
     init_process_group()
 
 
-def make(folder: Path, rollbacks: int = 0, begun: bool = False, **settings: Any) -> Recovery:
+def make(
+    folder: Path,
+    rollbacks: int = 0,
+    begun: bool = False,
+    may_write: Callable[[], bool] = lambda: True,
+    **settings: Any,
+) -> Recovery:
     values = {"batch_size": 4, "global_batch_size": 8, "health_warmup": 4, "health_window": 16, **settings}
     config = make_config(**values)
     events = EventLog(folder / "events.jsonl")
@@ -37,7 +44,7 @@ def make(folder: Path, rollbacks: int = 0, begun: bool = False, **settings: Any)
     )
     state: Any = SimpleNamespace(engine=engine, step=9, spikes=SpikeDetector(config), consistent=False)
     record = RecoveryRecord(rollbacks=rollbacks)
-    return Recovery(config, Ranks(0, 1, 0, 1), folder, record, state, events, Health(config, events))
+    return Recovery(config, Ranks(0, 1, 0, 1), folder, record, state, events, Health(config, events), may_write)
 
 
 def refuse(recovery: Recovery, *steps: int) -> None:
@@ -145,8 +152,31 @@ def test_the_rollbacks_are_bounded(tmp_path: Path) -> None:
 
 def test_none_allowed_is_none_taken(tmp_path: Path) -> None:
     recovery = make(tmp_path, rollback_after=3, max_rollbacks=0)
-    refuse(recovery, 7, 8, 9)
+    refuse(recovery, 5, 7, 9)  # single steps among good ones
     assert recovery.action(drain=pytest.fail) is None
+
+
+@pytest.mark.parametrize("settings", [{"rollback_after": 3, "max_rollbacks": 0}, {"rollback_after": 0}])
+def test_no_run_skips_for_ever(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Also where going back is off: weights beyond the limits refuse every step to come, to a well-meant exit 0."""
+    recovery, actions = make(tmp_path, health_check_interval=20, **settings), []
+    for step in range(1, 31):
+        refuse(recovery, step)
+        actions.append(recovery.action(drain=pytest.fail))
+        if actions[-1] is not None:
+            break
+    assert isinstance(actions[-1], Fail)
+    assert len(actions) == (settings["rollback_after"] or 20)
+
+
+def test_a_start_that_lost_the_run_leaves_its_record_alone(tmp_path: Path) -> None:
+    recovery = make(tmp_path)
+    recovery.remember_rewind(Rewind(tmp_path, [7], "many"))
+    before = (tmp_path / "recovery.json").read_bytes()
+    lost = make(tmp_path, may_write=lambda: False)
+    lost.remember_rewind(Rewind(tmp_path, [8], "many"))
+    lost.remember_micro_batch(2)
+    assert (tmp_path / "recovery.json").read_bytes() == before
 
 
 def test_skipped_steps_are_remembered_before_the_run_goes_back(tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ def fit(run: Run) -> int:
         if run.lock is not None:
             closing.callback(run.lock.release)
         closing.enter_context(run.outputs)
-        closing.callback(run.saves.close)
         closing.callback(run.saves.stop_waiting, 5.0)
         closing.enter_context(run.watchdog)
         closing.callback(_record_what_is_there, run)

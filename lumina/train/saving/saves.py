@@ -345,12 +345,14 @@ class Saves:
         return error
 
     def stop_waiting(self, seconds: float) -> bool:
-        """At the very end, or after an exception: give the writer `seconds` more. Not collective."""
-        return self._saver.wait(seconds)
+        """At the very end, or after an exception: give the writer `seconds` more, and tell whoever still waits for a
+        checkpoint. Not collective."""
+        free = self._saver.wait(seconds)
+        self._tell_askers()
+        return free
 
-    def close(self) -> None:
-        """The run has ended: whoever still waits for a checkpoint is told so, or of the one that is there. Not
-        collective."""
+    def _tell_askers(self) -> None:
+        """The run has ended, or has a checkpoint of its last step."""
         if not self._ranks.main or not self._may_write():
             return
         with suppress(Exception):  # what ended the run is what the user must hear of

@@ -196,6 +196,7 @@ def inspect_data(arguments: Arguments) -> int:
         sample=arguments.sample,
         line=arguments.line,
         table=arguments.table,
+        whole=arguments.whole,
         json=arguments.json,
     )
 
@@ -207,10 +208,12 @@ def inspect_sample(
     sample: int = 0,
     line: int | None = None,
     table: bool = False,
+    whole: bool = False,
     json: bool = False,
 ) -> int:
-    """Shows what the model will see of one sample: text coloured by what is supervised, with `table` every token; or
-    with `line` what becomes of that record of a file, from its raw form to its tokens.
+    """Shows what the model will see of one sample: text coloured by what is supervised, with `table` every token, of a
+    long sample beginning and end unless `whole`; or with `line` what becomes of that record of a file, from its raw
+    form to its tokens.
 
     Raises:
         UserError: there is no such sample or record.
@@ -219,7 +222,7 @@ def inspect_sample(
         return _inspect_record(files, config, line, table=table, json=json)
     from lumina.chat import open_tokenizer
     from lumina.config import UserError
-    from lumina.data import describe_sample, render_sample
+    from lumina.data import SHOWN_ENDS, describe_sample, render_sample
     from lumina.data import prepare as prepare_data
 
     tokenizer = open_tokenizer(config.tokenizer, config.chat_template)
@@ -227,7 +230,7 @@ def inspect_sample(
         dataset = prepare_data(files, config, tokenizer, progress=progress)
     if not 0 <= sample < dataset.num_samples:
         raise UserError(f"there is no sample {sample}", f"They are numbered from 0 to {dataset.num_samples - 1:,}.")
-    description = describe_sample(dataset, sample, tokenizer)
+    description = describe_sample(dataset, sample, tokenizer, None if whole or json else SHOWN_ENDS)
     if json:
         _print_json(description)
         return 0
@@ -261,6 +264,7 @@ def _inspect_data_options(parser: Parser) -> None:
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="which packed sample, from 0 (0)")
     parser.add_argument("--line", type=int, metavar="N", help="instead record N of the file: raw, conversation, tokens")
     parser.add_argument("--table", action="store_true", help="also a line for each token: position, id, weight, target")
+    parser.add_argument("--whole", action="store_true", help="all of a long sample, not its beginning and end")
     config_options(parser)
     data_options(parser.add_argument_group("data"))
     json_option(parser)

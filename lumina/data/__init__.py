@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lumina.data.records.fault import BLANK, Fault, Tree
     from lumina.data.reports.estimate import estimate
     from lumina.data.reports.html import render_report
-    from lumina.data.reports.inspection import describe_sample, render_sample
+    from lumina.data.reports.inspection import SHOWN_ENDS, describe_sample, render_sample
     from lumina.data.reports.record import describe_record, render_record
     from lumina.data.reports.text import validation_lines
     from lumina.data.reports.validation import validate
@@ -81,6 +81,7 @@ _HOMES = {
     "reports.estimate": ("estimate",),
     "reports.html": ("render_report",),
     "reports.inspection": (
+        "SHOWN_ENDS",
         "describe_sample",
         "render_sample",
     ),
@@ -96,6 +97,7 @@ __getattr__ = names_of(__name__, {name: home for home, names in _HOMES.items() f
 __all__ = [
     "BLANK",
     "PADDING",
+    "SHOWN_ENDS",
     "THREADS",
     "Batch",
     "Fault",

@@ -148,3 +148,21 @@ def test_a_table_with_columns_of_no_meaning_is_told_what_to_say(
     assert "(A, B, C); say what stands where: --columns prompt=ITS_NAME,response=ITS_NAME" in capsys.readouterr().out
     assert main(["validate-data", str(path), "--columns", "prompt=A,response=B"]) == 0
     assert "1 conversations" in capsys.readouterr().out
+
+
+def test_of_a_long_sample_beginning_and_end_are_shown(tmp_path: Path) -> None:
+    """Every token is shown or counted: in the document that is cut, and in those of the middle."""
+    path = write_jsonl(tmp_path / "in.jsonl", [chat(f"question {n}", " ".join(["word"] * 30)) for n in range(20)])
+    dataset = prepare([path], Settings(seq_length=4096), TOKENIZER)
+    whole, ends = describe_sample(dataset, 0, TOKENIZER), describe_sample(dataset, 0, TOKENIZER, ends=50)
+    every = [token for document in whole["documents"] for token in document["tokens"]]
+    shown = [token for document in ends["documents"] for token in document["tokens"]]
+    assert shown == every[:50] + every[-50:]
+    assert sum(document["left_out"] for document in ends["documents"]) == len(every) - 100
+    cut = [document for document in ends["documents"] if document["tokens"] and document["left_out"]]
+    assert [document["head"] for document in cut] == [len(cut[0]["tokens"]), 0]
+    middle = [document for document in ends["documents"] if not document["tokens"]]
+    lines = [line.plain for line in render_sample(ends, TOKENIZER, table=False)]
+    assert f"── {len(middle):,} documents left out, {sum(one['left_out'] for one in middle):,} tokens" in lines
+    assert sum("tokens left out (--whole" in line for line in lines) == len(cut) == 2
+    assert describe_sample(dataset, 0, TOKENIZER, ends=len(every)) == whole

@@ -14,16 +14,25 @@ from lumina.data.loading.dataset import PackedDataset
 SUPERVISED, CONTEXT, SPECIAL = "green", "default", "magenta"
 
 
-def describe_sample(dataset: PackedDataset, sample: int, tokenizer: ChatTokenizer) -> dict[str, Any]:
+SHOWN_ENDS = 2000  # tokens that are shown of a long sample's beginning, and of its end
+
+
+def describe_sample(
+    dataset: PackedDataset, sample: int, tokenizer: ChatTokenizer, ends: int | None = None
+) -> dict[str, Any]:
     """A sample's documents with every token's id, text, position, target and weight, from the batch that training
     gets. `round_trip` says whether every text between special tokens, decoded and encoded again, gives the same ids
-    (one that was split may not)."""
+    (one that was split may not). ends: so many tokens of the sample's beginning and of its end alone; `left_out` counts
+    a document's others, which come after the first `head` of its tokens."""
     batch = dataset.batch([sample])
+    total = len(batch.ids_T)
+    head, tail = (total, total) if ends is None or total <= 2 * ends else (ends, total - ends)
     documents = []
     bounds = batch.cu_seqlens_D.tolist()
     for chunk, first, last in zip(dataset.chunks_of(sample), bounds[:-1], bounds[1:], strict=True):
         ids = batch.ids_T[first:last].tolist()
         assert np.array_equal(chunk.ids, ids)
+        kept = [*range(first, min(last, head)), *range(max(first, tail), last)]
         documents.append(
             {
                 "source": f"{chunk.source}:{chunk.line}",
@@ -39,8 +48,10 @@ def describe_sample(dataset: PackedDataset, sample: int, tokenizer: ChatTokenize
                         "weight": float(batch.weights_T[i]),
                         "supervised": bool(chunk.mask[i - first]),
                     }
-                    for i in range(first, last)
+                    for i in kept
                 ],
+                "head": max(0, min(last, head) - first),
+                "left_out": last - first - len(kept),
             }
         )
     return {
@@ -73,18 +84,33 @@ def render_sample(description: dict[str, Any], tokenizer: ChatTokenizer, table: 
             style="bold",
         )
     ]
+    unseen = [document for document in description["documents"] if not document["tokens"]]
     for number, document in enumerate(description["documents"], 1):
+        if not document["tokens"]:
+            if document is unseen[0]:
+                tokens = sum(one["left_out"] for one in unseen)
+                out.append(Text(f"── {len(unseen):,} documents left out, {tokens:,} tokens", style="cyan"))
+            continue
         count = document["context_tokens"]
         inside = f", begins with {count:,} token(s) from earlier in the conversation" if count else ""
         trip = "round-trips" if document["round_trip"] else "does NOT round-trip"
         out.append(Text(f"── document {number}: {document['source']}{inside}; {trip}", style="cyan"))
-        out.append(coloured(document["tokens"], tokenizer))
-        if table:
-            for token in document["tokens"]:
-                target = f"-> {token['target']}" if token["weight"] else ""
-                row = f"{token['position']:>6} {token['id']:>7} {token['weight']:.0f} {target:<10} {token['text']!r}"
-                out.append(Text(row, style=_style(token, tokenizer)))
+        head, tail = document["tokens"][: document["head"]], document["tokens"][document["head"] :]
+        out += _shown(head, tokenizer, table) if head else []
+        if document["left_out"]:
+            out.append(Text(f"── {document['left_out']:,} tokens left out (--whole shows them)", style="cyan"))
+        out += _shown(tail, tokenizer, table) if tail else []
     return out
+
+
+def _shown(tokens: list[dict[str, Any]], tokenizer: ChatTokenizer, table: bool) -> list[Text]:
+    lines = [coloured(tokens, tokenizer)]
+    if table:
+        for token in tokens:
+            target = f"-> {token['target']}" if token["weight"] else ""
+            row = f"{token['position']:>6} {token['id']:>7} {token['weight']:.0f} {target:<10} {token['text']!r}"
+            lines.append(Text(row, style=_style(token, tokenizer)))
+    return lines
 
 
 def coloured(tokens: list[dict[str, Any]], tokenizer: ChatTokenizer) -> Text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -296,14 +297,22 @@ def _initialise(
     return RunState(engine, trainer_state, SpikeDetector(config, trainer_state.guard))
 
 
-def _placement(ranks: Ranks) -> list[str]:
-    """Where the ranks are that share rows, for people; none where each has its own."""
-    if ranks.sequence == 1:
+def _placement(ranks: Ranks, settings: Settings) -> list[str]:
+    """Where the ranks are that share rows, and what they exchange (lumina.model.parallel.sequence), for people; none
+    where each has its own."""
+    size, config = ranks.sequence, settings.config
+    if size == 1:
         return []
+    heads = 2 * config.num_heads + 2 * math.lcm(config.num_kv_heads, size)
+    sent = heads * config.head_dim * (size - 1) // size * (4 if settings.precision == "fp32" else 2)
     where = (
         "of one node" if ranks.local_world % ranks.sequence == 0 else "across nodes: attention waits for the network"
     )
-    return [f"sequence parallelism: {ranks.sequence} neighbouring ranks share each micro-batch's tokens, {where}"]
+    return [
+        f"sequence parallelism: {size} neighbouring ranks share each micro-batch's tokens, {where}",
+        f"attention's exchanges: {sent:,} bytes sent a token and layer forward, as many backward; in a step's "
+        "times they count as communication",
+    ]
 
 
 def _open_outputs(
@@ -359,6 +368,6 @@ def _open_outputs(
             f"WARNING: the global batch of {data.order.global_batch_size} samples is larger than the data, which has "
             f"{data.train.num_samples}: every step is a whole epoch; a smaller --global-batch-size makes more steps"
         )
-    for text in [*origin, *settings.report, *kernel, *_placement(ranks), *data.train.account_lines()]:
+    for text in [*origin, *settings.report, *kernel, *_placement(ranks, settings), *data.train.account_lines()]:
         outputs.say(f"  {text}")
     return outputs

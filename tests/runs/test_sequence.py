@@ -99,7 +99,10 @@ def test_two_ranks_that_share_rows(alone: Alone, runs: Runs, few: Path, place: P
     expected = alone.run(max_steps=10)
     held(place / "run", expected)
     assert {record["batches"] for record in steps(place / "run")} <= {2, 3, 4}, "of two samples each, on each rank"
-    assert "1 group(s) of 2 processes" in (place / "run/train.log").read_text()
+    log = (place / "run/train.log").read_text()
+    assert "1 group(s) of 2 processes" in log
+    # Half of 4 + 2 + 2 heads there and 4 back, each of 8 numbers of 4 bytes.
+    assert "exchanges: 192 bytes sent a token and layer forward" in log
 
 
 @pytest.mark.long

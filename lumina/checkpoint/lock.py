@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -34,6 +35,8 @@ from lumina.files import read_json, write_json
 log = logging.getLogger("lumina")
 
 NAME = ".owner.json"
+# The launch that `lumina launch` makes in a Slurm job; up to 0.2.0 its number alone.
+_SLURM = re.compile(r"(?P<job>slurm-\w+)(?:\.(?P<restarts>\d+)\.\w+)?", re.ASCII)
 _HEARTBEAT = 5.0  # seconds
 _STALE = 60.0  # seconds without a heartbeat: of a start whose process cannot be looked at
 # What reading the lock may fail with though nobody took it: a network file system that stumbles, too many open files.
@@ -145,10 +148,19 @@ def last_launch(folder: Path) -> str | None:
 
 
 def last_global_batch(folder: Path, launch: str | None) -> int | None:
-    """The global batch of the run in `folder` if `launch` made its last start, else None."""
+    """The global batch of the run in `folder` if `launch` goes on with its last start by itself, else None."""
     found = _read(folder / NAME)
     size = found.get("global_batch_size")
-    return size if launch is not None and found.get("job") == launch and isinstance(size, int) else None
+    return size if launch is not None and _goes_on(found.get("job"), launch) and isinstance(size, int) else None
+
+
+def _goes_on(before: Any, launch: str) -> bool:
+    """The same launch, or that of a Slurm job which was queued again since."""
+    if before == launch:
+        return True
+    names = [_SLURM.fullmatch(name) for name in (str(before), launch)]
+    earlier, later = (name and (name["job"], name["restarts"]) for name in names)
+    return bool(earlier and later and earlier[0] == later[0] and earlier[1] != later[1])
 
 
 # --- Whether a start lives ------------------------------------------------------------------------

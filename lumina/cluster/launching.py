@@ -140,9 +140,10 @@ def _own_address(hosts: list[Host]) -> str:
 
 
 def _job_of_slurm() -> str | None:
-    """A requeued Slurm job keeps its number, and so goes on where it was."""
-    number = os.environ.get("SLURM_JOB_ID")
-    return f"slurm-{number}" if number else None
+    """A name of this launch in a Slurm job, `slurm-NUMBER.RESTARTS.OWN`: one that is queued again keeps its number and
+    goes on where it was, while two launches in one job are not each other's restart (lumina.checkpoint.lock)."""
+    own, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT") or "0"
+    return f"slurm-{own}.{restarts}.{uuid.uuid4().hex[:8]}" if own else None
 
 
 def _show(hosts: list[Host], commands: list[list[str]], ranks: list[str], env: dict[str, Any], folder: str) -> None:

@@ -238,3 +238,21 @@ def test_odd_owners(facts: dict[str, Any], tmp_path: Path) -> None:
     os.utime(elsewhere(tmp_path, **facts), (0, 0))
     refuse_owned(tmp_path, None)
     assert last_global_batch(tmp_path, "other") is None
+
+
+def test_two_launches_in_one_slurm_job_are_two(tmp_path: Path) -> None:
+    """The second took the first for its own earlier life. A job that is queued again is told by its restarts."""
+    lock = RunLock(tmp_path, "slurm-7.0.aa", 24)
+    assert last_global_batch(tmp_path, "slurm-7.0.aa") == 24
+    assert last_global_batch(tmp_path, "slurm-7.0.bb") is None
+    assert last_global_batch(tmp_path, "slurm-7.1.cc") == 24
+    assert last_global_batch(tmp_path, "slurm-8.1.cc") is None
+    found = json.loads((tmp_path / NAME).read_text())
+    parent = os.getppid()  # a process that lives, and is not this one
+    started = float(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19])
+    (tmp_path / NAME).write_text(json.dumps({**found, "pid": parent, "started": started}))
+    refuse_owned(tmp_path, "slurm-7.0.aa")
+    with pytest.raises(UserError, match="still trains it"):
+        refuse_owned(tmp_path, "slurm-7.0.bb")
+    lock.release()
+    refuse_owned(tmp_path, "slurm-7.0.bb")

@@ -41,6 +41,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# Of a micro-batch's tokens, in tiles that do not divide them and differ in number from rank to rank where P = 1.
+TILES: dict[str, Any] = {"mlp_tile_tokens": 24}
+OFFLOADED: dict[str, Any] = TILES | {"gradient_checkpointing": True, "activation_offloading": True}
+
+
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return real.write_conversations(tmp_path_factory.mktemp("few") / "few.jsonl", 23, seed=5, turns=2)
@@ -120,6 +125,8 @@ def test_two_ranks_that_share_rows(alone: Alone, runs: Runs, few: Path, place: P
         (3, 3, 2, {"num_heads": 3, "num_kv_heads": 1, "hidden_size": 48}),
         (4, 2, 2, {"batch_size": 1}),
         (4, 2, 3, {"gradient_checkpointing": True, "batch_size": 4}),
+        *((2, size, stage, TILES) for size in (1, 2) for stage in (0, 2, 3)),
+        *((2, 2, stage, OFFLOADED) for stage in (2, 3)),
     ],
 )
 def test_every_way_to_share(
@@ -232,6 +239,7 @@ def over(base: Path, run: Path, data: Path, stage: int, **settings: Any) -> list
     "settings",
     [
         {"lora_rank": 4, "gradient_checkpointing": True},
+        {"lora_rank": 4, **OFFLOADED},
         {"objective": "dpo", "dpo_beta": 0.2},
         {"objective": "dpo", "dpo_beta": 0.2, "lora_rank": 4},
     ],

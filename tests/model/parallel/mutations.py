@@ -1,4 +1,6 @@
-"""Sequence parallelism broken on purpose; a test must catch each:  python -m tests.model.parallel.mutations [WORD ...]
+"""Sequence parallelism, tiles and offloading broken on purpose; a test must catch each.
+
+    python -m tests.model.parallel.mutations [WORD ...]
 
 A mutant is a copy of the tree with one replacement, in which the tests named beside it are run. One that passes them is
 a hole in the tests; so is a run of the unbroken tree that fails. Exit status 0 when every mutant is caught. Words
@@ -22,6 +24,8 @@ FILES = ("pyproject.toml", "setup.py")
 
 MODEL = "tests/model/parallel/test_sequence.py"
 LOADER = "tests/data/loading/test_loader.py"
+TILES = "tests/model/memory/test_tiles.py"
+OFFLOAD = "tests/model/memory/test_offload.py"
 RUN = "tests/runs/test_sequence.py::test_two_ranks_that_share_rows"
 
 
@@ -37,6 +41,7 @@ class Mutation:
 
 
 _SEQUENCE, _TENSORS, _PAIRS = "model/parallel/sequence.py", "data/loading/tensors.py", "model/preference.py"
+_TILES, _OFFLOAD = "model/memory/tiles.py", "model/memory/offload.py"
 MUTATIONS = (
     # --- the exchange
     Mutation("heads dealt out in turn", _SEQUENCE, "x.reshape(length, size, -1, width)",
@@ -68,6 +73,26 @@ MUTATIONS = (
              RUN),
     Mutation("samples dealt out to ranks", "train/loop.py", "rank=run.ranks.data_rank", "rank=run.ranks.rank", RUN),
     Mutation("whole rows in evaluation", "train/evaluate.py", "row.part = ranks.part", "pass", RUN),
+    # --- tiles of tokens
+    Mutation("tiles overlap by a token", _TILES, "min(start + tile, tokens)", "min(start + tile + 1, tokens)", TILES),
+    Mutation("a tile's last token left out", _TILES, "min(start + tile, tokens)", "min(start + tile - 1, tokens)",
+             TILES),
+    Mutation("the last tile twice", _TILES, "range(0, tokens, tile))",
+             "[*range(0, tokens, tile), (tokens - 1) // tile * tile])", TILES),
+    Mutation("the last tile skipped", _TILES, "range(0, tokens, tile))", "range(0, tokens - tile, tile))", TILES),
+    Mutation("weight gradient of the first tile alone", _TILES, "total.add_(gradient)", "pass", TILES),
+    Mutation("weight gradients added up in bfloat16", _TILES, "torch.promote_types(g.dtype, torch.float32)", "g.dtype",
+             TILES),
+    Mutation("the residual's gradient lost", _TILES, "ddelta_TD[part][None], dtotal_TD[part][None]",
+             "ddelta_TD[part][None], 0 * dtotal_TD[part][None]", TILES),
+    Mutation("what is recomputed is computed again", _TILES, "        if recomputing:", "        if False:", TILES),
+    # --- inputs on the host
+    Mutation("a buffer given up while it is used", _OFFLOAD, "        return copy\n\n    def _to_device",
+             "        self._free.append(copy.buffer)\n        return copy\n\n    def _to_device", OFFLOAD),
+    Mutation("the copy before this one", _OFFLOAD, "        self._fetch(copy)\n",
+             "        copy = (copy.before and copy.before()) or copy\n        self._fetch(copy)\n", OFFLOAD),
+    Mutation("the input is kept beside its copy", _OFFLOAD, "self.shape, self.device = ",
+             "self.kept, self.shape, self.device = tensor, ", OFFLOAD),
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Each rank stands in a folder of its own, as on its own disk: what is named witho
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lumina import checkpoint
 from lumina.chat import open_tokenizer
 from lumina.cli import build_parser
 from lumina.commands.common import load_config
@@ -48,6 +50,20 @@ def another_version(package: str, own: Path) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 99\n")
 
 
+def edited_code(own: Path) -> None:
+    """A clone of Lumina's own version, with one more file."""
+    (own / "1" / "code").mkdir()
+    (own / "1" / "code" / "edited.py").write_text("")
+
+
+def two_checkpoints(own: Path) -> None:
+    """The manifest of one is written in another way: every file is whole, and they are not the same."""
+    shutil.copytree(own / "trained", own / "0" / "trained")
+    shutil.copytree(own / "trained", own / "1" / "trained")
+    (manifest,) = (own / "1" / "trained" / "checkpoints").glob(f"step-*/{checkpoint.MANIFEST}")
+    manifest.write_text(manifest.read_text() + "\n")
+
+
 def nothing(own: Path) -> None:
     """Their folders are empty."""
 
@@ -63,6 +79,10 @@ def stand_in(own: Path, rank: int) -> None:
     """A rank's working folder, and where it finds its packages first."""
     os.chdir(own / str(rank))
     sys.path.insert(0, str(own / str(rank) / "packages"))
+    if (own / str(rank) / "code").exists():
+        import lumina
+
+        lumina.__path__.append(str(own / str(rank) / "code"))
 
 
 # What differs, how it is set up, the words of each rank, and what must be said.
@@ -76,10 +96,18 @@ ATTACKS: list[Attack] = [
     ("a YAML that differs", two_yamls, [YAML] * 2, ["weight_decay: 0.0 on rank 0"]),
     ("a ds_config that differs", two_documents, [DOCUMENT] * 2, ["the file of ds_config", "on rank 1"]),
     ("a version", partial(another_version, "numpy"), [[], []], ["version of numpy: ", "99 on rank 1"]),
+    ("Lumina's code", edited_code, [[], []], ["the code of lumina: ", "on rank 1"]),
     ("a version not tried", partial(another_version, "deepspeed"), [[], []], ["rank 1 on", "deepspeed 99"]),
     ("data on one node", nothing, [[], ["--train-data", "missing.jsonl"]], ["rank 1 on", "missing.jsonl"]),
     ("an output folder", nothing, [["--output-dir", "runs"]] * 2, ["output_dir", "is not one folder of all machines"]),
 ]
+
+
+@pytest.mark.long  # it trains a checkpoint first; what differs is found as the lines above it find theirs
+def test_weights_that_differ_are_refused(runs: Runs, conversations: Path, place: Path) -> None:
+    runs.train(arguments(place / "trained", conversations, max_steps=1, precision="fp32"))
+    attack = ("weights", two_checkpoints, [["--init-from", "trained"]] * 2, ["initial weights ", "on rank 1"])
+    test_ranks_that_differ_are_refused(attack, runs, conversations, place)
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=[attack[0] for attack in ATTACKS])

@@ -108,7 +108,10 @@ ENDS: dict[str, tuple[Callable[[int], None], list[int], set[int], str]] = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
+_LONG = {"rank 0 raises in a decision"}  # told as what it raises in its preparing
+
+
+@pytest.mark.parametrize("end", [pytest.param(end, marks=[pytest.mark.long] if end in _LONG else []) for end in ENDS])
 def test_a_rank_that_ends_is_not_waited_for(end: str, runs: Runs, conversations: Path, place: Path) -> None:
     """The others say in a line what it met, and where, and end as it did where a user or a disk is the cause."""
     patch, codes, with_traceback, says = ENDS[end]

@@ -6,8 +6,11 @@ Each line is how, and how the run must end: no step is lost, and what cannot be 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
+import subprocess
+import sys
 import termios
 import time
 from functools import partial
@@ -16,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from lumina import checkpoint
-from tests.runs import Runs, arguments, newest
+from tests.runs import DEEPSPEED, PATIENCE, ROOT, Runs, arguments, clean_environment, newest, steps
 
 STEPS = 120
 
@@ -68,3 +71,56 @@ def test_a_run_outlives_its_readers(
     saved = newest(place / "run")
     assert saved.name == checkpoint.name_of(job.step()), "75 and 0: a checkpoint of the last step is there"
     assert checkpoint.integrity_error(saved) is None
+
+
+LAUNCHERS = {
+    "lumina launch": ([sys.executable, "-P", "-m", "lumina", "launch", "--hostfile", "hosts", "--", "train"], 75),
+    # It dies of the signal itself: what its ranks leave is what counts.
+    "deepspeed": ([str(DEEPSPEED), "--num_gpus", "2", str(ROOT / "launchers" / "train.py")], -signal.SIGHUP),
+}
+
+
+@pytest.mark.long  # two real launchers with two ranks each
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_terminal_of_a_launcher_is_closed(launcher: str, conversations: Path, place: Path) -> None:
+    """Whoever writes to it afterwards gets EIO. The run is saved at the step that it ends at."""
+    run, (words, code) = place / "run", LAUNCHERS[launcher]
+    (place / "hosts").write_text("localhost slots=2\n")
+    settings = {"precision": "fp32", "save_every_n_batches": 1_000_000, "epochs": 100_000, "max_steps": 100_000}
+    reader, terminal = os.openpty()
+    process = subprocess.Popen(
+        [*words, *arguments(run, conversations, **settings)],
+        cwd=place,
+        env={**clean_environment(), "PYTHONPATH": str(ROOT)},
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=partial(_lead, terminal),
+    )
+    os.close(terminal)
+    os.set_blocking(reader, False)
+    deadline, said = time.monotonic() + PATIENCE, b""
+    while not (run / "metrics.jsonl").exists() or len(steps(run)) < 2:
+        assert process.poll() is None, said.decode(errors="replace")[-3000:]
+        assert time.monotonic() < deadline
+        try:
+            said += os.read(reader, 1 << 16)
+        except BlockingIOError:
+            time.sleep(0.05)
+    os.close(reader)
+    assert process.wait(PATIENCE) == code
+    while "end" not in (start := json.loads((run / "run.json").read_text())["starts"][-1]):
+        assert time.monotonic() < deadline + PATIENCE
+        time.sleep(0.1)
+    assert start["end"]["state"] == "stopped"
+    saved = newest(run)
+    assert saved.name == checkpoint.name_of(start["end"]["step"])
+    assert checkpoint.integrity_error(saved) is None
+
+
+def _lead(terminal: int) -> None:
+    """In the new process, which leads a session: its terminal. Not under nohup, as the tests may be."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)

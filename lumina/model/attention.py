@@ -137,8 +137,9 @@ def _by_document(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents
     if q_BSHd.device.type == "cuda":
         return _by_length(q_BSHd, k_BSKd, v_BSKd, docs, scoring)
     pieces = []
-    for start, end in docs.edges():
-        q, k, v = (x[:, start:end] for x in (q_BSHd, k_BSKd, v_BSKd))
+    # Not slices: the gradient of each would be a whole row of zeros but for its own, and documents are many.
+    lengths = [end - start for start, end in docs.edges()]
+    for q, k, v in zip(*(torch.split(x, lengths, 1) for x in (q_BSHd, k_BSKd, v_BSKd)), strict=True):
         blockwise = _blockwise(q, scoring)
         pieces.append(_cpu_attention(q[0], k[0], v[0], scoring)[None] if blockwise else _sdpa(q, k, v, scoring))
     return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]

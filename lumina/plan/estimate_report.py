@@ -227,7 +227,7 @@ def run_lines(config: Config, each: RunEstimate, price: float | None) -> list[st
         f"            {parts}",
         f"  host      of each rank: {_size(host_memory.start(config, setup))} at the start, "
         f"{_size(host_memory.snapshot(config, setup))} for snapshots"
-        + (f", {_size(memory.host)} of offloaded state" if memory.host else ""),
+        + (f", {_size(memory.host)} of what is offloaded" if memory.host else ""),
         f"  by stage  {stages}",
         f"  step      {_time(speed.step)}: matrix products {_time(speed.products)}, element-wise "
         f"{_time(speed.elementwise)}, optimizer {_time(speed.optimizer)}, network not hidden {_time(speed.exposed)}; "

@@ -119,6 +119,8 @@ def candidates(
                     quantized_weights=eighth,
                     reuse=buffers.live if stage == 3 else 0,  # the two are equal, see zero_sizes
                     sequence_parallel=shared,
+                    mlp_tile=config.mlp_tile_tokens or 0,
+                    activation_offloading=config.activation_offloading and every > 0,
                 )
                 memory = peak_memory(config, setup, buffers, cluster.device.memory)
                 speed = predict(config, setup, cluster)

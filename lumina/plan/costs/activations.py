@@ -3,7 +3,7 @@ backward pass adds to it.
 
 A layer keeps, per token: the summed residual and the normed input of both halves with a float32 scale each; what
 attention keeps (`_attention`); gate and up, and their product. A recomputed layer keeps its input only: the
-residual sum.
+residual sum, on the device or on the host. In tiles, the second half keeps its residual sum alone.
 
 Sizes are bytes, per token that the rank holds where nothing else is said.
 """
@@ -19,12 +19,31 @@ def activation_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     """What autograd keeps over all layers."""
     again = _recomputed(model, setup)
     inputs = setup.element * model.hidden_size
-    return (model.num_layers - again) * layer_bytes_per_token(model, setup) + again * inputs
+    kept = 0 if setup.activation_offloading else again * inputs
+    return (model.num_layers - again) * layer_bytes_per_token(model, setup) + kept
+
+
+def host_bytes(model: ModelConfig, setup: Setup) -> int:
+    """Bytes of recomputed layers' inputs on the host of this rank, whose buffers hold powers of two of numbers."""
+    if not setup.activation_offloading:
+        return 0
+    numbers = setup.tokens(model) * model.hidden_size
+    return _recomputed(model, setup) * setup.element * (1 << (numbers - 1).bit_length())
+
+
+def offloaded_bytes(model: ModelConfig, setup: Setup) -> float:
+    """Bytes that go to the host in a micro-batch and come back."""
+    if not setup.activation_offloading:
+        return 0.0
+    return float(_recomputed(model, setup) * setup.element * model.hidden_size * setup.tokens(model))
 
 
 def layer_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     """What autograd keeps of a layer that is not recomputed, or is at its recomputation."""
-    return sum(_norms(model, setup)) + _attention(model, setup) + _feed_forward(model, setup)
+    first, second = _norms(model, setup)
+    if setup.mlp_tile:
+        return first + _attention(model, setup) + setup.element * model.hidden_size
+    return first + second + _attention(model, setup) + _feed_forward(model, setup)
 
 
 def outside_bytes_per_token(model: ModelConfig) -> int:
@@ -38,7 +57,9 @@ def last_layers_backward(model: ModelConfig, setup: Setup) -> float:
     above = (model.num_layers - 1) % setup.checkpoint_every if setup.checkpoint_every else 0
     recomputed = bool(setup.checkpoint_every) and not above
     kept = 0.0 if recomputed else layer_bytes_per_token(model, setup)
-    return _backward(model, setup, recomputed) - kept
+    # From the host: this layer's input, and that of the one below, which is on its way.
+    fetched = 2 * setup.element * model.hidden_size if setup.activation_offloading else 0
+    return _backward(model, setup, recomputed) - kept + fetched
 
 
 def first_layers_backward(model: ModelConfig, setup: Setup) -> float:
@@ -74,6 +95,8 @@ def _attention(model: ModelConfig, setup: Setup) -> float:
     queries, keys, exchanged = _widths(model, setup)
     projected, scales = queries + 2 * keys, FP32 * model.num_heads
     kept: float = projected + queries + keys + queries + scales
+    if setup.blockwise:
+        return queries + 2 * exchanged + queries + scales
     if setup.sequence_parallel > 1:
         kept = queries + 2 * exchanged + 2 * queries + scales
         kept += projected if model.structure.qk_norm else 0  # which the norms of queries and keys keep
@@ -102,13 +125,26 @@ def _backward(model: ModelConfig, setup: Setup, recomputed: bool) -> float:
     e, hidden = setup.element, setup.element * model.hidden_size
     queries, keys, exchanged = _widths(model, setup)
     first, second = _norms(model, setup)
-    outside = hidden * (2 if recomputed else 1)  # the gradient of its result; recomputed, the result again
+    # The gradient of its result; recomputed, the result again, which tiles leave out.
+    outside = hidden * (2 if recomputed and not setup.mlp_tile else 1)
     feed_forward = first + second + _attention(model, setup) + _feed_forward(model, setup)
     feed_forward += e * 2 * feed_forward_width(model)
+    if setup.mlp_tile:  # the residual sum and its gradient, and one tile
+        feed_forward = first + _attention(model, setup) + 2 * hidden + _tile(model, setup) / setup.tokens(model)
     # Of attention: gradients of its result, queries, keys and values, and of the residual.
     attention = first + hidden * (2 if recomputed else 1) + _attention(model, setup) + queries + 2 * keys
     attention += queries if setup.sequence_parallel == 1 else 2 * (exchanged - keys)
-    return max(outside + feed_forward, outside + attention, _exchange(model, setup) if recomputed else 0.0)
+    attention += outside if recomputed else 0  # which is needed no more, but held
+    return max(outside + feed_forward, attention, _exchange(model, setup) if recomputed else 0.0)
+
+
+def _tile(model: ModelConfig, setup: Setup) -> float:
+    """Bytes of one tile of the feed-forward in its backward pass, and of the weights' gradients: those that add up, in
+    float32, and the tile's own."""
+    e, hidden, width = setup.element, setup.element * model.hidden_size, feed_forward_width(model)
+    tokens = min(setup.mlp_tile, setup.tokens(model))
+    inside = _norms(model, setup)[1] + 2 * hidden + e * 5 * width  # with its result, and the last tile's gradient
+    return tokens * inside + (FP32 + e) * 3 * model.hidden_size * width
 
 
 def _exchange(model: ModelConfig, setup: Setup) -> float:

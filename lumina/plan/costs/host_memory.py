@@ -9,8 +9,8 @@ and more with CUDA, comes on top.
 from __future__ import annotations
 
 from lumina.config import ModelConfig
-from lumina.plan.costs.memory import FP32, parameter_groups
-from lumina.plan.costs.setup import Setup
+from lumina.plan.costs.memory import parameter_groups
+from lumina.plan.costs.setup import FP32, Setup
 
 
 def start(model: ModelConfig, setup: Setup) -> int:

@@ -118,7 +118,8 @@ def _kept(model: ModelConfig, setup: Setup, buffers: Buffers) -> tuple[dict[str,
         "moments": 0 if setup.offload_optimizer else held.moments,
     }
     gradients_on_host = held.master if setup.offload_optimizer else 0
-    return parts, float(optimizer_on_host + weights_on_host + gradients_on_host)
+    host = optimizer_on_host + weights_on_host + gradients_on_host
+    return parts, float(host + activations.host_bytes(model, setup))
 
 
 def _gradients(model: ModelConfig, setup: Setup) -> float:
@@ -157,7 +158,7 @@ def _backward(model: ModelConfig, setup: Setup, buffers: Buffers, first: bool) -
     parts, host = _kept(model, setup, buffers)
     earlier = setup.accumulation > 1 or setup.stage == 3
     own = setup.element * model.vocab_size * model.hidden_size if setup.stage < 2 else 0  # of the output layer
-    alive = activations.outside_bytes_per_token(model)
+    alive = float(activations.outside_bytes_per_token(model))
     if first:
         alive += activations.first_layers_backward(model, setup)
     else:
@@ -175,8 +176,8 @@ def _sharing(model: ModelConfig, setup: Setup, buffers: Buffers) -> dict[str, fl
     """Gathered weights under stage 3, and the buckets in which gradients are reduced."""
     table = model.vocab_size * model.hidden_size
     layer = (model.num_parameters(False) - model.hidden_size) / model.num_layers
-    gathered = min(model.num_parameters(), max(table, layer, buffers.live)) if setup.stage == 3 else 0.0
-    bucket = buffers.reduce_bucket * (2 if buffers.overlap else 1) if setup.stage and setup.world > 1 else 0.0
+    gathered = float(min(model.num_parameters(), max(table, layer, buffers.live)) if setup.stage == 3 else 0)
+    bucket = float(buffers.reduce_bucket * (2 if buffers.overlap else 1) if setup.stage and setup.world > 1 else 0)
     return {"gathered": setup.element * gathered, "buffers": setup.element * bucket}
 
 

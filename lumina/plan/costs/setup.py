@@ -35,6 +35,9 @@ class Setup:
     reuse: int = 0  # stage 3: a weight used again within so many elements stays gathered between forward and backward
     quantized_weights: bool = False  # stage 3 gathers weights as 8-bit integers (qwZ, arXiv:2306.10209)
     sequence_parallel: int = 1  # neighbouring ranks that share the tokens of a micro-batch
+    mlp_tile: int = 0  # tokens of a tile of the feed-forward; 0: all at once
+    activation_offloading: bool = False  # recomputed layers' inputs wait on the host
+    blockwise: bool = False  # attention as on a CPU in bfloat16, which keeps copies of its arguments alone
 
     @property
     def element(self) -> int:
@@ -112,6 +115,8 @@ def read_setup(config: Config, document: dict[str, Any], world: int, data: Data)
         reuse=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)) if stage == 3 else 0,
         quantized_weights=stage == 3 and bool(zero.get("zero_quantized_weights")),
         sequence_parallel=config.sequence_parallel_size,
+        mlp_tile=config.mlp_tile_tokens or 0,
+        activation_offloading=config.activation_offloading,
     )
     buffers = Buffers(
         reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),

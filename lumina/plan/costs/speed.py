@@ -16,12 +16,14 @@ import math
 from dataclasses import dataclass
 
 from lumina.config import ModelConfig, UserError
+from lumina.plan.costs.activations import offloaded_bytes
 from lumina.plan.costs.devices import Cluster
 from lumina.plan.costs.launches import host_seconds
 from lumina.plan.costs.setup import Setup
 from lumina.plan.costs.workload import (
     Flops,
     Traffic,
+    feed_forward_width,
     flops_per_token,
     memory_bytes_per_token,
     optimizer_bytes,
@@ -79,6 +81,8 @@ def predict(
     again = recomputed_share(model, setup)
     peak = device.peak[setup.precision]
     matrix = flops.layers * (3 + again) + flops.output * 3
+    if setup.mlp_tile:  # computed once more in the backward pass of layers that are not recomputed whole
+        matrix += (1 - again) * 6 * model.num_layers * model.hidden_size * feed_forward_width(model)
     scores = flops.attention * (3.5 + again) / (attention or device.attention)
     products = setup.accumulation * tokens * (matrix / device.matmul + scores) / peak
     stream = device.bandwidth * STREAM
@@ -91,6 +95,8 @@ def predict(
     # Exchanges stand between matrix products that need what they bring: nothing hides them.
     exchange = exchange_seconds(setup, moved, cluster)
     exposed = _exposed(setup, moved, products + elementwise, communication) + exchange
+    copies = 2 * setup.accumulation * offloaded_bytes(model, setup) / HOST_LINK
+    exposed += max(0.0, copies - products - elementwise)  # to the host and back, beside all that is computed
     queued = host_seconds(model, setup, again, device.memory, cluster.launch_cost)
     step = max(products + elementwise + optimizer, queued) + exposed
     total = setup.useful_tokens(model)

@@ -63,11 +63,18 @@ function article(message, index) {
   return node;
 }
 
+/** Not by spreading: a call takes some 100,000 arguments. */
+function replace(body, nodes) {
+  const whole = document.createDocumentFragment();
+  for (const node of nodes) whole.append(node);
+  body.replaceChildren(whole);
+}
+
 function fill(body, message) {
   if (message.role === "assistant") {
-    body.replaceChildren(...reasoning(message, body), ...render(message.content), ...message.calls.map(call));
+    replace(body, [...reasoning(message, body), ...render(message.content), ...message.calls.map(call)]);
   } else if (message.role === "tool") body.textContent = message.content; // as the tool wrote it
-  else body.replaceChildren(...render(message.content));
+  else replace(body, render(message.content));
 }
 
 const BLOCKS = "p, h3, h4, h5, h6, ul, ol, li, blockquote, pre, pre > code";

@@ -8,17 +8,19 @@
 // Understood: paragraphs, headings, fenced code, lists, quotes, rules, tables; code, bold, italic, struck, links.
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
+// `s`: without it a dot stops at U+2028, and the search begins again at each space before.
+const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/s;
 const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const ITEM = /^( *)([-*+]|\d{1,9}[.)])\s+(.*)$/s;
 const QUOTE = /^ {0,3}> ?/;
 const TABLE_RULE = /^[ :|-]*$/; // with a - in it
 const SCHEMES = new Set(["http:", "https:", "mailto:"]);
 const DEEPEST = 6; // quotes in lists in quotes, and so on: deeper ones stay text
 
-function make(name, ...children) {
+/** Not by spreading: a call takes some 100,000 arguments. */
+function make(name, children = []) {
   const node = document.createElement(name);
-  node.append(...children);
+  for (const child of children) node.append(child);
   return node;
 }
 
@@ -53,12 +55,12 @@ function special(lines, at, depth) {
   if (heading) {
     // The page's own headings are h1 and h2.
     const level = Math.min(6, heading[1].length + 2);
-    return [make("h" + level, ...inline(withoutClosing(heading[2]))), at + 1];
+    return [make("h" + level, inline(withoutClosing(heading[2]))), at + 1];
   }
   if (RULE.test(line)) return [make("hr"), at + 1];
   if (QUOTE.test(line)) {
     const end = stretch(lines, at, (other) => QUOTE.test(other));
-    return [make("blockquote", ...blocks(lines.slice(at, end).map((other) => other.replace(QUOTE, "")), depth + 1)), end];
+    return [make("blockquote", blocks(lines.slice(at, end).map((other) => other.replace(QUOTE, "")), depth + 1)), end];
   }
   if (ITEM.test(line)) return list(lines, at, depth);
   if (line.includes("|") && at + 1 < lines.length && lines[at + 1].includes("|") && lines[at + 1].includes("-") &&
@@ -85,14 +87,14 @@ function paragraph(lines, at, depth) {
   const ends = (line, index) => !line.trim() || (depth < DEEPEST && special(lines, index, DEEPEST - 1) !== null);
   let end = at + 1;
   while (end < lines.length && !ends(lines[end], end)) end += 1;
-  return [make("p", ...inline(lines.slice(at, end).join("\n"))), end];
+  return [make("p", inline(lines.slice(at, end).join("\n"))), end];
 }
 
 function code(lines, at, fence) {
   const closes = (line) => line.trim().startsWith(fence[1]) && !line.trim().slice(fence[1].length).replaceAll(fence[1][0], "");
   let end = at + 1;
   while (end < lines.length && !closes(lines[end])) end += 1;
-  const block = make("pre", make("code", lines.slice(at + 1, end).join("\n")));
+  const block = make("pre", [make("code", [lines.slice(at + 1, end).join("\n")])]);
   block.tabIndex = 0; // it scrolls, so the keyboard must reach it
   if (fence[2]) block.dataset.language = fence[2];
   return [block, Math.min(end + 1, lines.length)];
@@ -112,10 +114,10 @@ function list(lines, at, depth) {
     let end = stretch(lines, index, inside);
     while (!lines[end - 1].trim()) end -= 1;
     const rest = lines.slice(index + 1, end);
-    const least = Math.min(...rest.filter((line) => line.trim()).map((line) => line.search(/\S/)), 99);
+    const least = rest.reduce((found, line) => (line.trim() ? Math.min(found, line.search(/\S/)) : found), 99);
     const content = blocks([item[3], ...rest.map((line) => line.slice(least))], depth + 1);
     const lone = content[0]?.tagName === "P" ? content.shift() : null;
-    whole.append(make("li", ...(lone ? lone.childNodes : []), ...content));
+    whole.append(make("li", [...(lone ? lone.childNodes : []), ...content]));
     index = end;
     while (index < lines.length && !lines[index].trim() && ITEM.test(lines[index + 1] ?? "")) index += 1;
   }
@@ -124,10 +126,10 @@ function list(lines, at, depth) {
 
 function table(lines, at) {
   const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => inline(cell.trim()));
-  const row = (line, kind) => make("tr", ...cells(line).map((content) => make(kind, ...content)));
+  const row = (line, kind) => make("tr", cells(line).map((content) => make(kind, content)));
   const end = stretch(lines, at + 1, (line) => line.includes("|"));
   const body = lines.slice(at + 2, end).map((line) => row(line, "td"));
-  const whole = make("table", make("thead", row(lines[at], "th")), make("tbody", ...body));
+  const whole = make("table", [make("thead", [row(lines[at], "th")]), make("tbody", body)]);
   whole.tabIndex = 0;
   return [whole, end];
 }
@@ -169,7 +171,7 @@ function span(text, at, depth, open) {
     const ticks = /^`+/.exec(text.slice(at, at + 20))[0];
     const end = open.has(ticks) ? -1 : text.indexOf(ticks, at + ticks.length);
     if (end < 0) open.add(ticks);
-    return end > 0 ? [make("code", text.slice(at + ticks.length, end)), end + ticks.length] : null;
+    return end > 0 ? [make("code", [text.slice(at + ticks.length, end)]), end + ticks.length] : null;
   }
   if (letter === "[" || (letter === "!" && text[at + 1] === "[")) return link(text, at, depth);
   if (!"*_~".includes(letter)) return null;
@@ -181,7 +183,7 @@ function span(text, at, depth, open) {
     while (end > 0 && (/\s/.test(text[end - 1]) || (letter === "_" && inWord(end + mark.length)))) {
       end = text.indexOf(mark, end + 1);
     }
-    if (end > 0) return [make(name, ...inline(text.slice(at + mark.length, end), depth + 1)), end + mark.length];
+    if (end > 0) return [make(name, inline(text.slice(at + mark.length, end), depth + 1)), end + mark.length];
     open.add(mark);
   }
   return null;
@@ -197,8 +199,8 @@ function link(text, at, depth) {
   } catch {
     // A relative address would be one of this server.
   }
-  if (!url || !SCHEMES.has(url.protocol)) return [make("span", ...label, ` (${found[2]})`), at + found[0].length];
-  const node = make("a", ...label);
+  if (!url || !SCHEMES.has(url.protocol)) return [make("span", [...label, ` (${found[2]})`]), at + found[0].length];
+  const node = make("a", label);
   node.href = url.href;
   node.target = "_blank";
   node.rel = "noopener noreferrer nofollow";

@@ -57,7 +57,7 @@ def test_a_table_that_is_cut_short_is_said(tmp_path: Path, write: Callable[[Path
 
 def test_a_line_without_end_is_not_held(tmp_path: Path) -> None:
     """120 MB of one line in 120 kB; the lines around it are read."""
-    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain, packed, zstd = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.zst"
     with plain.open("wb") as out:
         out.write(LINE)
         out.truncate(len(LINE) + 120 * 10**6)
@@ -66,7 +66,11 @@ def test_a_line_without_end_is_not_held(tmp_path: Path) -> None:
     with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=1) as target:
         while block := source.read(1 << 20):
             target.write(block)
-    for path in (plain, packed):
+    with plain.open("rb") as source, pa.output_stream(str(zstd), compression="zstd") as target:
+        while block := source.read(1 << 20):
+            target.write(block)
+    for path in (plain, packed, zstd):
+        held = pa.total_allocated_bytes()
         tracemalloc.start()
         first, long, last = records(path)
         peak = tracemalloc.get_traced_memory()[1]
@@ -75,10 +79,27 @@ def test_a_line_without_end_is_not_held(tmp_path: Path) -> None:
         assert isinstance(long, Fault)
         assert long.reason == LONG_LINE
         assert peak < 1.5 * LONGEST_LINE, f"{path.name}: {peak / 1e6:.0f} MB"
+        assert pa.total_allocated_bytes() - held < 1 << 22, path.name
     size = plain.stat().st_size
     for middle in (len(LINE), 10**8):  # read in two ranges, as two workers do
         both = [*read_lines(str(plain), 0, middle), *read_lines(str(plain), middle, size)]
         assert [type(line) for line in both] == [bytes, Fault, bytes], middle
+
+
+def test_a_row_group_is_not_held(tmp_path: Path) -> None:
+    """One row group of 200 MB, in rows of 4 MB, in a small file. (A page is held whole: its writer chose its size.)"""
+    path = tmp_path / "a.parquet"
+    schema = pa.schema({"prompt": pa.string(), "response": pa.string()})
+    table = pa.table({"prompt": [str(at) + "x" * (4 << 20) for at in range(48)], "response": ["y"] * 48}, schema)
+    pq.write_table(table, path, row_group_size=48, compression="zstd", use_dictionary=False, write_batch_size=1)
+    del table
+    held, most, rows = pa.total_allocated_bytes(), 0, 0
+    for item in read_items(str(path), detect(str(path))):
+        most, rows = max(most, pa.total_allocated_bytes() - held), rows + 1
+        assert item.record["prompt"].startswith(str(item.number - 1))
+    assert rows == 48
+    assert path.stat().st_size < 1 << 20
+    assert most < 2 * LONGEST_LINE, f"{most / 1e6:.0f} MB"
 
 
 DEEP = b"[" * 100_000

@@ -16,7 +16,7 @@ import pyarrow as pa
 from lumina.config import UserError
 from lumina.data.oasst.trees import is_flat_oasst, trees_of
 from lumina.data.reading.json_values import WRAPPERS, parse_json, read_values, records_in, several
-from lumina.data.reading.streams import FileLayout, lines_of, read_lines, text_of
+from lumina.data.reading.streams import LONGEST_LINE, FileLayout, lines_of, read_lines, text_of
 from lumina.data.reading.tables import read_table
 from lumina.data.records.calls import CALLS, TOOLS
 from lumina.data.records.fault import BLANK, EMPTY, Fault
@@ -97,7 +97,7 @@ def _batches(path: str, container: str) -> Iterator[Any]:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path, memory_map=True) as file:
-            yield from file.iter_batches(batch_size=ROWS_AT_ONCE)
+            yield from file.iter_batches(batch_size=_rows_at_once(file.metadata))
         return
     with pa.memory_map(path) as source:
         if container == "arrow":
@@ -105,6 +105,13 @@ def _batches(path: str, container: str) -> Iterator[Any]:
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             yield from pa.ipc.open_stream(source)
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Rows of a Parquet file that are held at a time: fewer where they are long. A row group may have all of them."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    longest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    return max(1, min(ROWS_AT_ONCE, LONGEST_LINE // max(1, longest)))
 
 
 def _checked(path: str, batches: Iterator[Any]) -> Iterator[Any]:

@@ -16,6 +16,8 @@ import pytest
 from lumina.cli import main
 from lumina.config import UserError, user_error
 from lumina.files import atomic_file, atomic_folder
+from lumina.infer import export
+from tests.infer.small_models import write_small_run
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
 LONG = "x" * 300
@@ -111,18 +113,40 @@ FULL: list[tuple[tuple[str, ...], str]] = [
     (("validate-data", "good.jsonl", "--create-report"), "good.jsonl.report.html: File too large"),
     (("prepare", "good.jsonl", *SMALL, "--cache-dir", "cache"), "File too large"),
     (("train-tokenizer", "good.jsonl", "--out", "tokenizer"), "tokenizer: File too large"),
+    (("process-oasst", "trees.jsonl", "out.jsonl"), "out.jsonl: File too large"),
+    (("export", "model", "out"), "out: File too large"),
+    (("export", "model", "out", "--format", "safetensors"), "out: File too large"),
+    (("import", "hf", "out"), "File too large"),
+    (("report", "model"), "File too large"),
+    (("report", "model", "--out", "out.html"), "out.html: File too large"),
 ]
+
+
+@pytest.fixture
+def models(place: Path) -> Path:
+    """Also a run, the Hugging Face folder that it is exported as, and a tree of OASST."""
+    run = write_small_run(place / "model", num_layers=1)
+    (run / "metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 2.0}\n' * 2)
+    export(run, place / "hf")
+    answer = {"message_id": "b", "parent_id": "a", "text": "hello " * 40, "role": "assistant", "replies": []}
+    prompt = {"message_id": "a", "text": "hi", "role": "prompter", "replies": [answer]}
+    tree = {"message_tree_id": "a", "tree_state": "ready_for_export", "prompt": prompt}
+    (place / "trees.jsonl").write_text(json.dumps(tree) + "\n")
+    return place
 
 
 @pytest.mark.parametrize(("line", "said"), FULL, ids=str)
 def test_a_full_disk_is_one_message_and_leaves_nothing_half(
-    line: tuple[str, ...], said: str, place: Path, capsys: pytest.CaptureFixture[str]
+    line: tuple[str, ...], said: str, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path.name for path in place.iterdir()}
+    before = {path for path in models.rglob("*")}
     with full_disk():
         assert main(list(line)) == 2
-    assert said in capsys.readouterr().err
-    assert {path.name for path in place.iterdir()} - before <= {"cache"}
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+    left = {str(path.relative_to(models)).partition("/")[0] for path in set(models.rglob("*")) - before}
+    assert left <= {"cache"}
 
 
 def test_what_a_disk_says_names_the_file_that_the_user_knows(tmp_path: Path) -> None:

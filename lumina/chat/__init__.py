@@ -25,6 +25,7 @@ from lumina.chat.conversation import (
 )
 from lumina.chat.loading import open_tokenizer, recorded_template
 from lumina.chat.protocol import (
+    BLOCK_SECONDS,
     AnswerDelta,
     AnswerReader,
     ChatTokenizer,
@@ -45,10 +46,13 @@ if TYPE_CHECKING:
         TOKENIZER_FILES,
         HFTokenizer,
         OutOfBoundsError,
+        RefusalError,
+        bounded_call,
         copy_files,
         hf_tokenizer_files,
         read_json,
         train_vocabulary,
+        with_special_tokens,
     )
     from lumina.chat.hf_export import tokenizer_config, tokenizer_json
 
@@ -58,19 +62,23 @@ __getattr__ = names_of(
     {
         "HFTokenizer": "hf",
         "OutOfBoundsError": "hf",
+        "RefusalError": "hf",
         "STEP_SECONDS": "hf",
         "STOPS": "hf",
         "TOKENIZER_FILES": "hf",
+        "bounded_call": "hf",
         "copy_files": "hf",
         "hf_tokenizer_files": "hf",
         "read_json": "hf",
         "tokenizer_config": "hf_export",
         "tokenizer_json": "hf_export",
         "train_vocabulary": "hf",
+        "with_special_tokens": "hf",
     },
 )
 
 __all__ = [
+    "BLOCK_SECONDS",
     "FIRST_TEMPLATE",
     "NEWEST_TEMPLATE",
     "ROLES",
@@ -94,10 +102,12 @@ __all__ = [
     "MessageColumns",
     "MessageSpan",
     "OutOfBoundsError",
+    "RefusalError",
     "Rendered",
     "RenderedBlock",
     "Tokenizer",
     "ToolCall",
+    "bounded_call",
     "copy_files",
     "full_text",
     "full_texts",
@@ -113,4 +123,5 @@ __all__ = [
     "tokenizer_config",
     "tokenizer_json",
     "train_vocabulary",
+    "with_special_tokens",
 ]

@@ -10,11 +10,12 @@ from lumina.chat.tokenizer import Tokenizer
 
 
 def open_tokenizer(
-    folder: str | Path | None, chat_template: str | None = None, step_seconds: float | None = None
+    folder: str | Path | None, chat_template: str | None = None, step_seconds: float | None = None, tried: bool = False
 ) -> ChatTokenizer:
     """Lumina's tokenizer with the chat template of that name, or with a folder an imported model's own and the chat
-    template that it brings. With `step_seconds` that one is run in a process of its own (hf/bounded.py): for files that
-    nobody has looked at, and for a server, which must not hang.
+    template that it brings. That one's files are programs of others: they are run in a process of their own
+    (hf/bounded.py), in which a step may take `step_seconds` (20). With `tried` they are run in this process, for
+    a worker, which ends when a step takes too long, and whose parent has opened the files.
 
     Raises:
         UserError: a file is missing or damaged, the libraries that read it are not installed, or there is no such chat
@@ -24,7 +25,7 @@ def open_tokenizer(
         return Tokenizer.load(chat_template)
     from lumina.chat.hf import BoundedTokenizer, HFTokenizer  # not at the top: prepare's workers must start fast
 
-    return HFTokenizer(Path(folder)) if step_seconds is None else BoundedTokenizer(Path(folder), step_seconds)
+    return HFTokenizer(Path(folder)) if tried else BoundedTokenizer(Path(folder), step_seconds)
 
 
 def recorded_template(recorded: str) -> str:

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from lumina.chat.conversation import Conversation, ToolCall
 
+BLOCK_SECONDS = 600.0
+"""What an imported model's tokenizer may take for a block of conversations: one may have millions of tokens."""
+
 
 class RenderedBlock(NamedTuple):
     """N tokenized conversations one after another.

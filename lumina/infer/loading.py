@@ -163,8 +163,8 @@ def choose_dtype(precision: str = "auto") -> tuple[torch.device, torch.dtype]:
 
 @torch.no_grad()
 def load(path: str | Path, precision: str = "auto", step_seconds: float | None = None) -> Loaded:
-    """Load the model that `path` means (see find_checkpoint), in evaluation mode, on the GPU when there is one. With
-    `step_seconds` an imported model's tokenizer runs in a process of its own (see open_tokenizer)."""
+    """Load the model that `path` means (see find_checkpoint), in evaluation mode, on the GPU when there is one.
+    `step_seconds`: see open_tokenizer."""
     keep_heap()
     checkpoint = find_checkpoint(path)
     config = read_config(checkpoint)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from lumina.chat import Conversation, Message, OutOfBoundsError, open_tokenizer
 from lumina.chat.hf.bounded import BoundedTokenizer
+from lumina.cli import main
 from lumina.config import UserError
+from lumina.config import load as load_settings
+from lumina.data import prepare
 from lumina.infer import export, import_hf, load
+from lumina.infer.generation.constraint import GrammarCompiler
+from lumina.infer.hf.vocabulary import add_tokens
 from tests.infer.serve.running_server import running, wait_for
 from tests.infer.small_models import make_model, write_run, write_small_run
+from tests.runs.processes import clean_environment
 from tests.small_tokenizer import CHATML, VOCABULARY, write_tokenizer
 
 LOOPS = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
@@ -107,6 +117,16 @@ def test_a_bounded_tokenizer_is_the_same_as_without(tmp_path: Path) -> None:
     bounded.close()
 
 
+def test_a_process_that_had_nothing_to_do_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumina.chat.hf.bounded.IDLE_SECONDS", 1.0)
+    bounded = BoundedTokenizer(folder_with(tmp_path, None, None), 31.0)
+    ids = bounded.encode("hello")
+    assert bounded._process._running is not None
+    assert bounded._process._running[0].wait(30) == 0
+    assert bounded.encode("hello") == ids
+    bounded.close()
+
+
 def test_an_interrupted_step_does_not_answer_the_next(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, ON_WORD, None)
     bounded = open_tokenizer(folder, step_seconds=60.0)
@@ -126,7 +146,7 @@ def test_a_process_that_cannot_start_is_no_fault_of_the_models(tmp_path: Path, m
 
 
 def test_import_of_a_template_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumina.infer.hf.importing.STEP_SECONDS", 1.0)
+    monkeypatch.setattr("lumina.chat.hf.bounded.STEP_SECONDS", 1.0)
     export(write_small_run(tmp_path / "small", num_layers=1), tmp_path / "hf")
     (tmp_path / "hf" / "chat_template.jinja").write_text(LOOPS)
     with pytest.raises(UserError, match="more than 1 s for one step"):
@@ -145,3 +165,133 @@ def test_a_server_ends_the_step_and_goes_on(tmp_path: Path) -> None:
         late = ask("loop", 2)
         assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
         wait_for(lambda: ask("hello", 1).status_code == 200)  # a new process begins with it, which takes its time
+
+
+def hostile_run(tmp_path: Path, template: str) -> Path:
+    """A run with a model's own tokenizer, and conversations in a.jsonl."""
+    write_tokenizer(tmp_path / "run" / "tokenizer", template)
+    turns = [{"role": "user", "content": "loop"}, {"role": "assistant", "content": "hello"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    return write_run(tmp_path / "run", make_model(vocab_size=VOCABULARY, num_layers=1))
+
+
+DATA = "--config nano --set tokenizer=run/tokenizer --cache-dir cache --num-workers 1"
+# Command lines that open a model's own tokenizer, and those that meet a word on which its template does not end.
+OPENS = [
+    *("chat run", "evaluate run --data a.jsonl", "export run out", "generate run --prompt hello"),
+    *(f"inspect a.jsonl {DATA}", f"prepare a.jsonl {DATA}", f"prepare --dry-run a.jsonl {DATA}"),
+]
+MEETS = [
+    "generate run --prompt loop",
+    "evaluate run --data a.jsonl",
+    f"inspect a.jsonl --line 1 {DATA}",
+    f"prepare a.jsonl {DATA}",
+]
+
+
+@pytest.mark.timeout(120)
+def test_no_command_hangs_with_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hostile_run(tmp_path, LOOPS)
+    monkeypatch.setattr("lumina.chat.hf.bounded.STEP_SECONDS", 0.25)
+    for line in OPENS:
+        assert main(line.split()) == 2, line
+        err = capsys.readouterr().err
+        assert "takes more than 0.25 s for one step" in err, line
+        assert "Traceback" not in err, line
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "a.jsonl", "cache"}
+
+
+@pytest.mark.timeout(120)
+def test_no_command_hangs_on_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the template does not end on is in a prompt or in the data."""
+    monkeypatch.chdir(tmp_path)
+    hostile_run(tmp_path, ON_WORD)
+    monkeypatch.setattr("lumina.chat.hf.bounded.STEP_SECONDS", 2.0)
+    monkeypatch.setattr("lumina.chat.hf.bounded.BLOCK_SECONDS", 0.25)
+    for line in MEETS:
+        assert main(line.split()) == 2, line
+        err = capsys.readouterr().err
+        assert re.search(r"takes more than (2|0.25) s for one step", err), line
+        assert "Traceback" not in err, line
+
+
+def test_a_worker_of_prepare_ends_with_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = "lumina.data.preparing.pool"
+    monkeypatch.setattr(f"{pool}.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(f"{pool}.BLOCK_SECONDS", 0.25)
+    folder = hostile_run(tmp_path, ON_WORD) / "tokenizer"
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    config = load_settings("nano", {"tokenizer": str(folder), "cache_dir": str(tmp_path / "cache")})
+    with pytest.raises(UserError, match=r"tokenizer or chat template takes more than 0\.25 s"):
+        prepare([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], config, open_tokenizer(folder), workers=2)
+
+
+def test_special_tokens_are_added_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a vocabulary to add to it normalizes the tokens that were added before."""
+
+    def change(spec: dict[str, Any]) -> None:
+        replaced({"String": "e"}, "ee", 40, "normalizer")(spec)
+        spec["added_tokens"].append({**spec["added_tokens"][0], "id": 400, "content": "e", "normalized": True})
+
+    monkeypatch.setattr("lumina.chat.hf.bounded.STEP_SECONDS", 1.0)
+    monkeypatch.setattr("lumina.chat.hf.bounded.STEP_BYTES", 1 << 30)
+    folder = folder_with(tmp_path, None, change)
+    with pytest.raises(OutOfBoundsError, match="more than"):
+        add_tokens(folder, "llama3", [])
+
+
+def test_a_grammar_does_not_run_what_a_vocabulary_holds(tmp_path: Path) -> None:
+    """llguidance reads the vocabulary in this process. What may come next is the same with a normalizer that makes each
+    letter 256: it is not run."""
+    pytest.importorskip("llguidance", reason="llguidance is not installed: the extra `serve`")
+    plain = open_tokenizer(folder_with(tmp_path / "plain", None, None))
+    hostile = open_tokenizer(folder_with(tmp_path / "hostile", None, replaced({"String": "a"}, "aa", 8, "normalizer")))
+    schema = {"type": "object", "properties": {"aaaa": {"const": "aaaa"}}, "required": ["aaaa"]}
+    first, second = (GrammarCompiler(one, VOCABULARY).json(schema)() for one in (plain, hostile))
+    for token in plain.encode('{"aaaa": "aaaa"}'):
+        assert second.forbidden().equal(first.forbidden())
+        assert not first.forbidden()[token]
+        first.push(token)
+        second.push(token)
+    assert second.forbidden().equal(first.forbidden())
+
+
+@pytest.mark.timeout(120)
+def test_a_server_ends_within_a_step_that_does_not(tmp_path: Path) -> None:
+    """SIGTERM while a template loops; the step itself would be ended after an hour."""
+    run = hostile_run(tmp_path, ON_WORD)
+    slow = (
+        "from lumina.infer.serve import server; from lumina.cli import main; import sys; server.STEP_SECONDS = 3600.0"
+    )
+    command = [sys.executable, "-P", "-c", f"{slow}; sys.exit(main(sys.argv[1:]))", "serve", str(run), "--port", "0"]
+    environment = clean_environment()
+    words = [*command, "--precision", "fp32", "--timeout", "3600"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            assert child.stdout is not None
+            address = child.stdout.readline().split()[-1]
+            (other,) = psutil.Process(child.pid).children()
+            before = other.cpu_times().user
+            body = {"messages": [{"role": "user", "content": "loop"}], "max_tokens": 2}
+            told: list[int] = []
+            ask = threading.Thread(
+                target=lambda: told.append(
+                    httpx.post(f"{address}v1/chat/completions", json=body, timeout=90).status_code
+                )
+            )
+            ask.start()
+            wait_for(lambda: other.cpu_times().user > before + 0.3)
+            child.terminate()
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    ask.join()
+    assert child.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert told == [503]
+    assert not other.is_running()

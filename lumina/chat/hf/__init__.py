@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
-    from lumina.chat.hf.bounded import STEP_SECONDS, BoundedTokenizer, OutOfBoundsError
+    from lumina.chat.hf.bounded import STEP_SECONDS, BoundedTokenizer, OutOfBoundsError, bounded_call
     from lumina.chat.hf.export import hf_tokenizer_files
-    from lumina.chat.hf.files import STOPS, TOKENIZER_FILES, copy_files, read_json
+    from lumina.chat.hf.files import STOPS, TOKENIZER_FILES, copy_files, read_json, with_special_tokens
+    from lumina.chat.hf.jinja import RefusalError
     from lumina.chat.hf.tokenizer import HFTokenizer
     from lumina.chat.hf.training import train_vocabulary
 
@@ -22,13 +23,16 @@ __getattr__ = names_of(
         "BoundedTokenizer": "bounded",
         "HFTokenizer": "tokenizer",
         "OutOfBoundsError": "bounded",
+        "RefusalError": "jinja",
         "STEP_SECONDS": "bounded",
         "STOPS": "files",
         "TOKENIZER_FILES": "files",
+        "bounded_call": "bounded",
         "copy_files": "files",
         "hf_tokenizer_files": "export",
         "read_json": "files",
         "train_vocabulary": "training",
+        "with_special_tokens": "files",
     },
 )
 
@@ -39,8 +43,11 @@ __all__ = [
     "BoundedTokenizer",
     "HFTokenizer",
     "OutOfBoundsError",
+    "RefusalError",
+    "bounded_call",
     "copy_files",
     "hf_tokenizer_files",
     "read_json",
     "train_vocabulary",
+    "with_special_tokens",
 ]

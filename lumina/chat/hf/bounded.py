@@ -18,23 +18,27 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lumina.chat.conversation import Conversation
 from lumina.chat.hf.jinja import RefusalError
 from lumina.chat.hf.tokenizer import HFTokenizer, TokenizedSample
-from lumina.chat.protocol import MessageSpan, RenderedBlock
+from lumina.chat.protocol import BLOCK_SECONDS, MessageSpan, RenderedBlock
 from lumina.config import UserError
 
 STEP_SECONDS = 20.0  # for a step, and for reading the files
 STEP_BYTES = 4 << 30  # of address space; the largest vocabularies take a third of it
 _LATE, _START = 2.0, 60.0  # seconds after which this process ends the other itself; for it to start
+IDLE_SECONDS = 120.0  # without a step after which the process ends; the next step begins another
 _OPENED = 4  # tokenizers that are kept; one more costs reading its files again
 _NO_MEMORY = 3  # exit code
+
+
+_T = TypeVar("_T")
 
 
 class OutOfBoundsError(UserError):
@@ -50,29 +54,23 @@ class _Process:
         self._lock = threading.Lock()
         self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
 
-    def call(self, number: int, folder: Path, step: str, *arguments: Any) -> Any:
-        """What the method `step` of tokenizer `number` returns, which is opened from its folder where it is not yet.
+    def call(
+        self,
+        number: int,
+        folder: Path,
+        step: str | Callable[..., Any],
+        arguments: Sequence[Any] = (),
+        seconds: float | None = None,
+    ) -> Any:
+        """What the method `step` of tokenizer `number` returns, which is opened from its folder where it is not yet; or
+        what the function `step` returns, which concerns the folder. `seconds`: for this step, where it has its own.
         Raises UserError and RefusalError as it does, and OutOfBoundsError."""
-        kind: str
-        value: Any = None
+        allowed = self._seconds if seconds is None else seconds
         with self._lock:
             fresh = self._running is None
-            if fresh:
-                self._start()
-            assert self._running is not None
-            child, pipe = self._running
-            try:
-                pipe.send((number, folder, step, arguments))
-                late = not pipe.poll(2 * self._seconds + _LATE + (_START if fresh else 0.0))
-                kind, value = ("late", value) if late else pipe.recv()
-            except (EOFError, OSError):
-                kind = "died"
-            except BaseException:  # Ctrl-C: the answer that comes later is not the next step's
-                self.close()
-                raise
-            if kind in ("late", "died"):
-                self.close()
-                child.wait()
+            kind, value, code = self._ask((number, folder, step, arguments, allowed), allowed)
+            if kind == "died" and code == 0 and not fresh:  # it had nothing to do for a while
+                kind, value, code = self._ask((number, folder, step, arguments, allowed), allowed)
         if kind == "value":
             return value
         if kind == "refused":
@@ -81,14 +79,41 @@ class _Process:
             raise UserError(*value)
         if kind == "failed":
             raise RuntimeError(value)
-        if child.returncode > 0 and child.returncode != _NO_MEMORY:
-            raise RuntimeError(f"the process of {folder}'s tokenizer ended with exit code {child.returncode}")
-        took_time = kind == "late" or child.returncode == -signal.SIGALRM
-        what = f"more than {self._seconds:g} s" if took_time else f"more than {self._most_bytes >> 20} MiB of memory"
+        if code >= 0 and code != _NO_MEMORY:
+            raise RuntimeError(f"the process of {folder}'s tokenizer ended with exit code {code}")
+        took_time = kind == "late" or code == -signal.SIGALRM
+        what = f"more than {allowed:g} s" if took_time else f"more than {self._most_bytes >> 20} MiB of memory"
         raise OutOfBoundsError(
             f"{folder}: its tokenizer or chat template takes {what} for one step",
             "Its files do not do what a tokenizer does: do not use this model.",
         )
+
+    def _ask(self, request: tuple[Any, ...], seconds: float) -> tuple[str, Any, int]:
+        """What the process makes of a request: the kind of its answer, the answer, and its exit code where it has
+        ended."""
+        fresh = self._running is None
+        if fresh:
+            self._start()
+        assert self._running is not None
+        child, pipe = self._running
+        kind: str
+        value: Any = None
+        try:
+            pipe.send(request)
+            late = not pipe.poll(self._seconds + seconds + _LATE + (_START if fresh else 0.0))
+            kind, value = ("late", None) if late else pipe.recv()
+        except (EOFError, OSError):
+            kind = "died"
+        except BaseException:  # Ctrl-C: the answer that comes later is not the next step's
+            self.close()
+            raise
+        if kind == "died":
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_LATE)  # its exit code says why
+        if kind in ("late", "died"):
+            self.close()
+            child.wait()
+        return kind, value, child.returncode or 0
 
     def close(self) -> None:
         """End the process, and with it the step that is being made."""
@@ -100,15 +125,23 @@ class _Process:
     def _start(self) -> None:
         here, there = Pipe()
         command = [sys.executable, "-P", "-m", __name__, str(there.fileno())]
+        # This package may be importable only through this process's sys.path (a source tree, a notebook).
+        root = str(Path(__file__).resolve().parents[3])
+        path = os.pathsep.join(dict.fromkeys([root, *filter(None, sys.path)]))
         with there:
             child = subprocess.Popen(
-                [*command, str(self._seconds), str(self._most_bytes)],
+                [*command, str(self._seconds), str(self._most_bytes), str(IDLE_SECONDS)],
                 pass_fds=[there.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for this process, which ends that one in its time
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": path,
+                    "TOKENIZERS_PARALLELISM": "false",
+                    "OPENBLAS_NUM_THREADS": "1",
+                },
             )
         self._running = child, here
 
@@ -117,12 +150,20 @@ _process = functools.cache(_Process)
 _numbers = itertools.count()
 
 
+def bounded_call(function: Callable[..., _T], folder: Path, *arguments: Any) -> _T:
+    """What a module's function returns of a folder of a tokenizer's files and the other arguments, run in the other
+    process. Raises UserError as it does, and OutOfBoundsError."""
+    number = next(_numbers)
+    return _process(STEP_SECONDS, STEP_BYTES).call(number, folder, function, (folder, *arguments))  # type: ignore[no-any-return]
+
+
 class BoundedTokenizer(HFTokenizer):
     """An HFTokenizer whose files are run in another process. Reading an answer, ids to text, happens here."""
 
-    def __init__(self, folder: Path, seconds: float = STEP_SECONDS, most_bytes: int = STEP_BYTES) -> None:
-        """Raises UserError as HFTokenizer does, and OutOfBoundsError."""
-        self._process, self._number, self.folder = _process(seconds, most_bytes), next(_numbers), folder.absolute()
+    def __init__(self, folder: Path, seconds: float | None = None, most_bytes: int = STEP_BYTES) -> None:
+        """`seconds` for a step (STEP_SECONDS). Raises UserError as HFTokenizer does, and OutOfBoundsError."""
+        self._process = _process(STEP_SECONDS if seconds is None else seconds, most_bytes)
+        self._number, self.folder = next(_numbers), folder.absolute()
         raw, facts = self._call("facts")
         self.__dict__.update(facts | {"folder": folder})
         from tokenizers import Tokenizer
@@ -131,7 +172,7 @@ class BoundedTokenizer(HFTokenizer):
 
     def _call(self, step: str, *arguments: Any) -> Any:
         assert self.folder is not None
-        return self._process.call(self._number, self.folder.absolute(), step, *arguments)
+        return self._process.call(self._number, self.folder.absolute(), step, arguments)
 
     def close(self) -> None:
         self._process.close()
@@ -152,7 +193,9 @@ class BoundedTokenizer(HFTokenizer):
         return self._call("message_spans", conversation)  # type: ignore[no-any-return]
 
     def render_valid(self, conversations: Sequence[Conversation]) -> tuple[RenderedBlock, dict[int, str]]:
-        return self._call("render_valid", list(conversations))  # type: ignore[no-any-return]
+        assert self.folder is not None
+        place = self._number, self.folder.absolute()
+        return self._process.call(*place, "render_valid", (list(conversations),), BLOCK_SECONDS)  # type: ignore[no-any-return]
 
     def check_trainable(self) -> None:
         self._call("check_trainable")
@@ -174,24 +217,28 @@ def _answer(make: Any) -> tuple[str, Any]:
         return "failed", f"{type(error).__name__}: {error}"
 
 
-def _serve(pipe: Connection, seconds: float) -> None:
-    """Steps until the other end is closed. The kernel ends this process when one takes too long, whatever runs: no
-    handler is in the way, and no lock of the interpreter."""
+def _serve(pipe: Connection, seconds: float, idle: float) -> None:
+    """Steps until the other end is closed, or none comes for a while. The kernel ends this process when one takes too
+    long, whatever runs: no handler is in the way, and no lock of the interpreter."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     opened = OrderedDict[int, HFTokenizer]()
     while True:
         try:
-            number, folder, step, arguments = pipe.recv()
-        except EOFError:
+            if not pipe.poll(idle):
+                return
+            number, folder, step, arguments, own_seconds = pipe.recv()
+        except (EOFError, ConnectionResetError):
             return
 
         def make() -> Any:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, own_seconds if callable(step) else seconds)  # noqa: B023
+            if callable(step):  # noqa: B023
+                return step(*arguments)  # noqa: B023
             tokenizer = opened.pop(number, None) or HFTokenizer(folder)  # noqa: B023
             opened[number] = tokenizer  # noqa: B023
             while len(opened) > _OPENED:
                 opened.popitem(last=False)
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, own_seconds)  # noqa: B023
             return getattr(tokenizer, step)(*arguments)  # noqa: B023
 
         told = _answer(make)
@@ -200,14 +247,14 @@ def _serve(pipe: Connection, seconds: float) -> None:
 
 
 def main() -> None:
-    descriptor, seconds, most_bytes = sys.argv[1:]
+    descriptor, seconds, most_bytes, idle = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_AS, (int(most_bytes), int(most_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ImportError):  # now rather than within a step's time; HFTokenizer says what is missing
         for name in ("jinja2.ext", "jinja2.sandbox", "tokenizers"):
             import_module(name)
     try:
-        _serve(Connection(int(descriptor)), float(seconds))
+        _serve(Connection(int(descriptor)), float(seconds), float(idle))
     except MemoryError:
         os._exit(_NO_MEMORY)
 

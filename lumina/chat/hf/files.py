@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 from lumina import files
-from lumina.chat.hf.escaping import clean
+from lumina.chat.hf.escaping import clean, is_failure
 from lumina.config import UserError
 from lumina.files import FormatError, inside, parse_json, read_text, write_text
 
@@ -134,3 +135,24 @@ def _copy(source: Path, target: Path, name: str) -> None:
         shutil.copyfile(inside(source, name), target / name)
     except OSError as error:
         raise UserError(f"cannot copy {source / name}: {error.strerror}") from None
+
+
+def with_special_tokens(folder: Path, wanted: Sequence[str]) -> tuple[str, list[str]]:
+    """The folder's tokenizer.json with `wanted` as special tokens, and which of them its vocabulary lacked. Reading it
+    runs what it holds: call it by bounded_call. Raises UserError."""
+    from tokenizers import AddedToken, Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_str(read_json(path)[0])
+        fresh = [token for token in wanted if tokenizer.token_to_id(token) is None]
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in wanted])
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        text = str(tokenizer.to_str())
+    except BaseException as error:
+        if not is_failure(error) or isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if len(set(ids.values())) < len(ids):
+        raise UserError(f"{path} has gaps between its ids, so {', '.join(fresh)} cannot be added")
+    return text, fresh

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from lumina.chat import ChatTokenizer
+from lumina.chat import BLOCK_SECONDS, ChatTokenizer
 from lumina.config import UserError, usable_cpus
 from lumina.data.preparing.worker import Task, run_task
 
@@ -98,7 +99,7 @@ def _start(tokenizer: ChatTokenizer) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(dict.fromkeys([root, *filter(None, sys.path)]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    which = [str(tokenizer.folder or ""), tokenizer.chat_template or ""]
+    which = [str(tokenizer.folder or ""), tokenizer.chat_template or "", str(BLOCK_SECONDS)]
     command = [sys.executable, "-m", "lumina.data.preparing.worker", *which]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
@@ -124,6 +125,9 @@ def _feed(
             answer = b""
         if not answer:
             code = process.wait()
-            finished.put((number, task, {"error": f"a worker process died (exit code {code}); out of memory?"}))
+            why = f"a worker process died (exit code {code}); out of memory?"
+            if code == -signal.SIGALRM:
+                why = f"the model's tokenizer or chat template takes more than {BLOCK_SECONDS:g} s for a part of it"
+            finished.put((number, task, {"error": why}))
             return
         finished.put((number, task, orjson.loads(answer)))

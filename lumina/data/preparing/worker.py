@@ -127,10 +127,16 @@ def _chosen(
     return [c for c, its_split in zip(conversations, decided.tolist(), strict=True) if its_split == split]
 
 
-def rendered(tokenizer: ChatTokenizer, block: ConversationBlock, account: Account) -> tuple[RenderedBlock, list[int]]:
+def rendered(
+    tokenizer: ChatTokenizer, block: ConversationBlock, account: Account, seconds: float = 0.0
+) -> tuple[RenderedBlock, list[int]]:
     """A block's conversations and their record numbers; those that the chat template does not take are
-    entered as dropped."""
+    entered as dropped. SIGALRM comes when it takes more than `seconds`; 0: never."""
+    if seconds:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
     together, refused = tokenizer.render_valid(block.conversations)
+    if seconds:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
     for number, reason in refused.items():
         count = len(block.conversations[number].messages)
         account.drop_conversations(reason, 1)
@@ -139,9 +145,9 @@ def rendered(tokenizer: ChatTokenizer, block: ConversationBlock, account: Accoun
     return together, [block.numbers[i] for i in together.source.tolist()]
 
 
-def run_task(tokenizer: ChatTokenizer, task: Task) -> dict[str, Any]:
+def run_task(tokenizer: ChatTokenizer, task: Task, seconds: float = 0.0) -> dict[str, Any]:
     """Does one task. Returns {"account", "lines" (in the range)}, with "rows" (per record batch) for chunks and
-    "statistics" for statistics."""
+    "statistics" for statistics. `seconds`: see `rendered`."""
     account = Account()
     if task.kind in ("signatures", "near signatures"):
         near = task.kind == "near signatures"
@@ -156,13 +162,13 @@ def run_task(tokenizer: ChatTokenizer, task: Task) -> dict[str, Any]:
     if task.kind == "statistics":
         statistics = Statistics()
         for block in read_blocks(task, account, statistics):
-            ids, _ = rendered(tokenizer, block, account)
+            ids, _ = rendered(tokenizer, block, account, seconds)
             to_chunks(ids, task.rule, account)
             statistics.add(block.conversations, block.numbers, ids)
         return {"account": account.to_dict(), "statistics": statistics.to_dict(), "lines": account.last_line}
     with ChunkWriter(Path(task.out)) as writer:
         for block in read_blocks(task, account):
-            block_ids, numbers = rendered(tokenizer, block, account)
+            block_ids, numbers = rendered(tokenizer, block, account, seconds)
             chunks = to_chunks(block_ids, task.rule, account)
             writer.write(chunks, np.array(numbers, dtype=np.int64)[chunks.conversation])
     return {"account": account.to_dict(), "rows": writer.rows, "lines": account.last_line}
@@ -182,12 +188,15 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not break the protocol
     gc.disable()  # nothing here makes cycles, and collections over a block's messages took a sixth of the time
-    folder, chat_template = sys.argv[1:]
-    tokenizer = open_tokenizer(folder or None, chat_template or None)
+    folder, chat_template, block_seconds = sys.argv[1:]
+    tokenizer = open_tokenizer(folder or None, chat_template or None, tried=True)
     tokenizer.warm_up()  # while the parent is still planning
+    # A model's own tokenizer and template are programs, which may not end: the kernel ends this process with them.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    seconds = float(block_seconds) if folder else 0.0
     for line in sys.stdin.buffer:
         try:
-            report = run_task(tokenizer, Task(**orjson.loads(line)))
+            report = run_task(tokenizer, Task(**orjson.loads(line)), seconds)
         except OSError as error:
             report = {"error": f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")}
         except UserError as error:

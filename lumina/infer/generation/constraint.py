@@ -8,7 +8,9 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -19,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumina.chat import ChatTokenizer, json_text
+from lumina.chat import ChatTokenizer, RefusalError, json_text
 from lumina.config import UserError, install_command
 from lumina.files import read_text
+
+log = logging.getLogger("lumina")
 
 # White space between the parts is bounded: a small model may otherwise fill its answer with it.
 _OPTIONS = {"whitespace_pattern": "[ \\n]{0,8}"}
@@ -187,24 +191,58 @@ class _Calls:
 
 
 def _vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> Any:
-    """llguidance's form of a vocabulary. An imported one is read from its own file, which says how its tokens join."""
+    """llguidance's form of a vocabulary. Of an imported one it reads the bytes of each token from its own file, which
+    says how tokens join. Texts are encoded by our tokenizer all the same: llguidance would run what the file holds,
+    normalizer and expressions, in this process and without a bound."""
     guidance = _llguidance()
     stops = sorted(tokenizer.stop_ids)
     if tokenizer.folder is not None:
         text = read_text(tokenizer.folder / "tokenizer.json")
-        return guidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=stops)
-    own = guidance.TokenizerWrapper(_Bytes(tokenizer, vocab_size))
+        file = guidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=stops)
+        tokens = [bytes(file.decode_bytes([token])) for token in range(vocab_size)]
+        own: Any = guidance.TokenizerWrapper(_Imported(tokenizer, tokens, file.greedy_tokenize))
+    else:
+        tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
+        own = guidance.TokenizerWrapper(_Bytes(tokenizer, tokens))
     return guidance.LLTokenizer(own, n_vocab=vocab_size, eos_token=stops)
 
 
 class _Bytes:
     """What llguidance asks of a vocabulary that it cannot read by itself."""
 
-    def __init__(self, tokenizer: ChatTokenizer, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: ChatTokenizer, tokens: list[bytes]) -> None:
+        self._tokenizer, self.tokens = tokenizer, tokens
         self.eos_token_id, self.bos_token_id = min(tokenizer.stop_ids), None
-        self.special_token_ids = [token for token in range(vocab_size) if tokenizer.is_special(token)]
-        self.tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
+        self.special_token_ids = [token for token in range(len(tokens)) if tokenizer.is_special(token)]
 
     def __call__(self, text: bytes) -> list[int]:
         return self._tokenizer.encode(text.decode("utf-8", errors="replace"))
+
+
+_BEFORE = "\n"  # before a text within an answer: a vocabulary that puts a space before every text puts it before this
+
+
+class _Imported(_Bytes):
+    """The same of an imported vocabulary. A text that it does not encode within bounds, or whose tokens do not spell
+    it, is split into the longest tokens instead: as valid, but not the split that the model was trained on."""
+
+    def __init__(
+        self, tokenizer: ChatTokenizer, tokens: list[bytes], longest_tokens: Callable[[str], list[int]]
+    ) -> None:
+        self._longest_tokens, self._works = longest_tokens, False
+        super().__init__(tokenizer, tokens)
+        with contextlib.suppress(UserError, RefusalError):
+            self._skipped = len(tokenizer.encode(_BEFORE))
+            self._works = True
+
+    def __call__(self, text: bytes) -> list[int]:
+        said = text.decode("utf-8", errors="replace")
+        try:
+            ids = self._tokenizer.encode(_BEFORE + said)[self._skipped :] if self._works else []
+        except RefusalError:
+            ids = []
+        except UserError as error:  # its bounds; the next texts would take as long
+            log.warning("%s", error.message)
+            self._works, ids = False, []
+        spelt = b"".join(self.tokens[token] for token in ids)
+        return ids if spelt == text else self._longest_tokens(said)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from lumina.chat import STEP_SECONDS, STOPS, TEMPLATES, Tokenizer, copy_files, open_tokenizer, read_json
+from lumina.chat import STOPS, TEMPLATES, Tokenizer, copy_files, open_tokenizer, read_json
 from lumina.checkpoint import (
     MASTER,
     SaveError,
@@ -189,7 +189,7 @@ def _copy_tokenizer(
     if template is not None:
         add_tokens(target, template[0], notes)
     # Found out now rather than at the first question; the checkpoint is not there yet to be half of a run.
-    open_tokenizer(target, step_seconds=STEP_SECONDS)
+    open_tokenizer(target)
     check_template(target, template, notes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from lumina.chat import STEP_SECONDS, open_tokenizer, read_json
+from lumina.chat import bounded_call, open_tokenizer, read_json, with_special_tokens
 from lumina.config import ModelConfig, UserError, did_you_mean
 from lumina.files import read_text, write_text
 
@@ -52,18 +52,8 @@ def add_tokens(folder: Path, name: str, notes: list[str]) -> None:
     special = {t.get("content") for t in spec.get("added_tokens") or [] if isinstance(t, dict) and t.get("special")}
     if set(wanted) <= special:
         return
-    from tokenizers import AddedToken, Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        fresh = [token for token in wanted if tokenizer.token_to_id(token) is None]
-        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in wanted])
-        ids = tokenizer.get_vocab(with_added_tokens=True)
-    except Exception as error:  # what the library raises has no narrower type
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if len(set(ids.values())) < len(ids):
-        raise UserError(f"{path} has gaps between its ids, so {', '.join(fresh)} cannot be added")
-    write_text(path, tokenizer.to_str())
+    text, fresh = bounded_call(with_special_tokens, folder, wanted)
+    write_text(path, text)
     if fresh:
         notes.append(f"the vocabulary lacked {', '.join(fresh)} of the chat template {name}: added")
 
@@ -72,7 +62,7 @@ def check_template(folder: Path, template: tuple[str, str] | None, notes: list[s
     """A template that was asked for must be one to train with: raises UserError. A model without any is said."""
     if template is not None:
         try:
-            open_tokenizer(folder, step_seconds=STEP_SECONDS).check_trainable()
+            open_tokenizer(folder).check_trainable()
         except UserError as error:
             raise UserError(
                 f"the chat template {template[0]} does not suit this vocabulary: {error.message}",
@@ -94,7 +84,7 @@ def _has_template(folder: Path) -> bool:
 def fitting_config(folder: Path, config: ModelConfig, grow: bool, notes: list[str]) -> ModelConfig:
     """The model's settings with a row of the embedding for each id of the tokenizer in `folder`. Raises UserError when
     rows are missing and may not be added."""
-    ids = open_tokenizer(folder, step_seconds=STEP_SECONDS).vocab_size
+    ids = open_tokenizer(folder).vocab_size
     if ids <= config.vocab_size:
         return config
     if not grow:

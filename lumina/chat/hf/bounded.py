@@ -53,6 +53,7 @@ class _Process:
         self._seconds, self._most_bytes = seconds, most_bytes
         self._lock = threading.Lock()
         self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
+        self._owner = os.getpid()
 
     def call(
         self,
@@ -67,6 +68,8 @@ class _Process:
         Raises UserError and RefusalError as it does, and OutOfBoundsError."""
         allowed = self._seconds if seconds is None else seconds
         with self._lock:
+            if self._owner != os.getpid():  # forked: the other process is the parent's
+                self._running = None
             fresh = self._running is None
             kind, value, code = self._ask((number, folder, step, arguments, allowed), allowed)
             if kind == "died" and code == 0 and not fresh:  # it had nothing to do for a while
@@ -143,7 +146,7 @@ class _Process:
                     "OPENBLAS_NUM_THREADS": "1",
                 },
             )
-        self._running = child, here
+        self._running, self._owner = (child, here), os.getpid()
 
 
 _process = functools.cache(_Process)

@@ -152,8 +152,9 @@ def _config_of_resumed_run(flags: dict[str, Any]) -> Path | None:
 def exit_code_of(run: Callable[[], int], disks: bool = True) -> int:
     """Runs a command. Returns its exit code: 2 for a user's mistake, which is told; 130 when it was interrupted.
 
-    A user's mistake is also what a file or a disk did (law 7): LUMINA_DEBUG=1 shows where. disks: False where an
-    OSError may pass by itself and a restart helps, as in the middle of training."""
+    A user's mistake is also what a file or a disk did (law 7): LUMINA_DEBUG=1 shows where. What all ranks of a machine
+    refuse is told by one of them. disks: False where an OSError may pass by itself and a restart helps, as in the
+    middle of training."""
     try:
         return run()
     except KeyboardInterrupt:
@@ -172,5 +173,6 @@ def exit_code_of(run: Callable[[], int], disks: bool = True) -> int:
             error = user_error(error)
         if not isinstance(error, UserError):
             raise
-        say(f"error: {error}", file=sys.stderr)
+        if not error.repeated:
+            say(f"error: {error}", file=sys.stderr)
         return 2

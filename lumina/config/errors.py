@@ -33,7 +33,11 @@ class UserError(Exception):
 
     The command line prints it as ``error: …`` on stderr and exits 2, without a traceback. Broken invariants of the
     program itself are `assert`s and keep theirs.
+
+    repeated: every rank of this machine raises it, and the one with local rank 0 prints it.
     """
+
+    repeated = False
 
     def __init__(self, message: str, remedy: str | None = None) -> None:
         self.message = message
@@ -51,11 +55,14 @@ def user_error(error: OSError | FormatError | UnicodeError) -> UserError:
     """What a file system, or a file's contents, did, as one message: the path, the reason, and what helps. Rooms say
     more where they know more; this is for what comes through them, and the command line's outermost layer tells it."""
     if not isinstance(error, OSError):
-        return UserError(str(error))
-    paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
-    reason = error.strerror or str(error) or type(error).__name__
-    remedy = _REMEDIES.get(error.errno) if error.errno is not None else None
-    return UserError(f"{' -> '.join(paths)}: {reason}" if paths else reason, remedy)
+        told = UserError(str(error))
+    else:
+        paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
+        reason = error.strerror or str(error) or type(error).__name__
+        remedy = _REMEDIES.get(error.errno) if error.errno is not None else None
+        told = UserError(f"{' -> '.join(paths)}: {reason}" if paths else reason, remedy)
+    told.repeated = getattr(error, "repeated", False)
+    return told
 
 
 def explain_values(error: ValidationError, origin: Mapping[str, str] = MappingProxyType({})) -> str:

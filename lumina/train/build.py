@@ -109,19 +109,21 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     stop = StopRequest()
     stop.interruptible = ranks.world == 1 and "LUMINA_JOB" not in os.environ  # until the first step
     watchdog = Watchdog(config.hang_timeout, config.stop_timeout, stop, ranks.rank)
-    with stop.at_once():
-        prepared = _prepare(config, ranks, stop)
-    ranks = replace(ranks, sequence=prepared.settings.config.sequence_parallel_size)
-    lock, may_write = _claim(prepared, ranks)
-    try:
-        return _assemble(prepared, ranks, lock, may_write, callbacks, stop, watchdog)
-    except BaseException:
-        if lock is not None:
-            lock.release()
-        raise
+    # The run's own is not there yet.
+    with Console(ranks.main, 0, 0, config.experiment_name, config.live_view, before=True) as console:
+        with stop.at_once():
+            prepared = _prepare(config, ranks, stop, console)
+        ranks = replace(ranks, sequence=prepared.settings.config.sequence_parallel_size)
+        lock, may_write = _claim(prepared, ranks)
+        try:
+            return _assemble(prepared, ranks, lock, may_write, callbacks, stop, watchdog, console.progress)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
 
 
-def _prepare(config: Config, ranks: Ranks, stop: StopRequest) -> _Prepared:
+def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) -> _Prepared:
     """Settings, data and what to go on from; collective. Nothing is written to the run's folder."""
     folder = Path(config.output_dir) / config.experiment_name
     job = agree_on_launch(ranks, folder)
@@ -137,13 +139,18 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest) -> _Prepared:
     )
     config = settings.config
     _say(ranks, "preparing the data")
-    data = open_data(start, config, ranks)
+    data = open_data(start, config, ranks, _preparing(console) if console.live else None)
     rates = schedule(config, data.total_steps)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     agree_on_data(ranks, _facts(start, settings, data, device))
     agree_on_contents(ranks, [one.folder for one in (data.train, data.evaluation) if one is not None])
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks)]
     return _Prepared(start, settings, data, rates, origin, folder, job)
+
+
+def _preparing(console: Console) -> Callable[[int, int], None]:
+    """Bytes of input done, and in all, as `Preparing 12/341 MB`. Without a live view the log tells."""
+    return lambda done, total: console.progress("Preparing", done // 10**6, -(-total // 10**6), " MB")
 
 
 def _claim(prepared: _Prepared, ranks: Ranks) -> tuple[RunLock | None, Callable[[], bool]]:
@@ -179,11 +186,11 @@ def _assemble(
     callbacks: Sequence[Callback],
     stop: StopRequest,
     watchdog: Watchdog,
+    progress: Callable[[str, int, int], None],
 ) -> Run:
     """The parts of a run whose folder is claimed."""
     start, settings, data, folder = prepared.start, prepared.settings, prepared.data, prepared.folder
     config = settings.config
-    progress = Console(ranks.main, 0, 0, live=False).progress  # the run's own console is not there yet
     torch.manual_seed(config.seed)
     loading = "" if start.checkpoint is None else f", loading {start.checkpoint}"
     _say(ranks, f"building the model of {config.num_parameters() / 1e6:.1f}M parameters{loading}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -311,9 +312,12 @@ class TrainingData:
     total_steps: int
 
 
-def open_data(start: Start, config: Config, ranks: Ranks) -> TrainingData:
-    """The run's data, prepared where that was not done yet; collective. `config`: resolved. Raises UserError."""
-    prepare = partial(_prepare, config, start.trainer_state.data_fingerprint or None)
+def open_data(
+    start: Start, config: Config, ranks: Ranks, progress: Callable[[int, int], None] | None = None
+) -> TrainingData:
+    """The run's data, prepared where that was not done yet; collective. `config`: resolved; `progress`: told the bytes
+    that have been prepared, and all of them; without it the log is. Raises UserError."""
+    prepare = partial(_prepare, config, start.trainer_state.data_fingerprint or None, progress)
     leader = ranks.local_rank == 0  # of its node; the others find the cache that it leaves
     early = together(ranks, "preparing the data", lambda: prepare() if leader else None)
     tokenizer, train, evaluation = together(ranks, "opening the data", lambda: early or prepare())
@@ -328,11 +332,13 @@ def total_steps(config: Config, order: GlobalOrder) -> int:
     return min(steps, config.max_steps or steps)
 
 
-def _prepare(config: Config, resumed: str | None) -> tuple[ChatTokenizer, Samples, Samples | None]:
+def _prepare(
+    config: Config, resumed: str | None, progress: Callable[[int, int], None] | None
+) -> tuple[ChatTokenizer, Samples, Samples | None]:
     """The tokenizer, and the data to train and to evaluate on; `resumed`: the fingerprint of what the run has been
     trained on."""
     tokenizer = open_run_tokenizer(config)
-    return tokenizer, *objective(config).prepare_data(tokenizer, resumed=resumed)
+    return tokenizer, *objective(config).prepare_data(tokenizer, resumed=resumed, progress=progress)
 
 
 def keep_tokenizer(config: Config, folder: Path) -> Config:

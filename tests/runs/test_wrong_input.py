@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, Runs, arguments, clean_environment, write_conversations
+from tests.runs import ROOT, Job, Runs, arguments, clean_environment, write_conversations
 
 QUICK = {
     "max_steps": 2,
@@ -132,6 +132,27 @@ def test_the_exit_code_of_a_users_mistake_outlives_teardown(runs: Runs, tmp_path
     job = runs.start(arguments(tmp_path / "run", tmp_path / "missing.jsonl", **QUICK), 2, _abort_at_teardown)
     assert job.wait() == [2, 2], job.stderr()
     assert "missing.jsonl" in job.stderr()
+    assert told_by(job) == [0]
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_what_one_rank_refuses_is_told_once_a_machine(
+    wrong: int, runs: Runs, conversations: Path, tmp_path: Path
+) -> None:
+    """tests/adversary/test_ranks.py has ranks on machines of their own, each of which tells it."""
+    own = [["--config", str(tmp_path / "missing.yaml")] if rank == wrong else [] for rank in range(2)]
+    job = runs.start(arguments(tmp_path / "run", conversations, **QUICK), 2, own=own)
+    assert job.wait() == [2, 2], job.stderr()
+    assert told_by(job) == [0]
+    assert f"error: rank {wrong} on " in job.stderr()
+    assert "missing.yaml" in job.stderr()
+
+
+def told_by(job: Job) -> list[int]:
+    """The ranks that print a user's mistake, each once."""
+    return [
+        rank for rank, log in enumerate(job.logs) for _ in range(log.with_suffix(".err").read_text().count("error: "))
+    ]
 
 
 def test_the_exit_code_of_an_exception_outlives_teardown(runs: Runs, conversations: Path, tmp_path: Path) -> None:

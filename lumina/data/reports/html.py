@@ -115,16 +115,21 @@ def render_report(validation: Validation) -> str:
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:
-    """A table; numbers right-aligned with separators."""
+    """A table; numbers right-aligned with separators, and shares in per cent too."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) or str(value).endswith(" %")
 
     def cell(value: Any) -> str:
         if isinstance(value, int | float):
             shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
             return f'<td class="n">{shown}</td>'
+        if number(value):
+            return f'<td class="n">{escape(value)}</td>'
         long = ' class="long"' if len(str(value)) > 40 else ' class="short"' if len(str(value)) < 20 else ""
         return f"<td{long}>{escape(str(value))}</td>"
 
-    numeric = [isinstance(value, int | float) for value in rows[0]] if rows else []
+    numeric = [number(value) for value in rows[0]] if rows else []
     kinds = [' class="n"' if i < len(numeric) and numeric[i] else "" for i in range(len(head))]
     top = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     lines = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)

@@ -34,10 +34,17 @@ def line(record: StepRecord) -> str:
 
 class Console:
     """Shows a run's progress on one rank; the others get a silent one (`enabled=False`). In a terminal that is the
-    live view, with printed lines above it; elsewhere it is the early README's lines."""
+    live view, with printed lines above it; elsewhere it is the early README's lines. before: it shows what comes
+    before the run's first step, and leaves nothing behind in a terminal."""
 
     def __init__(
-        self, enabled: bool, total_steps: int, start_step: int, title: str = "lumina", live: bool = True
+        self,
+        enabled: bool,
+        total_steps: int,
+        start_step: int,
+        title: str = "lumina",
+        live: bool = True,
+        before: bool = False,
     ) -> None:
         self._rich = console(file=sys.stdout, soft_wrap=True)
         self._enabled = enabled
@@ -46,7 +53,12 @@ class Console:
         self._total = total_steps
         self._live: LiveView | None = None
         if enabled and live and self._rich.is_terminal and not self._rich.is_dumb_terminal:
-            self._live = LiveView(self._rich, title, total_steps, start_step)
+            self._live = LiveView(self._rich, title, total_steps, start_step, transient=before)
+
+    @property
+    def live(self) -> bool:
+        """Whether it is the live view."""
+        return self._live is not None
 
     def __enter__(self) -> Console:
         if self._live is not None:
@@ -80,16 +92,16 @@ class Console:
             self._last_line = now
             self.say(line(record))
 
-    def progress(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int, unit: str = "") -> None:
         """`Evaluating 37/193`: in the live view, or as a line, from a few seconds on and then every ten."""
         if self._live is not None:
-            self._live.progress(f"{what} {done}/{total}" if done < total else "")
+            self._live.progress(f"{what} {done}/{total}{unit}" if done < total else "")
         now = time.monotonic()
         if done <= 1 or what != self._doing:
             self._doing, self._next_progress = what, now + _SECONDS_TO_PROGRESS
         elif self._live is None and done < total and now >= self._next_progress:
             self._next_progress = now + _SECONDS_BETWEEN_PROGRESS
-            self.say(f"{what} {done}/{total}")
+            self.say(f"{what} {done}/{total}{unit}")
 
     def evaluation(self, step: int, loss: float) -> None:
         if self._live is not None:

@@ -69,9 +69,11 @@ class _Framed:
 
 
 class LiveView:
-    """Fed with the run's records; draws itself once a second."""
+    """Fed with the run's records; draws itself once a second. transient: nothing of it stays when it ends."""
 
-    def __init__(self, console: Console, title: str, total_steps: int, start_step: int) -> None:
+    def __init__(
+        self, console: Console, title: str, total_steps: int, start_step: int, transient: bool = False
+    ) -> None:
         self._title, self._total, self._start = title, total_steps, start_step
         self._began = time.time()
         self._record: StepRecord | None = None
@@ -81,7 +83,7 @@ class LiveView:
         self._last_eval: float | None = None
         self._times: deque[tuple[int, float]] = deque([(start_step, self._began)], maxlen=_RECENT)
         self._events: deque[Text] = deque(maxlen=4)
-        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=1, transient=False)
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=1, transient=transient)
         self._handlers: list[logging.StreamHandler[Any]] = []
 
     def start(self) -> None:

@@ -239,6 +239,8 @@ def _outcome(ranks: Ranks, key: str, what: str) -> Any:
     else:
         with suppress(LostRankError):
             _put(_acknowledged(key, ranks.rank), b"1")
+    if not isinstance(error, LostRankError):
+        error.repeated = ranks.local_rank != 0  # as a UserError, which it is or will be
     raise error
 
 

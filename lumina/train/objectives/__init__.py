@@ -69,9 +69,16 @@ class Objective(Protocol):
 
     figures: tuple[str, ...]
 
-    def prepare_data(self, tokenizer: ChatTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
+    def prepare_data(
+        self,
+        tokenizer: ChatTokenizer,
+        *,
+        resumed: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Samples, Samples | None]:
         """The data to train and to evaluate on. resumed: the fingerprint of the data that the run was trained on so
-        far; data that is found under it in the cache is taken as it is. Raises UserError."""
+        far; data that is found under it in the cache is taken as it is. progress: told the bytes of input that are
+        done, and all of them, where that takes long; without it the log is. Raises UserError."""
 
     def loss(self, forward: Forward, batch: TorchBatch, scale: float) -> torch.Tensor:
         """scale * sum(weight * loss) of a micro-batch's tokens, pairs, …, in nats, a float32 scalar: never a mean, so

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,13 @@ class DirectPreferenceOptimisation:
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def prepare_data(self, tokenizer: ChatTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
+    def prepare_data(
+        self,
+        tokenizer: ChatTokenizer,
+        *,
+        resumed: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Samples, Samples | None]:
         config = self._config
         if config.init_from is None and resumed is None:
             raise UserError(

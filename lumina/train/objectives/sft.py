@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from lumina.chat import ChatTokenizer
@@ -16,8 +18,14 @@ class SupervisedFineTuning:
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def prepare_data(self, tokenizer: ChatTokenizer, *, resumed: str | None = None) -> tuple[Samples, Samples | None]:
-        return prepare_splits(self._config, tokenizer, resumed=resumed)
+    def prepare_data(
+        self,
+        tokenizer: ChatTokenizer,
+        *,
+        resumed: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Samples, Samples | None]:
+        return prepare_splits(self._config, tokenizer, progress=progress, resumed=resumed)
 
     def loss(self, forward: Forward, batch: TorchBatch, scale: float) -> torch.Tensor:
         return forward(batch, batch.weights_N * scale)

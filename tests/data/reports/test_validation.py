@@ -244,6 +244,7 @@ def test_bad_lines_by_what_exactly_is_wrong(tmp_path: Path) -> None:
     assert "10 of 100 lines (10.0 %) are bad and left out; most often: wrong type." in html
     assert "<b>10 (10.0 %)</b><span>bad lines</span>" in html
     table = html.split("<h2>Bad lines: 10 of 100, 10.0 %</h2>")[1].split("</table>")[0]
+    assert '<th class="n">of all</th>' in table  # shares stand under each other as the numbers do
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
     assert [row[:4] for row in rows[:2]] == [
         ["wrong type", "message …: `role` is a number", "4", "4 %"],

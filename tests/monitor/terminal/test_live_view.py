@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
@@ -21,7 +22,7 @@ from lumina.monitor.events import Event
 from lumina.monitor.terminal.braille import plot
 from lumina.monitor.terminal.live_view import Curve, LiveView
 from tests.monitor.recorded import step_record
-from tests.runs import arguments, clean_environment, write_conversations
+from tests.runs import Runs, arguments, clean_environment, write_conversations
 
 DOTS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3))  # of bits 0 to 7, as Unicode names them
 
@@ -219,6 +220,30 @@ def test_figures_of_preference_training() -> None:
             assert re.search(shown, text), text
         assert "PPL" not in text  # of a loss over pairs, not over tokens
         assert all(len(line) <= width for line in text.splitlines())
+
+
+def _slow_preparation(rank: int) -> None:
+    """Preparing that is at 12 of 340.1 MB when the view is drawn anew, in a terminal."""
+    from lumina.train.objectives.sft import SupervisedFineTuning
+
+    quick = SupervisedFineTuning.prepare_data
+
+    def slow(self: SupervisedFineTuning, *given: Any, progress: Callable[[int, int], None], **named: Any) -> Any:
+        progress(12_000_000, 340_100_000)
+        time.sleep(1.5)  # a view is drawn once a second
+        return quick(self, *given, progress=progress, **named)
+
+    SupervisedFineTuning.prepare_data = slow  # type: ignore[method-assign, assignment]
+    os.environ |= {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "100"}
+
+
+def test_what_comes_before_the_first_step_is_shown(runs: Runs, conversations: Path, place: Path) -> None:
+    job = runs.start(arguments(place / "run", conversations, max_steps=1), patch=_slow_preparation)
+    assert job.wait() == [0], job.stderr()
+    drawn = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", job.stdout())
+    assert re.search("╰─ Preparing 12/341 MB ─+╯", drawn), drawn
+    assert drawn.index("Preparing 12/341 MB") < drawn.index("╭─ run · 1 process(es)")
+    assert "preparing: " not in job.stderr(), "it is said twice"
 
 
 @needs_tmux

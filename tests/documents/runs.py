@@ -16,6 +16,7 @@ from types import TracebackType
 from urllib.parse import urlsplit
 
 from tests.documents.blocks import Block
+from tests.documents.warm import WarmServer
 from tests.documents.workplace import environment
 
 LIMIT = 300.0  # seconds for a block
@@ -32,10 +33,10 @@ class BlockError(Exception):
 class Runs:
     """What runs in one folder for one document, servers included, which end with it."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self.folder, self.say = folder, say
+    def __init__(self, folder: Path, say: Callable[[str], None], warm: WarmServer | None = None) -> None:
+        self.folder, self.say, self._warm = folder, say, warm
         self.run_blocks = self.skipped_blocks = 0
-        self._environment = environment(folder)
+        self._environment = environment(folder, warm)
         self._servers: list[subprocess.Popen[str]] = []
         self._python = ""
 
@@ -71,7 +72,7 @@ class Runs:
             before = self._python if block.goes_on else ""
             self._python = before + "\n" * (block.line - before.count("\n")) + block.script()
             script.write_text(self._python, encoding="utf-8")
-            return [sys.executable, str(script)]
+            return [sys.executable, str(script)] if self._warm is None else self._warm.python(script)
         script.write_text(_BASH + block.script(), encoding="utf-8")
         return ["bash", str(script)]
 

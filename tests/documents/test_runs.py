@@ -1,24 +1,35 @@
-"""The documents' command blocks run as they stand; those of the longest documents with `make test-long`."""
+"""The documents' command blocks run as they stand."""
 
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.documents.blocks import blocks, documents
 from tests.documents.runs import BlockError, Runs, answers
-from tests.documents.workplace import make
+from tests.documents.warm import WarmServer
+from tests.documents.workplace import environment, make
 
-SHORT = ("README.md", "slurm.md")  # the rest starts more runs, or ranks, of the same kind
+# Triton's compiler for a quarter of a minute; tests/kernels has the same table and the same launches.
+LONG = ("kernels.md",)
 WITH_COMMANDS = [document for document in documents() if blocks(document)]
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = make(tmp_path_factory.mktemp("documents") / "sample")
+def warm() -> Iterator[WarmServer]:
+    with WarmServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory, warm: WarmServer) -> Iterator[Path]:
+    folder = make(tmp_path_factory.mktemp("documents") / "sample", warm)
     yield folder
     shutil.rmtree(folder)
 
@@ -26,18 +37,41 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "document",
-    [pytest.param(each, id=each.name, marks=[] if each.name in SHORT else pytest.mark.long) for each in WITH_COMMANDS],
+    [pytest.param(each, id=each.name, marks=pytest.mark.long if each.name in LONG else []) for each in WITH_COMMANDS],
 )
-def test_the_blocks_of(document: Path, sample: Path, place: Path) -> None:
+def test_the_blocks_of(document: Path, sample: Path, warm: WarmServer, place: Path) -> None:
     read = blocks(document)
     for address in {block.serves for block in read if block.serves}:
         if answers(address):
             pytest.skip(f"another program answers at {address}")
     folder = shutil.copytree(sample, place / "work", symlinks=True)
-    with Runs(folder, print) as runs:
+    with Runs(folder, print, warm) as runs:
         for block in read:
             runs.run(block)
     assert runs.run_blocks + runs.skipped_blocks == len(read)
+
+
+def test_the_warm_server_stands_for_the_command(sample: Path, warm: WarmServer, tmp_path: Path) -> None:
+    """Arguments, folder, environment, descriptors, exit code and signals are those of a process of one's own."""
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys\nprint(sys.argv[1:], os.getcwd(), os.environ['HERE'], input())\nsys.exit(3)\n")
+    options: dict[str, Any] = {"env": {**environment(sample, warm), "HERE": "x"}, "cwd": tmp_path, "text": True}
+    done = subprocess.run([*warm.python(script), "a b"], input="said\n", capture_output=True, **options, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"['a b'] {tmp_path} x said\n", "")
+    script.write_text("1 / 0\n")
+    failed = subprocess.run(warm.python(script), capture_output=True, **options, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.endswith("ZeroDivisionError: division by zero\n")
+    refused = subprocess.run(["bash", "-c", "lumina nope"], capture_output=True, **options, check=False)
+    assert (refused.returncode, refused.stderr.splitlines()[0]) == (2, "error: no such command: nope.")
+    script.write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)\n")
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with subprocess.Popen(warm.python(script), stdout=subprocess.PIPE, **options) as waiting:
+            assert waiting.stdout is not None
+            assert waiting.stdout.readline() == "begun\n"
+            waiting.send_signal(number)
+            assert waiting.stdout.read() == "", "what it stood for has ended, which held the pipe"
+        assert waiting.returncode == -number
 
 
 def written(folder: Path, *lines: str) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.documents.blocks import ROOT
+from tests.documents.warm import WarmServer
 
 COPIED = ("launchers", "ds_configs", "examples")  # commands may write beside these
 LINKED = ("benchmarks",)
@@ -44,7 +45,18 @@ train(load_config("mine.yaml", train_data=["my.jsonl"], experiment_name="NAME", 
 """
 
 
-def make(folder: Path) -> Path:
+# A small random model as transformers writes it, with a tokenizer and a chat template of its own.
+_BASE_MODEL = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from tests.infer.hf_models import make_hf
+
+make_hf(Path("HF_DIR"), "smollm2")
+"""
+
+
+def make(folder: Path, warm: WarmServer) -> Path:
     """Write the folder, which must not be there."""
     folder.mkdir(parents=True)
     for name in COPIED:
@@ -57,20 +69,29 @@ def make(folder: Path) -> Path:
     _write(folder / "trees.jsonl", [_tree(number) for number in range(8)])
     (folder / "mine.yaml").write_text(MINE)
     (folder / "hostfile").write_text("localhost slots=2\n")
-    _base_model(folder / "HF_DIR")
-    command = [sys.executable, "-P", "-c", _HALF_A_RUN]
-    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"experiments/NAME could not be trained:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    _run(folder, warm, _BASE_MODEL)
+    _run(folder, warm, _HALF_A_RUN)
     return folder
 
 
-def environment(folder: Path) -> dict[str, str]:
+def _run(folder: Path, warm: WarmServer, source: str) -> None:
+    """Run Python in the folder."""
+    script = folder / ".make.py"
+    script.write_text(source)
+    command, env = warm.python(script), environment(folder, warm)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{source}\n---\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    script.unlink()
+
+
+def environment(folder: Path, warm: WarmServer | None = None) -> dict[str, str]:
     """This process's environment without what a test or a user's shell set for Lumina, the folder's commands first."""
     gone = ("LUMINA_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SLURM_", "PYTHONPATH", "DEEPSPEED_", "CUDA_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(gone)}
-    bin_ = folder / ".venv" / "bin"
+    bins = [*([warm.bin] if warm is not None else []), folder / ".venv" / "bin"]
     open_mpi = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # mpirun refuses root
-    return {"OMP_NUM_THREADS": "1", **kept, **open_mpi, "PATH": f"{bin_}:{kept.get('PATH', '')}", "TERM": "dumb"}
+    path = ":".join(map(str, bins))
+    return {"OMP_NUM_THREADS": "1", **kept, **open_mpi, "PATH": f"{path}:{kept.get('PATH', '')}", "TERM": "dumb"}
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
@@ -98,10 +119,3 @@ def _tree(number: int) -> dict[str, Any]:
     ]
     prompt = message("P", "prompter", f"Tell me about {topic}.", rank=None, replies=replies)
     return {"message_tree_id": f"T{number}", "tree_state": "ready_for_export", "prompt": prompt}
-
-
-def _base_model(folder: Path) -> None:
-    """A small random model as transformers writes it, with a tokenizer and a chat template of its own."""
-    from tests.infer.hf_models import make_hf  # imports torch and transformers
-
-    make_hf(folder, "smollm2")

@@ -53,7 +53,7 @@ def test_float64(family: str) -> None:
 def test_bfloat16() -> None:
     """The tiles' weight gradients add up in float32: as near to float64 as one product of all tokens. The forward pass
     is bit for bit the same."""
-    batch = pack([20, 9, 31])
+    batch = pack([300])  # 43 tiles: sums in bfloat16 would be 2.7 times as far off as the plain product
     exact = computed(make_model(dtype=torch.bfloat16).double(), batch)
     model = make_model(dtype=torch.bfloat16)
     plain = computed(model, batch)

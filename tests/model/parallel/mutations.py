@@ -87,8 +87,8 @@ MUTATIONS = (
              "ddelta_TD[part][None], 0 * dtotal_TD[part][None]", TILES),
     Mutation("what is recomputed is computed again", _TILES, "        if recomputing:", "        if False:", TILES),
     # --- inputs on the host
-    Mutation("a buffer given up while it is used", _OFFLOAD, "        return copy\n\n    def _to_device",
-             "        self._free.append(copy.buffer)\n        return copy\n\n    def _to_device", OFFLOAD),
+    Mutation("a buffer given up while it is used", _OFFLOAD, "            copy.view().copy_(tensor)\n",
+             "            copy.view().copy_(tensor)\n            self._free.append(copy.buffer)\n", OFFLOAD),
     Mutation("the copy before this one", _OFFLOAD, "        self._fetch(copy)\n",
              "        copy = (copy.before and copy.before()) or copy\n        self._fetch(copy)\n", OFFLOAD),
     Mutation("the input is kept beside its copy", _OFFLOAD, "self.shape, self.device = ",

@@ -30,8 +30,8 @@ def _plain(value: Any) -> Any:
 
 
 def read_metrics(path: Path, until: int | None = None) -> Iterator[dict[str, Any]]:
-    """The records of a file, or of its first `until` bytes; a line cut short by a kill or a full disk is left
-    out."""
+    """The records of a file, or of its first `until` bytes. A line cut short by a kill or a full disk is left out, and
+    one that is no record of ours."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -39,9 +39,20 @@ def read_metrics(path: Path, until: int | None = None) -> Iterator[dict[str, Any
             if until is not None and file.tell() > until:
                 return
             try:
-                yield orjson.loads(line)
+                record = orjson.loads(line)
             except ValueError:
                 continue
+            if _is_record(record):
+                yield record
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("kind"), str)
+        and isinstance(value.get("step"), int)
+        and (value["kind"] not in ("step", "eval") or "loss" in value)
+    )
 
 
 class MetricsFile:

@@ -22,9 +22,8 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[float, dict[str, float]]:
     """Mean loss in nats per supervised token, or per preference pair, and the means of the objective's figures by name;
-    collective. Every rank runs the same number of
-    forward passes (ZeRO-3 gathers weights in each), padded with samples of weight zero. `heartbeat` is called
-    before each pass, `progress` after it with the passes done and all of them."""
+    collective. Every rank runs the same number of forward passes (ZeRO-3 gathers weights in each), padded with samples
+    of weight zero. `heartbeat` is called before each pass, `progress` after it with the passes done and all of them."""
     totals = torch.zeros(2 + len(engine.figures), dtype=torch.float64, device=engine.device)
     indices = torch.arange(dataset.num_samples).numpy()
     with engine.evaluation():

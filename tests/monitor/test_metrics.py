@@ -121,6 +121,20 @@ def test_a_missing_file_has_no_records(tmp_path: Path) -> None:
     assert list(read_metrics(tmp_path / "nothing.jsonl")) == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["3", "[]", "{}", '{"kind": "step"}', '{"kind": 1, "step": 1}', '{"kind": "step", "step": 9}'],
+)
+def test_a_line_that_is_no_record_is_left_out(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 2))
+    before = places(path)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    assert places(path) == before
+    plot_loss(tmp_path, tmp_path / "curve.png", baseline=3.0)
+
+
 def test_no_scratch_file_stays(tmp_path: Path) -> None:
     write(tmp_path / "metrics.jsonl", range(1, 3))
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -113,7 +113,11 @@ def read(folder: Path) -> RunData:
     if not run.get("config"):
         run = {**run, "config": _settings(folder / "config.yaml")}
     run["config"] = upgrade(run.get("config", {}), f"{folder}/run.json", warn=False)
-    samples = {record["step"]: record for record in read_events(folder / "samples.jsonl")}
+    samples = {
+        record["step"]: record
+        for record in read_events(folder / "samples.jsonl")
+        if isinstance(record.get("step"), int) and isinstance(record.get("answers"), list)
+    }
     groups["world"] = _world(run.get("starts", []), groups)
     return RunData(
         folder,

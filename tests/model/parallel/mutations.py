@@ -41,6 +41,7 @@ class Mutation:
 
 
 _SEQUENCE, _TENSORS, _PAIRS = "model/parallel/sequence.py", "data/loading/tensors.py", "model/preference.py"
+_ROWS, _PART = "data/loading/dataset.py", "data/loading/part.py"
 _TILES, _OFFLOAD = "model/memory/tiles.py", "model/memory/offload.py"
 MUTATIONS = (
     # --- the exchange
@@ -57,12 +58,14 @@ MUTATIONS = (
     Mutation("documents' mask ignored", "model/attention.py", "docs=replace(docs, sequence=None)", "docs=None"),
     Mutation("scale, window and cap ignored", "model/attention.py", ", scoring=scoring), q_BSHd", "), q_BSHd"),
     # --- the parts of a row
-    Mutation("positions from the row's beginning", _TENSORS, "positions_T[start:stop]", "positions_T[:length]"),
+    Mutation("positions from the part's beginning", _ROWS, "ranges(first_D, first_D + lengths_D)",
+             "ranges(0 * first_D, lengths_D)"),
     Mutation("targets of the first part", _TENSORS, "batch.targets_T[where_N]", "batch.targets_T[where_N - start]"),
-    Mutation("parts overlap by a token", _TENSORS, "batch.weights_T[start:stop]", "batch.weights_T[start : stop + 1]"),
-    Mutation("a part's last token is not learned", _TENSORS, "batch.weights_T[start:stop]",
-             "batch.weights_T[start : stop - 1]"),
-    Mutation("padding for whole tiles of the row alone", _TENSORS, "(ROW_TILE * part.count)", "ROW_TILE"),
+    Mutation("parts begin a token early", _ROWS, "np.maximum(start - bounds[:-1], 0)",
+             "np.maximum(start - 1 - bounds[:-1], 0)"),
+    Mutation("a part's last token is not learned", _ROWS, "stop + 1 - bounds[:-1]", "stop - bounds[:-1]"),
+    Mutation("padding for whole tiles of the row alone", _PART, "round_up(-(-tokens // self.count))",
+             "round_up(tokens) // self.count"),
     Mutation("pairs counted on every rank", _TENSORS, "if part.first else 0.0", "if part.count else 0.0"),
     # --- pairs
     Mutation("an answer's log-probability of one part", _PAIRS, "sequence.sum(found_P2)", "found_P2"),
@@ -72,7 +75,7 @@ MUTATIONS = (
     Mutation("loss divided by the groups", "train/step.py", "run.ranks.world / max(", "run.ranks.data_world / max(",
              RUN),
     Mutation("samples dealt out to ranks", "train/loop.py", "rank=run.ranks.data_rank", "rank=run.ranks.rank", RUN),
-    Mutation("whole rows in evaluation", "train/evaluate.py", "row.part = ranks.part", "pass", RUN),
+    Mutation("whole rows in evaluation", "train/evaluate.py", "batch(share, ranks.part)", "batch(share)", RUN),
     # --- tiles of tokens
     Mutation("tiles overlap by a token", _TILES, "min(start + tile, tokens)", "min(start + tile + 1, tokens)", TILES),
     Mutation("a tile's last token left out", _TILES, "min(start + tile, tokens)", "min(start + tile - 1, tokens)",
@@ -94,6 +97,13 @@ MUTATIONS = (
     Mutation("the input is kept beside its copy", _OFFLOAD, "self.shape, self.device = ",
              "self.kept, self.shape, self.device = tensor, ", OFFLOAD),
 )  # fmt: skip
+
+
+def mutated(mutation: Mutation, source: str) -> str:
+    """The file's text with the replacement made. Raises ValueError where its text is not there once."""
+    if (found := source.count(mutation.old)) != 1:
+        raise ValueError(f"{mutation.name}: its text occurs {found} times in lumina/{mutation.file}")
+    return source.replace(mutation.old, mutation.new)
 
 
 def passes(folder: Path, tests: list[str]) -> bool:
@@ -122,9 +132,7 @@ def main(words: list[str]) -> int:
         for mutation in chosen:
             path = folder / "lumina" / mutation.file
             source = path.read_text()
-            if (found := source.count(mutation.old)) != 1:
-                raise SystemExit(f"error: {mutation.name}: its text occurs {found} times in lumina/{mutation.file}")
-            path.write_text(source.replace(mutation.old, mutation.new))
+            path.write_text(mutated(mutation, source))
             caught = not passes(folder, [mutation.tests])
             path.write_text(source)
             missed += [] if caught else [mutation.name]

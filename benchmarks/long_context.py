@@ -54,9 +54,9 @@ def row(tokens: int, document: int, part: Any) -> Any:
     ids = np.random.default_rng(0).integers(VOCABULARY, size=tokens)
     edges = np.append(np.arange(0, tokens, document), tokens).astype(np.int32)
     positions = np.arange(tokens) - np.repeat(edges[:-1], np.diff(edges))
-    made = Batch(ids, np.roll(ids, -1), np.ones(tokens, np.float32), positions, edges, document)
-    made.part = part
-    return made.torch()
+    own = slice(*part.bounds(tokens))
+    arrays = (each[own] for each in (ids, np.roll(ids, -1), np.ones(tokens, np.float32), positions))
+    return Batch(*arrays, edges, document, part=part).torch()
 
 
 def worker(arguments: argparse.Namespace) -> None:

@@ -435,8 +435,8 @@ def _poison(rank: int, *, sample: int) -> None:
 
     original = PackedDataset.batch
 
-    def batch(self: PackedDataset, indices: Any) -> Any:
-        found = original(self, indices)
+    def batch(self: PackedDataset, indices: Any, *part: Any) -> Any:
+        found = original(self, indices, *part)
         if sample in [int(index) for index in indices]:
             found.ids_T[0] = 2**30  # what a flipped bit in the cache file makes of a token
         return found

@@ -65,7 +65,8 @@ CASES = {
 }
 
 
-def row(case: Case) -> Batch:
+def row(case: Case, part: Part) -> Batch:
+    """The case's row, of its tokens those of `part`."""
     draw = np.random.default_rng(7)
     edges = np.cumsum([0, *case.lengths]).astype(np.int32)
     tokens = int(edges[-1])
@@ -74,19 +75,20 @@ def row(case: Case) -> Batch:
     weights[edges[1:] - 1] = 0.0
     weights[: case.learned[0]] = weights[case.learned[1] :] = 0.0
     positions = np.concatenate([np.arange(length) for length in case.lengths])
-    made = Batch(ids, np.roll(ids, -1), weights, positions, edges, max(case.lengths))
+    own = slice(*part.bounds(tokens))
+    arrays = (each[own] for each in (ids, np.roll(ids, -1), weights, positions))
+    made = Batch(*arrays, edges, max(case.lengths), part=part)
     if case.pairs:
         count = len(case.lengths) // 2
         made.pairs_P3 = np.stack([draw.normal(size=count), np.ones(count), draw.normal(size=count)], 1).astype("f4")
     return made
 
 
-def computed(model: Transformer, batch: Batch, case: Case, sequence: SequenceGroup | None) -> list[Tensor]:
+def computed(model: Transformer, case: Case, sequence: SequenceGroup | None) -> list[Tensor]:
     """The losses' sums and the gradient of the first by each parameter, over all ranks of the group; float64."""
     for parameter in model.parameters():
         parameter.grad = None
-    batch.part = Part() if sequence is None else Part(sequence.index, sequence.size)
-    made = batch.torch()
+    made = row(case, Part() if sequence is None else Part(sequence.index, sequence.size)).torch()
     options: dict[str, Any] = {}
     if case.pairs:
         options = {"documents_N": made.documents_N, "pairs_P3": made.pairs_P3, "beta": BETA}
@@ -105,19 +107,19 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def compare(case: Case) -> dict[str, float]:
-    sequence, batch = sequence_group(case.size), row(case)
+    sequence = sequence_group(case.size)
     assert sequence is not None
     exact = {"dtype": torch.float64}
 
     def model(dtype: torch.dtype) -> Transformer:
         return make_model(dtype=dtype, num_layers=2, seq_length=512, **case.shape)
 
-    expected = computed(model(**exact), batch, case, None)
+    expected = computed(model(**exact), case, None)
     shared = model(case.dtype)
     shared.share_rows(sequence)
-    sizes = {"shared": difference(computed(shared, batch, case, sequence), expected)}
+    sizes = {"shared": difference(computed(shared, case, sequence), expected)}
     if case.dtype is not torch.float64:
-        sizes["whole"] = difference(computed(model(case.dtype), batch, case, None), expected)
+        sizes["whole"] = difference(computed(model(case.dtype), case, None), expected)
     return sizes
 
 
@@ -134,7 +136,7 @@ def sent(size: int) -> dict[str, float]:
     model = make_model(dtype=torch.float64, num_layers=2, seq_length=512)
     model.share_rows(sequence)
     with patch.object(dist, "all_to_all_single", counting):
-        computed(model, row(case), case, sequence)
+        computed(model, case, sequence)
     own = -(-sum(case.lengths) // (64 * size)) * 64
     return {"bytes": counted[0] / own / 2}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -67,3 +69,27 @@ def test_the_fuzzer_finds(tmp_path: Path) -> None:
     check()
     assert found
     assert "IndexError: planted" in found[0]
+
+
+class StillReadingError(BaseException):
+    """What no reader takes for an error of the text."""
+
+
+def test_the_fuzzer_finds_a_template_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds of commands end it, and would hide it: it has to run in the fuzzer's process, which is watched."""
+    monkeypatch.setattr("lumina.chat.hf.bounded.STEP_SECONDS", 0.25)
+
+    def stop(*_: Any) -> None:
+        raise StillReadingError
+
+    assert attempt(DOORS["template"], DOORS["template"].seeds()[0]) is None  # and all is imported
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, 0.5)  # of this process's own work
+    try:
+        with pytest.raises(StillReadingError):
+            attempt(
+                DOORS["template"], b"{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+            )
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, before)

@@ -37,7 +37,7 @@ ROOMS["lumina.api"] = _ALL  # what Python programs call; lumina/__init__.py hand
 ROOMS["lumina"] = ("lumina.api", *_ALL)
 
 #: What every room may use, because it imports nothing of the package.
-GROUND = ("lumina.files", "lumina.lazy", "lumina.terminal", "lumina.__version__")
+GROUND = ("lumina.files", "lumina.lazy", "lumina.processes", "lumina.terminal", "lumina.__version__")
 
 #: Benchmarks stand beside what they time and know every room; no module but themselves imports them.
 BENCHMARKS = ("lumina.kernels.bench", "lumina.kernels.model_step", "lumina.kernels.output_layer")

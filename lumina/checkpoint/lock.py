@@ -8,8 +8,9 @@ A start is refused while an earlier one lives: on the same machine, while its pr
 its heartbeat goes on, by the clock of the file system. It takes the lock from one whose heartbeat has stopped: a node
 that was cut off or suspended can wake up long after its job was restarted elsewhere, and must then end by itself.
 Within one launch (`job`) the newest start gets the lock at once: the launcher has ended the one before, or cannot
-reach it. The job also says whether a start goes on by itself: a restart by the same launch does, a new launch must be
-told to with --resume.
+reach it. So does a Slurm job that was queued again from what is left of its earlier start, never the other way round.
+The job also says whether a start goes on by itself: a restart by the same launch does, a new launch must be told to
+with --resume.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import logging
 import os
 import re
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Container
@@ -27,10 +27,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from lumina.config import UserError, user_error
 from lumina.files import read_json, write_json
+from lumina.processes import is_there, machine, this_process
 
 log = logging.getLogger("lumina")
 
@@ -51,7 +50,7 @@ class RunLock:
         self.token = secrets.token_hex(8)
         self._heartbeat = folder / f".owner-{self.token}"
         self._released = threading.Event()
-        owner = {**_this_process(), "since": time.time()}
+        owner = {**this_process(), "since": time.time()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._heartbeat.touch()
@@ -99,15 +98,17 @@ class RunLock:
 
 
 def refuse_owned(folder: Path, launch: str | None) -> None:
-    """Raises UserError while an earlier start of the run lives, unless it was made by the same launch. Writes nothing;
-    may wait for a minute to see whether a heartbeat on another machine goes on."""
+    """Raises UserError while an earlier start of the run lives, unless it was made by the same launch or by this Slurm
+    job before it was queued again. Leaves nothing written; may wait for a minute to see whether a heartbeat on another
+    machine goes on."""
     try:
         found = _read(folder / NAME, _PASSING | {errno.EACCES, errno.EPERM})
+        if not found or (launch is not None and _goes_on(found.get("job"), launch)):
+            return
+        lives = _lives(folder, found)
     except OSError as error:  # whether another start lives is not known
         raise user_error(error) from error
-    if not found or (launch is not None and found.get("job") == launch):
-        return
-    if _lives(folder, found):
+    if lives:
         raise UserError(
             f"{_described(found)} owns the run {folder} and still trains it",
             "Stop that one first (SIGTERM has it save), or give this one its own --experiment-name.",
@@ -122,15 +123,26 @@ def owned_by(folder: Path, token: str) -> bool:
 
 
 def in_training(folder: Path) -> bool | None:
-    """Whether the last start of the run in `folder` lives, as far as can be told at once; None where there is none."""
-    owner = _read(folder / NAME)
-    if not owner:
+    """Whether the last start of the run in `folder` lives, as far as can be told at once; None where there is none, or
+    the file system does not say."""
+    try:
+        owner = _read(folder / NAME, _PASSING | {errno.EACCES, errno.EPERM})
+        if not owner:
+            return None
+        lives = _lives_here(folder, owner)
+        if lives is not None:
+            return lives
+        _, age = _heartbeat_age(folder, folder / f".owner-{owner.get('token')}")
+    except OSError:
         return None
-    lives = _lives_here(folder, owner)
-    if lives is not None:
-        return lives
-    _, age = _heartbeat_age(folder, folder / f".owner-{owner.get('token')}")
     return age is not None and age < _STALE
+
+
+def settled_at_once(folder: Path) -> bool:
+    """Whether a start of the run in `folder` that has ended is seen to have ended for good, and all it left is seen: it
+    ran on this machine, and no launcher starts it again. A network file system shows files up to a minute late."""
+    owner = _read(folder / NAME)
+    return owner.get("machine") == machine() and owner.get("job") is None
 
 
 def _owner(folder: Path, token: str) -> dict[str, Any]:
@@ -155,12 +167,12 @@ def last_global_batch(folder: Path, launch: str | None) -> int | None:
 
 
 def _goes_on(before: Any, launch: str) -> bool:
-    """The same launch, or that of a Slurm job which was queued again since."""
+    """The same launch, or that of a Slurm job which was queued again since: never one from before that."""
     if before == launch:
         return True
     names = [_SLURM.fullmatch(name) for name in (str(before), launch)]
-    earlier, later = (name and (name["job"], name["restarts"]) for name in names)
-    return bool(earlier and later and earlier[0] == later[0] and earlier[1] != later[1])
+    earlier, later = (name and (name["job"], int(name["restarts"] or -1)) for name in names)
+    return bool(earlier and later and earlier[0] == later[0] and earlier[1] < later[1])
 
 
 # --- Whether a start lives ------------------------------------------------------------------------
@@ -170,13 +182,11 @@ def _lives_here(folder: Path, owner: dict[str, Any]) -> bool | None:
     """None for a start on another machine, of which a heartbeat is there."""
     if not (folder / f".owner-{owner.get('token')}").exists():  # it ended, or is of a version that had none
         return False
-    if owner.get("machine") != _machine():
-        return None
-    return owner.get("started") is not None and _process_start(owner.get("pid")) == owner["started"]
+    return is_there(owner)
 
 
 def _lives(folder: Path, owner: dict[str, Any]) -> bool:
-    here = _this_process()
+    here = this_process()
     if all(owner.get(name) == here[name] for name in ("machine", "pid", "started")):
         return False  # an earlier run of this very process
     lives = _lives_here(folder, owner)
@@ -196,57 +206,19 @@ def _lives(folder: Path, owner: dict[str, Any]) -> bool:
 
 def _heartbeat_age(folder: Path, heartbeat: Path) -> tuple[int | None, float | None]:
     """When a heartbeat was last renewed (ns) and how long that is ago (s), both by the file system's own clock; None
-    when its file is gone."""
+    when its file is gone. Raises OSError where the file system does not say."""
     probe = folder / f".owner.{secrets.token_hex(4)}.partial"
     try:
         with heartbeat.open("rb") as file:  # opening it has NFS ask the server
             last = os.fstat(file.fileno()).st_mtime_ns
         probe.touch()
         now = probe.stat().st_mtime_ns
-    except OSError:
+    except FileNotFoundError:
         return None, None
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
     return last, (now - last) / 1e9
-
-
-def _this_process() -> dict[str, Any]:
-    """Where this process runs, so that another one can tell whether it is still there."""
-    return {
-        "host": socket.gethostname(),
-        "machine": _machine(),
-        "pid": os.getpid(),
-        "started": _process_start(os.getpid()),
-    }
-
-
-def _machine() -> str:
-    """The machine, its boot and its process-ID namespace: where these are the same, process IDs mean the same."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-    with suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
-
-
-def _process_start(pid: Any) -> float | None:
-    """When a process began, by a clock that nobody sets where there is one; None for one that is not there or only
-    waits for its parent to take note of its end."""
-    if not isinstance(pid, int) or pid <= 0:
-        return None
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else float(fields[19])  # field 22: clock ticks since boot
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return None
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except psutil.Error:
-        return None
 
 
 def _described(owner: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ removed is not relied on: a folder may be another account's, and NFS shows remov
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
@@ -24,6 +25,9 @@ from lumina.files import read_json, write_json
 
 _FOLDER = "requests"
 _LOOK = 1.0  # seconds after which an asker looks again whether the run still goes on
+# Seconds for which the job must be gone: on this machine its process may just be ending; elsewhere its reply may be
+# there and not be seen yet, and a launcher may start it again, which then takes the request.
+_GONE_HERE, _GONE_ELSEWHERE = 2.0, 60.0
 _FORGOTTEN = 24 * 3600.0  # seconds after which a reply that nobody fetched is removed
 
 
@@ -35,9 +39,10 @@ class SaveReply(TypedDict):
     error: str
 
 
-def request_save(run: Path, timeout: float) -> SaveReply:
-    """Ask the job that trains the run in `run` for a checkpoint now, and wait for its reply, at most `timeout` seconds.
-    Raises UserError when none comes."""
+def request_save(run: Path, timeout: float, patience: float = _GONE_ELSEWHERE) -> SaveReply:
+    """Ask the job that trains the run in `run` for a checkpoint now, and wait for its reply, at most `timeout` seconds,
+    of which it may be gone for `patience`. Raises UserError when none comes."""
+    trained = lock.in_training(run)  # before the request, so that what comes after it is a change
     identifier = secrets.token_hex(8)
     asked, taken, replied = _asked(run, identifier), _taken(run, identifier), _replied(run, identifier)
     try:
@@ -49,21 +54,27 @@ def request_save(run: Path, timeout: float) -> SaveReply:
             f"the request cannot be written to {asked.parent}: {error.strerror or error}",
             "Ask from an account that may write to the run's folder.",
         ) from error
-    deadline, looked = time.monotonic() + timeout, 0.0
-    in_training: bool | None = None
+    now = looked = time.monotonic()
+    deadline, gone_since = now + timeout, math.inf
     try:
-        while time.monotonic() < deadline:
+        while now < deadline:
             reply = _read_reply(replied)
             if reply is not None:
                 return reply
-            if time.monotonic() - looked > _LOOK:
-                before, in_training, looked = in_training, lock.in_training(run), time.monotonic()
-                if before and in_training is False and _read_reply(replied) is None:
+            if now - looked > _LOOK:
+                looked, lives = now, lock.in_training(run)
+                trained = trained or lives
+                gone_since = min(gone_since, now) if trained and lives is False else math.inf
+                wait = min(patience, _GONE_HERE) if lock.settled_at_once(run) else patience
+                if now - gone_since >= wait and (reply := _read_reply(replied)) is not None:
+                    return reply
+                if now - gone_since >= wait:
                     raise UserError(
-                        "the run has ended, and nobody has saved it for this request",
+                        "this start of the run has ended, and nobody has saved it for this request",
                         f"See why in {run / 'train.log'}; lumina checkpoints list {run} shows what there is.",
                     )
             time.sleep(0.1)
+            now = time.monotonic()
         untouched = not taken.exists() and asked.exists()
     finally:
         for file in (asked, taken, replied):
@@ -115,9 +126,11 @@ class SaveRequests:
         with suppress(OSError):
             write_json(_replied(self._run, identifier), reply)
 
-    def close(self, reply: SaveReply) -> None:
-        """The job ends: `reply` to every request that has no other yet."""
-        self.take()
+    def close(self, reply: SaveReply, lost: bool = False) -> None:
+        """The job ends: `reply` to every request that has no other yet. `lost`: another start of the run goes on, and
+        takes those that this one has not taken."""
+        if not lost:
+            self.take()
         for identifier in sorted(self._open):
             self.reply(identifier, reply)
 

@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 
 from lumina.checkpoint import lock as lock_module
-from lumina.checkpoint.lock import NAME, RunLock, last_global_batch, refuse_owned
+from lumina.checkpoint.lock import NAME, RunLock, in_training, last_global_batch, refuse_owned
 from lumina.config import UserError
 from tests.runs import clean_environment
 
@@ -205,6 +205,16 @@ def test_on_another_machine_the_heartbeat_tells(tmp_path: Path, monkeypatch: pyt
     assert sorted(path.name for path in tmp_path.iterdir()) == [".owner-0a", NAME]
 
 
+def test_where_the_file_system_does_not_say_nobody_is_taken_for_dead(tmp_path: Path) -> None:
+    """The clock of the file system is that of a file that is made, which a quota may forbid."""
+    elsewhere(tmp_path)
+    assert in_training(tmp_path)
+    with mock.patch.object(Path, "touch", side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")):
+        assert in_training(tmp_path) is None
+        with pytest.raises(UserError, match="Disk quota exceeded"):
+            refuse_owned(tmp_path, None)
+
+
 def test_a_heartbeat_goes_on_and_never_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "_HEARTBEAT", 0.05)
     lock = RunLock(tmp_path, None, 8)
@@ -254,5 +264,10 @@ def test_two_launches_in_one_slurm_job_are_two(tmp_path: Path) -> None:
     refuse_owned(tmp_path, "slurm-7.0.aa")
     with pytest.raises(UserError, match="still trains it"):
         refuse_owned(tmp_path, "slurm-7.0.bb")
+    refuse_owned(tmp_path, "slurm-7.1.cc")  # its batch host was cut off, and its steps go on
+    (tmp_path / NAME).write_text(json.dumps({**found, "pid": parent, "started": started, "job": "slurm-7.1.cc"}))
+    with pytest.raises(UserError, match="still trains it"):
+        refuse_owned(tmp_path, "slurm-7.0.aa")  # what is left of the earlier start takes nothing back
+    assert last_global_batch(tmp_path, "slurm-7.0.aa") is None
     lock.release()
     refuse_owned(tmp_path, "slurm-7.0.bb")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -141,10 +144,70 @@ def test_a_job_that_ends_tells_every_asker(tmp_path: Path) -> None:
     assert replies == {"0a": ended, "0b": ended, "0c": WRITTEN, "0d": ended}
 
 
+def test_a_start_that_lost_its_run_replies_to_what_it_has_taken(tmp_path: Path) -> None:
+    """And leaves the others to the start that goes on."""
+    job, lost = SaveRequests(tmp_path), SaveReply(step=7, path="", error="another start")
+    ask(tmp_path, "0a")
+    job.take()
+    ask(tmp_path, "0b")
+    job.close(lost, lost=True)
+    assert json.loads((tmp_path / "requests" / "answered" / "0a.json").read_text()) == lost
+    assert SaveRequests(tmp_path).take() == ["0b"]
+
+
+def when_asked(run: Path, act: Callable[[], object]) -> threading.Thread:
+    """Does something once a request is there: by then its asker has seen whether the run is trained."""
+
+    def wait() -> None:
+        while not list(run.glob("requests/asked/*.json")):
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
 def test_the_job_is_killed_meanwhile(tmp_path: Path) -> None:
-    """It says nothing: the asker sees that the owner of the run is gone."""
-    lock = RunLock(tmp_path, None, 8)
-    threading.Timer(0.5, lock.release).start()
-    with pytest.raises(UserError, match="the run has ended"):
-        request_save(tmp_path, timeout=60)
+    """It says nothing: the asker sees that the owner of the run is gone, on its own machine within seconds."""
+    thread = when_asked(tmp_path, RunLock(tmp_path, None, 8).release)
+    with pytest.raises(UserError, match="this start of the run has ended"):
+        request_save(tmp_path, timeout=120, patience=60)
+    thread.join()
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("job", [None, "job"], ids=["its reply is not seen yet", "its launcher starts it again"])
+def test_a_job_that_seems_to_be_gone_may_still_reply(job: str | None, tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, job, 8)
+    if job is None:  # on another machine: a network file system shows that the lock was released, and then the reply
+        (tmp_path / ".owner.json").write_text(json.dumps({"token": lock.token, "machine": "far 1", "job": None}))
+
+    def end_and_reply() -> None:
+        lock.release()
+        time.sleep(3.5)  # the asker has seen it three times
+        if job is not None:
+            RunLock(tmp_path, job, 8)
+        for request in (requests := SaveRequests(tmp_path)).take():
+            requests.reply(request, WRITTEN)
+
+    thread = when_asked(tmp_path, end_and_reply)
+    assert request_save(tmp_path, timeout=120, patience=60) == WRITTEN
+    thread.join()
+
+
+def test_a_file_system_that_stumbles_says_nothing_of_the_job(tmp_path: Path) -> None:
+    """The heartbeat of a start elsewhere goes on, but no file can be made to read the file system's clock."""
+    lock = RunLock(tmp_path, None, 8)
+    (tmp_path / ".owner.json").write_text(json.dumps({"token": lock.token, "machine": "far 1", "job": None}))
+
+    def stumble() -> None:
+        with mock.patch.object(Path, "touch", side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")):
+            time.sleep(2.5)
+        lock.release()
+        for request in (requests := SaveRequests(tmp_path)).take():
+            requests.reply(request, WRITTEN)
+
+    thread = when_asked(tmp_path, stumble)
+    assert request_save(tmp_path, timeout=120, patience=0.5) == WRITTEN
+    thread.join()

@@ -44,8 +44,8 @@ _RECOVERY = """
   (the `answers.json` of version 0.1.0 is taken over). Checkpoints made in between are discarded.
 - **Before the first checkpoint** there is nothing to go back to. Where updates were refused one after another, the
   weights are beyond the limits and not the samples: baselines and limits are measured anew, and updates, clipped to
-  `max_grad_norm`, are made again. `max_rollbacks` bounds this too. With 0 of it the run ends at the first such series,
-  and with `rollback_after: 0` once every update of `health_check_interval` steps was refused.
+  `max_grad_norm`, are made again. `max_rollbacks` bounds this too. Where it or `rollback_after` is 0, the run never
+  goes back, and ends only when `health_check_interval` updates in a row, and at least 30, were refused.
 - **Out of memory** (`on_oom`): memory is freed, the engine rebuilt with half the micro-batch and twice
   the accumulation, and the step taken again: same global batch, same gradient. With several ranks that works when
   every rank runs out before a collective of that step has begun (never so under ZeRO-3, and not asked among more

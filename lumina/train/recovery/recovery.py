@@ -34,10 +34,7 @@ from lumina.train.state import RunState
 log = logging.getLogger("lumina")
 
 _NEVER = -1.0  # a limit that no gradient norm keeps
-
-
-def _one_after_another(steps: list[int]) -> bool:
-    return steps[-1] - steps[0] == len(steps) - 1
+_LEAST_IN_A_ROW = 30  # refused updates that end a run which may not go back: fewer may be of one stretch of its data
 
 
 class RestartError(RuntimeError):
@@ -127,8 +124,17 @@ class Recovery:
         if applied or (self._state.engine.fp16 and rule == NOT_FINITE and math.isfinite(loss)):
             return
         refused, self._finite = spikes.refuse(step), math.isfinite(loss) and math.isfinite(norm)
-        if len(refused) >= (self._config.rollback_after or self._config.health_check_interval):
+        if self._goes_back:
+            repeated = len(refused) >= self._config.rollback_after
+        else:  # single steps among good ones are skipped and no more; but not for ever all of them
+            repeated = spikes.refused_in_a_row >= max(self._config.health_check_interval, _LEAST_IN_A_ROW)
+        if repeated:
             self._repeated = refused
+
+    @property
+    def _goes_back(self) -> bool:
+        """Whether the run may go back at all."""
+        return self._config.rollback_after > 0 and self._config.max_rollbacks > 0
 
     @property
     def rewinding(self) -> bool:
@@ -142,11 +148,19 @@ class Recovery:
         config, step = self._config, self._state.step
         if not refused:
             return None
-        # Where none is allowed, single steps among good ones are skipped and no more; but not for ever all of them.
-        if config.rollback_after and config.max_rollbacks == 0 and not _one_after_another(refused):
-            return None
+        if not self._goes_back:
+            many = f"{self._state.spikes.refused_in_a_row} updates in a row were skipped"
+            self._events.add(step, "recovery", "crit", "rollback", many, "the run ends: going back is off")
+            return Fail(
+                UserError(
+                    f"step {step}: {many}, and the run may not go back",
+                    "No update is made any more: look at the reasons in events.jsonl, then resume from an earlier "
+                    "checkpoint or with a lower learning_rate; rollback_after and max_rollbacks above 0 have the run "
+                    "go back by itself.",
+                )
+            )
         many = f"{len(refused)} updates were skipped within {config.health_check_interval} steps"
-        if not config.rollback_after or self.record.rollbacks >= config.max_rollbacks:
+        if self.record.rollbacks >= config.max_rollbacks:
             self._events.add(step, "recovery", "crit", "rollback", many, "the run ends: no rollback is left")
             return Fail(
                 UserError(
@@ -167,7 +181,7 @@ class Recovery:
         but the weights, which no further refusal changes: limits that the weights are beyond would refuse every step
         to come. So the baselines are measured anew, and updates are clipped meanwhile; `max_rollbacks` bounds it."""
         done = "no earlier checkpoint: the run goes on"
-        if _one_after_another(refused):
+        if self._state.spikes.refused_in_a_row >= len(refused):
             self.record.rollbacks += 1
             if self._ranks.main:
                 self._write_record()

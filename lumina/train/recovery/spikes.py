@@ -37,6 +37,7 @@ class SpikeDetector:
         self._losses = RollingWindow(self._window, state.get("losses", ()))
         self._norms = RollingWindow(self._window, state.get("norms", ()))
         self._refused: list[int] = [int(step) for step in state.get("refused", ())]
+        self.refused_in_a_row = int(state.get("refused_in_a_row", 0))  # since the last update that was made
         self._warmup = min(config.health_warmup, config.health_window)
         self._deviations = config.spike_deviations
         self._factor = config.grad_explosion_factor
@@ -46,7 +47,12 @@ class SpikeDetector:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"losses": self._losses.values(), "norms": self._norms.values(), "refused": self._refused}
+        return {
+            "losses": self._losses.values(),
+            "norms": self._norms.values(),
+            "refused": self._refused,
+            "refused_in_a_row": self.refused_in_a_row,
+        }
 
     def loss_limit(self) -> float:
         """The loss above which a step is a spike: infinite while there is no baseline."""
@@ -80,9 +86,11 @@ class SpikeDetector:
         """A step that was applied enters the baselines."""
         self._losses.add(loss)
         self._norms.add(norm)
+        self.refused_in_a_row = 0
 
     def refuse(self, step: int) -> list[int]:
         """Note a refused step; returns those refused within the last `health_check_interval` steps, this one too."""
+        self.refused_in_a_row += 1
         self._refused = [early for early in self._refused if step - early < self._period] + [step]
         return list(self._refused)
 

@@ -188,6 +188,7 @@ def test_a_spike_detector_goes_on_from_its_state() -> None:
         detector.accept(one.loss, one.grad_norm)
     detector.refuse(290)
     other = SpikeDetector(CONFIG, json.loads(json.dumps(detector.state())))
+    assert other.refused_in_a_row == 1
     assert other.norm_limit() == detector.norm_limit()
     assert other.classify(9.0, 1.0) == detector.classify(9.0, 1.0) is not None
     assert other.refuse(300) == [290, 300]

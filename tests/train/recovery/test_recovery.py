@@ -121,9 +121,10 @@ def test_weights_beyond_every_limit_are_not_refused_for_ever(
     for data.step in range(9):
         recovery.after_update(data, 6.0, 2.0 + data.step / 100, True, None)
     assert float(recovery.norm_limit(data, loss, none)) < 60.0
-    for step in steps:
-        data.step = step - 1
-        recovery.after_update(data, 6.0, norm, False, None)
+    for data.step in range(9, 14):
+        refused = data.step + 1 in steps
+        recovery.after_update(data, 6.0, norm if refused else 2.0, not refused, None)
+    assert recovery.rewinding
     assert recovery.action(drain=lambda: None) is None
     assert (float(recovery.norm_limit(data, loss, none)) == math.inf) == anew
     assert ("measured anew" in list(read_events(tmp_path / "events.jsonl"))[-1]["action"]) == anew
@@ -151,22 +152,35 @@ def test_the_rollbacks_are_bounded(tmp_path: Path) -> None:
 
 
 def test_none_allowed_is_none_taken(tmp_path: Path) -> None:
-    recovery = make(tmp_path, rollback_after=3, max_rollbacks=0)
-    refuse(recovery, 5, 7, 9)  # single steps among good ones
-    assert recovery.action(drain=pytest.fail) is None
+    """A spike, or several in a row, end no run: it would be unsaved, and a resumed one would meet the same samples."""
+    for settings in ({"rollback_after": 3}, {"rollback_after": 1}, {"rollback_after": 0, "health_check_interval": 1}):
+        recovery = make(tmp_path, max_rollbacks=0, **settings)
+        refuse(recovery, 5, 6, 7, 9)
+        assert not recovery.rewinding
+        assert recovery.action(drain=pytest.fail) is None
 
 
-@pytest.mark.parametrize("settings", [{"rollback_after": 3, "max_rollbacks": 0}, {"rollback_after": 0}])
-def test_no_run_skips_for_ever(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Also where going back is off: weights beyond the limits refuse every step to come, to a well-meant exit 0."""
-    recovery, actions = make(tmp_path, health_check_interval=20, **settings), []
-    for step in range(1, 31):
+@pytest.mark.parametrize("settings", [{"rollback_after": 3, "max_rollbacks": 0}, {"rollback_after": 0}], ids=str)
+@pytest.mark.parametrize(("interval", "most"), [(40, 40), (1, 30)])
+def test_no_run_skips_for_ever(settings: dict[str, Any], interval: int, most: int, tmp_path: Path) -> None:
+    """Also where going back is off: weights beyond the limits refuse every step to come, to a well-meant exit 0. A
+    step in which nothing is supervised, or that is skipped by the record, is no update that was made."""
+    recovery, actions = make(tmp_path, health_check_interval=interval, **settings), []
+    unsupervised: Any = SimpleNamespace(step=0, samples=[1], supervised_tokens=0.0)
+    good: Any = SimpleNamespace(step=0, samples=[1], supervised_tokens=9.0)
+    refuse(recovery, *range(1, most))
+    recovery.after_update(good, 2.0, 1.0, True, None)  # the count begins anew
+    for step in range(most + 1, 3 * most):
+        if step % 7 == 0:
+            continue
+        recovery.after_update(unsupervised, math.nan, 0.0, False, None)
         refuse(recovery, step)
         actions.append(recovery.action(drain=pytest.fail))
         if actions[-1] is not None:
             break
+    assert len(actions) == most
     assert isinstance(actions[-1], Fail)
-    assert len(actions) == (settings["rollback_after"] or 20)
+    assert "may not go back" in str(actions[-1].error)
 
 
 def test_a_start_that_lost_the_run_leaves_its_record_alone(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ keys of a store at the same address, which torch shares with the process group's
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -20,6 +22,7 @@ from typing import Any
 
 from lumina.cluster.launcher_detection import Launched
 from lumina.config import UserError
+from lumina.processes import is_there, this_process
 
 log = logging.getLogger("lumina")
 
@@ -53,7 +56,7 @@ def await_ranks(here: Launched, patience: float) -> Any:
         else:
             while not store.check(["lumina/job"]):
                 wait.once(None)
-            _refuse_another_job(store, here)
+            _join(store, here)
         while not store.check(["lumina/all"]):
             wait.once(None)  # rank 0 says for whom
     except DistError as error:
@@ -87,17 +90,27 @@ def _job(here: Launched) -> str:
     return f"{here.world} {os.environ.get('LUMINA_JOB', '')}"
 
 
-def _refuse_another_job(store: Any, here: Launched) -> None:
+def _join(store: Any, here: Launched) -> None:
     """Join the ranks of the store's job. UserError where that is another one, which meets at the same address and port.
-    One that is as large and has no other name is told by its ranks: each joins once."""
-    own, found = _job(here), store.get("lumina/job").decode()
-    again = own == found and store.add(f"lumina/rank/{here.rank}", 1) > 1
-    if own == found and not again:
-        return
+    One that is as large and has no other name is told by its ranks: each is there once. One that was started again
+    while the others still wait takes the place of its earlier start, where that is gone or on another machine."""
+    found = store.get("lumina/job").decode()
+    if found != _job(here):
+        raise _another_job(here, f"of {found.partition(' ')[0]} ranks")
+    # The token tells two starts in one process apart.
+    own = json.dumps({**this_process(), "token": secrets.token_hex(8)})
+    key, before = f"lumina/rank/{here.rank}", ""
+    while (now := store.compare_set(key, before, own).decode()) != own:
+        before = now
+        if is_there(json.loads(before)):
+            raise _another_job(here, f"whose rank {here.rank} is there already")
+        if store.check(["lumina/all"]):
+            raise _failure(f"rank {here.rank} was started again when all {here.world} had met: the others are gone on")
+
+
+def _another_job(here: Launched, why: str) -> Exception:
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    world = found.partition(" ")[0]
-    why = f"whose rank {here.rank} is there already" if own == found else f"of {world} ranks"
-    raise _failure(
+    return _failure(
         f"rank {here.rank} of {here.world} met another job at {address} port {port}, {why}",
         "Give each job its own MASTER_PORT.",
     )

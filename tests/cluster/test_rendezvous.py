@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from lumina.cluster.elastic.torch_store import PrefixStore, TCPStore
 from lumina.cluster.launcher_detection import Launched
 from lumina.cluster.rendezvous import prefix
 from lumina.config import UserError
-from tests.runs import Job, Runs, arguments
+from tests.runs import ROOT, Job, Runs, arguments, clean_environment
 
 STEP = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_JOB_ID": str(os.getpid())}
 
@@ -101,6 +105,35 @@ def test_another_job_meets_there(meeting: list[TCPStore], monkeypatch: pytest.Mo
     monkeypatch.setenv("LUMINA_JOB", "another")
     with pytest.raises(UserError, match=r"rank 1 of 3 met another job at"):
         await_ranks(Launched("torch", 1, 3, 1, 3), patience=10)
+
+
+JOINS = """
+from lumina.cluster import await_ranks
+from lumina.cluster.launcher_detection import Launched
+await_ranks(Launched("torch", 2, 3, 2, 3), patience=600)
+"""
+
+
+def test_a_rank_that_is_started_again_while_the_others_gather(meeting: list[TCPStore]) -> None:
+    """As a pod that was restarted: it took its own earlier start for another job. One that lives is another job's."""
+    there = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+    process = subprocess.Popen([sys.executable, "-P", "-c", JOINS], env=clean_environment() | there, cwd=ROOT)
+    store, again = PrefixStore(prefix({}), meeting[0]), Launched("torch", 2, 3, 2, 3)
+    store.wait(["lumina/rank/2"], timedelta(seconds=120))
+    with pytest.raises(UserError, match="whose rank 2 is there already"):
+        await_ranks(again, patience=10)
+    process.kill()
+    process.wait()
+    with pytest.raises(UserError, match="the others did not come"):  # it is let in, and waits
+        await_ranks(again, patience=0.5)
+    elsewhere = json.loads(store.get("lumina/rank/2")) | {"machine": "another"}
+    store.set("lumina/rank/2", json.dumps(elsewhere))
+    with pytest.raises(UserError, match="the others did not come"):  # nobody can tell: the newest is let in
+        await_ranks(again, patience=0.5)
+    store.set("lumina/rank/2", json.dumps(elsewhere))
+    store.set("lumina/all", "")
+    with pytest.raises(UserError, match="started again when all 3 had met"):
+        await_ranks(again, patience=10)
 
 
 def test_a_listener_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

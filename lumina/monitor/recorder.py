@@ -86,5 +86,7 @@ class Recorder:
                 run_json.add_end(self._folder, state, step, reason)
         except OSError as error:
             log.warning("run.json could not be written: %s", error)
-        if self._may_write():  # what they write at their end may be the other start's by now
+        if self._may_write():
             self._trackers.close()
+        else:  # what they write at their end may be the other start's by now
+            self._trackers.abandon()

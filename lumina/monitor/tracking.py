@@ -77,6 +77,10 @@ class _Rewind:
         self.step = step
 
 
+class _Abandon:
+    """The end, without another word to the service."""
+
+
 class _Feed:
     """The thread that feeds one tracker, and its queue."""
 
@@ -92,15 +96,15 @@ class _Feed:
         self._make, self._pause = make, pause
         self._run = run
         self._missed = missed
-        self._queue: queue.SimpleQueue[Mapping[str, Any] | _Rewind | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Mapping[str, Any] | _Rewind | _Abandon | None] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._last: dict[str, int] = {}
         self._tracker: Tracker | None = None
         self.failed: str | None = None
         self.thread = threading.Thread(target=self._follow, name=f"lumina-{name}", daemon=True)
 
-    def put(self, item: Mapping[str, Any] | _Rewind | None) -> None:
-        if item is None:
+    def put(self, item: Mapping[str, Any] | _Rewind | _Abandon | None) -> None:
+        if item is None or isinstance(item, _Abandon):
             self._ending.set()
         if self.failed is None:
             self._queue.put(item)
@@ -120,6 +124,8 @@ class _Feed:
             for record in self._missed():
                 self._send(tracker, record)
             while (item := self._queue.get()) is not None:
+                if isinstance(item, _Abandon):
+                    return
                 if not isinstance(item, _Rewind):
                     self._send(tracker, item)
                 elif tracker.rewind(item.step):
@@ -206,3 +212,11 @@ class Trackers:
             if feed.thread.is_alive():
                 log.warning("%s had not sent everything %.0f s after the run's end", feed.name, self._closing)
                 feed.abandon()
+
+    def abandon(self) -> None:
+        """Another start goes on with the run: end them as they are, without what they would write at their end."""
+        for feed in self._feeds:
+            feed.put(_Abandon())
+        for feed in self._feeds:
+            feed.thread.join(self._closing)
+            feed.abandon()

@@ -207,7 +207,7 @@ class Flaky:
     def __init__(self, failures: int = 0, hang: threading.Event | None = None) -> None:
         self.failures, self.hang = failures, hang
         self.taken: list[int] = []
-        self.abandoned = False
+        self.abandoned = self.closed = False
 
     def open(self, run: RunInfo) -> dict[str, int]:
         return {}
@@ -224,6 +224,7 @@ class Flaky:
         return False
 
     def close(self) -> None:
+        self.closed = True
         if self.hang is not None:
             self.hang.wait()
 
@@ -259,3 +260,13 @@ def test_a_service_that_hangs_does_not_hold_up_the_end(tmp_path: Path, caplog: p
     assert service.abandoned
     assert "had not sent everything" in caplog.text
     hang.set()
+
+
+def test_a_start_that_lost_its_run_leaves_its_trackers_as_they_are(tmp_path: Path) -> None:
+    """Nothing of them goes on in a process that does, such as a notebook's."""
+    service = Flaky()
+    trackers = Trackers(["flaky"], RunInfo(tmp_path, "name", {}, 0), make=lambda name: service)
+    trackers.record({"kind": "step", "step": 1, "loss": 1.0})
+    trackers.abandon()
+    assert (service.taken, service.abandoned, service.closed) == ([1], True, False)
+    assert "lumina-flaky" not in {thread.name for thread in threading.enumerate()}

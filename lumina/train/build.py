@@ -198,7 +198,9 @@ def _assemble(
     assert_lock_held(ranks, lock)  # two starts at one moment: the first of them writes nothing beside the other's files
     events = EventLog(folder / "events.jsonl" if ranks.main else None, may_write)
     health = Health(config, events)
-    outputs = _open_outputs(settings, ranks, folder, state, events, health, data, prepared.origin, may_write)
+    # Rank 0's alone, and the others' next step would wait for it.
+    opening = partial(_open_outputs, settings, ranks, folder, state, events, health, data, prepared.origin, may_write)
+    outputs = together(ranks, "opening the run's outputs", opening)
     deferred = Deferred()
     saves = Saves(config, ranks, folder, state, deferred, events, health, lock, watchdog.heartbeat)
     recovery = Recovery(config, ranks, folder, start.recovery, state, events, health, may_write)
@@ -288,6 +290,7 @@ def _initialise(
             device=engine.device,
             heartbeat=heartbeat,
             progress=progress,
+            by_rank_0=partial(decided_by_rank_0, ranks),
         )
     )
     if resumed:

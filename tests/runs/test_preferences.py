@@ -182,3 +182,12 @@ def test_what_is_refused(runs: Runs, place: Path, base: Path, data: Path) -> Non
     chats = real.write_conversations(place / "chats.jsonl", 5, seed=1)
     assert "no preference pair in" in runs.refusal(argv(place / "b", chats, base))
     assert "eval_fraction is not for preference pairs" in runs.refusal(argv(place / "c", data, base, eval_fraction=0.2))
+
+
+@pytest.mark.long  # as tests/train/agreement/test_store.py has it for the run's log
+def test_a_reference_that_cannot_be_kept_ends_every_rank(runs: Runs, data: Path, base: Path, place: Path) -> None:
+    (place / "run").mkdir()
+    (place / "run" / "reference").write_text("")
+    job = runs.start(argv(place / "run", data, base, max_steps=1), 2)
+    assert job.wait() == [2, 2], job.stderr()
+    assert "Traceback" not in job.stderr()

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from lumina import checkpoint
 from lumina.cluster import own_launch
 from lumina.config import FAMILIES, FORMATS, OBJECTIVES, SCHEDULES, Config, UserError
 from lumina.files import file_sha256
-from lumina.train.agreement.store import gathered, refuse_together
+from lumina.processes import machine
+from lumina.train.agreement.store import gathered, refuse_together, together
 from lumina.train.deepspeed import Ranks
 
 #: Settings that say where and how a rank prepares, or whose contents are compared instead.
@@ -104,19 +105,40 @@ def agree_on_data(ranks: Ranks, facts: Mapping[str, Any]) -> None:
 def agree_on_contents(ranks: Ranks, folders: Sequence[Path]) -> None:
     """Raises UserError on every rank where ranks share rows and the data sets in `folders`, of one fingerprint, are
     not the same bytes: each reads a row for itself, and what is damaged for one of them is another row, of another
-    length, for which the others would wait. Files that are one on all machines are not read."""
+    length, for which the others would wait. Files that are one on all machines are not read; those that are one on a
+    machine are read by its first rank alone."""
     if ranks.sequence == 1:
         return
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in _CONTENTS]
     found = [path.stat() for path in files]
     places = [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
-    if gathered(ranks, "opening the data", places, lambda all_: all(one == all_[0] for one in all_)):
+    readers = gathered(ranks, "opening the data", (machine(), places), readers_of)
+    if readers is None:
         return
     size = sum(one.st_size for one in found)
     if ranks.main:
         log.info("comparing the %.2f GB of prepared data that the machines have each for itself", size / 1e9)
-    digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:16]
-    agree_on_data(ranks, {f"contents of the prepared data ({len(files)} files)": digest})
+
+    def digest() -> str | None:
+        if readers[ranks.rank] != ranks.rank:
+            return None
+        return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:16]
+
+    found_here = together(ranks, "comparing the prepared data", digest)
+    answer = _Answer(socket.gethostname(), {f"contents of the prepared data ({len(files)} files)": str(found_here)})
+    gathered(ranks, "comparing the prepared data", answer, lambda all_: _compare(_as_read(all_, readers)))
+
+
+def readers_of(found: Sequence[tuple[str, Any]]) -> list[int] | None:
+    """The rank that reads for each rank: the first on its machine that has the same files; None where all have."""
+    if all(places == found[0][1] for _, places in found):
+        return None
+    return [found.index(one) for one in found]
+
+
+def _as_read(answers: Sequence[_Answer], readers: Sequence[int]) -> list[_Answer]:
+    """Each rank's answer, with what its reader found."""
+    return [replace(answer, facts=answers[reader].facts) for answer, reader in zip(answers, readers, strict=True)]
 
 
 def manifest_digest(saved: Path | None) -> str | None:

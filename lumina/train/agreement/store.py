@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from lumina.checkpoint import RunLock
 from lumina.config import UserError, user_error
@@ -108,9 +108,7 @@ def together(ranks: Ranks, what: str, work: Callable[[], T]) -> T:
     except UserError as error:
         refusal = error
     except Exception as error:
-        # The first two may be of another rank.
-        of_files = not isinstance(error, ConnectionError | TimeoutError)
-        if of_files and isinstance(error, OSError | FormatError | UnicodeError):
+        if _of_files(error):
             refusal = user_error(error)
         else:
             if ranks.main and ranks.world > 1:
@@ -188,9 +186,10 @@ def _put_outcome(ranks: Ranks, key: str, choose: Callable[[], Any]) -> None:
         said = (choose(), None)
     except (UserError, LostRankError) as error:
         said = (None, error)
-    except (OSError, FormatError, UnicodeError) as error:
-        said = (None, _met_by(place, error))
     except BaseException as error:
+        if _of_files(error):
+            _put(f"{key}/0-says", pickle.dumps((None, _met_by(place, error))))
+            return
         why = LostRankError(f"{place} has ended: {type(error).__name__}: {error}")
         with suppress(LostRankError):
             _put(f"{key}/0-says", pickle.dumps((None, why)))
@@ -214,6 +213,12 @@ def _without_store(error: RuntimeError, what: str = "") -> LostRankError:
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def _of_files(error: BaseException) -> TypeGuard[OSError | FormatError | UnicodeError]:
+    """Whether a file or a disk did it, which a user can put right. A connection may be that to another rank."""
+    of_a_connection = isinstance(error, ConnectionError | TimeoutError)
+    return isinstance(error, OSError | FormatError | UnicodeError) and not of_a_connection
 
 
 def _met_by(place: str, error: OSError | FormatError | UnicodeError) -> OSError | FormatError:

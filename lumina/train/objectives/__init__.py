@@ -41,7 +41,7 @@ class Preparation:
     the run begins with into the engine, which a resumed run's checkpoint replaces afterwards. forward: the model's, on
     `device`. evaluation: the model without dropout in its `with` block. heartbeat: to be called at least every few
     seconds with what is being done. progress: shows on rank 0's console what is being done, how much of it is done, and
-    of how much.
+    of how much. by_rank_0: calls what it is given on rank 0 alone, and what it raises there ends every rank: for files.
     """
 
     train_data: Samples
@@ -61,6 +61,7 @@ class Preparation:
     device: torch.device
     heartbeat: Callable[[str], None]
     progress: Callable[[str, int, int], None]
+    by_rank_0: Callable[[Callable[[], None]], None]
 
 
 class Objective(Protocol):

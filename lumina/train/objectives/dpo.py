@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ class DirectPreferenceOptimisation:
                     preparation.initialise()
                     initialised = True
                 kept = reference_log_probabilities(dataset, preparation)
-                if preparation.rank == 0 and preparation.may_write():
-                    _write(preparation.folder, dataset, kept)
+                preparation.by_rank_0(partial(_keep, preparation, dataset, kept))
             dataset.reference_P2 = kept
 
 
@@ -122,8 +122,10 @@ def _paths(folder: Path, dataset: PairDataset) -> tuple[Path, Path]:
     return folder / FOLDER / f"{name}.npy", folder / FOLDER / f"{name}.json"
 
 
-def _write(folder: Path, dataset: PairDataset, values_P2: NDArray[np.float32]) -> None:
-    values, facts = _paths(folder, dataset)
+def _keep(preparation: Preparation, dataset: PairDataset, values_P2: NDArray[np.float32]) -> None:
+    if not preparation.may_write():
+        return
+    values, facts = _paths(preparation.folder, dataset)
     values.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(values) as scratch, scratch.open("wb") as file:
         np.save(file, values_P2)

@@ -104,11 +104,17 @@ ENDS: dict[str, tuple[Callable[[int], None], list[int], set[int], str]] = {
         set(),
         f"error: /far/run: Permission denied (rank 0 on {HOST})\n  Change its permissions",
     ),
+    "a connection of rank 0's ends": (
+        partial(reads, TimeoutError("timed out")),
+        [1, 1],
+        {0},
+        f"error: rank 0 on {HOST} has ended: TimeoutError: timed out",
+    ),
     "rank 1 is killed at once": (killed_at_once, [1, -signal.SIGKILL], set(), "rank 1 sends no heartbeat for 2 s"),
 }
 
 
-_LONG = {"rank 0 raises in a decision"}  # told as what it raises in its preparing
+_LONG = {"rank 0 raises in a decision", "a connection of rank 0's ends"}  # told as what it raises in its preparing
 
 
 @pytest.mark.parametrize("end", [pytest.param(end, marks=[pytest.mark.long] if end in _LONG else []) for end in ENDS])
@@ -123,6 +129,17 @@ def test_a_rank_that_ends_is_not_waited_for(end: str, runs: Runs, conversations:
     for rank, text in texts.items():
         if rank not in with_traceback and codes[rank] > 0:
             assert says in text
+
+
+def test_a_log_that_cannot_be_opened_ends_every_rank(runs: Runs, conversations: Path, place: Path) -> None:
+    """Rank 0 alone opens it, outside of what else the ranks agree on: the others waited in their first step."""
+    (place / "run" / "train.log").mkdir(parents=True)
+    words = arguments(place / "run", conversations, max_steps=1, precision="fp32", cache_dir=place / "cache")
+    job = runs.start(words, 2, machines=True)
+    assert job.wait() == [2, 2], job.stderr()
+    assert "Traceback" not in job.stderr()
+    for log in job.logs:
+        assert f"error: rank 0 on {HOST}: " in log.with_suffix(".err").read_text()
 
 
 @pytest.mark.long  # a minute without a heartbeat

@@ -352,20 +352,16 @@ class Saves:
         return free
 
     def _tell_askers(self) -> None:
-        """The run has ended, or has a checkpoint of its last step, or another start owns it: nobody else would reply
-        to what this one has taken."""
+        """The run has ended, or has a checkpoint of its last step, or another start owns it."""
         if not self._ranks.main:
             return
         with suppress(Exception):  # what ended the run is what the user must hear of
             self.collect()
-        step = self._state.step
-        if not self._may_write():
-            error = "another start of the run took it over meanwhile: ask again"
-            self._inbox.close(SaveReply(step=step, path="", error=error), lost=True)
-            return
+        step, lost = self._state.step, not self._may_write()
         path = self._checkpoints.folder / checkpoint.name_of(step)
         error = "" if path.is_dir() else f"the run ended at step {step} before it was saved"
-        self._inbox.close(SaveReply(step=step, path=str(path), error=error))
+        error = "another start of the run took it over meanwhile: ask again" if lost else error
+        self._inbox.close(SaveReply(step=step, path=str(path), error=error), lost)
 
 
 class _Retry:

@@ -57,6 +57,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     room = ModuleType("lumina.train")
     room.train_rank = lambda config: caught.append(config) or 0  # type: ignore[attr-defined]
     room.end_process = lambda code: code  # type: ignore[attr-defined]
+    room.LostRankError = RuntimeError  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lumina.train", room)
     # The files that these command lines name are not there (tests/commands/test_checks.py has the checks).
     monkeypatch.setattr("lumina.commands.train.before_training", lambda config, yes: None)

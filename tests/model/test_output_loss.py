@@ -21,7 +21,7 @@ from lumina.config import ROW_TILE, load, output_chunk_bytes
 from lumina.model import loss as room
 from lumina.model.loss import output_loss, token_losses
 from lumina.plan.costs.devices import find_device
-from lumina.plan.costs.memory import peak_memory
+from lumina.plan.costs.memory import output_layers_memory
 from lumina.plan.costs.setup import Setup
 from lumina.plan.costs.speed import STREAM
 from tests.model.tiny_models import check_errors, make_model, pack, run
@@ -407,7 +407,7 @@ def test_the_weight_gradients_traffic_is_a_twentieth_of_the_products_time(
     logits = output_chunk_bytes(config.vocab_size, element, device.memory)
     assert logits == chunk
     with_chunk, without = (
-        peak_memory(config, replace(shape, supervised=s), capacity=device.memory).output for s in (1.0, 0.0)
+        output_layers_memory(config, replace(shape, supervised=s), capacity=device.memory).output for s in (1.0, 0.0)
     )
     assert with_chunk > without + chunk
 

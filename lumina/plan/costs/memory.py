@@ -99,7 +99,7 @@ def peak_memory(
     layer (lumina.config.rows); None: no bound."""
     buffers = buffers or Buffers()
     moments = (
-        _output_layer(model, setup, buffers, capacity),
+        output_layers_memory(model, setup, buffers, capacity),
         _backward(model, setup, buffers, first=False),
         _backward(model, setup, buffers, first=True),
         _update(model, setup, buffers),
@@ -130,8 +130,11 @@ def _gradients(model: ModelConfig, setup: Setup) -> float:
     return setup.element * model.num_parameters() / share
 
 
-def _output_layer(model: ModelConfig, setup: Setup, buffers: Buffers, capacity: float | None) -> PeakMemory:
-    """The end of the forward pass."""
+def output_layers_memory(
+    model: ModelConfig, setup: Setup, buffers: Buffers | None = None, capacity: float | None = None
+) -> PeakMemory:
+    """What is held at the end of the forward pass, in the output layer; the arguments are `peak_memory`'s."""
+    buffers = buffers or Buffers()
     parts, host = _kept(model, setup, buffers)
     element, tokens = setup.element, setup.tokens(model)
     hidden = element * model.hidden_size

@@ -39,6 +39,7 @@ PUBLIC = {
     "resolves_data_dependency",
     "safe_get_local_grad",
     "set_gradient_accumulation_boundary",
+    "set_z3_leaf_modules",
     "synchronize",
 }
 PUBLIC_MODULES = {

@@ -159,7 +159,7 @@ class Tree:
         """Text files that are read or written in the locale's encoding: no `encoding=` is given."""
         found = []
         for module, tree in self._trees.items():
-            for node in ast.walk(tree):
+            for node in _nodes(tree):
                 named = isinstance(node, ast.Call) and any(keyword.arg == "encoding" for keyword in node.keywords)
                 if isinstance(node, ast.Call) and _is_text_file(node) and not named:
                     found.append(f"{self._names[module]}:{node.lineno}: a text file without encoding=")
@@ -172,7 +172,7 @@ class Tree:
             if room_of(module) in PRINTS or module in PRINTS:
                 continue
             consoles = set(_names_from(tree, "rich.console", "Console"))
-            for node in ast.walk(tree):
+            for node in _nodes(tree):
                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"print", *consoles}:
                     found.append(f"{self._names[module]}:{node.lineno}: print with lumina.terminal")
         return found
@@ -217,7 +217,7 @@ def _is_text_file(call: ast.Call) -> bool:
 
 def _names_from(tree: ast.Module, module: str, name: str) -> Iterator[str]:
     """What a name of `module` is called in a module that imports it."""
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.ImportFrom) and node.module == module:
             yield from (alias.asname or alias.name for alias in node.names if alias.name == name)
 
@@ -225,6 +225,11 @@ def _names_from(tree: ast.Module, module: str, name: str) -> Iterator[str]:
 @cache
 def _parse(source: str) -> ast.Module:
     return ast.parse(source)
+
+
+@cache  # walking takes longer than looking, and most trees that are compared differ in one file
+def _nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree))
 
 
 def _module(path: str) -> str:
@@ -241,7 +246,7 @@ def _all_of(tree: ast.Module) -> list[str]:
 
 def _imported(tree: ast.Module, package: str) -> Iterator[tuple[str, int]]:
     """(dotted name, line) of all that a module imports: `from a import b` gives a.b."""
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -87,23 +84,6 @@ class Count(Callback):
 
     def after_step(self, context: lumina.Context, result: lumina.StepResult) -> None:
         self.losses.append(result.loss)
-
-
-def documented(folder: Path, data: Path) -> None:
-    """Runs the blocks of docs/api.md one after the other, with a model and a step count of a test."""
-    config = tiny(folder, data, "documented").model_dump(exclude_unset=True)
-    small = {key: value for key, value in config.items() if key not in ("train_data", "experiment_name", "output_dir")}
-    os.chdir(folder)
-    shutil.copy(data, "conversations.jsonl")
-    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/api.md").read_text(), re.DOTALL)
-    for block in blocks:
-        shown = block.replace("max_steps=100, ", "")
-        exec(shown.replace('load_config("nano", ', 'load_config("nano", **small, '), {"small": small})
-    assert len(blocks) == len(list(Path("experiments").glob("*/checkpoints/step-00000003"))) == 2
-
-
-def test_the_documents_blocks_run(tmp_path: Path, conversations: Path) -> None:
-    alone(documented, tmp_path, conversations)
 
 
 def alive_engines() -> int:

@@ -17,6 +17,7 @@ def test_every_mutant_is_caught() -> None:
     assert "MISSED" not in run.stdout
 
 
+@pytest.mark.long
 def test_a_mutant_that_changes_nothing_would_be_reported() -> None:
     """The runner itself: a replacement by the same text is missed, and the exit status says so."""
     code = (

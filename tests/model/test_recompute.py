@@ -91,6 +91,7 @@ def test_recomputation_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept[1] < kept[0] / 3
 
 
+@pytest.mark.long
 def test_compiled_model() -> None:
     """Compiled as a run compiles it, block by block; two batches of different shapes and documents, compiled once."""
     eager, model = (make_model(num_layers=1) for _ in range(2))

@@ -88,7 +88,11 @@ def _draw_more(rank: int) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "world", "precision"),
-    [pytest.param(2, 2, "bf16", marks=pytest.mark.long), (3, 2, "fp32"), (0, 1, "bf16")],
+    [
+        pytest.param(2, 2, "bf16", marks=pytest.mark.long),
+        pytest.param(3, 2, "fp32", marks=pytest.mark.long),
+        (0, 1, "bf16"),
+    ],
 )
 def test_killed_and_resumed_bit_for_bit(
     runs: Runs, place: Path, base: Path, data: Path, stage: int, world: int, precision: str

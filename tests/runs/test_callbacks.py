@@ -112,7 +112,7 @@ def test_an_exception_on_one_rank_ends_the_run_on_all_saved(runs: Runs, conversa
     assert differing(final(run, STEPS), final(whole, STEPS)) == []
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_changed_weights_end_the_run_unsaved(stage: int, runs: Runs, conversations: Path, place: Path) -> None:
     run = place / "run"
     argv = arguments(run, conversations, stage=stage, **{**SETTINGS, "save_every_n_batches": 3})

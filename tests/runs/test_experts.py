@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 CASES = [
-    ("mixtral", 3),
+    pytest.param("mixtral", 3, marks=pytest.mark.long),
     pytest.param("mixtral", 2, marks=pytest.mark.long),
     pytest.param("qwen3_moe", 2, marks=pytest.mark.long),
     pytest.param("qwen3_moe", 3, marks=pytest.mark.long),

@@ -119,7 +119,7 @@ def _die(rank: int, *, whom: int, where: str, first: int) -> None:
 @pytest.mark.parametrize(
     ("whom", "where"),
     [
-        (1, "fsync"),  # its file written, not yet flushed
+        pytest.param(1, "fsync", marks=pytest.mark.long),  # its file written, not yet flushed
         (1, "write_json"),  # flushed, no entry yet: rank 0 waits for it
         (0, "manifest_entry"),  # every file whole, no manifest
     ],

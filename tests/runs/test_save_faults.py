@@ -121,7 +121,7 @@ def _stop_in(rank: int, *, phase: str) -> None:
 @pytest.mark.parametrize(
     ("phase", "world"),
     [
-        ("update", 2),
+        pytest.param("update", 2, marks=pytest.mark.long),
         ("evaluation", 1),
         ("saving", 2),
         *(pytest.param(phase, 1, marks=pytest.mark.long) for phase in ("compute", "writing")),

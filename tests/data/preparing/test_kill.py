@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.data.helpers import chat, write_jsonl
 
 ROOT = Path(__file__).parents[3]
@@ -35,7 +37,8 @@ def contents(cache: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_ten_kills_leave_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.long)])
+def test_kills_leave_the_same_bytes(tmp_path: Path, kills: int) -> None:
     rng = random.Random(4)
     words = ["alpha", "beta", "gamma", "delta", "漢字", "🙂", "\n"]
     text = lambda: " ".join(rng.choices(words, k=rng.randint(1, 150)))
@@ -46,7 +49,7 @@ def test_ten_kills_leave_the_same_bytes(tmp_path: Path) -> None:
     assert undisturbed.returncode == 0
 
     progress = []
-    for _ in range(10):
+    for _ in range(kills):
         process = start(source, tmp_path / "b")
         assert process.stdout is not None
         process.stdout.readline()  # at least one more task is done

@@ -118,6 +118,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("read", [from_wandb, from_tensorboard, from_mlflow])
 def test_the_trackers_have_what_metrics_have_after_three_resumes(followed: Path, read: Any) -> None:
     wanted, found = truth(followed), read(followed)
@@ -130,6 +131,7 @@ def test_the_trackers_have_what_metrics_have_after_three_resumes(followed: Path,
         assert sorted(found[curve]) == near, curve
 
 
+@pytest.mark.long
 def test_wandb_goes_on_with_the_same_run(followed: Path) -> None:
     files = list((followed / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 3  # the second start was killed before wandb had begun

@@ -87,7 +87,7 @@ def _probe(rank: int, *, out: Path, pretended: int = 0) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_states_are_deepspeeds_to_the_byte(runs: Runs, tmp_path: Path, world: int) -> None:
     job = runs.start([], world, patch=partial(_probe, out=tmp_path / "out"))
     assert job.wait() == [0] * world, job.stderr()[-3000:]

@@ -197,6 +197,7 @@ def test_suspended_time_is_no_hang(started: Started) -> None:
     assert ended.out.endswith("99\ndone\n")
 
 
+@pytest.mark.long
 def test_a_hang_around_a_suspension_is_found_all_the_same(started: Started) -> None:
     began = time.monotonic()
     started.suspend("suspended in a step", 6.0)

@@ -28,6 +28,7 @@ class Door(NamedTuple):
     read: Callable[[bytes, Path], None]  # contents, an empty folder
     seeds: Callable[[], list[bytes]]
     words: tuple[bytes, ...] = ()  # that mean something to the reader
+    bounded: bool = False  # commands run the reader in a process with an end: that it takes for ever is no finding
 
 
 _TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "thinking": "hm"}]
@@ -281,8 +282,11 @@ DOORS: dict[str, Door] = {
         _safetensors, _safetensors_seeds, (*_JSON, b"\xff" * 8, b'"shape"', b'"dtype"', b'"data_offsets"')
     ),
     "tokenizer": Door(
-        _tokenizer, lambda: [_tokenizer_files()["tokenizer.json"]], (*_JSON, b'"Regex"', b'"(a+)+$"', b'"BPE"')
+        _tokenizer,
+        lambda: [_tokenizer_files()["tokenizer.json"]],
+        (*_JSON, b'"Regex"', b'"(a+)+$"', b'"BPE"'),
+        bounded=True,
     ),
-    "template": Door(_template, _template_seeds, _JINJA),
+    "template": Door(_template, _template_seeds, _JINJA, bounded=True),
     "body": Door(_body, _body_seeds, (*_JSON, b'"messages"', b'"content"', b'"role"')),
 }

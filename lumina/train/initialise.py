@@ -22,6 +22,7 @@ from lumina.train.agreement import decided_by_rank_0, together
 from lumina.train.chat_template import say_taught, with_template
 from lumina.train.deepspeed import Engine, Ranks
 from lumina.train.objectives import objective
+from lumina.train.outputs.samples import prompts_to_ids
 from lumina.train.recovery.record import RecoveryRecord
 from lumina.train.saving.snapshot import OnProgress, load_weights
 from lumina.train.saving.snapshot import load_checkpoint as load
@@ -303,9 +304,11 @@ def load_resumed(start: Start, engine: Engine, progress: OnProgress) -> None:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run is trained and evaluated on, in which order, and for how many steps altogether."""
+    """What a run is trained and evaluated on, in which order, and for how many steps altogether. tokenizer: ids to text
+    only, since its files may be gone once the run has begun; sample_prompts: the ids of each."""
 
     tokenizer: ChatTokenizer
+    sample_prompts: dict[str, list[int]]
     train: Samples
     evaluation: Samples | None
     order: GlobalOrder
@@ -320,10 +323,10 @@ def open_data(
     prepare = partial(_prepare, config, start.trainer_state.data_fingerprint or None, progress)
     leader = ranks.local_rank == 0  # of its node; the others find the cache that it leaves
     early = together(ranks, "preparing the data", lambda: prepare() if leader else None)
-    tokenizer, train, evaluation = together(ranks, "opening the data", lambda: early or prepare())
+    tokenizer, asked, train, evaluation = together(ranks, "opening the data", lambda: early or prepare())
     assert config.global_batch_size is not None
     order = GlobalOrder(train.num_samples, config.global_batch_size, config.seed, train.fingerprint)
-    return TrainingData(tokenizer, train, evaluation, order, total_steps(config, order))
+    return TrainingData(tokenizer, asked, train, evaluation, order, total_steps(config, order))
 
 
 def total_steps(config: Config, order: GlobalOrder) -> int:
@@ -334,11 +337,12 @@ def total_steps(config: Config, order: GlobalOrder) -> int:
 
 def _prepare(
     config: Config, resumed: str | None, progress: Callable[[int, int], None] | None
-) -> tuple[ChatTokenizer, Samples, Samples | None]:
-    """The tokenizer, and the data to train and to evaluate on; `resumed`: the fingerprint of what the run has been
-    trained on."""
+) -> tuple[ChatTokenizer, dict[str, list[int]], Samples, Samples | None]:
+    """The tokenizer, the ids of the sample prompts, and the data to train and to evaluate on; `resumed`: the
+    fingerprint of what the run has been trained on."""
     tokenizer = open_run_tokenizer(config)
-    return tokenizer, *objective(config).prepare_data(tokenizer, resumed=resumed, progress=progress)
+    asked = prompts_to_ids(tokenizer, config.sample_prompts)
+    return tokenizer, asked, *objective(config).prepare_data(tokenizer, resumed=resumed, progress=progress)
 
 
 def keep_tokenizer(config: Config, folder: Path) -> Config:

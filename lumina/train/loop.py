@@ -123,8 +123,8 @@ def _evaluate(run: Run) -> Stop | None:
     run.outputs.evaluation(run.state.step, loss, time.perf_counter() - began, figures)
     with engine.timer.phase("evaluation"):
         if config.sample_prompts:
-            prompts, longest = config.sample_prompts, config.sample_tokens
-            run.outputs.samples(run.state.step, sample_answers(engine, run.data.tokenizer, prompts, longest, heartbeat))
+            asked, longest = run.data.sample_prompts, config.sample_tokens
+            run.outputs.samples(run.state.step, sample_answers(engine, run.data.tokenizer, asked, longest, heartbeat))
         run.callbacks.at_evaluation(loss)
     if run.state.note_evaluation(loss):
         run.saves.best()

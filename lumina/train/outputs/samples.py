@@ -7,7 +7,7 @@ every rank's, so that all make the same passes even where their arithmetic diffe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,18 +21,23 @@ from lumina.train.deepspeed import Engine
 log = logging.getLogger("lumina")
 
 
+def prompts_to_ids(tokenizer: ChatTokenizer, prompts: Sequence[str]) -> dict[str, list[int]]:
+    """The ids of prompts, for `sample_answers`. Once, at a start: the files of the tokenizer are read for it, and they
+    may be gone later in the run. Raises UserError: the template does not take one."""
+    return {prompt: tokenizer.prompt_ids(Conversation((Message("user", prompt),))) for prompt in prompts}
+
+
 @torch.no_grad()
 def sample_answers(
     engine: Engine,
     tokenizer: ChatTokenizer,
-    prompts: Sequence[str],
+    ids: Mapping[str, list[int]],
     max_new_tokens: int,
     heartbeat: Callable[[str], None] = lambda what: None,
 ) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs: greedy, of at most `max_new_tokens` tokens; collective. A prompt that leaves no room
-    in the model's context is left out. `heartbeat` is called before each pass."""
+    """(prompt, answer) pairs: greedy, of at most `max_new_tokens` tokens; collective. `ids`: of each prompt; one that
+    leaves no room in the model's context is left out. `heartbeat` is called before each pass."""
     context_length = engine.model.config.seq_length
-    ids = {prompt: tokenizer.prompt_ids(Conversation((Message("user", prompt),))) for prompt in prompts}
     asked = [prompt for prompt, tokens in ids.items() if len(tokens) < context_length]
     for prompt in ids.keys() - set(asked):
         log.warning("sample prompt of %d tokens fills the context of %d: left out", len(ids[prompt]), context_length)

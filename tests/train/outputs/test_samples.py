@@ -1,9 +1,10 @@
 """Sample answers and step times in real runs: the answers are those that `lumina generate` gives from the checkpoint of
-the same step, under ZeRO-3 on two ranks as alone; a step's time is accounted for."""
+the same step, under ZeRO-3 on two ranks as alone, and without the tokenizer's files; a step's time is accounted for."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from lumina import Callback, Context, load_config, train
 from lumina.chat import Conversation, Message
+from lumina.chat.hf import bounded
 from lumina.infer import Sampling, generate, load
 from lumina.train.deepspeed import PHASES
 from tests.runs import Runs, arguments, newest, steps, write_conversations
+from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
 PROMPTS = ["How is the weather?", "Say something long about my sister, please."]
 
@@ -68,3 +72,28 @@ def test_answers_and_times_of_a_run(runs: Runs, tmp_path: Path, stage: int, worl
         )
     assert "evaluation" in taken[2]["seconds"]
     assert "saving" in taken[2]["seconds"]
+
+
+def test_a_tokenizers_folder_may_be_removed_once_the_run_has_begun(
+    conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the tokenizer's process has ended since, for want of steps to make."""
+    monkeypatch.setattr(bounded, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(bounded, "STEP_SECONDS", 37.0)  # a process of this test's own
+    source = write_tokenizer(tmp_path / "source")
+
+    class Removes(Callback):
+        def at_start(self, context: Context) -> None:
+            shutil.rmtree(source)
+            running = bounded._process(37.0, bounded.STEP_BYTES)._running
+            assert running is not None
+            assert running[0].wait(60) == 0
+
+    files = {"tokenizer": str(source), "train_data": [str(conversations)], "output_dir": str(tmp_path)}
+    shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "seq_length": 64}
+    asked = {"sample_prompts": ["hello there"], "sample_tokens": 3, "eval_fraction": 0.2}
+    more = {"vocab_size": VOCABULARY, "max_steps": 1, "batch_size": 2, "num_workers": 1, "precision": "fp32"}
+    run = train(load_config("nano", **files, **shape, **asked, **more), [Removes()])
+    assert run.exit_code == 0
+    (record,) = kept(run.folder)
+    assert [answer["prompt"] for answer in record["answers"]] == ["hello there"]

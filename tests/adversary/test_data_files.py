@@ -86,17 +86,21 @@ def test_a_line_without_end_is_not_held(tmp_path: Path) -> None:
         assert [type(line) for line in both] == [bytes, Fault, bytes], middle
 
 
-def test_a_row_group_is_not_held(tmp_path: Path) -> None:
-    """One row group of 200 MB, in rows of 4 MB, in a small file. (A page is held whole: its writer chose its size.)"""
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_a_row_group_is_not_held(tmp_path: Path, dictionary: bool) -> None:
+    """One row group of 200 MB, in rows of 4 MB, in a small file. (A page is held whole: its writer chose its size.)
+    With a dictionary all rows are one value of it, and the file says 4 MB of the row group."""
     path = tmp_path / "a.parquet"
     schema = pa.schema({"prompt": pa.string(), "response": pa.string()})
-    table = pa.table({"prompt": [str(at) + "x" * (4 << 20) for at in range(48)], "response": ["y"] * 48}, schema)
-    pq.write_table(table, path, row_group_size=48, compression="zstd", use_dictionary=False, write_batch_size=1)
+    prompts = [str(0 if dictionary else at) + "x" * (4 << 20) for at in range(48)]
+    table = pa.table({"prompt": prompts, "response": ["y"] * 48}, schema)
+    how = {"use_dictionary": True} if dictionary else {"use_dictionary": False, "write_batch_size": 1}
+    pq.write_table(table, path, row_group_size=48, compression="zstd", **how)
     del table
     held, most, rows = pa.total_allocated_bytes(), 0, 0
     for item in read_items(str(path), detect(str(path))):
         most, rows = max(most, pa.total_allocated_bytes() - held), rows + 1
-        assert item.record["prompt"].startswith(str(item.number - 1))
+        assert item.record["prompt"].startswith("0" if dictionary else str(item.number - 1))
     assert rows == 48
     assert path.stat().st_size < 1 << 20
     assert most < 2 * LONGEST_LINE, f"{most / 1e6:.0f} MB"

@@ -8,8 +8,9 @@ by one. An item's number is its line (JSON lines), record (other JSON) or row (C
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
@@ -22,6 +23,8 @@ from lumina.data.records.calls import CALLS, TOOLS
 from lumina.data.records.fault import BLANK, EMPTY, Fault
 
 ROWS_AT_ONCE = 512
+# A page's kind (2, the dictionary) and bytes, with which its header begins: integers in Thrift's compact protocol.
+_PAGE = re.compile(rb"\x15(?P<kind>[\x00-\x7f])\x15(?P<bytes>[\x80-\xff]*[\x00-\x7f])")
 _WRAPPERS = frozenset(WRAPPERS)
 _SPARSE = frozenset({*TOOLS, *CALLS, "input", "arguments"})
 
@@ -97,7 +100,7 @@ def _batches(path: str, container: str) -> Iterator[Any]:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path, memory_map=True) as file:
-            yield from file.iter_batches(batch_size=_rows_at_once(file.metadata))
+            yield from file.iter_batches(batch_size=_rows_at_once(path, file.metadata))
         return
     with pa.memory_map(path) as source:
         if container == "arrow":
@@ -107,11 +110,28 @@ def _batches(path: str, container: str) -> Iterator[Any]:
             yield from pa.ipc.open_stream(source)
 
 
-def _rows_at_once(metadata: Any) -> int:
-    """Rows of a Parquet file that are held at a time: fewer where they are long. A row group may have all of them."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    longest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-    return max(1, min(ROWS_AT_ONCE, LONGEST_LINE // max(1, longest)))
+def _rows_at_once(path: str, metadata: Any) -> int:
+    """Rows of a Parquet file that are held at a time: fewer where they are long. A row group may have all of them. What
+    is in a dictionary stands in the file once, and in memory for each row that has it."""
+    longest = 1
+    with open(path, "rb") as file:
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            rows = max(1, group.num_rows)
+            columns = map(group.column, range(group.num_columns))
+            repeated = sum(-(-column.num_values // rows) * _dictionary_bytes(file, column) for column in columns)
+            longest = max(longest, group.total_byte_size // rows, repeated)
+    return max(1, min(ROWS_AT_ONCE, LONGEST_LINE // longest))
+
+
+def _dictionary_bytes(file: BinaryIO, column: Any) -> int:
+    """Bytes of a column chunk's dictionary, all of which may be one text; 0 where it has none, or none of texts."""
+    if column.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+        return 0
+    file.seek(column.dictionary_page_offset or column.data_page_offset)  # some writers name only the latter, for both
+    page = _PAGE.match(file.read(16))
+    if page is None:
+        return int(column.total_uncompressed_size)
+    return sum((byte & 0x7F) << 7 * at for at, byte in enumerate(page["bytes"])) >> 1 if page["kind"] == b"\4" else 0
 
 
 def _checked(path: str, batches: Iterator[Any]) -> Iterator[Any]:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         STEP_SECONDS,
         STOPS,
         TOKENIZER_FILES,
+        ClosedError,
         HFTokenizer,
         OutOfBoundsError,
         RefusalError,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 __getattr__ = names_of(
     __name__,
     {
+        "ClosedError": "hf",
         "HFTokenizer": "hf",
         "OutOfBoundsError": "hf",
         "RefusalError": "hf",
@@ -94,6 +96,7 @@ __all__ = [
     "AnswerDelta",
     "AnswerReader",
     "ChatTokenizer",
+    "ClosedError",
     "ContentReader",
     "Conversation",
     "HFTokenizer",

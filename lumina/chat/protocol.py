@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from lumina.chat.conversation import Conversation, ToolCall
 
 BLOCK_SECONDS = 600.0
-"""What an imported model's tokenizer may take for a block of conversations: one may have millions of tokens."""
+"""What an imported model's tokenizer may take of a processor for a block of conversations: one may have millions of
+tokens."""
 
 
 class RenderedBlock(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
-    from lumina.chat.hf.bounded import STEP_SECONDS, BoundedTokenizer, OutOfBoundsError, bounded_call
+    from lumina.chat.hf.bounded import STEP_SECONDS, BoundedTokenizer, ClosedError, OutOfBoundsError, bounded_call
     from lumina.chat.hf.export import hf_tokenizer_files
     from lumina.chat.hf.files import STOPS, TOKENIZER_FILES, copy_files, read_json, with_special_tokens
     from lumina.chat.hf.jinja import RefusalError
@@ -21,6 +21,7 @@ __getattr__ = names_of(
     __name__,
     {
         "BoundedTokenizer": "bounded",
+        "ClosedError": "bounded",
         "HFTokenizer": "tokenizer",
         "OutOfBoundsError": "bounded",
         "RefusalError": "jinja",
@@ -41,6 +42,7 @@ __all__ = [
     "STOPS",
     "TOKENIZER_FILES",
     "BoundedTokenizer",
+    "ClosedError",
     "HFTokenizer",
     "OutOfBoundsError",
     "RefusalError",

@@ -126,7 +126,7 @@ def _feed(
         if not answer:
             code = process.wait()
             why = f"a worker process died (exit code {code}); out of memory?"
-            if code == -signal.SIGALRM:
+            if code == -signal.SIGPROF:
                 why = f"the model's tokenizer or chat template takes more than {BLOCK_SECONDS:g} s for a part of it"
             finished.put((number, task, {"error": why}))
             return

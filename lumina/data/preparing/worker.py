@@ -131,12 +131,12 @@ def rendered(
     tokenizer: ChatTokenizer, block: ConversationBlock, account: Account, seconds: float = 0.0
 ) -> tuple[RenderedBlock, list[int]]:
     """A block's conversations and their record numbers; those that the chat template does not take are
-    entered as dropped. SIGALRM comes when it takes more than `seconds`; 0: never."""
+    entered as dropped. SIGPROF comes when it takes more than `seconds` of a processor; 0: never."""
     if seconds:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
     together, refused = tokenizer.render_valid(block.conversations)
     if seconds:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
     for number, reason in refused.items():
         count = len(block.conversations[number].messages)
         account.drop_conversations(reason, 1)
@@ -192,7 +192,7 @@ def main() -> None:
     tokenizer = open_tokenizer(folder or None, chat_template or None, tried=True)
     tokenizer.warm_up()  # while the parent is still planning
     # A model's own tokenizer and template are programs, which may not end: the kernel ends this process with them.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     seconds = float(block_seconds) if folder else 0.0
     for line in sys.stdin.buffer:
         try:

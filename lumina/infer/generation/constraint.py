@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumina.chat import ChatTokenizer, RefusalError, json_text
+from lumina.chat import ChatTokenizer, ClosedError, RefusalError, json_text
 from lumina.config import UserError, install_command
 from lumina.files import read_text
 
@@ -241,8 +241,10 @@ class _Imported(_Bytes):
             ids = self._tokenizer.encode(_BEFORE + said)[self._skipped :] if self._works else []
         except RefusalError:
             ids = []
-        except UserError as error:  # its bounds; the next texts would take as long
-            log.warning("%s", error.message)
+        except ClosedError:  # whoever waits for this answer ends
+            self._works, ids = False, []
+        except Exception as error:  # its bounds: the next texts would take as long. In llguidance any would be a panic
+            log.warning("%s", error.message if isinstance(error, UserError) else error)
             self._works, ids = False, []
         spelt = b"".join(self.tokens[token] for token in ids)
         return ids if spelt == text else self._longest_tokens(said)

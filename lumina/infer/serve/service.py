@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from lumina.chat import ChatTokenizer, OutOfBoundsError
+from lumina.chat import STEP_SECONDS, ChatTokenizer, OutOfBoundsError, open_tokenizer
 from lumina.config import UserError
 from lumina.infer.generation.constraint import CallTokens, GrammarCompiler
 from lumina.infer.generation.forms import call_tokens, calling_tokens, reasoning_tokens
@@ -50,7 +50,15 @@ class Service:
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        return GrammarCompiler(self.tokenizer, self.loaded.config.vocab_size)
+        return GrammarCompiler(self._grammar_tokenizer, self.loaded.config.vocab_size)
+
+    @cached_property
+    def _grammar_tokenizer(self) -> ChatTokenizer:
+        """The decoding thread waits for its steps, so they do not wait for those of clients' prompts."""
+        own = self.tokenizer
+        if own.folder is None:
+            return own
+        return open_tokenizer(own.folder, own.chat_template, min(self.seconds, STEP_SECONDS), purpose="grammars")
 
     @cached_property
     def calling_tokens(self) -> frozenset[int]:
@@ -68,8 +76,10 @@ class Service:
         return reasoning_tokens(self.tokenizer)
 
     def close(self) -> None:
-        """End the batcher, and a step of the tokenizer that is being made."""
+        """End the batcher, and steps of the tokenizers that are being made."""
         self.tokenizer.close()
+        if "_grammar_tokenizer" in vars(self):
+            self._grammar_tokenizer.close()
         self.batcher.close()
 
     async def apart(self, work: Callable[[], _T], param: str) -> _T:

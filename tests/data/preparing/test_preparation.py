@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from lumina.config import UserError
 from lumina.data import PackedDataset, prepare
 from lumina.data.account import DROPPED_UNSUPERVISED, Account
 from lumina.data.preparing import preparation
+from lumina.data.preparing.worker import ConversationBlock, rendered
 from tests.data.helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 
 words = st.text(st.sampled_from("ab é漢\n"), min_size=1, max_size=120).filter(lambda text: not text.isspace())
@@ -357,6 +359,20 @@ def test_a_cache_that_cannot_be_written_is_the_users_error(tmp_path: Path, monke
     monkeypatch.setattr("lumina.data.preparing.building.write_plan", full)
     with pytest.raises(UserError, match="No space left on device"):
         prepare([path], Settings(), TOKENIZER)
+
+
+def test_time_in_which_a_worker_does_not_run_is_none_of_a_blocks() -> None:
+    """It may be stopped (Ctrl-Z, a batch system), or wait for a disk."""
+
+    class Waits:
+        def render_valid(self, conversations: Any) -> Any:
+            time.sleep(1.5)
+            return TOKENIZER.render_valid(conversations)
+
+    TOKENIZER.warm_up()
+    block = ConversationBlock([Conversation([Message("user", "a"), Message("assistant", "b")])], [7])
+    tokenizer: Any = Waits()
+    assert rendered(tokenizer, block, Account(), seconds=1.0)[1] == [7]
 
 
 def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

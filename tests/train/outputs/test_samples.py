@@ -85,7 +85,7 @@ def test_a_tokenizers_folder_may_be_removed_once_the_run_has_begun(
     class Removes(Callback):
         def at_start(self, context: Context) -> None:
             shutil.rmtree(source)
-            running = bounded._process(37.0, bounded.STEP_BYTES)._running
+            running = bounded._process(37.0, bounded.STEP_BYTES, "")._running
             assert running is not None
             assert running[0].wait(60) == 0
 

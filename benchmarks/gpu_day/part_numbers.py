@@ -1,4 +1,5 @@
-"""Are the numbers right? Every kernel and the attention against float64, and the card's own two ceilings."""
+"""Are the numbers right? Every kernel and the attention against float64, offloaded inputs, and the card's own two
+ceilings."""
 
 from __future__ import annotations
 
@@ -30,6 +31,24 @@ def main(day: Day) -> None:
             for name, check in kernel_checks.every_operator(device, dtype, rows, width):
                 kernel_case(day, f"{name} {str(dtype)[6:]} {rows}x{width}", check)
     os.environ.pop("LUMINA_KERNELS", None)
+    offloading(day, device)
+
+
+def offloading(day: Day, device: str) -> None:
+    """Recomputed layers' inputs on the host: the bits of kept ones, and few inputs on the card."""
+    sys.path.insert(0, str(ROOT / "tests/model/memory"))
+    import offload_checks
+
+    for late in (None,) if day.rehearse else ("computation", "copies"):
+        case = "offloaded inputs" + (f", late {late}" if late else "")
+        kernel_case(day, case, lambda late=late: offload_checks.check_bits(device, late))
+    if day.rehearse:
+        day.skip("offloaded inputs on the card", "a CPU keeps them where they are")
+        return
+    held = day.attempt("offloaded inputs on the card", offload_checks.most_held)
+    if held is not None:
+        ok = held[0] <= offload_checks.FORWARD and held[1] <= offload_checks.BACKWARD
+        day.check("offloaded inputs on the card", ok, forward=held[0], backward=held[1])
 
 
 def kernel_case(day: Day, case: str, check) -> None:

@@ -16,7 +16,7 @@ class Part:
 
 
 PARTS = (
-    Part("numbers", 75, "kernels and attention against float64", "Triton's interpreter, one shape; float32 attention"),
+    Part("numbers", 75, "kernels, attention, offloading: right numbers", "interpreter, one shape; float32; no streams"),
     Part("losses", 120, "20 steps of nano by precision and ZeRO stage; kill and resume", "a tiny model, no fp16"),
     Part("steps", 165, "medium, 1b, large through the engine; a profiled step", "one tiny model, no --compile"),
     Part("peers", 110, "transformers' Trainer, with and without Liger", "one tiny model, no Liger"),

@@ -152,3 +152,19 @@ def test_recomputed_layers_multiply_as_the_others(recipe: Any) -> None:
         loss.backward()
         found.append((loss.item(), [p.grad.tolist() for p in model.parameters() if p.grad is not None]))
     assert found[0] == found[1]
+
+
+def test_rowwise_in_tiles_of_tokens() -> None:
+    """A token's scale is its own: the loss is the same to the bit, and the weights' gradients to the rounding of each
+    tile's product."""
+    found = []
+    for tile in (0, 24):
+        model = make_model(dtype=torch.bfloat16, **SHAPE)
+        float8.convert(model, "rowwise")
+        model.tile_feed_forward(tile)
+        loss = model(*pack((40, 24), seed=1))
+        loss.backward()
+        found.append((loss, [p.grad.double() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(found[0][0], found[1][0])
+    for plain, tiled in zip(found[0][1], found[1][1], strict=True):
+        assert (tiled - plain).norm() <= 2**-7 * plain.norm()

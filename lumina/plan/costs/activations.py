@@ -14,6 +14,8 @@ from lumina.config import ModelConfig
 from lumina.plan.costs.setup import FP32, Setup
 from lumina.plan.costs.workload import dispatched, feed_forward_width
 
+UNDER_WAY = 2  # copies between device and host at a time (lumina/model/memory/offload.py)
+
 
 def activation_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     """What autograd keeps over all layers."""
@@ -38,6 +40,14 @@ def offloaded_bytes(model: ModelConfig, setup: Setup) -> float:
     return float(_recomputed(model, setup) * setup.element * model.hidden_size * setup.tokens(model))
 
 
+def under_way_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
+    """Inputs of recomputed layers on the device while they are copied: to the host, until the first of them comes back,
+    or this layer's and that of the one below, back."""
+    if not setup.activation_offloading:
+        return 0.0
+    return min(UNDER_WAY, _recomputed(model, setup)) * setup.element * model.hidden_size
+
+
 def layer_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     """What autograd keeps of a layer that is not recomputed, or is at its recomputation."""
     first, second = _norms(model, setup)
@@ -57,9 +67,9 @@ def last_layers_backward(model: ModelConfig, setup: Setup) -> float:
     above = (model.num_layers - 1) % setup.checkpoint_every if setup.checkpoint_every else 0
     recomputed = bool(setup.checkpoint_every) and not above
     kept = 0.0 if recomputed else layer_bytes_per_token(model, setup)
-    # From the host: this layer's input, and that of the one below, which is on its way.
-    fetched = 2 * setup.element * model.hidden_size if setup.activation_offloading else 0
-    return _backward(model, setup, recomputed) - kept + fetched
+    # From the host: this layer's input, and that of the one below. Above the last that is recomputed, in their place:
+    # those that were copied last.
+    return _backward(model, setup, recomputed) - kept + under_way_bytes_per_token(model, setup)
 
 
 def first_layers_backward(model: ModelConfig, setup: Setup) -> float:

@@ -25,6 +25,11 @@ NORM = 1, 2  # forward and backward
 EXPERTS = 20, 20
 # More, where ranks share rows: q, k and v joined, two exchanges, the result laid out again; k and v repeated.
 SHARED = 6, 6
+# Of these, in the second half of a layer, which tiles repeat: norm, SwiGLU and two products. More in a tile: its two
+# results are put in place; backward its zero residual, the gradient put in place, and those of a norm's and two
+# matrices' weights added to the sums.
+FEED_FORWARD = 1 + 1 + 2, 2 + 1 + 4
+TILE = 2, 5
 TENSORS = 6  # weights of a layer, whose gradients are added or copied after a micro-batch
 
 # Launches of a micro-batch outside the layers: ids to embedding, angles, last norm, rows of the loss; their gradients.
@@ -51,22 +56,32 @@ class LaunchCost:
         return (self.forward + self.backward) / (FORWARD + BACKWARD)
 
 
-def layer_launches(model: ModelConfig, recomputed: float = 0.0, shared: bool = False) -> tuple[float, float]:
+def layer_launches(
+    model: ModelConfig, recomputed: float = 0.0, shared: bool = False, tiles: int = 0
+) -> tuple[float, float]:
     """Launches of one layer, forward (the recomputed share of the layers twice) and backward. shared: ranks share
-    rows."""
+    rows. tiles: of tokens, in the feed-forward; 0: all at once. Their backward pass makes each tile again itself."""
     more = len(model.norm_widths) - 2  # than the two of Llama's blocks
     share = model.expert_layers / model.num_layers
     forward = FORWARD + more * NORM[0] + share * EXPERTS[0] + shared * SHARED[0]
     backward = BACKWARD + more * NORM[1] + share * EXPERTS[1] + int(model.structure.qkv_bias) + shared * SHARED[1]
-    return forward * (1 + recomputed), backward
+    if not tiles:
+        return forward * (1 + recomputed), backward
+    post = int(model.structure.arrangement == "sandwich")  # a second norm in that half
+    inside, gradients = FEED_FORWARD[0] + post * NORM[0], FEED_FORWARD[1] + post * NORM[1]
+    outside = forward - inside
+    tiled = tiles * (inside + TILE[0]), tiles * (inside + gradients + TILE[1] + post)
+    return outside * (1 + recomputed) + tiled[0], backward - gradients + tiled[1]
 
 
 def host_seconds(model: ModelConfig, setup: Setup, recomputed: float, capacity: float, cost: LaunchCost) -> float:
     """Host time of one optimizer step. `recomputed`: share of the layers whose forward pass runs twice; `capacity`: the
     device's memory in bytes, which bounds the chunks of the output layer."""
-    forward, backward = layer_launches(model, recomputed, setup.sequence_parallel > 1)
+    tokens = setup.tokens(model)
+    tiles = -(-tokens // setup.mlp_tile) if setup.mlp_tile else 0
+    forward, backward = layer_launches(model, recomputed, setup.sequence_parallel > 1, tiles)
     layer = forward * cost.forward / FORWARD + backward * cost.backward / BACKWARD
-    rows = setup.tokens(model) * setup.supervised
+    rows = tokens * setup.supervised
     logits = rows * model.vocab_size * setup.element
     chunks = max(1, -(-logits // output_chunk_bytes(model.vocab_size, setup.element, capacity)))
     # Stages 2 and 3 copy each gradient into a bucket; 0 and 1 add it to those of the micro-batches before.

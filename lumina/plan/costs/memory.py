@@ -145,6 +145,7 @@ def output_layers_memory(
     chunk = output_chunk_bytes(model.vocab_size, element, capacity)
     output = min(chunk, chunks) + table * (FP32 if chunks > chunk else element) + 2 * supervised * hidden
     kept = activations.activation_bytes_per_token(model, setup) + activations.outside_bytes_per_token(model)
+    kept += activations.under_way_bytes_per_token(model, setup)
     # Gradients of earlier micro-batches are there already; with a single one they only begin to appear.
     earlier = setup.accumulation > 1 or setup.stage == 3
     parts |= {

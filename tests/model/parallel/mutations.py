@@ -90,10 +90,10 @@ MUTATIONS = (
              "ddelta_TD[part][None], 0 * dtotal_TD[part][None]", TILES),
     Mutation("what is recomputed is computed again", _TILES, "        if recomputing:", "        if False:", TILES),
     # --- inputs on the host
-    Mutation("a buffer given up while it is used", _OFFLOAD, "            copy.view().copy_(tensor)\n",
-             "            copy.view().copy_(tensor)\n            self._free.append(copy.buffer)\n", OFFLOAD),
-    Mutation("the copy before this one", _OFFLOAD, "        self._fetch(copy)\n",
-             "        copy = (copy.before and copy.before()) or copy\n        self._fetch(copy)\n", OFFLOAD),
+    Mutation("a buffer given up while it is used", _OFFLOAD, "        self._begin(copy.view(), tensor, tensor)\n",
+             "        self._begin(copy.view(), tensor, tensor)\n        self._free.append(copy.buffer)\n", OFFLOAD),
+    Mutation("the copy before this one", _OFFLOAD, "        if copy.found is None:\n",
+             "        copy = (copy.before and copy.before()) or copy\n        if copy.found is None:\n", OFFLOAD),
     Mutation("the input is kept beside its copy", _OFFLOAD, "self.shape, self.device = ",
              "self.kept, self.shape, self.device = tensor, ", OFFLOAD),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lumina.config import load
 from lumina.model import ops, transformer
 from lumina.plan.costs.devices import Cluster, find_device
-from lumina.plan.costs.launches import BACKWARD, FORWARD, NORM, LaunchCost, host_seconds, layer_launches
+from lumina.plan.costs.launches import BACKWARD, FORWARD, NORM, TILE, LaunchCost, host_seconds, layer_launches
 from lumina.plan.costs.setup import Setup
 from lumina.plan.costs.speed import predict
 
@@ -61,6 +61,41 @@ def test_a_layers_launches(triton_path: None, changes: dict[str, Any]) -> None:
     assert backward.launches == planned[1] - 3, backward.names
     more = len(config.norm_widths) - 2
     assert planned == (FORWARD + more * NORM[0], BACKWARD + more * NORM[1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"family": "qwen3"}])
+def test_tiles_launches(triton_path: None, changes: dict[str, Any]) -> None:
+    """Sixteen tokens in tiles of six: what lies in the feed-forward three times forward, three times backward after
+    being made again; and what puts tiles together."""
+    config = load("nano", changes)
+    with FakeTensorMode():
+        block = transformer.Block(config, 0)
+        block.tile_tokens = 6
+        rotary = ops.Rotary.of(torch.arange(16)[None], config.head_dim, config.rope_theta)
+        x = torch.randn(1, 16, config.hidden_size, requires_grad=True)
+        residual = torch.randn(1, 16, config.hidden_size, requires_grad=True)
+        with Counted() as forward:
+            out = block(x, residual, rotary)
+        with Counted() as backward:
+            torch.autograd.backward(out, [torch.ones_like(o) for o in out])
+    planned = layer_launches(config, tiles=3)
+    assert forward.names["aten::copy_"] == 3 * TILE[0]
+    assert forward.launches == planned[0] - 1 - 3 * TILE[0], forward.names
+    joined = sum(backward.names[f"aten::{name}"] for name in ("copy_", "add_", "clone", "_to_copy", "new_zeros"))
+    joined -= backward.names["aten::new_empty_strided"]  # a leaf's gradient, copied to be laid out as the leaf is
+    assert backward.launches + joined == planned[1] - 3, (backward.launches, planned, backward.names)
+
+
+def test_small_tiles_wait_for_the_host() -> None:
+    """A row of 65,536 tokens of the 1b preset: a thousand tiles a layer are longer queued than computed."""
+    config, h100 = load("1b", {"seq_length": 1 << 16}), find_device("h100")
+    found = {
+        tile: predict(config, Setup(1, 1, 1, "bf16", checkpoint_every=1, mlp_tile=tile), Cluster(h100))
+        for tile in (0, 8192, 64)
+    }
+    assert {tile: speed.host_bound for tile, speed in found.items()} == {0: False, 8192: False, 64: True}
+    assert found[8192].host < 10 * found[0].host
+    assert found[64].host > 50 * found[8192].host
 
 
 def test_a_small_model_waits_for_the_host_and_a_large_one_does_not() -> None:

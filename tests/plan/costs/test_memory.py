@@ -135,6 +135,21 @@ def test_more_ranks_never_need_more_each() -> None:
         assert [s.master for s in optimizers] == sorted((s.master for s in optimizers), reverse=True)
 
 
+@pytest.mark.parametrize(("layers", "every", "there"), [(8, 1, 2), (8, 8, 1), (7, 3, 2)])
+def test_inputs_on_their_way_to_the_host_are_still_on_the_device(layers: int, every: int, there: int) -> None:
+    """At the end of a forward pass, where the output layer is the highest moment: two, where so many are recomputed."""
+    from lumina.model.memory import offload
+    from lumina.plan.costs import activations
+
+    assert activations.UNDER_WAY == offload.UNDER_WAY
+    config = load("nano", {"num_layers": layers, "hidden_size": 64, "vocab_size": 150_000, "intermediate_size": 64})
+    setup = Setup(1, 1, 1, "bf16", checkpoint_every=every)
+    kept, moved = (peak_memory(config, replace(setup, activation_offloading=on)) for on in (False, True))
+    assert kept.moment == moved.moment == "output layer"
+    recomputed = -(-layers // every)
+    assert kept.activations - moved.activations == (recomputed - there) * 2 * 64 * setup.tokens(config)
+
+
 def test_offload_moves_bytes_to_the_host() -> None:
     config, buffers = load("medium"), Buffers()
     plain = Setup(2, 4, 8, "bf16", 3)

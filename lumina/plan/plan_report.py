@@ -161,6 +161,7 @@ def write(folder: Path, config: Config, cluster: Cluster, best: Candidate, batch
         global_batch_size=batch,
         precision=setup.precision,
         gradient_checkpointing=setup.checkpoint_every if setup.checkpoint_every > 1 else bool(setup.checkpoint_every),
+        activation_offloading=setup.activation_offloading,  # where nothing is recomputed there is none
     )
     hosts = "".join(f"node{number} slots={cluster.gpus_per_node}\n" for number in range(1, cluster.nodes + 1))
     contents = {

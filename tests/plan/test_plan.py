@@ -153,6 +153,16 @@ def test_rows_are_shared_by_as_few_ranks_as_fit(capsys: pytest.CaptureFixture[st
     assert "rows shared" not in planned(capsys, *argv)[1]
 
 
+def test_a_plan_that_recomputes_nothing_moves_no_inputs_either(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings = ["--set", "gradient_checkpointing=true", "--set", "activation_offloading=true"]
+    code, raw = planned(capsys, "--config", "small", "--gpu", "h100", *settings, "--write", str(tmp_path), "--json")
+    assert (code, json.loads(raw)["best"]["shape"]["checkpoint_every"]) == (0, 0)
+    config = load(str(tmp_path / "config.yaml"))
+    assert (config.gradient_checkpointing, config.activation_offloading) == (False, False)
+
+
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--config", "large", "--gpu", "a100-40gb", "--set", "hidden_size=16384", "--set", "num_layers=120"]
     code, text = planned(capsys, *argv)

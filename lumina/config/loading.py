@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from lumina.config.errors import UserError, did_you_mean, explain_values
 from lumina.config.renamed import new_name, upgrade
 from lumina.config.schema import FIRST_TEMPLATE, MIN_VOCAB, Config, ModelConfig
-from lumina.config.schema.short_rope import rope_scaling_of
+from lumina.config.schema.short_rope import is_short_for, rope_scaling_of
 from lumina.files import read_text
 
 DEFAULT_PRESET = "medium"
@@ -120,8 +120,7 @@ def load(
         values |= inherited(begins_from, values["seq_length"])
     merged = values | explicit
     if isinstance(text := merged.get("rope_scaling"), str):
-        base = trained_as(begins_from) if isinstance(begins_from, str) else file_values if resuming else {}
-        merged["rope_scaling"] = explicit["rope_scaling"] = rope_scaling_of(text, merged.get("seq_length"), base)
+        merged["rope_scaling"] = explicit["rope_scaling"] = _long_form(text, merged, file_values)
     _lower_the_floor(merged, explicit)
     if "model_name" not in explicit and any(merged.get(name) != preset.get(name) for name in _SIZES):
         merged.pop("model_name", None)  # another size than the preset's: not the model that goes by its name
@@ -130,6 +129,28 @@ def load(
     except ValidationError as error:
         raise UserError(explain_values(error, origin)) from None
     return _with_room_for_the_tokenizer(config)
+
+
+def _long_form(text: str, merged: Mapping[str, Any], file_values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The setting `rope_scaling` for its short form. Of a run that is resumed its own stands, where it may have been
+    given so: nothing can be counted from its seq_length, which is the longer one."""
+    resume, began = merged.get("resume"), merged.get("init_from")
+    before = {} if resume is None else _resumed(str(resume), merged)
+    if not before and resume is not None and not began and isinstance(file_values.get("rope_scaling"), Mapping):
+        before = dict(file_values)  # as a run wrote it that has no checkpoint yet
+    scaling = before.get("rope_scaling")
+    if before and is_short_for(text, scaling):
+        return dict(scaling) if scaling else None
+    return rope_scaling_of(text, merged.get("seq_length"), trained_as(began) if isinstance(began, str) else before)
+
+
+def _resumed(resume: str, merged: Mapping[str, Any]) -> dict[str, Any]:
+    """`trained_as` of the run that is resumed; nothing where `auto` begins one."""
+    if resume != "auto":
+        return trained_as(resume)
+    place = (merged.get(key, Config.model_fields[key].default) for key in ("output_dir", "experiment_name"))
+    folder = Path(*map(str, place))
+    return trained_as(str(folder)) if any((folder / "checkpoints").glob("step-*")) else {}
 
 
 def _lower_the_floor(merged: dict[str, Any], explicit: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from lumina.cli import build_parser
 from lumina.commands.common import load_config
-from lumina.config import RopeScaling, UserError, load
+from lumina.config import Config, RopeScaling, UserError, load
 
 
 def trained(folder: Path, **settings: Any) -> str:
@@ -18,6 +18,10 @@ def trained(folder: Path, **settings: Any) -> str:
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(load("nano", settings).values()))
     return str(folder)
+
+
+def parsed(line: list[str]) -> Config:
+    return load_config(build_parser()[0].parse_args(line))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,7 @@ def test_a_longer_context_over_another_runs_weights(
     """Its own length counts, not the one that a new run would take over."""
     before = trained(tmp_path / "base", seq_length=2048)
     line = ["train", "--config", "nano", "--init-from", before, "--seq-length", str(length), "--rope-scaling", text]
-    config = load_config(build_parser()[0].parse_args(line))
+    config = parsed(line)
     assert config.seq_length == length
     assert config.rope_scaling == RopeScaling(**expected)
     assert "rope_scaling" in config.explicit
@@ -50,6 +54,21 @@ def test_a_longer_context_over_another_runs_weights(
     again.write_text(config.to_yaml())
     assert load(str(again)).rope_scaling == config.rope_scaling
     assert load(str(again), {"resume": "auto", "rope_scaling": text}).rope_scaling == config.rope_scaling
+
+    # The run is resumed by the command that began it, and by its YAML file, which need not say what it began with.
+    place = {"output_dir": str(tmp_path), "experiment_name": "longer"}
+    line += ["--resume", "auto", "--output-dir", str(tmp_path), "--experiment-name", "longer"]
+    assert parsed(line).rope_scaling == config.rope_scaling, "which begins with --resume auto"
+    (tmp_path / "longer/checkpoints/step-00000004").mkdir(parents=True)
+    (tmp_path / "longer/config.yaml").write_text(config.replace(**place).to_yaml("init_from"))
+    assert parsed(line).rope_scaling == config.rope_scaling
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"preset: nano\nseq_length: {length}\nrope_scaling: {text}\n")
+    for given in ({"resume": "auto", **place}, {"resume": str(tmp_path / "longer")}, {"init_from": before}):
+        assert load(str(mine), given).rope_scaling == config.rope_scaling, given
+    other = load(str(mine), {"resume": "auto", "rope_scaling": expected["type"] + ":7", **place}).rope_scaling
+    assert other == RopeScaling(**expected | {"factor": 7}), "which the run then refuses"
+    assert load(str(mine), {"resume": "auto", "rope_scaling": "none", **place}).rope_scaling is None
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
@@ -66,10 +85,38 @@ def test_weights_of_a_scaled_run_count_from_where_that_began(kind: str, tmp_path
         load("nano", {"init_from": before, "seq_length": 4096, "rope_scaling": other})
 
 
+def test_the_weights_scaling_goes_on_as_it_is_but_for_the_factor(tmp_path: Path) -> None:
+    yarn = {
+        "type": "yarn", "factor": 4, "original_max_position_embeddings": 512, "beta_fast": 64, "beta_slow": 2,
+        "truncate": False, "attention_factor": 1.25,
+    }  # fmt: skip
+    given = {"init_from": trained(tmp_path / "base", seq_length=2048, rope_scaling=yarn), "seq_length": 4096}
+    longer = load("nano", {**given, "rope_scaling": "yarn"}).rope_scaling
+    assert longer == RopeScaling(**yarn | {"factor": 8, "attention_factor": None}), "the latter goes by the factor"
+    assert load("nano", {**given, "rope_scaling": "yarn:4"}).rope_scaling == RopeScaling(**yarn)
+    (tmp_path / "base/config.yaml").write_text("seq_length: 2048\nrope_scaling: {type: yarn, factor: four}\n")
+    with pytest.raises(UserError, match="rope_scaling of the weights' run: `factor`"):
+        load("nano", {**given, "rope_scaling": "yarn"})
+
+
+@pytest.mark.parametrize(("length", "own"), [(131072, 131072), (8192, 65536)])
+def test_llama_3_1_reads_more_than_its_original_length(length: int, own: int, tmp_path: Path) -> None:
+    """Its 131,072 tokens are 16 times its original length by a factor of 8; in a run at a shorter context, 8 times."""
+    scaling = {
+        "type": "llama3", "factor": 8, "original_max_position_embeddings": 8192, "low_freq_factor": 1,
+        "high_freq_factor": 5,
+    }  # fmt: skip
+    before = trained(tmp_path / "base", seq_length=length, rope_scaling=scaling)
+    with pytest.raises(UserError, match=f"own {own} tokens, and seq_length is {own}: nothing gets longer"):
+        load("nano", {"init_from": before, "seq_length": own, "rope_scaling": "llama3"})
+    longer = load("nano", {"init_from": before, "seq_length": 2 * own, "rope_scaling": "llama3"}).rope_scaling
+    assert longer == RopeScaling(**scaling | {"factor": 16})
+
+
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("yarn", "longer than the 512 tokens that the model was trained at, and seq_length is 512"),
+        ("yarn", "longer than the model's own 512 tokens, and seq_length is 512: nothing gets longer"),
         ("yarn:0.5", "FACTOR from 1"),
         ("yarn:inf", "FACTOR from 1"),
         ("yarn:", None),
@@ -80,7 +127,7 @@ def test_weights_of_a_scaled_run_count_from_where_that_began(kind: str, tmp_path
 )
 def test_what_is_refused(text: str, wrong: str | None, tmp_path: Path) -> None:
     before = trained(tmp_path / "base", seq_length=512)
-    with pytest.raises(UserError, match=wrong or "longer than the 512"):
+    with pytest.raises(UserError, match=wrong or "the model's own 512"):
         load("nano", {"init_from": before, "seq_length": 512, "rope_scaling": text})
 
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lumina.config.errors import UserError
+from pydantic import ValidationError
+
+from lumina.config.errors import UserError, explain_values
+from lumina.config.schema.model import RopeScaling
 
 TYPES = ("linear", "llama3", "yarn")
 _LLAMA_3_1 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -14,9 +17,9 @@ _WHOLE = "or the whole mapping: --set 'rope_scaling={type: …, factor: …, ori
 
 
 def rope_scaling_of(text: str, seq_length: Any, base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The setting `rope_scaling` that `text` stands for: `none`, or one of TYPES with a factor, by default as much as
-    `seq_length` is longer than the model was trained at first. base: the settings of the weights that the run begins
-    with, or of the run itself where it is resumed.
+    """The setting `rope_scaling` that `text` stands for: `none`, or one of TYPES with a factor, by default the base's
+    (1 where it scales nothing) times as much as `seq_length` is longer than its own length. The rest is as in the base.
+    base: the settings of the weights that the run begins with, or of the run itself where it is resumed.
 
     Raises:
         UserError: another text; no length is known, or a longer one is not asked for; the weights know other positions.
@@ -30,22 +33,33 @@ def rope_scaling_of(text: str, seq_length: Any, base: Mapping[str, Any]) -> dict
             f"rope_scaling {text} is not TYPE or TYPE:FACTOR with a TYPE of {', '.join(TYPES)} and a FACTOR from 1",
             f"For example yarn, or yarn:4, {_WHOLE}.",
         )
-    first = _first_length(kind, base)
-    if first is None and (factor is None or kind != "linear"):
+    scaling = _scaling_of(kind, base)
+    length = _own_length(base, scaling)
+    if length is None and (factor is None or kind != "linear"):
         raise UserError(
             f"rope_scaling {text} counts from the length that a model was trained at, and none is known",
             f"Add --init-from RUN, {_WHOLE}.",
         )
     if factor is None:
-        if not isinstance(seq_length, int) or first is None or seq_length <= first:
+        if not isinstance(seq_length, int) or length is None or seq_length <= length:
             raise UserError(
-                f"rope_scaling {text} is for a context longer than the {first} tokens that the model was trained at, "
-                f"and seq_length is {seq_length}",
-                f"Add --seq-length N, or give the factor: {kind}:4.",
+                f"rope_scaling {text} is for a context longer than the model's own {length} tokens, and seq_length is "
+                f"{seq_length}: nothing gets longer",
+                f"Add --seq-length N, give the factor ({kind}:4), or leave rope_scaling out.",
             )
-        factor = seq_length / first
-    more = {} if kind == "linear" else {"original_max_position_embeddings": first}
-    return {"type": kind, "factor": factor, **more, **(_LLAMA_3_1 if kind == "llama3" else {})}
+        factor = scaling["factor"] * seq_length / length
+    if factor != scaling["factor"]:
+        scaling.pop("attention_factor", None)  # which goes by the factor
+    return scaling | {"factor": factor}
+
+
+def is_short_for(text: str, scaling: Any) -> bool:
+    """Whether the setting `scaling` of a run may have been given as `text` when the run began: of the same type, and of
+    the same factor where `text` has one."""
+    if not isinstance(scaling, Mapping):
+        return text == "none"
+    kind, _, given = text.partition(":")
+    return bool(kind == scaling.get("type") and (not given or _number(given) == scaling.get("factor")))
 
 
 def _number(text: str) -> float | None:
@@ -55,21 +69,27 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _first_length(kind: str, base: Mapping[str, Any]) -> int | None:
-    """The context length that the weights were trained at before any scaling."""
-    length, scaling = base.get("seq_length"), base.get("rope_scaling")
-    if not isinstance(length, int):
-        return None
-    if not isinstance(scaling, Mapping):
-        return length
-    if scaling.get("type") != kind:
-        raise UserError(
-            f"the weights know positions that are scaled by {scaling.get('type')} already, and those of {kind} are "
-            "others",
-            f"Stay with {scaling.get('type')}, {_WHOLE}.",
-        )
-    first = scaling.get("original_max_position_embeddings")
-    if isinstance(first, int):
-        return first
-    factor = scaling.get("factor")
-    return round(length / factor) if isinstance(factor, int | float) and factor >= 1 else length
+def _scaling_of(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling of type `kind` that the weights know: their own, or one by 1 from the length they were trained at."""
+    known, length = base.get("rope_scaling"), base.get("seq_length")
+    if isinstance(known, Mapping):
+        if known.get("type") != kind:
+            raise UserError(
+                f"the weights know positions that are scaled by {known.get('type')} already, and those of {kind} are "
+                "others",
+                f"Stay with {known.get('type')}, {_WHOLE}.",
+            )
+        try:
+            return RopeScaling.model_validate(known).model_dump()
+        except ValidationError as error:
+            raise UserError(f"rope_scaling of the weights' run: {explain_values(error)}") from None
+    original = {} if kind == "linear" else {"original_max_position_embeddings": length}
+    return {"type": kind, "factor": 1.0, **original, **(_LLAMA_3_1 if kind == "llama3" else {})}
+
+
+def _own_length(base: Mapping[str, Any], scaling: Mapping[str, Any]) -> int | None:
+    """The context length that the weights have without more scaling, in tokens: that of their run, or what their
+    scaling is made for where that is longer, as in a run at a shorter context than its model's."""
+    length, original = base.get("seq_length"), scaling.get("original_max_position_embeddings")
+    made_for = round(original * scaling["factor"]) if isinstance(original, int) else 0
+    return max(length if isinstance(length, int) else 0, made_for) or None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lumina.data.converting.oasst_files import process_oasst_file
     from lumina.data.formats import convert
     from lumina.data.loading.baseline import unigram_baseline
-    from lumina.data.loading.dataset import Batch, PackedDataset, Samples
+    from lumina.data.loading.dataset import Batch, PackedDataset, Samples, read_rows
     from lumina.data.loading.loader import Loader, StepData
     from lumina.data.loading.order import PADDING, GlobalOrder, deal, sample_sums, samples_id
     from lumina.data.loading.part import Part
@@ -43,6 +43,7 @@ _HOMES = {
         "Batch",
         "PackedDataset",
         "Samples",
+        "read_rows",
     ),
     "loading.loader": (
         "Loader",
@@ -124,6 +125,7 @@ __all__ = [
     "prepare_splits",
     "process_oasst_file",
     "read_items",
+    "read_rows",
     "render_record",
     "render_report",
     "render_sample",

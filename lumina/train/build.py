@@ -143,7 +143,7 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
     rates = schedule(config, data.total_steps)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     agree_on_data(ranks, _facts(start, settings, data, device))
-    agree_on_contents(ranks, [one.folder for one in (data.train, data.evaluation) if one is not None])
+    agree_on_contents(ranks, [one for one in (data.train, data.evaluation) if one is not None])
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks)]
     return _Prepared(start, settings, data, rates, origin, folder, job)
 

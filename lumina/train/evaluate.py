@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from lumina.data import Samples, deal
+from lumina.data import Samples, deal, read_rows
 from lumina.train.deepspeed import Engine, Ranks
 
 
@@ -30,7 +30,7 @@ def evaluate(
         shares = deal(indices, ranks.data_rank, ranks.data_world, micro_batch_size)
         for number, share in enumerate(shares, 1):
             heartbeat("evaluation")
-            batch = dataset.batch(share, ranks.part).torch()
+            batch = read_rows(dataset, share, ranks.part).torch()
             # Added up where they are: reading each batch's loss would make the host wait for it.
             totals[1:] += engine.loss(batch)
             totals[0] += batch.units

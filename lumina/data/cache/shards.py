@@ -47,6 +47,15 @@ CHUNKS = pa.schema(
 PLAN = pa.schema([("tokens", pa.int32()), ("supervised", pa.int32()), ("pieces", pa.large_list(pa.int64()))])
 
 
+# The columns that are read here, and what they hold; `context` was bool.
+_READ = {
+    "ids": (pa.list_(pa.int32()),),
+    "mask": (pa.list_(pa.uint8()),),
+    "context": (pa.int32(), pa.bool_()),
+    "line": (pa.int64(),),
+}
+
+
 class ChunkWriter:
     """Writes one task's chunks to PATH, whole or not at all: the name appears when everything is on disk."""
 
@@ -112,3 +121,19 @@ def open_batches(path: Path) -> list[Any]:
     """The file's record batches over a memory map: nothing is read until it is used."""
     reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
     return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+
+def open_chunks(path: Path) -> list[Any]:
+    """`open_batches` of a file of chunks. ValueError where it is damaged; OSError is what the system says."""
+    try:
+        batches = open_batches(path)
+    except OSError as error:
+        if error.errno is None:  # pyarrow's own, of a footer or a batch that makes no sense
+            raise ValueError(f"{path} is damaged: {error}") from error
+        raise
+    for name, kinds in _READ.items():
+        for schema in (batch.schema for batch in batches[:1]):
+            place = schema.get_field_index(name)
+            if place < 0 or schema.field(place).type not in kinds:
+                raise ValueError(f"{path} is damaged: it has no column {name}, or one of another type")
+    return batches

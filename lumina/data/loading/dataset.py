@@ -18,7 +18,7 @@ from lumina.chat import Tokenizer
 from lumina.data.account import Account
 from lumina.data.cache import arrow
 from lumina.data.cache.chunks import ranges
-from lumina.data.cache.shards import open_batches
+from lumina.data.cache.shards import open_batches, open_chunks
 from lumina.data.loading.order import PADDING
 from lumina.data.loading.part import WHOLE, Part
 
@@ -58,7 +58,8 @@ class Batch:
 
 
 class Samples(Protocol):
-    """What training asks of a data set: packed conversations, or preference pairs. folder: where its files are."""
+    """What training asks of a data set: packed conversations, or preference pairs. `folder`, where its files are, and
+    `part` of `batch` are asked for where ranks share rows alone: another package's data set may do without them."""
 
     folder: Path
     fingerprint: str
@@ -73,6 +74,11 @@ class Samples(Protocol):
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64], part: Part = WHOLE) -> Batch:
         """These samples as one row, or of its tokens `part`'s; index -1 is a padding sample."""
+
+
+def read_rows(dataset: Samples, indices: Sequence[int] | NDArray[np.int64], part: Part = WHOLE) -> Batch:
+    """`dataset.batch`, which is told of `part` only where it is not the whole."""
+    return dataset.batch(indices) if part.count == 1 else dataset.batch(indices, part)
 
 
 class Chunk(NamedTuple):
@@ -156,7 +162,7 @@ class PackedDataset:
                     arrow.numpy(batch.column("context")),
                     arrow.numpy(batch.column("line")),
                 )
-                for batch in open_batches(self.folder / self.meta["shards"][shard]["file"])
+                for batch in open_chunks(self.folder / self.meta["shards"][shard]["file"])
             ]
         return self._shards[shard][index]
 

@@ -9,15 +9,18 @@ number alone.
 from __future__ import annotations
 
 import queue
+import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from lumina.data.loading.dataset import Batch, Samples
+from lumina.data.loading.dataset import Batch, Samples, read_rows
 from lumina.data.loading.order import PADDING, GlobalOrder, deal
 from lumina.data.loading.part import WHOLE, Part
 
@@ -53,6 +56,9 @@ class StepData:
 
 _NOTHING = np.empty(0, dtype=np.int64)
 _AT_ONCE = 1 << 20  # tokens of a sample that are looked through at a time
+# What reading a damaged file raises, whatever its format. A program's errors, TypeError, AttributeError or KeyError,
+# are none of these: they would be every sample's.
+_DAMAGE = (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error, pa.ArrowException)
 
 
 class _Failure:
@@ -130,25 +136,35 @@ class Loader:
     def _read(self, share: NDArray[np.int64], corrupt: list[int]) -> Batch:
         """A micro-batch, or this rank's part of it; what is corrupt in it is replaced and added to `corrupt`."""
         if not self.replace_corrupt:
-            return self.dataset.batch(share, self.part)
+            return read_rows(self.dataset, share, self.part)
         if self.part.count == 1:
             try:
-                whole = self.dataset.batch(share)
-            except Exception:  # found out sample by sample
+                whole = read_rows(self.dataset, share)
+            except _DAMAGE:  # found out sample by sample
                 whole = None
             if whole is not None and self._valid(whole):
                 return whole
         bad = [int(sample) for sample in share if sample != PADDING and not self._readable(int(sample))]
         corrupt += bad
-        return self.dataset.batch(np.where(np.isin(share, bad), PADDING, share), self.part)
+        return read_rows(self.dataset, np.where(np.isin(share, bad), PADDING, share), self.part)
 
     def _readable(self, sample: int) -> bool:
-        """All of the sample, whatever this rank has of it: ranks that share a row replace the same ones. It is held a
-        piece at a time."""
-        pieces = -(-int(self.dataset.tokens_per_sample[sample]) // _AT_ONCE)
+        """All of the sample, whatever this rank has of it, a piece at a time: ranks that share a row replace the same
+        ones. Their files are the same bytes, and so is what is damaged there. What the disk or the network of one of
+        them does is its own, and the row would have another length there, for which the others would wait: an OSError
+        ends such a run."""
+        shared = self.part.count > 1
+        pieces = -(-int(self.dataset.tokens_per_sample[sample]) // _AT_ONCE) if shared else 1
         try:
-            return all(self._valid(self.dataset.batch([sample], Part(piece, pieces))) for piece in range(pieces))
-        except Exception:
+            return all(self._valid(read_rows(self.dataset, [sample], Part(at, pieces))) for at in range(pieces))
+        except OSError as error:
+            if shared:
+                raise OSError(
+                    f"sample {sample} cannot be read on this rank, and the ranks that share its row may have read it: "
+                    f"{error}"
+                ) from error
+            return False
+        except _DAMAGE:
             return False
 
     def _valid(self, batch: Batch) -> bool:

@@ -29,6 +29,7 @@ import torch
 from lumina import checkpoint
 from lumina.cluster import own_launch
 from lumina.config import FAMILIES, FORMATS, OBJECTIVES, SCHEDULES, Config, UserError
+from lumina.data import Samples
 from lumina.files import file_sha256
 from lumina.processes import machine
 from lumina.train.agreement.store import gathered, refuse_together, together
@@ -102,14 +103,21 @@ def agree_on_data(ranks: Ranks, facts: Mapping[str, Any]) -> None:
     gathered(ranks, "opening the data", answer, _compare)
 
 
-def agree_on_contents(ranks: Ranks, folders: Sequence[Path]) -> None:
-    """Raises UserError on every rank where ranks share rows and the data sets in `folders`, of one fingerprint, are
-    not the same bytes: each reads a row for itself, and what is damaged for one of them is another row, of another
-    length, for which the others would wait. Files that are one on all machines are not read; those that are one on a
-    machine are read by its first rank alone."""
+def agree_on_contents(ranks: Ranks, datasets: Sequence[Samples]) -> None:
+    """Raises UserError on every rank where ranks share rows and the files of `datasets`, of one fingerprint, are not
+    the same bytes, or not known: each reads a row for itself, and what is damaged for one of them is another row, of
+    another length, for which the others would wait. Files that are one on all machines are not read; those that are one
+    on a machine are read by its first rank alone."""
     if ranks.sequence == 1:
         return
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in _CONTENTS]
+    for one in datasets:
+        if not hasattr(one, "folder"):
+            raise UserError(
+                f"ranks that share rows compare the files that these are read from, and {type(one).__name__} of "
+                f"{type(one).__module__} has no `folder`",
+                "Set sequence_parallel_size to 1, or see docs/api.md.",
+            )
+    files = [path for one in datasets for path in sorted(one.folder.iterdir()) if path.suffix in _CONTENTS]
     found = [path.stat() for path in files]
     places = [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
     readers = gathered(ranks, "opening the data", (machine(), places), readers_of)

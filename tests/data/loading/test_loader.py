@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,10 +26,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PackedDataset:
     return prepare([write_jsonl(folder / "in.jsonl", lines)], Settings(), TOKENIZER)
 
 
-def load(dataset: PackedDataset, rank: int, world: int, micro: int, start: int = 0, stop: int = 20) -> list[StepData]:
+def load(
+    dataset: PackedDataset, rank: int, world: int, micro: int, start: int = 0, stop: int = 20, **more: Any
+) -> list[StepData]:
     order = GlobalOrder(dataset.num_samples, 6, seed=3, fingerprint=dataset.fingerprint)
     return list(
-        Loader(dataset, order, rank=rank, world=world, micro_batch_size=micro, start_step=start, stop_step=stop)
+        Loader(dataset, order, rank=rank, world=world, micro_batch_size=micro, start_step=start, stop_step=stop, **more)
     )
 
 
@@ -112,6 +116,66 @@ def test_ranks_that_share_rows_replace_the_same_samples(dataset: PackedDataset, 
         assert all(share.cu_seqlens_D.tolist() == one.cu_seqlens_D.tolist() for share in shares)
 
 
+def _edit(old: bytes, new: bytes) -> Callable[[Path], object]:
+    def edit(path: Path) -> None:
+        stored = path.read_bytes()
+        assert old in stored
+        path.write_bytes(stored.replace(old, new))
+
+    return edit
+
+
+def _without_footer(path: Path) -> None:
+    """Zeros in place of what tells where the batches are; its length stays, in the last ten bytes."""
+    stored = path.read_bytes()
+    length = int.from_bytes(stored[-10:-6], "little")
+    path.write_bytes(stored[: -10 - length] + bytes(length) + stored[-10:])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        _without_footer,
+        _edit(b"\x03\0\0\0ids\0", b"\x03\0\0\0idz\0"),
+        _edit(b"\x04\0\0\0mask\0", b"\x04\0\0\0ma\xff\xfe\0"),
+    ],
+    ids=["empty", "zeros", "cut off", "footer", "a column's name", "no text"],
+)
+def test_what_a_damaged_file_raises_makes_its_samples_corrupt(
+    damage: Callable[[Path], object], dataset: PackedDataset, tmp_path: Path
+) -> None:
+    damaged = PackedDataset(shutil.copytree(dataset.folder, tmp_path / "damaged"), dataset.meta)
+    (shard,) = dataset.meta["shards"]
+    damage(damaged.folder / shard["file"])
+    for part in (Part(), Part(0, 2)):
+        (made,) = load(damaged, 0, 1, 6, stop=1, replace_corrupt=True, part=part)
+        assert sorted(made.corrupt) == sorted(made.samples.tolist())
+
+
+def test_a_read_error_makes_samples_corrupt_but_ends_ranks_that_share_rows(
+    dataset: PackedDataset, tmp_path: Path
+) -> None:
+    """One of them alone may meet it: its row would have another length than the others'."""
+    damaged = PackedDataset(shutil.copytree(dataset.folder, tmp_path / "damaged"), dataset.meta)
+    (damaged.folder / dataset.meta["shards"][0]["file"]).unlink()
+    (made,) = load(damaged, 0, 1, 6, stop=1, replace_corrupt=True)
+    assert sorted(made.corrupt) == sorted(made.samples.tolist())
+    with pytest.raises(OSError, match=r"sample \d+ cannot be read on this rank, and .*\.arrow"):
+        load(damaged, 0, 1, 6, stop=1, replace_corrupt=True, part=Part(1, 2))
+
+
+def test_a_programs_error_is_no_damage(dataset: PackedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: PackedDataset, indices: object) -> object:
+        raise TypeError("wrong program")
+
+    monkeypatch.setattr(PackedDataset, "batch", wrong)
+    with pytest.raises(TypeError, match="wrong program"):
+        load(dataset, 0, 1, 6, replace_corrupt=True)
+
+
 def test_leaving_early_ends_the_thread(dataset: PackedDataset) -> None:
     order = GlobalOrder(dataset.num_samples, 6, seed=3, fingerprint=dataset.fingerprint)
     loader = Loader(dataset, order, rank=0, world=1, micro_batch_size=2, start_step=0, stop_step=10**9)
@@ -125,10 +189,10 @@ def test_leaving_early_ends_the_thread(dataset: PackedDataset) -> None:
 def test_an_error_while_loading_reaches_the_loop(dataset: PackedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     real = PackedDataset.batch
 
-    def fails_later(self: PackedDataset, indices: object, part: Part) -> object:
+    def fails_later(self: PackedDataset, indices: object) -> object:
         if threading.current_thread().name == "lumina-loader" and next(calls) == 4:
             raise OSError("disk gone")
-        return real(self, indices, part)  # type: ignore[arg-type]
+        return real(self, indices)  # type: ignore[arg-type]
 
     calls = iter(range(100))
     monkeypatch.setattr(PackedDataset, "batch", fails_later)

@@ -193,7 +193,7 @@ def _tokenizer_files(folder: str = "") -> dict[str, bytes]:
 def _read_tokenizer(folder: Path) -> None:
     from lumina.chat import Conversation, Message, open_tokenizer
 
-    # In this process: what its bounds end in another one, which a user is told, is a finding here.
+    # In this process: in another one its bounds would make a refusal of a crash.
     tokenizer = open_tokenizer(folder, tried=True)
     tokenizer.prompt_ids(Conversation([Message("user", "ab<|im_end|>")]), None)
 

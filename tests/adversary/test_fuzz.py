@@ -75,8 +75,8 @@ class StillReadingError(BaseException):
     """What no reader takes for an error of the text."""
 
 
-def test_the_fuzzer_finds_a_template_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bounds of commands end it, and would hide it: it has to run in the fuzzer's process, which is watched."""
+def test_a_template_runs_in_the_fuzzers_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds of commands would end it, and hide what it does: the fuzzer's process is watched."""
     monkeypatch.setattr("lumina.chat.hf.bounded.STEP_SECONDS", 0.25)
 
     def stop(*_: Any) -> None:

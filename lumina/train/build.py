@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -109,18 +110,20 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
     stop = StopRequest()
     stop.interruptible = ranks.world == 1 and "LUMINA_JOB" not in os.environ  # until the first step
     watchdog = Watchdog(config.hang_timeout, config.stop_timeout, stop, ranks.rank)
-    # The run's own is not there yet.
-    with Console(ranks.main, 0, 0, config.experiment_name, config.live_view, before=True) as console:
-        with stop.at_once():
-            prepared = _prepare(config, ranks, stop, console)
-        ranks = replace(ranks, sequence=prepared.settings.config.sequence_parallel_size)
-        lock, may_write = _claim(prepared, ranks)
-        try:
-            return _assemble(prepared, ranks, lock, may_write, callbacks, stop, watchdog, console.progress)
-        except BaseException:
+    with ExitStack() as undo:
+        # The run's own console is not there yet, and speaks only after this one has ended: in a terminal its end wipes
+        # the view, which would be lines of the run's own below it.
+        with Console(ranks.main, 0, 0, config.experiment_name, config.live_view, before=True) as console:
+            with stop.at_once():
+                prepared = _prepare(config, ranks, stop, console)
+            ranks = replace(ranks, sequence=prepared.settings.config.sequence_parallel_size)
+            lock, may_write = _claim(prepared, ranks)
             if lock is not None:
-                lock.release()
-            raise
+                undo.callback(lock.release)
+            state = _initialise(prepared, ranks, may_write, watchdog.heartbeat, console.progress)
+        run = _assemble(prepared, state, ranks, lock, may_write, callbacks, stop, watchdog)
+        undo.pop_all()
+    return run
 
 
 def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) -> _Prepared:
@@ -139,18 +142,15 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
     )
     config = settings.config
     _say(ranks, "preparing the data")
-    data = open_data(start, config, ranks, _preparing(console) if console.live else None)
+    # Bytes of input, as `Preparing 12/341 MB`. Without a live view the log tells.
+    preparing = partial(console.progress, "Preparing", unit=" MB", size=10**6)
+    data = open_data(start, config, ranks, preparing if console.live else None)
     rates = schedule(config, data.total_steps)
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     agree_on_data(ranks, _facts(start, settings, data, device))
     agree_on_contents(ranks, [one for one in (data.train, data.evaluation) if one is not None])
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks)]
     return _Prepared(start, settings, data, rates, origin, folder, job)
-
-
-def _preparing(console: Console) -> Callable[[int, int], None]:
-    """Bytes of input done, and in all, as `Preparing 12/341 MB`. Without a live view the log tells."""
-    return lambda done, total: console.progress("Preparing", done // 10**6, -(-total // 10**6), " MB")
 
 
 def _claim(prepared: _Prepared, ranks: Ranks) -> tuple[RunLock | None, Callable[[], bool]]:
@@ -180,21 +180,17 @@ def _claim(prepared: _Prepared, ranks: Ranks) -> tuple[RunLock | None, Callable[
 
 def _assemble(
     prepared: _Prepared,
+    state: RunState,
     ranks: Ranks,
     lock: RunLock | None,
     may_write: Callable[[], bool],
     callbacks: Sequence[Callback],
     stop: StopRequest,
     watchdog: Watchdog,
-    progress: Callable[[str, int, int], None],
 ) -> Run:
-    """The parts of a run whose folder is claimed."""
+    """The parts of a run whose folder is claimed and whose state is there."""
     start, settings, data, folder = prepared.start, prepared.settings, prepared.data, prepared.folder
     config = settings.config
-    torch.manual_seed(config.seed)
-    loading = "" if start.checkpoint is None else f", loading {start.checkpoint}"
-    _say(ranks, f"building the model of {config.num_parameters() / 1e6:.1f}M parameters{loading}")
-    state = _initialise(start, settings, ranks, data, folder, may_write, watchdog.heartbeat, progress)
     assert_lock_held(ranks, lock)  # two starts at one moment: the first of them writes nothing beside the other's files
     events = EventLog(folder / "events.jsonl" if ranks.main else None, may_write)
     health = Health(config, events)
@@ -258,18 +254,19 @@ def _initial_weights(
 
 
 def _initialise(
-    start: Start,
-    settings: Settings,
+    prepared: _Prepared,
     ranks: Ranks,
-    data: TrainingData,
-    folder: Path,
     may_write: Callable[[], bool],
     heartbeat: Callable[[str], None],
     progress: Callable[[str, int, int], None],
 ) -> RunState:
     """An engine with the checkpoint's weights and optimizer state, or initial ones, and what a checkpoint will say of
     this start."""
+    start, settings, data, folder = prepared.start, prepared.settings, prepared.data, prepared.folder
     config, trainer_state, resumed = settings.config, start.trainer_state, start.checkpoint is not None
+    torch.manual_seed(config.seed)
+    loading = f", loading {start.checkpoint}" if resumed else ""
+    _say(ranks, f"building the model of {config.num_parameters() / 1e6:.1f}M parameters{loading}")
     engine = make_engine(settings, drawn=not resumed and config.init_from is None)
     objective(config).prepare(
         Preparation(

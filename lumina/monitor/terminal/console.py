@@ -92,16 +92,18 @@ class Console:
             self._last_line = now
             self.say(line(record))
 
-    def progress(self, what: str, done: int, total: int, unit: str = "") -> None:
-        """`Evaluating 37/193`: in the live view, or as a line, from a few seconds on and then every ten."""
+    def progress(self, what: str, done: int, total: int, unit: str = "", size: int = 1) -> None:
+        """`Evaluating 37/193`: in the live view, or as a line, from a few seconds on and then every ten. size: how many
+        of what is counted make one `unit`; the numbers shown are rounded so that they differ until all is done."""
+        shown = f"{what} {done // size}/{-(-total // size)}{unit}"
         if self._live is not None:
-            self._live.progress(f"{what} {done}/{total}{unit}" if done < total else "")
+            self._live.progress(shown if done < total else "")
         now = time.monotonic()
         if done <= 1 or what != self._doing:
             self._doing, self._next_progress = what, now + _SECONDS_TO_PROGRESS
         elif self._live is None and done < total and now >= self._next_progress:
             self._next_progress = now + _SECONDS_BETWEEN_PROGRESS
-            self.say(f"{what} {done}/{total}{unit}")
+            self.say(shown)
 
     def evaluation(self, step: int, loss: float) -> None:
         if self._live is not None:

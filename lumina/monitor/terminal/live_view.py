@@ -56,6 +56,15 @@ def _mean(points: list[tuple[float, float]]) -> tuple[float, float]:
     return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
 
 
+def _same_file(one: Any, other: Any) -> bool:
+    """Whether two streams write to one descriptor: an import may have put another object in the place of sys.stderr
+    since the log's handler was made."""
+    try:
+        return one is other or one.fileno() == other.fileno()
+    except (AttributeError, OSError, ValueError):  # no descriptor
+        return False
+
+
 class _Framed:
     """The view as the terminal is wide, whatever is printed above it: a line that is printed unwrapped would leave the
     view's own unwrapped too, longer than the terminal, and their number not what is wiped before the next drawing.
@@ -84,21 +93,22 @@ class LiveView:
         self._times: deque[tuple[int, float]] = deque([(start_step, self._began)], maxlen=_RECENT)
         self._events: deque[Text] = deque(maxlen=4)
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=1, transient=transient)
-        self._handlers: list[logging.StreamHandler[Any]] = []
+        self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []  # with their own streams
 
     def start(self) -> None:
         stream = sys.stderr
         self._live.start()
         # The log's lines go above the view, as print's do; its handlers hold the stream itself.
         for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+            if isinstance(handler, logging.StreamHandler) and _same_file(handler.stream, stream):
+                self._handlers.append((handler, handler.stream))
                 handler.setStream(sys.stderr)
-                self._handlers.append(handler)
 
     def stop(self) -> None:
         self._live.stop()
-        for handler in self._handlers:
-            handler.setStream(sys.stderr)
+        for handler, stream in self._handlers:
+            handler.setStream(stream)
+        self._handlers.clear()
 
     def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
         """What an earlier start of the run recorded."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
+import sys
 
 import pytest
 
@@ -55,6 +58,29 @@ def test_a_long_evaluation_gives_signs_of_life(
                 seconds += each
                 console.progress("Evaluating", done, 20)
     assert capsys.readouterr().out.splitlines() == ["Evaluating 4/20", "Evaluating 14/20"]
+
+
+def test_bytes_in_a_larger_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the live view. What is done and what there is are equal when all is done, however they are rounded."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for done, total, shown in (
+        (12_000_000, 340_100_000, "Preparing 12/341 MB"),
+        (1_499_999, 1_500_000, "Preparing 1/2 MB"),
+        (1_999_999, 2_000_000, "Preparing 1/2 MB"),
+        (999, 1_000, "Preparing 0/1 MB"),
+        (1_500_000, 1_500_000, ""),
+        (1_000, 1_000, ""),
+        (0, 0, ""),
+    ):
+        out = io.StringIO()
+        monkeypatch.setattr(sys, "stdout", out)
+        with Console(True, 0, 0) as console:
+            assert console.live
+            console.progress("Preparing", 0, 10**6, " MB", 10**6)
+            console.progress("Preparing", done, total, " MB", 10**6)
+        last = out.getvalue().rpartition("╭")[2]
+        assert re.findall(r"Preparing \d+/\d+ MB", last) == ([shown] if shown else []), out.getvalue()
 
 
 def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,3 +272,10 @@ def test_a_run_in_a_terminal(tmp_path: Path, terminal: list[str]) -> None:
     assert screen.count("╭─ run · 1 process(es)") == 1, "the view was left more than once"
     assert not re.search(r"^Epoch 1 \|", screen, re.MULTILINE), "the plain lines are for where there is no terminal"
     assert os.path.exists(tmp_path / "run" / "metrics.jsonl")
+    capture = [*terminal, "capture-pane", "-p", "-J", "-S", "-"]  # with what has scrolled off, lines unwrapped
+    scrolled = subprocess.run(capture, capture_output=True, text=True, check=True).stdout
+    assert "╭─ run ─" not in scrolled, "the view before the first step has left a frame"
+    assert "INFO: building the model" in scrolled
+    said = re.findall(" INFO (  .+)$", (tmp_path / "run" / "train.log").read_text(), re.MULTILINE)
+    assert any(text.startswith("  samples  ") for text in said), "the account is not in the log"
+    assert [text for text in said if text not in scrolled] == [], scrolled

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.documents.blocks import blocks, documents
+from tests.documents.blocks import ROOT, blocks, documents
 from tests.documents.runs import BlockError, Runs, answers
 from tests.documents.warm import WarmServer
 from tests.documents.workplace import environment, make
@@ -72,6 +78,54 @@ def test_the_warm_server_stands_for_the_command(sample: Path, warm: WarmServer, 
             waiting.send_signal(number)
             assert waiting.stdout.read() == "", "what it stood for has ended, which held the pipe"
         assert waiting.returncode == -number
+
+
+def test_a_signal_that_comes_with_the_request(tmp_path: Path) -> None:
+    """The process that it is for is not there yet."""
+    script = tmp_path / "script.py"
+    script.write_text("import time\ntime.sleep(600)\n")
+    request = {"arguments": ["python", str(script)], "folder": str(tmp_path), "environment": dict(os.environ)}
+    text = json.dumps(request).encode()
+    with WarmServer("json") as server, socket.socket(socket.AF_UNIX) as caller, open(os.devnull, "r+b") as null:
+        caller.settimeout(60)
+        caller.connect(str(server.socket))
+        socket.send_fds(caller, [b"%d\n" % len(text), text, bytes([signal.SIGTERM])], [null.fileno()] * 3)
+        assert caller.recv(64) == b"%d" % -signal.SIGTERM
+
+
+STARTER = """
+import subprocess, sys
+from pathlib import Path
+from tests.documents.warm import WarmServer
+
+subprocess.run(WarmServer("json").python(Path(sys.argv[1])))
+"""
+
+
+def test_nothing_outlives_what_started_the_warm_server(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    command = [sys.executable, "-c", STARTER, str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as starter:
+        assert starter.stdout is not None
+        task = psutil.Process(int(starter.stdout.readline()))
+        guard, server, above = task.parents()[:3]
+        assert above.pid == starter.pid
+        folder = Path(server.cmdline()[4]).parent
+        assert (folder / "bin" / "lumina").exists()
+        assert server.environ()["CUDA_VISIBLE_DEVICES"] == ""
+        left = [(one, os.pidfd_open(one.pid)) for one in (task, guard, server)]
+        starter.kill()
+        try:
+            for one, ended in left:
+                assert select.select([ended], [], [], 30)[0], f"still runs: {one}"
+        finally:
+            for one, ended in left:
+                os.close(ended)
+                if one.is_running():
+                    one.kill()
+    assert not folder.exists()
 
 
 def written(folder: Path, *lines: str) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.documents.blocks import ROOT
-from tests.documents.warm import WarmServer
+from tests.documents.warm import ON_THE_CPU, WarmServer
 
 COPIED = ("launchers", "ds_configs", "examples")  # commands may write beside these
 LINKED = ("benchmarks",)
@@ -85,13 +85,15 @@ def _run(folder: Path, warm: WarmServer, source: str) -> None:
 
 
 def environment(folder: Path, warm: WarmServer | None = None) -> dict[str, str]:
-    """This process's environment without what a test or a user's shell set for Lumina, the folder's commands first."""
+    """This process's environment without what a test or a user's shell set for Lumina, the folder's commands first, and
+    without GPUs: what documents run is made small for a CPU."""
     gone = ("LUMINA_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SLURM_", "PYTHONPATH", "DEEPSPEED_", "CUDA_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(gone)}
     bins = [*([warm.bin] if warm is not None else []), folder / ".venv" / "bin"]
     open_mpi = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # mpirun refuses root
     path = ":".join(map(str, bins))
-    return {"OMP_NUM_THREADS": "1", **kept, **open_mpi, "PATH": f"{path}:{kept.get('PATH', '')}", "TERM": "dumb"}
+    kept |= {"PATH": f"{path}:{kept.get('PATH', '')}", "TERM": "dumb"}
+    return {"OMP_NUM_THREADS": "1", **kept, **open_mpi, **ON_THE_CPU}
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:

@@ -3,6 +3,9 @@
 `Runs.train` forks every rank from a server that has imported torch and DeepSpeed already, which saves seconds of
 imports a start; each rank is an ordinary process that calls the command line. `Runs.close` leaves no process behind.
 The real launcher is started in tests/multinode.
+
+Where there is a GPU they run on the CPU all the same: a server that has asked CUDA for devices cannot be forked into
+processes that use them, and the runs compared have more ranks than a machine may have GPUs.
 """
 
 from __future__ import annotations
@@ -179,7 +182,8 @@ class Runs:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.runs.preload"])
         # By PYTHONPATH: Python before 3.12.3 ignores an import that fails in the server, and does not pass sys.path on.
-        with mock.patch.dict(os.environ, {**clean_environment(), "PYTHONPATH": str(ROOT)}, clear=True):
+        on_the_cpu = {"CUDA_VISIBLE_DEVICES": ""}  # in the ranks too, which have the server's environment
+        with mock.patch.dict(os.environ, {**clean_environment(), **on_the_cpu, "PYTHONPATH": str(ROOT)}, clear=True):
             forkserver.ensure_running()
 
     def start(

@@ -56,7 +56,7 @@ test: $(STAMP)
 test-long: $(STAMP) cluster-packages
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) $(FILES_AT_A_TIME) -m long $(PYTEST_ARGS)
 
-# Ends at the first block that fails, with the document and the line. `make test` runs all of them but docs/kernels.md.
+# Ends at the first block that fails, with the document and the line. `make test` runs them all too.
 test-documents: $(STAMP)
 	$(BIN)/python -m tests.documents $(DOCUMENTS)
 

@@ -22,8 +22,6 @@ from tests.documents.runs import BlockError, Runs, answers
 from tests.documents.warm import WarmServer
 from tests.documents.workplace import environment, make
 
-# Triton's compiler for a quarter of a minute; tests/kernels has the same table and the same launches.
-LONG = ("kernels.md",)
 WITH_COMMANDS = [document for document in documents() if blocks(document)]
 
 
@@ -41,10 +39,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory, warm: WarmServer) -> Iterat
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "document",
-    [pytest.param(each, id=each.name, marks=pytest.mark.long if each.name in LONG else []) for each in WITH_COMMANDS],
-)
+@pytest.mark.parametrize("document", WITH_COMMANDS, ids=lambda document: document.name)
 def test_the_blocks_of(document: Path, sample: Path, warm: WarmServer, place: Path) -> None:
     read = blocks(document)
     for address in {block.serves for block in read if block.serves}:

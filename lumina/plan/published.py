@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from lumina.config import ModelConfig, load
 from lumina.plan.costs.devices import Cluster, find_device
-from lumina.plan.costs.launches import BACKWARD, FORWARD, LaunchCost
+from lumina.plan.costs.launches import BACKWARD, FEED_FORWARD, FORWARD, LaunchCost
 from lumina.plan.costs.memory import CONTEXT, FRAGMENTATION
 from lumina.plan.costs.setup import Setup
 from lumina.plan.costs.speed import predict
@@ -210,9 +210,11 @@ Figures for offload to the host rest on assumptions that no run here has tested.
 
 ## Launches
 
-A step cannot be faster than the host queues it: {forward} launches a layer forward and {backward} backward, at the
-host time of one layer that `python benchmarks/host_time.py` measures without a card ({forward_us:.0f} and
-{backward_us:.0f} us on one core of an Intel Xeon; `--host-us F B` gives another host's). It is a floor: no wait of the
+A step cannot be faster than the host queues it: {forward} launches a layer forward and {backward} backward, of which
+{feed_forward[0]} and {feed_forward[1]} in the feed-forward, that tiles of tokens (`--mlp-tile-tokens`) make as often as
+there are tiles, and the {feed_forward[0]} once more; at the host time of one layer that
+`python benchmarks/host_time.py` measures without a card ({forward_us:.0f} and {backward_us:.0f} us on one core of an
+Intel Xeon; `--host-us F B` gives another host's). It is a floor: no wait of the
 host is in it, no hook of DeepSpeed's, and nothing that `--compile` saves. It moves none of the published runs above:
 their models and micro-batches are large. Small models at small micro-batches wait for the host: `debug` as it stands on
 one H100 is predicted at {share:.0%} of what the card alone would do.
@@ -274,6 +276,7 @@ def document() -> str:
         presets=presets_table(),
         forward=FORWARD,
         backward=BACKWARD,
+        feed_forward=FEED_FORWARD,
         forward_us=cost.forward * 1e6,
         backward_us=cost.backward * 1e6,
         share=rates[0].tokens_per_second / rates[1].tokens_per_second,

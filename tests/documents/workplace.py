@@ -87,7 +87,18 @@ def _run(folder: Path, warm: WarmServer, source: str) -> None:
 def environment(folder: Path, warm: WarmServer | None = None) -> dict[str, str]:
     """This process's environment without what a test or a user's shell set for Lumina, the folder's commands first, and
     without GPUs: what documents run is made small for a CPU."""
-    gone = ("LUMINA_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SLURM_", "PYTHONPATH", "DEEPSPEED_", "CUDA_")
+    gone = (
+        "LUMINA_",
+        "TRITON_",
+        "RANK",
+        "LOCAL_",
+        "WORLD_SIZE",
+        "MASTER_",
+        "SLURM_",
+        "PYTHONPATH",
+        "DEEPSPEED_",
+        "CUDA_",
+    )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(gone)}
     bins = [*([warm.bin] if warm is not None else []), folder / ".venv" / "bin"]
     open_mpi = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # mpirun refuses root

@@ -107,6 +107,7 @@ def step(model: Transformer, length: int) -> list[torch.Tensor]:
     return [loss.detach(), *(p.grad.to_dense() for p in model.parameters())]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("interpreted")
 def test_compiled_blocks_train_as_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)

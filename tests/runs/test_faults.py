@@ -498,7 +498,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("patch", "step", "world"),
     [
         pytest.param(_raise_in_evaluation, 5, 1, marks=pytest.mark.long),
-        (_raise_in_evaluation, 5, 2),
+        pytest.param(_raise_in_evaluation, 5, 2, marks=pytest.mark.long),
         (_raise_in_a_pass, 4, 1),
     ],
 )

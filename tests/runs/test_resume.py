@@ -69,7 +69,7 @@ def each_step_once(run: Path) -> bool:
         pytest.param(1, 3, "bf16", 1, marks=pytest.mark.long),
         pytest.param(2, 1, "fp32", 1, marks=pytest.mark.long),
         (2, 2, "bf16", 5),
-        (2, 3, "fp32", 1),
+        pytest.param(2, 3, "fp32", 1, marks=pytest.mark.long),
     ],
 )
 def test_killed_and_resumed(

@@ -75,7 +75,8 @@ MUTATIONS = (
     Mutation("loss divided by the groups", "train/step.py", "run.ranks.world / max(", "run.ranks.data_world / max(",
              RUN),
     Mutation("samples dealt out to ranks", "train/loop.py", "rank=run.ranks.data_rank", "rank=run.ranks.rank", RUN),
-    Mutation("whole rows in evaluation", "train/evaluate.py", "batch(share, ranks.part)", "batch(share)", RUN),
+    Mutation("whole rows in evaluation", "train/evaluate.py", "read_rows(dataset, share, ranks.part)",
+             "dataset.batch(share)", RUN),
     # --- tiles of tokens
     Mutation("tiles overlap by a token", _TILES, "min(start + tile, tokens)", "min(start + tile + 1, tokens)", TILES),
     Mutation("a tile's last token left out", _TILES, "min(start + tile, tokens)", "min(start + tile - 1, tokens)",

@@ -21,6 +21,8 @@ from lumina.commands.common import load_config
 from lumina.data import prepare
 from tests.runs import Runs, arguments, write_conversations
 
+pytestmark = pytest.mark.timeout(900)  # longer than the runs' own patience, which says where a rank hangs
+
 SETTINGS = "warmup_ratio: 0.0\n"
 
 

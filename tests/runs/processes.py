@@ -11,6 +11,7 @@ processes that use them, and the runs compared have more ranks than a machine ma
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -114,6 +115,7 @@ def _rank(argv: list[str], environment: dict[str, str], log: str, patch: Patch |
         descriptor = os.open(f"{log}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    faulthandler.enable()  # see Job.wait
     os.environ.update(environment)
     if patch is not None:
         patch(int(environment.get("RANK", 0)))
@@ -152,6 +154,9 @@ class Job:
             rank.join(max(0.0, deadline - time.monotonic()))
         hung = [number for number, rank in enumerate(self.ranks) if rank.is_alive()]
         if hung:
+            for number in hung:
+                self.signal(signal.SIGABRT, number)  # it says where each of its threads stands
+            time.sleep(1.0)
             self.kill()
         assert not hung, f"ranks {hung} still ran after {PATIENCE} s:\n{self.stderr()}"
         return [rank.exitcode for rank in self.ranks]

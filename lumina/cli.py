@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from lumina.commands import COMMANDS, Arguments, Command, Parser, exit_code_of
+from lumina.commands import COMMANDS, Arguments, Command, CommandLineError, Parser, exit_code_of, refuse
 from lumina.terminal import Formatter, escape_what_is_missing
 
 _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
@@ -35,9 +35,16 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Parse, or exit 2 with a did-you-mean for an unknown command or option."""
-    parser, each = build_parser()
     if argv and _LOCAL_RANK.fullmatch(argv[0]):  # `deepspeed --module lumina train …` puts it before all else
         argv = argv[1:]
+    try:
+        return _parse(argv)
+    except CommandLineError as error:
+        sys.exit(refuse(argv, error))
+
+
+def _parse(argv: Sequence[str]) -> Arguments:
+    parser, each = build_parser()
     if not argv:
         parser.print_help()
         sys.exit(0)
@@ -63,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         for stream in (sys.stdout, sys.stderr):
             escape_what_is_missing(stream)
-    arguments = parse(list(sys.argv[1:] if argv is None else argv))
-    arguments.own_process = argv is None
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    arguments = parse(list(sys.argv[1:] if argv is None else argv))
+    arguments.own_process = argv is None
     return exit_code_of(lambda: COMMANDS[arguments.command].run(arguments))
 
 

@@ -6,7 +6,8 @@ answer without loading torch.
 """
 
 from lumina.commands import checkpoints, cluster, data, infer, monitor, plan, tokenizer, train
-from lumina.commands.common import Arguments, Command, Parser, exit_code_of
+from lumina.commands.common import Arguments, Command, CommandLineError, Parser, exit_code_of
+from lumina.commands.refusing import refuse
 
 COMMANDS: dict[str, Command] = {
     **train.COMMANDS,
@@ -19,4 +20,4 @@ COMMANDS: dict[str, Command] = {
     **cluster.COMMANDS,
 }
 
-__all__ = ["COMMANDS", "Arguments", "Command", "Parser", "exit_code_of"]
+__all__ = ["COMMANDS", "Arguments", "Command", "CommandLineError", "Parser", "exit_code_of", "refuse"]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from lumina.terminal import json_line, printable, say
+from lumina.terminal import json_line, say
 
 if TYPE_CHECKING:
     from lumina.config import Config
@@ -22,14 +22,22 @@ if TYPE_CHECKING:
 Arguments = argparse.Namespace
 
 
+class CommandLineError(Exception):
+    """Words that a parser does not take, and whose help says what it takes."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message, remedy)
+        self.message, self.remedy = message, remedy
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations (`--max` would silently become `--max-steps`), and errors in one line."""
+    """argparse without abbreviations (`--max` would silently become `--max-steps`), and errors that are raised."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, printable(f"error: {message}\n  See: {self.prog} --help\n"))
+        raise CommandLineError(message, f"See: {self.prog} --help")
 
     def format_help(self) -> str:
         """The help text. `{FAMILIES}` in an option's becomes the names of that registry of lumina.config.registry,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from typing import TYPE_CHECKING
 
 from lumina.commands.checks import alone, before_training
 from lumina.commands.common import (
@@ -18,10 +17,8 @@ from lumina.commands.common import (
     exit_code_of,
     load_config,
 )
+from lumina.commands.refusing import refuse_rank
 from lumina.terminal import say
-
-if TYPE_CHECKING:
-    from lumina.config import UserError
 
 
 def train(arguments: Arguments) -> int:
@@ -37,7 +34,7 @@ def train(arguments: Arguments) -> int:
     except (UserError, OSError, FormatError, UnicodeError) as error:
         if alone():
             raise
-        return _refuse_rank(error if isinstance(error, UserError) else user_error(error))
+        return refuse_rank(error if isinstance(error, UserError) else user_error(error))
     from lumina.train import LostRankError, end_process, train_rank
 
     ends_here = arguments.own_process or not alone()
@@ -52,13 +49,6 @@ def train(arguments: Arguments) -> int:
         traceback.print_exc()
         code = 1
     return end_process(code) if ends_here else code
-
-
-def _refuse_rank(error: UserError) -> int:
-    """What only this rank may have met, such as a file that its node has not, ends all of them."""
-    from lumina.train import end_process, refuse_rank
-
-    return end_process(exit_code_of(lambda: refuse_rank(error)))
 
 
 def train_options(parser: Parser) -> None:

@@ -145,6 +145,24 @@ def test_what_one_rank_refuses_is_told_once_a_machine(runs: Runs, conversations:
     assert "missing.yaml" in job.stderr()
 
 
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ([["--batchsize", "3"]] * 2, "error: unknown option: --batchsize. Did you mean --batch-size?\n"),
+        pytest.param([[], ["--epochs", "x"]], "--epochs: invalid int value: 'x'\n", marks=pytest.mark.long),
+    ],
+    ids=["every rank", "rank 1"],
+)
+def test_a_command_line_that_ranks_refuse_is_told_once_a_machine(
+    own: list[list[str]], says: str, runs: Runs, conversations: Path, tmp_path: Path
+) -> None:
+    job = runs.start(arguments(tmp_path / "run", conversations, **QUICK), 2, _abort_at_teardown, own=own)
+    assert job.wait() == [2, 2], job.stderr()
+    assert told_by(job) == [0]
+    assert says in job.stderr()
+    assert "  See: lumina train --help\n" in job.stderr()
+
+
 def told_by(job: Job) -> list[int]:
     """The ranks that print a user's mistake, each once."""
     return [

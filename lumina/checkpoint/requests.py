@@ -4,9 +4,10 @@
     RUN/requests/answered/ID.taken  the job has taken it: its checkpoint will be, or was, begun
     RUN/requests/answered/ID.json   the reply
 
-Requests and replies are in separate folders, so that no name can stand for both. A request is handled once: the job
-remembers the identifiers that it took, and leaves a record of each that outlives it. That the request's own file can be
-removed is not relied on: a folder may be another account's, and NFS shows removed files for a while. Loads no torch.
+Requests and replies are in separate folders, so that no name can stand for both. A request is replied to once: the job
+remembers the identifiers that it took, and leaves a record of each that outlives it. One with a record and no reply was
+taken by a start that was killed, and the next one sees to it. That the request's own file can be removed is not relied
+on: a folder may be another account's, and NFS shows removed files for a while. Loads no torch.
 """
 
 from __future__ import annotations
@@ -104,10 +105,14 @@ class SaveRequests:
         self._handled: set[str] = set()
         self._open: set[str] = set()  # taken, and not replied to
         self._forget()
+        self._left = self._without_reply()
 
     def take(self) -> list[str]:
-        """Identifiers of the requests that were made since the last call and that no start of the run took before."""
-        found = []
+        """Identifiers of the requests that were made since the last call and that no start of the run took before; in
+        the first call also of those that an earlier start took and was killed before it had replied."""
+        found, self._left = self._left, []
+        self._handled.update(found)
+        self._open.update(found)
         with suppress(OSError):
             for path in sorted((self._run / _FOLDER / "asked").glob("*.json")):
                 if path.stem in self._handled:
@@ -144,6 +149,12 @@ class SaveRequests:
         except OSError:  # a disk that is full or read-only: this start remembers by itself
             pass
         return True
+
+    def _without_reply(self) -> list[str]:
+        with suppress(OSError):
+            records = (self._run / _FOLDER / "answered").glob("*.taken")
+            return sorted(path.stem for path in records if not _replied(self._run, path.stem).exists())
+        return []
 
     def _forget(self) -> None:
         """Remove the replies and records that nobody will fetch. A record stays as long as its request does."""

@@ -66,8 +66,30 @@ def test_a_request_that_cannot_be_removed_is_handled_once(tmp_path: Path) -> Non
     with mock.patch.object(Path, "unlink", side_effect=PermissionError):
         assert job.take() == ["0a"]
         assert job.take() == []
+        job.reply("0a", WRITTEN)
         assert SaveRequests(tmp_path).take() == [], "the next start of the run takes the same request again"
     assert asked.exists()
+
+
+def test_a_request_that_a_killed_start_had_taken_is_the_next_ones(tmp_path: Path) -> None:
+    """Its asker waits as long as the run is trained, and the request's own file is gone."""
+    first = RunLock(tmp_path, "job", 8)
+    begun: list[str] = []
+
+    def take_and_restart() -> None:
+        begun.extend(SaveRequests(tmp_path).take())
+        first.release()  # killed; its launcher starts it again
+        RunLock(tmp_path, "job", 8)
+        job = SaveRequests(tmp_path)
+        for request in job.take():
+            job.reply(request, WRITTEN)
+        assert job.take() == []
+
+    thread = when_asked(tmp_path, take_and_restart)
+    assert request_save(tmp_path, timeout=20) == WRITTEN
+    thread.join()
+    assert len(begun) == 1
+    assert not list((tmp_path / "requests").rglob("*.*"))
 
 
 def test_a_disk_that_takes_no_record_still_means_once_a_start(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lumina.files import read_text, write_text
 from lumina.monitor.tracking import GROUPS, RunInfo
 
@@ -28,15 +30,23 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 class Wandb:
+    def __init__(self) -> None:
+        self._run: Any = None
+        self._given = False  # the run is one that this process had before
+        self._others: set[int] | None = None  # wandb's processes that were here before; None until it is opened
+
     def open(self, run: RunInfo) -> Mapping[str, int]:
         import wandb
 
+        self._others = {process.pid for process in _services()}
+        before = wandb.run
         remembered = run.folder / "wandb-run"
         given = os.environ.get("WANDB_RUN_ID")  # the user's job looks for the run under it
         again = run.step > 0 and (given is not None or remembered.exists())
         run_id = given or (read_text(remembered).strip() if again else secrets.token_hex(4))
         write_text(remembered, run_id)
         self._run = self._start(wandb, run, run_id)
+        self._given = self._run is before
         for group in GROUPS.values():
             self._run.define_metric(f"{group}/step", hidden=True)
             self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
@@ -87,16 +97,33 @@ class Wandb:
         return False  # a history only ever grows
 
     def close(self) -> None:
-        self._run.finish()
+        if not self._given:
+            self._run.finish()
 
     def abandon(self) -> None:
-        """End wandb's own process: Python would wait for it, and it for the network. Its file stays in RUN/wandb."""
-        import psutil
+        """End wandb's own process: Python would wait for it, and it for the network. Its file stays in RUN/wandb. It
+        goes on where it serves other runs of this process too, such as a notebook's."""
+        import wandb
 
-        for child in psutil.Process().children(recursive=True):
+        if self._others is None or self._given or wandb.setup().most_recent_active_run not in (None, self._run):
+            return
+        ended = [process for process in _services() if process.pid not in self._others]
+        for process in ended:
             with suppress(psutil.Error):
-                if child.name().startswith("wandb-core"):
-                    child.kill()
+                process.kill()
+        if ended:
+            with suppress(Exception, SystemExit):  # it reports the end that it was given
+                wandb.teardown()  # else the next run of this process would look for that one
+
+
+def _services() -> list[psutil.Process]:
+    """The processes that wandb has started from this one, and what those have started."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if child.name().startswith("wandb-") and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
 
 
 def _raise(last: dict[str, int], row: Mapping[str, Any]) -> None:

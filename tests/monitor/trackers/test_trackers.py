@@ -48,18 +48,68 @@ if killed:
 trackers.close()
 metrics.close()
 """
+# A process with a run of its own beside Lumina's, or none, in which Lumina's is abandoned. It then uses wandb further.
+NOTEBOOK = """
+import sys
+from pathlib import Path
+import psutil, wandb
+from lumina.monitor.tracking import RunInfo
+from lumina.monitor.trackers.wandb import Wandb
+
+def served():
+    return {one.pid for one in psutil.Process().children(True)
+            if one.name().startswith("wandb-") and one.status() != psutil.STATUS_ZOMBIE}
+
+folder, own, tracker = Path(sys.argv[1]), sys.argv[2], Wandb()
+mine = wandb.init(dir=folder, project="p", id="mine") if own == "before" else None
+tracker.open(RunInfo(folder, "tested", {}, 0))
+if own == "after":
+    mine = wandb.init(dir=folder, project="p", id="mine", reinit="create_new")
+began = served()
+assert began
+tracker.abandon()
+if own == "none":
+    psutil.wait_procs([psutil.Process(pid) for pid in began if psutil.pid_exists(pid)], 5)
+    assert not served() & began, served()
+    mine = wandb.init(dir=folder, project="p", id="mine")
+else:
+    assert served() >= began
+    tracker.close()
+mine.log({"a": 1})
+mine.finish()
+"""
 NAMES = ("wandb", "tensorboard", "mlflow")
 CURVES = {("train", "loss"), ("train", "lr"), ("train", "seconds/data"), ("eval", "loss"), ("eval", "ppl")}
 Points = dict[tuple[str, str], list[tuple[int, float]]]
 
 
+@pytest.mark.parametrize("own", ["before", *(pytest.param(one, marks=pytest.mark.long) for one in ("none", "after"))])
+def test_wandb_goes_on_for_the_runs_of_a_notebook(own: str, tmp_path: Path) -> None:
+    """Only a service that is the abandoned run's alone is ended, and the next run has another."""
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK, str(tmp_path), own],
+        env={**without_trackers(), "WANDB_MODE": "offline"}, capture_output=True, text=True, timeout=100, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    from lumina.monitor.trackers.wandb import offline_rows
+
+    assert [row["a"] for row in offline_rows(tmp_path, "mine") if "a" in row] == [1]
+
+
+def without_trackers() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
+
+
 def start(
     folder: Path, begin: int, end: int, killed: int = 0, names: tuple[str, ...] = NAMES, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_"))}
     argv = [sys.executable, "-c", START, str(folder), str(begin), str(end), str(killed), ",".join(names)]
     return subprocess.run(
-        argv, env={**kept, "WANDB_MODE": "offline", **changes}, capture_output=True, text=True, check=False
+        argv,
+        env={**without_trackers(), "WANDB_MODE": "offline", **changes},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

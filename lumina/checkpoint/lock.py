@@ -51,12 +51,17 @@ class RunLock:
         self._heartbeat = folder / f".owner-{self.token}"
         self._released = threading.Event()
         owner = {**this_process(), "since": time.time()}
+        made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._heartbeat.touch()
             before = f".owner-{_read(self._path).get('token')}"
             write_json(self._path, {"token": self.token, "job": launch, "global_batch_size": global_batch, **owner})
         except OSError as error:
+            with suppress(OSError):  # a start that did not begin leaves nothing
+                self._heartbeat.unlink(missing_ok=True)
+                if made:
+                    folder.rmdir()
             raise UserError(
                 f"the run's folder {folder} cannot be written: {error.strerror or error}",
                 "Choose another --output-dir.",

@@ -145,6 +145,17 @@ def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> No
 # --- Whether the start before lives ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_start_that_a_full_disk_refuses_leaves_nothing(there: bool, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    if there:
+        run.mkdir()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch("os.replace", side_effect=full), pytest.raises(UserError, match="No space left on device"):
+        RunLock(run, None, 8)
+    assert list(tmp_path.rglob("*")) == ([run] if there else [])
+
+
 def test_on_one_machine_a_process_is_looked_for(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = holder(run, "job")

@@ -7,6 +7,7 @@ which learns that it cannot tell. This imports nothing of the package, so that e
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,6 +27,16 @@ def is_there(process: Mapping[str, Any]) -> bool | None:
     if process.get("machine") != machine():
         return None
     return process.get("started") is not None and _start(process.get("pid")) == process["started"]
+
+
+def how_it_ended(exit_code: int) -> str:
+    """An exit code as subprocess gives it, for people: `exit code 9`, or `SIGSEGV`."""
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"
 
 
 def machine() -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 from lumina.config import Config, UserError, usable_cpus
 from lumina.monitor import read_metrics
+from lumina.processes import how_it_ended
 
 WARM_UP = 5
 COUNTED = 20
@@ -82,7 +83,7 @@ def _timed(config: Config, processes: int, name: str, steps: int) -> tuple[list[
     metrics = folder / name / "metrics.jsonl"
     if done.returncode or not metrics.is_file():
         tail = "\n    ".join(done.stdout.strip().splitlines()[-5:])
-        raise UserError(f"the measured run failed with exit code {done.returncode}:\n    {tail}")
+        raise UserError(f"the measured run failed ({how_it_ended(done.returncode)}):\n    {tail}")
     resolved = (folder / name / "config.yaml").read_text(encoding="utf-8")
     return counted(read_metrics(metrics)), _global_batch(resolved)
 

@@ -34,6 +34,7 @@ from lumina.chat.hf.jinja import RefusalError
 from lumina.chat.hf.tokenizer import HFTokenizer, TokenizedSample
 from lumina.chat.protocol import BLOCK_SECONDS, MessageSpan, RenderedBlock
 from lumina.config import UserError
+from lumina.processes import how_it_ended
 
 STEP_SECONDS = 20.0  # of a processor, for a step, and for reading the files
 STEP_BYTES = 4 << 30  # of address space; the largest vocabularies take a third of it
@@ -45,13 +46,16 @@ _END = 2.0  # seconds for the other process to end
 IDLE_SECONDS = 120.0  # without a step after which the process ends; the next step begins another
 _OPENED = 4  # tokenizers that are kept; one more costs reading its files again
 _NO_MEMORY = 3  # exit code
+# What ends it where a step takes too much: its timer; a library that is refused memory; the kernel that has none left.
+_OUT_OF_BOUNDS = frozenset((signal.SIGPROF, signal.SIGABRT, signal.SIGKILL))
+_CRASHES = frozenset((signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE))
 
 
 _T = TypeVar("_T")
 
 
 class OutOfBoundsError(UserError):
-    """A step that took more time or memory than it may."""
+    """A step without a result: it took more time or memory than it may, or its process was ended."""
 
 
 class ClosedError(RuntimeError):
@@ -105,6 +109,9 @@ class _Process:
             )
         if code >= 0 and code != _NO_MEMORY:
             raise RuntimeError(f"the process of {folder}'s tokenizer ended with exit code {code}")
+        if code < 0 and -code not in _OUT_OF_BOUNDS:
+            how = how_it_ended(code)
+            raise OutOfBoundsError(f"{folder}: the process of its tokenizer was ended by {how}", _remedy(-code))
         most_bytes = self._most_bytes * (_BLOCK_TIMES if step in _BLOCK_STEPS else 1)
         took_time = code == -signal.SIGPROF
         what = f"more than {allowed:g} s" if took_time else f"more than {most_bytes >> 20} MiB of memory"
@@ -169,6 +176,12 @@ class _Process:
                 },
             )
         self._running, self._owner = (child, here), os.getpid()
+
+
+def _remedy(number: int) -> str:
+    if number in _CRASHES:
+        return "Its files make the library that reads them crash: do not use this model."
+    return "Another program did that: try it again."
 
 
 def _patience(seconds: float, step_seconds: float) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.cluster.signals import EXIT_HUNG
+from lumina.processes import how_it_ended
 
 # What the other ranks of a collective report when one of them is gone: an effect, never the cause.
 _EFFECT = re.compile(
@@ -44,14 +45,10 @@ class Failure:
         if self.out_of_memory:
             return "killed by the kernel for want of memory (SIGKILL after an out-of-memory event on this host)"
         if self.exitcode < 0:
-            try:
-                name = signal.Signals(-self.exitcode).name
-            except ValueError:
-                name = f"signal {-self.exitcode}"
-            return f"ended by {name}" + (f": {self.message}" if self.message else "")
+            return f"ended by {how_it_ended(self.exitcode)}" + (f": {self.message}" if self.message else "")
         if self.exitcode == EXIT_HUNG and not self.message:
             return "hung: its watchdog ended it"
-        return self.message or f"exit code {self.exitcode}"
+        return self.message or how_it_ended(self.exitcode)
 
     def line(self) -> str:
         return f"rank {self.rank} on {self.host} (local rank {self.local_rank}, pid {self.pid}): {self.cause()}"

@@ -29,6 +29,7 @@ from lumina.cluster.hostfile import Host
 from lumina.cluster.signals import EXIT_HUNG, EXIT_STOPPED, EXITS_UNSAVED, STOP_SIGNALS
 from lumina.cluster.topology import rank_map
 from lumina.cluster.transport import Spec, launcher_environment, with_spec
+from lumina.processes import how_it_ended
 
 _POLL = 0.1
 _HEARTBEAT_READ = 1.0  # seconds between looks at the heartbeats: one store operation for each node
@@ -226,7 +227,7 @@ class Supervisor:
         elif code == USER_ERROR:
             self._end(USER_ERROR)
         else:
-            self._drop(node, f"its command ended with exit code {code}")
+            self._drop(node, f"its command ended ({how_it_ended(code)})")
 
     # --- Decisions ---
 

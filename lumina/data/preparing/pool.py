@@ -18,11 +18,17 @@ import orjson
 
 from lumina.chat import BLOCK_SECONDS, ChatTokenizer
 from lumina.config import UserError, usable_cpus
-from lumina.data.preparing.worker import Task, run_task
+from lumina.data.preparing.worker import Task, refusal, run_task
+from lumina.processes import how_it_ended
 
 # A worker takes about half a second of a core to start, in which a core prepares some 25 MB: with less than this for
 # each of them, fewer are faster. Measured on a 16 MB file: 0.75 s of processor time here, 1.7 s in two workers.
 BYTES_PER_WORKER = 24 << 20
+
+# Bytes of memory that a worker may take: as an imported tokenizer's own process for a block of conversations
+# (lumina.chat), but no more than the machine has, where that suffices.
+_MOST_BYTES, _LEAST_BYTES = 16 << 30, 4 << 30
+_NO_MEMORY = (-signal.SIGKILL, -signal.SIGABRT)  # of the kernel, and of a library that is refused some
 
 Report = dict[str, Any]
 Done = Callable[[int, Report], None]
@@ -31,6 +37,11 @@ Done = Callable[[int, Report], None]
 def usable_cores() -> int:
     """Cores this process may run on (a batch system may have given it fewer than the machine has)."""
     return len(usable_cpus())
+
+
+def worker_bytes() -> int:
+    """The bound of a worker's memory on this machine."""
+    return min(_MOST_BYTES, max(_LEAST_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
 
 
 def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: ChatTokenizer, done: Done) -> None:
@@ -49,16 +60,16 @@ def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: ChatTo
     waiting: queue.SimpleQueue[tuple[int, Task]] = queue.SimpleQueue()
     for item in tasks:
         waiting.put(item)
-    finished: queue.SimpleQueue[tuple[int, Task, Report]] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[tuple[int, Report]] = queue.SimpleQueue()
     processes = [_start(tokenizer) for _ in range(count)]
     threads = [threading.Thread(target=_feed, args=(p, waiting, finished), daemon=True) for p in processes]
     for thread in threads:
         thread.start()
     try:
         for _ in tasks:
-            number, task, report = finished.get()
+            number, report = finished.get()
             if "error" in report:
-                raise UserError(f"cannot prepare {task.path}: {report['error']}")
+                raise UserError(report["error"], report["remedy"])
             done(number, report)
     except BaseException:
         for process in processes:
@@ -86,7 +97,7 @@ def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: ChatTokenizer, done:
             try:
                 report = run_task(tokenizer, task)
             except OSError as error:
-                raise UserError(f"cannot prepare {task.path}: {error.strerror or error}") from error
+                raise refusal(task, error) from error
             done(number, report)
     finally:
         if collecting:
@@ -99,7 +110,7 @@ def _start(tokenizer: ChatTokenizer) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(dict.fromkeys([root, *filter(None, sys.path)]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    which = [str(tokenizer.folder or ""), tokenizer.chat_template or "", str(BLOCK_SECONDS)]
+    which = [str(tokenizer.folder or ""), tokenizer.chat_template or "", str(BLOCK_SECONDS), str(worker_bytes())]
     command = [sys.executable, "-m", "lumina.data.preparing.worker", *which]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
@@ -107,7 +118,7 @@ def _start(tokenizer: ChatTokenizer) -> subprocess.Popen[bytes]:
 def _feed(
     process: subprocess.Popen[bytes],
     waiting: queue.SimpleQueue[tuple[int, Task]],
-    finished: queue.SimpleQueue[tuple[int, Task, Report]],
+    finished: queue.SimpleQueue[tuple[int, Report]],
 ) -> None:
     """Feeds one worker, a task in, a report out, until nothing waits. A dead worker reports an error for its task."""
     assert process.stdin is not None
@@ -125,9 +136,9 @@ def _feed(
             answer = b""
         if not answer:
             code = process.wait()
-            why = f"a worker process died (exit code {code}); out of memory?"
+            why = f"a worker process died ({how_it_ended(code)})" + ("; out of memory?" if code in _NO_MEMORY else "")
             if code == -signal.SIGPROF:
                 why = f"the model's tokenizer or chat template takes more than {BLOCK_SECONDS:g} s for a part of it"
-            finished.put((number, task, {"error": why}))
+            finished.put((number, {"error": f"cannot prepare {task.path}: {why}", "remedy": None}))
             return
-        finished.put((number, task, orjson.loads(answer)))
+        finished.put((number, orjson.loads(answer)))

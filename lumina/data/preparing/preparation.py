@@ -158,7 +158,9 @@ def make_root(config: PrepareSettings, files: Sequence[Path]) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the cache folder {root}: {error.strerror}", "Set cache_dir.") from error
+        raise UserError(
+            f"cannot make the cache folder {root}: {error.strerror}", "Choose another --cache-dir."
+        ) from error
     return root
 
 

@@ -8,8 +8,10 @@ threads is not safe, and `multiprocessing`'s spawn would run the user's main scr
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ import orjson
 from numpy.typing import NDArray
 
 from lumina.chat import ChatTokenizer, Conversation, RenderedBlock, open_tokenizer
-from lumina.config import UserError
+from lumina.config import UserError, user_error
 from lumina.data.account import Account, add_counts
 from lumina.data.cache.shards import ChunkWriter
 from lumina.data.converting.columns import renamed
@@ -174,6 +176,31 @@ def run_task(tokenizer: ChatTokenizer, task: Task, seconds: float = 0.0) -> dict
     return {"account": account.to_dict(), "rows": writer.rows, "lines": account.last_line}
 
 
+def refusal(task: Task, error: OSError | UserError | MemoryError, most_bytes: int = 0) -> UserError:
+    """What kept a task from being done, as it is told: with the folder that was written to, where that is full."""
+    if isinstance(error, UserError):
+        told = error
+    elif isinstance(error, OSError):
+        told = user_error(error)
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            told = UserError(f"{Path(task.out).parent}: {os.strerror(error.errno)}", told.remedy)
+        elif error.filename in (None, task.path):
+            told = UserError(error.strerror or str(error), told.remedy)
+    else:
+        told = UserError(
+            f"a part of it takes more than {most_bytes / 2**30:.3g} GiB of memory",
+            "A record of it is too large: leave it out, or cut it into several.",
+        )
+    return UserError(f"cannot prepare {task.path}: {told.message}", told.remedy)
+
+
+def bound_memory(most_bytes: int) -> None:
+    """Bytes of memory that this process may take, files that it maps not counted, and not more than whoever started it
+    has allowed it. A record is at most 64 MiB of text, of which a format or a template can make any number."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most_bytes if hard < 0 else min(most_bytes, hard), hard))
+
+
 def die_with_parent() -> None:
     """Asks Linux to kill this process when its parent dies; elsewhere the end of stdin has to do."""
     if not sys.platform.startswith("linux"):
@@ -188,19 +215,20 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not break the protocol
     gc.disable()  # nothing here makes cycles, and collections over a block's messages took a sixth of the time
-    folder, chat_template, block_seconds = sys.argv[1:]
+    folder, chat_template, block_seconds, most_bytes = sys.argv[1:]
+    bound_memory(int(most_bytes))
     tokenizer = open_tokenizer(folder or None, chat_template or None, tried=True)
     tokenizer.warm_up()  # while the parent is still planning
     # A model's own tokenizer and template are programs, which may not end: the kernel ends this process with them.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     seconds = float(block_seconds) if folder else 0.0
     for line in sys.stdin.buffer:
+        task = Task(**orjson.loads(line))
         try:
-            report = run_task(tokenizer, Task(**orjson.loads(line)), seconds)
-        except OSError as error:
-            report = {"error": f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")}
-        except UserError as error:
-            report = {"error": str(error)}
+            report = run_task(tokenizer, task, seconds)
+        except (OSError, UserError, MemoryError) as error:
+            told = refusal(task, error, int(most_bytes))
+            report = {"error": told.message, "remedy": told.remedy}
         out.write(orjson.dumps(report) + b"\n")
         out.flush()
 

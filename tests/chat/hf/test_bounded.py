@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from lumina.chat import Conversation, Message, bounded_call
-from lumina.chat.hf.bounded import BoundedTokenizer
+from lumina.chat.hf.bounded import BoundedTokenizer, OutOfBoundsError
 from lumina.config import UserError
-from tests.chat.hf.steps import stop_here
+from tests.chat.hf.steps import end_here, stop_here
 from tests.small_tokenizer import CHATML, write_tokenizer
 
 MEMORY = "'x' * (80000000 * (messages[0]['content'] | length))"
@@ -45,6 +45,21 @@ def test_a_process_that_was_stopped_is_no_fault_of_the_models(tmp_path: Path, mo
     os.kill(stopped[0], signal.SIGCONT)
     step.join()
     assert made == [tmp_path.name]
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (signal.SIGSEGV, "ended by SIGSEGV\n  Its files make the library that reads them crash"),
+        (signal.SIGTERM, "ended by SIGTERM\n  Another program did that"),
+        (signal.SIGKILL, "takes more than 4096 MiB of memory"),
+    ],
+)
+def test_a_process_that_was_ended_is_told_as_it_was(number: signal.Signals, says: str, tmp_path: Path) -> None:
+    """Only SIGKILL, which a kernel without memory sends, and the step's own bound are memory."""
+    with pytest.raises(OutOfBoundsError) as raised:
+        bounded_call(end_here, tmp_path, int(number))
+    assert says in str(raised.value)
 
 
 @pytest.mark.long  # 400 MB of memory, several times

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import re
 import shutil
 import tempfile
 import time
@@ -20,7 +22,7 @@ from lumina.config import UserError
 from lumina.data import PackedDataset, prepare
 from lumina.data.account import DROPPED_UNSUPERVISED, Account
 from lumina.data.preparing import preparation
-from lumina.data.preparing.worker import ConversationBlock, rendered
+from lumina.data.preparing.worker import ConversationBlock, Task, refusal, rendered
 from tests.data.helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 
 words = st.text(st.sampled_from("ab é漢\n"), min_size=1, max_size=120).filter(lambda text: not text.isspace())
@@ -375,14 +377,24 @@ def test_time_in_which_a_worker_does_not_run_is_none_of_a_blocks() -> None:
     assert rendered(tokenizer, block, Account(), seconds=1.0)[1] == [7]
 
 
-def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        ("sys.exit(9)", "died (exit code 9)"),
+        ("os.kill(os.getpid(), 11)", "died (SIGSEGV)"),
+        ("os.kill(os.getpid(), 9)", "died (SIGKILL); out of memory?"),
+    ],
+)
+def test_a_dead_worker_is_an_error_not_a_hang(
+    end: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import subprocess
     import sys
 
     from lumina.data.preparing import pool
 
     def stillborn(_: object) -> subprocess.Popen[bytes]:
-        code = "import sys; sys.stdin.readline(); sys.exit(9)"
+        code = f"import os, sys; sys.stdin.readline(); {end}"
         return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     monkeypatch.setattr(pool, "_start", stillborn)
@@ -390,5 +402,43 @@ def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("lumina.data.preparing.preparation.MAX_TASK_BYTES", 100)
     monkeypatch.setattr(pool, "BYTES_PER_WORKER", 1)
     path = write_jsonl(tmp_path / "in.jsonl", [chat("question", f"answer {i}") for i in range(20)])
-    with pytest.raises(UserError, match=r"worker process died \(exit code 9\)"):
+    with pytest.raises(UserError, match=re.escape(says) + "$"):
         prepare([path], Settings(), TOKENIZER, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device"),
+            "cannot prepare in.jsonl: cache/f.partial: No space left on device\n  Free some space",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "in.jsonl"),
+            "cannot prepare in.jsonl: Permission denied\n  Change its permissions",
+        ),
+        (UserError("wrong", "do this"), "cannot prepare in.jsonl: wrong\n  do this"),
+        (MemoryError(), "cannot prepare in.jsonl: a part of it takes more than 4 GiB of memory\n  A record of it"),
+    ],
+)
+def test_what_keeps_a_task_from_being_done_is_told_with_its_remedy(
+    error: OSError | UserError | MemoryError, says: str
+) -> None:
+    task = Task("chunks", "in.jsonl", ("jsonl", "", True, ""), 0, 1, "cache/f.partial/pieces-00000.arrow", 8, "split")
+    assert str(refusal(task, error, 4 << 30)).startswith(says)
+
+
+@pytest.mark.long  # a record of 48 MB
+def test_a_record_that_would_take_more_memory_than_a_worker_has_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted like any other, and the records beside it are prepared."""
+    monkeypatch.setattr("lumina.data.preparing.pool.worker_bytes", lambda: 400 << 20)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MIN_TASK_BYTES", 1 << 20)
+    monkeypatch.setattr("lumina.data.preparing.preparation.MAX_TASK_BYTES", 1 << 20)
+    monkeypatch.setattr("lumina.data.preparing.pool.BYTES_PER_WORKER", 1)
+    small = [chat("question", f"answer {i} " * 100) for i in range(1000)]
+    path = write_jsonl(tmp_path / "in.jsonl", [*small, chat("question", "w\u00f6rter und mehr " * 3_000_000)])
+    account = prepare([path], Settings(), TOKENIZER, workers=2).account
+    assert (account["conversations"], account["bad_lines"]) == (1000, 1)
+    assert "Not enough memory" in account["faults"]["broken JSON"]["example"]

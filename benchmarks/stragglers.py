@@ -55,10 +55,10 @@ def worker(arguments: argparse.Namespace) -> None:
         def heartbeats() -> None:  # of one step: its micro-batch, its update, and the times that it took
             dog.heartbeat("step 1, micro-batch 1")
             dog.heartbeat("step 1, update")
-            stragglers.add(0.1, 0.1)
+            stragglers.add(0.1, 0.1, 1e12)
 
         def compare() -> None:
-            stragglers.add(0.1, 0.1)
+            stragglers.add(0.1, 0.1, 1e12)
             assert stragglers.compare(interval) is not None
 
         for number in range(arguments.steps + 3):

@@ -25,6 +25,7 @@ from lumina.train.deepspeed import LayerStats, scale_exhausted
 from lumina.train.deferred import StepTaken, UpdateNumbers
 from lumina.train.outcomes import Fail, HalveMicroBatch, Outcome, Rewind, Stop, StopKind
 from lumina.train.outputs.outputs import StepFigures
+from lumina.train.outputs.throughput import step_flops
 
 # --- A step ---------------------------------------------------------------------------------------
 
@@ -214,7 +215,8 @@ def _record(
     known = bool(taken.data.supervised_tokens)
     loss = sums.loss if known else math.nan
     of_objective = {name: mean if known else math.nan for name, mean in zip(engine.figures, means, strict=True)}
-    run.stragglers.add(split["forward"] + split["backward"], split["communication"] + split["optimizer"])
+    computing, waiting = split["forward"] + split["backward"], split["communication"] + split["optimizer"]
+    run.stragglers.add(computing, waiting, step_flops(run.config, taken.data.micro_batches))
     anomaly = run.state.spikes.classify(loss, norm) if taken.data.supervised_tokens else None
     loss_scale, samples = update_numbers.scale if engine.fp16 else None, samples_id(*sums.samples)
     figures = StepFigures(

@@ -31,7 +31,7 @@ from torch import Tensor
 @dataclass(eq=False)
 class SequenceGroup:
     """The ranks that share a row's tokens. index: this rank's place among them, and its part's in the row; size: how
-    many they are; group: their process group; communicating: made around each exchange, for a clock."""
+    many they are; group: their process group; communicating: made around each collective, for a clock."""
 
     index: int
     size: int
@@ -45,7 +45,8 @@ class SequenceGroup:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the group's ranks, in place; not for autograd."""
-        dist.all_reduce(values, group=self.group)
+        with self.communicating():
+            dist.all_reduce(values, group=self.group)
         return values
 
     def attend(

@@ -4,6 +4,10 @@ Under synchronous training the slowest rank sets the pace of all, and the others
 step's wall time says nothing; what each rank spends before it meets the others does: its own computing (forward and
 backward), and a probe, a fixed piece of arithmetic without any communication. The probe also works under ZeRO-3, whose
 forward pass is itself full of collectives. Both are gathered every few steps: one gather of a few numbers a rank.
+
+Ranks have different work where they share rows: the output layer is computed at supervised tokens only, and these are
+all in the last part of a row that ends with its answer. So a rank is slow in computing only if it is that for its work
+too.
 """
 
 from __future__ import annotations
@@ -24,21 +28,25 @@ _REPEATS = 3
 
 @dataclass
 class Comparison:
-    """Seconds per step and rank: computing, waiting (update and collectives), and one probe; where each rank runs."""
+    """Seconds per step and rank: computing, waiting (update and collectives), and one probe; where each rank runs, and
+    its FLOPs per step."""
 
     hosts: list[str]
     compute: list[float]
     wait: list[float]
     probe: list[float]
+    flops: list[float]
     factor: float
 
     def slow(self) -> list[str]:
-        """A line for every rank whose computing or probe takes more than `factor` times the median."""
+        """A line for every rank whose computing, also for its FLOPs, or whose probe takes more than `factor` times the
+        median."""
         lines = []
-        for name, values in (("compute", self.compute), ("probe", self.probe)):
-            median = sorted(values)[(len(values) - 1) // 2]  # the lower one: of two ranks, the faster
+        per_flop = [value / max(1.0, flops) for value, flops in zip(self.compute, self.flops, strict=True)]
+        for name, values, others in (("compute", self.compute, per_flop), ("probe", self.probe, self.probe)):
+            median, most = _median(values), self.factor * _median(others)
             for rank, value in enumerate(values):
-                if value > self.factor * median > 0:
+                if value > self.factor * median > 0 and others[rank] > most:
                     lines.append(
                         f"rank {rank} on {self.hosts[rank]} is a straggler: {name} takes {value * 1e3:.1f} ms, "
                         f"{value / median:.1f} times the median"
@@ -51,8 +59,13 @@ class Comparison:
             "compute": [round(value, 6) for value in self.compute],
             "wait": [round(value, 6) for value in self.wait],
             "probe": [round(value, 6) for value in self.probe],
+            "flops": [round(value) for value in self.flops],
             "slow": self.slow(),
         }
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[(len(values) - 1) // 2]  # the lower one: of two ranks, the faster
 
 
 class Stragglers:
@@ -61,15 +74,16 @@ class Stragglers:
     def __init__(self, ranks: Ranks, interval: int, factor: float) -> None:
         self._interval = interval if ranks.world > 1 else 0
         self._factor = factor
-        self._compute = self._wait = 0.0
+        self._compute = self._wait = self._flops = 0.0
         self._steps = 0
         self._hosts: list[str] = []
         self._world = ranks.world
 
-    def add(self, compute: float, wait: float) -> None:
-        """One step's seconds."""
+    def add(self, compute: float, wait: float, flops: float) -> None:
+        """One step's seconds, and the FLOPs of what this rank computed in it."""
         self._compute += compute
         self._wait += wait
+        self._flops += flops
         self._steps += 1
 
     def due(self, step: int) -> bool:
@@ -85,13 +99,14 @@ class Stragglers:
             dist.all_gather_object(hosts, socket.gethostname())
             self._hosts = hosts
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        own = torch.tensor([self._compute / self._steps, self._wait / self._steps, probe(device)], device=device)
+        per_step = [total / self._steps for total in (self._compute, self._wait, self._flops)]
+        own = torch.tensor([*per_step, probe(device)], device=device)
         every = [torch.empty_like(own) for _ in range(self._world)]
         dist.all_gather(every, own)
-        self._compute = self._wait = 0.0
+        self._compute = self._wait = self._flops = 0.0
         self._steps = 0
-        compute, wait, times = torch.stack(every).T.tolist()
-        return Comparison(self._hosts, compute, wait, times, self._factor)
+        compute, wait, flops, times = torch.stack(every).T.tolist()
+        return Comparison(self._hosts, compute, wait, times, flops, self._factor)
 
 
 def probe(device: str) -> float:

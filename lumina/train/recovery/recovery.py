@@ -285,6 +285,7 @@ class Recovery:
 def _no_smaller() -> UserError:
     return UserError(
         "out of memory with a micro-batch of one sample",
-        "Set gradient_checkpointing, a smaller seq_length, or a DeepSpeed configuration that offloads "
+        "Set gradient_checkpointing and mlp_tile_tokens, share rows between ranks by sequence_parallel_size "
+        "(docs/long-context.md), or set a smaller seq_length, or a DeepSpeed configuration that offloads "
         "(ds_configs/zero3_offload.json).",
     )

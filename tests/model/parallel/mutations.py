@@ -24,6 +24,7 @@ FILES = ("pyproject.toml", "setup.py")
 
 MODEL = "tests/model/parallel/test_sequence.py"
 LOADER = "tests/data/loading/test_loader.py"
+TENSORS = "tests/data/loading/test_tensors.py"
 TILES = "tests/model/memory/test_tiles.py"
 OFFLOAD = "tests/model/memory/test_offload.py"
 RUN = "tests/runs/test_sequence.py::test_two_ranks_that_share_rows"
@@ -59,11 +60,11 @@ MUTATIONS = (
     Mutation("scale, window and cap ignored", "model/attention.py", ", scoring=scoring), q_BSHd", "), q_BSHd"),
     # --- the parts of a row
     Mutation("positions from the part's beginning", _ROWS, "ranges(first_D, first_D + lengths_D)",
-             "ranges(0 * first_D, lengths_D)"),
+             "ranges(0 * first_D, lengths_D)", TENSORS),
     Mutation("targets of the first part", _TENSORS, "batch.targets_T[where_N]", "batch.targets_T[where_N - start]"),
     Mutation("parts begin a token early", _ROWS, "np.maximum(start - bounds[:-1], 0)",
-             "np.maximum(start - 1 - bounds[:-1], 0)"),
-    Mutation("a part's last token is not learned", _ROWS, "stop + 1 - bounds[:-1]", "stop - bounds[:-1]"),
+             "np.maximum(start - 1 - bounds[:-1], 0)", TENSORS),
+    Mutation("a part's last token is not learned", _ROWS, "stop + 1 - bounds[:-1]", "stop - bounds[:-1]", TENSORS),
     Mutation("padding for whole tiles of the row alone", _PART, "round_up(-(-tokens // self.count))",
              "round_up(tokens) // self.count"),
     Mutation("pairs counted on every rank", _TENSORS, "if part.first else 0.0", "if part.count else 0.0"),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -141,6 +143,36 @@ def sent(size: int) -> dict[str, float]:
     return {"bytes": counted[0] / own / 2}
 
 
+def untimed() -> dict[str, float]:
+    """How many of the collectives of a pass over pairs a clock does not see, and how many it does."""
+    case, sequence, inside = CASES["pairs"], sequence_group(2), [False]
+    assert sequence is not None
+    model = make_model(dtype=torch.float64, num_layers=2, seq_length=512)
+    model.share_rows(sequence)
+    seen: list[bool] = []
+
+    @contextmanager
+    def communicating() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def collective(*args: Any, **options: Any) -> Any:
+            seen.append(inside[0])
+            return call(*args, **options)
+
+        return collective
+
+    with (
+        patch.object(dist, "all_to_all_single", noted(dist.all_to_all_single)),
+        patch.object(dist, "all_reduce", noted(dist.all_reduce)),
+        patch.object(sequence, "communicating", communicating),
+    ):
+        computed(model, case, sequence)
+    return {"untimed": seen.count(False), "timed": seen.count(True)}
+
+
 def main(meeting: str) -> None:
     torch.set_num_threads(1)
     rank = next((number for number in range(1, WORLD) if os.fork() == 0), 0)
@@ -148,6 +180,7 @@ def main(meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD, timeout=patience)
     results = {name: compare(case) for name, case in CASES.items()}
     results |= {f"sent, {size} ranks": sent(size) for size in (2, 4)}
+    results["clock"] = untimed()
     every: list[Any] = [None] * WORLD
     dist.all_gather_object(every, results)
     if rank == 0:

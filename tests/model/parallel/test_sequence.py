@@ -46,6 +46,12 @@ def test_the_bytes_that_documentation_names(size: int, kv_heads: int, difference
     assert differences[f"sent, {size} ranks"]["bytes"] == 2 * 8 * numbers, "forward and backward, eight bytes each"
 
 
+def test_every_collective_counts_as_communication(differences: dict[str, dict[str, float]]) -> None:
+    """Whoever waits in one for a slow rank does not compute: the sum of pairs' log-probabilities is one of them."""
+    assert differences["clock"]["untimed"] == 0
+    assert differences["clock"]["timed"] > 2 * 4
+
+
 @pytest.mark.long  # about the other tests: what they notice changes only when the code or its tests do
 @pytest.mark.timeout(1800)
 def test_every_mutant_is_caught() -> None:

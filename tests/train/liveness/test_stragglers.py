@@ -19,10 +19,14 @@ HOSTS = ["a", "a", "b", "b"]
 EVEN = [0.1, 0.1, 0.1, 0.1]
 
 
-def comparison(compute: list[float], probes: list[float], factor: float = 1.5) -> Comparison:
+def comparison(
+    compute: list[float], probes: list[float], factor: float = 1.5, flops: list[float] | None = None
+) -> Comparison:
     hosts = HOSTS[: len(compute)]
     # The others wait for the slowest: their wait is long, and says nothing against them.
-    return Comparison(hosts, compute, [max(compute) - value for value in compute], probes, factor)
+    return Comparison(
+        hosts, compute, [max(compute) - value for value in compute], probes, flops or [1e9] * len(compute), factor
+    )
 
 
 def test_even_ranks() -> None:
@@ -35,6 +39,16 @@ def test_the_slow_one_is_named(slow: int) -> None:
     compute[slow] = 0.3
     (line,) = comparison(compute, EVEN).slow()
     assert line == f"rank {slow} on {HOSTS[slow]} is a straggler: compute takes 300.0 ms, 3.0 times the median"
+
+
+def test_more_work_makes_no_rank_slow() -> None:
+    """Ranks that share rows: where the answer is, the output layer is computed. One with more work that is slow for it
+    is named, and so is one without counted work; one with less work, only when the others are waiting for it."""
+    assert comparison([0.1, 0.5], [0.1, 0.1], flops=[1e9, 6e9]).slow() == []
+    assert comparison([0.12, 0.1], [0.1, 0.1], flops=[1e9, 6e9]).slow() == []
+    assert len(comparison([0.1, 0.5], [0.1, 0.1], flops=[1e9, 2e9]).slow()) == 1
+    assert len(comparison([0.5, 0.1], [0.1, 0.1], flops=[1e9, 2e9]).slow()) == 1
+    assert len(comparison([0.5, 0.1], [0.1, 0.1], flops=[0.0, 2e9]).slow()) == 1
 
 
 def test_two_ranks_have_no_middle() -> None:
@@ -66,7 +80,7 @@ def test_the_record_is_json() -> None:
 
 def test_alone_there_is_nothing_to_compare() -> None:
     alone = Stragglers(Ranks(0, 1, 0, 1), interval=1, factor=1.5)
-    alone.add(0.1, 0.1)
+    alone.add(0.1, 0.1, 1e9)
     assert alone.compare(1) is None
     assert probe("cpu") > 0
 
@@ -83,7 +97,7 @@ stragglers = Stragglers(Ranks(rank, 2, rank, 2), interval=3, factor=1.5)
 found = {}
 for step in range(1, 8):
     slow = rank == (1 if step <= 3 else 0)  # rank 1 is slow at first, rank 0 then
-    stragglers.add(0.3 if slow else 0.1, 0.0 if slow else 0.2)
+    stragglers.add(0.3 if slow else 0.1, 0.0 if slow else 0.2, 1e9 * (1 + rank))
     compared = stragglers.compare(step)
     if compared is not None:
         found[step] = compared.record()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from lumina.config import ModelConfig
-from lumina.data import Batch
+from lumina.data import Batch, Part
+from lumina.data.loading.dataset import join
 from lumina.model import Transformer
 from lumina.train.outputs.throughput import Utilisation, step_flops
 
@@ -41,6 +43,17 @@ def test_step_flops_equal_torchs_count_of_matrix_products() -> None:
     keys = sum(n * (n + 1) / 2 for n in (40, 7, 33))  # the counter sees attention as one operator: done by hand
     attention = 3 * 4 * MODEL.num_layers * MODEL.hidden_size * keys
     assert step_flops(MODEL, [batch]) == products + attention
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_parts_have_the_rows_work_between_them(count: int) -> None:
+    """Ranks that share rows: MFU counts no token of them twice, nor a supervised one."""
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(1, 100, length).astype(np.int32) for length in (140, 7, 200)]
+    masks = [(draw.random(len(one)) < 0.3).astype(np.uint8) for one in ids]
+    parts = [step_flops(MODEL, [join(ids, masks, Part(index, count))]) for index in range(count)]
+    assert sum(parts) == pytest.approx(step_flops(MODEL, [join(ids, masks)]), rel=1e-12)
+    assert all(part > 0 for part in parts)
 
 
 def test_a_cpu_has_no_mfu() -> None:

@@ -64,8 +64,9 @@ def import_hf(
     check_new_folder(out)
     check_source(source)
     template = None if chat_template is None else find_template(chat_template)
-    values = _shortened(read_json(source / "config.json")[1], context_length)
-    config, notes = read_hf_config(values), list[str]()
+    notes: list[str] = []
+    values = _shortened(read_json(source / "config.json")[1], context_length, notes)
+    config = read_hf_config(values)
     if values.get("auto_map"):
         notes.append("config.json names code of its own (auto_map), which is not run")
     with ExitStack() as files:
@@ -97,13 +98,17 @@ def import_hf(
     return out
 
 
-def _shortened(values: dict[str, Any], context_length: int | None) -> dict[str, Any]:
-    """config.json with a shorter context. Rope scaling that counts from the file's length keeps it."""
+def _shortened(values: dict[str, Any], context_length: int | None, notes: list[str]) -> dict[str, Any]:
+    """config.json with a shorter context. Rope scaling that counts from the file's length keeps it, and so do the
+    notes: the run's own settings have the shorter one alone."""
     if context_length is None:
         return values
     longest = values.get("max_position_embeddings")
     if isinstance(longest, int) and not 2 <= context_length <= longest:
         raise UserError(f"context length {context_length} is not between 2 and the model's {longest}")
+    if context_length != longest:
+        own = "names none" if longest is None else f"has {longest} (max_position_embeddings)"
+        notes.append(f"the context length is {context_length}, as the import was told; the model {own}")
     kept = {} if longest is None else {"original_max_position_embeddings": longest}
     return kept | values | {"max_position_embeddings": context_length}
 

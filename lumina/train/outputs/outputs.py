@@ -133,7 +133,7 @@ class RunOutputs(Outputs):
         for logger in (log, record_log):
             logger.addHandler(self._handler)
         self._utilisation = Utilisation(config, precision, torch.cuda.is_available())
-        self._profile = Profile(folder, step) if config.profile else None
+        self._profile = Profile(folder, step, may_write) if config.profile else None
         self._recorder = Recorder(folder, config, self._metrics, fingerprint, may_write, **facts)
         self._ended = ("stopped", step, "")
         self._folder, self._first_step, self._began, self._tokens = folder, step, time.monotonic(), 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ _SKIPPED, _WARM, _TRACED = 2, 1, 3  # the first steps allocate and compile
 
 class Profile:
     """Call `step` after every step. RUN/profile gets `step-N.trace.json.gz`, for chrome://tracing or Perfetto, and
-    `step-N.txt`, the table. A run of fewer than six steps leaves none."""
+    `step-N.txt`, the table. A run of fewer than six steps leaves none, nor does a start that `may_write` no more."""
 
-    def __init__(self, folder: Path, start_step: int) -> None:
-        self._folder = folder / "profile"
+    def __init__(self, folder: Path, start_step: int, may_write: Callable[[], bool] = lambda: True) -> None:
+        self._folder, self._may_write = folder / "profile", may_write
         self._last = start_step + _SKIPPED + _WARM + _TRACED
         activities = [profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
@@ -39,6 +40,8 @@ class Profile:
             self._profiler.step()
 
     def _write(self, traced: Any) -> None:
+        if not self._may_write():  # the folder is another start's by now
+            return
         try:
             self._folder.mkdir(exist_ok=True)
             name = f"step-{self._last:08d}"

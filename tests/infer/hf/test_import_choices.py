@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lumina.chat import Conversation, Message
 from lumina.cli import main
 from lumina.config import UserError
-from lumina.infer import export, import_hf, load
+from lumina.infer import IMPORT_RECORD, export, import_hf, load
 from tests.infer.hf_models import make_hf
 from tests.small_tokenizer import CHATML, END, VOCABULARY, write_tokenizer
 
@@ -154,6 +154,9 @@ def test_a_window_narrower_than_the_context(made: Path, tmp_path: Path) -> None:
     _logits_are_transformers(import_hf(source, tmp_path / "run"), source)
     run = import_hf(source, tmp_path / "short", context_length=20)
     assert load(run).context_length == 20
+    assert json.loads((run / IMPORT_RECORD).read_text())["notes"] == [
+        "the context length is 20, as the import was told; the model has 96 (max_position_embeddings)"
+    ]
     _logits_are_transformers(run, source, length=20)
     with pytest.raises(UserError, match="context length 97 is not between 2 and the model's 96"):
         import_hf(source, tmp_path / "other", context_length=97)

@@ -159,7 +159,9 @@ def as_dict(config: Config, each: RunEstimate, price: float | None) -> dict[str,
             "elementwise": speed.elementwise,
             "optimizer": speed.optimizer,
             "communication": speed.communication,
-            "exposed_communication": speed.exposed,
+            "exchange": speed.exchange,
+            "exposed_communication": speed.exposed - speed.copies,
+            "exposed_copies": speed.copies,
             "host": speed.host,
             "total": speed.step,
         },
@@ -212,6 +214,8 @@ def run_lines(config: Config, each: RunEstimate, price: float | None) -> list[st
     offload = " with offload" if setup.offload_optimizer else ""
     layers = f", every {setup.checkpoint_every}. layer recomputed" if setup.checkpoint_every > 1 else ""
     layers = ", every layer recomputed" if setup.checkpoint_every == 1 else layers
+    layers += f", tiles of {setup.mlp_tile:,} tokens" if setup.mlp_tile else ""
+    layers += ", activations on the host" if setup.activation_offloading else ""
     parts = ", ".join(f"{part} {_size(getattr(memory, part))}" for part in PARTS if getattr(memory, part))
     stages = ", ".join(f"{name} {_size(total)}" for name, total in by_stage(config, each).items())
     within = each.cluster.device.uncertainty
@@ -230,8 +234,12 @@ def run_lines(config: Config, each: RunEstimate, price: float | None) -> list[st
         + (f", {_size(memory.host)} of what is offloaded" if memory.host else ""),
         f"  by stage  {stages}",
         f"  step      {_time(speed.step)}: matrix products {_time(speed.products)}, element-wise "
-        f"{_time(speed.elementwise)}, optimizer {_time(speed.optimizer)}, network not hidden {_time(speed.exposed)}; "
-        f"the host needs {_time(speed.host)} to queue it" + (", and the GPU waits for it" if speed.host_bound else ""),
+        f"{_time(speed.elementwise)}, optimizer {_time(speed.optimizer)}, network not hidden "
+        f"{_time(speed.exposed - speed.copies)}"
+        + (f" (attention's exchanges {_time(speed.exchange)})" if speed.exchange else "")
+        + (f", copies to the host and back not hidden {_time(speed.copies)}" if speed.copies else "")
+        + f"; the host needs {_time(speed.host)} to queue it"
+        + (", and the GPU waits for it" if speed.host_bound else ""),
         f"  network   {_size(speed.traffic.total)} received by each rank a step: gradients "
         f"{_size(speed.traffic.gradients)}, weights {_size(speed.traffic.weights)}"
         + (f", weights within a node {_size(speed.traffic.near)}" if speed.traffic.near else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lumina.plan.costs.devices import Cluster
 from lumina.plan.costs.setup import Data
 from lumina.plan.estimate import TOKENS_PER_PARAMETER, estimate_setup
 from lumina.plan.estimate_report import choose_clusters, gather_data, model_lines, run_lines, whole_groups
-from lumina.plan.search import NOISE, Candidate, buffers_for, candidates, choose
+from lumina.plan.search import NOISE, Candidate, buffers_for, choose, search
 from lumina.terminal import say
 
 FEW, MANY = TOKENS_PER_PARAMETER / 4, TOKENS_PER_PARAMETER * 10
@@ -34,14 +33,10 @@ def print_plan(config: Config, arguments: argparse.Namespace) -> int:
     batch = resolved.global_batch_size
     assert batch is not None
     stages = (0, 1, 2, 3) if arguments.zero is None else (arguments.zero,)
-    found: list[Candidate] = []
-    best: Candidate | None = None
-    for size in sequence_sizes(config, cluster):
-        config = config.replace(sequence_parallel_size=size)
-        found = candidates(config, cluster, data, batch, resolved.precision, stages, arguments.quantized_weights)
-        best = choose(found, cluster)
-        if best is not None:
-            break
+    found = search(config, cluster, data, batch, resolved.precision, stages, arguments.quantized_weights)
+    best = choose(found, cluster)
+    if best is not None:
+        config = config.replace(sequence_parallel_size=best.setup.sequence_parallel)
     remarks = remarks_on(config, cluster, data, batch)
     files = write(Path(arguments.write), config, cluster, best, batch) if arguments.write and best else []
     if arguments.json:
@@ -49,20 +44,10 @@ def print_plan(config: Config, arguments: argparse.Namespace) -> int:
     else:
         say("\n".join(model_lines(config, data)))
         say("\n" + "\n".join(chosen_lines(config, cluster, data, batch, best, arguments.price)))
-        say("\n" + "\n".join([*reasons(found, best, config.sequence_parallel_size), *remarks]))
+        say("\n" + "\n".join([*reasons(found, best), *remarks]))
         for file in files:
             say(f"wrote {file}")
     return 0 if best else 1
-
-
-def sequence_sizes(config: Config, cluster: Cluster) -> list[int]:
-    """How many ranks may share a row's tokens, the fewest first, of which the first that fits is taken: more only
-    exchange more. The size that was asked for, where one was."""
-    size = config.sequence_parallel_size
-    if size > 1 or "sequence_parallel_size" in config.explicit or config.experts is not None or config.compile:
-        return [size]
-    most = math.gcd(cluster.world_size, config.num_heads)
-    return [size for size in range(1, most + 1) if most % size == 0]
 
 
 def chosen_lines(
@@ -74,34 +59,55 @@ def chosen_lines(
     return run_lines(config, estimate_setup(config, best.setup, buffers_for(config), cluster, data, batch), price)
 
 
-def reasons(found: list[Candidate], best: Candidate | None, shared: int) -> list[str]:
-    """For every stage and offload the best that fits and how far behind it is, or how much the leanest one lacks.
-    shared: ranks that share a row's tokens."""
-    lines = [f"rows shared by {shared} ranks (sequence_parallel_size)"] if shared > 1 else []
-    for strategy in dict.fromkeys(sorted(candidate.strategy for candidate in found)):
-        members = [candidate for candidate in found if candidate.strategy == strategy]
-        fitting = next((candidate for candidate in members if candidate.fits), None)
-        if fitting is None:
-            leanest = min(members, key=lambda candidate: candidate.memory.device)
-            lines.append(f"{strategy}: does not fit, {leanest.memory.device / 1e9:.1f} GB at the least")
-            continue
-        assert best is not None
-        if strategy == best.strategy:
-            lines.append(f"{strategy}: chosen ({describe(best)})")
-        else:
-            behind = 1 - fitting.rate / best.rate
-            how = f"{behind:.1%} slower" if behind > NOISE else f"within {NOISE:.0%}, but less simple"
-            lines.append(f"{strategy}: {how} ({describe(fitting)})")
+def reasons(found: list[Candidate], best: Candidate | None) -> list[str]:
+    """For every stage and offload the best that fits and how far behind it is, or how much the leanest one lacks; and
+    the same for every other way to bring activations down."""
+    same = [candidate for candidate in found if best is None or candidate.way == best.way]
+    lines = []
+    for strategy in dict.fromkeys(sorted(candidate.strategy for candidate in same)):
+        members = [candidate for candidate in same if candidate.strategy == strategy]
+        is_best = best is not None and strategy == best.strategy
+        lines.append(f"{strategy}: {_verdict(members, best, is_best)}")
+    ways = dict.fromkeys(candidate.way for candidate in sorted(found, key=lambda candidate: candidate.way))
+    for way in ways if len(ways) > 1 else ():
+        members = [candidate for candidate in found if candidate.way == way]
+        lines.append(f"{_describe_way(way)}: {_verdict(members, best, best is not None and way == best.way)}")
     return lines
 
 
+def _verdict(members: list[Candidate], best: Candidate | None, chosen: bool) -> str:
+    """What became of these, fastest first. chosen: whether the best is of them."""
+    fitting = next((candidate for candidate in members if candidate.fits), None)
+    if fitting is None:
+        leanest = min(members, key=lambda candidate: candidate.memory.device)
+        return f"does not fit, {leanest.memory.device / 1e9:.1f} GB at the least"
+    assert best is not None
+    if chosen:
+        return f"chosen ({describe(best)})"
+    behind = 1 - fitting.rate / best.rate
+    how = f"{behind:.1%} slower" if behind > NOISE else f"within {NOISE:.0%}, but less simple"
+    return f"{how} ({describe(fitting)})"
+
+
+def _describe_way(way: tuple[int, bool, bool]) -> str:
+    """`rows shared by 4 ranks, tiles, activations on the host`."""
+    shared, tiles, offloaded = way
+    parts = [f"rows shared by {shared} ranks" if shared > 1 else "rows not shared"]
+    parts += ["tiles"] if tiles else []
+    parts += ["activations on the host"] if offloaded else []
+    return ", ".join(parts)
+
+
 def describe(candidate: Candidate) -> str:
-    """Micro-batch, accumulation, recomputation and memory in a few words."""
-    setup = candidate.setup
+    """Micro-batch, accumulation, recomputation, tiles and memory in a few words."""
+    setup, memory = candidate.setup, candidate.memory
     every = {0: "nothing recomputed", 1: "every layer recomputed"}.get(
         setup.checkpoint_every, f"every {setup.checkpoint_every}. layer recomputed"
     )
-    return f"micro-batch {setup.micro_batch} x {setup.accumulation}, {every}, {candidate.memory.device / 1e9:.1f} GB"
+    parts = [f"micro-batch {setup.micro_batch} x {setup.accumulation}", every]
+    parts += [f"tiles of {setup.mlp_tile:,} tokens"] if setup.mlp_tile else []
+    on_host = f" and {memory.host / 1e9:.1f} GB of each rank on the host" if memory.host else ""
+    return ", ".join(parts) + f", {memory.device / 1e9:.1f} GB{on_host}"
 
 
 def remarks_on(config: Config, cluster: Cluster, data: Data, batch: int) -> list[str]:
@@ -161,6 +167,8 @@ def write(folder: Path, config: Config, cluster: Cluster, best: Candidate, batch
         global_batch_size=batch,
         precision=setup.precision,
         gradient_checkpointing=setup.checkpoint_every if setup.checkpoint_every > 1 else bool(setup.checkpoint_every),
+        sequence_parallel_size=setup.sequence_parallel,
+        mlp_tile_tokens=setup.mlp_tile or None,
         activation_offloading=setup.activation_offloading,  # where nothing is recomputed there is none
     )
     hosts = "".join(f"node{number} slots={cluster.gpus_per_node}\n" for number in range(1, cluster.nodes + 1))

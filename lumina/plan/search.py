@@ -1,4 +1,5 @@
-"""Search over the ways to train a configuration on a cluster: ZeRO stage, hpZ, offload, micro-batch and recomputation.
+"""Search over the ways to train a configuration on a cluster: ZeRO stage, hpZ, offload, micro-batch and recomputation;
+and where activations do not fit, the ranks that share a row, tiles of the feed-forward and activations on the host.
 
 The global batch is kept: accumulation follows from the micro-batch, and where the batch does not divide, the padding of
 weight zero counts as time but not as progress. Differences below `NOISE` are less than the model can tell, so among the
@@ -8,6 +9,7 @@ memory free (more work per kernel launch, which the model does not price).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from lumina.plan.costs.speed import Speed, predict
 from lumina.plan.stage import ROOMY
 
 RECOMPUTE = (0, 4, 2, 1)  # every nth layer; 0: none
+TILES = (8192, 2048)  # tokens of a tile of the feed-forward; the more, the fewer launches and sums of gradients
 NOISE = 0.02
 
 
@@ -46,6 +49,12 @@ class Candidate:
         what = "optimizer and weights" if self.setup.offload_params else "optimizer"
         return f"ZeRO {self.setup.stage}, {what} on the host"
 
+    @property
+    def way(self) -> tuple[int, bool, bool]:
+        """What brings activations down beside recomputation: ranks that share a row, whether the feed-forward is in
+        tiles, and whether recomputed layers' inputs wait on the host."""
+        return self.setup.sequence_parallel, self.setup.mlp_tile > 0, self.setup.activation_offloading
+
 
 def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
     """The one to use, or None when nothing fits."""
@@ -54,10 +63,13 @@ def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
         return None
     fastest = max(candidate.rate for candidate in fitting)
 
-    def preference(candidate: Candidate) -> tuple[int, bool, int, bool, bool, int, bool, int]:
+    def preference(candidate: Candidate) -> tuple[int, ...]:
         setup, roomy = candidate.setup, candidate.memory.device <= ROOMY * cluster.device.memory
         recomputed = 0 if not setup.checkpoint_every else 100 // setup.checkpoint_every
         return (
+            setup.activation_offloading,
+            setup.mlp_tile > 0,
+            setup.sequence_parallel,
             setup.stage,
             setup.quantized_weights,
             setup.hpz,
@@ -65,6 +77,7 @@ def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
             setup.offload_params,
             recomputed,
             not roomy,
+            -setup.mlp_tile,
             -setup.micro_batch,
         )
 
@@ -82,6 +95,28 @@ def buffers_for(config: Config) -> Buffers:
     )
 
 
+def search(
+    config: Config,
+    cluster: Cluster,
+    data: Data,
+    global_batch: int,
+    precision: str,
+    stages: tuple[int, ...] = (0, 1, 2, 3),
+    quantized: bool = False,
+) -> list[Candidate]:
+    """Candidates of all ways that are worth trying, fastest first. Ranks share rows where nothing fits in which fewer
+    do, and that is where tiles and activations on the host are tried: in place of sharing, and beside it."""
+    found: list[Candidate] = []
+    for size in _sequence_sizes(config, cluster):
+        shared = config.replace(sequence_parallel_size=size)
+        found += candidates(shared, cluster, data, global_batch, precision, stages, quantized)
+        if any(candidate.fits and candidate.setup.sequence_parallel == size for candidate in found):
+            break
+        for lean in _leaner(shared):
+            found += candidates(lean, cluster, data, global_batch, precision, stages, quantized)
+    return sorted(found, key=lambda candidate: -candidate.rate)
+
+
 def candidates(
     config: Config,
     cluster: Cluster,
@@ -91,8 +126,9 @@ def candidates(
     stages: tuple[int, ...] = (0, 1, 2, 3),
     quantized: bool = False,
 ) -> list[Candidate]:
-    """All of them, fastest first. With one rank nothing can be shared, so only stages 0 (and offload) are tried;
-    gathers of 8 bits, which change the numbers, only when they are asked for (`quantized`)."""
+    """Those of one way to share rows, with tiles and activations on the host as the configuration says, fastest first.
+    With one rank nothing can be shared, so only stages 0 (and offload) are tried; gathers of 8 bits, which change the
+    numbers, only when they are asked for (`quantized`)."""
     buffers = buffers_for(config)
     shared = config.sequence_parallel_size
     groups = cluster.world_size // shared
@@ -128,6 +164,30 @@ def candidates(
                 fits = memory.device <= cluster.device.memory
                 found.append(Candidate(setup, memory, speed, speed.tokens_per_second * useful, fits))
     return sorted(found, key=lambda candidate: -candidate.rate)
+
+
+def _sequence_sizes(config: Config, cluster: Cluster) -> list[int]:
+    """How many ranks may share a row's tokens, the fewest first. The size that was asked for, where one was."""
+    size = config.sequence_parallel_size
+    if size > 1 or "sequence_parallel_size" in config.explicit or config.experts is not None or config.compile:
+        return [size]
+    most = math.gcd(cluster.world_size, config.num_heads)
+    return [size for size in range(1, most + 1) if most % size == 0]
+
+
+def _leaner(config: Config) -> Iterator[Config]:
+    """The configuration with tiles, with activations on the host, and with both; what was asked for stays."""
+    tiles, host = [config.mlp_tile_tokens], [config.activation_offloading]
+    if "mlp_tile_tokens" not in config.explicit and not config.untiled:
+        tiles += [tile for tile in TILES if tile < config.seq_length]
+    if "activation_offloading" not in config.explicit:
+        host += [True]
+    for offloading in host:
+        for tile in tiles:
+            changes = {"mlp_tile_tokens": tile, "activation_offloading": offloading}
+            if any(getattr(config, name) != value for name, value in changes.items()):
+                # Which layers are recomputed is the search's to choose; without one there is nothing to offload.
+                yield config.replace(gradient_checkpointing=config.gradient_checkpointing or offloading, **changes)
 
 
 def _sharing(cluster: Cluster, stages: tuple[int, ...], quantized: bool) -> Iterator[tuple[int, int, bool, bool, bool]]:

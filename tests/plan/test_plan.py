@@ -15,8 +15,10 @@ from lumina.config.deepspeed import resolve
 from lumina.plan.costs.devices import Cluster, find_device
 from lumina.plan.costs.setup import Data, read_setup
 from lumina.plan.estimate import assumed_data, estimate_setup
-from lumina.plan.plan_report import ds_document
-from lumina.plan.search import NOISE, buffers_for, candidates, choose
+from lumina.plan.plan_report import ds_document, write
+from lumina.plan.search import NOISE, TILES, buffers_for, candidates, choose, search
+from tests.runs import TINY, Runs, steps
+from tests.small_tokenizer import small_vocabulary, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DATA = Data(1e9, None, 1.0, 1.0, "given")
@@ -139,18 +141,112 @@ def test_gathers_of_8_bits_only_when_asked_for() -> None:
 
 
 def test_rows_are_shared_by_as_few_ranks_as_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Where no way fits in which every rank has rows of its own; the written files ask for it."""
+    """Where none fits in which every rank has rows of its own, or it is slower; the written files ask for it."""
     argv = ["--config", "8b", "--gpu", "h100", "--gpus-per-node", "8", "--global-batch-size", "2"]
     long = [*argv, "--set", "seq_length=500000"]
     code, raw = planned(capsys, *long, "--write", str(tmp_path), "--json")
     size = json.loads(raw)["best"]["shape"]["sequence_parallel"]
     assert code == 0
     assert size > 1
-    assert planned(capsys, *long, "--sequence-parallel", str(size // 2))[0] == 1
+    neither = ["--set", "activation_offloading=false", "--set", "mlp_tile_tokens=null"]
+    assert planned(capsys, *long, *neither, "--sequence-parallel", str(size // 2))[0] == 1
     config = load(str(tmp_path / "config.yaml"))
     assert (config.sequence_parallel_size, config.global_batch_size) == (size, 2)
-    assert f"rows shared by {size} ranks" in planned(capsys, *long)[1]
+    text = planned(capsys, *long)[1]
+    assert f"rows shared by {size} ranks: chosen (" in text
+    assert f"rows shared by {size // 2} ranks: does not fit" in text
     assert "rows shared" not in planned(capsys, *argv)[1]
+
+
+LONG = ["--config", "8b", "--gpu", "h100", "--set", "seq_length=400000"]
+
+
+def test_tiles_and_activations_on_the_host_where_nothing_else_fits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A row of 400,000 tokens on one card. What is written asks for all that was planned, and what was asked for by
+    hand is not chosen anew."""
+    code, text = planned(capsys, *LONG, "--write", str(tmp_path))
+    assert code == 0
+    assert "rows not shared: does not fit, " in text
+    assert "rows not shared, activations on the host: does not fit, " in text
+    assert "rows not shared, tiles: does not fit, " in text
+    assert "rows not shared, tiles, activations on the host: chosen (micro-batch 1 x " in text
+    assert f"every layer recomputed, tiles of {TILES[0]:,} tokens, activations on the host; 1 per" in text
+
+    shape = json.loads(planned(capsys, *LONG, "--json")[1])["best"]["shape"]
+    config = load(str(tmp_path / "config.yaml"), {"ds_config": str(tmp_path / "ds_config.json")})
+    resolved = resolve(config, 1, "cuda", bf16_supported=True)
+    setup, _ = read_setup(resolved.config, resolved.json, 1, assumed_data(config, None, None, 1.0))
+    for name in ("micro_batch", "stage", "offload_optimizer", "checkpoint_every", "mlp_tile", "activation_offloading"):
+        assert getattr(setup, name) == shape[name], name
+    assert (shape["mlp_tile"], shape["activation_offloading"], shape["checkpoint_every"]) == (TILES[0], True, 1)
+
+    assert planned(capsys, *LONG, "--mlp-tile-tokens", "4096", "--json")[0] == 0
+    for name, value in (("activation_offloading", "false"), ("mlp_tile_tokens", "null")):
+        assert planned(capsys, *LONG, "--set", f"{name}={value}")[0] == 1, name
+
+
+def test_fewer_ranks_share_a_row_where_that_is_faster() -> None:
+    """Eight cards of one node exchange over its links: four that share a row are as fast as two whose activations are
+    brought down, and the plain way is taken. Eight nodes of a card exchange over the network."""
+    config, device = load("8b", {"seq_length": 400_000}), find_device("h100")
+    for nodes, each in ((1, 8), (8, 1)):
+        cluster = Cluster(device, nodes, each)
+        found = search(config, cluster, DATA, 8, "bf16", (3,))
+        best = choose(found, cluster)
+        assert best is not None
+        plain = max(c.rate for c in found if c.fits and c.way == (4, False, False))
+        fewer = max(c.rate for c in found if c.fits and c.way[0] < 4)
+        assert max(c.way[0] for c in found) == 4, "more ranks than one must share only exchange more"
+        if nodes == 1:
+            assert best.way == (4, False, False)
+            assert fewer * (1 - NOISE) < plain
+        else:
+            assert best.way[0] < 4
+            assert any(best.way[1:])
+            assert plain < (1 - NOISE) * fewer
+        assert best.rate >= (1 - NOISE) * max(plain, fewer)
+
+
+def test_what_a_model_cannot_do_is_not_tried() -> None:
+    config = load("nano", {"seq_length": 1 << 20, "compile": True})
+    cluster = Cluster(replace(find_device("h100"), memory=4e9), 1, 4)
+    found = search(config, cluster, DATA, 4, "bf16")
+    assert {c.way for c in found} == {(1, False, False), (1, False, True)}
+
+
+@pytest.mark.long  # a whole run of two processes
+def test_what_is_written_trains(runs: Runs, conversations: Path, tmp_path: Path) -> None:
+    """For two imagined cards on which a row of 8,192 tokens fits by tiles or activations on the host alone."""
+    settings = {
+        **TINY,
+        **small_vocabulary(write_tokenizer(tmp_path / "tokenizer")),
+        "train_data": [str(conversations)],
+        "output_dir": str(tmp_path),
+        "experiment_name": "run",
+        "seq_length": 8192,
+        "hidden_size": 64,
+        "max_steps": 2,
+        "num_workers": 1,
+    }
+    config, device = load("nano", settings), find_device("h100")
+    tried = search(config, Cluster(replace(device, memory=1e9), 1, 2), DATA, 2, "bf16")
+    plain = min(c.memory.device for c in tried if not any(c.way[1:]))
+    cluster = Cluster(replace(device, memory=plain - 1), 1, 2)
+    best = choose(search(config, cluster, DATA, 2, "bf16"), cluster)
+    assert best is not None
+    assert any(best.way[1:])
+    write(tmp_path / "plan", config, cluster, best, 2)
+    job = runs.train(
+        ["train", "--config", str(tmp_path / "plan/config.yaml"), "--ds_config", str(tmp_path / "plan/ds_config.json")],
+        2,
+    )
+    assert len(steps(tmp_path / "run")) == 2
+    trained = load(str(tmp_path / "run/config.yaml"))
+    assert (trained.sequence_parallel_size, trained.mlp_tile_tokens or 0) == (best.way[0], best.setup.mlp_tile)
+    assert trained.activation_offloading == best.way[2]
+    assert f"ZeRO-{best.setup.stage}, 2 process(es)" in job.stdout()
 
 
 def test_a_plan_that_recomputes_nothing_moves_no_inputs_either(
@@ -164,7 +260,7 @@ def test_a_plan_that_recomputes_nothing_moves_no_inputs_either(
 
 
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--config", "large", "--gpu", "a100-40gb", "--set", "hidden_size=16384", "--set", "num_layers=120"]
+    argv = ["--config", "large", "--gpu", "a100-40gb", "--set", "hidden_size=32768", "--set", "num_layers=120"]
     code, text = planned(capsys, *argv)
     assert code == 1
     assert "nothing fits on 1 a100-40gb" in text

@@ -101,18 +101,21 @@ class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, Health
 
     @model_validator(mode="after")
     def _feed_forward_can_be_tiled(self) -> Config:
-        if self.mlp_tile_tokens is None:
-            return self
+        if self.mlp_tile_tokens is not None and self.untiled:
+            name = self.untiled[0]
+            raise ValueError(f"mlp_tile_tokens does not work together with {name}; leave one of the two out")
+        return self
+
+    @property
+    def untiled(self) -> list[str]:
+        """What of this configuration mlp_tile_tokens does not work together with."""
         refused = {
             "experts": self.experts is not None,
             "compile": self.compile,
             "lora_dropout": self.lora_rank > 0 and self.lora_dropout > 0,  # a tile is computed twice, drawn anew
             "float8 tensorwise": self.float8 == "tensorwise",  # whose scales are those of all tokens
         }
-        for name, there in refused.items():
-            if there:
-                raise ValueError(f"mlp_tile_tokens does not work together with {name}; leave one of the two out")
-        return self
+        return [name for name, there in refused.items() if there]
 
     @property
     def explicit(self) -> frozenset[str]:

@@ -20,16 +20,23 @@ from lumina.plan.costs.setup import Setup
 FORWARD = 4 + 4 + 1
 BACKWARD = 6 + 8 + 3
 NORM = 1, 2  # forward and backward
+# More, where nothing is fused, in half precision: a norm whose weight has an offset (made float32, added to; its
+# gradient rounded), GELU's gate beside SwiGLU's one, a residual that no norm adds, a sublayer's result multiplied.
+OFFSET = 2, 1
+GELU = 3, 7
+ADD = 1, 1
+MULTIPLY = 1, 1
 # More, where a layer has experts (read off lumina.model.experts, not counted on a card): the router, its softmax, top k
 # and sort, where each expert's rows end, there and back, the weighted sum; their gradients and the losses' sums.
 EXPERTS = 20, 20
 # More, where ranks share rows: q, k and v joined, two exchanges, the result laid out again; k and v repeated.
 SHARED = 6, 6
-# Of these, in the second half of a layer, which tiles repeat: norm, SwiGLU and two products. More in a tile: its two
-# results are put in place; backward its zero residual, the gradient put in place, and those of a norm's and two
-# matrices' weights added to the sums.
+# Of Llama's, in the second half of a layer, which tiles repeat: norm, SwiGLU and two products. More in a tile: its two
+# results are put in place; backward its zero residual made and laid out, the gradient put in place, and those of a
+# norm's and two matrices' weights added to the sums, which are rounded once.
 FEED_FORWARD = 1 + 1 + 2, 2 + 1 + 4
-TILE = 2, 5
+TILE = 2, 6
+SUMS = 3
 TENSORS = 6  # weights of a layer, whose gradients are added or copied after a micro-batch
 
 # Launches of a micro-batch outside the layers: ids to embedding, angles, last norm, rows of the loss; their gradients.
@@ -61,17 +68,39 @@ def layer_launches(
 ) -> tuple[float, float]:
     """Launches of one layer, forward (the recomputed share of the layers twice) and backward. shared: ranks share
     rows. tiles: of tokens, in the feed-forward; 0: all at once. Their backward pass makes each tile again itself."""
-    more = len(model.norm_widths) - 2  # than the two of Llama's blocks
     share = model.expert_layers / model.num_layers
-    forward = FORWARD + more * NORM[0] + share * EXPERTS[0] + shared * SHARED[0]
-    backward = BACKWARD + more * NORM[1] + share * EXPERTS[1] + int(model.structure.qkv_bias) + shared * SHARED[1]
+    sequence, biased = int(shared), int(model.structure.qkv_bias)
+    first, second = _unfused(model)
+    half = [base + more for base, more in zip(FEED_FORWARD, second, strict=True)]
+    forward = FORWARD + first[0] + second[0] + share * EXPERTS[0] + sequence * SHARED[0]
+    backward = BACKWARD + first[1] + second[1] + share * EXPERTS[1] + sequence * SHARED[1] + biased
     if not tiles:
         return forward * (1 + recomputed), backward
-    post = int(model.structure.arrangement == "sandwich")  # a second norm in that half
-    inside, gradients = FEED_FORWARD[0] + post * NORM[0], FEED_FORWARD[1] + post * NORM[1]
-    outside = forward - inside
-    tiled = tiles * (inside + TILE[0]), tiles * (inside + gradients + TILE[1] + post)
-    return outside * (1 + recomputed) + tiled[0], backward - gradients + tiled[1]
+    post = int(model.structure.arrangement == "sandwich")  # a second norm in that half, whose gradient is added up too
+    made = sum(half) + TILE[1] + post - int(model.structure.arrangement == "post-norm")  # whose sum takes any residual
+    outside = (forward - half[0]) * (1 + recomputed) + 2 * recomputed  # the sum, and no result
+    return (
+        outside + tiles * (half[0] + TILE[0]),
+        backward - half[1] + tiles * made + SUMS + post,
+    )
+
+
+def _unfused(model: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Launches, forward and backward, of a layer's first and second half that Llama's do not make; a multiplier, which
+    is outside the tiles, is the first's."""
+    structure = model.structure
+    extra = int(structure.arrangement == "sandwich")
+    norms = [len(model.norm_widths) - 1 - extra - 1, extra]  # beside one of each half
+    found = []
+    for half, more in enumerate(norms):
+        counts = [0, 0]
+        for way in (0, 1):
+            counts[way] += more * NORM[way] + (structure.norm_offset != 0) * (more + 1) * OFFSET[way]
+            counts[way] += (structure.arrangement == "post-norm") * ADD[way]
+            counts[way] += half * (structure.activation != "silu") * GELU[way]
+            counts[way] += (1 - half) * (model.residual_multiplier != 1.0) * 2 * MULTIPLY[way]
+        found.append((counts[0], counts[1]))
+    return found[0], found[1]
 
 
 def host_seconds(model: ModelConfig, setup: Setup, recomputed: float, capacity: float, cost: LaunchCost) -> float:

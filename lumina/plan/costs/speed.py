@@ -1,7 +1,7 @@
 """Speed model: the time of a step on a cluster, from the counted work and the device's sourced rates.
 
     compute  = products / (peak * share reached) + element-wise bytes / bandwidth
-    exposed  = communication that the stage cannot hide behind compute
+    exposed  = communication that the stage cannot hide behind compute, exchanges, and copies of activations to the host
     device   = accumulation * compute + optimizer
     step     = max(device, host) + exposed          host: the time to queue it all (lumina.plan.costs.launches)
 
@@ -46,7 +46,9 @@ class Speed:
     elementwise: float
     optimizer: float
     communication: float  # all of it
-    exposed: float  # what is not hidden behind compute
+    exposed: float  # what is not hidden behind compute, copies included
+    exchange: float  # of the communication, between ranks that share rows
+    copies: float  # of what is exposed: inputs of recomputed layers on their way to the host and back
     host: float  # to queue the step's kernels; the device waits where it is longer than the device's own time
     step: float
     tokens_per_step: float
@@ -95,14 +97,28 @@ def predict(
     # Exchanges stand between matrix products that need what they bring: nothing hides them.
     exchange = exchange_seconds(setup, moved, cluster)
     exposed = _exposed(setup, moved, products + elementwise, communication) + exchange
-    copies = 2 * setup.accumulation * offloaded_bytes(model, setup) / HOST_LINK
-    exposed += max(0.0, copies - products - elementwise)  # to the host and back, beside all that is computed
+    copies = _exposed_copies(model, setup, products + elementwise)
+    exposed += copies
     queued = host_seconds(model, setup, again, device.memory, cluster.launch_cost)
     step = max(products + elementwise + optimizer, queued) + exposed
     total = setup.useful_tokens(model)
     mfu = flops.model * total / (step * cluster.world_size * device.peak[setup.precision])
     communication += exchange
-    return Speed(products, elementwise, optimizer, communication, exposed, queued, step, total, flops, moved, mfu)
+    return Speed(
+        products=products,
+        elementwise=elementwise,
+        optimizer=optimizer,
+        communication=communication,
+        exposed=exposed,
+        exchange=exchange,
+        copies=copies,
+        host=queued,
+        step=step,
+        tokens_per_step=total,
+        flops=flops,
+        traffic=moved,
+        mfu=mfu,
+    )
 
 
 def optimizer_seconds(model: ModelConfig, setup: Setup, stream: float) -> float:
@@ -147,6 +163,14 @@ def exchange_seconds(setup: Setup, moved: Traffic, cluster: Cluster) -> float:
     if cluster.device.network is None:
         raise _unknown_network(cluster)
     return max(inside, moved.exchanged * far / (cluster.device.network * COLLECTIVE))
+
+
+def _exposed_copies(model: ModelConfig, setup: Setup, compute: float) -> float:
+    """Recomputed layers' inputs go to the host beside the forward pass, a third of what is computed once, and come back
+    beside the backward pass and its recomputation."""
+    one_way = setup.accumulation * offloaded_bytes(model, setup) / HOST_LINK
+    forward = compute / (3 + recomputed_share(model, setup))
+    return max(0.0, one_way - forward) + max(0.0, one_way - (compute - forward))
 
 
 def _unknown_network(cluster: Cluster) -> UserError:

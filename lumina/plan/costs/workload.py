@@ -95,13 +95,21 @@ def recomputed_share(model: ModelConfig, setup: Setup) -> float:
 def memory_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     """Bytes that element-wise kernels move per token, forward and backward, with the fused kernels of lumina.kernels:
     the fewest that each can move (norm and residual 8 + 8 bytes per element in bf16, rotary 4 + 4, SwiGLU 6 + 10, and
-    five passes over the logits: product out, statistics, gradient in and out, product in)."""
+    five passes over the logits: product out, statistics, gradient in and out, product in). GELU's gate has no kernel,
+    nor has a residual that is added before no norm, or a sublayer's multiplier."""
     scale = setup.element / 2
     h, f = model.hidden_size, feed_forward_width(model)
+    gate, gate_backward = gate_bytes(model, setup)
     rotated = (model.num_heads + model.num_kv_heads) * model.head_dim
     normed = (rotated if model.structure.qk_norm else 0) + (2 * h if model.structure.arrangement == "sandwich" else 0)
-    forward = 16 * h + 4 * rotated + 4 * normed + 6 * f
-    backward = 16 * h + 4 * rotated + 6 * normed + 10 * f  # of a norm without a residual two are read
+    forward = 16 * h + 4 * rotated + 4 * normed + gate * f
+    backward = 16 * h + 4 * rotated + 6 * normed + gate_backward * f  # of a norm without a residual two are read
+    if model.structure.arrangement == "post-norm":
+        forward, backward = forward + 4 * h, backward + 8 * h
+    if model.structure.qkv_bias:
+        backward += 2 * (rotated + model.num_kv_heads * model.head_dim)
+    if model.residual_multiplier != 1.0:
+        forward, backward = forward + 8 * h, backward + 8 * h
     # To the experts and back: two gathers, and the weighted sum, which reads every copy once more.
     forward += 10 * h * dispatched(model)
     backward += 10 * h * dispatched(model)
@@ -109,8 +117,27 @@ def memory_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
         queries, keys = (heads * model.head_dim for heads in setup.exchanged_heads(model))
         forward += 4 * (queries + 2 * keys) + 4 * queries
         backward += 4 * (queries + 2 * keys) + 4 * queries
+    if setup.mlp_tile:
+        again = recomputed_share(model, setup)
+        # Results and gradient put in place, the zero residual, and the sum that a recomputed layer makes alone; where
+        # the layer is not recomputed, the half that the tiles make again.
+        forward, backward = forward + 8 * h, backward + 6 * h + (1 - again) * (8 * h + gate * f) - 2 * again * h
+        backward += tile_sum_bytes(setup) / scale * 3 * h * f / min(setup.mlp_tile, setup.tokens(model))
     layers = model.num_layers * (forward * (1 + recomputed_share(model, setup)) + backward)
     return scale * (layers + 5 * 2 * model.vocab_size * setup.supervised)
+
+
+def gate_bytes(model: ModelConfig, setup: Setup) -> tuple[int, int]:
+    """Bytes that the feed-forward's gate moves for each number of its width, forward and backward, as of bfloat16."""
+    if model.structure.activation == "silu":
+        return 6, 10
+    return (38, 90) if setup.element == 2 else (10, 30)  # half precision is made float32 first, and rounded after
+
+
+def tile_sum_bytes(setup: Setup) -> int:
+    """Bytes that a tile of the feed-forward moves for each weight: its gradient written and read, and the float32 sum
+    of the tiles'."""
+    return 2 * setup.element + 8
 
 
 def optimizer_bytes(model: ModelConfig, setup: Setup) -> float:

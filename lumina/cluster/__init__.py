@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         refuse_taken_port,
     )
     from lumina.cluster.launching import LaunchOptions, launch
+    from lumina.cluster.placement import RankNode, own_node, shared_rows
     from lumina.cluster.preflight.run import preflight_command
     from lumina.cluster.rendezvous import await_key, await_ranks
     from lumina.cluster.signals import (
@@ -36,6 +37,7 @@ _HOMES = {
     "EXIT_STOPPED": "signals",
     "LaunchOptions": "launching",
     "Launched": "launcher_detection",
+    "RankNode": "placement",
     "StopRequest": "signals",
     "StoppedEarly": "signals",
     "await_key": "rendezvous",
@@ -50,9 +52,11 @@ _HOMES = {
     "launched": "launcher_detection",
     "outliving_readers": "hangup",
     "own_launch": "launch_identity",
+    "own_node": "placement",
     "parent_signal": "launcher_detection",
     "preflight_command": "preflight.run",
     "refuse_taken_port": "launcher_detection",
+    "shared_rows": "placement",
 }
 
 __all__ = [
@@ -61,6 +65,7 @@ __all__ = [
     "EXIT_STOPPED",
     "LaunchOptions",
     "Launched",
+    "RankNode",
     "StopRequest",
     "StoppedEarly",
     "await_key",
@@ -75,9 +80,11 @@ __all__ = [
     "launched",
     "outliving_readers",
     "own_launch",
+    "own_node",
     "parent_signal",
     "preflight_command",
     "refuse_taken_port",
+    "shared_rows",
 ]
 
 __getattr__ = names_of(__name__, _HOMES)

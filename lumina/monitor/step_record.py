@@ -35,7 +35,8 @@ class StepRecord:
     tokens_per_s and supervised_tokens_per_s count the step and its wait for data; seconds is what the time since the
     step before went to (lumina.train.deepspeed.timing); of_objective: what the objective tells beside the loss, by
     name, which metrics.jsonl has among the others; experts: of a mixture of experts, lumina.model.ExpertBalance's
-    fields."""
+    fields; exchanged_bytes: that left this rank in the step for those that it shares rows with, None where it has rows
+    of its own."""
 
     step: int
     epoch: int
@@ -59,6 +60,7 @@ class StepRecord:
     mfu: float | None = None
     of_objective: dict[str, float] = field(default_factory=dict)
     experts: dict[str, float] | None = None
+    exchanged_bytes: int | None = None
     ppl: float = field(init=False)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from lumina import checkpoint
 from lumina.checkpoint import RunLock
-from lumina.cluster import StopRequest
+from lumina.cluster import RankNode, StopRequest, own_node, shared_rows
 from lumina.config import Config, UserError
 from lumina.files import write_text
 from lumina.model import lora, report_kernel
@@ -27,6 +27,7 @@ from lumina.train.agreement import (
     agree_on_launch,
     assert_lock_held,
     decided_by_rank_0,
+    gathered,
     manifest_digest,
     together,
 )
@@ -93,7 +94,7 @@ class Run:
 @dataclass(frozen=True)
 class _Prepared:
     """What a start has found out before it claims the run's folder. origin: what it goes on from, and what is changed,
-    for people."""
+    for people; nodes: of each rank."""
 
     start: Start
     settings: Settings
@@ -102,6 +103,7 @@ class _Prepared:
     origin: list[str]
     folder: Path
     job: str | None  # the launch that this start belongs to
+    nodes: list[RankNode]
 
 
 def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> Run:
@@ -150,7 +152,8 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
     agree_on_data(ranks, _facts(start, settings, data, device))
     agree_on_contents(ranks, [one for one in (data.train, data.evaluation) if one is not None])
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks)]
-    return _Prepared(start, settings, data, rates, origin, folder, job)
+    nodes = gathered(ranks, "opening the data", own_node(), list)
+    return _Prepared(start, settings, data, rates, origin, folder, job, nodes)
 
 
 def _claim(prepared: _Prepared, ranks: Ranks) -> tuple[RunLock | None, Callable[[], bool]]:
@@ -195,7 +198,7 @@ def _assemble(
     events = EventLog(folder / "events.jsonl" if ranks.main else None, may_write)
     health = Health(config, events)
     # Rank 0's alone, and the others' next step would wait for it.
-    opening = partial(_open_outputs, settings, ranks, folder, state, events, health, data, prepared.origin, may_write)
+    opening = partial(_open_outputs, prepared, ranks, state, events, health, may_write)
     outputs = together(ranks, "opening the run's outputs", opening)
     deferred = Deferred()
     saves = Saves(config, ranks, folder, state, deferred, events, health, lock, watchdog.heartbeat)
@@ -304,7 +307,7 @@ def _initialise(
     return RunState(engine, trainer_state, SpikeDetector(config, trainer_state.guard))
 
 
-def _placement(ranks: Ranks, settings: Settings) -> list[str]:
+def _placement(ranks: Ranks, settings: Settings, nodes: Sequence[RankNode]) -> list[str]:
     """Where the ranks are that share rows, and what they exchange (lumina.model.parallel.sequence), for people; none
     where each has its own."""
     size, config = ranks.sequence, settings.config
@@ -312,29 +315,26 @@ def _placement(ranks: Ranks, settings: Settings) -> list[str]:
         return []
     heads = 2 * config.num_heads + 2 * math.lcm(config.num_kv_heads, size)
     sent = heads * config.head_dim * (size - 1) // size * (4 if settings.precision == "fp32" else 2)
-    where = (
-        "of one node" if ranks.local_world % ranks.sequence == 0 else "across nodes: attention waits for the network"
-    )
+    where, remedy = shared_rows(size, nodes)
     return [
         f"sequence parallelism: {size} neighbouring ranks share each micro-batch's tokens, {where}",
-        f"attention's exchanges: {sent:,} bytes sent a token and layer forward, as many backward; in a step's "
-        "times they count as communication",
+        *([f"WARNING: {remedy}"] if remedy else []),
+        f"attention's exchanges: {sent:,} bytes sent a token and layer forward, as many backward; `exchange` in a "
+        "step's times",
     ]
 
 
 def _open_outputs(
-    settings: Settings,
+    prepared: _Prepared,
     ranks: Ranks,
-    folder: Path,
     state: RunState,
     events: EventLog,
     health: Health,
-    data: TrainingData,
-    origin: Sequence[str],
     may_write: Callable[[], bool],
 ) -> Outputs:
-    """The run's folder with its resolved configuration, log and metrics, on rank 0. `origin`: what the start goes on
-    from, and what is changed, for people; `may_write`: false once another start owns the folder."""
+    """The run's folder with its resolved configuration, log and metrics, on rank 0. `may_write`: false once another
+    start owns the folder."""
+    settings, folder, data, nodes = prepared.settings, prepared.folder, prepared.data, prepared.nodes
     config, engine = settings.config, state.engine
     # On every rank: chosen here, not in its first step.
     kernel = report_kernel(engine.device, settings.precision, config.attention_softcap)
@@ -358,7 +358,7 @@ def _open_outputs(
         step=state.step,
         total_steps=data.total_steps,
         world=ranks.world,
-        nodes=ranks.world // ranks.local_world,
+        nodes=len(set(nodes)),
         global_batch=data.order.global_batch_size,
         precision=settings.precision,
         zero_stage=engine.stage,
@@ -375,6 +375,7 @@ def _open_outputs(
             f"WARNING: the global batch of {data.order.global_batch_size} samples is larger than the data, which has "
             f"{data.train.num_samples}: every step is a whole epoch; a smaller --global-batch-size makes more steps"
         )
-    for text in [*origin, *settings.report, *kernel, *_placement(ranks, settings), *data.train.account_lines()]:
+    placement = _placement(ranks, settings, nodes)
+    for text in [*prepared.origin, *settings.report, *kernel, *placement, *data.train.account_lines()]:
         outputs.say(f"  {text}")
     return outputs

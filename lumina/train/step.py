@@ -215,7 +215,8 @@ def _record(
     known = bool(taken.data.supervised_tokens)
     loss = sums.loss if known else math.nan
     of_objective = {name: mean if known else math.nan for name, mean in zip(engine.figures, means, strict=True)}
-    computing, waiting = split["forward"] + split["backward"], split["communication"] + split["optimizer"]
+    computing = split["forward"] + split["backward"]
+    waiting = split["communication"] + split.get("exchange", 0.0) + split["optimizer"]
     run.stragglers.add(computing, waiting, step_flops(run.config, taken.data.micro_batches))
     anomaly = run.state.spikes.classify(loss, norm) if taken.data.supervised_tokens else None
     loss_scale, samples = update_numbers.scale if engine.fp16 else None, samples_id(*sums.samples)
@@ -232,6 +233,7 @@ def _record(
         loss_scale,
         of_objective,
         taken.experts,
+        taken.times.exchanged if run.ranks.sequence > 1 else None,
     )
     try:
         run.outputs.step(figures)

@@ -102,7 +102,7 @@ def held(run: Path, other: Path, rel: float = 1e-5) -> None:
 
 def test_two_ranks_that_share_rows(alone: Alone, runs: Runs, few: Path, place: Path) -> None:
     """With accumulation, recomputed layers, evaluations and sample answers; the numbers in its log count a row once."""
-    told = {"max_steps": 10, "sample_prompts": "[hello]"}
+    told = {"max_steps": 11, "sample_prompts": "[hello]"}
     settings = SETTINGS | told | {"gradient_checkpointing": 2, "straggler_interval": 5}
     line = arguments(place / "run", few, stage=2, **settings)
     runs.train([*line, "--sequence-parallel", "2"], 2)
@@ -118,6 +118,14 @@ def test_two_ranks_that_share_rows(alone: Alone, runs: Runs, few: Path, place: P
     assert "1 group(s) of 2 processes" in log
     # Half of 4 + 2 + 2 heads there and 4 back, each of 8 numbers of 4 bytes.
     assert "exchanges: 192 bytes sent a token and layer forward" in log
+    assert "share each micro-batch's tokens, each group on one node (" in log
+    for record in steps(place / "run"):  # 11 comes after an evaluation
+        # Two layers forward and backward, one of them forward again; half of the tokens, filled up to tiles of 64.
+        tokens = record["exchanged_bytes"] / 192 / 5
+        assert record["tokens"] / 2 <= tokens <= record["tokens"] / 2 + 4 * 64
+        assert tokens % 64 == 0
+        assert record["seconds"]["exchange"] > 0
+    assert all(one["exchanged_bytes"] is None and "exchange" not in one["seconds"] for one in steps(expected))
 
 
 @pytest.mark.long

@@ -31,12 +31,13 @@ from torch import Tensor
 @dataclass(eq=False)
 class SequenceGroup:
     """The ranks that share a row's tokens. index: this rank's place among them, and its part's in the row; size: how
-    many they are; group: their process group; communicating: made around each collective, for a clock."""
+    many they are; group: their process group; exchanging: made around each collective, with the bytes by it that leave
+    this rank, for a clock."""
 
     index: int
     size: int
     group: dist.ProcessGroup
-    communicating: Callable[[], AbstractContextManager[None]] = nullcontext
+    exchanging: Callable[[int], AbstractContextManager[None]] = lambda sent: nullcontext()
 
     @property
     def first(self) -> bool:
@@ -45,9 +46,13 @@ class SequenceGroup:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the group's ranks, in place; not for autograd."""
-        with self.communicating():
+        with self.exchanging(2 * self._to_others(values)):
             dist.all_reduce(values, group=self.group)
         return values
+
+    def _to_others(self, values: Tensor) -> int:
+        """Bytes of `values` that are not for this rank itself, of parts as large for each."""
+        return values.nbytes * (self.size - 1) // self.size
 
     def attend(
         self,
@@ -89,7 +94,7 @@ class _Exchange(torch.autograd.Function):
 def _all_to_all(parts_P: Tensor, sequence: SequenceGroup) -> Tensor:
     given = parts_P.contiguous()
     found = torch.empty_like(given)
-    with sequence.communicating():
+    with sequence.exchanging(sequence._to_others(given)):
         dist.all_to_all_single(found, given, group=sequence.group)
     return found
 

@@ -13,7 +13,7 @@ from lumina.monitor.reports.tables import how_it_ended
 _VALUES = 220_000  # of all curves together, some 9 bytes each: three runs stay under 3 MB with the rest
 _BUCKETS = 1000  # a curve on a wide screen shows no more
 _MARKS = 300  # on the curves
-_SECONDS = ("data", "forward", "backward", "communication", "optimizer", "saving", "other")
+_SECONDS = ("data", "forward", "backward", "communication", "exchange", "optimizer", "saving", "other")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,13 @@ _CHARTS = [
     _Chart("speed", "Model FLOPs utilisation", "step", {"mfu": ""}, smooth=True),
     _Chart("speed", "Processes", "world", {"processes": ""}, stepped=True),
     _Chart("speed", "Seconds of a step", "step", {f"seconds/{n}": n for n in _SECONDS}, smooth=True, format="seconds"),
+    _Chart(
+        "speed",
+        "Bytes that rank 0 sent to those that share its rows, a step",
+        "step",
+        {"exchanged_bytes": ""},
+        format="bytes",
+    ),
     _Chart("system", "Processor", "system", {"cpu": "all cores", "process_cpu": "rank 0"}, format="percent"),
     _Chart("system", "Memory", "system", {"memory": "machine", "process_memory": "rank 0"}, format="bytes"),
     _Chart("system", "Free disk", "system", {"disk_free": "free"}, format="bytes"),

@@ -207,12 +207,13 @@ class LiveView:
 
     @staticmethod
     def _split(record: StepRecord) -> str:
-        """The two phases that take most of a step's time."""
+        """The two phases that take most of a step's time, and the exchange of ranks that share rows."""
         split = record.seconds or {}
         whole = sum(split.values())
         if not whole:
             return ""
         most = sorted(split.items(), key=lambda item: -item[1])[:2]
+        most += [(name, value) for name, value in split.items() if name == "exchange" and (name, value) not in most]
         return ", ".join(f"{value / whole:.0%} {name}" for name, value in most)
 
 

@@ -31,9 +31,10 @@ from lumina.train.deepspeed.startup import (
     import_deepspeed,
     init_process_group,
 )
-from lumina.train.deepspeed.timing import PHASES, PhaseTimes, StepTimer
+from lumina.train.deepspeed.timing import APART, PHASES, PhaseTimes, StepTimer
 
 __all__ = [
+    "APART",
     "PHASES",
     "Engine",
     "EngineSnapshot",

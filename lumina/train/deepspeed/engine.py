@@ -63,7 +63,7 @@ class Engine:
         self.timer = StepTimer(self.device)
         self.timer.watch_collectives()
         if model.sequence is not None:
-            model.sequence.communicating = self.timer.communicating
+            model.sequence.exchanging = self.timer.exchanging
         self.collectives = False  # whether a collective may have been begun since the loop last set this
         self._accumulated = False  # whether there are gradients that no step has used
         self._stepping = False  # whether the optimizer proper has been called in this step

@@ -1,7 +1,8 @@
-"""Step timing by phase: waiting for data, forward, backward, communication, optimizer, saving, evaluation.
+"""Step timing by phase: waiting for data, forward, backward, communication, optimizer, exchange, saving, evaluation.
 
 Phases nest, and time counts for the innermost only: the collectives that DeepSpeed starts within a backward pass count
-as communication, not as backward. On a GPU the times are those of CUDA events, read one step late (`PhaseTimes`): by
+as communication, those between ranks that share rows as exchange, not as backward. What is done within an evaluation or
+a save is that, whatever it does. On a GPU the times are those of CUDA events, read one step late (`PhaseTimes`): by
 then the device has passed them, and nobody waits. Collectives on a stream of their own run beside the computation: they
 are `communication_overlapped`, which is not part of the sum.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,17 +20,25 @@ import torch
 
 from lumina.train.deepspeed.surface import COLLECTIVES
 
-PHASES = ("data", "forward", "backward", "communication", "optimizer", "saving", "evaluation", "other")
+PHASES = ("data", "forward", "backward", "communication", "optimizer", "exchange", "saving", "evaluation", "other")
+APART = ("saving", "evaluation")  # no part of a step
 T = TypeVar("T")
 
 
 class PhaseTimes:
-    """What a timer measured between two calls of `lap`."""
+    """What a timer measured between two calls of `lap`. exchanged: bytes that left this rank for those that it shares
+    rows with."""
 
     def __init__(
-        self, seconds: dict[str, float], since: Any, marks: list[tuple[Any, str]], beside: list[tuple[Any, Any]]
+        self,
+        seconds: dict[str, float],
+        since: Any,
+        marks: list[tuple[Any, str]],
+        beside: list[tuple[Any, Any]],
+        exchanged: int,
     ) -> None:
         self._seconds, self._since, self._marks, self._beside = seconds, since, marks, beside
+        self.exchanged = exchanged
 
     def read(self) -> dict[str, float]:
         """Seconds by phase; they add up to the time between the two calls. On a GPU to be read once, when the device
@@ -58,6 +67,7 @@ class StepTimer:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._since: Any = self._now()
         self._undo: list[Callable[[], None]] = []
+        self._exchanged = 0
         self.collectives = 0  # started by DeepSpeed so far: where this rank stands among the others
 
     def _mark(self) -> None:
@@ -71,12 +81,16 @@ class StepTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._mark()
-        self._phases.append(name)
+        self._phases.append(self._phases[-1] if self._apart else name)
         try:
             yield
         finally:
             self._mark()
             self._phases.pop()
+
+    @property
+    def _apart(self) -> bool:
+        return self._phases[-1] in APART
 
     def waits(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, with the wait for each counted as data."""
@@ -98,11 +112,12 @@ class StepTimer:
         """The time since the last call, to be read later."""
         self._mark()
         seconds, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
+        exchanged, self._exchanged = self._exchanged, 0
         if not self._gpu:
-            return PhaseTimes(seconds, None, [], [])
+            return PhaseTimes(seconds, None, [], [], exchanged)
         marks, self._marks, beside, self._beside = self._marks, [], self._beside, []
         since, self._since = self._since, marks[-1][0]
-        return PhaseTimes(seconds, since, marks, beside)
+        return PhaseTimes(seconds, since, marks, beside, exchanged)
 
     # --- Communication ---
 
@@ -130,15 +145,21 @@ class StepTimer:
 
         return timed
 
+    def exchanging(self, sent: int) -> AbstractContextManager[None]:
+        """What is done in the `with` block is a collective of ranks that share rows, by which `sent` bytes leave this
+        one."""
+        self._exchanged += 0 if self._apart else sent
+        return self.communicating("exchange")
+
     @contextmanager
-    def communicating(self) -> Iterator[None]:
+    def communicating(self, phase: str = "communication") -> Iterator[None]:
         """What is done in the `with` block is a collective."""
         if self._gpu and torch.cuda.current_stream() != torch.cuda.default_stream():
             began = self._now()
             yield
             self._beside.append((began, self._now()))
         elif threading.current_thread() is threading.main_thread() or self._gpu:
-            with self.phase("communication"):
+            with self.phase(phase):
                 yield
         else:  # a thread that works beside the step, such as one that saves
             yield

@@ -19,7 +19,7 @@ from lumina.config import Config
 from lumina.data import StepData
 from lumina.model import ExpertBalance
 from lumina.monitor import Console, EventLog, MetricsFile, Recorder, StepRecord, figures_text, perplexity
-from lumina.train.deepspeed import PHASES
+from lumina.train.deepspeed import APART, PHASES
 from lumina.train.health import Health, LayerFigures, LayerObservation, MachineWatch, StepObservation
 from lumina.train.liveness.stragglers import Comparison
 from lumina.train.outputs.ending import summary
@@ -40,7 +40,8 @@ class StepFigures:
     NaN without one;
     applied: whether the update was made; seconds: by phase (lumina.train.deepspeed.timing); samples:
     lumina.data.loading.order.samples_id; ended: seconds since 1970; loss_scale: fp16's, None elsewhere;
-    of_objective: means of the objective's figures by name; experts: how evenly the tokens went to them, if any."""
+    of_objective: means of the objective's figures by name; experts: how evenly the tokens went to them, if any;
+    exchanged_bytes: that left this rank for those that it shares rows with, if any."""
 
     data: StepData
     loss: float
@@ -54,6 +55,7 @@ class StepFigures:
     loss_scale: float | None
     of_objective: Mapping[str, float]
     experts: ExpertBalance | None = None
+    exchanged_bytes: int | None = None
 
 
 class Outputs:
@@ -165,7 +167,7 @@ class RunOutputs(Outputs):
         self._tokens += data.tokens
         if (machine := self._machine.latest()) is not None:
             self._health.machine(machine)
-        seconds = sum(split.get(phase, 0.0) for phase in PHASES if phase not in ("saving", "evaluation"))
+        seconds = sum(split.get(phase, 0.0) for phase in PHASES if phase not in APART)
         used, total, kind = used_memory(self._device)
         seen = StepObservation(
             data.step + 1,
@@ -203,6 +205,7 @@ class RunOutputs(Outputs):
             mfu=self._utilisation.of(data.micro_batches, seconds),
             of_objective=dict(figures.of_objective),
             experts=None if figures.experts is None else asdict(figures.experts),
+            exchanged_bytes=figures.exchanged_bytes,
         )
         self._metrics.step(record)
         self._console.step(record)

@@ -43,6 +43,38 @@ def test_the_innermost_phase_has_the_time(clock: Clock) -> None:
     assert positive(timer.lap().read()) == {"other": 1}
 
 
+def test_exchanges_are_a_phase_of_their_own_with_their_bytes(clock: Clock) -> None:
+    timer = StepTimer(torch.device("cpu"), now=clock.read)
+    for sent in (300, 40):
+        with timer.phase("forward"):
+            clock.now += 2
+            with timer.exchanging(sent):
+                clock.now += 5
+    with timer.phase("backward"), timer.communicating():
+        clock.now += 1
+    times = timer.lap()
+    assert times.exchanged == 340
+    assert positive(times.read()) == {"forward": 4, "exchange": 10, "communication": 1}
+    assert timer.lap().exchanged == 0
+
+
+def test_what_an_evaluation_exchanges_and_communicates_is_no_steps(clock: Clock) -> None:
+    """A step's speed, and its computing, count what the step itself did."""
+    timer = StepTimer(torch.device("cpu"), now=clock.read)
+    for name in ("evaluation", "saving"):
+        with timer.phase(name):
+            with timer.communicating():
+                clock.now += 3
+            with timer.exchanging(100), timer.phase("forward"):
+                clock.now += 4
+            clock.now += 1
+        with timer.phase("forward"):
+            clock.now += 1
+        times = timer.lap()
+        assert times.exchanged == 0
+        assert positive(times.read()) == {name: 8, "forward": 1}
+
+
 def test_an_exception_ends_its_phase(clock: Clock) -> None:
     timer = StepTimer(torch.device("cpu"), now=clock.read)
 

@@ -222,6 +222,7 @@ def test_what_is_written_trains(runs: Runs, conversations: Path, tmp_path: Path)
     settings = {
         **TINY,
         **small_vocabulary(write_tokenizer(tmp_path / "tokenizer")),
+        "tokenizer": str(tmp_path / "tokenizer"),
         "train_data": [str(conversations)],
         "output_dir": str(tmp_path),
         "experiment_name": "run",
@@ -239,7 +240,7 @@ def test_what_is_written_trains(runs: Runs, conversations: Path, tmp_path: Path)
     assert any(best.way[1:])
     write(tmp_path / "plan", config, cluster, best, 2)
     job = runs.train(
-        ["train", "--config", str(tmp_path / "plan/config.yaml"), "--ds_config", str(tmp_path / "plan/ds_config.json")],
+        ["--config", str(tmp_path / "plan/config.yaml"), "--ds_config", str(tmp_path / "plan/ds_config.json")],
         2,
     )
     assert len(steps(tmp_path / "run")) == 2

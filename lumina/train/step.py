@@ -233,7 +233,7 @@ def _record(
         loss_scale,
         of_objective,
         taken.experts,
-        taken.times.exchanged if run.ranks.sequence > 1 else None,
+        taken.times.exchanged or None,
     )
     try:
         run.outputs.step(figures)

@@ -25,7 +25,8 @@ def note(order: list[str], name: str, result: Any = None) -> Any:
 
 def make_run(order: list[str]) -> Any:
     """A run whose parts note what they are asked."""
-    split = SimpleNamespace(read=lambda: dict.fromkeys(("forward", "backward", "communication", "optimizer"), 0.0))
+    phases = ("forward", "backward", "communication", "optimizer")
+    split = SimpleNamespace(read=lambda: dict.fromkeys(phases, 0.0), exchanged=0)
     engine = SimpleNamespace(
         gradient_scale=lambda: 1.0,
         exhausted=lambda: None,

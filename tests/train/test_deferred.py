@@ -71,7 +71,9 @@ def make_run(order: list[str]) -> Any:
 
 def put(run: Any) -> None:
     sums = pack(StepSums(torch.tensor(1.0)), torch.device("cpu"))
-    data: Any = SimpleNamespace(step=4, supervised_tokens=1.0)
+    whole = SimpleNamespace(count=1)
+    batch = SimpleNamespace(ids_T=np.zeros(4), weights_T=np.ones(4), cu_seqlens_D=np.array([0, 4]), part=whole)
+    data: Any = SimpleNamespace(step=4, supervised_tokens=1.0, micro_batches=[batch])
     run.deferred.put(run.state.engine, data, 0.1, sums, torch.tensor(2.0), torch.tensor(True))
 
 

@@ -126,21 +126,29 @@ def compare(case: Case) -> dict[str, float]:
 
 
 def sent(size: int) -> dict[str, float]:
-    """Bytes that leave a rank in exchanges, per token of its own and layer, of a model in float64."""
-    exchanged, counted = dist.all_to_all_single, [0.0]
+    """Bytes that leave a rank in exchanges, per token of its own and layer, of a model in float64; and as its clock is
+    told."""
+    exchanged, counted, told, announced = dist.all_to_all_single, [0.0], [0], [0]
 
     def counting(found: Tensor, given: Tensor, **options: Any) -> Any:
         counted[0] += given.nbytes * (size - 1) / size
+        told[0] += announced[0]
         return exchanged(found, given, **options)
 
     case, sequence = Case(size), sequence_group(size)
     assert sequence is not None
     model = make_model(dtype=torch.float64, num_layers=2, seq_length=512)
     model.share_rows(sequence)
-    with patch.object(dist, "all_to_all_single", counting):
+
+    @contextmanager
+    def exchanging(sent: int) -> Iterator[None]:
+        announced[0] = sent
+        yield
+
+    with patch.object(dist, "all_to_all_single", counting), patch.object(sequence, "exchanging", exchanging):
         computed(model, case, sequence)
     own = -(-sum(case.lengths) // (64 * size)) * 64
-    return {"bytes": counted[0] / own / 2}
+    return {"bytes": counted[0] / own / 2, "told": told[0] / own / 2}
 
 
 def untimed() -> dict[str, float]:
@@ -152,7 +160,7 @@ def untimed() -> dict[str, float]:
     seen: list[bool] = []
 
     @contextmanager
-    def communicating() -> Iterator[None]:
+    def exchanging(sent: int) -> Iterator[None]:
         inside[0] = True
         yield
         inside[0] = False
@@ -167,7 +175,7 @@ def untimed() -> dict[str, float]:
     with (
         patch.object(dist, "all_to_all_single", noted(dist.all_to_all_single)),
         patch.object(dist, "all_reduce", noted(dist.all_reduce)),
-        patch.object(sequence, "communicating", communicating),
+        patch.object(sequence, "exchanging", exchanging),
     ):
         computed(model, case, sequence)
     return {"untimed": seen.count(False), "timed": seen.count(True)}

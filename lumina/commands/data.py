@@ -6,6 +6,7 @@ is imported before a command runs: `lumina --help` reads the options of all of t
 
 from __future__ import annotations
 
+import codecs
 import inspect
 import logging
 import sys
@@ -33,12 +34,17 @@ if TYPE_CHECKING:
     from lumina.data import PackedDataset
 
 log = logging.getLogger("lumina")
+_PIECE = 1 << 20  # bytes
 
 
 def _print_json(value: dict[str, Any]) -> None:
     import orjson
 
-    say(escape_json(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()))
+    # A piece at a time: a sample of a million tokens is hundreds of megabytes, and each step would copy all of it.
+    text, decoder = memoryview(orjson.dumps(value, option=orjson.OPT_INDENT_2)), codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(text), _PIECE):
+        say(escape_json(decoder.decode(text[start : start + _PIECE])), end="")
+    say()
 
 
 def _say(lines: Sequence[str]) -> None:
@@ -211,15 +217,15 @@ def inspect_sample(
     whole: bool = False,
     json: bool = False,
 ) -> int:
-    """Shows what the model will see of one sample: text coloured by what is supervised, with `table` every token, of a
-    long sample beginning and end unless `whole`; or with `line` what becomes of that record of a file, from its raw
-    form to its tokens.
+    """Shows what the model will see of one sample: text coloured by what is supervised, with `table` every token; or
+    with `line` what becomes of that record of a file, from its raw form to its tokens. Of what is long beginning and
+    end, unless `whole`; with `json` all.
 
     Raises:
         UserError: there is no such sample or record.
     """
     if line is not None:
-        return _inspect_record(files, config, line, table=table, json=json)
+        return _inspect_record(files, config, line, table=table, whole=whole, json=json)
     from lumina.chat import open_tokenizer
     from lumina.config import UserError
     from lumina.data import SHOWN_ENDS, describe_sample, render_sample
@@ -240,21 +246,21 @@ def inspect_sample(
     return 0
 
 
-def _inspect_record(files: Sequence[str], config: Config, line: int, *, table: bool, json: bool) -> int:
+def _inspect_record(files: Sequence[str], config: Config, line: int, *, table: bool, whole: bool, json: bool) -> int:
     from lumina.chat import open_tokenizer
     from lumina.config import UserError
-    from lumina.data import describe_record, expand, render_record
+    from lumina.data import SHOWN_ENDS, describe_record, expand, render_record
 
     (path, *others) = expand(files)
     if others:
         raise UserError(f"--line {line} of which file? There are {len(others) + 1}", "Name one file.")
     tokenizer = open_tokenizer(config.tokenizer, config.chat_template)
-    description = describe_record(path, line, config, tokenizer)
+    description = describe_record(path, line, config, tokenizer, None if whole or json else SHOWN_ENDS)
     if json:
         _print_json(description)
         return 0
     out = console(soft_wrap=True)
-    for text in render_record(description, tokenizer, table):
+    for text in render_record(description, tokenizer, table, whole):
         out.print(text)
     return 0
 
@@ -264,7 +270,7 @@ def _inspect_data_options(parser: Parser) -> None:
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="which packed sample, from 0 (0)")
     parser.add_argument("--line", type=int, metavar="N", help="instead record N of the file: raw, conversation, tokens")
     parser.add_argument("--table", action="store_true", help="also a line for each token: position, id, weight, target")
-    parser.add_argument("--whole", action="store_true", help="all of a long sample, not its beginning and end")
+    parser.add_argument("--whole", action="store_true", help="all of what is long, not its beginning and end")
     config_options(parser)
     data_options(parser.add_argument_group("data"))
     json_option(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import re
 import unicodedata
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumina.chat import SPECIAL_TOKENS, Tokenizer
-from lumina.chat.cl100k import _NEWER_LETTERS, _rank_files, find_ranks
+from lumina.chat.cl100k import _NEWER_LETTERS, _rank_files, find_ranks, split_at_blanks
 from lumina.config import UserError
 
 TOKENIZER = Tokenizer.load("im-roles-2")
@@ -69,6 +70,20 @@ def test_bulk_encoder_agrees_on_letters_that_one_version_of_unicode_lacks() -> N
         differing = (lengths != sizes).nonzero()[0]
         assert not len(differing), hex(ord(texts[differing[0]][1]))
         assert np.array_equal(ids, expected)
+
+
+@given(st.text("  \t\u3000\x1c\n\r'sa1!", max_size=40), st.integers(1, 4))
+def test_parts_between_long_blanks_are_encoded_as_the_whole(text: str, longest: int) -> None:
+    parts = split_at_blanks(text, longest)
+    assert "".join(parts) == text
+    assert [token for part in parts for token in REFERENCE.encode_ordinary(part)] == REFERENCE.encode_ordinary(text)
+    assert not any(re.search(rf"[ \t\u3000]{{{longest + 2},}}[^ \t\u3000\r\n]", part) for part in parts)
+
+
+def test_a_million_blanks_before_a_word() -> None:
+    """tiktoken alone panics there."""
+    text = "a\n \n" + 1_010_000 * "\t" + "b"
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
 def test_lone_surrogates_are_replaced_not_fatal() -> None:

@@ -24,8 +24,8 @@ RECORDS: list[Any] = [
 ]
 
 
-def described(path: Path, line: int, **how: Any) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = describe_record(str(path), line, Settings(**how), TOKENIZER)["records"]
+def described(path: Path, line: int, ends: int | None = None, **how: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = describe_record(str(path), line, Settings(**how), TOKENIZER, ends)["records"]
     return found
 
 
@@ -99,3 +99,29 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     assert record["conversations"][0]["longer_than_seq_length"] == "drop"
     with pytest.raises(UserError, match="no column"):
         described(path, 1, columns={"prompt": "frage"})
+
+
+def test_of_a_long_record_beginning_and_end_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Long texts, long lists and long renderings: a terminal gets a bounded part of each and what is left out; all of
+    it with --whole, and with --json."""
+    long = "very " * 3000 + "long"
+    said = [text for n in range(100) for text in (long if n == 1 else f"question {n}", f"and answer {n}")]
+    path = write_jsonl(tmp_path / "in.jsonl", [chat(*said)])
+    options = ["inspect", str(path), "--line", "1", "--config", "nano", "--chat-template", "im-roles-2"]
+    assert main(options) == 0
+    shown = capsys.readouterr().out
+    assert main([*options, "--whole"]) == 0
+    whole = capsys.readouterr().out
+    assert main([*options, "--json"]) == 0
+    (conversation,) = orjson.loads(capsys.readouterr().out)["records"][0]["conversations"]
+    (tokens,), (sample,) = conversation["rendered"], conversation["samples"]
+    assert [message["content"] for message in conversation["messages"]] == said
+    assert sample == {"tokens": len(tokens), "supervised": sum(t["supervised"] for t in tokens), "left_out": 0}
+    assert whole.count(long) == 3  # raw, message, tokens
+    assert "left out" not in whole
+    assert len(shown) < 33_000 < len(whole)
+    for what in (f"{len(long) - 4000:,} characters", "160 messages", f"{len(tokens) - 4000:,} tokens"):
+        assert f"── {what} left out (--whole shows them)" in shown
+    short = described(path, 1, ends=2000)[0]["conversations"][0]
+    assert short["rendered"] == [[*tokens[:2000], *tokens[-2000:]]]
+    assert short["samples"] == [{**sample, "left_out": len(tokens) - 4000}]

@@ -1,12 +1,18 @@
 """Preparing, validating and loading a large chat JSONL: speed, and memory that does not grow with the data.
 
     python benchmarks/data_scale.py FILE [--gigabytes 2] [--workers 2] [--model-tokens-per-s 560]
+    python benchmarks/data_scale.py FILE --seq-length 1000000 --ranks 1 2 8 [--gigabytes 0.25]
     python benchmarks/data_scale.py FILE --before CHECKOUT [--gigabytes 2] [--workers 2] [--repeat 3]
 
 FILE's lines are repeated, each copy's text made different, until the input has the size asked for; then again at a
 quarter of it. For both sizes: tokens/s of preparing and the largest resident memory of a worker and of the parent,
 then validation's time over preparing's, then the loader's tokens/s and the growth of its private memory over an epoch.
 The last line sums up.
+
+With --ranks, one size: preparing, and in it the time of best-fit packing; then, each in a process of its own, the
+loader of the last of P ranks that share each row, as training has it (it looks its rows through for damage): the rows'
+tokens/s, and by how much its private memory rose at most over what it was before the first one, when steps take so long
+that all rows that it reads ahead are there.
 
 With --before, both checkouts prepare and validate the input in turns (benchmarks/prepare.py), and the ratios of their
 CPU seconds are printed, this one's in the denominator.
@@ -21,16 +27,19 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from lumina.chat import Tokenizer
-from lumina.config import load
-from lumina.data import GlobalOrder, Loader, PackedDataset, prepare, validate
+from lumina.config import Config, load
+from lumina.data import GlobalOrder, Loader, PackedDataset, Part, prepare, validate
+from lumina.data.preparing.packing import pack
 
 MIB = 1 << 20
-SETTINGS = {"seq_length": 1024, "packing": True, "overlong": "split"}
+SETTINGS = {"packing": True, "overlong": "split"}
 
 
 class Watch:
@@ -88,9 +97,78 @@ def load_epoch(dataset: PackedDataset) -> tuple[float, float]:
     return tokens / (time.perf_counter() - start), (private_bytes() - early) / MIB
 
 
-def measure(path: Path, workers: int, folder: str) -> tuple[float, float, float, float]:
+class PrivatePeak:
+    """Samples this process's private memory every 2 ms while a block runs: by how many MiB it rose at most."""
+
+    def __enter__(self) -> PrivatePeak:
+        self._before = self._most = private_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.002):
+            self._most = max(self._most, private_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.mib = (self._most - self._before) / MIB
+
+
+def load_part(path: Path, settings: Config, ranks: int, steps: int) -> None:
+    """Prints the loader's figures on the last of `ranks` ranks that share each row of a prepared file."""
+    dataset = prepare([path], settings, Tokenizer.load())
+    assert isinstance(dataset, PackedDataset)
+    order = GlobalOrder(dataset.num_samples, 1, seed=1, fingerprint=dataset.fingerprint)
+    shared = {"rank": 0, "world": 1, "micro_batch_size": 1, "part": Part(ranks - 1, ranks)}
+    checked = {"replace_corrupt": True, "vocab_size": settings.vocab_size}
+    # The first batch imports what makes tensors.
+    warm = dataset.batch([0], Part(0, -(-int(dataset.tokens_per_sample[0]) // 1024)))
+    warm.torch()
+    with PrivatePeak() as peak:
+        for _ in Loader(dataset, order, start_step=0, stop_step=min(steps, 8), **shared, **checked):
+            time.sleep(0.5)
+    start = time.perf_counter()
+    tokens = sum(one.tokens for one in Loader(dataset, order, start_step=0, stop_step=steps, **shared, **checked))
+    seconds = time.perf_counter() - start
+    print(
+        f"ranks={ranks} row_tokens={int(dataset.tokens_per_sample.max())} rows={steps} "
+        f"rows_tokens_per_s={tokens / seconds:.0f} private_growth_mib={peak.mib:.0f}",
+        flush=True,
+    )
+
+
+def measure_rows(path: Path, settings: Config, workers: int, ranks: Sequence[int]) -> None:
+    """Prepares a file with few and long rows, packs its chunks once more, and loads them as one of `ranks` ranks."""
+    with Watch() as watch:
+        start = time.perf_counter()
+        dataset = prepare([path], settings, Tokenizer.load(), workers=workers)
+        seconds = time.perf_counter() - start
+    lengths = np.concatenate(list(map(dataset.document_lengths, range(dataset.num_samples)))).astype(np.int32)
+    start = time.perf_counter()
+    rows = pack(lengths, settings.seq_length)
+    packing = time.perf_counter() - start
+    assert int(rows.max()) + 1 == dataset.num_samples
+    print(
+        f"bytes={path.stat().st_size} tokens={dataset.account['tokens']} seq_length={settings.seq_length} "
+        f"chunks={len(lengths)} samples={dataset.num_samples} fill={dataset.account['fill']:.4f} "
+        f"prepare_s={seconds:.1f} of_it_packing_s={packing:.3f} "
+        f"worker_mib={watch.child:.0f} parent_mib={watch.parent:.0f}",
+        flush=True,
+    )
+    for count in ranks:
+        steps = min(dataset.num_samples, 20)
+        command = [sys.executable, __file__, str(path), "--seq-length", str(settings.seq_length)]
+        command += ["--load", str(settings.cache_dir), str(count), str(steps)]
+        subprocess.run(command, check=True)
+
+
+def measure(path: Path, workers: int, folder: str, seq_length: int) -> tuple[float, float, float, float]:
     """Prints a size's figures. Returns (tokens/s, worker MiB, validation over preparing, loader tokens/s)."""
-    settings = load("nano", {**SETTINGS, "cache_dir": str(Path(folder) / f"cache-{path.stat().st_size}")})
+    given = {"seq_length": seq_length, "cache_dir": str(Path(folder) / f"cache-{path.stat().st_size}")}
+    settings = load("nano", {**SETTINGS, **given})
     with Watch() as watch:
         start = time.perf_counter()
         dataset = prepare([path], settings, Tokenizer.load(), workers=workers)
@@ -119,7 +197,22 @@ def main() -> None:
     parser.add_argument("--model-tokens-per-s", type=float, default=560.0, help="what the model of `debug` consumes")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT")
     parser.add_argument("--repeat", type=int, default=3, help="turns with --before")
+    parser.add_argument("--seq-length", type=int, default=1024)
+    parser.add_argument("--ranks", type=int, nargs="+", metavar="P", help="load as one of P ranks that share each row")
+    parser.add_argument("--load", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.load is not None:
+        cache, ranks, steps = arguments.load
+        settings = load("nano", {**SETTINGS, "seq_length": arguments.seq_length, "cache_dir": cache})
+        load_part(arguments.file, settings, int(ranks), int(steps))
+        return
+    if arguments.ranks:
+        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+            path = Path(folder) / "input.jsonl"
+            grow(arguments.file, path, int(arguments.gigabytes * 1e9))
+            settings = load("nano", {**SETTINGS, "seq_length": arguments.seq_length, "cache_dir": f"{folder}/cache"})
+            measure_rows(path, settings, arguments.workers, arguments.ranks)
+        return
     if arguments.before is not None:
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
             path = Path(folder) / "input.jsonl"
@@ -134,7 +227,7 @@ def main() -> None:
         for share in (0.25, 1.0):
             path = Path(folder) / f"{share}.jsonl"
             grow(arguments.file, path, int(share * arguments.gigabytes * 1e9))
-            results.append(measure(path, arguments.workers, folder))
+            results.append(measure(path, arguments.workers, folder, arguments.seq_length))
     (_, small, _, _), (rate, large, ratio, loaded) = results
     times = loaded / arguments.model_tokens_per_s
     print(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lumina.model.cache import KVCache as KVCache
     from lumina.model.cpu import keep_heap as keep_heap
     from lumina.model.decode import Decoder as Decoder
+    from lumina.model.loss import POSITION_BINS as POSITION_BINS
+    from lumina.model.loss import position_bins as position_bins
     from lumina.model.memory.offload import HostCopies as HostCopies
     from lumina.model.parallel.sequence import SequenceGroup as SequenceGroup
     from lumina.model.parallel.sequence import sequence_group as sequence_group
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from lumina.model.transformer import Transformer as Transformer
 
 __all__ = [
+    "POSITION_BINS",
     "PREFERENCE_FIGURES",
     "CachedRow",
     "Decoder",
@@ -42,6 +45,7 @@ __all__ = [
     "keep_heap",
     "lora",
     "ops",
+    "position_bins",
     "report_kernel",
     "sequence_group",
     "static_fits",
@@ -55,12 +59,14 @@ __getattr__ = names_of(
         "ExpertBalance": "routing",
         "HostCopies": "memory.offload",
         "KVCache": "cache",
+        "POSITION_BINS": "loss",
         "PREFERENCE_FIGURES": "preference",
         "SequenceGroup": "parallel.sequence",
         "StaticDecoder": "static",
         "Transformer": "transformer",
         "expert_balance": "routing",
         "keep_heap": "cpu",
+        "position_bins": "loss",
         "sequence_group": "parallel.sequence",
         "static_fits": "static",
         "report_kernel": "attention",

@@ -9,6 +9,7 @@ N supervised positions, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from lumina.config import CHUNK_BYTES, output_chunk_bytes, round_up
 from lumina.model.ops import cross_entropy_
+
+POSITION_BINS = 32
+"""K: how many ranges the positions of a row are put into. Range k: 2**k up to 2**(k + 1) - 1 tokens come before."""
 
 _memory: dict[torch.device, int] = {}
 
@@ -173,12 +177,47 @@ def output_loss(
     """
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
         return _OutputLoss.apply(hidden_ND, weight_VD, targets_N, weights_N, softcap)  # type: ignore[no-any-return, no-untyped-call]
+    total = hidden_ND.new_zeros((), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
+    for _, losses_n in _weighted_losses(hidden_ND, weight_VD, targets_N, weights_N, softcap):
+        total += losses_n.sum()
+    return total
+
+
+def _weighted_losses(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, softcap: float | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """A chunk of positions at a time: which they are, and weight * cross-entropy of each. Not for autograd."""
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-    total = hidden_ND.new_zeros((), dtype=wide)
     rows = hidden_ND.shape[0]
     step = _chunk_rows(weight_VD, rows)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         losses = cross_entropy_(_capped_logits(hidden_ND[part], weight_VD, softcap), targets_N[part], weights_N[part])
-        total += (losses.to(wide) * weights_N[part].to(wide)).sum()
-    return total
+        yield part, losses.to(wide) * weights_N[part].to(wide)
+
+
+def position_bins(before_N: Tensor) -> Tensor:
+    """The range of positions that each token is in, by how many tokens come before it (from 1): int64 (N)."""
+    return torch.frexp(before_N.double()).exponent.long() - 1
+
+
+@torch.no_grad()
+def loss_by_position(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    before_N: Tensor,
+    softcap: float | None = None,
+) -> Tensor:
+    """`output_loss`, then the same sum over the tokens of each range of positions, then the sums of their weights:
+    float64 (1 + 2K). before_N: int64, how many tokens come before each target."""
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+    total, sums_2K = hidden_ND.new_zeros((), dtype=wide), hidden_ND.new_zeros((2, POSITION_BINS), dtype=torch.float64)
+    bins_N, every_K = position_bins(before_N), torch.arange(POSITION_BINS, device=hidden_ND.device)
+    for part, losses_n in _weighted_losses(hidden_ND, weight_VD, targets_N, weights_N, softcap):
+        total += losses_n.sum()
+        # As a product: index_add_ adds in an order of its own on a GPU.
+        of_nK = (bins_N[part, None] == every_K).double()
+        sums_2K += torch.stack((losses_n, weights_N[part])).double() @ of_nK
+    return torch.cat((total.double()[None], sums_2K.flatten()))

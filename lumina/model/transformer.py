@@ -24,7 +24,7 @@ from lumina.model.attention import Documents, Scoring, attention, refuse_cudnn
 from lumina.model.attention import bind as bind_attention
 from lumina.model.experts import ExpertFeedForward
 from lumina.model.experts import bind as bind_experts
-from lumina.model.loss import output_loss
+from lumina.model.loss import loss_by_position, output_loss
 from lumina.model.memory.offload import HostCopies
 from lumina.model.memory.recompute import recomputed
 from lumina.model.memory.tiles import tiled
@@ -234,9 +234,11 @@ class Output(nn.Module):
         documents_N: Tensor | None = None,
         pairs_P3: Tensor | None = None,
         beta: float | None = None,
+        before_N: Tensor | None = None,
     ) -> Tensor:
-        """Arguments as in Transformer.forward. Nothing here looks for the supervised positions: a search whose result
-        has as many rows as it finds would make the host wait for the device and break a compiled graph."""
+        """Arguments as in Transformer.forward; before_N: as in loss_by_position. Nothing here looks for the supervised
+        positions: a search whose result has as many rows as it finds would make the host wait for the device and break
+        a compiled graph."""
         if self.scale != 1.0:  # the product's, at the cost of its narrower operand
             x_BSD = x_BSD * self.scale
         if targets_N is None or weights_N is None:
@@ -245,8 +247,11 @@ class Output(nn.Module):
         hidden_ND = x_BSD.flatten(0, 1)
         if supervised_N is not None:
             hidden_ND = hidden_ND.index_select(0, supervised_N)
+        of_tokens = hidden_ND, self.weight, targets_N.flatten(), weights_N.flatten()
+        if before_N is not None:
+            return loss_by_position(*of_tokens, before_N, self.softcap)
         if pairs_P3 is None:
-            return output_loss(hidden_ND, self.weight, targets_N.flatten(), weights_N.flatten(), self.softcap)
+            return output_loss(*of_tokens, self.softcap)
         assert documents_N is not None, "a pair's answers are documents: each supervised token has one"
         of_pairs = hidden_ND, self.weight, targets_N, weights_N, documents_N
         if beta is None:
@@ -307,10 +312,12 @@ class Transformer(nn.Module):
         pairs_P3: Tensor | None = None,
         beta: float | None = None,
         bounds: tuple[int, ...] | None = None,
+        by_position: bool = False,
     ) -> Tensor:
         """Logits (B, S, V) or, with targets, a float32 scalar: sum over positions of weight * cross-entropy in nats.
         With pairs (lumina.model.preference), whose documents come first, the sums of the pairs' losses and figures at
-        `beta` (1 + F), or without one their answers' log-probabilities (P, 2).
+        `beta` (1 + F), or without one their answers' log-probabilities (P, 2). With `by_position`, which is for
+        evaluations of single answers and needs `supervised`, what loss_by_position returns.
 
         ids, positions: int64 (B, S). targets int64 and weights float32 are those of the positions `supervised` (N,
         int64, counted over B*S), or of every position, (B, S), where that is not given; the output layer is computed
@@ -323,7 +330,9 @@ class Transformer(nn.Module):
         if self.training and self.config.experts is not None and weights_N is not None:
             routing = Routing.of(ids_BS, cu_seqlens_D, weights_N, supervised_N, pairs_P3)
         normed_BSD = self.trunk(ids_BS, positions_BS, cu_seqlens_D, max_seqlen, cache, bounds, routing)
-        wanted = targets_N, weights_N, supervised_N, documents_N, pairs_P3, beta
+        assert supervised_N is not None or not by_position
+        before_N = positions_BS.flatten()[supervised_N] + 1 if by_position else None  # the target is the next token
+        wanted = targets_N, weights_N, supervised_N, documents_N, pairs_P3, beta, before_N
         out: Tensor = self.output(normed_BSD, *wanted)
         return out if routing is None else self._with_router_losses(out, routing)
 

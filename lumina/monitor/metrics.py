@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +26,8 @@ log = logging.getLogger("lumina")
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return list(map(_plain, value))
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -86,9 +88,18 @@ class MetricsFile:
         self.write("step", values.pop("step"), values)
 
     def evaluation(
-        self, step: int, loss: float, ppl: float, seconds: float, figures: Mapping[str, float] | None = None
+        self,
+        step: int,
+        loss: float,
+        ppl: float,
+        seconds: float,
+        figures: Mapping[str, float] | None = None,
+        by_position: Sequence[Mapping[str, float]] = (),
     ) -> None:
-        self.write("eval", step, {"loss": loss, "ppl": ppl, "seconds": round(seconds, 3), **(figures or {})})
+        """by_position: the loss of tokens by how many come `from` .. `to` before them, and how many `tokens` these
+        are."""
+        values = {"loss": loss, "ppl": ppl, "seconds": round(seconds, 3), **(figures or {})}
+        self.write("eval", step, values | ({"by_position": list(by_position)} if by_position else {}))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One record. A disk that refuses it does not stop the run: the listeners still get it."""

@@ -119,8 +119,9 @@ def _evaluate(run: Run) -> Stop | None:
     began = time.perf_counter()
     with engine.timer.phase("evaluation"):
         progress = partial(run.outputs.progress, "Evaluating")
-        loss, figures = evaluate(engine, run.data.evaluation, config.batch_size, run.ranks, heartbeat, progress)
-    run.outputs.evaluation(run.state.step, loss, time.perf_counter() - began, figures)
+        found = evaluate(engine, run.data.evaluation, config.batch_size, run.ranks, heartbeat, progress)
+    loss, figures, by_position = found
+    run.outputs.evaluation(run.state.step, loss, time.perf_counter() - began, figures, by_position)
     with engine.timer.phase("evaluation"):
         if config.sample_prompts:
             asked, longest = run.data.sample_prompts, config.sample_tokens

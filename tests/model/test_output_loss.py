@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config import ROW_TILE, load, output_chunk_bytes
 from lumina.model import loss as room
-from lumina.model.loss import output_loss, token_losses
+from lumina.model.loss import POSITION_BINS, output_loss, position_bins, token_losses
 from lumina.plan.costs.devices import find_device
 from lumina.plan.costs.memory import output_layers_memory
 from lumina.plan.costs.setup import Setup
@@ -49,6 +49,34 @@ def test_gradients_are_exact(chunk: int, monkeypatch: pytest.MonkeyPatch) -> Non
     rows_per_chunk(monkeypatch, chunk, 11, 8)
     hidden, weight, targets, weights = case(7, 4, 11)
     assert gradcheck(lambda h, w: output_loss(h, w, targets, weights), (hidden, weight), check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("chunk", [1000, 7])
+def test_the_loss_by_position_against_each_document_alone(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the whole table of logits of each document, and a count of the tokens before each target."""
+    rows_per_chunk(monkeypatch, chunk, 61, 8)
+    model, batch = make_model(dtype=torch.float64).eval(), pack([70, 1, 40, 131, 2])
+    expected = torch.zeros(2, POSITION_BINS, dtype=torch.float64)
+    with torch.no_grad():
+        for document in batch.documents():
+            logits = model(document.ids, document.positions)[0]
+            for place, (target, weight) in enumerate(zip(document.targets[0], document.weights[0], strict=True)):
+                bin = max(k for k in range(POSITION_BINS) if 2**k <= len(document.ids[0, : place + 1]))
+                expected[:, bin] += weight.double() * torch.stack(
+                    [F.cross_entropy(logits[place], target), torch.ones(())]
+                )
+        where = batch.weights.flatten().nonzero().flatten()
+        where = torch.cat([where, torch.zeros(5, dtype=torch.int64)])  # as the loader fills up whole tiles
+        given = batch.targets.flatten()[where], batch.weights.flatten()[where].index_fill(0, torch.arange(-5, 0), 0.0)
+        options = {"supervised_N": where, "by_position": True}
+        total, *sums = model(*batch[:4], *given, **options)
+    assert float(total) == pytest.approx(float(expected[0].sum()), rel=1e-12)
+    torch.testing.assert_close(torch.stack(sums).view(2, POSITION_BINS), expected, rtol=1e-12, atol=0)
+
+
+def test_ranges_of_positions_to_the_last_token() -> None:
+    edges = [2**k + more for k in range(1, 25) for more in (-1, 0, 1)]
+    assert position_bins(torch.tensor([1, *edges])).tolist() == [place.bit_length() - 1 for place in (1, *edges)]
 
 
 @pytest.mark.parametrize("tied", [True, False])

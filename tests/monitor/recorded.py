@@ -48,7 +48,12 @@ def record_run(
                 ppl=math.exp(loss), seconds={"data": 0.01, "forward": 0.2, "backward": 0.4, "optimizer": 0.05},
             )  # fmt: skip
             if step % every == 0:
-                put("eval", step, loss=3.2 + 8 * math.exp(-5 * progress), ppl=30.0, seconds=1.0)
+                evaluated = 3.2 + 8 * math.exp(-5 * progress)
+                positions = [
+                    {"from": 2**k, "to": 2 ** (k + 1) - 1, "loss": evaluated + 1 / (k + 1), "tokens": 1000 << k}
+                    for k in range(21)
+                ]
+                put("eval", step, loss=evaluated, ppl=30.0, seconds=1.0, by_position=positions)
                 layer_figures = {
                     f"blocks.{i}": {"gradient": rng.random(), "weight": 5 + i, "update": 1e-3 * rng.random()}
                     for i in range(layers)

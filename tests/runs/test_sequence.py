@@ -93,6 +93,14 @@ def held(run: Path, other: Path, rel: float = 1e-5) -> None:
     evaluated = [[record["loss"] for record in records(one, "eval")] for one in (run, other)]
     assert evaluated[0] == pytest.approx(evaluated[1], rel=rel)
     assert evaluated[0], "it evaluated"
+    for one, other_one in zip(records(run, "eval"), records(other, "eval"), strict=True):
+        positions, expected = one["by_position"], other_one["by_position"]
+        for name in ("from", "to", "tokens"):
+            assert [row[name] for row in positions] == [row[name] for row in expected]
+        assert [row["loss"] for row in positions] == pytest.approx([row["loss"] for row in expected], rel=rel)
+        tokens = sum(row["tokens"] for row in positions)
+        assert sum(row["loss"] * row["tokens"] for row in positions) / tokens == pytest.approx(one["loss"], rel=1e-6)
+        assert len(positions) > 5, "several ranges"
     layers = [[record["layers"] for record in records(one, "layers")] for one in (run, other)]
     assert layers[0], "it measured the layers"
     for found, expected in zip(*layers, strict=True):

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.data.loading.dataset import PackedDataset
+from lumina.data.loading.dataset import Batch, PackedDataset
+from lumina.data.loading.part import Part
 
-_SAMPLES_AT_ONCE = 64
+_AT_ONCE = 1 << 20  # tokens, whatever the length of a row
+
+
+def batches_of(dataset: PackedDataset, most: int = _AT_ONCE) -> Iterator[Batch]:
+    """All tokens of a data set in order, at most some `most` at a time: several samples, or part of one."""
+    ends = np.cumsum(dataset.tokens_per_sample, dtype=np.int64)
+    first = done = 0
+    while first < dataset.num_samples:
+        last = int(np.searchsorted(ends, done + most, side="right"))
+        if last > first:
+            yield dataset.batch(range(first, last))
+        else:
+            last = first + 1
+            pieces = -(-int(dataset.tokens_per_sample[first]) // most)
+            yield from (dataset.batch([first], Part(at, pieces)) for at in range(pieces))
+        first, done = last, int(ends[last - 1])
 
 
 def supervised_counts(dataset: PackedDataset, vocab_size: int) -> NDArray[np.int64]:
     """How often each id is a supervised target in an epoch: int64[vocab_size]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for first in range(0, dataset.num_samples, _SAMPLES_AT_ONCE):
-        batch = dataset.batch(range(first, min(first + _SAMPLES_AT_ONCE, dataset.num_samples)))
+    for batch in batches_of(dataset):
         counts += np.bincount(batch.targets_T[batch.weights_T > 0], minlength=vocab_size)
     return counts
 

@@ -181,6 +181,17 @@ class PackedDataset:
             )
         return chunks
 
+    def document_lengths(self, sample: int) -> NDArray[np.int64]:
+        """How many tokens each document of a sample has, in no order; no token is read."""
+        chunk_D = self._sample_chunks[self._sample_offsets[sample] : self._sample_offsets[sample + 1]]
+        block_D = np.searchsorted(self._block_starts, chunk_D, side="right") - 1
+        lengths = []
+        for number in np.unique(block_D).tolist():
+            row_D = chunk_D[block_D == number] - self._block_starts[number]
+            offsets = self._block(number).offsets
+            lengths.append(offsets[row_D + 1] - offsets[row_D])
+        return np.concatenate(lengths).astype(np.int64)
+
     def batch(self, indices: Sequence[int] | NDArray[np.int64], part: Part = WHOLE) -> Batch:
         """The samples `indices` in that order; index -1 is a padding sample: one token of weight 0. Of `part` alone the
         tokens are read."""

@@ -10,25 +10,31 @@ Memory is a few bytes per chunk; the token data is never touched.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+
 import numpy as np
 from numpy.typing import NDArray
 
 
 class _Rooms:
-    """Rows by the room left in them: a stack of rows for each room, and one bit per non-empty stack."""
+    """Rows by the room left in them: a stack of rows for each room that some row has, and these rooms in order. Nothing
+    grows with the rooms that a row may have, which are as many as a context of millions has tokens."""
 
-    def __init__(self, capacity: int) -> None:
-        self._stacks: list[list[NDArray[np.int64]]] = [[] for _ in range(capacity + 1)]
-        self._present = 0
+    def __init__(self) -> None:
+        self._stacks: dict[int, list[NDArray[np.int64]]] = {}
+        self._present: list[int] = []
 
     def smallest_at_least(self, length: int) -> int | None:
-        above = self._present >> length
-        return length + (above & -above).bit_length() - 1 if above else None
+        place = bisect_left(self._present, length)
+        return self._present[place] if place < len(self._present) else None
 
     def put(self, room: int, rows: NDArray[np.int64]) -> None:
-        if rows.size:
-            self._stacks[room].append(rows)
-            self._present |= 1 << room
+        if not rows.size:
+            return
+        if room not in self._stacks:
+            insort(self._present, room)
+            self._stacks[room] = []
+        self._stacks[room].append(rows)
 
     def take(self, room: int, limit: int) -> NDArray[np.int64]:
         """At most `limit` rows of that room, the most recently put first."""
@@ -42,7 +48,7 @@ class _Rooms:
             taken.append(rows)
             limit -= rows.size
         if not stack:
-            self._present &= ~(1 << room)
+            del self._stacks[room], self._present[bisect_left(self._present, room)]
         return np.concatenate(taken)
 
 
@@ -57,7 +63,7 @@ def pack(lengths_C: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
         return row_C
     assert lengths_C.min() >= 1
     assert lengths_C.max() <= capacity
-    rooms, next_row = _Rooms(capacity), 0
+    rooms, next_row = _Rooms(), 0
     order_C = np.argsort(-lengths_C.astype(np.int64), kind="stable")
     sorted_C = lengths_C[order_C]
     bounds = np.flatnonzero(np.diff(sorted_C)) + 1

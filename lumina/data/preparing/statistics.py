@@ -271,12 +271,15 @@ def percentiles(histogram: dict[str, int]) -> dict[str, float]:
 
 
 def context_lengths(histogram: dict[str, int]) -> list[dict[str, float]]:
-    """For each context length: the share of conversations longer than it, the share of tokens that truncating there
-    would lose, and about how full packed rows would be (conversations split every so many tokens, not at message
-    boundaries)."""
+    """For each context length (512 to 8,192, and in steps of four to what holds the longest): the share of
+    conversations longer than it, the share of tokens that truncating there would lose, and about how full packed rows
+    would be (conversations split every so many tokens, not at message boundaries)."""
     lengths, counts = expand_histogram(histogram)
     out = []
-    for seq_length in SEQ_LENGTHS:
+    seq_lengths = list(SEQ_LENGTHS)
+    while len(lengths) and seq_lengths[-1] < lengths[-1]:
+        seq_lengths.append(4 * seq_lengths[-1])
+    for seq_length in seq_lengths:
         total = int((lengths * counts).sum())
         over = int(counts[lengths > seq_length].sum())
         lost = int((np.maximum(lengths - seq_length, 0) * counts).sum())

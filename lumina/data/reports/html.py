@@ -122,7 +122,7 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
 
     def cell(value: Any) -> str:
         if isinstance(value, int | float):
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+            shown = f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{round(value):,}"
             return f'<td class="n">{shown}</td>'
         if number(value):
             return f'<td class="n">{escape(value)}</td>'
@@ -224,9 +224,14 @@ def _plot(title: str, histogram: dict[str, int]) -> str:
             f'<rect class="bar" x="{i * step + 30:.1f}" y="{145 - tall:.1f}" width="{max(1.0, step - 1):.1f}" '
             f'height="{tall:.1f}"><title>{label}</title></rect>'
         )
+    # At the beginning of a bar what it begins with, at the end of the last the greatest length, inside the picture.
+    places: dict[int, int] = {}
+    for i in ((len(edges) - 1) * k // 4 for k in range(5)):
+        places.setdefault(int(lengths[-1] if i == len(heights) else edges[i]), i)
     ticks = "".join(
-        f'<text x="{30 + 400 * k / 4:.0f}" y="162" text-anchor="middle">{edges[(len(edges) - 1) * k // 4]:,}</text>'
-        for k in range(5)
+        f'<text x="{30 + i * step:.0f}" y="162" text-anchor="{"end" if i == len(heights) else "middle"}">'
+        f"{length:,}</text>"
+        for length, i in places.items()
     )
     return (
         f'<figure><svg viewBox="0 0 450 168" role="img" aria-label="{escape(title)}">'

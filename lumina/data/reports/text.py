@@ -19,9 +19,11 @@ def validation_lines(validation: Validation) -> list[str]:
         if figures[name]:
             spread = ", ".join(f"{key} {value:,}" for key, value in figures[name].items())
             out.append(f"{name.replace('_', ' '):<20} {spread}")
-    for row in figures["context_lengths"]:
+    names = [f"{row['seq_length']:,}" for row in figures["context_lengths"]]
+    width = max(6, *map(len, names))
+    for name, row in zip(names, figures["context_lengths"], strict=True):
         out.append(
-            f"seq_length {row['seq_length']:>6,}: {100 * row['longer']:.2f}% of conversations are longer; truncating "
+            f"seq_length {name:>{width}}: {100 * row['longer']:.2f}% of conversations are longer; truncating "
             f"loses {100 * row['lost']:.2f}% of tokens, splitting none; packed rows about {100 * row['fill']:.1f}% full"
         )
     out.append(f"duplicates     {figures['duplicates']:,}")

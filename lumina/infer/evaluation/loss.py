@@ -27,7 +27,7 @@ from lumina.chat import Conversation, MessageSpan, full_text
 from lumina.config import UserError
 from lumina.data import BLANK, Fault, Tree, convert, detect, expand, read_items
 from lumina.infer.loading import Loaded
-from lumina.model import Transformer, ops
+from lumina.model import Transformer, ops, position_bins
 
 _TOKENS_AT_ONCE = 4096  # in a forward pass, unless one window is longer
 _ROWS_AT_ONCE = 256  # of logits: 100k of them for each row
@@ -242,8 +242,8 @@ def _tally_positions(
 ) -> None:
     """Add the tokens [start, end), by how many come before each in its window."""
     before_N = (torch.arange(start, end) - 1) % (context_length - 1) + 1
-    powers_N = torch.frexp(before_N.double()).exponent.long() - 1
-    nats_K, tokens_K = torch.bincount(powers_N, tokenized.nats_T[start:end]), torch.bincount(powers_N)
+    bins_N = position_bins(before_N)
+    nats_K, tokens_K = torch.bincount(bins_N, tokenized.nats_T[start:end]), torch.bincount(bins_N)
     for k in tokens_K.nonzero().flatten().tolist():
         sums = result.positions.setdefault(k, TokenLoss())
         sums.nats += float(nats_K[k])

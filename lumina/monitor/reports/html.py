@@ -18,7 +18,14 @@ from lumina.monitor.reports.charts import chart_data
 from lumina.monitor.reports.comparison import data_name, differing_settings, duration, parameters, ranking
 from lumina.monitor.reports.run_data import RunData, read
 from lumina.monitor.reports.runs import span
-from lumina.monitor.reports.tables import clock_time, events_table, samples_tables, settings_table, starts_table
+from lumina.monitor.reports.tables import (
+    clock_time,
+    events_table,
+    positions_table,
+    samples_tables,
+    settings_table,
+    starts_table,
+)
 from lumina.terminal import say
 
 
@@ -55,6 +62,7 @@ def render(runs: Sequence[RunData]) -> str:
         f'<div class="runs">{"".join(map(_card, runs, names, range(len(runs))))}</div>',
         _bar(names),
         *_section("train", "Learning"),
+        *(_positions(runs, names) if any(run.positions for run in runs) else []),
         *_section("speed", "Speed and memory"),
         *(_section("layers", "Layers") if any("layers" in run.groups for run in runs) else []),
         *_section("system", "Machine"),
@@ -87,6 +95,14 @@ def _names(runs: Sequence[RunData]) -> list[str]:
 
 def _section(name: str, title: str) -> list[str]:
     return [f"<h2>{title}</h2>", f'<div class="charts" data-section="{name}"></div>']
+
+
+def _positions(runs: Sequence[RunData], names: Sequence[str]) -> list[str]:
+    return [
+        "<h2>Evaluation loss by position</h2>",
+        '<p class="soft">Nats per supervised token, by how many tokens of its document come before it.</p>',
+        positions_table(runs, names),
+    ]
 
 
 def _bar(names: Sequence[str]) -> str:

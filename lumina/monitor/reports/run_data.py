@@ -44,7 +44,8 @@ class Group:
 @dataclass
 class RunData:
     """A run: `summary` as `lumina runs` has it, curves by kind, events, sample answers, run.json and settings; tokens:
-    those of all steps that count; seconds: that its starts ran."""
+    those of all steps that count; seconds: that its starts ran; positions: by the steps of evaluations, their loss by
+    position, of runs since version 0.3.0 and where single tokens are what is learned."""
 
     folder: Path
     summary: dict[str, Any]
@@ -54,6 +55,7 @@ class RunData:
     run: dict[str, Any]
     tokens: int
     seconds: float
+    positions: dict[int, list[dict[str, float]]]
 
     @property
     def name(self) -> str:
@@ -94,7 +96,7 @@ def read(folder: Path) -> RunData:
             f"{folder} is not a run's folder", "It has config.yaml and metrics.jsonl: give experiments/NAME."
         )
     groups: dict[str, Group] = {}
-    tokens, times = 0, list[float]()
+    tokens, times, positions = 0, list[float](), dict[int, list[dict[str, float]]]()
     for record in read_metrics(folder / "metrics.jsonl"):
         kind, step = record.pop("kind"), record.pop("step")
         group = groups.setdefault(kind, Group())
@@ -103,6 +105,8 @@ def read(folder: Path) -> RunData:
         if kind == "step":
             tokens += record.get("tokens", 0)
             times.append(record.get("time", 0.0))
+        if kind == "eval" and (of_positions := _positions(record.pop("by_position", None))):
+            positions[step] = of_positions
         for figures in record.get("layers", {}).values():
             if figures.get("weight"):
                 figures["update_ratio"] = figures["update"] / figures["weight"]
@@ -128,7 +132,15 @@ def read(folder: Path) -> RunData:
         run,
         tokens,
         _seconds(run.get("starts", []), times),
+        positions,
     )
+
+
+def _positions(recorded: Any) -> list[dict[str, float]]:
+    """What an evaluation recorded by position, those entries whose loss is a number."""
+    rows = recorded if isinstance(recorded, list) else []
+    names = ("from", "to", "loss", "tokens")
+    return [row for row in rows if isinstance(row, dict) and all(isinstance(row.get(n), int | float) for n in names)]
 
 
 def _seconds(starts: Sequence[Mapping[str, Any]], times: Sequence[float]) -> float:

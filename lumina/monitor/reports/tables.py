@@ -105,6 +105,34 @@ def starts_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
     return table(_columns([clock, from_step, processes, nodes, host, ended, changed, command], runs), rows)
 
 
+def positions_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
+    """The loss by position: of one run at its first, best and newest evaluation, of several at the newest of each."""
+    cells: dict[Column, dict[tuple[float, float], str]] = {}
+    for run, name in zip(runs, names, strict=True):
+        if not run.positions:
+            continue
+        newest = max(run.positions)
+        shown = {newest: name} if len(runs) > 1 else _evaluations_shown(run)
+        for step, title in sorted(shown.items()):
+            column = Column(f"{title}, step {step:,}", "n")
+            cells[column] = {(row["from"], row["to"]): f"{row['loss']:.4f}" for row in run.positions[step]}
+        column = Column(f"{name}, tokens" if len(runs) > 1 else "tokens", "n")
+        cells[column] = {(row["from"], row["to"]): f"{row['tokens']:,}" for row in run.positions[newest]}
+    before = Column("tokens before", "n")
+    places = sorted({place for column in cells.values() for place in column})
+    rows = [
+        {before: f"{place[0]:,} to {place[1]:,}", **{column: of.get(place, "–") for column, of in cells.items()}}
+        for place in places
+    ]
+    return table([before, *cells], rows)
+
+
+def _evaluations_shown(run: RunData) -> dict[int, str]:
+    shown = {min(run.positions): "first", max(run.positions): "newest"}
+    best = run.summary["best_step"]
+    return shown | ({best: "best"} if best in run.positions else {})
+
+
 def samples_tables(runs: Sequence[RunData], names: Sequence[str]) -> str:
     step_column, answer_column = Column("step", "n"), Column("answer", "text")
     parts = []

@@ -106,10 +106,19 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def loss(self, batch: TorchBatch, scale: float = 1.0) -> torch.Tensor:
+    def loss(self, batch: TorchBatch, scale: float = 1.0, by_position: torch.Tensor | None = None) -> torch.Tensor:
         """scale * sum(weight * loss) of a micro-batch by the run's objective, in nats, followed by the sums of its
-        figures: (1 + F)."""
-        return self._objective.loss(self.forward, batch.to(self.device), scale).reshape(-1)
+        figures: (1 + F). by_position: (2, K) float64, to which an evaluation adds what lumina.model.loss_by_position
+        knows of tokens that the objective weights one by one."""
+
+        def forward(batch: TorchBatch, weights_N: torch.Tensor | None, **options: Any) -> torch.Tensor:
+            if by_position is None or weights_N is None or options:
+                return self.forward(batch, weights_N, **options)
+            sums = self.forward(batch, weights_N, by_position=True)
+            by_position.add_(sums[1:].view_as(by_position))
+            return sums[0]
+
+        return self._objective.loss(forward, batch.to(self.device), scale).reshape(-1)
 
     @property
     def collective_forward(self) -> bool:

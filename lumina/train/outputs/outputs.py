@@ -71,8 +71,15 @@ class Outputs:
 
     def step(self, figures: StepFigures) -> None: ...
 
-    def evaluation(self, step: int, loss: float, seconds: float, figures: Mapping[str, float]) -> None:
-        """`figures`: the objective's, by name."""
+    def evaluation(
+        self,
+        step: int,
+        loss: float,
+        seconds: float,
+        figures: Mapping[str, float],
+        by_position: Sequence[Mapping[str, float]],
+    ) -> None:
+        """`figures`: the objective's, by name; by_position: as in lumina.train.evaluate.Evaluation."""
 
     def samples(self, step: int, answers: Sequence[tuple[str, str]]) -> None:
         """(prompt, answer) pairs of an evaluation."""
@@ -210,9 +217,16 @@ class RunOutputs(Outputs):
         self._metrics.step(record)
         self._console.step(record)
 
-    def evaluation(self, step: int, loss: float, seconds: float, figures: Mapping[str, float]) -> None:
+    def evaluation(
+        self,
+        step: int,
+        loss: float,
+        seconds: float,
+        figures: Mapping[str, float],
+        by_position: Sequence[Mapping[str, float]],
+    ) -> None:
         ppl = perplexity(loss)
-        self._metrics.evaluation(step, loss, ppl, seconds, figures)
+        self._metrics.evaluation(step, loss, ppl, seconds, figures, by_position)
         self._console.evaluation(step, loss)
         self._health.evaluation(step, loss)
         more = figures_text(figures) if figures else f"PPL: {ppl:.2f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -47,6 +48,17 @@ def test_rows_to_pieces_groups_every_piece_once(rows: list[int]) -> None:
     assert len(offsets) == row_of.max() + 2
     for row, (first, last) in enumerate(itertools.pairwise(offsets)):
         assert chunks[first:last].tolist() == [chunk for chunk, its_row in enumerate(row_of) if its_row == row]
+
+
+def test_memory_does_not_grow_with_the_context() -> None:
+    lengths = np.arange(1, 200, dtype=np.int32) * 20_000
+    tracemalloc.start()
+    try:
+        rows = pack(lengths, 1 << 22)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+    assert np.bincount(rows, weights=lengths).max() <= 1 << 22
 
 
 def test_the_rows_are_fixed_for_good() -> None:

@@ -18,9 +18,10 @@ from lumina.config import UserError
 from lumina.data import describe_sample, prepare, render_sample
 from lumina.data.account import MOST_SUBREASONS, Account
 from lumina.data.converting.fixing import write_fixed
-from lumina.data.preparing.statistics import PATTERNS, Statistics, context_lengths, percentiles
+from lumina.data.preparing.statistics import LENGTHS, PATTERNS, Statistics, context_lengths, percentiles
 from lumina.data.reports.html import render_report, share
-from lumina.data.reports.validation import validate
+from lumina.data.reports.text import validation_lines
+from lumina.data.reports.validation import Validation, validate
 from tests.browser import browse, document_after, needs_browser
 from tests.data.helpers import AGENT_TOKENIZER, TOKENIZER, Settings, chat, write_jsonl
 
@@ -147,6 +148,25 @@ def test_percentiles_and_context_lengths_against_numpy() -> None:
         assert row["lost"] == pytest.approx(np.maximum(lengths - length, 0).sum() / lengths.sum(), abs=1e-6)
         assert 0.9 < row["fill"] <= 1
     assert percentiles({}) == {}
+
+
+def test_lengths_of_millions_are_readable() -> None:
+    """Context lengths to the longest; axes end with it, inside the picture; numbers with all their digits."""
+    account, lengths = Account(), {"300": 20, "972400": 1, "1945853": 1}
+    statistics = Statistics(turns={"2": 21, "3": 1}, **dict.fromkeys(LENGTHS, lengths))
+    validation = Validation(account, statistics, {})
+    assert [row["seq_length"] for row in context_lengths(lengths)][4:] == [8192, 32768, 131072, 524288, 2097152]
+    assert context_lengths(lengths)[-1]["longer"] == context_lengths(lengths)[-1]["lost"] == 0
+    table = [line for line in validation_lines(validation) if line.startswith("seq_length")]
+    assert len({line.index(":") for line in table}) == 1
+    html = render_report(validation)
+    assert "e+" not in html.split("<body>")[1]
+    assert f'<td class="n">{(20 * 300 + 972400 + 1945853) / 22:,.0f}</td>' in html
+    ends = re.findall(r'<text x="430" y="162" text-anchor="(\w+)">([\d,]+)</text>', html)
+    assert ends == [("end", "1,945,853")] * 3
+    for axis in html.split("<svg")[1:]:
+        shown = re.findall(r'y="162"[^>]*>([\d,]+)<', axis)
+        assert len(shown) == len(set(shown))
 
 
 def test_a_file_without_a_usable_line_exits_1_and_still_reports(tmp_path: Path) -> None:

@@ -78,6 +78,35 @@ def test_what_is_there(tmp_path: Path) -> None:
     assert html.count("<script") == html.count("</script>") == 3
 
 
+def test_loss_by_position(tmp_path: Path) -> None:
+    """Of one run the first, the best and the newest evaluation, of several the newest; none of a run without."""
+    one, two = record_run(tmp_path / "one", 200), record_run(tmp_path / "two", 100)
+    metrics = two / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    evaluations[3]["loss"] = 1.0
+    evaluations[-1]["by_position"].append({"from": 1 << 21, "to": (1 << 22) - 1, "loss": None, "tokens": 3})
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def rows(*runs: Path) -> list[list[str]]:
+        found = render([read(run) for run in runs]).split("Evaluation loss by position")[1].split("</table>")[0]
+        return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in found.split("<tr>")[1:]]
+
+    steps = [evaluations[place]["step"] for place in (0, 3, -1)]
+    titles = [f"{name}, step {step}" for name, step in zip(("first", "best", "newest"), steps, strict=True)]
+    top, *_, last = rows(two)
+    assert top == ["tokens before", *titles, "tokens"]
+    place = evaluations[0]["by_position"][-1]
+    losses = [f"{evaluations[place]['by_position'][20]['loss']:.4f}" for place in (0, 3, -1)]
+    assert last == [f"{place['from']:,} to {place['to']:,}", *losses, f"{place['tokens']:,}"]
+    assert rows(one, two)[0] == ["tokens before", "one, step 200", "one, tokens", "two, step 100", "two, tokens"]
+    for record in records:
+        record.pop("by_position", None)
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "loss by position" not in render([read(two)])
+    assert rows(one, two)[0] == ["tokens before", "one, step 200", "one, tokens"]
+
+
 def test_a_run_of_version_0_1_0(tmp_path: Path) -> None:
     """Its events are marked as today's are, its settings have today's names."""
     run = record_run(tmp_path / "one", 200)

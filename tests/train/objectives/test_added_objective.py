@@ -103,7 +103,7 @@ def test_its_data_set_is_asked_for_no_part_unless_ranks_share_rows() -> None:
         assert made.corrupt == []
     ranks = Ranks(0, 1, 0, 1)
     agree_on_contents(ranks, [data])
-    loss, _ = evaluate(make_engine(0), data, 1, ranks)
+    loss = evaluate(make_engine(0), data, 1, ranks).loss
     assert 0 < loss < 100
     with pytest.raises(UserError, match=r"Foreign of tests.train.objectives.test_added_objective has no `folder`"):
         agree_on_contents(replace(ranks, world=2, sequence=2), [data])

@@ -12,7 +12,7 @@ The last line sums up.
 With --ranks, one size: preparing, and in it the time of best-fit packing; then, each in a process of its own, the
 loader of the last of P ranks that share each row, as training has it (it looks its rows through for damage): the rows'
 tokens/s, and by how much its private memory rose at most over what it was before the first one, when steps take so long
-that all rows that it reads ahead are there.
+that all rows that it reads ahead are there. With --joined the input is one conversation, with all messages.
 
 With --before, both checkouts prepare and validate the input in turns (benchmarks/prepare.py), and the ratios of their
 CPU seconds are printed, this one's in the denominator.
@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import orjson
 import psutil
 
 from lumina.chat import Tokenizer
@@ -75,6 +76,12 @@ def grow(source: Path, target: Path, size: int) -> None:
         while out.tell() < size:
             out.write(text.replace(b". ", b" %d. " % copy))
             copy += 1
+
+
+def join(path: Path) -> None:
+    """Makes one record of a file's: a conversation with all their messages."""
+    records = map(orjson.loads, path.read_bytes().splitlines())
+    path.write_bytes(orjson.dumps({"messages": [message for record in records for message in record["messages"]]}))
 
 
 def private_bytes() -> int:
@@ -199,6 +206,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="turns with --before")
     parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--ranks", type=int, nargs="+", metavar="P", help="load as one of P ranks that share each row")
+    parser.add_argument("--joined", action="store_true", help="with --ranks: one conversation")
     parser.add_argument("--load", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load is not None:
@@ -210,6 +218,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
             path = Path(folder) / "input.jsonl"
             grow(arguments.file, path, int(arguments.gigabytes * 1e9))
+            if arguments.joined:
+                join(path)
             settings = load("nano", {**SETTINGS, "seq_length": arguments.seq_length, "cache_dir": f"{folder}/cache"})
             measure_rows(path, settings, arguments.workers, arguments.ranks)
         return

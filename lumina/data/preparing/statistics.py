@@ -33,6 +33,7 @@ from lumina.data.cache import arrow
 from lumina.data.cache.chunks import sums_between
 from lumina.data.preparing.deduplication import conversation_hashes
 from lumina.data.preparing.packing import pack
+from lumina.data.records.fields import shortened
 
 SEQ_LENGTHS = (512, 1024, 2048, 4096, 8192)
 SAMPLES_PER_TASK = 3
@@ -109,7 +110,7 @@ class Statistics:
         """Enters a used record's format, and its language where it names one."""
         add_counts(self.formats, {kind or "": lines})
         if isinstance(record, dict) and isinstance(record.get("lang"), str):
-            add_counts(self.languages, {record["lang"]: 1})
+            add_counts(self.languages, {shortened(record["lang"]): 1})
 
     def add(self, conversations: Sequence[Conversation], lines: Sequence[int], block: RenderedBlock) -> None:
         """Enters conversations with the lines they come from, those of them that a block holds the rendering of. A

@@ -75,6 +75,7 @@ RENDERINGS = ("text", "prompt")  # may hold a conversation's messages with a tem
 
 MOST_KEY_SETS = 1000  # sets of keys remembered at a time: records may have any
 MOST_NAMES = 200  # unknown names counted by themselves
+MOST_CHARACTERS = 80  # of a name that the data gives, in accounts and reports
 OTHERS = "(others)"
 
 
@@ -162,8 +163,8 @@ class FieldTally:
             if says_not_to_learn(name, held[name]):
                 self._add("refused", name)
                 return Fault(f"{NOT_USED}: {name[:40]}", f"`{name[:40]}` reads like a flag of training", len(messages))
-            if len(self.examples) < MOST_NAMES and name not in self.examples:
-                self.examples[name] = self.line, repr(str(held[name])[:60])
+            if len(self.examples) < MOST_NAMES and shortened(name) not in self.examples:
+                self.examples[shortened(name)] = self.line, repr(str(held[name])[:60])
         for name in keys.verdicts:
             # A number is also a class's, where a record is no prompt with its completion.
             number = plain_name(name) != "label" or "completion" in vocabulary.used
@@ -197,7 +198,7 @@ class FieldTally:
         self._add("set aside", name)
 
     def _add(self, sort: str, name: str, count: int = 1) -> None:
-        names = self._counts.setdefault(sort, Counter())
+        name, names = shortened(name), self._counts.setdefault(sort, Counter())
         names[name if name in names or len(names) < MOST_NAMES else OTHERS] += count
 
     def _fold(self) -> None:
@@ -218,6 +219,11 @@ class FieldTally:
         self.plain_messages = self.plain_turns = 0
         counted = {sort: {name: n for name, n in names.items() if n} for sort, names in self._counts.items()}
         return {sort: names for sort, names in counted.items() if names}
+
+
+def shortened(name: str) -> str:
+    """A name that the data gives, which may be a text of any length, as accounts and reports have it."""
+    return name if len(name) <= MOST_CHARACTERS else f"{name[: MOST_CHARACTERS - 1]}…"
 
 
 def _says_nothing(name: str, value: Any) -> bool:

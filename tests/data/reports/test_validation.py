@@ -169,6 +169,19 @@ def test_lengths_of_millions_are_readable() -> None:
         assert len(shown) == len(set(shown))
 
 
+def test_names_that_the_data_gives_are_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key and a language of any length: neither the account nor the report grows with them."""
+    odd = {"k" * 9000: "v" * 9000, "k" * 9001: 1, "lang": "l" * 9000, **chat("q", "a")}
+    path = write_jsonl(tmp_path / "in.jsonl", [odd, odd])
+    assert validate_files(str(path), create_report=True) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 250
+    assert len((tmp_path / "in.jsonl.report.html").read_text()) < 20_000
+    assert validate_files(str(path), json=True) == 0
+    figures = orjson.loads(capsys.readouterr().out)
+    assert figures["account"]["fields"]["unknown"] == {"k" * 79 + "…": 4}
+    assert figures["languages"] == {"l" * 79 + "…": 2}
+
+
 def test_a_file_without_a_usable_line_exits_1_and_still_reports(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "bad.jsonl", [b"x", b"y"])
     assert validate_files(str(path), create_report=True) == 1

@@ -227,13 +227,13 @@ def _groups(conversations: Iterator[_TokenizedConversation]) -> Iterator[list[_T
 def _tally(result: Evaluation, tokenized: _TokenizedConversation, context_length: int) -> None:
     messages = tokenized.conversation.messages
     result.conversations += tokenized.first
+    turns = list(accumulate(message.role == "assistant" for message in messages))
     for index, start, end in tokenized.spans:
         message = messages[index]
         nats, size = float(tokenized.nats_T[start:end].sum()), len(full_text(message).encode("utf-8", "replace"))
         result.roles.setdefault(message.role, Score()).add(nats, end - start, size)
         if message.role == "assistant":
-            turn = sum(one.role == "assistant" for one in messages[: index + 1])
-            result.turns.setdefault(turn, Score()).add(nats, end - start, size)
+            result.turns.setdefault(turns[index], Score()).add(nats, end - start, size)
             _tally_positions(result, tokenized, max(1, start), end, context_length)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -167,18 +168,31 @@ def _claim(prepared: _Prepared, ranks: Ranks) -> tuple[RunLock | None, Callable[
         checkpoint.refuse_owned(prepared.folder, prepared.job)
         lock = RunLock(prepared.folder, prepared.job, size)
         taken.append(lock)
-        if prepared.start.config.resume is None:
-            try:
+        try:
+            _refuse_unwritable(prepared.folder / "checkpoints")
+            if prepared.start.config.resume is None:
                 RecoveryRecord.remove(prepared.folder)
-            except OSError:
-                lock.release()
-                raise
-        else:
-            prepared.start.recovery.take_over(prepared.folder)
+            else:
+                prepared.start.recovery.take_over(prepared.folder)
+        except (OSError, UserError):
+            lock.release()
+            raise
         return lock.token
 
     token = decided_by_rank_0(ranks, claim)
     return taken[0] if taken else None, partial(checkpoint.owned_by, prepared.folder, token)
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """UserError where no file can be made in `folder`, which is made: the run would train until its first save."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"no checkpoint can be written to {folder}: {error.strerror or error}",
+            "Change its permissions, or choose another --output-dir.",
+        ) from error
 
 
 def _assemble(

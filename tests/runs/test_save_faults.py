@@ -141,6 +141,19 @@ def test_sigterm_in_each_phase(phase: str, world: int, runs: Runs, conversations
     assert names(run)[0] == 9
 
 
+def test_a_place_that_takes_no_checkpoint_is_refused_before_the_first_step(
+    runs: Runs, conversations: Path, place: Path
+) -> None:
+    """It was found out at the first save, which may be hours later."""
+    run = place / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to("/proc")  # nobody makes a file there
+    said = runs.refusal(arguments(run, conversations, stage=1, max_steps=1, **SETTINGS))
+    assert f"error: no checkpoint can be written to {run}/checkpoints: " in said
+    assert "choose another --output-dir" in said
+    assert [path.name for path in run.iterdir() if not path.name.startswith(".owner")] == ["checkpoints"]
+
+
 # --- Real file systems ----------------------------------------------------------------------------
 
 

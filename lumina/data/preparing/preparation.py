@@ -291,7 +291,9 @@ def cache_lock(lock: Path, final: Path, wait_seconds: float) -> Iterator[None]:
         try:
             file = stack.enter_context(open(lock, "w", encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"cannot write the cache: {error.strerror}: {lock}", "Set cache_dir.") from error
+            raise UserError(
+                f"cannot write the cache: {error.strerror}: {lock}", "Choose another --cache-dir."
+            ) from error
         deadline, told = time.monotonic() + wait_seconds, False
         while True:
             try:

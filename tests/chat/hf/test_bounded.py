@@ -51,8 +51,8 @@ def test_a_process_that_was_stopped_is_no_fault_of_the_models(tmp_path: Path, mo
     ("number", "says"),
     [
         (signal.SIGSEGV, "ended by SIGSEGV\n  Its files make the library that reads them crash"),
-        (signal.SIGTERM, "ended by SIGTERM\n  Another program did that"),
-        (signal.SIGKILL, "takes more than 4096 MiB of memory"),
+        pytest.param(signal.SIGTERM, "ended by SIGTERM\n  Another program did that", marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, "takes more than 4096 MiB of memory", marks=pytest.mark.long),
     ],
 )
 def test_a_process_that_was_ended_is_told_as_it_was(number: signal.Signals, says: str, tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ SHARED = 6, 6
 FEED_FORWARD = 1 + 1 + 2, 2 + 1 + 4
 TILE = 2, 6
 SUMS = 3
+# More, where a layer is recomputed: its input is summed before it, and a zero is made and laid out in the residual's
+# place, both times; where that input waits on the host it is copied there and back.
+RECOMPUTED = 5
+COPIED = 2
 TENSORS = 6  # weights of a layer, whose gradients are added or copied after a micro-batch
 
 # Launches of a micro-batch outside the layers: ids to embedding, angles, last norm, rows of the loss; their gradients.
@@ -64,23 +68,25 @@ class LaunchCost:
 
 
 def layer_launches(
-    model: ModelConfig, recomputed: float = 0.0, shared: bool = False, tiles: int = 0
+    model: ModelConfig, recomputed: float = 0.0, shared: bool = False, tiles: int = 0, offloaded: bool = False
 ) -> tuple[float, float]:
     """Launches of one layer, forward (the recomputed share of the layers twice) and backward. shared: ranks share
-    rows. tiles: of tokens, in the feed-forward; 0: all at once. Their backward pass makes each tile again itself."""
+    rows. tiles: of tokens, in the feed-forward; 0: all at once. Their backward pass makes each tile again itself.
+    offloaded: recomputed layers' inputs wait on the host."""
     share = model.expert_layers / model.num_layers
     sequence, biased = int(shared), int(model.structure.qkv_bias)
     first, second = _unfused(model)
     half = [base + more for base, more in zip(FEED_FORWARD, second, strict=True)]
     forward = FORWARD + first[0] + second[0] + share * EXPERTS[0] + sequence * SHARED[0]
     backward = BACKWARD + first[1] + second[1] + share * EXPERTS[1] + sequence * SHARED[1] + biased
+    around = recomputed * (RECOMPUTED + offloaded * COPIED)
     if not tiles:
-        return forward * (1 + recomputed), backward
+        return forward * (1 + recomputed) + around, backward
     post = int(model.structure.arrangement == "sandwich")  # a second norm in that half, whose gradient is added up too
     made = sum(half) + TILE[1] + post - int(model.structure.arrangement == "post-norm")  # whose sum takes any residual
     outside = (forward - half[0]) * (1 + recomputed) + 2 * recomputed  # the sum, and no result
     return (
-        outside + tiles * (half[0] + TILE[0]),
+        outside + around + tiles * (half[0] + TILE[0]),
         backward - half[1] + tiles * made + SUMS + post,
     )
 
@@ -108,7 +114,9 @@ def host_seconds(model: ModelConfig, setup: Setup, recomputed: float, capacity: 
     device's memory in bytes, which bounds the chunks of the output layer."""
     tokens = setup.tokens(model)
     tiles = -(-tokens // setup.mlp_tile) if setup.mlp_tile else 0
-    forward, backward = layer_launches(model, recomputed, setup.sequence_parallel > 1, tiles)
+    forward, backward = layer_launches(
+        model, recomputed, setup.sequence_parallel > 1, tiles, setup.activation_offloading
+    )
     layer = forward * cost.forward / FORWARD + backward * cost.backward / BACKWARD
     rows = tokens * setup.supervised
     logits = rows * model.vocab_size * setup.element

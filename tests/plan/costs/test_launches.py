@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lumina.config import Config, load
-from lumina.model import ops, transformer
+from lumina.model import HostCopies, ops, transformer
+from lumina.model.memory.recompute import recomputed
 from lumina.plan.costs.devices import Cluster, find_device
-from lumina.plan.costs.launches import BACKWARD, FORWARD, TILE, LaunchCost, host_seconds, layer_launches
+from lumina.plan.costs.launches import BACKWARD, FORWARD, RECOMPUTED, TILE, LaunchCost, host_seconds, layer_launches
 from lumina.plan.costs.setup import Setup
 from lumina.plan.costs.speed import predict
 from lumina.plan.costs.workload import memory_bytes_per_token
@@ -87,8 +88,8 @@ FAMILIES: list[dict[str, Any]] = [
 named = pytest.mark.parametrize("changes", FAMILIES, ids=[str(one.get("family", "llama")) for one in FAMILIES])
 
 
-def counted(config: Config, tile: int = 0, recomputing: bool = False) -> tuple[Counted, Counted]:
-    """What a layer launches forward and backward, in bfloat16, without attention."""
+def counted(config: Config, tile: int = 0, copies: HostCopies | None = None) -> tuple[Counted, Counted]:
+    """What a layer launches forward and backward, in bfloat16, without attention. copies: of a recomputed layer."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -98,7 +99,7 @@ def counted(config: Config, tile: int = 0, recomputing: bool = False) -> tuple[C
             rotary = ops.Rotary.of(torch.arange(TOKENS)[None], config.head_dim, config.rope_theta)
             x, residual = (torch.randn(1, TOKENS, config.hidden_size, requires_grad=True) for _ in range(2))
             with Counted() as forward:
-                out = block(x, residual, rotary, recomputing=recomputing)
+                out = block(x, residual, rotary) if copies is None else recomputed(block, copies, x, residual, rotary)
             with Counted() as backward:
                 torch.autograd.backward(out, [torch.ones_like(o) for o in out])
     finally:
@@ -127,8 +128,17 @@ def test_tiles_launches(triton_path: None, changes: dict[str, Any]) -> None:
     assert forward.names["copy_"] == 3 * TILE[0]
     assert forward.launches == planned[0] - 1, forward.names
     assert backward.launches == planned[1] - 3, backward.names
-    again, _ = counted(config, TOKENS // 3 + 1, recomputing=True)
-    assert again.launches == layer_launches(config, 1.0, tiles=3)[0] - planned[0] - 1, again.names
+
+
+@pytest.mark.parametrize("tiles", [0, 3])
+@pytest.mark.parametrize("changes", [{}, {"family": "gemma2", "attention_softcap": None}], ids=["llama", "gemma2"])
+def test_a_recomputed_layers_launches(triton_path: None, changes: dict[str, Any], tiles: int) -> None:
+    """Its input is on the host meanwhile. Tiles leave the feed-forward out of what is computed again."""
+    config = load("nano", changes)
+    found = sum(each.launches for each in counted(config, tiles and TOKENS // tiles + 1, HostCopies()))
+    planned = sum(layer_launches(config, 1.0, tiles=tiles, offloaded=True))
+    assert found == planned - 1 - 1 - 3
+    assert planned - sum(layer_launches(config, 1.0, tiles=tiles)) == 2
 
 
 @named
@@ -175,7 +185,8 @@ def test_what_costs_launches() -> None:
     assert seconds() > 4 * 8 * 2e-3
     assert seconds(accumulation=8) == pytest.approx(2 * seconds(), rel=0.05)
     assert seconds(stage=2) > seconds(stage=1)
-    assert host_seconds(config, setup, 1.0, 80e9, host) - seconds() == pytest.approx(4 * 8 * 1e-3)
+    again = host_seconds(config, setup, 1.0, 80e9, host) - seconds()
+    assert again == pytest.approx(4 * 8 * 1e-3 * (1 + RECOMPUTED / FORWARD))
 
 
 def test_the_hosts_own_speed_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from lumina.config import UserError, load
 from lumina.plan.costs.devices import Cluster, device_names, find_device
 from lumina.plan.costs.memory import states
 from lumina.plan.costs.setup import Setup
-from lumina.plan.costs.speed import exchange_seconds, link_rate, predict
+from lumina.plan.costs.speed import HOST_LINK, exchange_seconds, link_rate, predict
 from lumina.plan.costs.workload import flops_per_token, traffic
 from lumina.plan.estimate import assumed_data, estimate_run
 from lumina.plan.published import RUNS, document, median_error
@@ -290,6 +290,8 @@ def test_nothing_hides_exchanges_and_a_network_carries_those_to_other_nodes() ->
     plain = exchange_seconds(setup, moved, Cluster(device, 2, 8))
     assert plain == moved.exchanged / (0.8 * device.link)
     assert inside.exposed == pytest.approx(inside.communication)  # stage 0: all of it
+    assert inside.exchange == plain
+    assert inside.communication > plain
     # Groups of eight over nodes of four: four of a rank's seven neighbours are behind the adapters.
     across = exchange_seconds(setup, moved, Cluster(device, 4, 4))
     assert across == pytest.approx(moved.exchanged * 4 / 7 / (0.8 * device.network))
@@ -306,3 +308,23 @@ def test_ranks_that_share_rows_are_whole_groups(command: str, capsys: pytest.Cap
     text = capsys.readouterr().out
     assert "2 group(s) of 4 ranks" in text
     assert "exchanged for attention" in text
+    assert "(attention's exchanges " in text
+    if command == "estimate-time":
+        cli.main([*argv, "--gpus-per-node", "8", "--json"])
+        step = json.loads(capsys.readouterr().out)["runs"][0]["step"]
+        assert 0 < step["exchange"] <= step["exposed_communication"]
+
+
+def test_copies_to_the_host_hide_behind_the_pass_that_they_are_made_in() -> None:
+    """A layer's input takes its time over the link to the host once in each direction, and the forward pass, a quarter
+    of what is computed where every layer is recomputed, is the shorter. Wide layers take long enough to compute."""
+    h100 = Cluster(find_device("h100"))
+    for preset, tokens in (("debug", 2048), ("8b", 131_072)):
+        config = load(preset, {"seq_length": tokens})
+        kept = Setup(1, 2, 1, "bf16", checkpoint_every=1)
+        plain, moved = (predict(config, replace(kept, activation_offloading=way), h100) for way in (False, True))
+        one_way = 2 * config.num_layers * tokens * config.hidden_size * 2 / HOST_LINK
+        compute = plain.products + plain.elementwise
+        assert moved.copies == pytest.approx(max(0, one_way - compute / 4) + max(0, one_way - 3 * compute / 4))
+        assert moved.exposed == plain.exposed + moved.copies
+        assert (moved.copies > 0) == (preset == "debug"), (one_way, compute)

@@ -97,17 +97,22 @@ def samples_of(run: Path, step: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("world", "stage"), [(1, 0), (2, 2), *(pytest.param(2, stage, marks=pytest.mark.long) for stage in (1, 3))]
+    ("world", "stage", "size"),
+    [
+        (1, 0, 1),
+        (2, 2, 1),
+        *(pytest.param(2, stage, size, marks=pytest.mark.long) for stage, size in ((1, 1), (3, 1), (2, 2))),
+    ],
 )
 def test_bad_steps_are_skipped_and_repeated_ones_roll_back(
-    world: int, stage: int, runs: Runs, conversations: Path, place: Path
+    world: int, stage: int, size: int, runs: Runs, conversations: Path, place: Path
 ) -> None:
     """A NaN and a spike are skipped. Three spikes in a row bring the run back to the checkpoint before them, and it
     goes past their samples. The end is that of a run which never trained on the five bad steps."""
     bad, clean = place / "bad", place / "clean"
     # An asynchronous save is put off while the one before it is still being written: which checkpoint there is to go
     # back to would depend on the disk.
-    settings = {**SETTINGS, "max_steps": STEPS, "save_async": False}
+    settings = {**SETTINGS, "max_steps": STEPS, "save_async": False, "sequence_parallel_size": size}
     job = runs.start(arguments(bad, conversations, stage=stage, **settings), world, partial(_spoil, **BAD))
     assert job.wait() == [0] * world, job.stderr()
 
@@ -340,14 +345,23 @@ def undisturbed(runs: Runs, conversations: Path, tmp_path_factory: pytest.TempPa
     return real.steps(run)
 
 
-@pytest.mark.parametrize(("stage", "only"), [(2, 1), pytest.param(3, None, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("stage", "only", "size"),
+    [(2, 1, 1), *(pytest.param(*case, marks=pytest.mark.long) for case in ((3, None, 1), (2, 1, 2)))],
+)
 def test_out_of_memory_amid_a_collective_ends_the_start(
-    stage: int, only: int | None, runs: Runs, conversations: Path, place: Path, undisturbed: list[dict[str, Any]]
+    stage: int,
+    only: int | None,
+    size: int,
+    runs: Runs,
+    conversations: Path,
+    place: Path,
+    undisturbed: list[dict[str, Any]],
 ) -> None:
     """One rank alone, while the other sits in the collective, or both. The next start takes half the micro-batch, and
     the run's losses are those of one that was never disturbed."""
     run = place / "run"
-    argv = arguments(run, conversations, stage=stage, **{**SETTINGS, **SHARED})
+    argv = arguments(run, conversations, stage=stage, **{**SETTINGS, **SHARED}, sequence_parallel_size=size)
     job = runs.start(argv, 2, partial(_run_out_late, step=5, only=only))
     codes = job.wait()
     assert codes[1] == 2, job.stderr()  # the user's turn: UserError
@@ -358,7 +372,7 @@ def test_out_of_memory_amid_a_collective_ends_the_start(
 
     runs.train([*argv, "--resume", "auto"], 2)
     _first, second = read_run(run)["starts"]
-    assert (second["changed"]["batch_size"], second["changed"]["gradient_accumulation_steps"]) == (1, 4)
+    assert (second["changed"]["batch_size"], second["changed"]["gradient_accumulation_steps"]) == (1, 4 * size)
     assert "global_batch_size" not in second["changed"]
     taken = real.steps(run)
     for what in ("step", "samples", "supervised_tokens"):
@@ -444,10 +458,10 @@ def _poison(rank: int, *, sample: int) -> None:
     PackedDataset.batch = batch  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("world", "stage"), [(2, 3)])
-def test_a_poisoned_sample(world: int, stage: int, runs: Runs, conversations: Path, place: Path) -> None:
+@pytest.mark.parametrize(("world", "stage", "size"), [(2, 3, 1), pytest.param(2, 2, 2, marks=pytest.mark.long)])
+def test_a_poisoned_sample(world: int, stage: int, size: int, runs: Runs, conversations: Path, place: Path) -> None:
     run = place / "run"
-    argv = arguments(run, conversations, stage=stage, **{**SETTINGS, "max_steps": 40})
+    argv = arguments(run, conversations, stage=stage, **{**SETTINGS, "max_steps": 40, "sequence_parallel_size": size})
     job = runs.start(argv, world, partial(_poison, sample=5))
     assert job.wait() == [0] * world, job.stderr()
     told = events(run, rule="corrupt-sample", kind="recovery")

@@ -305,29 +305,33 @@ def over(base: Path, run: Path, data: Path, stage: int, **settings: Any) -> list
         {"lora_rank": 4, "gradient_checkpointing": True},
         {"lora_rank": 4, **OFFLOADED},
         {"objective": "dpo", "dpo_beta": 0.2},
-        {"objective": "dpo", "dpo_beta": 0.2, "lora_rank": 4},
+        {"objective": "dpo", "dpo_beta": 0.2, "lora_rank": 4, **OFFLOADED},
     ],
 )
 def test_adapters_and_preferences(settings: dict[str, Any], base: Path, few: Path, runs: Runs, place: Path) -> None:
+    """20 steps' losses, and the weights and moments of the first, as in `test_every_way_to_share`."""
     data = few if "objective" not in settings else write_pairs(place / "pairs.jsonl", 11, seed=5)
-    settings = {**settings, "max_steps": 6}
+    settings = {**settings, "max_steps": 20, "save_every_n_batches": 1, "save_async": False, "keep_last": 30}
+    settings |= {"max_grad_norm": 0.0, "adam_eps": 1e-5}
     if "objective" in settings:
-        settings |= {"eval_data": str(write_pairs(place / "held-out.jsonl", 5, seed=6)), "eval_every_n_batches": 3}
-    runs.train(over(base, place / "alone", data, 0, **settings))
+        settings |= {"eval_data": str(write_pairs(place / "held-out.jsonl", 5, seed=6)), "eval_every_n_batches": 10}
+    plain = {name: value for name, value in settings.items() if name not in OFFLOADED}
+    runs.train(over(base, place / "alone", data, 0, **plain))
     for world, stage in ((2, 2), (2, 3), (4, 2)):
         run = place / f"run-{world}-{stage}"
         runs.train(over(base, run, data, stage, **settings, sequence_parallel_size=2), world)
         for kind in ("step", "eval"):
             for found, expected in zip(records(run, kind), records(place / "alone", kind), strict=True):
-                figures = [name for name in expected if name == "loss" or name.startswith("rewards/")]
-                for name in figures:
-                    if found["step"] > 1 or name == "loss":  # before, what the model prefers is rounding
+                assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5), found["step"]
+                for name in filter(lambda name: name.startswith("rewards/"), expected):
+                    if found["step"] > 1:  # before, what the model prefers is rounding
                         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (name, found["step"])
         assert [one["samples"] for one in steps(run)] == [one["samples"] for one in steps(place / "alone")]
-        states = final(run, 6), final(place / "alone", 6)
-        for key, value in states[1].items():
-            if key[0] == "master":
-                assert (states[0][key] - value).norm() <= 1e-3 * value.norm() + 1e-5, key
+        states = [state(one / "checkpoints/step-00000001") for one in (run, place / "alone")]
+        for (kind, name), value in states[1].items():
+            # An adapter's b begins at zero: after one step it is Adam's first update alone, nearly the gradient's sign.
+            close = 1e-5 if kind == "master" and name.endswith(".b") else 1e-6
+            assert (states[0][kind, name] - value).norm() <= close * value.norm(), (kind, name)
 
 
 # --- What is refused ---

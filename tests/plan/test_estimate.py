@@ -321,7 +321,7 @@ def test_copies_to_the_host_hide_behind_the_pass_that_they_are_made_in() -> None
     h100 = Cluster(find_device("h100"))
     for preset, tokens in (("debug", 2048), ("8b", 131_072)):
         config = load(preset, {"seq_length": tokens})
-        kept = Setup(1, 2, 1, "bf16", checkpoint_every=1)
+        kept = Setup(1, 2, 1, "bf16", checkpoint_every=1, supervised=0.1)
         plain, moved = (predict(config, replace(kept, activation_offloading=way), h100) for way in (False, True))
         one_way = 2 * config.num_layers * tokens * config.hidden_size * 2 / HOST_LINK
         compute = plain.products + plain.elementwise

@@ -281,6 +281,7 @@ class Transformer(nn.Module):
         self.host_copies: HostCopies | None = None  # where recomputed layers' inputs wait; None: on the device
         self.tile_tokens = 0
         self.sequence: SequenceGroup | None = None
+        self.at_layer = lambda layer, out_BSD: None  # called with each layer's number and what comes out of it
         self._routing_counts: Tensor | None = None
 
     def share_rows(self, sequence: SequenceGroup) -> None:
@@ -364,9 +365,7 @@ class Transformer(nn.Module):
         routing: Routing | None = None,
     ) -> Tensor:
         """What the output layer reads: (B, S, D). Arguments as in `forward`; `routing` is added to."""
-        docs = None
-        if cache is None:
-            docs = Documents.of(ids_BS, cu_seqlens_D, max_seqlen, bounds, self.sequence)
+        docs = None if cache is not None else Documents.of(ids_BS, cu_seqlens_D, max_seqlen, bounds, self.sequence)
         rotaries = {rope: None if rope is None else ops.Rotary.of(positions_BS, *rope) for rope in set(self.ropes)}
         delta_BSD = self.embedding(ids_BS)
         residual_BSD: Tensor | None = None
@@ -380,6 +379,7 @@ class Transformer(nn.Module):
                 delta_BSD, residual_BSD, *sums = block(delta_BSD, residual_BSD, rotary, docs, cache, members)
             if routing is not None:
                 routing.sums.extend(sums)
+            self.at_layer(layer, delta_BSD)
         normed_BSD, _ = self.norm(delta_BSD, residual_BSD)
         return normed_BSD if cache is None else cache.newest(normed_BSD)
 

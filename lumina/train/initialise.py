@@ -84,7 +84,8 @@ def find_start(config: Config, folder: Path, ranks: Ranks, job: str | None) -> S
     if source is None and config.init_from is not None and (unknown or not config.lora_rank):
         given, tokenizer = config.init_from, config.tokenizer
         weights = decided_by_rank_0(ranks, lambda: weights_of(given, tokenizer))
-    config = with_template(config, source, weights)
+    settled = config
+    config = together(ranks, "reading the checkpoint", lambda: with_template(settled, source, weights))
     if weights is not None and ranks.main and not config.lora_rank:  # of adapters' base it is said when it is chosen
         say_taught(weights, config)
     return Start(config, source, trainer_state, trainer, record, weights, before)
@@ -153,7 +154,9 @@ def load_initial_weights(
     collective."""
     if source is None:
         source = decided_by_rank_0(ranks, lambda: weights_of(given, config.tokenizer))
-    checkpoint.check_same_model(checkpoint.read_trainer_state(source)[0].model, checkpoint.model_shape(config), source)
+    began = source
+    shape = lambda: checkpoint.read_trainer_state(began)[0].model
+    checkpoint.check_same_model(together(ranks, "reading the checkpoint", shape), checkpoint.model_shape(config), began)
     load_weights(source, engine, progress)
 
 
@@ -182,7 +185,8 @@ def base_of_adapters(
     found = decided_by_rank_0(ranks, chosen)
     if ranks.main and source is None:
         say_taught(found, config)
-    checkpoint.check_same_model(checkpoint.read_trainer_state(found)[0].model, checkpoint.model_shape(config), found)
+    shape = lambda: checkpoint.read_trainer_state(found)[0].model
+    checkpoint.check_same_model(together(ranks, "reading the checkpoint", shape), checkpoint.model_shape(config), found)
     return found
 
 

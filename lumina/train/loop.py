@@ -10,17 +10,19 @@ from functools import partial
 
 import torch.distributed as dist
 
-from lumina.config import UserError
+from lumina.config import UserError, user_error
 from lumina.data import Loader
+from lumina.files import FormatError
 from lumina.train.agreement import assert_lock_held
 from lumina.train.build import Run
+from lumina.train.deepspeed import set_collective_timeout
 from lumina.train.evaluate import evaluate
 from lumina.train.liveness.watchdog import report_failure
 from lumina.train.outcomes import Fail, HalveMicroBatch, Outcome, Rewind, Stop, StopKind
 from lumina.train.outputs.ending import interrupted, resuming_command, stopping
 from lumina.train.outputs.samples import sample_answers
 from lumina.train.recovery import apply
-from lumina.train.recovery.recovery import RestartError
+from lumina.train.recovery.last_word import RestartError
 from lumina.train.step import record_last, settle, take_step
 
 log = logging.getLogger("lumina")
@@ -34,6 +36,7 @@ def fit(run: Run) -> int:
             closing.callback(run.lock.release)
         closing.enter_context(run.outputs)
         closing.callback(run.saves.stop_waiting, 5.0)
+        closing.callback(set_collective_timeout)
         closing.enter_context(run.watchdog)
         closing.callback(_record_what_is_there, run)
         try:
@@ -45,13 +48,16 @@ def fit(run: Run) -> int:
                 run.callbacks.at_end(Stop(StopKind.FINISHED))
                 return 0
             return _end(run, _train(run))
-        except BaseException as error:
+        except BaseException as met:
+            error = _cause(run, met)
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             run.outputs.end(state, run.state.step, f"{type(error).__name__}: {error}")
             if isinstance(error, KeyboardInterrupt):
                 run.outputs.say(interrupted(run.folder, run.ranks.world, run.state.step, run.saves.last_begun))
             _emergency(run, error)
-            raise
+            if error is met:
+                raise
+            raise error from None
 
 
 def _train(run: Run) -> Stop:
@@ -78,6 +84,9 @@ def _carry_out(run: Run, outcome: Outcome) -> Stop | None:
 
 def _steps(run: Run) -> Outcome:
     """Steps in their order, until one leads to something else."""
+    if run.watchdog.watching:
+        run.watchdog.progress.follow(run.state.engine)
+    set_collective_timeout(watched=run.config.hang_timeout > 0)
     timer = run.state.engine.timer
     timer.lap()  # what came before is no step's
     for data in timer.waits(_loader(run)):
@@ -187,6 +196,18 @@ def _end(run: Run, stop: Stop) -> int:
         raise stop.error
     run.callbacks.at_end(stop)
     return stop.exit_code if saved else 1
+
+
+def _cause(run: Run, met: BaseException) -> BaseException:
+    """The exception that ends the run on this rank: what it met itself, or where that is the loss of another rank, what
+    that one has left behind it. What this rank alone may have met it leaves to the others."""
+    if isinstance(met, UserError | RestartError):
+        run.recovery.last_word.leave(met)
+    elif isinstance(met, Exception) and _lost_a_rank(met):
+        return run.recovery.last_word.found() or met
+    elif isinstance(met, OSError | FormatError | UnicodeError):
+        run.recovery.last_word.leave(user_error(met))
+    return met
 
 
 def _emergency(run: Run, error: BaseException) -> None:

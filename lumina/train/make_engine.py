@@ -14,7 +14,13 @@ from lumina.config import Config
 from lumina.config import deepspeed as ds_json
 from lumina.model import HostCopies, Transformer, float8, lora, sequence_group
 from lumina.plan import default_document, smallest_memory
-from lumina.train.deepspeed import Engine, allocate_optimizer_state, partitioned_init, refuse_what_deepspeed_does
+from lumina.train.deepspeed import (
+    Engine,
+    allocate_optimizer_state,
+    partitioned_init,
+    refuse_what_deepspeed_does,
+    set_collective_timeout,
+)
 from lumina.train.saving.snapshot import load_frozen_weights
 
 log = logging.getLogger(__name__)
@@ -81,6 +87,7 @@ def make_engine(settings: Settings, drawn: bool) -> Engine:
     if config.compile:
         model.compile_blocks()
     made = Engine(model, config, settings.ds_config)
+    set_collective_timeout()
     if config.activation_offloading and made.device.type == "cpu" and torch.distributed.get_rank() == 0:
         log.warning("activation_offloading saves nothing on a CPU, whose memory is the host's: leave it out")
     allocate_optimizer_state(made)

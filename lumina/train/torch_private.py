@@ -6,6 +6,7 @@ with its name. The kernels keep their own (kernels/launch.py, kernels/plans.py):
 
 from __future__ import annotations
 
+from datetime import timedelta
 from inspect import unwrap
 from typing import Any
 
@@ -16,6 +17,8 @@ from lumina.config.private_names import PrivateName, require
 
 NAMES = (
     PrivateName("torch.distributed.distributed_c10d", "_get_default_store", "the process group's key-value store", ()),
+    PrivateName("torch.distributed.distributed_c10d", "_world", "every process group of this process"),
+    PrivateName("torch.distributed.distributed_c10d", "_set_pg_timeout", "a group's timeout", ("timeout", "group")),
     PrivateName("torch", "_fused_adamw_", "AdamW's update of many tensors in one launch"),
     PrivateName("torch", "_foreach_copy_", "copies of many tensors in few launches"),
     PrivateName("torch", "_foreach_mul_", "clipping many gradients in few launches"),
@@ -34,6 +37,12 @@ foreach_norm = torch._foreach_norm
 def default_store() -> Any:
     """The process group's key-value store: reachable while a collective cannot be."""
     return distributed_c10d._get_default_store()
+
+
+def set_group_timeouts(timeout: timedelta) -> None:
+    """Of every process group of this process, whoever made it: for collectives that begin from now on."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class AdamW(torch.optim.AdamW):

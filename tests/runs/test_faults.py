@@ -364,8 +364,8 @@ def test_out_of_memory_amid_a_collective_ends_the_start(
     argv = arguments(run, conversations, stage=stage, **{**SETTINGS, **SHARED}, sequence_parallel_size=size)
     job = runs.start(argv, 2, partial(_run_out_late, step=5, only=only))
     codes = job.wait()
-    assert codes[1] == 2, job.stderr()  # the user's turn: UserError
-    assert codes[0] == 2 if only is None else codes[0] not in (0, 75), codes
+    assert codes == [2, 2], job.stderr()  # the user's turn: UserError, on the rank that lost the other one too
+    assert "Traceback" not in job.stderr()
     assert "Start the run again with --resume auto: it then takes micro-batches of 1" in job.stderr()
     assert checkpoint.integrity_error(real.newest(run)) is None
     assert real.newest(run).name == checkpoint.name_of(EVERY)
@@ -432,8 +432,7 @@ def test_out_of_memory_in_an_update_that_was_begun(
     argv = arguments(run, conversations, stage=stage, **{**SETTINGS, **SHARED, "save_every_n_batches": 2})
     job = runs.start(argv, world, partial(_run_out_in_update, step=4, only=only, late=late))
     codes = job.wait()
-    assert codes[-1] == 2, job.stderr()
-    assert all(code not in (0, 75) for code in codes), codes
+    assert codes == [2] * world, job.stderr()
     assert "ran out of memory inside the update" in job.stderr()
     assert real.newest(run).name == checkpoint.name_of(2)
     runs.train([*argv, "--resume", "auto"], world)

@@ -26,11 +26,12 @@ from lumina.config import UserError
 from lumina.files import write_json
 from lumina.model import Transformer
 from lumina.train import build
+from lumina.train.deepspeed import Ranks
 from lumina.train.deferred import Deferred
 from lumina.train.loop import fit
 from lumina.train.outcomes import Stop, StopKind
 from lumina.train.outputs.outputs import Outputs
-from lumina.train.recovery.recovery import RestartError
+from lumina.train.recovery.last_word import LastWord, RestartError
 from lumina.train.run import TrainedRun
 from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
@@ -402,7 +403,7 @@ def test_what_an_exception_leads_to(
         watchdog=Watchdog(),
         deferred=Deferred(),
         state=SimpleNamespace(step=4),
-        recovery=SimpleNamespace(rewinding=False),
+        recovery=SimpleNamespace(rewinding=False, last_word=LastWord(Ranks(0, 1, 0, 1), tmp_path)),
         callbacks=SimpleNamespace(at_start=fail),
         folder=tmp_path / "run",
         ranks=SimpleNamespace(world=1),

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import socket
 import sys
@@ -117,8 +118,12 @@ def agree_on_contents(ranks: Ranks, datasets: Sequence[Samples]) -> None:
                 f"{type(one).__module__} has no `folder`",
                 "Set sequence_parallel_size to 1, or see docs/api.md.",
             )
-    files = [path for one in datasets for path in sorted(one.folder.iterdir()) if path.suffix in _CONTENTS]
-    found = [path.stat() for path in files]
+
+    def look() -> tuple[list[Path], list[os.stat_result]]:
+        files = [path for one in datasets for path in sorted(one.folder.iterdir()) if path.suffix in _CONTENTS]
+        return files, [path.stat() for path in files]
+
+    files, found = together(ranks, "opening the data", look)
     places = [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
     readers = gathered(ranks, "opening the data", (machine(), places), readers_of)
     if readers is None:

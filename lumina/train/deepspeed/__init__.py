@@ -30,6 +30,7 @@ from lumina.train.deepspeed.startup import (
     end_process,
     import_deepspeed,
     init_process_group,
+    set_collective_timeout,
 )
 from lumina.train.deepspeed.timing import APART, PHASES, PhaseTimes, StepTimer
 
@@ -60,6 +61,7 @@ __all__ = [
     "refuse_what_deepspeed_does",
     "restore_engine",
     "scale_exhausted",
+    "set_collective_timeout",
     "snapshot_engine",
     "step_count",
     "sync_weights",

@@ -14,6 +14,7 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -32,10 +33,11 @@ from lumina.cluster import (
 from lumina.config import UserError, explain_duplicate, take_device, usable_cpus
 from lumina.data import Part
 from lumina.train.deepspeed import extensions, surface
-from lumina.train.torch_private import default_store
+from lumina.train.torch_private import default_store, set_group_timeouts
 
 log = logging.getLogger("lumina")
 _starts = itertools.count()  # of this process
+_WATCHED = timedelta(days=7)
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -149,6 +151,15 @@ def _token_of_start(rank: int) -> str:
     if rank == 0:
         store.set(key, secrets.token_hex(4))
     return await_key(store, key, _patience()).decode()
+
+
+def set_collective_timeout(watched: bool = False) -> None:
+    """One timeout for the collectives of all process groups, DeepSpeed's and the model's too: torch gives each group
+    that is made without one its backend's (NCCL 10 minutes, gloo 30). It is DeepSpeed's (10 minutes, or
+    DEEPSPEED_TIMEOUT); where a watchdog watches, none to speak of: NCCL counts from when a collective is queued, which
+    may be hours before its turn, and only the watchdog knows a long step from a hang, and says where it is."""
+    if torch.distributed.is_initialized():
+        set_group_timeouts(_WATCHED if watched else import_deepspeed().constants.default_pg_timeout)
 
 
 def _patience() -> float:

@@ -58,6 +58,13 @@ _RECOVERY = """
 - **An exception** (`emergency_checkpoint`) saves the step before it ends the run, if no update was interrupted, the
   weights are finite, the step is not saved already, and every rank says within ten seconds that it stands there
   too. A user's mistake is not an exception.
+- **One rank alone** that ends by a user's mistake, by memory amid a collective or by a file that it cannot read leaves
+  the reason in `ending.json`: the ranks that lose it end by the same message and exit code.
+- **A rank that hangs** ends when `hang_timeout` seconds pass without progress, with every thread's stack. Progress is
+  each micro-batch, update, evaluation batch and save, and within a step each layer that the device comes past, forward
+  and backward: a step may take hours, as over rows of millions of tokens, if none of its layers takes `hang_timeout`.
+  While that is watched, no collective ends by a timeout of its own, which NCCL counts from when it is queued; with
+  `hang_timeout: 0` all process groups have DeepSpeed's (10 minutes, or `DEEPSPEED_TIMEOUT`, in minutes).
 - **A save that fails** is tried again after 5 seconds, doubled up to five times; not where that cannot help (a
   read-only disk, no permission). Training goes on. At the end of the run a last checkpoint that cannot be written is
   exit code 1.
@@ -75,8 +82,11 @@ still those of the step that they belong to:
 - Baselines, limits and rollbacks are those of a run that reads each step at once, and so is the weights' every bit:
   step k is held to limits from the steps before it, k - 1 included, whether a save or a resume lies between or not.
 - A stop by a signal, a resize or a rollback leaves the state of the same step; the passes of the one that had been
-  begun are thrown away. From a signal to its save that is up to one more step of time. `lumina checkpoints save` is
-  honoured within two steps.
+  begun are thrown away. From a signal to its save that is up to one more step of time. A
+  stop cannot end a step earlier, since the ranks agree on it in the step's sum. `stop_timeout` does not count the whole
+  of that, but seconds without progress: raise it where a layer takes longer. What started the ranks counts all of it:
+  give `lumina launch --stop-timeout`, or Slurm's `--signal=USR1@SECONDS`, more than a step and a save.
+  `lumina checkpoints save` is honoured within two steps.
 - Layer statistics read their step at once (`layer_stats_every`).
 
 How often the host waits for the device in a steady step of two micro-batches (counted by

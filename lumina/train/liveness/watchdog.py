@@ -1,6 +1,7 @@
 """Watchdog: ends a process that makes no progress and says where it stood, rather than wait for a collective's timeout.
 
-Progress is a call of `heartbeat`: at every micro-batch, step, evaluation batch and save. Two clocks watch it. One is a
+Progress is a call of `heartbeat`, at every micro-batch, step, evaluation batch and save, and within a step each layer
+that the device comes past, forward and backward (lumina.train.liveness.progress). Two clocks watch it. One is a
 Python thread that finds the usual hang, a collective whose other side is gone (those wait without the interpreter's
 lock): it writes every thread's stack to stderr, says which collective the main thread sits in, and ends the process.
 Where the lock itself is held, by a kernel that never returns, that thread cannot run: a process of its own
@@ -27,6 +28,7 @@ from lumina.cluster import EXIT_HUNG, StopRequest
 from lumina.files import write_json
 from lumina.terminal import say
 from lumina.train.liveness import lock_watch
+from lumina.train.liveness.progress import Progress
 
 _COLLECTIVES = "torch.distributed.distributed_c10d"
 _TICK = 0.5  # seconds
@@ -36,8 +38,8 @@ _IDLE = 0.1  # of that time, at most, the process computed: more, and it only he
 
 
 class Watchdog:
-    """Ends the process when `timeout` seconds pass without a heartbeat, or `stop_timeout` once a signal asked it to
-    stop.
+    """Ends the process when `timeout` seconds pass without progress, or `stop_timeout` once a signal asked it to stop.
+    progress: what there is within a step.
 
     `rank` is for the message. 0 turns a limit off. The first heartbeat may take `start_timeout`: data is prepared,
     kernels are compiled and workers imported before it.
@@ -52,6 +54,8 @@ class Watchdog:
         self._heartbeats = 0
         self._last = time.monotonic()
         self._what = "starting"
+        self._after = ""  # the last mark within it
+        self.progress = Progress()
         self._closed = threading.Event()
         self._main = threading.main_thread().ident
         self.end: Callable[[int], None] = os._exit  # tests look instead of ending
@@ -67,7 +71,7 @@ class Watchdog:
             self._lock_watch = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True
             )
-        if self._timeout or self._stop_timeout:
+        if self.watching:
             self._thread.start()
         return self
 
@@ -81,9 +85,14 @@ class Watchdog:
             self._lock_watch.kill()  # a forked child may hold the pipe open
             self._lock_watch.wait()
 
+    @property
+    def watching(self) -> bool:
+        """Whether there is any limit."""
+        return bool(self._timeout or self._stop_timeout)
+
     def heartbeat(self, what: str) -> None:
         """Progress was made; `what` is being done from here on. Costs a microsecond."""
-        self._what = what
+        self._what, self._after = what, ""
         self._heartbeats += 1
         self._last = time.monotonic()
 
@@ -100,14 +109,24 @@ class Watchdog:
                 self._last = min(now, self._last + late)
                 self._suspended += late
             before, computed = now, used
+            passed, what = self.progress.newest()
+            if passed > self._last:
+                self._last, self._after = passed, f", after {what}"
             self._tell(max(limit, 1.0) + _GRACE if limit else 0.0)
             if limit and now - self._last > limit:
-                self._give_up(f"no progress for {now - self._last:.0f} s (hang_timeout {limit:g}) in: {self._what}")
+                self._give_up(f"no progress for {now - self._last:.0f} s (hang_timeout {limit:g}) in: {self._where}")
             asked = self._stop.since
             if asked is None:
                 self._suspended = 0.0
             elif self._stop_timeout and now - max(asked + self._suspended, self._last) > self._stop_timeout:
-                self._give_up(f"no progress within {self._stop_timeout:g} s of {self._stop.signal}, in: {self._what}")
+                self._give_up(
+                    f"no progress within {self._stop_timeout:g} s of {self._stop.signal} (stop_timeout, to be raised "
+                    f"where a layer's pass takes longer), in: {self._where}"
+                )
+
+    @property
+    def _where(self) -> str:
+        return self._what + self._after
 
     def _tell(self, limit: float) -> None:
         """Have the second clock wait `limit` seconds for the next word from here; 0: for ever."""

@@ -32,7 +32,8 @@ def unsaved(step: int, saved: int) -> str:
 def stopping(signal: str, step: int, saved: int) -> str:
     """Said at once when a signal asks the run to stop."""
     again = f" Press Ctrl-C again to leave without it: {unsaved(step, saved)} are lost." if signal == "SIGINT" else ""
-    return f"{signal}: saving at the next step, then ending.{again}"
+    passes = f" The passes of step {step + 1} that have begun are ended first, and taken again when the run goes on."
+    return f"{signal}: saving at the next step, then ending.{again}{passes}"
 
 
 def interrupted(folder: Path, world: int, step: int, saved: int) -> str:

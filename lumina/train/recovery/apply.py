@@ -66,6 +66,7 @@ def _rebuild(run: Run, batch_size: int) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.accelerator.empty_host_cache()  # pinned buffers of the old model's offloaded inputs
     run.settings = run.settings.with_micro_batch(batch_size, run.ranks.world)
     state.engine = make_engine(run.settings, drawn=False)
     restore_engine(state.engine, snapshot)

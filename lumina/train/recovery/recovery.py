@@ -26,6 +26,7 @@ from lumina.train.agreement import decided_by_rank_0
 from lumina.train.deepspeed import Ranks
 from lumina.train.health import Health
 from lumina.train.outcomes import Fail, HalveMicroBatch, Rewind
+from lumina.train.recovery.last_word import LastWord, RestartError
 from lumina.train.recovery.out_of_memory import StepReports
 from lumina.train.recovery.record import RecoveryRecord
 from lumina.train.recovery.spikes import NOT_FINITE, Anomaly, not_finite
@@ -35,10 +36,6 @@ log = logging.getLogger("lumina")
 
 _NEVER = -1.0  # a limit that no gradient norm keeps
 _LEAST_IN_A_ROW = 30  # refused updates that end a run which may not go back: fewer may be of one stretch of its data
-
-
-class RestartError(RuntimeError):
-    """This start must end, and the next one resumes. Nothing is saved first: the ranks may be at different steps."""
 
 
 class Recovery:
@@ -63,6 +60,7 @@ class Recovery:
         self.record, self._may_write = record, may_write
         self._batch_size, self._global_batch = config.batch_size, config.global_batch_size
         answering = config.on_oom != "fail" and not state.engine.collective_forward
+        self.last_word = LastWord(ranks, folder, may_write)
         self._reports = StepReports(ranks, answering, config.emergency_seconds)
         self._corrupt = 0  # samples of weight zero so far
         self._repeated: list[int] = []  # the refused steps that the run is to go back for
@@ -246,14 +244,14 @@ class Recovery:
 
     def _halve(self, step: int, samples: Iterable[int], failure: str) -> HalveMicroBatch | Fail:
         if self._batch_size == 1:
-            return Fail(_no_smaller())
+            return Fail(_no_smaller(self._config))
         return HalveMicroBatch(step, self._batch_size // 2, samples, failure)
 
     def _restart(self, step: int, where: str) -> Fail:
         """The ranks cannot agree within the step: the next start goes on from the last checkpoint, with half the
         micro-batch."""
         if self._batch_size == 1:
-            return Fail(_no_smaller())
+            return Fail(_no_smaller(self._config))
         half = self._batch_size // 2
         self.remember_micro_batch(half)
         what = f"step {step}: rank {self._ranks.rank} ran out of memory {where}"
@@ -282,10 +280,21 @@ class Recovery:
         log.warning("step %d: out of memory: micro-batch %d -> %d", action.step, size, action.batch_size)
 
 
-def _no_smaller() -> UserError:
+def _no_smaller(config: Config) -> UserError:
+    """What is left to do where a micro-batch cannot be smaller: of what makes activations fewer, what is not set yet
+    and this model takes."""
+    dense = config.experts is None and not config.compile
+    ways = {
+        "--gradient-checkpointing": not config.checkpoint_every,
+        "--activation-offloading": not config.activation_offloading,
+        "--mlp-tile-tokens 4096": dense and not config.mlp_tile_tokens,
+        f"--sequence-parallel {2 * config.sequence_parallel_size} on as many GPUs": dense
+        and config.num_heads % (2 * config.sequence_parallel_size) == 0,
+    }
+    named = ", ".join(name for name, helps in ways.items() if helps)
     return UserError(
         "out of memory with a micro-batch of one sample",
-        "Set gradient_checkpointing and mlp_tile_tokens, share rows between ranks by sequence_parallel_size "
-        "(docs/long-context.md), or set a smaller seq_length, or a DeepSpeed configuration that offloads "
+        f"Where its activations are what fills the memory (docs/long-context.md): {named + ', ' if named else ''}or a "
+        "smaller seq_length. Where weights and optimizer are: a DeepSpeed configuration that offloads "
         "(ds_configs/zero3_offload.json).",
     )

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from lumina.model import SequenceGroup
+from lumina.train.deepspeed import init_process_group
 from tests.model.parallel.ranks import CASES
 from tests.runs import clean_environment
 
@@ -55,6 +61,37 @@ def test_every_collective_counts_as_communication(differences: dict[str, dict[st
 
 
 @pytest.mark.long  # about the other tests: what they notice changes only when the code or its tests do
+def test_waiting_for_the_others_is_no_computing() -> None:
+    """Each collective of the group runs inside `exchanging`: else the peers of a slow rank look as slow as it."""
+    init_process_group()
+    assert dist.group.WORLD is not None
+    inside, seen = [False], []
+
+    @contextmanager
+    def exchanging(sent: int) -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    group = SequenceGroup(0, 1, dist.group.WORLD, exchanging)
+    for name in ("all_reduce", "all_to_all_single"):
+        call = getattr(dist, name)
+
+        def noted(*given: object, call: object = call, **more: object) -> object:
+            seen.append(inside[0])
+            return call(*given, **more)  # type: ignore[operator]
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(dist, name, noted)
+            if name == "all_reduce":
+                group.sum(torch.ones(2))
+            else:
+                x_1THd = torch.ones(1, 4, 2, 8)
+                group.attend(lambda q, k, v: q, x_1THd, x_1THd, x_1THd)
+    assert seen == [True] * 3
+    assert not inside[0]
+
+
 @pytest.mark.timeout(1800)
 def test_every_mutant_is_caught() -> None:
     command = [sys.executable, "-m", "tests.model.parallel.mutations"]

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from lumina.train.agreement.start import readers_of
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lumina.config import UserError
+from lumina.train.agreement.start import agree_on_contents, readers_of
+from lumina.train.deepspeed import Ranks
+
+
+def test_data_that_a_rank_cannot_look_at_is_told_to_all(tmp_path: Path) -> None:
+    """A UserError is what `together` makes of it, on every rank; a bare OSError would be this rank's alone."""
+    with pytest.raises(UserError, match="gone"):
+        agree_on_contents(Ranks(0, 1, 0, 1, sequence=2), [SimpleNamespace(folder=tmp_path / "gone")])  # type: ignore[list-item]
 
 
 def test_files_of_a_machine_are_read_once() -> None:

@@ -60,6 +60,18 @@ with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
 os.kill(child, signal.SIGKILL)
 print("done")
 """,
+    # Marks of a step's passes are progress, also after a signal; what stands still then is named with the last one.
+    "marks": """
+with Watchdog(1.0, 1.0, StopRequest(), rank=3) as dog:
+    dog.heartbeat("step 7, micro-batch 1")
+    for layer in range(9):
+        if layer == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.3)
+        dog.progress.mark(f"layer {layer}")
+    print("passed", flush=True)
+    stuck(time.sleep)
+""",
     # Stopped for longer than either clock allows, with a stop asked for or without; then a hang all the same.
     "suspended": """
 watchdog._GRACE, watchdog._SUSPENDED = 0.5, 0.5
@@ -175,6 +187,12 @@ def test_no_boundary_after_a_signal(started: Started) -> None:
 def test_heartbeats_keep_it_quiet(started: Started) -> None:
     ended = started.end("heartbeats")
     assert (ended.code, ended.out, ended.err, ended.reported) == (0, "done\n", "", "")
+
+
+def test_marks_within_a_step_keep_it_quiet_until_they_end(started: Started) -> None:
+    ended = started.end("marks")
+    assert (ended.code, ended.out) == (EXIT_HUNG, "passed\n"), ended.err
+    assert "in: step 7, micro-batch 1, after layer 8" in ended.reported
 
 
 def test_a_start_has_a_limit_too(started: Started) -> None:

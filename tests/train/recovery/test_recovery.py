@@ -17,8 +17,9 @@ from lumina.monitor import EventLog, read_events
 from lumina.train.deepspeed import Ranks, init_process_group
 from lumina.train.health import Health
 from lumina.train.outcomes import Fail, HalveMicroBatch, Rewind
+from lumina.train.recovery.last_word import RestartError
 from lumina.train.recovery.record import RecoveryRecord
-from lumina.train.recovery.recovery import Recovery, RestartError
+from lumina.train.recovery.recovery import Recovery
 from lumina.train.recovery.spikes import SpikeDetector
 from tests.train.tiny_engines import make_config
 

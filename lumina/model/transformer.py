@@ -281,7 +281,7 @@ class Transformer(nn.Module):
         self.host_copies: HostCopies | None = None  # where recomputed layers' inputs wait; None: on the device
         self.tile_tokens = 0
         self.sequence: SequenceGroup | None = None
-        self.at_layer = lambda layer, out_BSD: None  # called with each layer's number and what comes out of it
+        self.at_layer: Any = lambda layer, out_BSD: None  # called with each layer's number and what comes out of it
         self._routing_counts: Tensor | None = None
 
     def share_rows(self, sequence: SequenceGroup) -> None:

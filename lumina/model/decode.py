@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lumina.config import Layer, ModelConfig, Rope
+from lumina.config import ModelConfig
 from lumina.model import cpu, ops
 from lumina.model.cache import KVCache
 from lumina.model.transformer import Transformer
@@ -139,7 +139,9 @@ class Decoder:
         config, cache, threads = self._model.config, self._cache, torch.get_num_threads()
         count, hidden = len(rows), config.hidden_size
         x_RD = self._model.embedding.weight[ids_R1[:, 0]].float()
-        rotary = ops.Rotary.of(positions_R1, config.head_dim, config.rope_theta, config.rope_scaling)
+        rope = self._model.ropes[0]
+        assert rope is not None
+        rotary = ops.Rotary.of(positions_R1, *rope)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         scratch = torch.empty(count * (hidden + width + config.ffn_size) + threads * cache.capacity)
         where = torch.tensor([rows, slots])
@@ -165,13 +167,16 @@ def _usable(*tensors: Tensor) -> bool:
 
 def _is_plain(config: ModelConfig) -> bool:
     """Whether the compiled step computes this model: Llama's decoder, whose heads fill the hidden width."""
-    rope = Rope(config.head_dim, config.rope_theta, config.rope_scaling)
+    first = config.layers[0]
     numbers = (config.embedding_multiplier, config.residual_multiplier, config.logit_scale)
     scores = (config.attention_scale, config.attention_softcap, config.logit_softcap)
     return (
         config.structure.is_llamas
         and config.experts is None
-        and all(layer == Layer(None, rope) for layer in config.layers)
+        and first.window is None
+        and first.rope is not None
+        and first.rope.width == config.head_dim
+        and all(layer == first for layer in config.layers)
         and numbers == (1.0, 1.0, 1.0)
         and scores == (None, None, None)
         and config.num_heads * config.head_dim == config.hidden_size

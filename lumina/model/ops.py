@@ -156,18 +156,26 @@ class Rotary:
     tables: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, positions_BS: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rotary:
-        """Angles positions * theta^(-2i/d), in float32 as Llama computes them (arXiv:2104.09864, section 3.2.2)."""
-        exponent_h = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
+    def of(
+        cls,
+        positions_BS: Tensor,
+        head_dim: int,
+        theta: float,
+        scaling: RopeScaling | None = None,
+        wide: bool = False,
+    ) -> Rotary:
+        """Angles positions * theta^(-2i/d), in float32 as Llama computes them (arXiv:2104.09864, section 3.2.2), or
+        `wide`: in float64, for contexts whose angles float32 does not hold."""
+        dtype = torch.float64 if wide else torch.float32
+        exponent_h = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=dtype) / head_dim
         frequency_h = 1.0 / theta**exponent_h
         if scaling is not None:
             frequency_h = _slowed(frequency_h, theta, scaling)
-        angles_BSh = positions_BS.unsqueeze(-1).float() * frequency_h
-        cos_BSh, sin_BSh = angles_BSh.cos(), angles_BSh.sin()
+        cos_BSh, sin_BSh = _turned(positions_BS, frequency_h)
         if scaling is not None and scaling.type == "yarn":
             # Scores are multiplied by its square: the temperature of YaRN, section 3.4.
             factor = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
-            cos_BSh, sin_BSh = cos_BSh * factor, sin_BSh * factor
+            cos_BSh, sin_BSh = cos_BSh.mul_(factor), sin_BSh.mul_(factor)
         return cls(cos_BSh, sin_BSh, _tables(cos_BSh, sin_BSh) if _use_triton(cos_BSh) else None)
 
     @property
@@ -176,18 +184,37 @@ class Rotary:
         return 2 * self.cos_BSh.shape[-1]
 
 
+# Angles in float64 exist for so many tokens at a time: 8 MiB at a head of 128, where 1 M tokens would take 512.
+_ANGLES_AT_ONCE = 2**14
+
+
+def _turned(positions_BS: Tensor, frequency_h: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions * frequency, float32, of angles in the frequencies' precision."""
+    if frequency_h.dtype is torch.float32:
+        angles_BSh = positions_BS.unsqueeze(-1).float() * frequency_h
+        return angles_BSh.cos(), angles_BSh.sin()
+    shape = *positions_BS.shape, len(frequency_h)
+    cos_BSh, sin_BSh = (torch.empty(shape, device=positions_BS.device) for _ in range(2))
+    by_token = positions_BS.flatten(), cos_BSh.flatten(0, 1), sin_BSh.flatten(0, 1)
+    for positions_t, cos_th, sin_th in zip(*(torch.split(x, _ANGLES_AT_ONCE) for x in by_token), strict=True):
+        angles_th = positions_t.unsqueeze(-1) * frequency_h
+        cos_th.copy_(angles_th.cos())
+        sin_th.copy_(angles_th.sin_())
+    return cos_BSh, sin_BSh
+
+
 def _tables(cos_BSh: Tensor, sin_BSh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     cos_Th, sin_Th = cos_BSh.flatten(0, 1), sin_BSh.flatten(0, 1)
     return cos_Th, sin_Th, torch.arange(cos_Th.shape[0], device=cos_Th.device).view(cos_BSh.shape[:2])
 
 
 def _slowed(frequency_h: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
-    """Frequencies for a longer context (see RopeScaling); operations in the order of the methods' own code, so that the
-    float32 results are its very bits."""
+    """Frequencies for a longer context (see RopeScaling), in the precision of those given; operations in the order of
+    the methods' own code, so that the float32 results are its very bits."""
     if scaling.type == "dynamic":
         return frequency_h
     if scaling.type == "yarn":
-        return _slowed_by_parts(theta, scaling, 2 * len(frequency_h), frequency_h.device)
+        return _slowed_by_parts(theta, scaling, frequency_h)
     slow_h = frequency_h / scaling.factor
     if scaling.type == "linear":
         return slow_h
@@ -203,8 +230,9 @@ def _slowed(frequency_h: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
     return torch.where(length_h > original / low, slow_h, frequency_h)
 
 
-def _slowed_by_parts(theta: float, scaling: RopeScaling, width: int, device: torch.device) -> Tensor:
-    """YaRN's frequencies (arXiv:2309.00071, section 3.2)."""
+def _slowed_by_parts(theta: float, scaling: RopeScaling, frequency_h: Tensor) -> Tensor:
+    """YaRN's frequencies (arXiv:2309.00071, section 3.2), as many and in the precision of those given."""
+    width, dtype, device = 2 * len(frequency_h), frequency_h.dtype, frequency_h.device
     original = scaling.original_max_position_embeddings
     assert original is not None
     # The dimension, not a whole number, whose frequency turns so many times within the original context.
@@ -217,8 +245,8 @@ def _slowed_by_parts(theta: float, scaling: RopeScaling, width: int, device: tor
     first, last = max(at_fast, 0), min(at_slow, width - 1)
     if first == last:
         last += 0.001
-    period_h = theta ** (torch.arange(0, width, 2, device=device).float() / width)
-    ramp_h = (torch.arange(width // 2, dtype=torch.float32, device=device) - first) / (last - first)
+    period_h = theta ** (torch.arange(0, width, 2, dtype=dtype, device=device) / width)
+    ramp_h = (torch.arange(width // 2, dtype=dtype, device=device) - first) / (last - first)
     kept_h = 1 - ramp_h.clamp(0, 1)
     return 1.0 / (scaling.factor * period_h) * (1 - kept_h) + 1.0 / period_h * kept_h
 

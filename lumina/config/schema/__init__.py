@@ -16,7 +16,7 @@ from pydantic import PrivateAttr, model_validator
 
 from lumina.config.schema.experts import Experts
 from lumina.config.schema.fields import FIRST_TEMPLATE, MIN_VOCAB, ChatTemplate, Strict
-from lumina.config.schema.model import Layer, ModelConfig, Rope, RopeScaling, Structure
+from lumina.config.schema.model import ModelConfig, RopeScaling, Structure
 from lumina.config.schema.settings import (
     PROJECTIONS,
     DataConfig,
@@ -41,13 +41,11 @@ __all__ = [
     "DataSource",
     "Experts",
     "HealthConfig",
-    "Layer",
     "LoraConfig",
     "ModelConfig",
     "MonitorConfig",
     "OptimConfig",
     "Projection",
-    "Rope",
     "RopeScaling",
     "RunConfig",
     "SavingConfig",

@@ -66,11 +66,12 @@ class RopeScaling(Strict):
 
 
 class Rope(NamedTuple):
-    """Rotary positions of a layer: the first `width` numbers of each head are rotated."""
+    """Rotary positions of a layer: the first `width` numbers of each head are rotated. wide: angles in float64."""
 
     width: int
     theta: float
     scaling: RopeScaling | None
+    wide: bool
 
 
 class Layer(NamedTuple):
@@ -106,6 +107,10 @@ class Structure:
     def is_llamas(self) -> bool:
         return all(getattr(self, each.name) == each.default for each in fields(Structure))
 
+
+#: Contexts that are longer have rotary angles in float64: in float32, as transformers computes them, cosines are off by
+#: 0.01 at this position, 0.07 at 1 M and 1.1 at 16 M, and positions above 2^24 lose their odd numbers.
+_FLOAT32_POSITIONS = 2**17
 
 #: Norms of width hidden_size in a block.
 _NORMS = {"pre-norm": 2, "post-norm": 2, "sandwich": 4}
@@ -215,9 +220,10 @@ class ModelConfig(Strict):
         """Each layer's window and rotary positions. A window that no position exceeds is none."""
         window = self.sliding_window if self.sliding_window and self.sliding_window < self.seq_length else None
         nope, sliding = set(self.nope_layers or ()), self.sliding_layers
-        far = near = Rope(self.rotary_dim, self.rope_theta, self.rope_scaling)
+        wide = self.seq_length > _FLOAT32_POSITIONS
+        far = near = Rope(self.rotary_dim, self.rope_theta, self.rope_scaling, wide)
         if self.sliding_rope_theta is not None:
-            near = Rope(self.rotary_dim, self.sliding_rope_theta, None)
+            near = Rope(self.rotary_dim, self.sliding_rope_theta, None, wide)
         found = []
         for layer in range(self.num_layers):
             slides = self.sliding_window is not None and (sliding is None or layer in sliding)

@@ -173,7 +173,7 @@ class Block(nn.Module):
             if self.arrangement != "pre-norm":
                 delta_BSD, _ = self.feed_forward_post_norm(delta_BSD)
             return self._scaled(delta_BSD), residual_BSD, *sums
-        if self.tile_tokens:
+        if self.tile_tokens and (torch.is_grad_enabled() or delta_BSD.shape[:2].numel() > self.tile_tokens):
             parts = [part for name, part in self.named_children() if name.startswith("feed_forward")]
             parameters = [parameter for part in parts for parameter in part.parameters()]
             given = self._feed_forward, parameters, self.tile_tokens, delta_BSD, residual_BSD

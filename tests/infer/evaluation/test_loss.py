@@ -12,8 +12,8 @@ import torch
 
 from lumina.chat import Conversation, Message, Tokenizer, render
 from lumina.cli import main
-from lumina.infer import Loaded
-from lumina.infer.evaluation.loss import evaluate, read_conversations
+from lumina.infer import Loaded, load
+from lumina.infer.evaluation.loss import ScoringWindow, evaluate, predict, read_conversations
 from tests.infer.small_models import as_transformers, make_model, write_run
 
 TOKENIZER = Tokenizer.load()
@@ -137,3 +137,22 @@ def test_nothing_to_evaluate_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     skipped: Counter[str] = Counter()
     assert list(read_conversations([str(tmp_path / "bad.jsonl")], skipped)) == []
     assert skipped == {"broken JSON": 1}
+
+
+@torch.inference_mode()
+def test_a_long_window_has_its_feed_forward_in_tiles(tmp_path: Path) -> None:
+    """What the feed-forward has inside does not grow with the window; the losses are the same."""
+    model = make_model(seed=8, seq_length=16384)
+    loaded = load(write_run(tmp_path / "run", model), precision="fp32")
+    seen: list[int] = []
+    for block in loaded.model.blocks:
+        block.feed_forward.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[:2].numel()))
+    ids = torch.randint(2000, (4301,), generator=torch.Generator().manual_seed(2)).tolist()
+    (tiled,) = predict(loaded.model, [ScoringWindow(ids, 4290)])
+    assert max(seen) <= 4096
+    assert sum(seen) == 4300 * len(loaded.model.blocks)
+    (whole,) = predict(model.eval(), [ScoringWindow(ids, 4290)])
+    torch.testing.assert_close(tiled.nats_N, whole.nats_N, rtol=1e-5, atol=1e-5)
+    seen.clear()
+    list(predict(loaded.model, [ScoringWindow(ids[:2000], 1990)]))
+    assert seen == [1999] * len(loaded.model.blocks), "a short one is one piece"

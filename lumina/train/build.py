@@ -91,6 +91,11 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.output_dir) / self.config.experiment_name
 
+    @property
+    def usual_world(self) -> int:
+        """At least how many ranks the run is gone on with, though some may be lost at the moment."""
+        return max(self.ranks.world, self.settings.sequence_parallel_size)
+
 
 @dataclass(frozen=True)
 class _Prepared:
@@ -149,7 +154,8 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
     preparing = partial(console.progress, "Preparing", unit=" MB", size=10**6)
     data = open_data(start, config, ranks, preparing if console.live else None)
     rates = schedule(config, data.total_steps)
-    settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
+    base = base_of_adapters(config, ranks, start.checkpoint, start.trainer_state)
+    settings = replace(settings, base=base, sequence_parallel_size=start.sequence_parallel_size)
     agree_on_data(ranks, _facts(start, settings, data, device))
     agree_on_contents(ranks, [one for one in (data.train, data.evaluation) if one is not None])
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks)]
@@ -356,7 +362,9 @@ def _open_outputs(
         return Outputs()
     for name in ("checkpoints", "backups"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", keep_tokenizer(config, folder).to_yaml("init_from"))
+    # The next start's: not what fits the ranks of this one, which run.json has.
+    kept = keep_tokenizer(config, folder).replace(sequence_parallel_size=settings.sequence_parallel_size)
+    write_text(folder / "config.yaml", kept.to_yaml("init_from"))
     disks = [folder / "checkpoints"] + ([Path(config.backup_dir)] if config.backup_dir is not None else [])
     trained = lora.trained_parameters(config)
     outputs = RunOutputs(

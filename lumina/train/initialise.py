@@ -37,7 +37,7 @@ class Start:
     first start and what the run began with as init_from; checkpoint: None to begin anew, with trainer_state at step 0;
     trainer: what trainer.json says beside trainer_state; recovery: what earlier starts did about trouble; weights: the
     checkpoint whose weights a new run begins with; before: the settings of the start before, None where it is not known
-    or there is none."""
+    or there is none; sequence_parallel_size: as it was asked for, where `config` has what fits this start's ranks."""
 
     config: Config
     checkpoint: Path | None
@@ -46,6 +46,7 @@ class Start:
     recovery: RecoveryRecord
     weights: Path | None = None
     before: dict[str, Any] | None = None
+    sequence_parallel_size: int = 1
 
     def origin(self, base: Path | None) -> str:
         """What this start goes on from, for people; `base`: the checkpoint under adapters."""
@@ -64,7 +65,15 @@ def find_start(config: Config, folder: Path, ranks: Ranks, job: str | None) -> S
     relaunched = decided_by_rank_0(ranks, lambda: checkpoint.last_global_batch(folder, job))
     if relaunched is not None:
         config = same_batch(config.replace(resume="auto"), relaunched)
-    config = _with_sequence_groups(config, ranks, relaunched is not None)
+    asked = config.sequence_parallel_size
+    fitting = sequence_groups(asked, ranks.world, relaunched is not None)
+    if fitting != asked:
+        config = config.replace(sequence_parallel_size=fitting)
+        if ranks.main:
+            log.warning(
+                "sequence_parallel_size %d does not divide the %d processes that are left: %d for now",
+                asked, ranks.world, fitting,
+            )  # fmt: skip
     source = decided_by_rank_0(ranks, lambda: checkpoint_to_resume(config, folder))
     read = lambda: (TrainerState(), {}) if source is None else checkpoint.read_trainer_state(source)
     trainer_state, trainer = together(ranks, "reading the checkpoint", read)
@@ -88,26 +97,20 @@ def find_start(config: Config, folder: Path, ranks: Ranks, job: str | None) -> S
     config = together(ranks, "reading the checkpoint", lambda: with_template(settled, source, weights))
     if weights is not None and ranks.main and not config.lora_rank:  # of adapters' base it is said when it is chosen
         say_taught(weights, config)
-    return Start(config, source, trainer_state, trainer, record, weights, before)
+    return Start(config, source, trainer_state, trainer, record, weights, before, asked)
 
 
-def _with_sequence_groups(config: Config, ranks: Ranks, relaunched: bool) -> Config:
-    """UserError where the ranks do not make whole groups of sequence_parallel_size. A start by the launch that made the
-    run's last one is given other ranks by what was lost, and goes on with the largest size that divides both."""
-    size = config.sequence_parallel_size
-    if ranks.world % size == 0:
-        return config
+def sequence_groups(size: int, world: int, relaunched: bool) -> int:
+    """How many ranks share a row. UserError where the ranks do not make whole groups of `size`. A start by the launch
+    that made the run's last one is given other ranks by what was lost, and goes on with the largest number that divides
+    both."""
+    if world % size == 0:
+        return size
     if relaunched:
-        fitting = math.gcd(size, ranks.world)
-        if ranks.main:
-            log.warning(
-                "sequence_parallel_size %d does not divide the %d processes that are left: %d for now",
-                size, ranks.world, fitting,
-            )  # fmt: skip
-        return config.replace(sequence_parallel_size=fitting)
+        return math.gcd(size, world)
     raise UserError(
-        f"sequence_parallel_size {size} does not divide the number of processes, {ranks.world}",
-        f"Start {size} processes or a multiple (docs/cluster.md), or set it to a divisor of {ranks.world}.",
+        f"sequence_parallel_size {size} does not divide the number of processes, {world}",
+        f"Start {size} processes or a multiple (docs/cluster.md), or set it to a divisor of {world}.",
     )
 
 

@@ -53,7 +53,7 @@ def fit(run: Run) -> int:
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             run.outputs.end(state, run.state.step, f"{type(error).__name__}: {error}")
             if isinstance(error, KeyboardInterrupt):
-                run.outputs.say(interrupted(run.folder, run.ranks.world, run.state.step, run.saves.last_begun))
+                run.outputs.say(interrupted(run.folder, run.usual_world, run.state.step, run.saves.last_begun))
             _emergency(run, error)
             if error is met:
                 raise
@@ -184,7 +184,7 @@ def _end(run: Run, stop: Stop) -> int:
     if unsaved:
         log.error("%s", unsaved)
     elif stop.kind is not StopKind.FINISHED:
-        then = "" if done else f" To go on: {resuming_command(run.folder, run.ranks.world)}"
+        then = "" if done else f" To go on: {resuming_command(run.folder, run.usual_world)}"
         run.outputs.say(f"Stopped at step {step}: {stop.reason}. The checkpoint is saved.{then}")
     if saved and done:
         best = run.state.trainer_state

@@ -29,12 +29,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Settings:
     """config: resolved, nothing in it depends on the machine any more; ds_config: DeepSpeed's; report: what was
-    resolved, for people; base: the checkpoint under the adapters, None where every weight is trained."""
+    resolved, for people; base: the checkpoint under the adapters, None where every weight is trained;
+    sequence_parallel_size: the run's own, where `config` has what fits the ranks of this start."""
 
     config: Config
     ds_config: dict[str, Any]
     report: Sequence[str] = ()
     base: Path | None = None
+    sequence_parallel_size: int = 1
 
     @property
     def precision(self) -> str:

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 import tests.runs as real
 from lumina.cluster import EXIT_STOPPED
 from lumina.infer import import_hf
-from lumina.monitor import read_metrics
+from lumina.monitor import read_metrics, read_run
 from tests.infer.hf_models import make_hf
 from tests.runs import Runs, arguments, differing, final, losses, state, steps
 from tests.runs.pairs import write_pairs
@@ -276,6 +277,12 @@ def test_a_launch_that_lost_a_rank_goes_on_with_what_fits(alone: Alone, runs: Ru
         assert job.wait() == [0 if ends else EXIT_STOPPED] * world, job.stderr()
         told = "sequence_parallel_size 2 does not divide the 1 processes that are left: 1 for now" in job.stderr()
         assert told == (world == 1)
+        kept = yaml.safe_load((run / "config.yaml").read_text())
+        assert kept["sequence_parallel_size"] == 2, "the run's own, of the next start"
+        assert read_run(run)["config"]["sequence_parallel_size"] == world
+        if not ends:  # not by one process, which could not hold whole rows
+            assert "To go on: the same command with --resume auto" in (run / "train.log").read_text()
+            assert "lumina train --resume" not in (run / "train.log").read_text()
     assert losses(run) == pytest.approx(losses(expected), rel=1e-5)
     assert [record["samples"] for record in steps(run)] == [record["samples"] for record in steps(expected)]
 

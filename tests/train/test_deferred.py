@@ -62,6 +62,7 @@ def make_run(order: list[str]) -> Any:
         stop=SimpleNamespace(flags=(0.0, 0.0)),
         saves=SimpleNamespace(flags=(0.0, 0.0, 0.0), before_update=lambda: None, last_begun=0),
         ranks=SimpleNamespace(world=1, rank=0),
+        usual_world=1,
         callbacks=SimpleNamespace(before_step=lambda: None, stop_reason=None, failure=None),
         outputs=Outputs(),
         deferred=Deferred(),

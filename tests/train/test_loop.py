@@ -407,6 +407,7 @@ def test_what_an_exception_leads_to(
         callbacks=SimpleNamespace(at_start=fail),
         folder=tmp_path / "run",
         ranks=SimpleNamespace(world=1),
+        usual_world=1,
         lock=None,
         saves=SimpleNamespace(
             last_begun=3, stop_waiting=lambda seconds: None, emergency=lambda why, **how: emergencies.append((why, how))

@@ -92,8 +92,7 @@ class Run:
         return Path(self.config.output_dir) / self.config.experiment_name
 
     @property
-    def usual_world(self) -> int:
-        """At least how many ranks the run is gone on with, though some may be lost at the moment."""
+    def usual_world(self) -> int:  # at least; some may be lost at the moment
         return max(self.ranks.world, self.settings.sequence_parallel_size)
 
 
@@ -146,7 +145,9 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
     settings = together(
         ranks,
         "resolving the settings",
-        lambda: resolve(start.config, ranks.world, device, start.recovery.micro_batch_size),
+        lambda: resolve(
+            start.config, ranks.world, device, start.recovery.micro_batch_size, start.sequence_parallel_size
+        ),
     )
     config = settings.config
     _say(ranks, "preparing the data")
@@ -154,8 +155,7 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
     preparing = partial(console.progress, "Preparing", unit=" MB", size=10**6)
     data = open_data(start, config, ranks, preparing if console.live else None)
     rates = schedule(config, data.total_steps)
-    base = base_of_adapters(config, ranks, start.checkpoint, start.trainer_state)
-    settings = replace(settings, base=base, sequence_parallel_size=start.sequence_parallel_size)
+    settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     agree_on_data(ranks, _facts(start, settings, data, device))
     agree_on_contents(ranks, [one for one in (data.train, data.evaluation) if one is not None])
     origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks)]
@@ -362,9 +362,8 @@ def _open_outputs(
         return Outputs()
     for name in ("checkpoints", "backups"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    # The next start's: not what fits the ranks of this one, which run.json has.
-    kept = keep_tokenizer(config, folder).replace(sequence_parallel_size=settings.sequence_parallel_size)
-    write_text(folder / "config.yaml", kept.to_yaml("init_from"))
+    kept = config.replace(sequence_parallel_size=settings.sequence_parallel_size)  # run.json has this start's
+    write_text(folder / "config.yaml", keep_tokenizer(kept, folder).to_yaml("init_from"))
     disks = [folder / "checkpoints"] + ([Path(config.backup_dir)] if config.backup_dir is not None else [])
     trained = lora.trained_parameters(config)
     outputs = RunOutputs(

@@ -56,12 +56,15 @@ class Settings:
         return replace(self, config=config, ds_config={**self.ds_config, **batches})
 
 
-def resolve(config: Config, world: int, device: str, micro_batch_size: int | None) -> Settings:
-    """`device`: cuda or cpu; `micro_batch_size`: the largest that fits, where an earlier start ran out of memory."""
+def resolve(
+    config: Config, world: int, device: str, micro_batch_size: int | None, sequence_parallel_size: int
+) -> Settings:
+    """`device`: cuda or cpu; `micro_batch_size`: the largest that fits, where an earlier start ran out of memory;
+    `sequence_parallel_size`: as in Settings."""
     document = default_document(config, world, smallest_memory())
     ds_config, report, resolved = ds_json.resolve(config, world, device, document=document)
     refuse_what_deepspeed_does(ds_config, config.ds_config or "the built-in DeepSpeed configuration")
-    settings = Settings(resolved, ds_config, report)
+    settings = Settings(resolved, ds_config, report, sequence_parallel_size=sequence_parallel_size)
     if micro_batch_size is not None and micro_batch_size < resolved.batch_size:
         return settings.with_micro_batch(micro_batch_size, world)
     return settings

@@ -145,9 +145,7 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
     settings = together(
         ranks,
         "resolving the settings",
-        lambda: resolve(
-            start.config, ranks.world, device, start.recovery.micro_batch_size, start.sequence_parallel_size
-        ),
+        lambda: resolve(start.config, ranks.world, device, start.recovery.micro_batch_size, start.ranks_of_row),
     )
     config = settings.config
     _say(ranks, "preparing the data")

@@ -37,7 +37,7 @@ class Start:
     first start and what the run began with as init_from; checkpoint: None to begin anew, with trainer_state at step 0;
     trainer: what trainer.json says beside trainer_state; recovery: what earlier starts did about trouble; weights: the
     checkpoint whose weights a new run begins with; before: the settings of the start before, None where it is not known
-    or there is none; sequence_parallel_size: as it was asked for, where `config` has what fits this start's ranks."""
+    or there is none; ranks_of_row: sequence_parallel_size as asked for; `config` has what fits this start."""
 
     config: Config
     checkpoint: Path | None
@@ -46,7 +46,7 @@ class Start:
     recovery: RecoveryRecord
     weights: Path | None = None
     before: dict[str, Any] | None = None
-    sequence_parallel_size: int = 1
+    ranks_of_row: int = 1
 
     def origin(self, base: Path | None) -> str:
         """What this start goes on from, for people; `base`: the checkpoint under adapters."""

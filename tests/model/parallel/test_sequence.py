@@ -60,7 +60,6 @@ def test_every_collective_counts_as_communication(differences: dict[str, dict[st
     assert differences["clock"]["timed"] > 2 * 4
 
 
-@pytest.mark.long  # about the other tests: what they notice changes only when the code or its tests do
 def test_waiting_for_the_others_is_no_computing() -> None:
     """Each collective of the group runs inside `exchanging`: else the peers of a slow rank look as slow as it."""
     init_process_group()
@@ -92,6 +91,7 @@ def test_waiting_for_the_others_is_no_computing() -> None:
     assert not inside[0]
 
 
+@pytest.mark.long  # about the other tests: what they notice changes only when the code or its tests do
 @pytest.mark.timeout(1800)
 def test_every_mutant_is_caught() -> None:
     command = [sys.executable, "-m", "tests.model.parallel.mutations"]

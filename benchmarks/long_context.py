@@ -3,12 +3,12 @@
     python benchmarks/long_context.py [--tokens 65536 262144] [--ranks 1 2] [--layers 2] [--document 512]
 
 A model of nano's width in bfloat16 with every layer recomputed, through Lumina's engine. A row is packed with documents
-of --document tokens: attention over one document of a million would be days on a CPU, and its memory is the same. The
-vocabulary is small, so that the output layer does not show. Measured is, of the rank that needs the most, the highest
-resident memory of a step over its own after a step over a short row, in which everything but activations is there;
-large tensors are mapped and given back (MALLOC_MMAP_THRESHOLD_), as a GPU's allocator would count them. Predicted is
-what lumina.plan.costs says of activations and output layer; attention on a CPU keeps copies of its own, which
-`Setup.blockwise` counts. The last column is what a token more costs.
+of --document tokens: attention over one document of a million would be days on a CPU, and hold scores of 256 queries
+with all its keys, which no kernel of a GPU does. The vocabulary is small, so that the output layer shows little.
+Measured is, of the rank that needs the most, the highest resident memory of a step over its own after a step over a
+short row, in which everything but activations is there; tensors of a document and more are mapped and given back
+(MALLOC_MMAP_THRESHOLD_), so that none is counted that is free. Predicted is what lumina.plan.costs says of activations
+and output layer on a CPU.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 512
-SHORT = 4096  # tokens of a rank's first step
-MAPPED = 1 << 20  # bytes from which on a tensor is mapped by itself
+SHORT = 512  # tokens of a rank's first step
+MAPPED = 1 << 16  # bytes from which on a tensor is mapped by itself
 
 
 def configuration(tokens: int, ranks: int, layers: int, tile: int) -> Any:
@@ -133,7 +133,7 @@ def predicted(tokens: int, ranks: int, tile: int, arguments: argparse.Namespace)
     config = configuration(tokens, ranks, arguments.layers, tile)
     more: dict[str, Any] = {"mlp_tile": tile} if tile else {}
     setup = Setup(
-        1, 1, ranks, "bf16", checkpoint_every=1, sequence_parallel=ranks, blockwise=True,
+        1, 1, ranks, "bf16", checkpoint_every=1, sequence_parallel=ranks, on_cpu=True,
         document_tokens=data.document_tokens, **more,
     )  # fmt: skip
     peak = peak_memory(config, setup)

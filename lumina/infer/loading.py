@@ -34,8 +34,8 @@ from lumina.model import Transformer, keep_heap
 
 log = logging.getLogger("lumina")
 
-# Tokens of a long prompt or text that the feed-forward has at a time: what it has inside for all of 663,552 tokens is
-# 57 GB at Llama 8B's widths.
+# Tokens of a long prompt or text that the feed-forward has at a time: what it has inside for all of a million tokens
+# is 86 GB at Llama 8B's widths.
 _TILE_TOKENS = 4096
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -77,10 +77,14 @@ class Documents:
             max_seqlen = max(end - start for start, end in itertools.pairwise(bounds))
         return cls(bounds, cu_seqlens_D, max_seqlen, sequence)
 
+    def host_bounds(self) -> tuple[int, ...]:
+        """The documents' edges over a single row, where something has said them."""
+        assert self.bounds is not None, "without a variable-length kernel the host must know the documents' bounds"
+        return self.bounds
+
     def edges(self) -> Iterator[tuple[int, int]]:
         """(start, end) of each document of a single row."""
-        assert self.bounds is not None, "without a variable-length kernel the host must know the documents' bounds"
-        return itertools.pairwise(self.bounds)
+        return itertools.pairwise(self.host_bounds())
 
     def groups(self, device: torch.device) -> tuple[list[Tensor], Tensor]:
         """Documents whose lengths have the same power of two above them, as (n, L) of their tokens' places, filled up
@@ -129,19 +133,19 @@ def attention(
             return varlen.attend(*packed, scoring.window, scoring.scale)[None]
         return _by_document(q_BSHd, k_BSKd, v_BSKd, docs, scoring)
     if q_BSHd.shape[0] == 1 and _blockwise(q_BSHd, scoring):
-        return _cpu_attention(q_BSHd[0], k_BSKd[0], v_BSKd[0], scoring)[None]
+        return _cpu_attention(q_BSHd, k_BSKd, v_BSKd, (0, q_BSHd.shape[1]), scoring)
     return _sdpa(q_BSHd, k_BSKd, v_BSKd, scoring)
 
 
 def _by_document(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, docs: Documents, scoring: Scoring) -> Tensor:
     if q_BSHd.device.type == "cuda":
         return _by_length(q_BSHd, k_BSKd, v_BSKd, docs, scoring)
-    pieces = []
+    if _blockwise(q_BSHd, scoring):
+        return _cpu_attention(q_BSHd, k_BSKd, v_BSKd, docs.host_bounds(), scoring)
     # Not slices: the gradient of each would be a whole row of zeros but for its own, and documents are many.
     lengths = [end - start for start, end in docs.edges()]
-    for q, k, v in zip(*(torch.split(x, lengths, 1) for x in (q_BSHd, k_BSKd, v_BSKd)), strict=True):
-        blockwise = _blockwise(q, scoring)
-        pieces.append(_cpu_attention(q[0], k[0], v[0], scoring)[None] if blockwise else _sdpa(q, k, v, scoring))
+    split = (torch.split(x, lengths, 1) for x in (q_BSHd, k_BSKd, v_BSKd))
+    pieces = [_sdpa(q, k, v, scoring) for q, k, v in zip(*split, strict=True)]
     return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
 
 
@@ -270,76 +274,86 @@ def _blockwise(q: Tensor, scoring: Scoring) -> bool:
     return scoring.softcap is None and cpu.usable(q)
 
 
-def _fold(x_SHd: Tensor, kv_heads: int) -> Tensor:
-    """(S, H, d) -> (K, S * H/K, d): the queries of one key/value head as rows, position-major."""
-    length, heads, width = x_SHd.shape
-    grouped = x_SHd.reshape(length, kv_heads, heads // kv_heads, width).transpose(0, 1)
+def _fold(x_Snd: Tensor, kv_heads: int) -> Tensor:
+    """(S, n, d) -> (K, R * n/K, d): the rows of one key/value head's queries, or its keys, position-major. R is S in
+    whole tiles: oneDNN keeps code for every shape. What is padded comes after every real query: causality hides it."""
+    extra = -len(x_Snd) % _LENGTH_TILE
+    if extra:
+        x_Snd = F.pad(x_Snd, (0, 0, 0, 0, 0, extra))
+    length, heads, width = x_Snd.shape
+    grouped = x_Snd.reshape(length, kv_heads, heads // kv_heads, width).transpose(0, 1)
     return grouped.reshape(kv_heads, -1, width)
 
 
-def _unfold(x_KRd: Tensor, length: int) -> Tensor:
-    """The inverse of `_fold`."""
-    kv_heads, rows, width = x_KRd.shape
-    return x_KRd.view(kv_heads, length, rows // length, width).transpose(0, 1).reshape(length, -1, width)
+def _unfold(x_KRd: Tensor, heads: int, length: int) -> Tensor:
+    """The inverse of `_fold`: (S, n, d), without what was padded."""
+    kv_heads, _, width = x_KRd.shape
+    grouped = x_KRd.view(kv_heads, -1, heads // kv_heads, width)
+    return grouped[:, :length].transpose(0, 1).reshape(length, heads, width)
 
 
 class _CpuAttention(torch.autograd.Function):
+    """Documents one after another. For the backward pass it keeps its arguments, where they lie, and a log-sum per head
+    and position, as the kernels of GPUs do; copies are of one document at a time."""
+
     @staticmethod
-    def forward(ctx: Any, q_SHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, window: int, scale: float) -> Tensor:
-        length, heads, _ = q_SHd.shape
-        kv_heads = k_SKd.shape[1]
+    def forward(
+        ctx: Any, q_SHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, bounds: tuple[int, ...], window: int | None, scale: float
+    ) -> Tensor:
+        heads, kv_heads = q_SHd.shape[1], k_SKd.shape[1]
         group = heads // kv_heads
-        q_KRd = _fold(q_SHd, kv_heads)
-        k_Ksd, v_Ksd = k_SKd.transpose(0, 1).contiguous(), v_SKd.transpose(0, 1).contiguous()
-        o_KRd = torch.empty_like(q_KRd)
+        o_SHd = torch.empty(q_SHd.shape, dtype=q_SHd.dtype)
         blocks_lse = []
-        for start, keys, rows in _blocks(length, group, window):
-            p_KRn = torch.bmm(q_KRd[:, rows], k_Ksd[:, keys].mT)
-            lse_KR = torch.empty(p_KRn.shape[:2], dtype=torch.float32)
-            cpu.call("lumina_causal_softmax", p_KRn, lse_KR, *p_KRn.shape, group, start - keys.start, window, scale, 0)
-            o_KRd[:, rows] = torch.bmm(p_KRn, v_Ksd[:, keys])
-            blocks_lse.append(lse_KR)
-        ctx.save_for_backward(q_KRd, k_Ksd, v_Ksd, *blocks_lse)
-        ctx.window, ctx.scale = window, scale
-        return _unfold(o_KRd, length)
+        for start, end in itertools.pairwise(bounds):
+            q_KRd, k_Ksd, v_Ksd = (_fold(x[start:end], kv_heads) for x in (q_SHd, k_SKd, v_SKd))
+            o_KRd = torch.empty_like(q_KRd)
+            for first, keys, rows, seen in _blocks(k_Ksd.shape[1], group, window):
+                p_KRn = torch.bmm(q_KRd[:, rows], k_Ksd[:, keys].mT)
+                lse_KR = torch.empty(p_KRn.shape[:2], dtype=torch.float32)
+                cpu.call("lumina_causal_softmax", p_KRn, lse_KR, *p_KRn.shape, group, first, seen, scale, 0)
+                o_KRd[:, rows] = torch.bmm(p_KRn, v_Ksd[:, keys])
+                blocks_lse.append(lse_KR)
+            o_SHd[start:end] = _unfold(o_KRd, heads, end - start)
+        ctx.save_for_backward(q_SHd, k_SKd, v_SKd, *blocks_lse)
+        ctx.bounds, ctx.window, ctx.scale = bounds, window, scale
+        return o_SHd
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_KRd, k_Ksd, v_Ksd, *blocks_lse = ctx.saved_tensors
-        kv_heads, length, _ = k_Ksd.shape
-        group, window, scale = q_KRd.shape[1] // length, ctx.window, ctx.scale
-        do_KRd = _fold(grads[0], kv_heads)
-        dq_KRd = torch.empty_like(q_KRd)
-        dk_Ksd = torch.zeros(k_Ksd.shape, dtype=torch.float32)
-        dv_Ksd = torch.zeros(v_Ksd.shape, dtype=torch.float32)
-        for lse_KR, (start, keys, rows) in zip(blocks_lse, _blocks(length, group, window), strict=True):
-            q, do = q_KRd[:, rows], do_KRd[:, rows]
-            p_KRn = torch.bmm(q, k_Ksd[:, keys].mT)
-            cpu.call("lumina_causal_softmax", p_KRn, lse_KR, *p_KRn.shape, group, start - keys.start, window, scale, 1)
-            dv_Ksd[:, keys] += torch.bmm(p_KRn.mT, do)
-            ds_KRn = torch.bmm(do, v_Ksd[:, keys].mT)
-            cpu.call("lumina_softmax_backward", ds_KRn, p_KRn, lse_KR.numel(), keys.stop - keys.start, scale)
-            dq_KRd[:, rows] = torch.bmm(ds_KRn, k_Ksd[:, keys])
-            dk_Ksd[:, keys] += torch.bmm(ds_KRn.mT, q)
-        dtype = q_KRd.dtype
-        return _unfold(dq_KRd, length), dk_Ksd.to(dtype).transpose(0, 1), dv_Ksd.to(dtype).transpose(0, 1), None, None
+        q_SHd, k_SKd, v_SKd, *blocks_lse = ctx.saved_tensors
+        heads, kv_heads, scale = q_SHd.shape[1], k_SKd.shape[1], ctx.scale
+        group, left = heads // kv_heads, iter(blocks_lse)
+        dq_SHd, dk_SKd, dv_SKd = (torch.empty(x.shape, dtype=x.dtype) for x in (q_SHd, k_SKd, v_SKd))
+        for start, end in itertools.pairwise(ctx.bounds):
+            q_KRd, k_Ksd, v_Ksd, do_KRd = (_fold(x[start:end], kv_heads) for x in (q_SHd, k_SKd, v_SKd, grads[0]))
+            dq_KRd = torch.empty_like(q_KRd)
+            dk_Ksd, dv_Ksd = (torch.zeros(x.shape, dtype=torch.float32) for x in (k_Ksd, v_Ksd))
+            for first, keys, rows, seen in _blocks(k_Ksd.shape[1], group, ctx.window):
+                q, do, lse_KR = q_KRd[:, rows], do_KRd[:, rows], next(left)
+                p_KRn = torch.bmm(q, k_Ksd[:, keys].mT)
+                cpu.call("lumina_causal_softmax", p_KRn, lse_KR, *p_KRn.shape, group, first, seen, scale, 1)
+                dv_Ksd[:, keys] += torch.bmm(p_KRn.mT, do)
+                ds_KRn = torch.bmm(do, v_Ksd[:, keys].mT)
+                cpu.call("lumina_softmax_backward", ds_KRn, p_KRn, lse_KR.numel(), keys.stop - keys.start, scale)
+                dq_KRd[:, rows] = torch.bmm(ds_KRn, k_Ksd[:, keys])
+                dk_Ksd[:, keys] += torch.bmm(ds_KRn.mT, q)
+            dq_SHd[start:end] = _unfold(dq_KRd, heads, end - start)
+            dk_SKd[start:end], dv_SKd[start:end] = (_unfold(x, kv_heads, end - start) for x in (dk_Ksd, dv_Ksd))
+        return dq_SHd, dk_SKd, dv_SKd, None, None, None
 
 
-def _blocks(length: int, group: int, window: int) -> Iterator[tuple[int, slice, slice]]:
-    """Blocks of queries: the first one's position, the keys that any of them sees, and their rows of a head."""
+def _blocks(length: int, group: int, window: int | None) -> Iterator[tuple[int, slice, slice, int]]:
+    """Blocks of queries: the first one's place among the keys that any of them sees, these keys, the queries' rows of a
+    head, and how many keys a query sees at most."""
+    seen = length if window is None else window
     for start in range(0, length, _QUERY_BLOCK):
-        end = min(start + _QUERY_BLOCK, length)
-        yield start, slice(max(0, start - window + 1), end), slice(start * group, end * group)
+        end, key = min(start + _QUERY_BLOCK, length), max(0, start - seen + 1)
+        yield start - key, slice(key, end), slice(start * group, end * group), seen
 
 
-def _cpu_attention(q_SHd: Tensor, k_SKd: Tensor, v_SKd: Tensor, scoring: Scoring) -> Tensor:
-    # Lengths in whole tiles: oneDNN keeps code for every shape. What is padded comes after every real query, so
-    # causality hides it, and the padded queries' rows are cut off again.
-    length, _, width = q_SHd.shape
-    extra = -length % _LENGTH_TILE
-    if extra:
-        q_SHd, k_SKd, v_SKd = (F.pad(x, (0, 0, 0, 0, 0, extra)) for x in (q_SHd, k_SKd, v_SKd))
-    window = length + extra if scoring.window is None else scoring.window
-    scale = width**-0.5 if scoring.scale is None else scoring.scale
-    out_SHd: Tensor = _CpuAttention.apply(q_SHd, k_SKd, v_SKd, window, scale)  # type: ignore[no-untyped-call]
-    return out_SHd[:length]
+def _cpu_attention(q_1SHd: Tensor, k_1SKd: Tensor, v_1SKd: Tensor, bounds: tuple[int, ...], scoring: Scoring) -> Tensor:
+    assert bounds[-1] == q_1SHd.shape[1], "every token is in a document"
+    scale = q_1SHd.shape[3] ** -0.5 if scoring.scale is None else scoring.scale
+    given = q_1SHd[0], k_1SKd[0], v_1SKd[0], bounds, scoring.window, scale
+    out_SHd: Tensor = _CpuAttention.apply(*given)  # type: ignore[no-untyped-call]
+    return out_SHd[None]

@@ -101,11 +101,11 @@ class Attention(nn.Module):
     def forward(
         self, x_BSD: Tensor, rotary: ops.Rotary | None, docs: Documents | None, cache: KVCache | None
     ) -> Tensor:
-        batch, length, _ = x_BSD.shape
-        heads_BSnd = self.qkv(x_BSD).view(batch, length, -1, self.head_dim)
-        q_BSHd, k_BSKd, v_BSKd = heads_BSnd.split(self.heads, dim=2)
+        q_BSHd, k_BSKd, v_BSKd = self.qkv(x_BSD).view(*x_BSD.shape[:2], -1, self.head_dim).split(self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSKd = self._normed(self.q_norm, q_BSHd), self._normed(self.k_norm, k_BSKd)
+        elif rotary is not None and docs is not None and docs.sequence is None and torch.is_grad_enabled():
+            v_BSKd = v_BSKd.clone()  # attention keeps it, and a view would keep the projection of all three
         if rotary is not None:
             q_BSHd, k_BSKd = ops.rope(q_BSHd, k_BSKd, rotary)
         if cache is not None:

@@ -188,10 +188,9 @@ def _claim(prepared: _Prepared, ranks: Ranks) -> tuple[RunLock | None, Callable[
 
 
 def _refuse_unwritable(folder: Path) -> None:
-    """UserError where no file can be made in `folder`, which is made: the run would train until its first save."""
+    """UserError where `folder`, or that which it is to be in, takes no file: the run would train until its save."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent).close()
     except OSError as error:
         raise UserError(
             f"no checkpoint can be written to {folder}: {error.strerror or error}",

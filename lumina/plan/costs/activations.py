@@ -99,17 +99,16 @@ def _widths(model: ModelConfig, setup: Setup) -> tuple[int, int, int]:
 
 
 def _attention(model: ModelConfig, setup: Setup) -> float:
-    """The projection of queries, keys and values (attention reads the values in place) and the rotated queries and
-    keys; the attention's result and a float32 log-sum per head. Where ranks share rows: queries, keys and values of
-    all tokens and a part of the heads, as they were exchanged, and the result before and after its own exchange."""
+    """Rotated queries and keys, and values; attention's result and a float32 log-sum per head. Where ranks share rows:
+    queries, keys and values of all tokens and a part of the heads, as they were exchanged, and the result before and
+    after its own exchange. Norms of queries and keys keep the projection of all three besides, of which the values are
+    a view unless they were exchanged."""
     queries, keys, exchanged = _widths(model, setup)
-    projected, scales = queries + 2 * keys, FP32 * model.num_heads
-    kept: float = projected + queries + keys + queries + scales
-    if setup.blockwise:
-        return queries + 2 * exchanged + queries + scales
-    if setup.sequence_parallel > 1:
-        kept = queries + 2 * exchanged + 2 * queries + scales
-        kept += projected if model.structure.qk_norm else 0  # which the norms of queries and keys keep
+    kept: float = queries + 2 * exchanged + queries + FP32 * model.num_heads
+    if setup.sequence_parallel > 1 and not setup.on_cpu:
+        kept += queries
+    if model.structure.qk_norm:
+        kept += queries + 2 * keys - (keys if setup.sequence_parallel == 1 else 0)
     return kept + _scores(model, setup)
 
 
@@ -145,6 +144,7 @@ def _backward(model: ModelConfig, setup: Setup, recomputed: bool) -> float:
     attention = first + hidden * (2 if recomputed else 1) + _attention(model, setup) + queries + 2 * keys
     attention += queries if setup.sequence_parallel == 1 else 2 * (exchanged - keys)
     attention += outside if recomputed else 0  # which is needed no more, but held
+    attention -= queries if setup.on_cpu and setup.sequence_parallel == 1 else 0  # the result
     return max(outside + feed_forward, attention, _exchange(model, setup) if recomputed else 0.0)
 
 
@@ -158,12 +158,16 @@ def _tile(model: ModelConfig, setup: Setup) -> float:
 
 
 def _exchange(model: ModelConfig, setup: Setup) -> float:
-    """What is alive of a recomputed layer before its attention, where ranks share rows: the gradient of its result, the
-    first half's norm, the projection, queries and keys rotated, keys and values repeated, and all of them joined before
-    and after the exchange."""
+    """What is alive of a recomputed layer around its attention, where ranks share rows: the gradient of its result, the
+    first half's norm, the projection, queries and keys rotated; before it keys and values repeated, and all of them
+    joined before and after the exchange; after it what was exchanged, and the result before and after its own exchange
+    and laid out again."""
     hidden = setup.element * model.hidden_size
     queries, keys, exchanged = _widths(model, setup)
     if setup.sequence_parallel == 1:
         return 0.0
     repeated = 2 * exchanged if exchanged > keys else 0
-    return hidden + _norms(model, setup)[0] + 2 * queries + 3 * keys + repeated + 2 * (queries + 2 * exchanged)
+    around = hidden + _norms(model, setup)[0] + 2 * queries + 3 * keys
+    before = repeated + 2 * (queries + 2 * exchanged)
+    after = queries + 2 * exchanged + 3 * queries + FP32 * model.num_heads
+    return around + max(before, after)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from lumina.config import ModelConfig, output_chunk_bytes
 from lumina.plan.costs.setup import Setup
 
-# Launches of a layer forward: two norms, rotation, SwiGLU; four products; attention. Backward: a norm's second launch
-# adds the shares of its weight's gradient; each product has two; FlashAttention has three (row sums, the scores, dQ).
-FORWARD = 4 + 4 + 1
+# Launches of a layer forward: two norms, rotation, SwiGLU; four products; attention, and a
+# copy of the values that it keeps. Backward: a norm's second launch adds the shares of its weight's gradient; each
+# product has two; FlashAttention has three (row sums, the scores, dQ).
+FORWARD = 4 + 4 + 1 + 1
 BACKWARD = 6 + 8 + 3
 NORM = 1, 2  # forward and backward
 # More, where nothing is fused, in half precision: a norm whose weight has an offset (made float32, added to; its
@@ -77,9 +78,10 @@ def layer_launches(
     sequence, biased = int(shared), int(model.structure.qkv_bias)
     first, second = _unfused(model)
     half = [base + more for base, more in zip(FEED_FORWARD, second, strict=True)]
-    forward = FORWARD + first[0] + second[0] + share * EXPERTS[0] + sequence * SHARED[0]
+    forward = FORWARD - 1 + first[0] + second[0] + share * EXPERTS[0] + sequence * SHARED[0]
     backward = BACKWARD + first[1] + second[1] + share * EXPERTS[1] + sequence * SHARED[1] + biased
-    around = recomputed * (RECOMPUTED + offloaded * COPIED)
+    copied = int(not shared and model.structure.qk_norm is None)  # the values, where there is a graph
+    around = recomputed * (RECOMPUTED + offloaded * COPIED) + copied
     if not tiles:
         return forward * (1 + recomputed) + around, backward
     post = int(model.structure.arrangement == "sandwich")  # a second norm in that half, whose gradient is added up too

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from lumina.config import ModelConfig, output_chunk_bytes
+from lumina.config import CHUNK_BYTES, ModelConfig, output_chunk_bytes
 from lumina.plan.costs import activations
 from lumina.plan.costs.setup import FP32, Buffers, Setup
 
@@ -142,7 +142,7 @@ def output_layers_memory(
     supervised = tokens * setup.supervised
     chunks = supervised * model.vocab_size * element
     # The loss keeps the gradient of the table (float32 while several chunks add up) and of the hidden states.
-    chunk = output_chunk_bytes(model.vocab_size, element, capacity)
+    chunk = CHUNK_BYTES if setup.on_cpu else output_chunk_bytes(model.vocab_size, element, capacity)
     output = min(chunk, chunks) + table * (FP32 if chunks > chunk else element) + 2 * supervised * hidden
     kept = activations.activation_bytes_per_token(model, setup) + activations.outside_bytes_per_token(model)
     kept += activations.under_way_bytes_per_token(model, setup)
@@ -171,9 +171,17 @@ def _backward(model: ModelConfig, setup: Setup, buffers: Buffers, first: bool) -
         **_sharing(model, setup, buffers),
         "gradients": _gradients(model, setup) if first or earlier else float(own),
         "activations": setup.tokens(model) * alive,
-        "output": 0.0,
+        "output": _kept_logits(model, setup),
     }
     return _with_margin(f"backward pass of the {'first' if first else 'last'} layer", parts, host)
+
+
+def _kept_logits(model: ModelConfig, setup: Setup) -> float:
+    """Memory of logits that a CPU's output layer keeps for the next step (lumina.model.loss)."""
+    if not setup.on_cpu:
+        return 0.0
+    logits = setup.tokens(model) * setup.supervised * model.vocab_size * setup.element
+    return float(min(1.25 * logits, CHUNK_BYTES))
 
 
 def _sharing(model: ModelConfig, setup: Setup, buffers: Buffers) -> dict[str, float]:

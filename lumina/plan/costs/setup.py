@@ -37,7 +37,8 @@ class Setup:
     sequence_parallel: int = 1  # neighbouring ranks that share the tokens of a micro-batch
     mlp_tile: int = 0  # tokens of a tile of the feed-forward; 0: all at once
     activation_offloading: bool = False  # recomputed layers' inputs wait on the host
-    blockwise: bool = False  # attention as on a CPU in bfloat16, which keeps copies of its arguments alone
+    # In bfloat16 on a CPU attention's backward pass does not read its result, and the logits' memory is kept.
+    on_cpu: bool = False
 
     @property
     def element(self) -> int:

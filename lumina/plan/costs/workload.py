@@ -113,6 +113,8 @@ def memory_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     # To the experts and back: two gathers, and the weighted sum, which reads every copy once more.
     forward += 10 * h * dispatched(model)
     backward += 10 * h * dispatched(model)
+    if setup.sequence_parallel == 1 and not model.structure.qk_norm:  # the values, copied where there is a graph
+        backward += 4 * model.num_kv_heads * model.head_dim
     if setup.sequence_parallel > 1:  # joined by rank, and the result laid out again; as much on the way back
         queries, keys = (heads * model.head_dim for heads in setup.exchanged_heads(model))
         forward += 4 * (queries + 2 * keys) + 4 * queries

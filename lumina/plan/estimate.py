@@ -94,7 +94,7 @@ def estimate_setup(
     config: Config, setup: Setup, buffers: Buffers, cluster: Cluster, data: Data, global_batch: int
 ) -> RunEstimate:
     """The same for a setup that was chosen, not read from a configuration."""
-    speed = predict(config, setup, cluster)
+    speed = predict(config, setup, cluster).of_batch(global_batch, setup)
     steps = total_steps(config, data, global_batch)
     memory = peak_memory(config, setup, buffers, cluster.device.memory)
     return RunEstimate(cluster, setup, memory, speed, global_batch, steps, steps * speed.step)

@@ -28,13 +28,17 @@ NOISE = 0.02
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way, and what it would need and do. rate: useful tokens/s of the whole cluster."""
+    """One way, and what it would need and do."""
 
     setup: Setup
     memory: PeakMemory
     speed: Speed
-    rate: float
     fits: bool
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s of the whole cluster, without those of padding."""
+        return self.speed.tokens_per_second
 
     @property
     def strategy(self) -> str:
@@ -105,13 +109,16 @@ def search(
     quantized: bool = False,
 ) -> list[Candidate]:
     """Candidates of all ways that are worth trying, fastest first. Ranks share rows where nothing fits in which fewer
-    do, and that is where tiles and activations on the host are tried: in place of sharing, and beside it."""
+    do, and that is where tiles and activations on the host are tried: in place of sharing, and beside it. Where the
+    batch has fewer samples than there are ranks, which would then only pad, they share rows too."""
     found: list[Candidate] = []
     for size in _sequence_sizes(config, cluster):
         shared = config.replace(sequence_parallel_size=size)
         found += candidates(shared, cluster, data, global_batch, precision, stages, quantized)
         if any(candidate.fits and candidate.setup.sequence_parallel == size for candidate in found):
-            break
+            if size * global_batch >= cluster.world_size:
+                break
+            continue
         for lean in _leaner(shared):
             found += candidates(lean, cluster, data, global_batch, precision, stages, quantized)
     return sorted(found, key=lambda candidate: -candidate.rate)
@@ -159,10 +166,9 @@ def candidates(
                     activation_offloading=config.activation_offloading and every > 0,
                 )
                 memory = peak_memory(config, setup, buffers, cluster.device.memory)
-                speed = predict(config, setup, cluster)
-                useful = global_batch / (micro * steps * groups)
+                speed = predict(config, setup, cluster).of_batch(global_batch, setup)
                 fits = memory.device <= cluster.device.memory
-                found.append(Candidate(setup, memory, speed, speed.tokens_per_second * useful, fits))
+                found.append(Candidate(setup, memory, speed, fits))
     return sorted(found, key=lambda candidate: -candidate.rate)
 
 

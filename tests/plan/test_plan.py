@@ -14,7 +14,7 @@ from lumina.config import load
 from lumina.config.deepspeed import resolve
 from lumina.plan.costs.devices import Cluster, find_device
 from lumina.plan.costs.setup import Data, read_setup
-from lumina.plan.estimate import assumed_data, estimate_setup
+from lumina.plan.estimate import assumed_data, estimate_run, estimate_setup
 from lumina.plan.plan_report import ds_document, write
 from lumina.plan.search import NOISE, TILES, buffers_for, candidates, choose, search
 from tests.runs import TINY, Runs, steps
@@ -142,7 +142,7 @@ def test_gathers_of_8_bits_only_when_asked_for() -> None:
 
 def test_rows_are_shared_by_as_few_ranks_as_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Where none fits in which every rank has rows of its own, or it is slower; the written files ask for it."""
-    argv = ["--config", "8b", "--gpu", "h100", "--gpus-per-node", "8", "--global-batch-size", "2"]
+    argv = ["--config", "8b", "--gpu", "h100", "--gpus-per-node", "8", "--global-batch-size", "8"]
     long = [*argv, "--set", "seq_length=500000"]
     code, raw = planned(capsys, *long, "--write", str(tmp_path), "--json")
     size = json.loads(raw)["best"]["shape"]["sequence_parallel"]
@@ -151,11 +151,23 @@ def test_rows_are_shared_by_as_few_ranks_as_fit(capsys: pytest.CaptureFixture[st
     neither = ["--set", "activation_offloading=false", "--set", "mlp_tile_tokens=null"]
     assert planned(capsys, *long, *neither, "--sequence-parallel", str(size // 2))[0] == 1
     config = load(str(tmp_path / "config.yaml"))
-    assert (config.sequence_parallel_size, config.global_batch_size) == (size, 2)
+    assert (config.sequence_parallel_size, config.global_batch_size) == (size, 8)
     text = planned(capsys, *long)[1]
     assert f"rows shared by {size} ranks: chosen (" in text
     assert f"rows shared by {size // 2} ranks: does not fit" in text
     assert "rows shared" not in planned(capsys, *argv)[1]
+
+
+def test_ranks_that_would_only_pad_share_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    """One sample for eight ranks: seven would take their time and make no progress."""
+    argv = ["--config", "8b", "--gpu", "h100", "--gpus-per-node", "8", "--global-batch-size", "1", "--set"]
+    best = json.loads(planned(capsys, *argv, "batch_size=1", "--json")[1])["best"]
+    assert best["shape"]["sequence_parallel"] == 8
+    config = load("8b", {"batch_size": 1, "global_batch_size": 1})
+    alone = estimate_run(config, Cluster(find_device("h100"), 1, 8), DATA)
+    useful = config.seq_length / alone.speed.step
+    assert alone.speed.tokens_per_second == pytest.approx(useful)
+    assert best["tokens_per_second"] > 2 * useful
 
 
 LONG = ["--config", "8b", "--gpu", "h100", "--set", "seq_length=400000"]

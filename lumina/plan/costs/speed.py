@@ -13,7 +13,7 @@ be predicted.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lumina.config import ModelConfig, UserError
 from lumina.plan.costs.activations import offloaded_bytes
@@ -64,6 +64,12 @@ class Speed:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens_per_step / self.step
+
+    def of_batch(self, samples: int, setup: Setup) -> Speed:
+        """The same of a global batch of so many samples, which the ranks fill up with padding of weight zero where they
+        do not divide it: that takes its time and is no progress."""
+        share = samples / (setup.micro_batch * setup.accumulation * setup.groups)
+        return replace(self, tokens_per_step=self.tokens_per_step * share, mfu=self.mfu * share)
 
 
 def predict(

@@ -6,7 +6,6 @@ the nodes (cyclic), where no two neighbours are on one node.
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +17,8 @@ _MOST = 4  # nodes that are named
 
 
 class RankNode(NamedTuple):
-    """Where a rank runs. identity: the same on all ranks of a node, also where each has a container of its own; name:
-    for people."""
+    """Where a rank runs. identity: the same on all ranks of a node, unless each has a container with a host name of its
+    own; name: for people."""
 
     identity: str
     name: str
@@ -66,10 +65,7 @@ def _remedy(size: int, nodes: Sequence[RankNode], counts: list[int]) -> str | No
             f"the nodes have {_names(map(str, counts))} ranks: with a multiple of {size} on each no group is across "
             "nodes (slots=N in the hostfile, --ntasks-per-node)"
         )
-    within = math.gcd(size, *counts)
-    return (
-        f"no node has {size} ranks: with --sequence-parallel {within} no group is across nodes" if within > 1 else None
-    )
+    return None  # no node has so many ranks, and a smaller size may not fit
 
 
 def _groups(size: int, nodes: Sequence[RankNode]) -> list[Sequence[RankNode]]:

@@ -217,7 +217,7 @@ def loss_by_position(
     bins_N, every_K = position_bins(before_N), torch.arange(POSITION_BINS, device=hidden_ND.device)
     for part, losses_n in _weighted_losses(hidden_ND, weight_VD, targets_N, weights_N, softcap):
         total += losses_n.sum()
-        # As a product: index_add_ adds in an order of its own on a GPU.
-        of_nK = (bins_N[part, None] == every_K).double()
-        sums_2K += torch.stack((losses_n, weights_N[part])).double() @ of_nK
+        # Not index_add_, which adds in an order of its own on a GPU; nor a product, in which one NaN is in every range.
+        of_2n1 = torch.stack((losses_n, weights_N[part])).double()[..., None]
+        sums_2K += torch.where(bins_N[part, None] == every_K, of_2n1, 0.0).sum(1)
     return torch.cat((total.double()[None], sums_2K.flatten()))

@@ -37,7 +37,7 @@ def print_plan(config: Config, arguments: argparse.Namespace) -> int:
     best = choose(found, cluster)
     if best is not None:
         config = config.replace(sequence_parallel_size=best.setup.sequence_parallel)
-    remarks = remarks_on(config, cluster, data, batch)
+    remarks = remarks_on(config, cluster, data, batch, best)
     files = write(Path(arguments.write), config, cluster, best, batch) if arguments.write and best else []
     if arguments.json:
         say(json.dumps(as_dict(cluster, best, found, remarks, files)))
@@ -55,7 +55,10 @@ def chosen_lines(
 ) -> list[str]:
     """The winner as estimate-time would show it."""
     if best is None:
-        return [f"nothing fits on {cluster}: more or larger GPUs, a shorter context or a smaller model would"]
+        untried = (
+            f"; what shares rows or tiles was not tried, for {', '.join(config.untiled)}" if config.untiled else ""
+        )
+        return [f"nothing fits on {cluster}: more or larger GPUs, a shorter context or a smaller model would{untried}"]
     return run_lines(config, estimate_setup(config, best.setup, buffers_for(config), cluster, data, batch), price)
 
 
@@ -110,8 +113,8 @@ def describe(candidate: Candidate) -> str:
     return ", ".join(parts) + f", {memory.device / 1e9:.1f} GB{on_host}"
 
 
-def remarks_on(config: Config, cluster: Cluster, data: Data, batch: int) -> list[str]:
-    """Where the model is the wrong size for the data, or the batch for the cluster."""
+def remarks_on(config: Config, cluster: Cluster, data: Data, batch: int, best: Candidate | None) -> list[str]:
+    """Where the model is the wrong size for the data, or the batch for the cluster, and what the hosts must have."""
     remarks = []
     ratio = data.tokens * config.epochs / config.num_parameters(active=True)
     if ratio < FEW:
@@ -128,6 +131,9 @@ def remarks_on(config: Config, cluster: Cluster, data: Data, batch: int) -> list
             f"{groups} {kind} for {batch} samples a step: {groups - batch} only pad. "
             "Fewer GPUs, or a larger --global-batch-size"
         )
+    if best is not None and best.memory.host:
+        needed = best.memory.host * min(cluster.gpus_per_node, cluster.world_size) / 1e9
+        remarks.append(f"each node needs {needed:,.0f} GB of memory for what is on the host, which is not checked")
     return remarks
 
 

@@ -121,7 +121,9 @@ def search(
             continue
         for lean in _leaner(shared):
             found += candidates(lean, cluster, data, global_batch, precision, stages, quantized)
-    return sorted(found, key=lambda candidate: -candidate.rate)
+    # Without a recomputed layer nothing is offloaded: such a way was there before.
+    different = {candidate.setup: candidate for candidate in found}
+    return sorted(different.values(), key=lambda candidate: -candidate.rate)
 
 
 def candidates(

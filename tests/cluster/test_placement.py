@@ -36,7 +36,7 @@ def test_groups_on_one_node() -> None:
 @pytest.mark.parametrize(
     ("size", "nodes", "where", "remedy"),
     [
-        (4, block(2, 2), "across nodes (ranks 0-3 on n0, n1)", "no node has 4 ranks: with --sequence-parallel 2 "),
+        (4, block(2, 2), "across nodes (ranks 0-3 on n0, n1)", None),
         (2, block(1, 1), "across nodes (ranks 0-1 on n0, n1)", None),
         (2, cyclic(2, 2), "across nodes (2 of 2 groups, such as ranks 0-1 on n0, n1)", "number the ranks node by node"),
         # As many nodes as there are, though two would do; and a group that must be across nodes.

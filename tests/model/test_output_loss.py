@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina.config import ROW_TILE, load, output_chunk_bytes
 from lumina.model import loss as room
-from lumina.model.loss import POSITION_BINS, output_loss, position_bins, token_losses
+from lumina.model.loss import POSITION_BINS, loss_by_position, output_loss, position_bins, token_losses
 from lumina.plan.costs.devices import find_device
 from lumina.plan.costs.memory import output_layers_memory
 from lumina.plan.costs.setup import Setup
@@ -72,6 +72,14 @@ def test_the_loss_by_position_against_each_document_alone(chunk: int, monkeypatc
         total, *sums = model(*batch[:4], *given, **options)
     assert float(total) == pytest.approx(float(expected[0].sum()), rel=1e-12)
     torch.testing.assert_close(torch.stack(sums).view(2, POSITION_BINS), expected, rtol=1e-12, atol=0)
+
+
+def test_a_loss_that_is_not_finite_stays_in_its_range() -> None:
+    hidden, weight, targets, weights = case(6, 4, 11)
+    hidden = hidden.detach().index_fill(0, torch.tensor([5]), torch.nan)
+    before = torch.tensor([1, 2, 3, 4, 7, 8])
+    _, *sums = loss_by_position(hidden, weight.detach(), targets, weights, before)
+    assert torch.stack(sums[:4]).isfinite().tolist() == [True, True, True, False]
 
 
 def test_ranges_of_positions_to_the_last_token() -> None:

@@ -1,6 +1,7 @@
 """The search, its advice, and the files it writes."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -185,6 +186,7 @@ def test_tiles_and_activations_on_the_host_where_nothing_else_fits(
     assert "rows not shared, tiles: does not fit, " in text
     assert "rows not shared, tiles, activations on the host: chosen (micro-batch 1 x " in text
     assert f"every layer recomputed, tiles of {TILES[0]:,} tokens, activations on the host; 1 per" in text
+    assert re.search(r"each node needs \d\d\d GB of memory for what is on the host", text)
 
     shape = json.loads(planned(capsys, *LONG, "--json")[1])["best"]["shape"]
     config = load(str(tmp_path / "config.yaml"), {"ds_config": str(tmp_path / "ds_config.json")})
@@ -206,6 +208,7 @@ def test_fewer_ranks_share_a_row_where_that_is_faster() -> None:
     for nodes, each in ((1, 8), (8, 1)):
         cluster = Cluster(device, nodes, each)
         found = search(config, cluster, DATA, 8, "bf16", (3,))
+        assert len({candidate.setup for candidate in found}) == len(found)
         best = choose(found, cluster)
         assert best is not None
         plain = max(c.rate for c in found if c.fits and c.way == (4, False, False))

@@ -287,7 +287,7 @@ def _no_smaller(config: Config) -> UserError:
     ways = {
         "--gradient-checkpointing": not config.checkpoint_every,
         "--activation-offloading": not config.activation_offloading,
-        "--mlp-tile-tokens 4096": dense and not config.mlp_tile_tokens,
+        "--mlp-tile-tokens 4096": not config.untiled and not config.mlp_tile_tokens,
         f"--sequence-parallel {2 * config.sequence_parallel_size} on as many GPUs": dense
         and config.num_heads % (2 * config.sequence_parallel_size) == 0,
     }

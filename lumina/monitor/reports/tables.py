@@ -128,7 +128,9 @@ def positions_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
 
 
 def _evaluations_shown(run: RunData) -> dict[int, str]:
-    shown = {min(run.positions): "first", max(run.positions): "newest"}
+    recorded = min(run.positions)  # an earlier version's evaluations have no losses by position
+    first = "first" if recorded == min(run.groups["eval"].x) else "first recorded"
+    shown = {recorded: first, max(run.positions): "newest"}
     best = run.summary["best_step"]
     return shown | ({best: "best"} if best in run.positions else {})
 

@@ -33,13 +33,13 @@ class Wandb:
     def __init__(self) -> None:
         self._run: Any = None
         self._given = False  # the run is one that this process had before
-        self._others: set[int] | None = None  # wandb's processes that were here before; None until it is opened
+        self._others: set[int] | None = None  # wandb's processes that serve runs from before; None until it is opened
 
     def open(self, run: RunInfo) -> Mapping[str, int]:
         import wandb
 
-        self._others = {process.pid for process in _services()}
-        before = wandb.run
+        before = wandb.setup().most_recent_active_run  # also one that is not wandb.run
+        self._others = {process.pid for process in _services()} if before is not None else set()
         remembered = run.folder / "wandb-run"
         given = os.environ.get("WANDB_RUN_ID")  # the user's job looks for the run under it
         again = run.step > 0 and (given is not None or remembered.exists())
@@ -64,6 +64,7 @@ class Wandb:
             "name": os.environ.get("WANDB_NAME", run.name),
             "id": run_id,
             "resume": os.environ.get("WANDB_RESUME", "allow"),
+            "reinit": os.environ.get("WANDB_REINIT", "return_previous"),  # else a notebook's own run would be ended
             "dir": str(run.folder),
             "config": dict(run.config),
             "settings": settings,
@@ -103,9 +104,11 @@ class Wandb:
     def abandon(self) -> None:
         """End wandb's own process: Python would wait for it, and it for the network. Its file stays in RUN/wandb. It
         goes on where it serves other runs of this process too, such as a notebook's."""
+        if self._others is None or self._given:
+            return
         import wandb
 
-        if self._others is None or self._given or wandb.setup().most_recent_active_run not in (None, self._run):
+        if wandb.setup().most_recent_active_run not in (None, self._run):
             return
         ended = [process for process in _services() if process.pid not in self._others]
         for process in ended:
@@ -119,10 +122,10 @@ class Wandb:
 def _services() -> list[psutil.Process]:
     """The processes that wandb has started from this one, and what those have started."""
     found = []
-    for child in psutil.Process().children(recursive=True):
+    for child in psutil.Process().children():  # not those that a program started from here has for its own runs
         with suppress(psutil.Error):
             if child.name().startswith("wandb-") and child.status() != psutil.STATUS_ZOMBIE:
-                found.append(child)
+                found += [child, *child.children(recursive=True)]
     return found
 
 

@@ -100,6 +100,9 @@ def test_loss_by_position(tmp_path: Path) -> None:
     losses = [f"{evaluations[place]['by_position'][20]['loss']:.4f}" for place in (0, 3, -1)]
     assert last == [f"{place['from']:,} to {place['to']:,}", *losses, f"{place['tokens']:,}"]
     assert rows(one, two)[0] == ["tokens before", "one, step 200", "one, tokens", "two, step 100", "two, tokens"]
+    evaluations[0].pop("by_position")  # as an earlier version has recorded it
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert rows(two)[0][1] == f"first recorded, step {evaluations[1]['step']}"
     for record in records:
         record.pop("by_position", None)
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -48,10 +48,12 @@ if killed:
 trackers.close()
 metrics.close()
 """
-# A process with a run of its own beside Lumina's, or none, in which Lumina's is abandoned. It then uses wandb further.
+# A process with a run of its own beside Lumina's, or none, in which Lumina's is abandoned. It then uses wandb further,
+# and has a last run of Lumina's, which is abandoned too when wandb's process has no other.
 NOTEBOOK = """
 import sys
 from pathlib import Path
+from unittest.mock import patch
 import psutil, wandb
 from lumina.monitor.tracking import RunInfo
 from lumina.monitor.trackers.wandb import Wandb
@@ -60,23 +62,32 @@ def served():
     return {one.pid for one in psutil.Process().children(True)
             if one.name().startswith("wandb-") and one.status() != psutil.STATUS_ZOMBIE}
 
+def ended(began):
+    psutil.wait_procs([psutil.Process(pid) for pid in began if psutil.pid_exists(pid)], 5)
+    return not served() & began
+
 folder, own, tracker = Path(sys.argv[1]), sys.argv[2], Wandb()
-mine = wandb.init(dir=folder, project="p", id="mine") if own == "before" else None
-tracker.open(RunInfo(folder, "tested", {}, 0))
+mine = wandb.init(dir=folder, project="p", id="mine", reinit="create_new") if own == "before" else None
+with patch("wandb.sdk.lib.ipython.in_notebook", lambda: True):
+    tracker.open(RunInfo(folder, "tested", {}, 0))
 if own == "after":
     mine = wandb.init(dir=folder, project="p", id="mine", reinit="create_new")
 began = served()
 assert began
 tracker.abandon()
 if own == "none":
-    psutil.wait_procs([psutil.Process(pid) for pid in began if psutil.pid_exists(pid)], 5)
-    assert not served() & began, served()
+    assert ended(began), served()
     mine = wandb.init(dir=folder, project="p", id="mine")
 else:
     assert served() >= began
     tracker.close()
 mine.log({"a": 1})
 mine.finish()
+last = Wandb()
+last.open(RunInfo(folder, "last", {}, 0))
+began = served()
+last.abandon()
+assert ended(began), served()
 """
 NAMES = ("wandb", "tensorboard", "mlflow")
 CURVES = {("train", "loss"), ("train", "lr"), ("train", "seconds/data"), ("eval", "loss"), ("eval", "ppl")}
@@ -94,6 +105,13 @@ def test_wandb_goes_on_for_the_runs_of_a_notebook(own: str, tmp_path: Path) -> N
     from lumina.monitor.trackers.wandb import offline_rows
 
     assert [row["a"] for row in offline_rows(tmp_path, "mine") if "a" in row] == [1]
+
+
+def test_without_its_library_there_is_nothing_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lumina.monitor.trackers.wandb import Wandb
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    Wandb().abandon()
 
 
 def without_trackers() -> dict[str, str]:

@@ -26,7 +26,8 @@ from lumina.processes import how_it_ended
 BYTES_PER_WORKER = 24 << 20
 
 # Bytes of memory that a worker may take: as an imported tokenizer's own process for a block of conversations
-# (lumina.chat), but no more than the machine has, where that suffices.
+# (lumina.chat), but no more than the machine has, where that suffices; and its share of a machine that has more, since
+# a file that cannot be split is one worker's, with the signatures of all its conversations.
 _MOST_BYTES, _LEAST_BYTES = 16 << 30, 4 << 30
 _NO_MEMORY = (-signal.SIGKILL, -signal.SIGABRT)  # of the kernel, and of a library that is refused some
 
@@ -39,9 +40,10 @@ def usable_cores() -> int:
     return len(usable_cpus())
 
 
-def worker_bytes() -> int:
-    """The bound of a worker's memory on this machine."""
-    return min(_MOST_BYTES, max(_LEAST_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+def worker_bytes(workers: int) -> int:
+    """The bound of the memory of each of so many workers on this machine."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(min(_MOST_BYTES, max(_LEAST_BYTES, machine)), machine // workers)
 
 
 def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: ChatTokenizer, done: Done) -> None:
@@ -61,7 +63,7 @@ def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: ChatTo
     for item in tasks:
         waiting.put(item)
     finished: queue.SimpleQueue[tuple[int, Report]] = queue.SimpleQueue()
-    processes = [_start(tokenizer) for _ in range(count)]
+    processes = [_start(tokenizer, worker_bytes(count)) for _ in range(count)]
     threads = [threading.Thread(target=_feed, args=(p, waiting, finished), daemon=True) for p in processes]
     for thread in threads:
         thread.start()
@@ -89,7 +91,8 @@ def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: ChatTo
 
 
 def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: ChatTokenizer, done: Done) -> None:
-    """Runs the tasks one after another in this process, as a worker would: without the cycle collector."""
+    """Runs the tasks one after another in this process, as a worker would: without the cycle collector. Its
+    memory has no bound: it is the command's own."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -104,13 +107,13 @@ def _run_here(tasks: Sequence[tuple[int, Task]], tokenizer: ChatTokenizer, done:
             gc.enable()
 
 
-def _start(tokenizer: ChatTokenizer) -> subprocess.Popen[bytes]:
+def _start(tokenizer: ChatTokenizer, most_bytes: int) -> subprocess.Popen[bytes]:
     # This package, and those whose data formats are used here, may be importable only through this process's sys.path
     # (a source tree, a notebook, a test).
     root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(dict.fromkeys([root, *filter(None, sys.path)]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    which = [str(tokenizer.folder or ""), tokenizer.chat_template or "", str(BLOCK_SECONDS), str(worker_bytes())]
+    which = [str(tokenizer.folder or ""), tokenizer.chat_template or "", str(BLOCK_SECONDS), str(most_bytes)]
     command = [sys.executable, "-m", "lumina.data.preparing.worker", *which]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 

@@ -187,10 +187,14 @@ def refusal(task: Task, error: OSError | UserError | MemoryError, most_bytes: in
         elif error.filename in (None, task.path):
             told = UserError(error.strerror or str(error), told.remedy)
     else:
-        told = UserError(
-            f"a part of it takes more than {most_bytes / 2**30:.3g} GiB of memory",
-            "A record of it is too large: leave it out, or cut it into several.",
-        )
+        remedy = "A record of it is too large: leave it out, or cut it into several."
+        # Of a file that cannot be split, and for deduplication, what is held may be the whole file's.
+        if not FileLayout(*task.layout).splittable or task.kind in ("signatures", "near signatures"):
+            remedy = (
+                "A record of it is too large (leave it out, or cut it into several), or what is kept of the whole file"
+                " is, as with `--dedup near`: divide the file, or take fewer `--num-workers`: each has more then."
+            )
+        told = UserError(f"a part of it takes more than {most_bytes / 2**30:.3g} GiB of memory", remedy)
     return UserError(f"cannot prepare {task.path}: {told.message}", told.remedy)
 
 

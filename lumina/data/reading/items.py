@@ -20,7 +20,7 @@ from lumina.data.reading.json_values import WRAPPERS, parse_json, read_values, r
 from lumina.data.reading.streams import LONGEST_LINE, FileLayout, lines_of, read_lines, text_of
 from lumina.data.reading.tables import read_table
 from lumina.data.records.calls import CALLS, TOOLS
-from lumina.data.records.fault import BLANK, EMPTY, Fault
+from lumina.data.records.fault import BLANK, EMPTY, TOO_MUCH_MEMORY, Fault
 
 ROWS_AT_ONCE = 512
 # A page's kind (2, the dictionary) and bytes, with which its header begins: integers in Thrift's compact protocol.
@@ -56,11 +56,16 @@ def read_records(path: str, layout: FileLayout) -> Generator[Item, None, None]:
     if layout.container in ("parquet", "arrow", "arrow stream"):
         try:
             yield from _rows(_checked(path, _batches(path, layout.container)))
+        except MemoryError:  # Arrow's is an ArrowException too
+            raise
         except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path} is a {layout.describe()} file that cannot be read: {error}",
-                "It is cut short or damaged: copy or download it again.",
-            ) from error
+            remedy = "It is cut short or damaged: copy or download it again."
+            if type(error) is pa.ArrowException:  # of no kind, as that of a thread that cannot start
+                remedy = (
+                    "Where a thread cannot start, the memory that one process may take is used up: leave out the"
+                    " longest records, or divide the file. Else it is damaged: copy or download it again."
+                )
+            raise UserError(f"{path} is a {layout.describe()} file that cannot be read: {error}", remedy) from error
     elif layout.container == "json":
         for number, size, record in read_values(text_of(path, layout)):
             yield Item(number, 1, size, record)
@@ -83,7 +88,7 @@ def _lines_to_items(lines: Iterator[bytes | Fault] | Iterator[bytes]) -> Iterato
             yield Item(number, 1, len(line), BLANK)
             continue
         value = parse_json(line)
-        if isinstance(value, Fault):
+        if isinstance(value, Fault) and value.reason != TOO_MUCH_MEMORY:
             value = several(line) or value
         if type(value) is dict and _WRAPPERS.isdisjoint(value):  # by far the most frequent
             yield Item(number, 1, len(line), value)

@@ -17,8 +17,8 @@ from typing import Any
 import orjson
 
 from lumina.data.formats import format_of
-from lumina.data.records.fault import BROKEN_JSON, PYTHON_LITERAL, TWICE, WRONG_TYPE, Fault
-from lumina.data.records.fields import CONTENT, HARMLESS, is_empty, plain_name
+from lumina.data.records.fault import BROKEN_JSON, PYTHON_LITERAL, TOO_MUCH_MEMORY, TWICE, WRONG_TYPE, Fault
+from lumina.data.records.fields import CONTENT, HARMLESS, NOT_USED, is_empty, plain_name, shortened
 
 TRUNCATED_ARRAY = "truncated array"
 MAX_ELEMENT_CHARS = 1 << 26  # a value that does not end within this is broken, not long
@@ -30,7 +30,7 @@ _LONGEST_OPENING = 256  # characters in which `{"data": [` has to stand
 
 def parse_json(line: bytes) -> Any:
     """The line's value, or a Fault. JSON, where NaN and infinities are read as null; lone surrogates, invalid UTF-8 and
-    keys that stand twice in one object are faults."""
+    keys that stand twice in one object are faults, and so is a value that there is no memory for."""
     try:
         value = orjson.loads(line)
         return value if _has_keys(line, _expected_keys(value)) else _repeated(line, value)
@@ -42,6 +42,8 @@ def parse_json(line: bytes) -> Any:
                 pass
         if line.lstrip()[:2] in (b"{'", b"['"):
             return Fault(PYTHON_LITERAL, "write lines with json.dumps, not print or str", raw=line)
+        if error.pos == 0 and error.doc and line[:1] in (b"{", b"["):  # where no fault of a text can be
+            return Fault(TOO_MUCH_MEMORY, str(error), raw=line)
         return Fault(BROKEN_JSON, str(error), raw=line)
 
 
@@ -328,7 +330,7 @@ class _Values:
                 else:
                     self.at = begin + length
                     held = [name for name in others if not _says_nothing(name, others[name])]
-                    return Fault(f"field not used: {held[0]}", "it stands beside the records") if held else None
+                    return Fault(f"{NOT_USED}: {shortened(held[0])}", "it stands beside the records") if held else None
             elif self.ended:
                 return Fault(BROKEN_JSON, f"after element {self.number}: the object around it does not end")
             elif rest:

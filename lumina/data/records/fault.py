@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lumina.chat import Conversation
 
 BROKEN_JSON = "broken JSON"
+TOO_MUCH_MEMORY = "takes too much memory"
 PYTHON_LITERAL = "a Python literal, not JSON"
 WRONG_TYPE = "wrong type"
 EMPTY = "empty"

@@ -22,6 +22,7 @@ from lumina.config import UserError
 from lumina.data import PackedDataset, prepare
 from lumina.data.account import DROPPED_UNSUPERVISED, Account
 from lumina.data.preparing import preparation
+from lumina.data.preparing.pool import worker_bytes
 from lumina.data.preparing.worker import ConversationBlock, Task, refusal, rendered
 from tests.data.helpers import TOKENIZER, Settings, chat, expected_targets, supervised_targets, write_jsonl
 
@@ -393,7 +394,7 @@ def test_a_dead_worker_is_an_error_not_a_hang(
 
     from lumina.data.preparing import pool
 
-    def stillborn(_: object) -> subprocess.Popen[bytes]:
+    def stillborn(*_: object) -> subprocess.Popen[bytes]:
         code = f"import os, sys; sys.stdin.readline(); {end}"
         return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -428,12 +429,27 @@ def test_what_keeps_a_task_from_being_done_is_told_with_its_remedy(
     assert str(refusal(task, error, 4 << 30)).startswith(says)
 
 
+def test_what_is_kept_of_a_whole_file_is_told_where_memory_does_not_suffice() -> None:
+    near = Task("near signatures", "in.jsonl", ("jsonl", "", True, ""), 0, 1, "cache/f.partial/0", 8, "split")
+    assert "`--dedup near`" in str(refusal(near, MemoryError(), 4 << 30))
+
+
+@pytest.mark.parametrize(
+    ("machine", "workers", "each"), [(2, 1, 4), (8, 2, 8), (64, 16, 16), (64, 2, 32), (1024, 8, 128)]
+)
+def test_a_workers_memory_is_its_share_of_a_large_machines(
+    machine: int, workers: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": machine << 18, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert worker_bytes(workers) == each << 30
+
+
 @pytest.mark.long  # a record of 48 MB
 def test_a_record_that_would_take_more_memory_than_a_worker_has_is_a_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted like any other, and the records beside it are prepared."""
-    monkeypatch.setattr("lumina.data.preparing.pool.worker_bytes", lambda: 400 << 20)
+    monkeypatch.setattr("lumina.data.preparing.pool.worker_bytes", lambda _: 400 << 20)
     monkeypatch.setattr("lumina.data.preparing.preparation.MIN_TASK_BYTES", 1 << 20)
     monkeypatch.setattr("lumina.data.preparing.preparation.MAX_TASK_BYTES", 1 << 20)
     monkeypatch.setattr("lumina.data.preparing.pool.BYTES_PER_WORKER", 1)
@@ -441,4 +457,4 @@ def test_a_record_that_would_take_more_memory_than_a_worker_has_is_a_fault(
     path = write_jsonl(tmp_path / "in.jsonl", [*small, chat("question", "w\u00f6rter und mehr " * 3_000_000)])
     account = prepare([path], Settings(), TOKENIZER, workers=2).account
     assert (account["conversations"], account["bad_lines"]) == (1000, 1)
-    assert "Not enough memory" in account["faults"]["broken JSON"]["example"]
+    assert account["faults"]["takes too much memory"]["lines"] == 1

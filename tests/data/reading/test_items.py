@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from lumina.data.reading.paths import expand
 from lumina.data.reading.streams import read_lines
 from lumina.data.records.fault import Fault, Tree
 from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
+from tests.runs import clean_environment
 
 USER, ANSWER, SYSTEM = Message("user", "q"), Message("assistant", "a"), Message("system", "s")
 
@@ -274,6 +277,43 @@ def test_a_damaged_table_is_named_with_the_remedy(tmp_path: Path, container: str
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(UserError, match=r"data\.bin is a (Parquet|Arrow) file that cannot be read: (.|\n)*download it"):
         prepare([path], Settings(), TOKENIZER)
+
+
+SHORT_OF_MEMORY = """
+import re, resource, sys
+from pathlib import Path
+import pyarrow
+from lumina.data.reading.items import read_items
+from lumina.data.reading.layout import detect
+
+pyarrow.set_cpu_count(1)
+list(read_items(sys.argv[3], detect(sys.argv[3])))  # whose thread is there now
+used = int(re.search(r"VmData:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (used + (72 << 20), -1))
+records = [item.record for item in read_items(sys.argv[1], detect(sys.argv[1]))]
+assert [type(record) is dict for record in records] == [True, False, False], records
+print(records[1].reason, "and", records[2].reason)
+try:
+    list(read_items(sys.argv[2], detect(sys.argv[2])))
+except MemoryError as error:
+    print("no memory")
+"""
+
+
+def test_what_memory_does_not_suffice_for_is_told_as_that(tmp_path: Path) -> None:
+    """Not as broken JSON, nor as a file that is cut short."""
+    lines = write_jsonl(tmp_path / "in.jsonl", [chat("q", "a"), chat("q", "a" * (20 << 20)), b"{oops"])
+    tables = [str(tmp_path / name) for name in ("in.arrow", "small.arrow")]
+    for path, size in zip(tables, (96 << 20, 100), strict=True):
+        table = pa.table({"text": ["x" * size]})
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_file(path, table.schema, options=options) as writer:
+            writer.write_table(table)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SHORT_OF_MEMORY, str(lines), *tables],
+        env=clean_environment(), capture_output=True, text=True, timeout=100, check=False
+    )  # fmt: skip
+    assert done.stdout == "takes too much memory and broken JSON\nno memory\n", done.stderr
 
 
 @pytest.mark.parametrize("container", ["arrow", "arrow stream"])

@@ -18,6 +18,8 @@ FIRST_LINES = 5  # how many line numbers are kept for each reason
 MOST_SUBREASONS = 12  # of a reason; further ones are counted together
 OTHER_SUBREASONS = "others"
 _VARIES = re.compile(r"\d+|'[^']*'|\"[^\"]*\"")  # in what is said of a line: numbers and what is quoted from it
+MOST_REASONS = 100  # for which lines are skipped; a reason may have in it what the data gives, such as a field's name
+OTHER_REASONS = "other reasons"
 MOST_FIELDS = 20  # names shown of a sort
 # Reasons as every version has stored them in its caches, and how they are shown.
 DROPPED_OVERLONG = "longer than the window (overlong: drop)"
@@ -36,6 +38,7 @@ _STORED = {
 }
 _FIELDS = {stored: name for name, stored in _STORED.items()}
 _NOT_ADDED = ("faults", "fields", "unknown_fields", "last_line", "overlong", "overlong_context", "seq_length")
+_SKIPPED = "line skipped: "  # before a fault's reason, where messages are counted
 MOST_WITHOUT_QUESTION = 0.01  # of the supervised messages: above it, the account warns
 FIELD_SORTS = ("used", "harmless", "empty or repeated", "unknown", "set aside", "refused")
 
@@ -144,6 +147,7 @@ class Account:
     def fault(self, reason: str, line: int | str, messages: int = 0, detail: str = "", example: str = "") -> None:
         """Counts one skipped line and the messages it held; detail: what is wrong with it, example: the same with the
         beginning of the line."""
+        reason = self._fault_reason(reason)
         entry = self.faults.setdefault(reason, FaultCount())
         entry.lines += 1
         entry.example = entry.example or example
@@ -153,7 +157,11 @@ class Account:
             entry.first.append(str(line))
         if messages:
             self.messages += messages
-            self.drop_messages(f"line skipped: {reason}", messages)
+            self.drop_messages(f"{_SKIPPED}{reason}", messages)
+
+    def _fault_reason(self, reason: str) -> str:
+        """The reason under which a fault is counted here."""
+        return reason if reason in self.faults or len(self.faults) < MOST_REASONS else OTHER_REASONS
 
     def add_fields(self, tally: FieldTally) -> None:
         """Enters the fields that a reader met, and the messages that it left out of the records it used."""
@@ -179,8 +187,11 @@ class Account:
 
     def merge(self, other: Account, source: str, line_base: int) -> None:
         """Adds a worker's report on part of `source`, whose first line is number `line_base` + 1."""
+        renamed: dict[str, str] = {}
         for reason, theirs in other.faults.items():
-            entry = self.faults.setdefault(reason, FaultCount())
+            kept = self._fault_reason(reason)
+            renamed[f"{_SKIPPED}{reason}"] = f"{_SKIPPED}{kept}"
+            entry = self.faults.setdefault(kept, FaultCount())
             entry.lines += theirs.lines
             entry.messages += theirs.messages
             entry.example = entry.example or theirs.example
@@ -202,7 +213,8 @@ class Account:
             elif isinstance(value, list):
                 own.extend(value)
             else:
-                add_counts(own, value)
+                for key, count in value.items():
+                    add_counts(own, {renamed.get(key, key): count})
 
     @property
     def bad_lines(self) -> int:

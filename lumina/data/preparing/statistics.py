@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from operator import eq
@@ -33,7 +33,7 @@ from lumina.data.cache import arrow
 from lumina.data.cache.chunks import sums_between
 from lumina.data.preparing.deduplication import conversation_hashes
 from lumina.data.preparing.packing import pack
-from lumina.data.records.fields import shortened
+from lumina.data.records.fields import MOST_NAMES, OTHERS, shortened
 
 SEQ_LENGTHS = (512, 1024, 2048, 4096, 8192)
 SAMPLES_PER_TASK = 3
@@ -110,7 +110,12 @@ class Statistics:
         """Enters a used record's format, and its language where it names one."""
         add_counts(self.formats, {kind or "": lines})
         if isinstance(record, dict) and isinstance(record.get("lang"), str):
-            add_counts(self.languages, {shortened(record["lang"]): 1})
+            self._add_languages({shortened(record["lang"]): 1})
+
+    def _add_languages(self, counts: Mapping[str, int]) -> None:
+        for name, count in counts.items():
+            known = name in self.languages or len(self.languages) < MOST_NAMES
+            add_counts(self.languages, {name if known else OTHERS: count})
 
     def add(self, conversations: Sequence[Conversation], lines: Sequence[int], block: RenderedBlock) -> None:
         """Enters conversations with the lines they come from, those of them that a block holds the rendering of. A
@@ -176,8 +181,9 @@ class Statistics:
 
     def merge(self, other: Statistics, source: str, line_base: int) -> None:
         """Adds a worker's statistics of part of `source`, whose first line is number `line_base` + 1."""
-        for name in ("formats", "roles", "languages", "scripts", "turns", *LENGTHS):
+        for name in ("formats", "roles", "scripts", "turns", *LENGTHS):
             add_counts(getattr(self, name), getattr(other, name))
+        self._add_languages(other.languages)
         for what, theirs in other.findings.items():
             entry = self.findings.setdefault(what, Occurrences())
             entry.count += theirs.count

@@ -156,13 +156,14 @@ class FieldTally:
                 continue
             if not repeats(value, messages, rendering=name in RENDERINGS):
                 self._add("refused", name)
-                what = f"`{name}` has no place in {vocabulary.name}"
+                what = f"`{shortened(name)}` has no place in {vocabulary.name}"
                 what += "; a source's `format` sets it aside" if name in OF_FORMATS else ""
-                return Fault(f"{NOT_USED}: {name}", what, len(messages))
+                return Fault(f"{NOT_USED}: {shortened(name)}", what, len(messages))
         for name in keys.unknown:
             if says_not_to_learn(name, held[name]):
                 self._add("refused", name)
-                return Fault(f"{NOT_USED}: {name[:40]}", f"`{name[:40]}` reads like a flag of training", len(messages))
+                what = f"`{shortened(name)}` reads like a flag of training"
+                return Fault(f"{NOT_USED}: {shortened(name)}", what, len(messages))
             if len(self.examples) < MOST_NAMES and shortened(name) not in self.examples:
                 self.examples[shortened(name)] = self.line, repr(str(held[name])[:60])
         for name in keys.verdicts:
@@ -170,7 +171,7 @@ class FieldTally:
             number = plain_name(name) != "label" or "completion" in vocabulary.used
             if is_no(held[name], number):
                 self._add("refused", name)
-                return Fault(NOT_TO_BE_TAUGHT, f"`{name}` is {held[name]!s:.20}", len(messages))
+                return Fault(NOT_TO_BE_TAUGHT, f"`{shortened(name)}` is {held[name]!s:.20}", len(messages))
         keys.count += 1
         return None
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from lumina.data.reports.validation import Validation
 
+MOST_SHOWN = 12  # names of formats, roles, languages or scripts: the most frequent ones
+
 
 def validation_lines(validation: Validation) -> list[str]:
     """Files, account, composition, lengths, what context lengths would cost, and what is worth a look."""
@@ -14,7 +16,9 @@ def validation_lines(validation: Validation) -> list[str]:
     out += validation.account.report(without=("splitting", "packing"))
     for what in ("formats", "roles", "languages", "scripts"):
         if figures[what]:
-            out.append(f"{what:<15}" + ", ".join(f"{name} {count:,}" for name, count in sorted(figures[what].items())))
+            frequent = sorted(figures[what].items(), key=lambda entry: (-entry[1], entry[0]))
+            shown = ", ".join(f"{name} {count:,}" for name, count in sorted(frequent[:MOST_SHOWN]))
+            out.append(f"{what:<15}{shown}" + (", …" if len(frequent) > MOST_SHOWN else ""))
     for name in ("turns", "message_tokens", "conversation_tokens", "supervised_tokens"):
         if figures[name]:
             spread = ", ".join(f"{key} {value:,}" for key, value in figures[name].items())

@@ -11,10 +11,10 @@ import pytest
 
 from lumina.chat import Conversation, Message, render
 from lumina.data import prepare
-from lumina.data.account import Account
+from lumina.data.account import MOST_REASONS, OTHER_REASONS, Account
 from lumina.data.formats import convert
 from lumina.data.records.fault import Fault
-from lumina.data.records.fields import CONTENT, HARMLESS, MOST_NAMES, FieldTally, is_empty
+from lumina.data.records.fields import CONTENT, HARMLESS, MOST_CHARACTERS, MOST_NAMES, FieldTally, is_empty
 from tests.data.helpers import TOKENIZER, Settings, chat, write_jsonl
 
 U, A = Message("user", "q"), Message("assistant", "a")
@@ -249,6 +249,26 @@ def test_the_tally_is_bounded_whatever_the_keys_are() -> None:
     assert sum(totals["unknown"].values()) == 5000
     assert len(totals["unknown"]) <= MOST_NAMES + 1
     assert len(tally.examples) == MOST_NAMES
+
+
+@pytest.mark.parametrize("name", ["prompt" + "_" * 50_000, "train" + "-" * 50_000, "label" + "-" * 50_000])
+def test_a_fault_holds_no_name_of_any_length(name: str) -> None:
+    found = convert({**chat("q", "a"), name: False if name.startswith(("train", "label")) else "another"})
+    assert isinstance(found, Fault)
+    assert max(len(found.reason), len(found.detail)) < 3 * MOST_CHARACTERS
+
+
+def test_the_reasons_are_bounded_whatever_the_keys_are() -> None:
+    whole = Account(lines=3000, messages=0)
+    for part in range(3):
+        account = Account()
+        for i in range(1000):
+            account.fault(f"field not used: {part}-{i}", i, messages=2)
+        whole.merge(account, "a.jsonl", 0)
+    whole.check()
+    assert len(whole.faults) == len(whole.messages_dropped) == MOST_REASONS + 1
+    assert whole.faults[OTHER_REASONS].lines == 3000 - MOST_REASONS
+    assert whole.messages_dropped[f"line skipped: {OTHER_REASONS}"] == 2 * (3000 - MOST_REASONS)
 
 
 def test_the_vocabulary_has_one_use_for_each_key() -> None:

@@ -19,6 +19,7 @@ from lumina.data import describe_sample, prepare, render_sample
 from lumina.data.account import MOST_SUBREASONS, Account
 from lumina.data.converting.fixing import write_fixed
 from lumina.data.preparing.statistics import LENGTHS, PATTERNS, Statistics, context_lengths, percentiles
+from lumina.data.records.fields import MOST_NAMES, OTHERS
 from lumina.data.reports.html import render_report, share
 from lumina.data.reports.text import validation_lines
 from lumina.data.reports.validation import Validation, validate
@@ -94,6 +95,19 @@ def test_text_output_names_everything_and_prints_no_secret(path: Path, capsys: p
     assert "over " not in out, "nothing was split"
     assert KEY not in out
     assert "someone@example.org" not in out
+
+
+def test_languages_are_bounded_whatever_the_records_name(tmp_path: Path) -> None:
+    records = [{**chat(f"q{i}", "a"), "lang": f"l{i}" if i else "de"} for i in range(300)]
+    path = write_jsonl(tmp_path / "in.jsonl", [records[0], *records])
+    found = validate([str(path)], TOKENIZER, workers=1)
+    languages = found.statistics.languages
+    assert (len(languages), languages["de"], languages[OTHERS]) == (MOST_NAMES + 1, 2, 300 - MOST_NAMES)
+    both = Statistics(languages={"xx": 1})
+    both.merge(Statistics(languages=languages), "in.jsonl", 0)
+    assert (len(both.languages), sum(both.languages.values())) == (MOST_NAMES + 1, 302)
+    (shown,) = (line for line in validation_lines(found) if line.startswith("languages"))
+    assert (shown.count(","), "de 2" in shown, shown.endswith(", …")) == (12, True, True)
 
 
 @pytest.mark.parametrize("what", sorted(PATTERNS))

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from lumina.lazy import names_of
 
 if TYPE_CHECKING:
-    from lumina.chat.hf.bounded import STEP_SECONDS, BoundedTokenizer, ClosedError, OutOfBoundsError, bounded_call
+    from lumina.chat.hf.bounded import (
+        STEP_SECONDS,
+        BoundedTokenizer,
+        ClosedError,
+        OutOfBoundsError,
+        ProcessEndedError,
+        bounded_call,
+    )
     from lumina.chat.hf.export import hf_tokenizer_files
     from lumina.chat.hf.files import STOPS, TOKENIZER_FILES, copy_files, read_json, with_special_tokens
     from lumina.chat.hf.jinja import RefusalError
@@ -24,6 +31,7 @@ __getattr__ = names_of(
         "ClosedError": "bounded",
         "HFTokenizer": "tokenizer",
         "OutOfBoundsError": "bounded",
+        "ProcessEndedError": "bounded",
         "RefusalError": "jinja",
         "STEP_SECONDS": "bounded",
         "STOPS": "files",
@@ -45,6 +53,7 @@ __all__ = [
     "ClosedError",
     "HFTokenizer",
     "OutOfBoundsError",
+    "ProcessEndedError",
     "RefusalError",
     "bounded_call",
     "copy_files",

@@ -58,6 +58,10 @@ class OutOfBoundsError(UserError):
     """A step without a result: it took more time or memory than it may, or its process was ended."""
 
 
+class ProcessEndedError(OutOfBoundsError):
+    """The step's process was ended by a signal that is none of its bounds: the next step has a new one."""
+
+
 class ClosedError(RuntimeError):
     """A step that `close`, in another thread, has ended."""
 
@@ -111,7 +115,7 @@ class _Process:
             raise RuntimeError(f"the process of {folder}'s tokenizer ended with exit code {code}")
         if code < 0 and -code not in _OUT_OF_BOUNDS:
             how = how_it_ended(code)
-            raise OutOfBoundsError(f"{folder}: the process of its tokenizer was ended by {how}", _remedy(-code))
+            raise ProcessEndedError(f"{folder}: the process of its tokenizer was ended by {how}", _remedy(-code))
         most_bytes = self._most_bytes * (_BLOCK_TIMES if step in _BLOCK_STEPS else 1)
         took_time = code == -signal.SIGPROF
         what = f"more than {allowed:g} s" if took_time else f"more than {most_bytes >> 20} MiB of memory"

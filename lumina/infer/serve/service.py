@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from lumina.chat import STEP_SECONDS, ChatTokenizer, OutOfBoundsError, open_tokenizer
+from lumina.chat import STEP_SECONDS, ChatTokenizer, OutOfBoundsError, ProcessEndedError, open_tokenizer
 from lumina.config import UserError
 from lumina.infer.generation.constraint import CallTokens, GrammarCompiler
 from lumina.infer.generation.forms import call_tokens, calling_tokens, reasoning_tokens
@@ -91,6 +91,10 @@ class Service:
             raise ApiError(504, f"The request was not looked at after {self.seconds:g} s.", "timeout") from None
         try:
             return await run_in_threadpool(work)
+        except ProcessEndedError as error:
+            log.warning("%s", error.message)
+            said = "The process of the model's tokenizer was ended: try again."
+            raise ApiError(503, said, "tokenizer_ended", param, retry_after=1) from None
         except OutOfBoundsError as error:
             log.warning("%s", error.message)
             raise ApiError(504, "The model's tokenizer or chat template took too long.", "timeout", param) from None

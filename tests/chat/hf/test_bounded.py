@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from lumina.chat import Conversation, Message, bounded_call
-from lumina.chat.hf.bounded import BoundedTokenizer, OutOfBoundsError
+from lumina.chat.hf.bounded import BoundedTokenizer, OutOfBoundsError, ProcessEndedError
 from lumina.config import UserError
 from tests.chat.hf.steps import end_here, stop_here
 from tests.small_tokenizer import CHATML, write_tokenizer
@@ -59,6 +59,7 @@ def test_a_process_that_was_ended_is_told_as_it_was(number: signal.Signals, says
     """Only SIGKILL, which a kernel without memory sends, and the step's own bound are memory."""
     with pytest.raises(OutOfBoundsError) as raised:
         bounded_call(end_here, tmp_path, int(number))
+    assert isinstance(raised.value, ProcessEndedError) is (number != signal.SIGKILL)
     assert says in str(raised.value)
 
 

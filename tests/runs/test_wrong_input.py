@@ -148,7 +148,12 @@ def test_what_one_rank_refuses_is_told_once_a_machine(runs: Runs, conversations:
 @pytest.mark.parametrize(
     ("own", "says"),
     [
-        ([["--batchsize", "3"]] * 2, "error: unknown option: --batchsize. Did you mean --batch-size?\n"),
+        # Long: two ranks import torch and DeepSpeed for it, and what one rank refuses is told once a machine too.
+        pytest.param(
+            [["--batchsize", "3"]] * 2,
+            "error: unknown option: --batchsize. Did you mean --batch-size?\n",
+            marks=pytest.mark.long,
+        ),
         pytest.param([[], ["--epochs", "x"]], "--epochs: invalid int value: 'x'\n", marks=pytest.mark.long),
     ],
     ids=["every rank", "rank 1"],

@@ -62,10 +62,10 @@ print("done")
 """,
     # Marks of a step's passes are progress, also after a signal; what stands still then is named with the last one.
     "marks": """
-with Watchdog(1.0, 1.0, StopRequest(), rank=3) as dog:
+with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
     dog.heartbeat("step 7, micro-batch 1")
     for layer in range(9):
-        if layer == 5:
+        if layer == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.3)
         dog.progress.mark(f"layer {layer}")

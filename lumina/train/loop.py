@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 import traceback
 from contextlib import ExitStack, suppress
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from lumina.config import UserError, user_error
 from lumina.data import Loader
 from lumina.files import FormatError
-from lumina.train.agreement import assert_lock_held
+from lumina.train.agreement import LostRankError, assert_lock_held
 from lumina.train.build import Run
 from lumina.train.deepspeed import set_collective_timeout
 from lumina.train.evaluate import evaluate
@@ -205,8 +206,9 @@ def _cause(run: Run, met: BaseException) -> BaseException:
         run.recovery.last_word.leave(met)
     elif isinstance(met, Exception) and _lost_a_rank(met):
         return run.recovery.last_word.found() or met
-    elif isinstance(met, OSError | FormatError | UnicodeError):
-        run.recovery.last_word.leave(user_error(met))
+    elif isinstance(met, OSError | FormatError | UnicodeError):  # it may pass, so no rank ends as by a user's mistake
+        why = f"rank {run.ranks.rank} on {socket.gethostname()} has ended: {user_error(met).message}"
+        run.recovery.last_word.leave(RestartError(why))
     return met
 
 
@@ -231,7 +233,7 @@ def _lost_a_rank(error: Exception) -> bool:
     """Whether an exception says that another rank's process is gone: then no checkpoint of all ranks can be made."""
     # The backends raise plain RuntimeErrors: only gloo's and NCCL's own texts tell a lost peer from another error.
     gone = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "ncclRemoteError")
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in gone)
+    return isinstance(error, dist.DistError | LostRankError) or any(sign in str(error) for sign in gone)
 
 
 def _record_what_is_there(run: Run) -> None:

@@ -3,6 +3,7 @@ and that whatever happens on the way the weights at the end are those of the run
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from lumina.cluster import EXIT_STOPPED
 from lumina.config import UserError
 from lumina.files import write_json
 from lumina.model import Transformer
-from lumina.train import build
+from lumina.train import LostRankError, build
 from lumina.train.deepspeed import Ranks
 from lumina.train.deferred import Deferred
 from lumina.train.loop import fit
@@ -364,6 +365,31 @@ class Watchdog:
         self.beats.append(what)
 
 
+def failing(error: BaseException, ranks: Ranks, folder: Path) -> tuple[Any, list[tuple[Any, dict[str, bool]]]]:
+    """A run that meets `error`, and the emergency checkpoints that it asks for."""
+    emergencies: list[tuple[Any, dict[str, bool]]] = []
+
+    def fail() -> None:
+        raise error
+
+    run = SimpleNamespace(
+        outputs=Outputs(),
+        watchdog=Watchdog(),
+        deferred=Deferred(),
+        state=SimpleNamespace(step=4),
+        recovery=SimpleNamespace(rewinding=False, last_word=LastWord(ranks, folder)),
+        callbacks=SimpleNamespace(at_start=fail),
+        folder=folder / "run",
+        ranks=ranks,
+        usual_world=1,
+        lock=None,
+        saves=SimpleNamespace(
+            last_begun=3, stop_waiting=lambda seconds: None, emergency=lambda why, **how: emergencies.append((why, how))
+        ),
+    )
+    return run, emergencies
+
+
 @pytest.mark.parametrize(
     ("error", "reported", "saved"),
     [
@@ -380,6 +406,7 @@ class Watchdog:
         (RuntimeError("Connection closed by peer"), "RuntimeError: Connection closed by peer", {"alone": True}),
         (RuntimeError("NCCL error"), "RuntimeError: NCCL error", {"alone": True}),
         (dist.DistBackendError("timed out"), "DistBackendError: timed out", {"alone": True}),
+        (LostRankError("rank 1 is gone"), "LostRankError: rank 1 is gone", {"alone": True}),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -393,26 +420,7 @@ def test_what_an_exception_leads_to(
     """The launcher is told the reason; an emergency checkpoint is asked for, but not where the user must do something
     first, or where the ranks are at different steps."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    emergencies: list[tuple[Any, dict[str, bool]]] = []
-
-    def fail() -> None:
-        raise error
-
-    run: Any = SimpleNamespace(
-        outputs=Outputs(),
-        watchdog=Watchdog(),
-        deferred=Deferred(),
-        state=SimpleNamespace(step=4),
-        recovery=SimpleNamespace(rewinding=False, last_word=LastWord(Ranks(0, 1, 0, 1), tmp_path)),
-        callbacks=SimpleNamespace(at_start=fail),
-        folder=tmp_path / "run",
-        ranks=SimpleNamespace(world=1),
-        usual_world=1,
-        lock=None,
-        saves=SimpleNamespace(
-            last_begun=3, stop_waiting=lambda seconds: None, emergency=lambda why, **how: emergencies.append((why, how))
-        ),
-    )
+    run, emergencies = failing(error, Ranks(0, 1, 0, 1), tmp_path)
     with pytest.raises(type(error)) as raised:
         fit(run)
     assert raised.value is error
@@ -424,3 +432,20 @@ def test_what_an_exception_leads_to(
         assert ("raise error" in message["extraInfo"]["py_callstack"]) == (saved is not None)
     assert emergencies == ([] if saved is None else [(reported, {"rewinding": False, **saved})])
     assert run.watchdog.beats == ([] if saved is None else ["emergency checkpoint"])
+
+
+@pytest.mark.parametrize(
+    ("met", "lost"),
+    [(OSError(errno.ESTALE, "Stale file handle", "data.arrow"), RestartError), (UserError("a"), UserError)],
+)
+def test_what_one_rank_cannot_read_is_no_users_mistake_of_the_others(
+    met: Exception, lost: type[Exception], tmp_path: Path
+) -> None:
+    """A launcher starts no rank again after a user's mistake, and a disk or a network may come back."""
+    ranks = [Ranks(rank, 2, rank, 2, "a") for rank in (0, 1)]
+    with pytest.raises(type(met)):
+        fit(failing(met, ranks[1], tmp_path)[0])
+    with pytest.raises(lost) as raised:
+        fit(failing(LostRankError("rank 1 is gone"), ranks[0], tmp_path)[0])
+    assert ("Stale file handle" in str(raised.value)) == isinstance(met, OSError)
+    assert isinstance(raised.value, UserError) == isinstance(met, UserError), "exit code 2"

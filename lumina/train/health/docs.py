@@ -59,7 +59,9 @@ _RECOVERY = """
   weights are finite, the step is not saved already, and every rank says within ten seconds that it stands there
   too. A user's mistake is not an exception.
 - **One rank alone** that ends by a user's mistake, by memory amid a collective or by a file that it cannot read leaves
-  the reason in `ending.json`: the ranks that lose it end by the same message and exit code.
+  the reason in `ending.json`. Over gloo the ranks that lose it end by the same message and exit code: 2 for a user's
+  mistake, else 1, which a restart answers. Over NCCL its own watchdog may end them first, or nothing before
+  `hang_timeout` (exit code 77), where no launcher ends them with the lost one.
 - **A rank that hangs** ends when `hang_timeout` seconds pass without progress, with every thread's stack. Progress is
   each micro-batch, update, evaluation batch and save, and within a step each layer that the device comes past, forward
   and backward: a step may take hours, as over rows of millions of tokens, if none of its layers takes `hang_timeout`.

@@ -22,7 +22,8 @@ class RestartError(RuntimeError):
 
 class LastWord:
     """Of the ranks of one start. What a rank alone comes to, memory that runs out in the middle of a collective or a
-    file that it alone cannot read, so ends all of them with one message and the same exit code."""
+    file that it alone cannot read, so ends all of them with one message and the same exit code: 2 for a UserError, and
+    1 for a RestartError, after which a launcher starts them again."""
 
     def __init__(self, ranks: Ranks, folder: Path, may_write: Callable[[], bool] = lambda: True) -> None:
         """`may_write`: false once another start owns the run's `folder`."""
@@ -46,7 +47,8 @@ class LastWord:
             if said["user"] is None:
                 return RestartError(said["restart"])
             error = UserError(said["user"]["message"], said["user"]["remedy"])
+            # Told by the rank that met it, and by one of every other machine, whose log may be its own.
+            error.repeated = said["host"] == socket.gethostname() or self._ranks.local_rank != 0
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        error.repeated = True  # the rank that met it tells
         return error

@@ -25,6 +25,13 @@ def test_the_others_end_by_the_same(error: UserError | RestartError, tmp_path: P
         assert found.repeated, "it is told once"
 
 
+def test_each_machine_tells_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LastWord(Ranks(3, 4, 1, 2, "a"), tmp_path).leave(UserError("no memory"))
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    found = [LastWord(Ranks(number, 4, number, 2, "a"), tmp_path).found() for number in (0, 1)]
+    assert [isinstance(error, UserError) and error.repeated for error in found] == [False, True]
+
+
 def test_it_is_no_word_of_another_start_nor_of_the_rank_itself(tmp_path: Path) -> None:
     LastWord(rank(1), tmp_path).leave(UserError("no memory"))
     assert LastWord(rank(0, "b"), tmp_path).found() is None

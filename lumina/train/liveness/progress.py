@@ -29,13 +29,16 @@ class Progress:
 
     def __init__(self, record: Callable[[], Any] | None = None) -> None:
         self._record = record
+        self._on_device: Callable[[], None] | None = None  # makes the engine's device that of the calling thread
         self._queued: deque[tuple[Any, str]] = deque()  # what the device may not have come past yet
         self._passed = (0.0, "")  # when (time.monotonic()), and what
 
     def follow(self, engine: Engine) -> None:
         """From now on the passes of this engine leave their marks."""
         if self._record is None and engine.device.type == "cuda":
-            self._record = _event
+            import torch
+
+            self._record, self._on_device = _event, partial(torch.cuda.set_device, engine.device)
         model, mark = engine.model, self.mark
         names = [*(f"layer {layer}" for layer in range(len(model.blocks))), "the output layer"]
         forward = [f"the forward pass of {name}" for name in names]
@@ -62,6 +65,10 @@ class Progress:
     def newest(self) -> tuple[float, str]:
         """When the newest mark was passed, or found to be so, and what it stands for. For one thread."""
         try:
+            # A new thread's current device is the machine's first, where a query begins a context of some 500 MB, for
+            # every rank. No test holds this: without a second GPU there is nothing to see.
+            if self._queued and self._on_device is not None:
+                self._on_device()
             while self._queued and self._queued[0][0].query():
                 self._passed = time.monotonic(), self._queued.popleft()[1]
         except RuntimeError:  # of a kernel that failed: the thread that computes hears of it

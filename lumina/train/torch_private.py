@@ -24,7 +24,11 @@ NAMES = (
     PrivateName("torch", "_foreach_mul_", "clipping many gradients in few launches"),
     PrivateName("torch", "_foreach_norm", "norms of many gradients in few launches"),
 )
-require("torch", NAMES)
+# In builds for a GPU only, and needed where torch.accelerator has no such function yet, as in torch 2.11.
+_HOST_CACHE = PrivateName("torch._C", "_host_emptyCache", "giving pinned memory back")
+_on_gpu: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+_needed = _on_gpu and not hasattr(torch.accelerator, "empty_host_cache")
+require("torch", (*NAMES, _HOST_CACHE) if _needed else NAMES)
 
 #: AdamW's update; `found_inf` is a decision on the device, whether to make it.
 fused_adamw = torch._fused_adamw_
@@ -37,6 +41,12 @@ foreach_norm = torch._foreach_norm
 def default_store() -> Any:
     """The process group's key-value store: reachable while a collective cannot be."""
     return distributed_c10d._get_default_store()
+
+
+def empty_host_cache() -> None:
+    """Give back the pinned memory that nothing uses any more. Only in a process with a GPU."""
+    public = getattr(torch.accelerator, "empty_host_cache", None)
+    (public or getattr(torch._C, _HOST_CACHE.name))()
 
 
 def set_group_timeouts(timeout: timedelta) -> None:

@@ -16,6 +16,7 @@ from lumina.train.build import Run
 from lumina.train.deepspeed import restore_engine, snapshot_engine
 from lumina.train.make_engine import make_engine
 from lumina.train.outcomes import HalveMicroBatch, Rewind
+from lumina.train.torch_private import empty_host_cache
 
 
 def rewind(run: Run, action: Rewind) -> None:
@@ -66,7 +67,7 @@ def _rebuild(run: Run, batch_size: int) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.accelerator.empty_host_cache()  # pinned buffers of the old model's offloaded inputs
+        empty_host_cache()  # pinned buffers of the old model's offloaded inputs
     run.settings = run.settings.with_micro_batch(batch_size, run.ranks.world)
     state.engine = make_engine(run.settings, drawn=False)
     restore_engine(state.engine, snapshot)

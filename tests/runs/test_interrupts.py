@@ -51,7 +51,9 @@ def test_the_first_press_saves_and_says_how_to_go_on(runs: Runs, conversations: 
     job.signal(signal.SIGINT)
     assert job.wait() == [75]
     said = job.stdout()
-    assert "SIGINT: saving at the next step, then ending. Press Ctrl-C again to leave without it: " in said
+    assert (
+        "SIGINT: the step at work is ended and saved, then the run ends. Press Ctrl-C again to leave at once: " in said
+    )
     stopped = real.steps(run)[-1]["step"]
     assert f"Stopped at step {stopped}: signal SIGINT. The checkpoint is saved." in said
     (command,) = re.findall(r"To go on: lumina (train --resume \S+)", said)

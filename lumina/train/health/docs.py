@@ -84,10 +84,10 @@ still those of the step that they belong to:
 - Baselines, limits and rollbacks are those of a run that reads each step at once, and so is the weights' every bit:
   step k is held to limits from the steps before it, k - 1 included, whether a save or a resume lies between or not.
 - A stop by a signal, a resize or a rollback leaves the state of the same step; the passes of the one that had been
-  begun are thrown away. From a signal to its save that is up to one more step of time. A
+  begun are thrown away. From a signal to its save that is up to two steps of time. A
   stop cannot end a step earlier, since the ranks agree on it in the step's sum. `stop_timeout` does not count the whole
   of that, but seconds without progress: raise it where a layer takes longer. What started the ranks counts all of it:
-  give `lumina launch --stop-timeout`, or Slurm's `--signal=USR1@SECONDS`, more than a step and a save.
+  give `lumina launch --stop-timeout`, or Slurm's `--signal=USR1@SECONDS`, more than two steps and a save.
   `lumina checkpoints save` is honoured within two steps.
 - Layer statistics read their step at once (`layer_stats_every`).
 

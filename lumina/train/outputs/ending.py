@@ -31,9 +31,9 @@ def unsaved(step: int, saved: int) -> str:
 
 def stopping(signal: str, step: int, saved: int) -> str:
     """Said at once when a signal asks the run to stop."""
-    again = f" Press Ctrl-C again to leave without it: {unsaved(step, saved)} are lost." if signal == "SIGINT" else ""
-    passes = f" The passes of step {step + 1} that have begun are ended first, and taken again when the run goes on."
-    return f"{signal}: saving at the next step, then ending.{again}{passes}"
+    again = f" Press Ctrl-C again to leave at once: {unsaved(step, saved)} are lost." if signal == "SIGINT" else ""
+    passes = " Passes of the next step that have begun are taken again when the run goes on."
+    return f"{signal}: the step at work is ended and saved, then the run ends.{again}{passes}"
 
 
 def interrupted(folder: Path, world: int, step: int, saved: int) -> str:

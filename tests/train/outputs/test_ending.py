@@ -32,12 +32,14 @@ def test_the_resuming_command_can_be_pasted() -> None:
 
 def test_the_first_press_says_what_the_second_would_lose() -> None:
     assert stopping("SIGINT", 17, 10) == (
-        "SIGINT: saving at the next step, then ending. Press Ctrl-C again to leave without it: 7 steps since the "
-        "checkpoint of step 10 are lost. The passes of step 18 that have begun are ended first, and taken again when "
+        "SIGINT: the step at work is ended and saved, then the run ends. Press Ctrl-C again to leave at once: 7 "
+        "steps since the checkpoint of step 10 are lost. Passes of the next step that have begun are taken again when "
         "the run goes on."
     )
     assert "1 step since the beginning" in stopping("SIGINT", 1, 0)
-    assert stopping("SIGTERM", 17, 10).startswith("SIGTERM: saving at the next step, then ending. The passes of ")
+    assert stopping("SIGTERM", 17, 10).startswith(
+        "SIGTERM: the step at work is ended and saved, then the run ends. Passes"
+    )
 
 
 def test_the_second_press_says_what_is_lost() -> None:

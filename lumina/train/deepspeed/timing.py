@@ -157,7 +157,8 @@ class StepTimer:
         if self._gpu and torch.cuda.current_stream() != torch.cuda.default_stream():
             began = self._now()
             yield
-            self._beside.append((began, self._now()))
+            if not self._apart:  # that of an evaluation or a save is no part of a step
+                self._beside.append((began, self._now()))
         elif threading.current_thread() is threading.main_thread() or self._gpu:
             with self.phase(phase):
                 yield

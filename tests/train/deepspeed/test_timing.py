@@ -169,6 +169,24 @@ class Moment:
         return True
 
 
+def test_a_collective_beside_an_evaluation_is_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "one of its own")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: "the default one")
+    now = [0.0]
+    timer = StepTimer(torch.device("cuda"), now=lambda: Moment(now[0]))
+
+    def gather() -> None:
+        with timer.communicating():
+            now[0] += 2
+
+    with timer.phase("evaluation"):
+        gather()
+    assert "communication_overlapped" not in timer.lap().read()
+    with timer.phase("backward"):
+        gather()
+    assert timer.lap().read()["communication_overlapped"] == 2.0
+
+
 def test_times_from_events() -> None:
     now = [0.0]
     timer = StepTimer(torch.device("cuda"), now=lambda: Moment(now[0]))

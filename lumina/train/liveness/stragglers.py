@@ -7,7 +7,7 @@ forward pass is itself full of collectives. Both are gathered every few steps: o
 
 Ranks have different work where they share rows: the output layer is computed at supervised tokens only, and these are
 all in the last part of a row that ends with its answer. So a rank is slow in computing only if it is that for its work
-too.
+too, beside the ranks that have the same part of other rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REPEATS = 3
 @dataclass
 class Comparison:
     """Seconds per step and rank: computing, waiting (update and collectives), and one probe; where each rank runs, and
-    its FLOPs per step."""
+    its FLOPs per step. sequence: how many neighbouring ranks share each row's tokens."""
 
     hosts: list[str]
     compute: list[float]
@@ -37,15 +37,19 @@ class Comparison:
     probe: list[float]
     flops: list[float]
     factor: float
+    sequence: int = 1
 
     def slow(self) -> list[str]:
         """A line for every rank whose computing, also for its FLOPs, or whose probe takes more than `factor` times the
-        median."""
+        median: of all ranks, and for its FLOPs of those with the same part of their rows, where there are several."""
         lines = []
         per_flop = [value / max(1.0, flops) for value, flops in zip(self.compute, self.flops, strict=True)]
-        for name, values, others in (("compute", self.compute, per_flop), ("probe", self.probe, self.probe)):
-            median, most = _median(values), self.factor * _median(others)
+        compared = (("compute", self.compute, per_flop, self.sequence), ("probe", self.probe, self.probe, 1))
+        for name, values, others, parts in compared:
+            median = _median(values)
             for rank, value in enumerate(values):
+                peers = others[rank % parts :: parts]
+                most = self.factor * _median(peers if len(peers) > 1 else others)
                 if value > self.factor * median > 0 and others[rank] > most:
                     lines.append(
                         f"rank {rank} on {self.hosts[rank]} is a straggler: {name} takes {value * 1e3:.1f} ms, "
@@ -77,7 +81,7 @@ class Stragglers:
         self._compute = self._wait = self._flops = 0.0
         self._steps = 0
         self._hosts: list[str] = []
-        self._world = ranks.world
+        self._world, self._sequence = ranks.world, ranks.sequence
 
     def add(self, compute: float, wait: float, flops: float) -> None:
         """One step's seconds, and the FLOPs of what this rank computed in it."""
@@ -106,7 +110,7 @@ class Stragglers:
         self._compute = self._wait = self._flops = 0.0
         self._steps = 0
         compute, wait, flops, times = torch.stack(every).T.tolist()
-        return Comparison(self._hosts, compute, wait, times, flops, self._factor)
+        return Comparison(self._hosts, compute, wait, times, flops, self._factor, self._sequence)
 
 
 def probe(device: str) -> float:

@@ -20,13 +20,12 @@ EVEN = [0.1, 0.1, 0.1, 0.1]
 
 
 def comparison(
-    compute: list[float], probes: list[float], factor: float = 1.5, flops: list[float] | None = None
+    compute: list[float], probes: list[float], factor: float = 1.5, flops: list[float] | None = None, sequence: int = 1
 ) -> Comparison:
     hosts = HOSTS[: len(compute)]
     # The others wait for the slowest: their wait is long, and says nothing against them.
-    return Comparison(
-        hosts, compute, [max(compute) - value for value in compute], probes, flops or [1e9] * len(compute), factor
-    )
+    wait = [max(compute) - value for value in compute]
+    return Comparison(hosts, compute, wait, probes, flops or [1e9] * len(compute), factor, sequence)
 
 
 def test_even_ranks() -> None:
@@ -49,6 +48,15 @@ def test_more_work_makes_no_rank_slow() -> None:
     assert len(comparison([0.1, 0.5], [0.1, 0.1], flops=[1e9, 2e9]).slow()) == 1
     assert len(comparison([0.5, 0.1], [0.1, 0.1], flops=[1e9, 2e9]).slow()) == 1
     assert len(comparison([0.5, 0.1], [0.1, 0.1], flops=[0.0, 2e9]).slow()) == 1
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_part_of_a_row_is_compared_with_the_same_part_of_others(factor: float) -> None:
+    """The last part takes longer, but less for each FLOP than the first: its slow rank must not pass for that."""
+    compared = comparison([0.2, 0.6, 0.2, 0.6 * factor], EVEN, flops=[1e9, 6e9, 1e9, 6e9], sequence=2)
+    assert [line.partition(" on ")[0] for line in compared.slow()] == (["rank 3"] if factor > 1 else [])
+    probes = comparison(EVEN, [0.1, 0.3, 0.1, 0.3], sequence=2)
+    assert len(probes.slow()) == 2, "each rank's probe is the same work"
 
 
 def test_two_ranks_have_no_middle() -> None:

@@ -18,8 +18,7 @@ FIRST_LINES = 5  # how many line numbers are kept for each reason
 MOST_SUBREASONS = 12  # of a reason; further ones are counted together
 OTHER_SUBREASONS = "others"
 _VARIES = re.compile(r"\d+|'[^']*'|\"[^\"]*\"")  # in what is said of a line: numbers and what is quoted from it
-MOST_REASONS = 100  # for which lines are skipped; a reason may have in it what the data gives, such as a field's name
-OTHER_REASONS = "other reasons"
+MOST_REASONS = 100  # for which lines are skipped, after which those that the data gives a name are counted together
 MOST_FIELDS = 20  # names shown of a sort
 # Reasons as every version has stored them in its caches, and how they are shown.
 DROPPED_OVERLONG = "longer than the window (overlong: drop)"
@@ -160,8 +159,11 @@ class Account:
             self.drop_messages(f"{_SKIPPED}{reason}", messages)
 
     def _fault_reason(self, reason: str) -> str:
-        """The reason under which a fault is counted here."""
-        return reason if reason in self.faults or len(self.faults) < MOST_REASONS else OTHER_REASONS
+        """The reason under which a fault is counted here: its own, or `kind: others` where a `kind: name`, such as that
+        of a field, is one too many."""
+        kind, named, _ = reason.partition(": ")
+        counted = not named or reason in self.faults or len(self.faults) < MOST_REASONS
+        return reason if counted else f"{kind}: {OTHER_SUBREASONS}"
 
     def add_fields(self, tally: FieldTally) -> None:
         """Enters the fields that a reader met, and the messages that it left out of the records it used."""

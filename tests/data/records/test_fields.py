@@ -11,7 +11,7 @@ import pytest
 
 from lumina.chat import Conversation, Message, render
 from lumina.data import prepare
-from lumina.data.account import MOST_REASONS, OTHER_REASONS, Account
+from lumina.data.account import MOST_REASONS, OTHER_SUBREASONS, Account
 from lumina.data.formats import convert
 from lumina.data.records.fault import Fault
 from lumina.data.records.fields import CONTENT, HARMLESS, MOST_CHARACTERS, MOST_NAMES, FieldTally, is_empty
@@ -259,16 +259,19 @@ def test_a_fault_holds_no_name_of_any_length(name: str) -> None:
 
 
 def test_the_reasons_are_bounded_whatever_the_keys_are() -> None:
-    whole = Account(lines=3000, messages=0)
+    """Those that the data gives a name; one of ours is told as what it is, also after them."""
+    whole, others = Account(lines=3001, messages=0), f"field not used: {OTHER_SUBREASONS}"
     for part in range(3):
         account = Account()
         for i in range(1000):
             account.fault(f"field not used: {part}-{i}", i, messages=2)
         whole.merge(account, "a.jsonl", 0)
+    whole.fault("broken JSON", 3000, messages=2)
     whole.check()
-    assert len(whole.faults) == len(whole.messages_dropped) == MOST_REASONS + 1
-    assert whole.faults[OTHER_REASONS].lines == 3000 - MOST_REASONS
-    assert whole.messages_dropped[f"line skipped: {OTHER_REASONS}"] == 2 * (3000 - MOST_REASONS)
+    assert len(whole.faults) == len(whole.messages_dropped) == MOST_REASONS + 2
+    assert whole.faults["broken JSON"].lines == 1
+    assert whole.faults[others].lines == 3000 - MOST_REASONS
+    assert whole.messages_dropped[f"line skipped: {others}"] == 2 * (3000 - MOST_REASONS)
 
 
 def test_the_vocabulary_has_one_use_for_each_key() -> None:

@@ -45,7 +45,7 @@ class Group:
 class RunData:
     """A run: `summary` as `lumina runs` has it, curves by kind, events, sample answers, run.json and settings; tokens:
     those of all steps that count; seconds: that its starts ran; positions: by the steps of evaluations, their loss by
-    position, of runs since version 0.3.0 and where single tokens are what is learned."""
+    position, of runs that version 0.2.0 or earlier did not make and whose loss is of single tokens."""
 
     folder: Path
     summary: dict[str, Any]

@@ -43,7 +43,7 @@ def browse(folder: Path, html: str, width: int, dark: bool) -> tuple[Path, list[
     page, picture, network = folder / "page.html", folder / "page.png", folder / "net.json"
     page.write_text(html, encoding="utf-8")
     command = [*_command(folder, width, dark), f"--log-net-log={network}", f"--screenshot={picture}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert picture.exists(), done.stderr
     events = orjson.loads(network.read_bytes())["events"]
     asked = [event["params"] for event in events if {"url", "initiator"} <= set(event.get("params", {}))]
@@ -57,7 +57,7 @@ def document_after(folder: Path, html: str, script: str, width: int = 1200) -> t
     page = folder / "page.html"
     page.write_text(html.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
     command = [*_command(folder, width, False), "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     return done.stdout, complaints(done.stderr)
 
 
@@ -119,7 +119,7 @@ class Browser:
         message = orjson.dumps({"id": self._last, "method": method, "params": params, **session}) + b"\0"
         while message:
             message = message[os.write(self._to, message) :]
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while self._last not in self._answers:
             assert time.monotonic() < end, f"{method}: no answer"
             self._receive(1.0)
@@ -167,7 +167,7 @@ class Browser:
         assert "exceptionDetails" not in done, (script, done)
         return done["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 30.0) -> None:
+    def wait(self, script: str, seconds: float = 120.0) -> None:
         """Until a JavaScript expression is true."""
         end = time.monotonic() + seconds
         while not self.ask(script):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 import sys
@@ -21,6 +22,29 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes says nothing on a machine that does other things too.
 settings.register_profile("untimed", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+SEED = 20_240_731  # not one that a test itself chooses
+
+
+def _seed() -> None:
+    random.seed(SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(SEED)
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(SEED)  # torch.manual_seed would note every call for CUDA
+
+
+@pytest.fixture(scope="module", autouse=True)
+def seeded_file() -> None:
+    """What the fixtures of a file draw does not depend on the files that this process ran before."""
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def seeded_test() -> None:
+    """Nor what a test draws on the tests before it: a bound on rounding errors holds or not, whatever the order."""
+    _seed()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from lumina.config import UserError
 from lumina.infer import Loaded, load
 from lumina.infer.serve import Limits, make_server
 from lumina.infer.serve.connections import limits_for
-from tests.infer.serve.running_server import Running, running, wait_for
+from tests.infer.serve.running_server import Running, running, slow, wait_for
 from tests.infer.small_models import write_small_run
 
 KEY = "k"
@@ -57,7 +58,14 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 @pytest.fixture(scope="module")
 def server(loaded: Loaded) -> Iterator[Running]:
-    """Twenty connections, eight of them from one address."""
+    """Twenty connections, eight of them from one address. A head has time enough."""
+    with running(loaded, key=KEY, slots=1, limits=Limits(20, 8, head=60.0)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def hasty(loaded: Loaded) -> Iterator[Running]:
+    """Half a second for a head."""
     with running(loaded, key=KEY, slots=1, limits=Limits(20, 8, head=0.5)) as started:
         yield started
 
@@ -89,9 +97,9 @@ def until_closed(connection: socket.socket, again: bytes | None) -> bytes:
 
 
 @pytest.mark.parametrize("attack", SLOW)
-def test_what_waits_for_its_end_is_closed(server: Running, attack: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_waits_for_its_end_is_closed(hasty: Running, attack: str, caplog: pytest.LogCaptureFixture) -> None:
     sent, again, status = SLOW[attack]
-    with connect(server) as connection:
+    with connect(hasty) as connection:
         with suppress(ConnectionError):
             connection.sendall(sent)
         if status == 401:  # the refusal comes first
@@ -106,7 +114,15 @@ def test_what_waits_for_its_end_is_closed(server: Running, attack: str, caplog: 
         head, _, body = said.rpartition(b"\r\n\r\n")
         assert f"HTTP/1.1 {status} ".encode() in head
         assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
-    assert httpx.get(f"{server.address}/health").status_code == 200
+
+    def answers() -> bool:
+        """On a machine that stalls, an honest head may come too late here as well."""
+        try:
+            return hasty.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_for(answers)
 
 
 def test_refusals_of_the_protocol_do_not_fill_the_log(server: Running, caplog: pytest.LogCaptureFixture) -> None:
@@ -125,7 +141,7 @@ def test_many_that_wait_shut_nobody_out(server: Running) -> None:
         with ExitStack() as held:
             for source in sources:
                 held.enter_context(connect(server, source)).sendall(b"GET / HTTP/1.1\r\nHos")
-            assert httpx.get(f"{server.address}/health").status_code == 200
+            assert server.get("/health").status_code == 200
             assert len(server.connections) <= 20
 
 
@@ -133,19 +149,19 @@ def test_when_all_are_busy_the_refusal_is_the_apis(server: Running) -> None:
     body = json.dumps(LONG).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
     asked = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    with ExitStack() as held:
+    with ExitStack() as held, slow(server.service.loaded):
         for _ in range(8):
             held.enter_context(connect(server)).sendall(asked)
         wait_for(lambda: server.connections.busy == 8)
-        refused = httpx.get(f"{server.address}/health")
+        refused = server.get("/health")
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
         held.enter_context(connect(server))  # one that waits is closed for the next, and makes no room
-        assert httpx.get(f"{server.address}/health").status_code == 503
+        assert server.get("/health").status_code == 503
         with connect(server, "127.0.0.9") as other:  # a client of its own
             other.sendall(HEALTH)
             assert other.recv(1000).startswith(b"HTTP/1.1 200 ")
     wait_for(server.idle)
-    assert httpx.get(f"{server.address}/health").status_code == 200
+    assert server.get("/health").status_code == 200
 
 
 def test_requests_whose_client_has_left_count_until_they_end() -> None:
@@ -189,9 +205,12 @@ def test_requests_whose_client_has_left_count_until_they_end() -> None:
 
 @contextmanager
 def open_files(most: int) -> Iterator[None]:
-    """A soft limit of so many more than are open now."""
+    """A soft limit that leaves room for so many more. It is one of numbers, among which earlier tests may have left
+    gaps."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + most, before[1]))
+    taken = {number for number in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{number}")}
+    free = (number for number in itertools.count() if number not in taken)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, most, None)), before[1]))
     try:
         yield
     finally:
@@ -227,7 +246,7 @@ def flood(port: int, count: int) -> Iterator[None]:
 
 def test_connections_stay_below_the_descriptors(loaded: Loaded, caplog: pytest.LogCaptureFixture) -> None:
     with open_files(220), running(loaded, limits=limits_for(60.0)) as server, flood(server.port, 500):
-        assert httpx.get(f"{server.address}/health").status_code == 200
+        assert server.get("/health").status_code == 200
         assert not caplog.records
 
 
@@ -246,7 +265,7 @@ def test_failures_to_accept_are_told_once(server: Running, caplog: pytest.LogCap
                 client.connect(("127.0.0.1", server.port))
             wait_for(lambda: "no connection can be accepted" in caplog.text)
         for client in clients:  # they are accepted later
-            client.settimeout(30)
+            client.settimeout(60)
             client.sendall(HEALTH)
             assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
     assert [record.levelno for record in caplog.records] == [logging.WARNING]

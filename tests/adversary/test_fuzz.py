@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 
 from tests.adversary.doors import CORPUS, DOORS
@@ -48,6 +50,15 @@ def test_what_was_found_is_found_no_more(path: Path) -> None:
 def test_no_test_has_a_time_for_its_examples() -> None:
     assert settings(max_examples=1).deadline is None
     assert HealthCheck.too_slow in settings().suppress_health_check
+
+
+DRAWN: dict[str, tuple[float, float]] = {}
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_draws_are_the_same_whatever_was_drawn_before(order: str) -> None:
+    DRAWN[order] = (float(torch.rand(())), random.random())
+    assert len(set(DRAWN.values())) == 1
 
 
 def test_the_fuzzer_finds(tmp_path: Path) -> None:

@@ -135,11 +135,11 @@ def test_nothing_is_looked_at_after_the_first_error() -> None:
 def test_the_loop_goes_on_while_a_body_is_read(server: Running) -> None:
     """Other requests are answered between the beginning of one that takes long and its end."""
     body = SAYS + b",".join(b'"metadata":%d' % i for i in range(120_000)) + b',"user":0,"f":0}'
-    with ThreadPoolExecutor(1) as pool, httpx.Client() as other:  # made before: that takes long, too
+    with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=60) as other:  # made before: that takes long, too
         read = pool.submit(server.post, content=body, headers={"Content-Type": "application/json"})
         answered = 0
         while not read.done():
-            assert other.get(f"{server.address}/health", timeout=60).status_code == 200
+            assert other.get(f"{server.address}/health").status_code == 200
             answered += 1
         assert read.result().json()["error"]["param"] == "f"
     assert answered > 1

@@ -86,7 +86,7 @@ def test_a_request_that_a_killed_start_had_taken_is_the_next_ones(tmp_path: Path
         assert job.take() == []
 
     thread = when_asked(tmp_path, take_and_restart)
-    assert request_save(tmp_path, timeout=20) == WRITTEN
+    assert request_save(tmp_path, timeout=120) == WRITTEN
     thread.join()
     assert len(begun) == 1
     assert not list((tmp_path / "requests").rglob("*.*"))
@@ -226,9 +226,9 @@ def test_a_file_system_that_stumbles_says_nothing_of_the_job(tmp_path: Path) -> 
     def stumble() -> None:
         with mock.patch.object(Path, "touch", side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")):
             time.sleep(2.5)
-        lock.release()
         for request in (requests := SaveRequests(tmp_path)).take():
             requests.reply(request, WRITTEN)
+        lock.release()  # after the reply: released for half a second, it would be gone
 
     thread = when_asked(tmp_path, stumble)
     assert request_save(tmp_path, timeout=120, patience=0.5) == WRITTEN

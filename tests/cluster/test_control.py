@@ -92,7 +92,7 @@ def test_a_fenced_agent_ends_though_nobody_hears_it_any_more(launcher: LauncherC
             time.sleep(0.05)
         os.close(heard)  # as when ssh is gone
         launcher.fence(0)
-        assert process.wait(20) == 1
+        assert process.wait(60) == 1
     finally:
         process.kill()
         process.wait()

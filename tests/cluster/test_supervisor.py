@@ -45,9 +45,18 @@ def test_nodes_that_never_come_are_named(command: list[str]) -> None:
 def test_told_to_stop_before_anyone_came(number: signal.Signals) -> None:
     """Not 75: no checkpoint was saved."""
     said: list[str] = []
-    asked = supervisor(["sleep", "1000"], said)
-    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    asked, before = supervisor(["sleep", "1000"], said), signal.getsignal(number)
+
+    def stop() -> None:
+        """Once it is heeded, and the nodes' commands are started."""
+        while signal.getsignal(number) is before or any(node.process is None for node in asked.nodes):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    stopping = threading.Thread(target=stop, daemon=True)
+    stopping.start()
     assert asked.run() == 128 + number
+    stopping.join()
     assert said[-1].startswith(number.name)
     assert all(node.process is None or node.process.poll() is not None for node in asked.nodes)
 

@@ -9,13 +9,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 import tests.runs as real
 from tests.runs import Runs, arguments
+
+pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
 SETTINGS = {
     "precision": "fp32",
     "batch_size": 2,
-    "max_steps": 400,
+    "max_steps": 100_000,  # far more than are taken before a signal
+    "epochs": 100_000,
     "save_every_n_batches": 3,
     "lr_scheduler": "constant",
     "warmup_ratio": 0,
@@ -23,7 +28,7 @@ SETTINGS = {
 
 
 def _slow_fifth_step(begun: Path, rank: int) -> None:
-    """In a rank's process: the fifth step takes two minutes; the file `begun` says that it has begun."""
+    """In a rank's process: the fifth step takes for ever; the file `begun` says that it has begun."""
     from lumina.train import loop
 
     plain = loop.take_step
@@ -31,14 +36,14 @@ def _slow_fifth_step(begun: Path, rank: int) -> None:
     def slow(run: loop.Run, data: object) -> object:
         if run.state.step == 4:
             begun.touch()
-            time.sleep(120.0)
+            time.sleep(800.0)
         return plain(run, data)
 
     loop.take_step = slow
 
 
 def _until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.05)

@@ -179,11 +179,11 @@ def test_a_programs_error_is_no_damage(dataset: PackedDataset, monkeypatch: pyte
 def test_leaving_early_ends_the_thread(dataset: PackedDataset) -> None:
     order = GlobalOrder(dataset.num_samples, 6, seed=3, fingerprint=dataset.fingerprint)
     loader = Loader(dataset, order, rank=0, world=1, micro_batch_size=2, start_step=0, stop_step=10**9)
-    steps = iter(loader)
+    steps, before = iter(loader), set(threading.enumerate())
     assert next(steps).step == 0
-    assert any(thread.name == "lumina-loader" for thread in threading.enumerate())
+    (own,) = (thread for thread in threading.enumerate() if thread.name == "lumina-loader" and thread not in before)
     steps.close()  # type: ignore[attr-defined]
-    assert not any(thread.name == "lumina-loader" for thread in threading.enumerate())
+    assert not own.is_alive()
 
 
 def test_an_error_while_loading_reaches_the_loop(dataset: PackedDataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,9 @@ class Running:
     def client(self, key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
 
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.address + path, timeout=60, **options)
+
     def post(self, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
         return httpx.post(self.address + path, timeout=60, **options)
 
@@ -40,11 +43,22 @@ class Running:
         return self.metric("lumina_sequences_running") == self.metric("lumina_sequences_waiting") == 0
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.01)
+
+
+@contextmanager
+def slow(loaded: Loaded, seconds: float = 0.01) -> Iterator[None]:
+    """Each of the model's passes takes so long at least: an answer of thousands of tokens then outlasts whatever a test
+    does meanwhile, however slow the test's own threads are."""
+    hook = loaded.model.blocks[0].register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

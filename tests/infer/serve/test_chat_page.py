@@ -6,6 +6,7 @@ token, and nothing else. Batching, streaming, stopping and the protocol are the 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Decide what the model says from now on; an endless word when it is told nothing."""
-    ids: list[int] = []
+    ids, pace = list[int](), [0.0]
 
     def choose(self: SequenceBatch, sequences: list[Sequence], kept: Tensor, _: Tensor, logprobs: Any) -> list[Token]:
         words = ids or TOKENIZER.encode(" on and on") * 200
+        time.sleep(pace[0])
         tokens = [(words[len(s.generated)] if len(s.generated) < len(words) else TOKENIZER.stop_id) for s in sequences]
         return [self._add(s, row, tokens[row], logprobs) for row, s in enumerate(sequences)]
 
@@ -75,6 +77,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def say(text: str) -> None:
         ids[:] = TOKENIZER.encode(text)
+        # An answer without a near end is looked at while it grows, by a browser that may be slow.
+        pace[0] = 0.05 if not text or text.endswith(" on on") else 0.0
 
     return say
 

@@ -147,6 +147,7 @@ def test_stop_texts(server: Running, loaded: Loaded, stream: bool) -> None:
         "POST",
         f"{server.address}/v1/chat/completions",
         json={"messages": HELLO, "temperature": 0, "max_tokens": 30, "stop": ["never", stop], "stream": stream},
+        timeout=60,
     ) as response:
         body = response.read().decode()
     assert response.status_code == 200
@@ -217,8 +218,8 @@ def test_completions(server: Running, loaded: Loaded) -> None:
 
 def test_models_health_and_metrics(server: Running) -> None:
     assert [model.id for model in server.client().models.list()] == ["small"]
-    assert httpx.get(f"{server.address}/health").json() == {"status": "ok"}
-    answer = httpx.get(f"{server.address}/metrics")
+    assert server.get("/health").json() == {"status": "ok"}
+    answer = server.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "lumina_slots 4.0" in answer.text
     before = server.metric("lumina_generated_tokens_total")

@@ -159,16 +159,29 @@ with Console(True, 30, 0, "name") as console:
                 time.sleep(0.01)
             time.sleep(1.1)
             console.say("SIGINT: stopping")
+print("left the view", flush=True)
 pathlib.Path(sys.argv[1], "ended").touch()
-time.sleep(60)
+time.sleep(600)
 """
 
 
-def appears(path: Path, seconds: float = 60.0) -> None:
+def appears(path: Path, seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < end, path
         time.sleep(0.05)
+
+
+def settled(terminal: list[str], last: str) -> str:
+    """The screen, once the terminal has drawn `last`, which the program prints last, and nothing more."""
+    end, before = time.monotonic() + 60, ""
+    while True:
+        screen = subprocess.run([*terminal, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
+        if last in screen and screen == before:
+            return screen
+        assert time.monotonic() < end, screen
+        before = screen
+        time.sleep(0.2)
 
 
 @needs_tmux
@@ -185,8 +198,7 @@ def test_no_border_is_torn(tmp_path: Path, terminal: list[str], width: int) -> N
     appears(tmp_path / "press")
     subprocess.run([*terminal, "send-keys", "C-c"], check=True)
     appears(tmp_path / "ended")
-    time.sleep(0.3)
-    screen = subprocess.run([*terminal, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
+    screen = settled(terminal, "left the view")
     lines = screen.splitlines()
     tops, bottoms = ([line for line in lines if line.startswith(corner)] for corner in "╭╰")
     assert (len(tops), len(bottoms)) == (1, 1), screen
@@ -230,7 +242,10 @@ def _slow_preparation(rank: int) -> None:
 
     def slow(self: SupervisedFineTuning, *given: Any, progress: Callable[[int, int], None], **named: Any) -> Any:
         progress(12_000_000, 340_100_000)
-        time.sleep(1.5)  # a view is drawn once a second
+        deadline = time.monotonic() + 60
+        while "Preparing 12/341 MB" not in Path("/proc/self/fd/1").read_text():  # a view is drawn once a second
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         return quick(self, *given, progress=progress, **named)
 
     SupervisedFineTuning.prepare_data = slow  # type: ignore[method-assign, assignment]
@@ -254,7 +269,7 @@ def test_a_run_in_a_terminal(tmp_path: Path, terminal: list[str]) -> None:
     )
     ended = tmp_path / "ended"
     (tmp_path / "start").write_text(
-        f"{sys.executable} -m lumina train {' '.join(argv)}; echo $? > {ended}; sleep 600\n"
+        f"{sys.executable} -m lumina train {' '.join(argv)}; echo $? > {ended}; echo it has ended; sleep 600\n"
     )
     environment = {**clean_environment(), "TERM": "xterm-256color"}
     command = [*terminal, "new-session", "-d", "-x", "110", "-y", "45", f"sh {tmp_path / 'start'}"]
@@ -263,8 +278,7 @@ def test_a_run_in_a_terminal(tmp_path: Path, terminal: list[str]) -> None:
     while not ended.exists():
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    time.sleep(0.5)
-    screen = subprocess.run([*terminal, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
+    screen = settled(terminal, "it has ended")
     assert ended.read_text().strip() == "0", screen
     assert "6/6" in screen
     assert len(re.findall("[\u2801-\u28ff]", screen)) > 50, "no curve"

@@ -302,9 +302,9 @@ class Flaky:
         self.abandoned = True
 
 
-def follow(folder: Path, service: Flaky) -> None:
+def follow(folder: Path, service: Flaky, closing: float = 60.0) -> None:
     run = RunInfo(folder, "name", {}, 0)
-    trackers = Trackers(["flaky"], run, make=lambda name: service, pause=0.01, closing=0.5)
+    trackers = Trackers(["flaky"], run, make=lambda name: service, pause=0.01, closing=closing)
     for step in (1, 2, 3):
         trackers.record({"kind": "step", "step": step, "loss": 1.0})
     while service.failures and trackers._feeds[0].failed is None:
@@ -326,10 +326,13 @@ def test_a_service_that_stays_away_is_left_behind(tmp_path: Path, caplog: pytest
 def test_a_service_that_hangs_does_not_hold_up_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hang = threading.Event()
     service = Flaky(hang=hang)
-    follow(tmp_path, service)  # returns
+    follow(tmp_path, service, closing=0.5)  # returns
     assert service.abandoned
     assert "had not sent everything" in caplog.text
     hang.set()
+    for thread in threading.enumerate():  # the next test looks for such threads
+        if thread.name == "lumina-flaky":
+            thread.join(60)
 
 
 def test_a_start_that_lost_its_run_leaves_its_trackers_as_they_are(tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def seeded_test() -> None:
     _seed()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of real runs has longer than they have: their patience ends first, which says where each rank stands."""
+    for item in items:
+        if "runs" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[real.Runs]:
     """Starts real runs; nothing that it started outlives the tests."""

@@ -94,6 +94,7 @@ def alive_engines() -> int:
 
 class Raise(Callback):
     def before_step(self, context: lumina.Context) -> None:
+        assert alive_engines() == 1
         raise KeyboardInterrupt  # as the second press of a notebook's button does
 
 

@@ -74,4 +74,5 @@ def test_twenty_steps_by_both_paths() -> None:
     interpreted, plain = run(TRAIN, "interpret"), run(TRAIN, "torch")
     assert len(plain) == 20
     assert plain[-1] != plain[0]
+    assert interpreted != plain, "two paths round differently: one was taken twice"
     assert max(abs(a - b) for a, b in zip(interpreted, plain, strict=True)) < 1e-3

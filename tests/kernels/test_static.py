@@ -100,6 +100,11 @@ def test_wide_rows_and_wide_types_do_not_spill(tmp_path: Path) -> None:
 
 
 def test_fp16_does_not_spill(tmp_path: Path) -> None:
+    from lumina.kernels.cases import LIMITS
+
     options = ("--card", "H100", "--dtype", "fp16", "--only", "large")
-    for row in compile_table(tmp_path / "table.csv", *options):
+    rows = compile_table(tmp_path / "table.csv", *options)
+    assert {(row["op"], row["direction"]) for row in rows} == set(LIMITS)
+    assert {row["dtype"] for row in rows} == {"float16"}
+    for row in rows:
         assert row["spills"] == "0", row

@@ -157,12 +157,18 @@ class Job:
             for number in hung:
                 self.signal(signal.SIGABRT, number)  # it says where each of its threads stands
             time.sleep(1.0)
-            self.kill()
+            self.end()
         assert not hung, f"ranks {hung} still ran after {PATIENCE} s:\n{self.stderr()}"
         return [rank.exitcode for rank in self.ranks]
 
     def kill(self) -> None:
-        """SIGKILL every rank."""
+        """SIGKILL every rank. None may have ended by itself: what is resumed then would be a run that nothing broke."""
+        self.end()
+        codes = [rank.exitcode for rank in self.ranks]
+        assert codes == [-signal.SIGKILL] * len(codes), f"ended before the kill, {codes}:\n{self.stderr()}"
+
+    def end(self) -> None:
+        """SIGKILL what still runs."""
         for rank in self.ranks:
             rank.kill()
         for rank in self.ranks:
@@ -239,7 +245,7 @@ class Runs:
     def close(self) -> None:
         """Kill what still runs."""
         for job in self._jobs:
-            job.kill()
+            job.end()
 
 
 # --- Results --------------------------------------------------------------------------------------

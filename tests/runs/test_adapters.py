@@ -104,7 +104,6 @@ def test_killed_and_resumed_bit_for_bit(
     job = runs.start(line, world)
     job.wait_for_step(5)
     job.kill()
-    job.wait()
     resumed = ["--config", str(place / "killed/config.yaml"), "--resume", "auto", *line[line.index("--train-data") :]]
     runs.train(resumed, world)
     assert differing(final(place / "killed", 10), final(place / "whole", 10)) == []

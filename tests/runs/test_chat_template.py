@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,6 @@ def test_a_run_keeps_its_template(template: str, runs: Runs, place: Path, capsys
     job = runs.start(arguments(run, data, whole_vocabulary=True, **settings, **given))
     job.wait_for_step(KILLED)
     job.kill()
-    assert job.wait() == [-signal.SIGKILL], "it ended before the kill"
     if first:
         as_of_0_2(run)
     runs.train([*arguments(run, data, whole_vocabulary=True, **settings), "--resume", "auto"])

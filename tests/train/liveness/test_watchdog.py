@@ -133,14 +133,17 @@ class Started:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=environment, text=True, **streams)  # type: ignore[call-overload,no-any-return]
 
-    def suspend(self, name: str, seconds: float) -> None:
-        """Start it, stop it after its first line, as Ctrl-Z or `scontrol suspend` do, and let it go on."""
+    def suspend(self, name: str, seconds: float) -> float:
+        """Start it, stop it after its first line, as Ctrl-Z or `scontrol suspend` do, and let it go on; when that line
+        came, by the monotonic clock."""
         process = self._processes[name] = self._start(name, SCRIPTS[name])
         assert process.stdout is not None
         process.stdout.readline()
+        began = time.monotonic()
         process.send_signal(signal.SIGSTOP)
         time.sleep(seconds)
         process.send_signal(signal.SIGCONT)
+        return began
 
     def end(self, name: str) -> Ended:
         process = self._processes[name]
@@ -217,8 +220,7 @@ def test_suspended_time_is_no_hang(started: Started) -> None:
 
 @pytest.mark.long
 def test_a_hang_around_a_suspension_is_found_all_the_same(started: Started) -> None:
-    began = time.monotonic()
-    started.suspend("suspended in a step", 6.0)
+    began = started.suspend("suspended in a step", 6.0)
     ended = started.end("suspended in a step")
     assert ended.code == EXIT_HUNG, ended.err
     (seconds,) = re.findall(r"no progress for (\d+) s", ended.reported)

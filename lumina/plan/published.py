@@ -5,7 +5,8 @@ from 125M to 70B and with the two worst of all 67 among them (70B on 64 and 1B o
 What differs from Lumina is said per trainer, not per run: how many times more bytes its element-wise code moves
 (eager code runs norm, activation and residual as separate passes: 2.8, a round number within what the same
 single-node fits gave; compiled code as fused as ours: 1), and what its attention kernel reaches (llm-foundry used
-FlashAttention 1 in Triton: 0.31 of an A100's peak and 0.18 of an H100's, from the same fits).
+FlashAttention 1 in Triton: 0.31 of an A100's peak and 0.18 of an H100's, from the same fits). Neither trainer copies
+attention's values out of a joint projection, as Lumina does since those fits.
 """
 
 from __future__ import annotations
@@ -93,8 +94,14 @@ class PublishedRun:
             self.micro_batch, self.accumulation, self.gpus, "bf16", self.stage, checkpoint_every=self.recompute
         )
         attention = FLASH_1[self.device] if self.source == LLM_FOUNDRY else None
-        factor = self.elementwise_factor
-        speed = predict(MODELS[self.model], setup, cluster, elementwise_factor=factor, attention=attention)
+        speed = predict(
+            MODELS[self.model],
+            setup,
+            cluster,
+            elementwise_factor=self.elementwise_factor,
+            attention=attention,
+            values_copied=False,
+        )
         return speed.tokens_per_second / self.gpus
 
     @property

@@ -6,8 +6,8 @@
     step     = max(device, host) + exposed          host: the time to queue it all (lumina.plan.costs.launches)
 
 Lumina's element-wise kernels are fused; `elementwise_factor` says how many times more bytes another implementation
-moves, and `attention` overrides the share its attention kernel reaches, so that published runs of other trainers can
-be predicted.
+moves, `attention` overrides the share its attention kernel reaches, and `values_copied` says whether it makes Lumina's
+copy of attention's values, so that published runs of other trainers can be predicted.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def predict(
     *,
     elementwise_factor: float = 1.0,
     attention: float | None = None,
+    values_copied: bool = True,
 ) -> Speed:
     """The speed of one step. UserError where the device lacks the precision or its network is not known."""
     device = cluster.device
@@ -94,7 +95,8 @@ def predict(
     scores = flops.attention * (3.5 + again) / (attention or device.attention)
     products = setup.accumulation * tokens * (matrix / device.matmul + scores) / peak
     stream = device.bandwidth * STREAM
-    elementwise = setup.accumulation * tokens * elementwise_factor * memory_bytes_per_token(model, setup) / stream
+    moved_per_token = elementwise_factor * memory_bytes_per_token(model, setup, values_copied)
+    elementwise = setup.accumulation * tokens * moved_per_token / stream
     optimizer = optimizer_seconds(model, setup, stream)
     moved = traffic(model, setup)
     communication = 0.0

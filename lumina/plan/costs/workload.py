@@ -92,11 +92,13 @@ def recomputed_share(model: ModelConfig, setup: Setup) -> float:
     return -(-model.num_layers // setup.checkpoint_every) / model.num_layers
 
 
-def memory_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
+def memory_bytes_per_token(model: ModelConfig, setup: Setup, values_copied: bool = True) -> float:
     """Bytes that element-wise kernels move per token, forward and backward, with the fused kernels of lumina.kernels:
     the fewest that each can move (norm and residual 8 + 8 bytes per element in bf16, rotary 4 + 4, SwiGLU 6 + 10, and
     five passes over the logits: product out, statistics, gradient in and out, product in). GELU's gate has no kernel,
-    nor has a residual that is added before no norm, or a sublayer's multiplier."""
+    nor has a residual that is added before no norm, or a sublayer's multiplier. values_copied: attention's values are
+    copied out of the projection that they are a view of, as Lumina's are where the norm of queries and keys or an
+    exchange does not keep it anyway."""
     scale = setup.element / 2
     h, f = model.hidden_size, feed_forward_width(model)
     gate, gate_backward = gate_bytes(model, setup)
@@ -113,7 +115,7 @@ def memory_bytes_per_token(model: ModelConfig, setup: Setup) -> float:
     # To the experts and back: two gathers, and the weighted sum, which reads every copy once more.
     forward += 10 * h * dispatched(model)
     backward += 10 * h * dispatched(model)
-    if setup.sequence_parallel == 1 and not model.structure.qk_norm:  # the values, copied where there is a graph
+    if values_copied and setup.sequence_parallel == 1 and not model.structure.qk_norm:  # where there is a graph
         backward += 4 * model.num_kv_heads * model.head_dim
     if setup.sequence_parallel > 1:  # joined by rank, and the result laid out again; as much on the way back
         queries, keys = (heads * model.head_dim for heads in setup.exchanged_heads(model))

@@ -51,7 +51,15 @@ if TYPE_CHECKING:
     from lumina.checkpoint.saver import SaveJob, SaveKind, SaveOutcome, Saver, SaveTarget
     from lumina.checkpoint.snapshot import Snapshot
     from lumina.checkpoint.staging import SLAB, Slabs, StagingBuffer, slab_sizes
-    from lumina.checkpoint.write import SaveError, commit, partial_name, write_checkpoint, write_rank_file
+    from lumina.checkpoint.write import (
+        SaveError,
+        commit,
+        one_disk,
+        partial_name,
+        unwritable,
+        write_checkpoint,
+        write_rank_file,
+    )
 
 _WITH_TORCH = {
     "merge": (
@@ -68,7 +76,15 @@ _WITH_TORCH = {
     "saver": ("SaveJob", "SaveOutcome", "SaveKind", "Saver", "SaveTarget"),
     "staging": ("SLAB", "StagingBuffer", "Slabs", "slab_sizes"),
     "snapshot": ("Snapshot",),
-    "write": ("SaveError", "commit", "partial_name", "write_checkpoint", "write_rank_file"),
+    "write": (
+        "SaveError",
+        "commit",
+        "one_disk",
+        "partial_name",
+        "unwritable",
+        "write_checkpoint",
+        "write_rank_file",
+    ),
 }
 _HOMES = {name: module for module, names in _WITH_TORCH.items() for name in names}
 
@@ -118,6 +134,7 @@ __all__ = [
     "model_choices",
     "model_shape",
     "name_of",
+    "one_disk",
     "open_weights",
     "owned_by",
     "partial_name",
@@ -131,6 +148,7 @@ __all__ = [
     "saved_adapter_settings",
     "slab_sizes",
     "step_of",
+    "unwritable",
     "valid_base",
     "write_checkpoint",
     "write_rank_file",

@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -64,6 +65,25 @@ def write_rank_file(partial: Path, snapshot: Snapshot, rank: int, world: int) ->
         with suppress(OSError):  # an empty file needs no room on a full disk
             _failed_path(partial, rank).touch()
         raise _as_save_error(error) from error
+
+
+def unwritable(folder: Path) -> SaveError | None:
+    """Why `folder`, or the nearest above it that is there, takes no file; None where it takes one."""
+    try:
+        tempfile.TemporaryFile(dir=_there(folder)).close()
+    except OSError as error:
+        return SaveError(error.strerror or str(error), retry=error.errno not in _PERMANENT)
+    return None
+
+
+def one_disk(folder: Path, other: Path) -> bool:
+    """Whether both are, or are to be made, on one file system. OSError where that cannot be found out."""
+    return _there(folder).stat().st_dev == _there(other).stat().st_dev
+
+
+def _there(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there. A link to nothing stands in the way of both."""
+    return next(one for one in (folder, *folder.absolute().parents) if one.exists() or one.is_symlink())
 
 
 def _entry_path(partial: Path, rank: int) -> Path:

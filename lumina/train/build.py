@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -55,6 +54,7 @@ from lumina.train.outputs.outputs import Outputs, RunOutputs
 from lumina.train.recovery.record import RecoveryRecord
 from lumina.train.recovery.recovery import Recovery
 from lumina.train.recovery.spikes import SpikeDetector
+from lumina.train.saving.places import check_backups, refuse_unwritable
 from lumina.train.saving.saves import Saves
 from lumina.train.schedules import Schedule, schedule
 from lumina.train.state import RunState
@@ -147,7 +147,8 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
         "resolving the settings",
         lambda: resolve(start.config, ranks.world, device, start.recovery.micro_batch_size, start.ranks_of_row),
     )
-    config = settings.config
+    config, resumed = settings.config, start.checkpoint is not None
+    backups = decided_by_rank_0(ranks, lambda: check_backups(config, resumed))
     _say(ranks, "preparing the data")
     # Bytes of input, as `Preparing 12/341 MB`. Without a live view the log tells.
     preparing = partial(console.progress, "Preparing", unit=" MB", size=10**6)
@@ -156,7 +157,7 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
     settings = replace(settings, base=base_of_adapters(config, ranks, start.checkpoint, start.trainer_state))
     agree_on_data(ranks, _facts(start, settings, data, device))
     agree_on_contents(ranks, [one for one in (data.train, data.evaluation) if one is not None])
-    origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks)]
+    origin = [start.origin(settings.base), *check_resumed(start, config, data, ranks), *backups]
     nodes = gathered(ranks, "opening the data", own_node(), list)
     return _Prepared(start, settings, data, rates, origin, folder, job, nodes)
 
@@ -173,7 +174,7 @@ def _claim(prepared: _Prepared, ranks: Ranks) -> tuple[RunLock | None, Callable[
         lock = RunLock(prepared.folder, prepared.job, size)
         taken.append(lock)
         try:
-            _refuse_unwritable(prepared.folder / "checkpoints")
+            refuse_unwritable(prepared.folder / "checkpoints")
             if prepared.start.config.resume is None:
                 RecoveryRecord.remove(prepared.folder)
             else:
@@ -185,17 +186,6 @@ def _claim(prepared: _Prepared, ranks: Ranks) -> tuple[RunLock | None, Callable[
 
     token = decided_by_rank_0(ranks, claim)
     return taken[0] if taken else None, partial(checkpoint.owned_by, prepared.folder, token)
-
-
-def _refuse_unwritable(folder: Path) -> None:
-    """UserError where `folder`, or that which it is to be in, takes no file: the run would train until its save."""
-    try:
-        tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent).close()
-    except OSError as error:
-        raise UserError(
-            f"no checkpoint can be written to {folder}: {error.strerror or error}",
-            "Change its permissions, or choose another --output-dir.",
-        ) from error
 
 
 def _assemble(

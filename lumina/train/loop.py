@@ -110,7 +110,7 @@ def _between_steps(run: Run, last: bool) -> Outcome:
     run.outputs.profile_step()
     step, outcome = run.state.step, None
     evaluating = run.data.evaluation is not None and (last or step % run.config.eval_every_n_batches == 0)
-    if last or evaluating or run.saves.due() or run.stragglers.due(step):
+    if run.saves.due() or last or evaluating or run.stragglers.due(step):  # a backup may be due at the last step too
         outcome = settle(run)  # these wait for the device anyway
     if isinstance(outcome, Rewind | Fail):
         return outcome

@@ -49,15 +49,17 @@ def _slow(rank: int, *, metrics: Path) -> None:
 
 
 def test_a_slow_disk_puts_saves_off(runs: Runs, conversations: Path, place: Path) -> None:
-    """Steps go on while one save is written; the one due at step 6 begins when the writer is free."""
-    run = place / "run"
+    """Steps go on while one save is written; the one due at step 6 begins when the writer is free. A backup that is due
+    at the last step is made."""
+    run, disk = place / "run", place / "disk"
     # Steps take milliseconds, and the writer is to be free before the last of them on a busy machine too.
-    settings = {**SETTINGS, "max_steps": 40, "keep_last": 40}
+    settings = {**SETTINGS, "max_steps": 40, "keep_last": 40, "backup_dir": disk, "backup_every_n_batches": 40}
     slow = partial(_slow, metrics=run / "metrics.jsonl")
     job = runs.start(arguments(run, conversations, stage=2, **settings), 2, slow)
     assert job.wait() == [0, 0], job.stderr()
     assert 6 not in names(run)
     assert {3, 40} < set(names(run))
+    assert [path.name for path in checkpoint.list_checkpoints(disk / "run")] == [checkpoint.name_of(40)]
     assert all(checkpoint.integrity_error(path) is None for path in checkpoint.list_checkpoints(run / "checkpoints"))
 
 
@@ -152,6 +154,32 @@ def test_a_place_that_takes_no_checkpoint_is_refused_before_the_first_step(
     assert f"error: no checkpoint can be written to {run}/checkpoints: " in said
     assert "choose another --output-dir" in said
     assert [path.name for path in run.iterdir() if not path.name.startswith(".owner")] == ["checkpoints"]
+
+
+def test_a_place_that_takes_no_backup_is_refused_before_the_first_step(
+    runs: Runs, conversations: Path, place: Path
+) -> None:
+    """Nor is anything made for the run."""
+    (place / "disk").touch()
+    backups = {"backup_dir": place / "disk", "backup_every_n_batches": 1}
+    said = runs.refusal(arguments(place / "run", conversations, stage=1, max_steps=1, **SETTINGS, **backups))
+    assert f"error: no backup can be written to {place}/disk/run: Not a directory" in said
+    assert not (place / "run").exists()
+
+
+@pytest.mark.long  # what is refused when, and what is said, is what tests/train/saving/test_places.py holds
+def test_a_run_goes_on_while_its_backups_are_away(runs: Runs, conversations: Path, place: Path) -> None:
+    run, disk = place / "run", place / "disk"
+    steady = {"lr_scheduler": "constant", "warmup_ratio": 0, "backup_dir": disk, "backup_every_n_batches": 1}
+    line = arguments(run, conversations, stage=1, **SETTINGS, **steady)
+    assert f"WARNING: backup_dir {disk} is on the file system" in runs.train([*line, "--set", "max_steps=2"]).stdout()
+    assert checkpoint.name_of(2) in [path.name for path in checkpoint.list_checkpoints(disk / "run")]
+    disk.rename(place / "away")
+    disk.touch()
+    job = runs.train([*line, "--set", "max_steps=4", "--resume", "auto"])
+    assert f"WARNING: no backup can be written to {disk}/run at present: Not a directory" in job.stdout()
+    assert names(run)[0] == 4
+    assert "backup-failed" in rules(run)
 
 
 # --- Real file systems ----------------------------------------------------------------------------

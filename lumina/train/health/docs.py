@@ -114,6 +114,12 @@ last. While it writes, the next save waits its turn; the best evaluation's, a si
 stall is in `events.jsonl` (`values.stall`, seconds). The snapshot takes 12 bytes of host memory per parameter over all
 ranks, kept for the whole run.
 
+Before the first step a start sees whether checkpoints and backups can be written. Where checkpoints cannot, it is
+refused. Where backups cannot, a run that begins is refused if no later try could do better (a read-only disk, no
+permission, a file in the way); if it may pass (a disk that is away or full), and for a run that goes on, a warning says
+so, each backup that is due is tried, and a failure is `backup-failed`. A `backup_dir` on the file system of the run's
+folder, as of a disk that is not mounted at the moment, is a warning too.
+
 `lumina checkpoints list|verify|prune|restore|save RUN` works on a run's checkpoints and backups; `save` asks the job
 that trains it, on whatever node, through a file in `RUN/requests`, honoured within two steps.
 

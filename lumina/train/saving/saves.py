@@ -155,8 +155,9 @@ class Saves:
             self._failed("save-failed", "the checkpoint of the best evaluation: the save before it still runs")
 
     def finish(self) -> bool:
-        """Have a checkpoint of this step named and nothing under way; returns whether that is so. Tries again a few
-        times where that can help."""
+        """Have a checkpoint of this step named, with a backup where one is due, and nothing under way; returns whether
+        the checkpoint is. Tries again a few times where that can help."""
+        self.due()
         tried = False
         for wait in (0.0, 1.0, 4.0, None):
             settled = self._settled()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def as_of_0_2(run: Path) -> Path:
-    """The run as version 0.2.0 left it: no template in config.yaml, run.json or trainer.json."""
+    """The run as version 0.2.0 left it: no template in config.yaml, run.json or trainer.json, and nothing there of its
+    rotary angles."""
     settings = run / "config.yaml"
     settings.write_text("".join(s for s in settings.read_text().splitlines(True) if not s.startswith("chat_template")))
     if (run / "run.json").exists():
@@ -17,7 +18,8 @@ def as_of_0_2(run: Path) -> Path:
         (run / "run.json").write_text(json.dumps(record))
     for checkpoint in (run / "checkpoints").glob("step-*"):
         state = json.loads((checkpoint / "trainer.json").read_text())
-        state.pop("chat_template", None)
+        for name in ("chat_template", "rotary_angles"):
+            state.pop(name, None)
         (checkpoint / "trainer.json").write_text(json.dumps(state))
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         for file in manifest["files"]:

@@ -32,7 +32,7 @@ from lumina.checkpoint.integrity import (
     rank_files,
 )
 from lumina.checkpoint.lock import RunLock, last_global_batch, last_launch, owned_by, refuse_owned
-from lumina.checkpoint.model_shape import check_same_model, model_shape
+from lumina.checkpoint.model_shape import check_same_model, model_shape, other_angles, rotary_angles
 from lumina.checkpoint.requests import SaveReply, SaveRequests, request_save
 from lumina.checkpoint.retention import Retention, best_step, clear_leftovers, discard, prune, record_best
 
@@ -136,6 +136,7 @@ __all__ = [
     "name_of",
     "one_disk",
     "open_weights",
+    "other_angles",
     "owned_by",
     "partial_name",
     "prune",
@@ -144,6 +145,7 @@ __all__ = [
     "record_best",
     "refuse_owned",
     "request_save",
+    "rotary_angles",
     "run_path",
     "saved_adapter_settings",
     "slab_sizes",

@@ -1,10 +1,12 @@
-"""Model shape: the settings that a checkpoint's parameters depend on, compared before they are loaded."""
+"""Model shape: the settings that a checkpoint's parameters depend on, compared before they are loaded; and what the
+model computed otherwise when an earlier version trained it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from lumina.checkpoint.format import TrainerState
 from lumina.config import ModelConfig, UserError
 
 _MODEL_KEYS = (
@@ -34,3 +36,19 @@ def check_same_model(saved: dict[str, Any], own: dict[str, Any], source: Path) -
             f"{source} is a checkpoint of another shape: {'; '.join(differing)}",
             "Resume with the run's own configuration (its folder has config.yaml).",
         )
+
+
+def rotary_angles(config: ModelConfig) -> str:
+    """The dtype in which the model's rotary angles are computed."""
+    return "float64" if any(layer.rope is not None and layer.rope.wide for layer in config.layers) else "float32"
+
+
+def other_angles(saved: TrainerState, config: ModelConfig) -> str:
+    """For people: that an earlier version trained a checkpoint with float32's rotary angles, where the model has
+    float64's now; empty where that is not so."""
+    if not saved.step or saved.rotary_angles == rotary_angles(config) or rotary_angles(config) == "float32":
+        return ""
+    return (
+        f"its {saved.step:,} steps, or the first of them, were trained with rotary angles in float32; here they are in "
+        "float64, as of every context above 131,072 tokens (docs/long-context.md): expect a higher loss at first"
+    )

@@ -24,6 +24,7 @@ from lumina.checkpoint import (
     iter_weights,
     latest_valid,
     model_choices,
+    other_angles,
     rank_files,
     read_trainer_state,
 )
@@ -184,5 +185,7 @@ def load(path: str | Path, precision: str = "auto", step_seconds: float | None =
         parameters[name].copy_(weight)
     model.requires_grad_(False).eval()
     model.tile_feed_forward(_TILE_TOKENS)
-    tokenizer = fitting_tokenizer(checkpoint, config, step_seconds)
-    return Loaded(model, tokenizer, checkpoint, trainer_state_of(checkpoint).step)
+    tokenizer, state = fitting_tokenizer(checkpoint, config, step_seconds), trainer_state_of(checkpoint)
+    if angles := other_angles(state, config):
+        log.warning("%s: %s", checkpoint, angles)
+    return Loaded(model, tokenizer, checkpoint, state.step)

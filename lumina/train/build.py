@@ -308,6 +308,7 @@ def _initialise(
     trainer_state.global_batch_size, trainer_state.world = config.global_batch_size, ranks.world
     trainer_state.precision, trainer_state.zero_stage = settings.precision, engine.stage
     trainer_state.chat_template = config.chat_template or ""
+    trainer_state.rotary_angles = checkpoint.rotary_angles(config)
     trainer_state.lora = checkpoint.adapter_settings(config)
     trainer_state.base = {} if settings.base is None else checkpoint.base_reference(settings.base, folder)
     trainer_state.model, trainer_state.data_fingerprint = checkpoint.model_shape(config), data.train.fingerprint

@@ -264,10 +264,12 @@ def check_resumed(start: Start, config: Config, data: TrainingData, ranks: Ranks
             f"the training data is not what {source} was trained on, so its position in the data means nothing: {why}",
             f"Resume with the same files and data settings. {_another(source)}",
         )
+    angles = checkpoint.other_angles(start.trainer_state, config)
+    lines = [f"WARNING: {source}: {angles}"] if angles else []
     if before is None:
-        return []
+        return lines
     _refuse_another_schedule(before, config, data, start.trainer_state.step, source)
-    lines = [f"changed: {change}" for change in differences(before, now, OnResume.SHOWN, OnResume.SCHEDULE)]
+    lines += [f"changed: {change}" for change in differences(before, now, OnResume.SHOWN, OnResume.SCHEDULE)]
     given, size = start.config, config.global_batch_size
     made = given.batch_size * given.gradient_accumulation_steps * ranks.data_world
     if made != size:

@@ -62,10 +62,7 @@ class RunState:
         self.consistent = False
         snapshot.load_checkpoint(checkpoint, self.engine, trainer, progress)
         now = self.trainer_state
-        trainer_state.world, trainer_state.precision, trainer_state.zero_stage = (
-            now.world,
-            now.precision,
-            now.zero_stage,
-        )
+        for name in ("world", "precision", "zero_stage", "rotary_angles"):
+            setattr(trainer_state, name, getattr(now, name))
         self.trainer_state, self.spikes = trainer_state, SpikeDetector(config, trainer_state.guard)
         self.consistent = True

@@ -14,7 +14,7 @@ from lumina.cli import main
 from lumina.config import UserError
 from lumina.infer import find_checkpoint, load
 from tests.infer.damage import Payload
-from tests.infer.small_models import make_model, write_run
+from tests.infer.small_models import make_model, write_run, write_small_run
 
 
 def step_of(path: Path) -> int:
@@ -59,6 +59,16 @@ def test_damage_is_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.Log
     (run / "checkpoints/step-00000002/manifest.json").unlink()
     with pytest.raises(UserError, match=r"no checkpoint under .* is whole"):
         find_checkpoint(run)
+
+
+def test_a_model_that_was_trained_with_other_rotary_angles_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its trainer.json is as version 0.2.0 wrote it."""
+    load(write_small_run(tmp_path / "long", seq_length=2**17 + 1))
+    load(write_small_run(tmp_path / "short", seq_length=2**17))
+    (said,) = [record.getMessage() for record in caplog.records if "rotary angles" in record.getMessage()]
+    assert said.startswith(f"{tmp_path}/long/checkpoints/step-00000005: its 5 steps")
 
 
 def test_the_seeds_spelling_is_the_newest_runs_best(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.runs import Runs, arguments, losses, write_conversations
+from lumina.checkpoint import read_trainer_state
+from tests.earlier_versions import as_of_0_2
+from tests.runs import Runs, arguments, losses, newest, write_conversations
 
 QUICK = {
     "max_steps": 3,
@@ -125,3 +127,23 @@ def test_a_moved_run_goes_on_where_it_is(runs: Runs, run: Path, place: Path, tra
     said = runs.train(["--resume", str(moved)]).stdout()
     assert f"goes on from {moved}/checkpoints/step-00000003, step 3" in said
     assert (trained / "train.log").read_bytes() == before
+
+
+def test_a_checkpoint_says_in_what_its_rotary_angles_are(run: Path) -> None:
+    assert read_trainer_state(newest(run))[0].rotary_angles == "float32"
+
+
+@pytest.mark.long  # what is said of which checkpoint is what tests/checkpoint/test_model_shape.py holds
+def test_other_rotary_angles_are_said_once(runs: Runs, place: Path, conversations: Path) -> None:
+    """Of a context above 131,072 tokens, whose angles were float32's up to 0.2.0."""
+    run, settings = place / "run", {**CONSTANT, "seq_length": 131_080, "batch_size": 1, "global_batch_size": 1}
+    resumed = lambda steps: runs.train(
+        [*arguments(run, conversations, **{**settings, "max_steps": steps}), "--resume", "auto"]
+    ).stdout()
+    assert "rotary angles" not in resumed(2)
+    as_of_0_2(run)
+    said = resumed(3)
+    assert (
+        f"WARNING: {run}/checkpoints/step-00000002: its 2 steps, or the first of them, were trained with rotary" in said
+    )
+    assert "rotary angles" not in resumed(4)

@@ -1,11 +1,19 @@
-"""How many ranks share a row of a start, by the processes that it has."""
+"""How many ranks share a row of a start, by the processes that it has; what a resume says."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from lumina.checkpoint import TrainerState, model_shape
 from lumina.config import UserError
-from lumina.train.initialise import sequence_groups
+from lumina.train.deepspeed import Ranks
+from lumina.train.initialise import Start, check_resumed, sequence_groups
+from lumina.train.recovery.record import RecoveryRecord
+from tests.train.tiny_engines import make_config
 
 
 @pytest.mark.parametrize(
@@ -26,3 +34,14 @@ def test_another_launch_is_refused(asked: int, world: int) -> None:
 
 def test_whole_groups_are_taken_as_they_are() -> None:
     assert sequence_groups(2, 4, relaunched=False) == 2
+
+
+@pytest.mark.parametrize(("recorded", "lines"), [("", 1), ("float64", 0)])
+def test_a_resume_says_that_its_rotary_angles_are_others(recorded: str, lines: int) -> None:
+    config, data = make_config(seq_length=2**17 + 1), SimpleNamespace(train=SimpleNamespace(fingerprint="f"))
+    state = TrainerState(step=7, model=model_shape(config), data_fingerprint="f", rotary_angles=recorded)
+    start, unused = Start(config, Path("run/checkpoints/step-00000007"), state, {}, RecoveryRecord()), Ranks(0, 1, 0, 1)
+    given: Any = data
+    said = check_resumed(start, config, given, unused)
+    assert len(said) == lines
+    assert all(line.startswith(f"WARNING: {start.checkpoint}: its 7 steps") for line in said)

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent import futures
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
@@ -144,7 +144,7 @@ def _connect(here: Launched, wait: _Wait) -> Any:
 def _in_thread(make: Callable[[], Any], wait: Callable[[], None]) -> Any:
     """What `make` returns or raises; `wait` is called until then. For what cannot be interrupted: torch waits without
     an end for the first answer of whatever listens, such as a rank 0 that is suspended, or no store at all."""
-    done: Future[Any] = Future()
+    done: futures.Future[Any] = futures.Future()
 
     def run() -> None:
         try:
@@ -153,13 +153,10 @@ def _in_thread(make: Callable[[], Any], wait: Callable[[], None]) -> Any:
             done.set_exception(error)
 
     threading.Thread(target=run, name="lumina-rendezvous", daemon=True).start()
-    while True:
-        try:
-            return done.result(timeout=2 * _POLL)
-        except TimeoutError:
-            if done.done():
-                raise
-            wait()
+    # Not by a result's own time limit: it may come right after that, and its TimeoutError is no answer then.
+    while not futures.wait([done], timeout=2 * _POLL).done:
+        wait()
+    return done.result()
 
 
 def _agent_serves(environment: Mapping[str, str]) -> bool:

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +94,23 @@ def test_rank_0_ends_meanwhile(meeting: list[TCPStore]) -> None:
     with pytest.raises(UserError, match="rank 0 has ended"):
         await_ranks(Launched("torch", 2, 3, 2, 3), patience=60)
     ending.join()
+
+
+def test_the_store_answers_just_when_a_turn_of_waiting_ends(
+    meeting: list[TCPStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of the turn was taken for an answer, an error, and the rank asked anew."""
+    answer = Future.result
+
+    def just_after(self: Future[Any], timeout: float | None = None) -> Any:
+        found = answer(self)
+        if timeout is not None:
+            raise TimeoutError
+        return found
+
+    monkeypatch.setattr(Future, "result", just_after)
+    PrefixStore(prefix({}), meeting[0]).set("lumina/all", "")
+    assert await_ranks(Launched("torch", 2, 3, 2, 3), patience=60) is not None
 
 
 def test_another_job_meets_there(meeting: list[TCPStore], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,7 @@ def test_save_asks_a_running_job(
 ) -> None:
     run = place / "run"
     settings = {"precision": "fp32", "batch_size": 2, "global_batch_size": 4, "save_every_n_batches": 10_000}
+    settings |= {"max_steps": 1_000_000, "epochs": 100_000}  # the run is still there when it is asked
     job = runs.start(arguments(run, conversations, stage=2, **settings), 2)
     job.wait_for_step(2)
     assert lumina("save", run, "--timeout", 120) == 0

@@ -34,7 +34,7 @@ from types import TracebackType
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-HEAD = "head"
+HEAD, BUSY = "head", 3  # BUSY: times as long as alone a machine may take that does other things too
 NEEDS = ("sshd", "ssh", "ssh-keygen", "pdsh", "unshare", "nsenter", "ip", "tc")
 SLURM_NEEDS = ("slurmctld", "slurmd", "munged", "srun", "sbatch")
 
@@ -81,11 +81,11 @@ class Job:
         return self.log.read_text(errors="replace")
 
     def wait(self, patience: float) -> int:
-        """The exit code, within `patience` seconds."""
+        """The exit code, within `patience` seconds of a machine that does nothing else."""
         try:
-            return self.process.wait(patience)
+            return self.process.wait(BUSY * patience)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {patience} s:\n{self.output()[-6000:]}") from None
+            raise AssertionError(f"still running after {BUSY * patience} s:\n{self.output()[-6000:]}") from None
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -379,8 +379,8 @@ def _run(command: Sequence[str]) -> None:
 
 
 def until(holds: Callable[[], bool], patience: float, otherwise: str | Callable[[], str]) -> None:
-    """Wait until something holds; an AssertionError after `patience` seconds."""
-    deadline = time.monotonic() + patience
+    """Wait until something holds; an AssertionError after `patience` seconds of a machine that does nothing else."""
+    deadline = time.monotonic() + BUSY * patience
     while not holds():
         assert time.monotonic() < deadline, otherwise if isinstance(otherwise, str) else otherwise()
         time.sleep(0.05)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multinode.cluster import NEEDS, Cluster, missing
+from tests.multinode.cluster import BUSY, NEEDS, Cluster, missing
 
 REASON = (
     f"needs root for namespaces, and these commands (make test-cluster installs them): {missing(NEEDS) or 'all here'}"
@@ -18,6 +18,8 @@ REASON = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
+        if item.path.is_relative_to(here) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(300 * BUSY))
         if item.path.is_relative_to(here) and item.get_closest_marker("cluster") is None:
             item.add_marker(pytest.mark.cluster)
         if item.path.is_relative_to(here) and (os.geteuid() != 0 or missing(NEEDS)):

@@ -39,7 +39,7 @@ def strike(kind: str, cluster: Cluster, rng: random.Random) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_run_completes_with_the_samples_of_the_undisturbed_one(
     cluster: Cluster, runs: Runs, conversations: Path, place: Path
 ) -> None:

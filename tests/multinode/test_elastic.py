@@ -22,7 +22,7 @@ from tests.multinode.elastic import (
 from tests.runs import Runs, arguments, newest, steps
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_lost_nodes_are_done_without_and_taken_in_again(
     cluster: Cluster, runs: Runs, conversations: Path, place: Path
 ) -> None:

@@ -31,7 +31,7 @@ def shared(run: Path) -> list[int]:
 
 
 @pytest.mark.long  # three starts across nodes and a second run: two minutes
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_rows_shared_by_two_nodes_of_which_one_is_lost(
     cluster: Cluster, runs: Runs, conversations: Path, place: Path
 ) -> None:

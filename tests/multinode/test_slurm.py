@@ -81,7 +81,7 @@ def wait_for(cluster: Cluster, job: str, wanted: str, log: Path, patience: float
     )
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_way_of_stopping_saves_requeues_and_finishes(
     slurm: Cluster, runs: Runs, conversations: Path, place: Path
 ) -> None:
@@ -104,7 +104,7 @@ def test_every_way_of_stopping_saves_requeues_and_finishes(
 
         until(trains, REQUEUED, lambda: story(slurm, job, log))
         slurm.run("head", way)
-        until(lambda n=number: log.read_text().count("The checkpoint is saved") == n, 30, "nothing was saved in 30 s")
+        until(lambda n=number: log.read_text().count("The checkpoint is saved") == n, 30, "nothing was saved")
     until(lambda: start_soon(slurm, job) or at(run) == STEPS, REQUEUED, lambda: story(slurm, job, log))
     wait_for(slurm, job, "COMPLETED", log)
     assert worlds(run) == [2, 2, 2, 2]

@@ -34,7 +34,7 @@ def agent(cluster: Cluster, node: str, store: str, words: list[str]) -> Job:
 
 
 @pytest.mark.long  # two starts across nodes: a minute each
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("store", "lost"), [("n0", "n1"), ("n1", "n0")], ids=["beside rank 0", "with rank 0"])
 def test_a_node_that_lost_its_agent_joins_the_run_again(
     store: str, lost: str, cluster: Cluster, conversations: Path, place: Path

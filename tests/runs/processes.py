@@ -147,6 +147,14 @@ class Job:
             assert time.monotonic() < deadline, f"no step {step} after {PATIENCE} s"
             time.sleep(0.005)
 
+    def wait_for_checkpoint(self) -> None:
+        """Until one has its name: it is written beside the steps."""
+        deadline = time.monotonic() + PATIENCE
+        while not checkpoint.list_checkpoints(self.metrics.parent / "checkpoints"):
+            assert all(rank.is_alive() for rank in self.ranks), f"ended without a checkpoint:\n{self.stderr()}"
+            assert time.monotonic() < deadline, f"no checkpoint after {PATIENCE} s"
+            time.sleep(0.005)
+
     def wait(self) -> list[int]:
         """The exit code of every rank; minus the signal's number where one ended it."""
         deadline = time.monotonic() + PATIENCE
@@ -246,6 +254,21 @@ class Runs:
         """Kill what still runs."""
         for job in self._jobs:
             job.end()
+
+
+def held_at(step: int, rank: int) -> None:
+    """In a rank's process: the step after `step`, and each later one, begins once a signal asks the run to stop. A run
+    that is to be killed, or asked to stop, then has not ended before, however late that comes."""
+    from lumina.train import loop
+
+    plain = loop.take_step
+
+    def held(run: loop.Run, data: Any) -> Any:
+        while data.step >= step and run.stop.signal is None:
+            time.sleep(0.01)
+        return plain(run, data)
+
+    loop.take_step = held
 
 
 # --- Results --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lumina.files import file_sha256
 from lumina.infer import import_hf, load
 from lumina.train import step
 from tests.infer.hf_models import make_hf
-from tests.runs import Runs, differing, final, losses, newest, write_conversations
+from tests.runs import Runs, differing, final, held_at, losses, newest, write_conversations
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
@@ -101,7 +102,7 @@ def test_killed_and_resumed_bit_for_bit(
     settings = {"stage": stage, "max_steps": 10, "save_every_n_batches": 3, "precision": precision, "lora_dropout": 0.2}
     assert runs.start(argv(place / "whole", data, base, **settings), world, patch=_draw_more).wait() == [0] * world
     line = argv(place / "killed", data, base, **settings)
-    job = runs.start(line, world)
+    job = runs.start(line, world, partial(held_at, 9))
     job.wait_for_step(5)
     job.kill()
     resumed = ["--config", str(place / "killed/config.yaml"), "--resume", "auto", *line[line.index("--train-data") :]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from lumina.cli import main
 from lumina.config import load
 from tests.earlier_versions import as_of_0_2
-from tests.runs import Runs, arguments, differing, final, newest, steps
+from tests.runs import Runs, arguments, differing, final, held_at, newest, steps
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
@@ -60,8 +61,10 @@ def test_a_run_keeps_its_template(template: str, runs: Runs, place: Path, capsys
     given = {"chat_template": template} if first else {}
     whole, run = place / "whole", place / "killed"
     runs.train(arguments(whole, data, whole_vocabulary=True, **settings, **given))
-    job = runs.start(arguments(run, data, whole_vocabulary=True, **settings, **given))
+    argv = arguments(run, data, whole_vocabulary=True, **settings, **given)
+    job = runs.start(argv, patch=partial(held_at, STEPS - 1))
     job.wait_for_step(KILLED)
+    job.wait_for_checkpoint()
     job.kill()
     if first:
         as_of_0_2(run)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs import Runs, arguments, differing, final, losses, steps
+from tests.runs import Runs, arguments, differing, final, held_at, losses, steps
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -69,7 +70,7 @@ def test_two_ranks_are_one_and_survive_a_kill(
         assert mine == pytest.approx(theirs, rel=2e-2)  # a token at the boundary between two experts may change sides
         assert mine["load"] >= 1
     argv = arguments(killed, conversations, stage=stage, resume="auto", **settings)
-    job = runs.start(argv, 2)
+    job = runs.start(argv, 2, partial(held_at, STEPS - 1))
     job.wait_for_step(4)
     job.kill()
     runs.train(argv, 2)
@@ -86,7 +87,7 @@ def test_resized_from_two_ranks_to_one_to_three(
     for world, last in ((2, 3), (1, 6), (3, STEPS)):
         # The schedule is that of the whole run: a start is killed once it has saved its step.
         argv = arguments(run, conversations, stage=stage, resume="auto", **(settings | {"save_every_n_batches": 1}))
-        job = runs.start(argv, world)
+        job = runs.start(argv, world, partial(held_at, STEPS - 1) if last < STEPS else None)
         if last < STEPS:
             job.wait_for_step(last)
             job.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lumina.monitor import read_metrics
 from lumina.monitor.reports.html import render
 from lumina.monitor.reports.run_data import read
 from tests.infer.hf_models import make_hf
-from tests.runs import Runs, differing, final, losses
+from tests.runs import Runs, differing, final, held_at, losses
 from tests.runs.pairs import write_pairs
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
@@ -94,8 +95,9 @@ def test_killed_and_resumed_bit_for_bit(
     settings = {"stage": stage, "max_steps": 12, "save_every_n_batches": 3, "batch_size": 1, "lora_rank": rank}
     runs.train(argv(place / "whole", data, base, **settings), world)
     line = argv(place / "killed", data, base, **settings)
-    job = runs.start(line, world)
-    job.wait_for_step(7)  # the first checkpoint, written beside the steps, is whole before the second begins
+    job = runs.start(line, world, partial(held_at, 11))
+    job.wait_for_step(7)
+    job.wait_for_checkpoint()
     job.kill()
     run = place / "killed"
     (kept,) = run.glob("reference/*.npy")

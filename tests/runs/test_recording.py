@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from lumina.monitor.reports.html import render
 from lumina.monitor.reports.run_data import read
 from lumina.monitor.reports.runs import list_runs
 from lumina.monitor.run_json import read_run
-from tests.runs import Runs, arguments, steps, write_conversations
+from tests.runs import Runs, arguments, held_at, steps, write_conversations
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -33,8 +34,9 @@ def test_killed_and_resumed_on_two_ranks(runs: Runs, tmp_path: Path) -> None:
     run = tmp_path / "experiments" / "run"
     settings = {"max_steps": 9, "save_every_n_batches": 3, "eval_every_n_batches": 3, "eval_fraction": 0.2}
     argv = [*arguments(run, data, stage=1, global_batch_size=8, **settings), "--tracker", "tensorboard"]
-    first = runs.start(argv)
+    first = runs.start(argv, patch=partial(held_at, 8))
     first.wait_for_step(5)
+    first.wait_for_checkpoint()
     first.kill()
     assert list_runs(run.parent)[0]["state"] == "stale"
     runs.train([*argv, "--resume", "auto", "--set", "system_metrics_seconds=0.2"], world=2)

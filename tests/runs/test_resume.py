@@ -18,7 +18,7 @@ import tests.runs as real
 from lumina import checkpoint
 from lumina.checkpoint import write
 from lumina.train.saving.saves import Saves
-from tests.runs import Runs, State, arguments, differing, final, losses, newest
+from tests.runs import Runs, State, arguments, differing, final, held_at, losses, newest
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
 
@@ -86,7 +86,7 @@ def test_killed_and_resumed(
     argv = arguments(run, conversations, stage=stage, precision=precision, **SETTINGS)
     rng = random.Random(100 * world + stage)
     for step in sorted(rng.sample(range(1, STEPS - 3), kills)):
-        job = runs.start([*argv, "--resume", "auto"], world)
+        job = runs.start([*argv, "--resume", "auto"], world, partial(held_at, STEPS - 1))
         job.wait_for_step(step)
         job.kill()
     runs.train([*argv, "--resume", "auto"], world)
@@ -156,7 +156,7 @@ def test_a_flipped_byte_in_the_newest_checkpoint(
 ) -> None:
     run = place / "flipped"
     argv = arguments(run, conversations, stage=2, precision="bf16", **SETTINGS)
-    job = runs.start([*argv, "--set", "save_async=false"], 2)
+    job = runs.start([*argv, "--set", "save_async=false"], 2, partial(held_at, STEPS - 1))
     job.wait_for_step(2 * EVERY + 1)
     job.kill()
     damaged = newest(run)
@@ -205,7 +205,7 @@ def torch_norm(tensor: Any) -> float:
 def test_sigterm_saves_and_exits_75(runs: Runs, conversations: Path, undisturbed: Undisturbed, place: Path) -> None:
     run = place / "stopped"
     argv = arguments(run, conversations, stage=2, precision="fp32", **SETTINGS)
-    job = runs.start(argv)
+    job = runs.start(argv, patch=partial(held_at, STEPS - 2))
     job.wait_for_step(4)
     job.signal(signal.SIGTERM)
     assert job.wait() == [75]
@@ -222,7 +222,8 @@ def test_sigterm_saves_and_exits_75(runs: Runs, conversations: Path, undisturbed
 
 def test_sigterm_to_one_rank_stops_all(runs: Runs, conversations: Path, place: Path) -> None:
     run = place / "stopped"
-    job = runs.start(arguments(run, conversations, stage=1, precision="fp32", **SETTINGS), 2)
+    endless = SETTINGS | {"max_steps": 100_000, "epochs": 100_000}
+    job = runs.start(arguments(run, conversations, stage=1, precision="fp32", **endless), 2)
     job.wait_for_step(2)
     job.signal(signal.SIGTERM, rank=1)
     assert job.wait() == [75, 75]

@@ -22,7 +22,7 @@ from lumina.cluster import EXIT_STOPPED
 from lumina.infer import import_hf
 from lumina.monitor import read_metrics, read_run
 from tests.infer.hf_models import make_hf
-from tests.runs import Runs, arguments, differing, final, losses, state, steps
+from tests.runs import Runs, arguments, differing, final, held_at, losses, state, steps
 from tests.runs.pairs import write_pairs
 
 pytestmark = pytest.mark.timeout(900)  # the first start on a machine compiles DeepSpeed's operators
@@ -265,7 +265,7 @@ def test_killed_and_resumed_bit_for_bit(world: int, stage: int, runs: Runs, few:
     settings = SETTINGS | {"sequence_parallel_size": 2, "save_every_n_batches": 3, "max_steps": 14}
     runs.train(arguments(place / "whole", few, stage=stage, **settings), world)
     line = arguments(place / "killed", few, stage=stage, **settings)
-    job = runs.start(line, world)
+    job = runs.start(line, world, partial(held_at, 13))
     job.wait_for_step(7)
     job.kill()
     runs.train([*line, "--resume", "auto"], world)
@@ -283,7 +283,7 @@ def test_resized_between_groups_and_sizes(alone: Alone, runs: Runs, few: Path, p
         if number == 4:
             runs.train(line, world)
             break
-        job = runs.start(line, world)
+        job = runs.start(line, world, partial(held_at, 18))
         job.wait_for_step(5 * number - 2)
         for rank in range(world):
             job.signal(signal.SIGTERM, rank)
@@ -293,8 +293,10 @@ def test_resized_between_groups_and_sizes(alone: Alone, runs: Runs, few: Path, p
     assert [record["samples"] for record in steps(run)] == [record["samples"] for record in steps(expected)]
 
 
-def _one_launch(rank: int) -> None:
+def _one_launch(rank: int, *, held: bool) -> None:
     os.environ["LUMINA_JOB"] = "night"
+    if held:
+        held_at(8, rank)
 
 
 @pytest.mark.long
@@ -302,7 +304,7 @@ def test_a_launch_that_lost_a_rank_goes_on_with_what_fits(alone: Alone, runs: Ru
     expected, run = alone.run(max_steps=10), place / "run"
     line = arguments(run, few, **SETTINGS | {"sequence_parallel_size": 2, "max_steps": 10, "save_every_n_batches": 3})
     for world, ends in ((2, False), (1, False), (2, True)):
-        job = runs.start(line, world, patch=_one_launch)
+        job = runs.start(line, world, patch=partial(_one_launch, held=not ends))
         if not ends:
             job.wait_for_step(3 if world == 2 else 6)
             for rank in range(world):

@@ -127,10 +127,7 @@ class _Process:
     def _ask(self, request: tuple[Any, ...], seconds: float) -> tuple[str, Any, int]:
         """What the process makes of a request: the kind of its answer, the answer, and its exit code where it has
         ended."""
-        if self._running is None:
-            self._start()
-        assert self._running is not None
-        child, pipe = self._running
+        child, pipe = self._running or self._start()  # looked at once: `close` in another thread forgets it
         kind: str
         value: Any = None
         try:
@@ -158,7 +155,7 @@ class _Process:
             running[0].kill()
             running[0].wait()
 
-    def _start(self) -> None:
+    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         here, there = Pipe()
         command = [sys.executable, "-P", "-m", __name__, str(there.fileno())]
         # This package may be importable only through this process's sys.path (a source tree, a notebook).
@@ -180,6 +177,7 @@ class _Process:
                 },
             )
         self._running, self._owner = (child, here), os.getpid()
+        return child, here
 
 
 def _remedy(number: int) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def run_tasks(tasks: Sequence[tuple[int, Task]], workers: int, tokenizer: ChatTo
     finally:
         for process in processes:
             if process.stdin and process.poll() is None:
-                process.stdin.close()
+                with suppress(OSError):  # it was killed right now, and had not read all
+                    process.stdin.close()
         for process in processes:
             process.wait()
         for thread in threads:

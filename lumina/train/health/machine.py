@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +32,7 @@ class MachineWatch:
         if self._nvml is not None:
             with suppress(Exception):  # a driver that does not answer must not stop a run
                 self._gpus = visible_gpus(self._nvml)
-        self._found: tuple[dict[str, int], tuple[GpuFigures, ...]] | None = None
+        self._found = deque[MachineObservation](maxlen=1)  # taken by one thread while another measures
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lumina-machine", daemon=True)
         self._thread.start()
@@ -46,14 +47,15 @@ class MachineWatch:
             for gpu in self._gpus:
                 with suppress(Exception):  # a GPU that fell off the bus must not end the thread
                     gpus.append(_gpu(self._nvml, gpu.index, gpu.handle))
-            self._found = free, tuple(gpus)
+            self._found.append(MachineObservation(free, self._checkpoint_bytes, tuple(gpus)))
             if self._closed.wait(self._seconds):
                 return
 
     def latest(self) -> MachineObservation | None:
         """What was measured since the last call, None for nothing new."""
-        found, self._found = self._found, None
-        return None if found is None else MachineObservation(found[0], self._checkpoint_bytes, found[1])
+        with suppress(IndexError):
+            return self._found.pop()
+        return None
 
     def close(self) -> None:
         self._closed.set()

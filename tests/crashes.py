@@ -344,7 +344,7 @@ def record(runs: Runs, run: Path, data: Path, saves: int) -> Disk:
     _until(enough, job)
     job.signal(signal.SIGTERM)
     assert job.wait() == [75, 75], job.stderr()
-    tracer.wait(timeout=60)
+    tracer.wait(timeout=200)
     recording.read(log)
     there = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     simulated = recording.disk.after(list(enumerate(recording.disk.operations)))

@@ -160,7 +160,7 @@ def train_twice(folder: Path, data: Path) -> None:
     done: list[lumina.TrainedRun] = []  # a thread gets no signals
     worker = threading.Thread(target=lambda: done.append(train(tiny(folder, data, "thread"))))
     worker.start()
-    worker.join(120)
+    worker.join(240)
     assert done[0].finished
 
 

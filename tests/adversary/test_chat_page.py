@@ -67,7 +67,7 @@ def test_the_work_grows_with_the_text_alone(tmp_path: Path) -> None:
     ]
     given = json.dumps([*TEXTS.values()])
     told = json.loads(
-        subprocess.run(command, input=given, capture_output=True, text=True, check=True, timeout=60).stdout
+        subprocess.run(command, input=given, capture_output=True, text=True, check=True, timeout=200).stdout
     )
     for (name, text), looked in zip(TEXTS.items(), told, strict=True):
         assert looked <= 20 * len(text), name

@@ -232,7 +232,7 @@ MEETS = {
 }
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_no_command_hangs_with_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,7 +247,7 @@ def test_no_command_hangs_with_a_model(
     assert {path.name for path in tmp_path.iterdir()} <= {"run", "a.jsonl", "cache"}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_no_command_hangs_on_a_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,7 +96,7 @@ LINES: list[tuple[tuple[str, ...], str]] = [
 ]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("line", "said"), LINES, ids=lambda value: " ".join(value)[:40] if type(value) is tuple else ""
 )

@@ -136,13 +136,16 @@ def test_the_loop_goes_on_while_a_body_is_read(server: Running) -> None:
     """Other requests are answered between the beginning of one that takes long and its end."""
     body = SAYS + b",".join(b'"metadata":%d' % i for i in range(120_000)) + b',"user":0,"f":0}'
     with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=60) as other:  # made before: that takes long, too
-        read = pool.submit(server.post, content=body, headers={"Content-Type": "application/json"})
-        answered = 0
-        while not read.done():
-            assert other.get(f"{server.address}/health").status_code == 200
-            answered += 1
-        assert read.result().json()["error"]["param"] == "f"
-    assert answered > 1
+        for _ in range(20):  # a machine that does other things may give the clients no turn meanwhile
+            read = pool.submit(server.post, content=body, headers={"Content-Type": "application/json"})
+            answered = 0
+            while not read.done():
+                assert other.get(f"{server.address}/health").status_code == 200
+                answered += 1
+            assert read.result().json()["error"]["param"] == "f"
+            if answered > 2:
+                return
+    raise AssertionError("nobody else was answered before the body was read")
 
 
 def test_what_is_refused_says_why() -> None:

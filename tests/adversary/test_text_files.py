@@ -49,7 +49,7 @@ def test_a_byte_order_mark_is_no_character(tmp_path: Path) -> None:
     assert read_object(tmp_path / "a.json") == {"a": 1}
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(100)
 def test_a_pipe_in_a_files_place_is_refused_at_once(tmp_path: Path) -> None:
     """Opened for reading, a pipe that nobody writes to would be waited for without end."""
     os.mkfifo(tmp_path / "config.json")

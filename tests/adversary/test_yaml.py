@@ -35,7 +35,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("text", "said"), TEXTS, ids=lambda value: repr(value)[:30])
 def test_a_text_is_refused_in_a_message(text: str, said: str | None) -> None:
     if said is None:

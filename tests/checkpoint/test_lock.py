@@ -198,6 +198,7 @@ def test_on_another_machine_the_heartbeat_tells(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(lock_module, "_STALE", 1.0)
     heartbeat = elsewhere(tmp_path)
     refuse_owned(tmp_path, None)  # it did not go on
+    monkeypatch.setattr(lock_module, "_STALE", 60.0)  # the first renewal is seen, whenever it comes
     heartbeat.touch()
     going = threading.Event()
 

@@ -114,7 +114,7 @@ def test_refused_before_torch(place: Path, line: str, says: str) -> None:
         env=clean_environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -143,7 +143,7 @@ def test_the_first_word_comes_before_torch(place: Path, line: str) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 99, done.stderr
     assert (done.stdout + done.stderr).strip()

@@ -23,7 +23,7 @@ def install(example: str, folder: Path) -> dict[str, str]:
     source, site = folder / "source", folder / "site"
     shutil.copytree(EXAMPLES / example, source)  # a build leaves files beside its source
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
-    subprocess.run([*command, str(site), str(source)], check=True, timeout=120)
+    subprocess.run([*command, str(site), str(source)], check=True, timeout=280)
     return {**clean_environment(), "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
 
@@ -112,7 +112,7 @@ def test_the_callback(tmp_path: Path, chitchat: Path) -> None:
 @pytest.fixture(scope="module")
 def chitchat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chitchat")
-    subprocess.run([sys.executable, "-m", "lumina.data.chitchat", str(folder)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "lumina.data.chitchat", str(folder)], check=True, timeout=280)
     return folder / "chitchat.train.jsonl"
 
 

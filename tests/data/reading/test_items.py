@@ -311,7 +311,7 @@ def test_what_memory_does_not_suffice_for_is_told_as_that(tmp_path: Path) -> Non
             writer.write_table(table)
     done = subprocess.run(
         [sys.executable, "-P", "-c", SHORT_OF_MEMORY, str(lines), *tables],
-        env=clean_environment(), capture_output=True, text=True, timeout=100, check=False
+        env=clean_environment(), capture_output=True, text=True, timeout=280, check=False
     )  # fmt: skip
     assert done.stdout == "takes too much memory and broken JSON\nno memory\n", done.stderr
 

@@ -26,13 +26,13 @@ class Running:
     connections: Connections
 
     def client(self, key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=120)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.address + path, timeout=60, **options)
+        return httpx.get(self.address + path, timeout=120, **options)
 
     def post(self, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
-        return httpx.post(self.address + path, timeout=60, **options)
+        return httpx.post(self.address + path, timeout=120, **options)
 
     def metric(self, line: str) -> float:
         """The value of one line of /metrics, 0 when it is not there."""

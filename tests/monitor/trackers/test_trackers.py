@@ -99,7 +99,7 @@ def test_wandb_goes_on_for_the_runs_of_a_notebook(own: str, tmp_path: Path) -> N
     """Only a service that is the abandoned run's alone is ended, and the next run has another."""
     done = subprocess.run(
         [sys.executable, "-c", NOTEBOOK, str(tmp_path), own],
-        env={**without_trackers(), "WANDB_MODE": "offline"}, capture_output=True, text=True, timeout=100, check=False
+        env={**without_trackers(), "WANDB_MODE": "offline"}, capture_output=True, text=True, timeout=280, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     from lumina.monitor.trackers.wandb import offline_rows

@@ -122,7 +122,7 @@ def test_two_processes_compare_themselves(tmp_path: Path) -> None:
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     said: list[Any] = [json.loads(line) for line in done.stdout.splitlines()]

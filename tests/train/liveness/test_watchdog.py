@@ -49,6 +49,7 @@ with Watchdog(0, 1.0, StopRequest(), rank=3) as dog:
 """,
     # The first heartbeat may take longer than the others, and a child that was forked lives on.
     "heartbeats": """
+watchdog._SUSPENDED = 0.5  # a machine that stalls as a whole
 with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
     child = os.fork()
     if child == 0:
@@ -62,6 +63,7 @@ print("done")
 """,
     # Marks of a step's passes are progress, also after a signal; what stands still then is named with the last one.
     "marks": """
+watchdog._SUSPENDED = 0.5
 with Watchdog(2.0, 2.0, StopRequest(), rank=3) as dog:
     dog.heartbeat("step 7, micro-batch 1")
     for layer in range(9):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from lumina import Callback, Context, load_config, train
 from lumina.chat import Conversation, Message
 from lumina.chat.hf import bounded
 from lumina.infer import Sampling, generate, load
-from lumina.train.deepspeed import PHASES
+from lumina.train.deepspeed import PHASES, StepTimer
+from lumina.train.deepspeed.timing import PhaseTimes
 from tests.runs import Runs, arguments, newest, steps, write_conversations
 from tests.small_tokenizer import VOCABULARY, write_tokenizer
 
@@ -34,6 +37,21 @@ def kept(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def _note_laps(file: Path, rank: int) -> None:
+    """Rank 0's step timer says between which two readings of the clock each of its laps is."""
+    plain = StepTimer.lap
+
+    def lap(self: StepTimer) -> PhaseTimes:
+        before = time.perf_counter()
+        found = plain(self)
+        if rank == 0:
+            with file.open("a", encoding="utf-8") as laps:
+                laps.write(json.dumps([before, time.perf_counter()]) + "\n")
+        return found
+
+    StepTimer.lap = lap  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(("stage", "world"), [(0, 1), (3, 2)])
 def test_answers_and_times_of_a_run(runs: Runs, tmp_path: Path, stage: int, world: int) -> None:
     data = write_conversations(tmp_path / "train.jsonl", 30, seed=1)
@@ -44,7 +62,8 @@ def test_answers_and_times_of_a_run(runs: Runs, tmp_path: Path, stage: int, worl
         batch_size=2, global_batch_size=8, learning_rate=3e-3, precision="fp32", sample_tokens=6,
         sample_prompts=prompts,
     )  # fmt: skip
-    job = runs.train(argv, world)
+    job = runs.start(argv, world, partial(_note_laps, tmp_path / "laps"))
+    assert job.wait() == [0] * world, job.stderr()
     assert "fills the context" in job.stderr()
 
     records = kept(run)
@@ -60,16 +79,18 @@ def test_answers_and_times_of_a_run(runs: Runs, tmp_path: Path, stage: int, worl
     ]
     assert any(answer["answer"] for answer in records[-1]["answers"])
 
-    taken = steps(run)
-    for record, following in pairwise(taken):
-        split = following["seconds"]
+    taken, laps = steps(run), [json.loads(line) for line in (tmp_path / "laps").read_text().splitlines()]
+    assert len(laps) == 1 + len(taken)  # the first is that of what came before the steps
+    for record, (began, ended) in zip(taken, pairwise(laps), strict=True):
+        split = record["seconds"]
         assert set(split) <= set(PHASES)
         assert all(split[name] > 0 for name in ("data", "forward", "backward", "communication", "optimizer"))
-        # The phases add up to the time between the two records, which are stamped a moment after the split.
-        assert sum(split.values()) == pytest.approx(following["time"] - record["time"], rel=0.2, abs=0.05)
-        assert following["supervised_tokens_per_s"] / following["tokens_per_s"] == pytest.approx(
-            following["supervised_tokens"] / following["tokens"]
+        # The phases add up to the time between two laps; the record has them in microseconds.
+        assert ended[0] - began[1] - 1e-4 <= sum(split.values()) <= ended[1] - began[0] + 1e-4
+        assert record["supervised_tokens_per_s"] / record["tokens_per_s"] == pytest.approx(
+            record["supervised_tokens"] / record["tokens"]
         )
+    assert [record["time"] for record in taken] == sorted(record["time"] for record in taken)
     assert "evaluation" in taken[2]["seconds"]
     assert "saving" in taken[2]["seconds"]
 

@@ -44,7 +44,7 @@ def test_what_was_said_before_is_no_news(tmp_path: Path) -> None:
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr

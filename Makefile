@@ -1,7 +1,7 @@
 # make quickstart     train a small chat model on real conversations and ask it three things (minutes on two cores)
 # make test           the tests that need no root
-# make test-long      more cases of the same by real runs: other worlds, stages and phases (tens of minutes); those that
-#                     need several machines run as root and are skipped for others
+# make test-long      more cases of the same by real runs: other worlds, stages and phases (one to two hours on two
+#                     cores); those that need several machines run as root and are skipped for others
 # make test-documents every command block of README.md and docs/ (DOCUMENTS=docs/serve.md for one) as it stands; minutes
 # make test-cluster   the tests that start sshd, pdsh and several processes (root: installs their Debian packages)
 # make gpu-rehearsal  benchmarks/gpu_day.sh on this CPU (a minute); make test-long does it too

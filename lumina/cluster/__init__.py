@@ -7,7 +7,7 @@ from lumina.lazy import names_of
 if TYPE_CHECKING:
     from lumina.cluster.command_line import launch_command
     from lumina.cluster.hangup import outliving_readers
-    from lumina.cluster.launch_identity import own_launch
+    from lumina.cluster.launch_identity import first_world, own_launch
     from lumina.cluster.launcher_detection import (
         Launched,
         detect_launcher,
@@ -45,6 +45,7 @@ _HOMES = {
     "bind": "topology",
     "detect_launcher": "launcher_detection",
     "end_with_parent": "signals",
+    "first_world": "launch_identity",
     "free_port": "launcher_detection",
     "handlers_kept": "signals",
     "launch": "launching",
@@ -73,6 +74,7 @@ __all__ = [
     "bind",
     "detect_launcher",
     "end_with_parent",
+    "first_world",
     "free_port",
     "handlers_kept",
     "launch",

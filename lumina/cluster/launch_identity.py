@@ -1,4 +1,5 @@
-"""The launch that a process belongs to: what tells a restart by the same launcher from a start by another one."""
+"""The launch that a process belongs to: what tells a restart by the same launcher from a start by another one, and how
+many ranks the launch began with."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 import psutil
+
+FIRST_WORLD = "LUMINA_FIRST_WORLD"  # set by an agent for its ranks
 
 
 def own_launch(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -23,3 +26,10 @@ def own_launch(environment: Mapping[str, str] = os.environ) -> str | None:
     with suppress(psutil.Error):
         parts.append(str(psutil.Process(agent).create_time()))
     return f"torchrun-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
+
+
+def first_world(environment: Mapping[str, str] = os.environ) -> int | None:
+    """How many ranks the first group of `lumina launch`'s job had: what a start goes by that comes after a node was
+    lost, and before the run's own files say anything. None for what another launcher started."""
+    given = environment.get(FIRST_WORLD)
+    return None if given is None else int(given)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         SavingConfig,
         Structure,
     )
+    from lumina.config.schema.memory import MEMORY_SETTINGS
     from lumina.config.visible import (
         VISIBLE,
         VisibleGpu,
@@ -73,6 +74,7 @@ _HOMES = {
     "FORMATS": "registry",
     "FORMER_DISTRIBUTION": "installing",
     "HEALTH_RULES": "registry",
+    "MEMORY_SETTINGS": "schema.memory",
     "MIN_VOCAB": "schema",
     "OBJECTIVES": "registry",
     "ON_RESUME": "resuming",
@@ -130,6 +132,7 @@ __all__ = [
     "FORMATS",
     "FORMER_DISTRIBUTION",
     "HEALTH_RULES",
+    "MEMORY_SETTINGS",
     "MIN_VOCAB",
     "OBJECTIVES",
     "ON_RESUME",

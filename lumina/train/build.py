@@ -48,6 +48,7 @@ from lumina.train.initialise import (
 )
 from lumina.train.liveness.stragglers import Stragglers
 from lumina.train.liveness.watchdog import Watchdog
+from lumina.train.liveness.watching import watched_evaluation
 from lumina.train.make_engine import Settings, make_engine, resolve
 from lumina.train.objectives import Preparation, objective
 from lumina.train.outputs.outputs import Outputs, RunOutputs
@@ -127,7 +128,7 @@ def build(config: Config, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> R
             lock, may_write = _claim(prepared, ranks)
             if lock is not None:
                 undo.callback(lock.release)
-            state = _initialise(prepared, ranks, may_write, watchdog.heartbeat, console.progress)
+            state = _initialise(prepared, ranks, may_write, watchdog, console.progress)
         run = _assemble(prepared, state, ranks, lock, may_write, callbacks, stop, watchdog)
         undo.pop_all()
     return run
@@ -145,7 +146,7 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
     settings = together(
         ranks,
         "resolving the settings",
-        lambda: resolve(start.config, ranks.world, device, start.recovery.micro_batch_size, start.ranks_of_row),
+        lambda: resolve(start, ranks.world, device),
     )
     config, resumed = settings.config, start.checkpoint is not None
     backups = decided_by_rank_0(ranks, lambda: check_backups(config, resumed))
@@ -209,7 +210,7 @@ def _assemble(
     outputs = together(ranks, "opening the run's outputs", opening)
     deferred = Deferred()
     saves = Saves(config, ranks, folder, state, deferred, events, health, lock, watchdog.heartbeat)
-    recovery = Recovery(config, ranks, folder, start.recovery, state, events, health, may_write)
+    recovery = Recovery(config, ranks, folder, start.recovery, state, events, health, may_write, settings.memory)
     return Run(
         ranks=ranks,
         settings=settings,
@@ -267,7 +268,7 @@ def _initialise(
     prepared: _Prepared,
     ranks: Ranks,
     may_write: Callable[[], bool],
-    heartbeat: Callable[[str], None],
+    watchdog: Watchdog,
     progress: Callable[[str, int, int], None],
 ) -> RunState:
     """An engine with the checkpoint's weights and optimizer state, or initial ones, and what a checkpoint will say of
@@ -293,9 +294,9 @@ def _initialise(
             resumed=resumed,
             initialise=partial(_initial_weights, settings, ranks, engine, start, progress),
             forward=engine.forward,
-            evaluation=engine.evaluation,
+            evaluation=partial(watched_evaluation, watchdog, engine),
             device=engine.device,
-            heartbeat=heartbeat,
+            heartbeat=watchdog.heartbeat,
             progress=progress,
             by_rank_0=partial(decided_by_rank_0, ranks),
         )

@@ -14,6 +14,7 @@ from typing import Any
 from lumina import checkpoint
 from lumina.chat import ChatTokenizer, copy_files, open_tokenizer
 from lumina.checkpoint import TrainerState
+from lumina.cluster import first_world
 from lumina.config import Config, OnResume, UserError, differences, parse_settings, upgrade
 from lumina.data import GlobalOrder, Samples
 from lumina.files import atomic_folder, read_text
@@ -37,7 +38,8 @@ class Start:
     first start and what the run began with as init_from; checkpoint: None to begin anew, with trainer_state at step 0;
     trainer: what trainer.json says beside trainer_state; recovery: what earlier starts did about trouble; weights: the
     checkpoint whose weights a new run begins with; before: the settings of the start before, None where it is not known
-    or there is none; ranks_of_row: sequence_parallel_size as asked for; `config` has what fits this start."""
+    or there is none; ranks_of_row: sequence_parallel_size as asked for; `config` has what fits this start; first_world:
+    how many ranks the launch's first group had, None where it is not known."""
 
     config: Config
     checkpoint: Path | None
@@ -47,6 +49,7 @@ class Start:
     weights: Path | None = None
     before: dict[str, Any] | None = None
     ranks_of_row: int = 1
+    first_world: int | None = None
 
     def origin(self, base: Path | None) -> str:
         """What this start goes on from, for people; `base`: the checkpoint under adapters."""
@@ -65,8 +68,10 @@ def find_start(config: Config, folder: Path, ranks: Ranks, job: str | None) -> S
     relaunched = decided_by_rank_0(ranks, lambda: checkpoint.last_global_batch(folder, job))
     if relaunched is not None:
         config = same_batch(config.replace(resume="auto"), relaunched)
-    asked = config.sequence_parallel_size
-    fitting = sequence_groups(asked, ranks.world, relaunched is not None)
+    asked, began = config.sequence_parallel_size, first_world()
+    # A launch may lose ranks before it has claimed the run's folder: what it began with was no mistake.
+    again = relaunched is not None or (began is not None and began % asked == 0)
+    fitting = sequence_groups(asked, ranks.world, again)
     if fitting != asked:
         config = config.replace(sequence_parallel_size=fitting)
         if ranks.main:
@@ -97,12 +102,12 @@ def find_start(config: Config, folder: Path, ranks: Ranks, job: str | None) -> S
     config = together(ranks, "reading the checkpoint", lambda: with_template(settled, source, weights))
     if weights is not None and ranks.main and not config.lora_rank:  # of adapters' base it is said when it is chosen
         say_taught(weights, config)
-    return Start(config, source, trainer_state, trainer, record, weights, before, asked)
+    return Start(config, source, trainer_state, trainer, record, weights, before, asked, began)
 
 
 def sequence_groups(size: int, world: int, relaunched: bool) -> int:
-    """How many ranks share a row. UserError where the ranks do not make whole groups of `size`. A start by the launch
-    that made the run's last one is given other ranks by what was lost, and goes on with the largest number that divides
+    """How many ranks share a row. UserError where the ranks do not make whole groups of `size`. A start by a launch
+    that had another one before is given other ranks by what was lost, and goes on with the largest number that divides
     both."""
     if world % size == 0:
         return size

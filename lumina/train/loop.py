@@ -19,6 +19,7 @@ from lumina.train.build import Run
 from lumina.train.deepspeed import set_collective_timeout
 from lumina.train.evaluate import evaluate
 from lumina.train.liveness.watchdog import report_failure
+from lumina.train.liveness.watching import watch_passes
 from lumina.train.outcomes import Fail, HalveMicroBatch, Outcome, Rewind, Stop, StopKind
 from lumina.train.outputs.ending import interrupted, resuming_command, stopping
 from lumina.train.outputs.samples import sample_answers
@@ -85,9 +86,7 @@ def _carry_out(run: Run, outcome: Outcome) -> Stop | None:
 
 def _steps(run: Run) -> Outcome:
     """Steps in their order, until one leads to something else."""
-    if run.watchdog.watching:
-        run.watchdog.progress.follow(run.state.engine)
-    set_collective_timeout(watched=run.config.hang_timeout > 0)
+    watch_passes(run.watchdog, run.state.engine)
     timer = run.state.engine.timer
     timer.lap()  # what came before is no step's
     for data in timer.waits(_loader(run)):

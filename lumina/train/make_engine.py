@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lumina.config import Config
+from lumina.config import MEMORY_SETTINGS, Config
 from lumina.config import deepspeed as ds_json
 from lumina.model import HostCopies, Transformer, float8, lora, sequence_group
 from lumina.plan import default_document, smallest_memory
@@ -21,6 +21,7 @@ from lumina.train.deepspeed import (
     refuse_what_deepspeed_does,
     set_collective_timeout,
 )
+from lumina.train.initialise import Start
 from lumina.train.saving.snapshot import load_frozen_weights
 
 log = logging.getLogger(__name__)
@@ -30,13 +31,15 @@ log = logging.getLogger(__name__)
 class Settings:
     """config: resolved, nothing in it depends on the machine any more; ds_config: DeepSpeed's; report: what was
     resolved, for people; base: the checkpoint under the adapters, None where every weight is trained;
-    sequence_parallel_size: the run's own, where `config` has what fits the ranks of this start."""
+    sequence_parallel_size: the run's own, where `config` has what fits the ranks of this start; memory: what decides
+    how large a micro-batch fits a rank, numbers by name: more of one is more room (lumina.train.recovery.record)."""
 
     config: Config
     ds_config: dict[str, Any]
     report: Sequence[str] = ()
     base: Path | None = None
     sequence_parallel_size: int = 1
+    memory: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
@@ -56,18 +59,45 @@ class Settings:
         return replace(self, config=config, ds_config={**self.ds_config, **batches})
 
 
-def resolve(
-    config: Config, world: int, device: str, micro_batch_size: int | None, sequence_parallel_size: int
-) -> Settings:
-    """`device`: cuda or cpu; `micro_batch_size`: the largest that fits, where an earlier start ran out of memory;
-    `sequence_parallel_size`: as in Settings."""
-    document = default_document(config, world, smallest_memory())
+def resolve(start: Start, world: int, device: str) -> Settings:
+    """The settings of a start of `world` processes. `device`: cuda or cpu."""
+    config, memory = _with_first_batch(start, world, device), smallest_memory()
+    document = default_document(config, world, memory)
     ds_config, report, resolved = ds_json.resolve(config, world, device, document=document)
     refuse_what_deepspeed_does(ds_config, config.ds_config or "the built-in DeepSpeed configuration")
-    settings = Settings(resolved, ds_config, report, sequence_parallel_size=sequence_parallel_size)
+    room = _room(resolved, ds_config, world, memory)
+    settings = Settings(resolved, ds_config, report, sequence_parallel_size=start.ranks_of_row, memory=room)
+    micro_batch_size = start.recovery.largest_micro_batch(room)
     if micro_batch_size is not None and micro_batch_size < resolved.batch_size:
         return settings.with_micro_batch(micro_batch_size, world)
     return settings
+
+
+def _room(config: Config, ds_config: dict[str, Any], world: int, memory: float | None) -> dict[str, float]:
+    """`Settings.memory`. memory: bytes of the smallest GPU, None on a CPU."""
+    zero = ds_config.get("zero_optimization", {})
+    stage = int(zero.get("stage", 0))
+    offloaded = [(zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")]
+    return {
+        "device_bytes": float(memory or 0),
+        "sequence_parallel_size": float(config.sequence_parallel_size),
+        "zero_stage": float(stage),
+        "zero_ranks": float(world if stage else 1),  # between which the weights' state is divided
+        "offloaded": float(sum(offloaded)),
+        "half_precision": float(config.precision != "fp32"),
+        **{one.name: one.saving(config) for one in MEMORY_SETTINGS},
+    }
+
+
+def _with_first_batch(start: Start, world: int, device: str) -> Config:
+    """The start's configuration with a global batch where no file of the run has one yet: of as many ranks as the
+    launch began with, whatever it has lost since."""
+    config, began = start.config, start.first_world
+    if began is None or began == world or config.global_batch_size is not None:
+        return config
+    first = config.replace(sequence_parallel_size=start.ranks_of_row)
+    size = ds_json.resolve(first, began, device, document=None).config.global_batch_size
+    return config.replace(global_batch_size=size)
 
 
 def make_engine(settings: Settings, drawn: bool) -> Engine:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lumina.cluster import first_world
 from lumina.cluster.elastic.control import AgentControl, ControlCommand, LauncherControl, connect
+from lumina.cluster.elastic.node_agent import ReceivedCommands, Rendezvous
 from lumina.cluster.transport import Spec
 
 
@@ -43,10 +45,21 @@ def test_events_come_in_order_and_once(launcher: LauncherControl) -> None:
     assert [event["kind"] for event in launcher.events()] == ["succeeded"]
 
 
+def test_ranks_hear_how_many_there_were_at_first(launcher: LauncherControl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of an agent that was not there then."""
+    monkeypatch.delenv("LUMINA_FIRST_WORLD", raising=False)
+    assert first_world() is None
+    late = agent(launcher, "n0")
+    launcher.send(ControlCommand("generation", 2, (late.index,), 4))
+    spec = Spec(f"127.0.0.1:{launcher.port}", "job", "n0", 1, ["true"], {}, "/")
+    assert Rendezvous(ReceivedCommands(late), spec, "127.0.0.1").next_rendezvous().world_size == 1
+    assert first_world() == 4, "as the ranks inherit it"
+
+
 def test_orders_reach_every_agent_once(launcher: LauncherControl) -> None:
     early = agent(launcher, "n0")
     commands = [
-        ControlCommand("generation", 1, (0, 1)),
+        ControlCommand("generation", 1, (0, 1), 2),
         ControlCommand("regroup", 1, reason="n1 is lost"),
         ControlCommand("close", code=75),
     ]

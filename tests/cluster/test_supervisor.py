@@ -130,6 +130,27 @@ def test_told_to_stop_while_the_ranks_save_for_a_larger_group() -> None:
     assert beside(asked, first, play) == (75, 75), said
 
 
+def test_a_later_group_is_told_how_many_ranks_the_first_had() -> None:
+    said: list[str] = []
+    asked = supervisor(["sleep", "1000"], said, min_nodes=1, last_call=0.1, retry=1000.0)
+    first, _ = agent(asked, "n0"), agent(asked, "n1")
+    worlds: list[tuple[int, int]] = []
+
+    def play() -> None:
+        command = until(first, "generation")
+        worlds.append((len(command.members), command.first_world))
+        process = asked.nodes[1].process
+        assert process is not None
+        process.kill()
+        first.report("ready", after=1)
+        command = until(first, "generation")
+        worlds.append((len(command.members), command.first_world))
+        tell(signal.SIGTERM)
+
+    assert beside(asked, first, play)[0] == 128 + signal.SIGTERM, said
+    assert worlds == [(2, 2), (1, 2)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_node_lost_while_the_job_stops_ends_it(number: signal.Signals) -> None:
     """No other group is formed, which would train on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 import tests.runs as real
 from lumina import checkpoint
 from lumina.chat import open_tokenizer
+from lumina.cluster import EXIT_HUNG
 from lumina.config import load
-from lumina.data import GlobalOrder, prepare_pairs
+from lumina.data import GlobalOrder, PairDataset, prepare_pairs
 from lumina.infer import import_hf
 from lumina.monitor import read_metrics
 from lumina.monitor.reports.html import render
@@ -192,3 +194,23 @@ def test_a_reference_that_cannot_be_kept_ends_every_rank(runs: Runs, data: Path,
     job = runs.start(argv(place / "run", data, base, max_steps=1), 2)
     assert job.wait() == [2, 2], job.stderr()
     assert "Traceback" not in job.stderr()
+
+
+def _stuck_reader(rank: int) -> None:
+    """The second batch of pairs is never read."""
+    whole, calls = PairDataset.batch, []
+
+    def batch(self: PairDataset, *given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 2:
+            time.sleep(600)
+        return whole(self, *given)
+
+    PairDataset.batch = batch  # type: ignore[method-assign]
+
+
+@pytest.mark.long  # tests/train/liveness/test_watching.py has what is watched, and this that it is
+def test_a_hang_in_the_reference_pass_is_ended(runs: Runs, data: Path, base: Path, place: Path) -> None:
+    job = runs.start(argv(place / "run", data, base, batch_size=2, hang_timeout=2.0), 1, patch=_stuck_reader)
+    assert job.wait() == [EXIT_HUNG], job.stderr()
+    assert "in: reference log-probabilities" in job.stderr()

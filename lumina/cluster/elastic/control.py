@@ -9,7 +9,7 @@ from outside (Slurm's requeue, systemd, a shell loop).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -23,12 +23,13 @@ TIMEOUT = timedelta(seconds=20)  # one store operation; a cut cable is silent
 @dataclass
 class ControlCommand:
     """What the launcher has its agents do. generation: `members` form the group of ranks numbered `generation`, in
-    this order. regroup: leave that generation because of `reason`. stop: have the ranks save and end. close: the job is
-    over, with exit code `code`."""
+    this order; the job's first group had `first_world` ranks. regroup: leave that generation because of `reason`. stop:
+    have the ranks save and end. close: the job is over, with exit code `code`."""
 
     kind: Literal["generation", "regroup", "stop", "close"]
     generation: int = 0
     members: tuple[int, ...] = ()
+    first_world: int = 0
     reason: str = ""
     code: int = 0
 
@@ -89,10 +90,7 @@ class LauncherControl:
         return found
 
     def send(self, command: ControlCommand) -> None:
-        values = {"kind": command.kind, "generation": command.generation, "members": command.members}
-        self.store.set(
-            f"commands/{self._given}", json.dumps({**values, "reason": command.reason, "code": command.code})
-        )
+        self.store.set(f"commands/{self._given}", json.dumps(asdict(command)))
         self._given += 1
         self.store.add("commands", 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from typing import Any
@@ -16,6 +17,7 @@ from lumina.cluster.elastic.control import AgentControl, ControlCommand
 from lumina.cluster.elastic.failures import USER_ERROR, Failure, oom_kills
 from lumina.cluster.elastic.torch_agent import RankAgent
 from lumina.cluster.elastic.torch_store import PrefixStore
+from lumina.cluster.launch_identity import FIRST_WORLD
 from lumina.cluster.signals import EXIT_RESIZE, EXIT_STOPPED
 from lumina.cluster.transport import Spec
 
@@ -77,6 +79,7 @@ class Rendezvous(RendezvousHandler):
                 break
             time.sleep(POLL)
         commands.joined, commands.regroup = command.generation, None
+        os.environ[FIRST_WORLD] = str(command.first_world)  # the ranks inherit it
         store = PrefixStore(f"generation/{command.generation}", commands.control.store)
         rank = command.members.index(commands.control.index)
         meeting = RendezvousStoreInfo.build(rank, store, self._address)

@@ -90,7 +90,7 @@ class Supervisor:
     ) -> None:
         self.nodes = [NodeState(host, command) for host, command in hosts]
         self._make_spec, self.control, self.limits, self.say = make_spec, control, limits, say
-        self.generation = 0
+        self.generation = self.first_world = 0
         self.members: list[NodeState] = []
         self.running = False
         self.restarts = 0
@@ -322,9 +322,10 @@ class Supervisor:
         self.succeeded = set()
         for node in ready:
             node.ready = False
+        self.first_world = self.first_world or sum(node.host.slots for node in ready)
         self.say(f"group {self.generation}: " + ", ".join(rank_map([(p.host.name, p.host.slots) for p in ready])))
         agents = tuple(node.agent for node in ready if node.agent is not None)
-        self.control.send(ControlCommand("generation", self.generation, agents))
+        self.control.send(ControlCommand("generation", self.generation, agents, self.first_world))
 
     def _end(self, code: int) -> None:
         if self._exit_code is None:

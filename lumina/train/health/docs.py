@@ -50,7 +50,9 @@ _RECOVERY = """
   the accumulation, and the step taken again: same global batch, same gradient. With several ranks that works when
   every rank runs out before a collective of that step has begun (never so under ZeRO-3, and not asked among more
   than 64 ranks); otherwise the run ends, and the next start takes the smaller micro-batch: by itself
-  under `lumina launch`, else with `--resume auto`. A micro-batch of one sample that does not fit is a failure.
+  under `lumina launch`, else with `--resume auto`. A micro-batch of one sample that does not fit is a failure. What
+  fitted is kept in `recovery.json` with what made the room: a start that has more of it (more ranks to a row or to
+  divide the weights' state between, more recomputation, offloading or smaller tiles) takes the configured one again.
   Inside an update the same holds: the step is taken again where every rank runs out at the same place and has changed
   nothing yet, under every stage; otherwise the next start goes on from the last checkpoint.
 - **A sample that cannot be read** (`on_corrupt_sample`) becomes one of weight zero and is counted; the step still
@@ -66,7 +68,8 @@ _RECOVERY = """
   each micro-batch, update, evaluation batch and save, and within a step each layer that the device comes past, forward
   and backward: a step may take hours, as over rows of millions of tokens, if none of its layers takes `hang_timeout`.
   While that is watched, no collective ends by a timeout of its own, which NCCL counts from when it is queued; with
-  `hang_timeout: 0` all process groups have DeepSpeed's (10 minutes, or `DEEPSPEED_TIMEOUT`, in minutes).
+  `hang_timeout: 0` all process groups have DeepSpeed's (10 minutes, or `DEEPSPEED_TIMEOUT`, in minutes). The passes
+  of DPO's reference model before the first step are watched in the same way.
 - **A save that fails** is tried again after 5 seconds, doubled up to five times; not where that cannot help (a
   read-only disk, no permission). Training goes on. At the end of the run a last checkpoint that cannot be written is
   exit code 1.

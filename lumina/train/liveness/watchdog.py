@@ -41,8 +41,8 @@ class Watchdog:
     """Ends the process when `timeout` seconds pass without progress, or `stop_timeout` once a signal asked it to stop.
     progress: what there is within a step.
 
-    `rank` is for the message. 0 turns a limit off. The first heartbeat may take `start_timeout`: data is prepared,
-    kernels are compiled and workers imported before it.
+    `rank` is for the message. 0 turns a limit off. The first heartbeat of each `with` block may take `start_timeout`:
+    data is prepared, kernels are compiled and workers imported before it.
     """
 
     def __init__(
@@ -60,10 +60,12 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self.end: Callable[[int], None] = os._exit  # tests look instead of ending
         self._suspended = 0.0  # seconds since the stop was asked for
-        self._thread = threading.Thread(target=self._watch, name="lumina-watchdog", daemon=True)
+        self._thread: threading.Thread | None = None
         self._lock_watch: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Watchdog:
+        self._closed.clear()
+        self._heartbeats, self._what, self._last = 0, "starting", time.monotonic()
         if self._timeout:
             faulthandler.enable(2)  # writes the stacks at SIGABRT
             command = [sys.executable, "-I", "-S", lock_watch.__file__, str(os.getpid()), str(self._rank)]
@@ -72,23 +74,31 @@ class Watchdog:
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True
             )
         if self.watching:
+            self._thread = threading.Thread(target=self._watch, name="lumina-watchdog", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._closed.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
+            self._thread = None
         if self._lock_watch is not None and self._lock_watch.stdin is not None:
             with suppress(OSError):
                 self._lock_watch.stdin.close()
             self._lock_watch.kill()  # a forked child may hold the pipe open
             self._lock_watch.wait()
+            self._lock_watch = None
 
     @property
     def watching(self) -> bool:
         """Whether there is any limit."""
         return bool(self._timeout or self._stop_timeout)
+
+    @property
+    def ends_hangs(self) -> bool:
+        """Whether a hang ends the process."""
+        return self._timeout > 0
 
     def heartbeat(self, what: str) -> None:
         """Progress was made; `what` is being done from here on. Costs a microsecond."""

@@ -6,6 +6,7 @@ It is written before an action is carried out: a run that is killed in the middl
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,32 @@ _OLD_NAMES = {"past": "skipped_steps", "batch_size": "micro_batch_size"}
 
 @dataclass
 class RecoveryRecord:
-    """skipped_steps: steps (from 1) that are not trained on; rollbacks: how often the run went back; micro_batch_size:
-    after running out of memory, None for the configured one; global_batch_size: of the run, when that is set."""
+    """skipped_steps: steps (from 1) that are not trained on; rollbacks: how often the run went back; micro_batches:
+    what fitted after running out of memory, each `{"size", "memory"}`, with what made a rank's memory enough for it or
+    not (lumina.train.make_engine.Settings.memory); micro_batch_size: the same of versions up to 0.2.0, whatever the
+    memory; global_batch_size: of the run, when one of these is set."""
 
     skipped_steps: list[int] = field(default_factory=list)
     rollbacks: int = 0
     micro_batch_size: int | None = None
     global_batch_size: int | None = None
+    micro_batches: list[dict[str, Any]] = field(default_factory=list)
+
+    def largest_micro_batch(self, memory: Mapping[str, float]) -> int | None:
+        """The largest micro-batch that is known to fit a start with `memory`, None where nothing is known. What a start
+        that had less room ran out of tells nothing of one that has more of anything: a lost node that came back, a
+        larger sequence_parallel_size, layers that are recomputed."""
+        fitting = [
+            one["size"]
+            for one in self.micro_batches
+            if all(value <= one["memory"].get(name, 0.0) for name, value in memory.items())
+        ]
+        return min([*fitting, *([] if self.micro_batch_size is None else [self.micro_batch_size])], default=None)
+
+    def keep_micro_batch(self, size: int, memory: Mapping[str, float]) -> None:
+        """After `size` is all that fits a start with `memory`."""
+        others = [one for one in self.micro_batches if one["memory"] != memory]
+        self.micro_batches = [*others, {"size": size, "memory": dict(memory)}]
 
     @classmethod
     def read(cls, folder: Path) -> RecoveryRecord:

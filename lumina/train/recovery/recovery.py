@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lumina import checkpoint
-from lumina.config import Config, UserError
+from lumina.config import MEMORY_SETTINGS, Config, UserError
 from lumina.data import StepData
 from lumina.monitor import EventLog
 from lumina.train.agreement import decided_by_rank_0
@@ -51,13 +52,14 @@ class Recovery:
         events: EventLog,
         health: Health,
         may_write: Callable[[], bool] = lambda: True,
+        memory: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """`config`: resolved, with the micro-batch that this start begins with; `folder`: the run's; `may_write`: false
-        once another start owns it."""
+        once another start owns it; `memory`: as in lumina.train.make_engine.Settings."""
         assert config.global_batch_size is not None
         self._config, self._ranks, self._folder = config, ranks, folder
         self._state, self._events, self._health = state, events, health
-        self.record, self._may_write = record, may_write
+        self.record, self._may_write, self._memory = record, may_write, memory
         self._batch_size, self._global_batch = config.batch_size, config.global_batch_size
         answering = config.on_oom != "fail" and not state.engine.collective_forward
         self.last_word = LastWord(ranks, folder, may_write)
@@ -262,7 +264,8 @@ class Recovery:
 
     def remember_micro_batch(self, batch_size: int) -> None:
         """Before it is taken; whichever rank is the one that knows."""
-        self.record.micro_batch_size, self.record.global_batch_size = batch_size, self._global_batch
+        self.record.keep_micro_batch(batch_size, self._memory)
+        self.record.global_batch_size = self._global_batch
         self._write_record()
 
     def _write_record(self) -> None:
@@ -284,10 +287,8 @@ def _no_smaller(config: Config) -> UserError:
     """What is left to do where a micro-batch cannot be smaller: of what makes activations fewer, what is not set yet
     and this model takes."""
     dense = config.experts is None and not config.compile
-    ways = {
-        "--gradient-checkpointing": not config.checkpoint_every,
-        "--activation-offloading": not config.activation_offloading,
-        "--mlp-tile-tokens 4096": not config.untiled and not config.mlp_tile_tokens,
+    ways = {one.flag: one.possible(config) and not one.saving(config) for one in MEMORY_SETTINGS}
+    ways |= {
         f"--sequence-parallel {2 * config.sequence_parallel_size} on as many GPUs": dense
         and config.num_heads % (2 * config.sequence_parallel_size) == 0,
     }

@@ -95,6 +95,17 @@ with Watchdog(3.0, 3.0, StopRequest(), rank=3) as dog:
 with Watchdog(0.5, 0, StopRequest(), rank=3, start_timeout=1.0) as dog:
     stuck(time.sleep)
 """,
+    # Left and entered again: nothing is watched in between, and then from the beginning.
+    "again": """
+with Watchdog(1.0, 0, StopRequest(), rank=3) as dog:
+    dog.heartbeat("reference")
+time.sleep(1.2)
+with dog:
+    time.sleep(1.6)
+    dog.heartbeat("step 7, update")
+    print("alive", flush=True)
+    stuck(time.sleep)
+""",
     # Rank 0 waits in a collective for rank 1, which sleeps and has no watchdog of its own.
     "collective": """
 import torch, torch.distributed as dist
@@ -204,6 +215,12 @@ def test_a_start_has_a_limit_too(started: Started) -> None:
     ended = started.end("late start")
     assert ended.code == EXIT_HUNG, ended.err
     assert "in: starting" in ended.err
+
+
+def test_it_can_be_entered_again(started: Started) -> None:
+    ended = started.end("again")
+    assert (ended.code, ended.out) == (EXIT_HUNG, "alive\n"), ended.err
+    assert "in: step 7, update" in ended.reported
 
 
 def test_the_collective_is_named(started: Started) -> None:

@@ -45,7 +45,8 @@ def make(
     )
     state: Any = SimpleNamespace(engine=engine, step=9, spikes=SpikeDetector(config), consistent=False)
     record = RecoveryRecord(rollbacks=rollbacks)
-    return Recovery(config, Ranks(0, 1, 0, 1), folder, record, state, events, Health(config, events), may_write)
+    health, room = Health(config, events), {"zero_ranks": 1.0}
+    return Recovery(config, Ranks(0, 1, 0, 1), folder, record, state, events, health, may_write, room)
 
 
 def refuse(recovery: Recovery, *steps: int) -> None:
@@ -209,7 +210,7 @@ def test_memory_halves_the_micro_batch_down_to_one_sample(tmp_path: Path) -> Non
     ):
         assert (action.step, action.failure, action.then) == (5, "no memory", None)
         recovery.remember_micro_batch(action.batch_size)
-        assert RecoveryRecord.read(tmp_path).micro_batch_size == action.batch_size
+        assert RecoveryRecord.read(tmp_path).largest_micro_batch({}) == action.batch_size
         recovery.halved(action)
         sizes.append(action.batch_size)
     assert sizes == [2, 1]
@@ -229,7 +230,8 @@ def test_an_update_that_was_begun_ends_the_start(agent: bool, tmp_path: Path, mo
     assert isinstance(action, Fail)
     assert isinstance(action.error, RestartError if agent else UserError)
     record = RecoveryRecord.read(tmp_path)
-    assert (record.micro_batch_size, record.global_batch_size) == (2, 8)
+    assert (record.largest_micro_batch({"zero_ranks": 1.0}), record.global_batch_size) == (2, 8)
+    assert record.largest_micro_batch({"zero_ranks": 2.0}) is None
 
 
 def test_an_update_that_nobody_began_is_taken_again(tmp_path: Path) -> None:

@@ -66,27 +66,32 @@ class Readback:
 
 @dataclass
 class StepTaken:
-    """A step whose numbers are under way. times: of its phases; ended: seconds since 1970; layers: figures of each
-    layer, at the steps that are due for them; experts: how evenly the tokens went to them, once it is read."""
+    """A step whose numbers are under way. times: of its phases; ended: seconds since 1970; figures: how many the
+    objective has; layers: figures of each layer, at the steps that are due for them; memory: bytes in use on the rank
+    that has the most, and experts: how evenly the tokens went to them, once they are read."""
 
     data: StepData
     lr: float
     numbers: Readback
     times: PhaseTimes
     ended: float
+    figures: int = 0
     layers: dict[str, LayerFigures] | None = None
+    memory: int = 0
     has_experts: bool = False
     experts: ExpertBalance | None = None
 
     def read(self) -> tuple[UpdateNumbers, StepSums, list[float]]:
         """What the update tells, what the ranks added up, and the means of the objective's figures. Waits for the
-        device. Fills in `experts` where the model has any."""
+        device. Fills in `memory`, and `experts` where the model has any."""
         numbers, own = self.numbers.read(), len(fields(UpdateNumbers))
         end = own + len(fields(StepSums))
         if self.has_experts:
             balance = len(fields(ExpertBalance))
             numbers, self.experts = numbers[:-balance], unpack(ExpertBalance, numbers[-balance:])
-        return unpack(UpdateNumbers, numbers[:own]), unpack(StepSums, numbers[own:end]), numbers[end:]
+        means, memory = numbers[end : end + self.figures], numbers[end + self.figures :]
+        self.memory = int(max(memory, default=0))
+        return unpack(UpdateNumbers, numbers[:own]), unpack(StepSums, numbers[own:end]), means
 
 
 class Deferred:
@@ -110,8 +115,9 @@ class Deferred:
         applied: Tensor,
         experts: Tensor | None = None,
     ) -> None:
-        """After a step's update. sums: the `StepSums` of all ranks, packed, and after them the objective's figures;
-        norm and applied: 0-dimensional; experts: lumina.model.expert_balance of all ranks; all on the device."""
+        """After a step's update. sums: the `StepSums` of all ranks, packed, after them the objective's figures, and the
+        bytes in use on each rank; norm and applied: 0-dimensional; experts: lumina.model.expert_balance of all ranks;
+        all on the device."""
         assert self._taken is None, "the numbers of the step before were not read"
         scale = engine.gradient_scale()  # fp16's under stage 0 is on the device
         if not isinstance(scale, Tensor):
@@ -122,7 +128,7 @@ class Deferred:
         own = pack(UpdateNumbers(norm, applied, scale, exhausted), norm.device)
         numbers = (own, sums) if experts is None else (own, sums, experts)
         times = engine.timer.lap()  # before the numbers: once they are there, the device has come past its last event
-        self._taken = StepTaken(data, lr, Readback(torch.cat(numbers)), times, time.time())
+        self._taken = StepTaken(data, lr, Readback(torch.cat(numbers)), times, time.time(), len(engine.figures))
         self._taken.has_experts = experts is not None
 
     def keep_layers(self, figures: dict[str, LayerFigures]) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from lumina.data import StepData, sample_sums, samples_id
 from lumina.model import expert_balance
-from lumina.train.agreement import StepSums, assert_lock_held, entry, pack
+from lumina.train.agreement import StepSums, assert_lock_held, entry, pack, send
 from lumina.train.build import Run
 from lumina.train.callbacks import StepResult
 from lumina.train.deepspeed import LayerStats, scale_exhausted
 from lumina.train.deferred import StepTaken, UpdateNumbers
 from lumina.train.outcomes import Fail, HalveMicroBatch, Outcome, Rewind, Stop, StopKind
-from lumina.train.outputs.outputs import StepFigures
+from lumina.train.outputs.outputs import StepFigures, used_memory
 from lumina.train.outputs.throughput import step_flops
 
 # --- A step ---------------------------------------------------------------------------------------
@@ -99,9 +99,13 @@ def _dropout_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _sums(run: Run, data: StepData, own: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Over all ranks: the step's `StepSums`, packed, and after them the objective's figures; and the expert balance
-    where there are experts; on the device. own: as `accumulate` returns it."""
-    sums = torch.cat((pack(_own_sums(run, data, own[0]), own.device), own[1:].double() / run.ranks.world))
+    """Over all ranks: the step's `StepSums`, packed, after them the objective's figures, and the bytes in use on each
+    rank, of which a sum would say nothing; and the expert balance where there are experts; on the device. own: as
+    `accumulate` returns it."""
+    memory = [0.0] * run.ranks.world
+    memory[run.ranks.rank] = float(used_memory(own.device)[0])
+    figures = own[1:].double() / run.ranks.world
+    sums = torch.cat((pack(_own_sums(run, data, own[0]), own.device), figures, send(memory, own.device)))
     count, counts = len(sums), run.state.engine.take_routing_counts()
     if counts is not None:
         sums = torch.cat((sums, counts))
@@ -129,6 +133,7 @@ def _own_sums(run: Run, data: StepData, loss: Tensor) -> StepSums:
         sample_count=count,
         sample_high=high,
         sample_low=low,
+        flops=step_flops(run.config, data.micro_batches),
     )
 
 
@@ -234,6 +239,8 @@ def _record(
         of_objective,
         taken.experts,
         taken.times.exchanged or None,
+        flops=sums.flops / run.ranks.world,
+        memory=taken.memory,
     )
     try:
         run.outputs.step(figures)

@@ -39,10 +39,12 @@ def test_killed_and_resumed_on_two_ranks(runs: Runs, tmp_path: Path) -> None:
     first.wait_for_checkpoint()
     first.kill()
     assert list_runs(run.parent)[0]["state"] == "stale"
-    runs.train([*argv, "--resume", "auto", "--set", "system_metrics_seconds=0.2"], world=2)
+    again = [*argv, "--resume", "auto", "--set", "system_metrics_seconds=0.2"]
+    assert runs.start(again, 2, patch=_other_memory).wait() == [0, 0]
 
     taken = steps(run)
     assert [record["step"] for record in taken] == list(range(1, 10))
+    assert {record["memory"] for record in taken[-3:]} == {2 * 10**9}, "of the rank that has the most in use"
     reader = event_accumulator.EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     reader.Reload()
     for name in ("loss", "lr", "grad_norm", "tokens_per_s", "seconds/forward"):
@@ -63,6 +65,13 @@ def test_killed_and_resumed_on_two_ranks(runs: Runs, tmp_path: Path) -> None:
     assert (listed["state"], listed["step"], listed["total_steps"], listed["world"]) == ("finished", 9, 9, 2)
     html = render([read(run)])
     assert "started again on 2 process(es)" in html
+
+
+def _other_memory(rank: int) -> None:
+    """Each rank has another amount in use."""
+    from lumina.train import step
+
+    step.used_memory = lambda device: ((rank + 1) * 10**9, 10**11, "Mem")
 
 
 def _out_of_reach(rank: int) -> None:

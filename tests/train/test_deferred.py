@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from lumina.train import deferred, loop, step
 from lumina.train.agreement import StepSums, pack
 from lumina.train.deepspeed import init_process_group
 from lumina.train.deferred import Deferred
-from lumina.train.outputs.outputs import Outputs
+from lumina.train.outputs.outputs import Outputs, StepFigures
 
 
 def note(order: list[str], name: str, result: Any = None) -> Any:
@@ -70,11 +71,15 @@ def make_run(order: list[str]) -> Any:
     )
 
 
-def put(run: Any) -> None:
-    sums = pack(StepSums(torch.tensor(1.0)), torch.device("cpu"))
-    whole = SimpleNamespace(count=1)
-    batch = SimpleNamespace(ids_T=np.zeros(4), weights_T=np.ones(4), cu_seqlens_D=np.array([0, 4]), part=whole)
-    data: Any = SimpleNamespace(step=4, supervised_tokens=1.0, micro_batches=[batch])
+def make_batch() -> Any:
+    arrays = {"ids_T": np.zeros(4), "weights_T": np.ones(4), "cu_seqlens_D": np.array([0, 4])}
+    return SimpleNamespace(**arrays, part=SimpleNamespace(count=1), torch=lambda: None)
+
+
+def put(run: Any, flops: float = 0.0, memory: Sequence[float] = (0.0,)) -> None:
+    sums = pack(StepSums(torch.tensor(1.0), flops=flops), torch.device("cpu"))
+    sums = torch.cat((sums, torch.tensor(memory, dtype=torch.float64)))
+    data: Any = SimpleNamespace(step=4, supervised_tokens=1.0, micro_batches=[make_batch()])
     run.deferred.put(run.state.engine, data, 0.1, sums, torch.tensor(2.0), torch.tensor(True))
 
 
@@ -104,6 +109,21 @@ def test_a_record_that_fails_leaves_the_baselines_whole() -> None:
     assert not run.deferred.pending
 
 
+def test_work_and_memory_are_those_of_all_ranks() -> None:
+    """Ranks that share rows have different work: the output layer is where the answers are."""
+    seen: list[StepFigures] = []
+
+    class Seeing(Outputs):
+        def step(self, figures: StepFigures) -> None:
+            seen.append(figures)
+
+    run = make_run([])
+    run.outputs, run.ranks.world = Seeing(), 2
+    put(run, flops=10.0, memory=(3.0, 7.0))
+    step.record_last(run, wait=True)
+    assert [(one.flops, one.memory) for one in seen] == [(5.0, 7)]
+
+
 @pytest.fixture
 def group() -> None:
     """The process group of this process alone, which all test files in it share: DeepSpeed keeps hold of the first."""
@@ -125,7 +145,12 @@ def test_a_step_counts_once_its_numbers_are_under_way(group: Any, monkeypatch: p
 
     run.layers.after = fail
     data: Any = SimpleNamespace(
-        step=4, corrupt=[], own_samples=np.arange(2), samples=np.arange(2), micro_batches=[], supervised_tokens=1.0
+        step=4,
+        corrupt=[],
+        own_samples=np.arange(2),
+        samples=np.arange(2),
+        micro_batches=[make_batch()],
+        supervised_tokens=1.0,
     )
     with pytest.raises(RuntimeError, match="planted"):
         step.take_step(run, data)

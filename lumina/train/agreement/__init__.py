@@ -12,7 +12,7 @@ from lumina.train.agreement.start import (
     manifest_digest,
     refuse_start,
 )
-from lumina.train.agreement.step_sums import StepSums, entry, pack, unpack
+from lumina.train.agreement.step_sums import StepSums, entry, pack, send, unpack
 from lumina.train.agreement.store import (
     LostRankError,
     assert_lock_held,
@@ -39,6 +39,7 @@ __all__ = [
     "manifest_digest",
     "pack",
     "refuse_start",
+    "send",
     "together",
     "unpack",
 ]

@@ -35,6 +35,7 @@ class StepSums:
     sample_count: float = 0.0  # lumina.data.loading.order.sample_sums of this rank's samples
     sample_high: float = 0.0
     sample_low: float = 0.0
+    flops: float = 0.0  # of what was computed for the step
 
     @property
     def samples(self) -> tuple[float, float, float]:

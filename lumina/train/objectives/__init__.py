@@ -39,8 +39,8 @@ class Preparation:
     part's counts what is of whole rows. folder: the run's, which rank 0 may write to while `may_write` says so: until
     another start owns the run. resumed: whether the run goes on from a checkpoint. initialise: puts the weights that
     the run begins with into the engine, which a resumed run's checkpoint replaces afterwards. forward: the model's, on
-    `device`. evaluation: the model without dropout in its `with` block, in which passes are to
-    be made: the watchdog follows them there, and a collective may take as long as in a step. heartbeat: to be called at least every few
+    `device`. evaluation: the model without dropout in its `with` block, in which passes are to be made: the watchdog
+    follows them there, and a collective may take as long as in a step. heartbeat: to be called at least every few
     seconds with what is being done. progress: shows on rank 0's console what is being done, how much of it is done, and
     of how much. by_rank_0: calls what it is given on rank 0 alone, and what it raises there ends every rank: for files.
     """

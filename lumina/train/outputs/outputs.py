@@ -41,7 +41,8 @@ class StepFigures:
     applied: whether the update was made; seconds: by phase (lumina.train.deepspeed.timing); samples:
     lumina.data.loading.order.samples_id; ended: seconds since 1970; loss_scale: fp16's, None elsewhere;
     of_objective: means of the objective's figures by name; experts: how evenly the tokens went to them, if any;
-    exchanged_bytes: that left this rank for those that it shares rows with, if any."""
+    exchanged_bytes: that left this rank for those that it shares rows with, if any; flops: of what a rank computed, the
+    mean of all ranks; memory: bytes in use on the rank that has the most: ranks that share rows have different work."""
 
     data: StepData
     loss: float
@@ -56,6 +57,8 @@ class StepFigures:
     of_objective: Mapping[str, float]
     experts: ExpertBalance | None = None
     exchanged_bytes: int | None = None
+    flops: float = 0.0
+    memory: int = 0
 
 
 class Outputs:
@@ -141,7 +144,7 @@ class RunOutputs(Outputs):
         self._handler.addFilter(lambda record: may_write())
         for logger in (log, record_log):
             logger.addHandler(self._handler)
-        self._utilisation = Utilisation(config, precision, torch.cuda.is_available())
+        self._utilisation = Utilisation(precision, torch.cuda.is_available())
         self._profile = Profile(folder, step, may_write) if config.profile else None
         self._recorder = Recorder(folder, config, self._metrics, fingerprint, may_write, **facts)
         self._ended = ("stopped", step, "")
@@ -175,7 +178,7 @@ class RunOutputs(Outputs):
         if (machine := self._machine.latest()) is not None:
             self._health.machine(machine)
         seconds = sum(split.get(phase, 0.0) for phase in PHASES if phase not in APART)
-        used, total, kind = used_memory(self._device)
+        _, total, kind = used_memory(self._device)
         seen = StepObservation(
             data.step + 1,
             figures.loss,
@@ -184,7 +187,7 @@ class RunOutputs(Outputs):
             data.tokens / seconds,
             split["data"],
             seconds,
-            used,
+            figures.memory,
             figures.anomaly,
             loss_scale=figures.loss_scale,
             supervised_shares=tuple(data.shares.tolist()),
@@ -200,7 +203,7 @@ class RunOutputs(Outputs):
             tokens=data.tokens,
             supervised_tokens=int(data.supervised_tokens),
             tokens_per_s=data.tokens / seconds,
-            memory=used,
+            memory=figures.memory,
             memory_total=total,
             memory_kind=kind,
             health=self._health.step(seen),
@@ -209,7 +212,7 @@ class RunOutputs(Outputs):
             samples=figures.samples,
             supervised_tokens_per_s=data.supervised_tokens / seconds,
             seconds={name: round(value, 6) for name, value in split.items()},
-            mfu=self._utilisation.of(data.micro_batches, seconds),
+            mfu=self._utilisation.of(figures.flops, seconds),
             of_objective=dict(figures.of_objective),
             experts=None if figures.experts is None else asdict(figures.experts),
             exchanged_bytes=figures.exchanged_bytes,

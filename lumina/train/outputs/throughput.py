@@ -24,12 +24,11 @@ def step_flops(model: ModelConfig, batches: Sequence[Batch]) -> float:
 
 
 class Utilisation:
-    """MFU of this rank's device. An unknown device, or a CPU, has none (law 8)."""
+    """MFU of a rank's device. An unknown device, or a CPU, has none (law 8)."""
 
-    def __init__(self, model: ModelConfig, precision: str, on_gpu: bool) -> None:
+    def __init__(self, precision: str, on_gpu: bool) -> None:
         device: Device | None = local_device() if on_gpu else None
-        self._model = model
         self._peak = None if device is None else device.peak.get(precision)
 
-    def of(self, batches: Sequence[Batch], seconds: float) -> float | None:
-        return None if self._peak is None else step_flops(self._model, batches) / seconds / self._peak
+    def of(self, flops: float, seconds: float) -> float | None:
+        return None if self._peak is None else flops / seconds / self._peak

@@ -43,7 +43,8 @@ for step in range(begin + 1, end + 1):
 if killed:
     while killed > 1 and not all(feed._queue.empty() for feed in trackers._feeds):
         time.sleep(0.05)
-    time.sleep(0.1)
+    if killed > 1:  # once, before the trackers' libraries are imported
+        time.sleep(0.1)
     os.kill(os.getpid(), 9)
 trackers.close()
 metrics.close()

@@ -371,7 +371,8 @@ def test_adapters_and_preferences(
     """20 steps' losses, and the weights and moments of the first, as in `test_every_way_to_share`."""
     data = few if "objective" not in settings else write_pairs(place / "pairs.jsonl", 11, seed=5)
     settings = {**settings, "max_steps": 20, "save_every_n_batches": 1, "save_async": False, "keep_last": 30}
-    settings |= {"max_grad_norm": 0.0, "adam_eps": 1e-5}
+    # An adapter's b is its first update alone, at a small epsilon almost the gradient's sign, and rounding near zero.
+    settings |= {"max_grad_norm": 0.0, "adam_eps": 1e-3}
     if "objective" in settings:
         settings |= {"eval_data": str(write_pairs(place / "held-out.jsonl", 5, seed=6)), "eval_every_n_batches": 10}
     plain = {name: value for name, value in settings.items() if name not in OFFLOADED}
@@ -388,7 +389,6 @@ def test_adapters_and_preferences(
         assert [one["samples"] for one in steps(run)] == [one["samples"] for one in steps(place / "alone")]
         states = [state(one / "checkpoints/step-00000001") for one in (run, place / "alone")]
         for (kind, name), value in states[1].items():
-            # An adapter's b begins at zero: after one step it is Adam's first update alone, nearly the gradient's sign.
             close = 1e-5 if kind == "master" and name.endswith(".b") else 1e-6
             assert (states[0][kind, name] - value).norm() <= close * value.norm(), (kind, name)
 

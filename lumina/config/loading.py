@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from lumina.config.errors import UserError, did_you_mean, explain_values
 from lumina.config.renamed import new_name, upgrade
 from lumina.config.schema import FIRST_TEMPLATE, MIN_VOCAB, Config, ModelConfig
-from lumina.config.schema.short_rope import is_short_for, rope_scaling_of
-from lumina.files import read_text
+from lumina.config.schema.short_rope import is_short_for, rope_scaling_of, trained_length
+from lumina.files import read_json, read_text
 
 DEFAULT_PRESET = "medium"
 MOST_VALUES = 100_000
@@ -115,12 +115,12 @@ def load(
         for name, value in _parse_set(pair).items():
             explicit[name] = value
             origin[name] = f"--set {pair}"
-    begins_from = explicit.get("init_from") if explicit.get("resume") is None else None
-    if isinstance(begins_from, str):
-        values |= inherited(begins_from, values["seq_length"])
+    own, began = _goes_on_from(explicit)
+    if began is not None:  # a run that began from scratch is resumed by naming its preset again
+        values |= own or inherited(began, values["seq_length"])
     merged = values | explicit
     if isinstance(text := merged.get("rope_scaling"), str):
-        merged["rope_scaling"] = explicit["rope_scaling"] = _long_form(text, merged, file_values)
+        merged["rope_scaling"] = explicit["rope_scaling"] = _long_form(text, merged, file_values, own, began)
     _lower_the_floor(merged, explicit)
     if "model_name" not in explicit and any(merged.get(name) != preset.get(name) for name in _SIZES):
         merged.pop("model_name", None)  # another size than the preset's: not the model that goes by its name
@@ -131,26 +131,50 @@ def load(
     return _with_room_for_the_tokenizer(config)
 
 
-def _long_form(text: str, merged: Mapping[str, Any], file_values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The setting `rope_scaling` for its short form. Of a run that is resumed its own stands, where it may have been
-    given so: nothing can be counted from its seq_length, which is the longer one."""
-    resume, began = merged.get("resume"), merged.get("init_from")
-    before = {} if resume is None else _resumed(str(resume), merged)
-    if not before and resume is not None and not began and isinstance(file_values.get("rope_scaling"), Mapping):
-        before = dict(file_values)  # as a run wrote it that has no checkpoint yet
+def _goes_on_from(given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """`trained_as` of the run that is resumed, empty where there is none or `auto` begins it; and what the run begins
+    with, or began with where it is resumed without naming that again. `given`: what the user wrote down."""
+    began, resume = given.get("init_from"), given.get("resume")
+    own: dict[str, Any] = {}
+    if resume is not None:
+        folder, has_checkpoint = _resumed(str(resume), given)
+        own = trained_as(str(folder)) if has_checkpoint else {}
+        began = _began_with(folder) if began is None else began
+    return own, began if isinstance(began, str) else None
+
+
+def _long_form(
+    text: str, merged: Mapping[str, Any], file_values: Mapping[str, Any], own: Mapping[str, Any], began: str | None
+) -> dict[str, Any] | None:
+    """The setting `rope_scaling` for its short form; `own`, `began`: of `_goes_on_from`. Of a run that is resumed its
+    own stands, where it may have been given so: nothing can be counted from its seq_length, which is the longer one."""
+    before = own
+    begins = merged.get("resume") is None or merged.get("init_from") is not None
+    if not before and not begins and isinstance(file_values.get("rope_scaling"), Mapping):
+        before = file_values  # as a run wrote it that has no checkpoint yet
     scaling = before.get("rope_scaling")
     if before and is_short_for(text, scaling):
         return dict(scaling) if scaling else None
-    return rope_scaling_of(text, merged.get("seq_length"), trained_as(began) if isinstance(began, str) else before)
+    return rope_scaling_of(text, merged.get("seq_length"), (trained_as(began) if began is not None else {}) or before)
 
 
-def _resumed(resume: str, merged: Mapping[str, Any]) -> dict[str, Any]:
-    """`trained_as` of the run that is resumed; nothing where `auto` begins one."""
+def _resumed(resume: str, given: Mapping[str, Any]) -> tuple[Path, bool]:
+    """The path of the run that is resumed, and whether it has a checkpoint; without one, `auto` begins it."""
     if resume != "auto":
-        return trained_as(resume)
-    place = (merged.get(key, Config.model_fields[key].default) for key in ("output_dir", "experiment_name"))
-    folder = Path(*map(str, place))
-    return trained_as(str(folder)) if any((folder / "checkpoints").glob("step-*")) else {}
+        return Path(resume), True
+    folder = Path(*(str(given.get(key, Config.model_fields[key].default)) for key in ("output_dir", "experiment_name")))
+    return folder, any((folder / "checkpoints").glob("step-*"))
+
+
+def _began_with(run: Path) -> str | None:
+    """What a run's last start began with, by its run.json; None for weights that were drawn, or where that is lost."""
+    config = run_config(str(run))
+    try:
+        recorded = read_json((run if config is None else config.parent) / "run.json")
+        began = recorded["config"]["init_from"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return began if isinstance(began, str) else None
 
 
 def _lower_the_floor(merged: dict[str, Any], explicit: Mapping[str, Any]) -> None:
@@ -196,7 +220,10 @@ def _base(preset_or_yaml: str, resuming: bool) -> tuple[dict[str, Any], dict[str
 
 def _drop_one_starts(values: dict[str, Any], lines: Mapping[str, int], path: Path, resuming: bool) -> None:
     """Take `resume` out of a file's values, and `init_from` of one that a run wrote (up to 0.2.0, with `resume` in it):
-    they belong to one start, and a copy of the file would go on with the other run. Said, unless the start resumes."""
+    they belong to one start, and a copy of the file would go on with the other run. Said, unless the start resumes. And
+    trained_seq_length, of weights that another run need not begin with."""
+    if not resuming:
+        values.pop("trained_seq_length", None)
     by_a_run = {"resume", "experiment_name", "output_dir", "keep_last"} <= values.keys()
     for name, flag in (("resume", "--resume"), ("init_from", "--init-from")):
         if name == "init_from" and not by_a_run:
@@ -231,16 +258,18 @@ def run_config(given: str) -> Path | None:
 
 def inherited(given: str, context_length: int) -> dict[str, Any]:
     """What a run that begins with another's weights takes over: `trained_as`, but for a seq_length above
-    `context_length`, since a long context costs memory that fine-tuning seldom needs."""
+    `context_length`, since a long context costs memory that fine-tuning seldom needs; trained_seq_length keeps it."""
     taken = trained_as(given)
+    taken["trained_seq_length"] = trained_length(taken)
     if isinstance(taken.get("seq_length"), int) and taken["seq_length"] > context_length:
         taken["seq_length"] = context_length
     return taken
 
 
-def trained_as(given: str) -> dict[str, Any]:
-    """The model's settings of a run whose weights another begins with, and its tokenizer or chat template. Nothing when
-    there is no such run: whoever reads its weights says so.
+def trained_as(given: str, links: int = 8) -> dict[str, Any]:
+    """The model's settings of a run whose weights another begins with, its tokenizer or chat template, and the length
+    of what it began with itself, `links` runs back at most. Nothing when there is no such run: whoever reads its
+    weights says so.
 
     Raises:
         UserError: its config.yaml is not valid YAML.
@@ -254,8 +283,11 @@ def trained_as(given: str) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     _find_tokenizer(values, path.parent)
     _name_template(values)
-    kept = (*ModelConfig.model_fields, "tokenizer", "chat_template")
-    return {name: values[name] for name in kept if name in values}
+    kept = (*ModelConfig.model_fields, "tokenizer", "chat_template", "trained_seq_length")
+    taken = {name: values[name] for name in kept if name in values}
+    if "trained_seq_length" not in taken and links and (began := _began_with(path.parent)) is not None:
+        taken["trained_seq_length"] = trained_length(trained_as(began, links - 1))  # a run of an earlier version
+    return taken
 
 
 def _read_preset(name: str) -> dict[str, Any]:

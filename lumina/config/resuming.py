@@ -42,7 +42,7 @@ _NAMES: dict[OnResume, str] = {
     """,
     # Where and how: the batch of a device and its accumulation make up the same global batch.
     OnResume.FREE: """
-        model_name experiment_name output_dir resume init_from ds_config init_std
+        model_name experiment_name output_dir resume init_from trained_seq_length ds_config init_std
         batch_size gradient_accumulation_steps sequence_parallel_size compile deterministic gradient_checkpointing
         activation_offloading mlp_tile_tokens cache_dir num_workers
         save_every_n_batches hang_timeout stop_timeout straggler_interval straggler_factor keep_last

@@ -66,6 +66,7 @@ def resolve(start: Start, world: int, device: str) -> Settings:
     ds_config, report, resolved = ds_json.resolve(config, world, device, document=document)
     refuse_what_deepspeed_does(ds_config, config.ds_config or "the built-in DeepSpeed configuration")
     room = _room(resolved, ds_config, world, memory)
+    report = [*report, *_rope_scaling(resolved)]
     settings = Settings(resolved, ds_config, report, sequence_parallel_size=start.ranks_of_row, memory=room)
     micro_batch_size = start.recovery.largest_micro_batch(room)
     if micro_batch_size is not None and micro_batch_size < resolved.batch_size:
@@ -98,6 +99,19 @@ def _with_first_batch(start: Start, world: int, device: str) -> Config:
     first = config.replace(sequence_parallel_size=start.ranks_of_row)
     size = ds_json.resolve(first, began, device, document=None).config.global_batch_size
     return config.replace(global_batch_size=size)
+
+
+def _rope_scaling(config: Config) -> list[str]:
+    """What scales the rotary angles, for people; no line where nothing does."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return []
+    original, trained = scaling.original_max_position_embeddings, config.trained_seq_length
+    counted = "" if original is None else f" from original_max_position_embeddings {original:,}"
+    weights = "" if trained is None else f"; the weights it began with were trained at {trained:,}"
+    return [
+        f"rope_scaling: {scaling.type}, factor {scaling.factor:g}{counted}, seq_length {config.seq_length:,}{weights}"
+    ]
 
 
 def make_engine(settings: Settings, drawn: bool) -> Engine:

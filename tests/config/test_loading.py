@@ -1,5 +1,6 @@
 """Presets, the early README's YAML, precedence, and what is refused."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -340,3 +341,73 @@ def test_rows_that_cannot_be_shared(settings: dict[str, Any], told: str) -> None
     with pytest.raises(UserError, match=told) as caught:
         load("nano", settings)
     assert str(caught.value).count("sequence_parallel_size") >= 1
+
+
+# --- A resume by the command that began the run ---
+
+_SHAPED = (
+    "hidden_size",
+    "num_layers",
+    "num_kv_heads",
+    "seq_length",
+    "family",
+    "rope_theta",
+    "rope_scaling",
+    "tokenizer",
+)
+_BASE = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 1, "rope_theta": 1e6, "family": "qwen2"}
+
+
+@pytest.mark.parametrize(
+    ("written", "own_file", "more"),
+    [
+        ("nothing", False, {"objective": "dpo", "lora_rank": 4}),
+        ("settings", True, {"seq_length": 2048, "rope_scaling": "yarn"}),
+        ("checkpoint", False, {}),
+        ("checkpoint", False, {"seq_length": 2048, "rope_scaling": "yarn"}),
+        ("checkpoint", True, {"seq_length": 2048, "rope_scaling": "linear", "rope_theta": 5e5}),
+    ],
+)
+def test_the_command_that_began_a_run_resumes_it(
+    written: str, own_file: bool, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """Over weights of another shape than the preset's: of the run that has a checkpoint its own settings go before the
+    preset's, of another those of what it begins with; what the user writes down goes before both. `own_file`: the
+    command names a YAML file, and what the run began with no more; run.json knows it."""
+    (tmp_path / "base/tokenizer").mkdir(parents=True)
+    values = load("nano", {"seq_length": 1024, **_BASE}).values() | {"tokenizer": "tokenizer"}
+    (tmp_path / "base/config.yaml").write_text(yaml.safe_dump(values))
+    place: dict[str, Any] = {"output_dir": str(tmp_path), "experiment_name": "run"}
+    given = {"init_from": str(tmp_path / "base"), **more, **place}
+    preset = write(tmp_path, "preset: nano\nlearning_rate: 1e-3\n") if own_file else "nano"
+    first = load(preset, given)
+    assert load(preset, {**given, "resume": "auto"}).values() == first.values() | {"resume": "auto"}, "which begins it"
+    if written != "nothing":
+        run = tmp_path / "run"
+        (run / "tokenizer").mkdir(parents=True)
+        (run / "config.yaml").write_text(first.replace(tokenizer="tokenizer").to_yaml("init_from"))
+        (run / "run.json").write_text(json.dumps({"config": first.model_dump(mode="json")}))
+        if written == "checkpoint":
+            (run / "checkpoints/step-00000003").mkdir(parents=True)
+            (tmp_path / "base/config.yaml").unlink()  # which is not needed any more
+    if own_file and written != "nothing":
+        del given["init_from"]
+    tokenizer = str(tmp_path / ("run" if written == "checkpoint" else "base") / "tokenizer")
+    for resume in ("auto", str(tmp_path / "run"))[: 2 if written == "checkpoint" else 1]:
+        again = load(preset, {**given, "resume": resume})
+        expected = {name: getattr(first, name) for name in _SHAPED} | {"tokenizer": tokenizer}
+        assert {name: getattr(again, name) for name in _SHAPED} == expected
+        assert again.trained_seq_length == first.trained_seq_length == 1024
+        assert again.explicit == first.explicit - {"init_from"} | {"resume"} | given.keys() & {"init_from"}
+        other = load(preset, {**given, "resume": resume, "hidden_size": 32, "rope_theta": 7.0})
+        assert (other.hidden_size, other.rope_theta) == (32, 7.0), "which the run then refuses"
+
+
+def test_a_run_from_scratch_is_resumed_by_its_own_preset(tmp_path: Path) -> None:
+    """Another preset is another model, which the run refuses: nothing of the run is taken in its place."""
+    place: dict[str, Any] = {"output_dir": str(tmp_path), "experiment_name": "run"}
+    (tmp_path / "run/checkpoints/step-00000003").mkdir(parents=True)
+    first = load("nano", place)
+    (tmp_path / "run/config.yaml").write_text(first.to_yaml("init_from"))
+    (tmp_path / "run/run.json").write_text(json.dumps({"config": first.model_dump(mode="json")}))
+    assert load("debug", {**place, "resume": "auto"}).hidden_size == load("debug").hidden_size

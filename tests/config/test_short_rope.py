@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,64 @@ def test_weights_of_a_scaled_run_count_from_where_that_began(kind: str, tmp_path
     other = "yarn" if kind == "linear" else "linear"
     with pytest.raises(UserError, match=f"scaled by {kind} already"):
         load("nano", {"init_from": before, "seq_length": 4096, "rope_scaling": other})
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_the_longest_context_of_the_weights_counts(kind: str, tmp_path: Path) -> None:
+    """Fine-tuned twice at a preset's shorter context, they are scaled as they would be at once; scaled once, and
+    fine-tuned again, their scaling goes on from there."""
+    first = trained(tmp_path / "first", seq_length=32768)
+    longer = {"seq_length": 65536, "rope_scaling": kind}
+    direct = load("nano", {"init_from": first, **longer}).rope_scaling
+    before = first
+    for name in ("second", "third"):
+        config = load("nano", {"init_from": before})
+        assert (config.seq_length, config.trained_seq_length) == (512, 32768)
+        before = trained(tmp_path / name, **config.values() | {"init_from": None})
+        scaled = load("nano", {"init_from": before, **longer})
+        assert scaled.rope_scaling == direct, name
+        assert scaled.rope_scaling is not None
+        assert scaled.rope_scaling.factor == 2
+    mid = trained(tmp_path / "scaled", **scaled.values() | {"init_from": None})
+    again = load("nano", {"init_from": mid})
+    assert (again.seq_length, again.trained_seq_length, again.rope_scaling) == (512, 65536, direct)
+    last = trained(tmp_path / "last", **again.values() | {"init_from": None})
+    with pytest.raises(UserError, match="own 65536 tokens"):
+        load("nano", {"init_from": last, **longer})
+    more = load("nano", {"init_from": last, **longer, "seq_length": 262144}).rope_scaling
+    assert more is not None
+    assert more.factor == 8
+
+
+def test_runs_of_earlier_versions_say_what_they_began_with_in_run_json(tmp_path: Path) -> None:
+    """Their config.yaml has no trained_seq_length. One that is said to have begun with itself ends the search."""
+    began: str | None = None
+    for name, length in (("first", 2048), ("second", 512), ("third", 256)):
+        folder = tmp_path / name
+        folder.mkdir()
+        kept = {k: v for k, v in load("nano", {"seq_length": length}).values().items() if k != "trained_seq_length"}
+        (folder / "config.yaml").write_text(yaml.safe_dump(kept))
+        (folder / "run.json").write_text(json.dumps({"config": {"init_from": began}}))
+        began = str(folder)
+    scaled = load("nano", {"init_from": began, "seq_length": 8192, "rope_scaling": "yarn"})
+    assert scaled.rope_scaling == RopeScaling(type="yarn", factor=4, original_max_position_embeddings=2048)
+    assert scaled.trained_seq_length == 2048
+    (tmp_path / "first/run.json").write_text(json.dumps({"config": {"init_from": str(tmp_path / "first")}}))
+    assert load("nano", {"init_from": began}).trained_seq_length == 2048
+    for broken in ("", "[]", '{"config": 3}', '{"config": {"init_from": 3}}'):
+        (tmp_path / "third/run.json").write_text(broken)
+        assert load("nano", {"init_from": began}).trained_seq_length == 256, broken
+
+
+def test_a_copy_of_a_runs_settings_says_nothing_of_other_weights(tmp_path: Path) -> None:
+    """trained_seq_length stands in config.yaml, which another run may be started by."""
+    first = trained(tmp_path / "first", seq_length=4096)
+    run = Path(trained(tmp_path / "run", **load("nano", {"init_from": first}).values() | {"init_from": None}))
+    assert load(str(run / "config.yaml"), {"resume": "auto"}).trained_seq_length == 4096
+    assert load(str(run / "config.yaml")).trained_seq_length is None
+    other = trained(tmp_path / "other", seq_length=128)
+    assert load(str(run / "config.yaml"), {"init_from": other}).trained_seq_length == 128
+    assert load("nano", {"init_from": other, "trained_seq_length": 256}).trained_seq_length == 256, "as the user says"
 
 
 def test_the_weights_scaling_goes_on_as_it_is_but_for_the_factor(tmp_path: Path) -> None:

@@ -165,6 +165,8 @@ class RunConfig(Strict):
     output_dir: Annotated[str, Field(min_length=1)] = "experiments"
     resume: str | None = None  # auto, a run's folder, or a checkpoint
     init_from: str | None = None
+    # The longest context that those weights were trained at; --init-from fills it in.
+    trained_seq_length: PositiveInt | None = None
     ds_config: str | None = None
     eval_every_n_batches: PositiveInt = 500
     save_every_n_batches: PositiveInt = 1000

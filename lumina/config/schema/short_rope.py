@@ -53,6 +53,12 @@ def rope_scaling_of(text: str, seq_length: Any, base: Mapping[str, Any]) -> dict
     return scaling | {"factor": factor}
 
 
+def trained_length(run: Mapping[str, Any]) -> int | None:
+    """The longest context that the weights of a run with these settings were trained at, in tokens, in it or before."""
+    lengths = [run.get(name) for name in ("seq_length", "trained_seq_length")]
+    return max((length for length in lengths if isinstance(length, int)), default=None)
+
+
 def is_short_for(text: str, scaling: Any) -> bool:
     """Whether the setting `scaling` of a run may have been given as `text` when the run began: of the same type, and of
     the same factor where `text` has one."""
@@ -71,7 +77,7 @@ def _number(text: str) -> float | None:
 
 def _scaling_of(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
     """The scaling of type `kind` that the weights know: their own, or one by 1 from the length they were trained at."""
-    known, length = base.get("rope_scaling"), base.get("seq_length")
+    known, length = base.get("rope_scaling"), trained_length(base)
     if isinstance(known, Mapping):
         if known.get("type") != kind:
             raise UserError(
@@ -88,8 +94,8 @@ def _scaling_of(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_length(base: Mapping[str, Any], scaling: Mapping[str, Any]) -> int | None:
-    """The context length that the weights have without more scaling, in tokens: that of their run, or what their
-    scaling is made for where that is longer, as in a run at a shorter context than its model's."""
-    length, original = base.get("seq_length"), scaling.get("original_max_position_embeddings")
+    """The context length that the weights have without more scaling, in tokens: the longest that they were trained at,
+    or what their scaling is made for where that is longer."""
+    original = scaling.get("original_max_position_embeddings")
     made_for = round(original * scaling["factor"]) if isinstance(original, int) else 0
-    return max(length if isinstance(length, int) else 0, made_for) or None
+    return max(trained_length(base) or 0, made_for) or None

@@ -19,8 +19,8 @@ from lumina.infer.hf.description import describe, write_described
 from lumina.infer.hf.gguf_file import DTYPES as GGUF_DTYPES
 from lumina.infer.hf.gguf_file import write_gguf
 from lumina.infer.hf.paths import check_new_folder, parse_size
+from lumina.infer.hf.peft import TOKENIZER_USAGE, write_adapter
 from lumina.infer.hf.peft import USAGE as PEFT_USAGE
-from lumina.infer.hf.peft import write_adapter
 from lumina.infer.hf.safetensors_file import write_safetensors
 from lumina.infer.loading import (
     check_size,
@@ -67,7 +67,8 @@ def export(
         shard_size: largest bytes of weights in a file; a single larger tensor gets a file of its own.
 
     Raises:
-        UserError: no such run, `out` already holds something, a bad dtype or size, or peft without adapters.
+        UserError: no such run, `out` already holds something, a bad dtype or size, or peft without adapters, or with
+            a model that the base's export would not be.
     """
     out, limit = Path(out), parse_size(shard_size)
     if dtype not in DTYPES and not (form == "gguf" and dtype in GGUF_DTYPES):
@@ -81,7 +82,7 @@ def export(
     tokenizer = fitting_tokenizer(checkpoint, config)  # one that does not fit is found before anything is written
     with atomic_folder(out) as scratch:
         if form == "peft":
-            shards, total = write_adapter(scratch, checkpoint, DTYPES[dtype])
+            shards, total = write_adapter(scratch, checkpoint, config, tokenizer, DTYPES[dtype])
         elif form == "gguf":
             named = checkpoint.parent.parent.name
             shards, total = write_gguf(scratch, checkpoint, config, dtype, tokenizer, named)
@@ -92,7 +93,8 @@ def export(
             describe(scratch, config, dtype, tokenizer)
         elif form == "safetensors":
             write_described(scratch / "lumina.json", config.model_dump())
-        write_text(scratch / "README.md", _card(checkpoint, config, dtype, form, tokenizer))
+        more = TOKENIZER_USAGE if form == "peft" and (scratch / "tokenizer.json").exists() else ""
+        write_text(scratch / "README.md", _card(checkpoint, config, dtype, form, tokenizer) + more)
     return Exported(out, shards, total, checkpoint)
 
 

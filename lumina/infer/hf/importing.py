@@ -65,7 +65,8 @@ def import_hf(
     check_source(source)
     template = None if chat_template is None else find_template(chat_template)
     notes: list[str] = []
-    values = _shortened(read_json(source / "config.json")[1], context_length, notes)
+    full = read_json(source / "config.json")[1]
+    values = _shortened(full, context_length, notes)
     config = read_hf_config(values)
     if values.get("auto_map"):
         notes.append("config.json names code of its own (auto_map), which is not run")
@@ -88,7 +89,11 @@ def import_hf(
                 _copy_tokenizer(source, scratch / "tokenizer", values, template, notes)
                 config = fitting_config(scratch / "tokenizer", config, grow_vocabulary, notes)
             _write_checkpoint(scratch / "checkpoints", tensors, config, luminas)
-            settings = config.model_dump() | ({"chat_template": luminas} if luminas else {"tokenizer": "tokenizer"})
+            settings = (
+                config.model_dump()
+                | _trained_at(config, full)
+                | ({"chat_template": luminas} if luminas else {"tokenizer": "tokenizer"})
+            )
             write_text(scratch / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
             write_json(
                 scratch / IMPORT_RECORD, {"chat_template": chat_template, "notes": notes}, indent=2, sort_keys=False
@@ -99,8 +104,8 @@ def import_hf(
 
 
 def _shortened(values: dict[str, Any], context_length: int | None, notes: list[str]) -> dict[str, Any]:
-    """config.json with a shorter context. Rope scaling that counts from the file's length keeps it, and so do the
-    notes: the run's own settings have the shorter one alone."""
+    """config.json with a shorter context. Rope scaling that counts from the file's length keeps it, and so do the notes
+    and the run's trained_seq_length."""
     if context_length is None:
         return values
     longest = values.get("max_position_embeddings")
@@ -111,6 +116,12 @@ def _shortened(values: dict[str, Any], context_length: int | None, notes: list[s
         notes.append(f"the context length is {context_length}, as the import was told; the model {own}")
     kept = {} if longest is None else {"original_max_position_embeddings": longest}
     return kept | values | {"max_position_embeddings": context_length}
+
+
+def _trained_at(config: ModelConfig, values: dict[str, Any]) -> dict[str, int]:
+    """The run's setting trained_seq_length, where its context is shorter than that of config.json's `values`."""
+    longest = values.get("max_position_embeddings")
+    return {"trained_seq_length": longest} if isinstance(longest, int) and longest > config.seq_length else {}
 
 
 def _shapes(config: ModelConfig) -> dict[str, torch.Size]:

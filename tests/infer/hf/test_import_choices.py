@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lumina.chat import Conversation, Message
 from lumina.cli import main
 from lumina.config import UserError
+from lumina.config import load as settings
 from lumina.infer import IMPORT_RECORD, export, import_hf, load
 from tests.infer.hf_models import make_hf
 from tests.small_tokenizer import CHATML, END, VOCABULARY, write_tokenizer
@@ -167,7 +168,10 @@ def test_a_shorter_context_leaves_rope_scaling_as_it_is(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "hf/config.json").read_text())
     del values["rope_parameters"]["original_max_position_embeddings"]  # transformers then takes the context length
     (tmp_path / "hf/config.json").write_text(json.dumps(values))
-    _logits_are_transformers(import_hf(tmp_path / "hf", tmp_path / "run", context_length=40), tmp_path / "hf")
+    run = import_hf(tmp_path / "hf", tmp_path / "run", context_length=40)
+    _logits_are_transformers(run, tmp_path / "hf")
+    config = settings("nano", {"init_from": str(run)})
+    assert (config.seq_length, config.trained_seq_length) == (40, 96), "from which longer contexts count"
 
 
 # --- Chat templates -------------------------------------------------------------------------------

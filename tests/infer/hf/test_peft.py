@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lumina import checkpoint
 from lumina.cli import main
-from lumina.config import LoraConfig, UserError
+from lumina.config import LoraConfig, RopeScaling, UserError
 from lumina.files import write_json
 from lumina.infer import export, import_hf, load
 from lumina.infer.hf.peft import _description
@@ -132,9 +132,52 @@ def test_what_export_writes(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def write_base(folder: Path) -> Path:
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rope_scaling": RopeScaling(type="linear", factor=2.0)}, "rope_scaling"),
+        ({"rope_theta": 5e5}, "rope_theta 500000.0, its base has 10000.0"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
+        ({"rope_scaling": RopeScaling(type="dynamic", factor=2.0)}, "rope_scaling dynamic up to seq_length 256"),
+    ],
+)
+def test_a_model_that_the_bases_export_is_not(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    """The adapters were trained in a model that computes something else, which no reader of them would know. Merged it
+    is told; a longer context alone changes no logits."""
+    dynamic = "dynamic" in told
+    base = write_base(tmp_path / "base", **(changes if dynamic else {}))
+    longer = make_model(vocab_size=VOCABULARY, seq_length=256, **changes)
+    run = write_adapters(tmp_path / "run", base, adapt(longer, SOME), SOME)
+    with pytest.raises(UserError, match=told) as caught:
+        export(run, tmp_path / "out", form="peft")
+    assert "--format hf" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    merged = json.loads((export(run, tmp_path / "out").folder / "config.json").read_text())
+    assert merged["max_position_embeddings"] == 256
+
+    plain = write_base(tmp_path / "plain")
+    only_longer = adapt(make_model(vocab_size=VOCABULARY, seq_length=256), SOME)
+    export(write_adapters(tmp_path / "longer", plain, only_longer, SOME), tmp_path / "adapter", form="peft")
+
+
+def test_another_chat_template_goes_with_the_adapters(tmp_path: Path) -> None:
+    """They were trained with it, and the base's export has the base's."""
+    from transformers import AutoTokenizer
+
+    base = write_base(tmp_path / "base")
+    run = write_adapters(tmp_path / "run", base, adapt(make_model(vocab_size=VOCABULARY), SOME), SOME)
+    path = run / "tokenizer/chat_template.jinja"
+    other = path.read_text().replace("<|im_start|>", "<|im_start|> ", 1)
+    path.write_text(other)
+    export(run, tmp_path / "adapter", form="peft")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert theirs.chat_template == other
+    assert "AutoTokenizer.from_pretrained(FOLDER)" in (tmp_path / "adapter/README.md").read_text()
+
+
+def write_base(folder: Path, **changes: Any) -> Path:
     write_tokenizer(folder / "tokenizer")
-    return write_run(folder, make_model(vocab_size=VOCABULARY))
+    return write_run(folder, make_model(vocab_size=VOCABULARY, **changes))
 
 
 def test_adapters_are_merged_with_what_they_were_trained_over_or_not_at_all(tmp_path: Path) -> None:

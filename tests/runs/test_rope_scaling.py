@@ -48,7 +48,7 @@ def test_the_same_command_resumes_it(
 
     def line(name: str, *more: str) -> list[str]:
         fixed = {"epochs": 100, "max_steps": 6, "global_batch_size": 4, "num_workers": 1, "save_every_n_batches": 3}
-        fixed |= {"learning_rate": 1e-3, "eval_fraction": 0.2}
+        fixed |= {"learning_rate": 1e-3, "save_async": "false"}
         words = ["--config", "nano", "--train-data", str(data), "--init-from", str(base), "--precision", "fp32"]
         words += ["--output-dir", str(place), "--experiment-name", name, *CASES[case], *more]
         return words + [word for key, value in fixed.items() for word in ("--set", f"{key}={value}")]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lumina.chat import ROLES, RenderedBlock
@@ -90,6 +90,7 @@ def slow_chunks(conversation: list[Said], first: int, window: int, budget: int) 
         heads[message_of[place]] += 1
     if end - first <= window:
         return [(list(range(first, end)), 0)]
+    supervised.discard(first)  # nothing comes before it, from which it could be predicted
     out, start = [], first
     while start < end:
         context: list[int] = []
@@ -181,6 +182,7 @@ def of_before(offsets: list[int], window: int) -> list[tuple[int, int, int]]:
 # --- Against it -----------------------------------------------------------------------------------
 
 
+@example([[Said(4, 0, 1, True, False), Said(4, 2, 40, True, False)]], 16, 0.25)  # begins with what has no target
 @given(conversations, windows, shares)
 def test_chunks_against_the_slow_reference(given_: list[list[Said]], window: int, share: float) -> None:
     block, rule = block_of(given_), ChunkRule(window, "split", share)

@@ -106,19 +106,21 @@ def _repeated(x_1TKd: Tensor, size: int) -> Tensor:
     return x_1TKd if times == 1 else x_1TKd.repeat_interleave(times, 2)
 
 
-_groups: dict[int, SequenceGroup] = {}
+_groups: dict[int, tuple[dist.ProcessGroup | None, SequenceGroup]] = {}  # with the default group of their time
 
 
 def sequence_group(size: int) -> SequenceGroup | None:
     """This rank's group where `size` neighbouring ranks share each row's tokens; None for 1. Collective over all ranks,
-    whose number `size` divides. The groups of a process are made once for each size: none is ever given back."""
+    whose number `size` divides. They are made once for each size and default process group, and none is given back: a
+    program may have destroyed the default group, and these with it, and joined another."""
     if size == 1:
         return None
-    if size not in _groups:
+    default = dist.group.WORLD
+    if size not in _groups or _groups[size][0] is not default:
         rank, world = dist.get_rank(), dist.get_world_size()
         assert world % size == 0
         for start in range(0, world, size):  # every rank makes every group
             group = dist.new_group(list(range(start, start + size)))
             if start <= rank < start + size:
-                _groups[size] = SequenceGroup(rank - start, size, group)
-    return _groups[size]
+                _groups[size] = default, SequenceGroup(rank - start, size, group)
+    return _groups[size][1]

@@ -54,6 +54,10 @@ def test_the_bytes_that_documentation_names(size: int, kv_heads: int, difference
     assert sent["told"] == sent["bytes"], "what a step's record says"
 
 
+def test_a_program_may_join_another_process_group(differences: dict[str, dict[str, float]]) -> None:
+    assert differences["another process group"]["sum"] == 2.0
+
+
 def test_every_collective_counts_as_communication(differences: dict[str, dict[str, float]]) -> None:
     """Whoever waits in one for a slow rank does not compute: the sum of pairs' log-probabilities is one of them."""
     assert differences["clock"]["untimed"] == 0

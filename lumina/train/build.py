@@ -278,7 +278,8 @@ def _initialise(
     torch.manual_seed(config.seed)
     loading = f", loading {start.checkpoint}" if resumed else ""
     _say(ranks, f"building the model of {config.num_parameters() / 1e6:.1f}M parameters{loading}")
-    engine = make_engine(settings, drawn=not resumed and config.init_from is None)
+    loading_base = partial(together, ranks, "loading the weights under the adapters")
+    engine = make_engine(settings, not resumed and config.init_from is None, loading_base)
     objective(config).prepare(
         Preparation(
             train_data=data.train,
@@ -302,7 +303,7 @@ def _initialise(
         )
     )
     if resumed:
-        load_resumed(start, engine, partial(progress, "Loading"))
+        load_resumed(start, ranks, engine, partial(progress, "Loading"))
     else:
         _initial_weights(settings, ranks, engine, start, progress)
     assert config.global_batch_size is not None

@@ -165,7 +165,7 @@ def load_initial_weights(
     began = source
     shape = lambda: checkpoint.read_trainer_state(began)[0].model
     checkpoint.check_same_model(together(ranks, "reading the checkpoint", shape), checkpoint.model_shape(config), began)
-    load_weights(source, engine, progress)
+    load_weights(source, engine, progress, partial(together, ranks, "loading the weights"))
 
 
 def base_of_adapters(
@@ -310,10 +310,10 @@ def _refuse_another_schedule(
         )
 
 
-def load_resumed(start: Start, engine: Engine, progress: OnProgress) -> None:
+def load_resumed(start: Start, ranks: Ranks, engine: Engine, progress: OnProgress) -> None:
     """Load the checkpoint that the run goes on from; collective."""
     assert start.checkpoint is not None
-    load(start.checkpoint, engine, start.trainer, progress)
+    load(start.checkpoint, engine, start.trainer, progress, partial(together, ranks, "loading the checkpoint"))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lumina.train.deepspeed import (
     set_collective_timeout,
 )
 from lumina.train.initialise import Start
-from lumina.train.saving.snapshot import load_frozen_weights
+from lumina.train.saving.snapshot import Together, alone, load_frozen_weights
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,9 @@ def _rope_scaling(config: Config) -> list[str]:
     ]
 
 
-def make_engine(settings: Settings, drawn: bool) -> Engine:
-    """`drawn`: False where every trained weight is loaded next; adapters are drawn after the weights under them."""
+def make_engine(settings: Settings, drawn: bool, together: Together = alone) -> Engine:
+    """`drawn`: False where every trained weight is loaded next; adapters are drawn after the weights under them.
+    `together`: as in load_checkpoint, of the weights under adapters."""
     config, base = settings.config, settings.base
     drawn = drawn or base is not None
     with partitioned_init.partition_on_init(settings.ds_config, drawn):
@@ -123,7 +125,7 @@ def make_engine(settings: Settings, drawn: bool) -> Engine:
         if base is not None:  # before the engine is made: what is frozen has no place in its optimizer
             lora.attach(model, config)
     if base is not None:
-        load_frozen_weights(model, base)
+        together(partial(load_frozen_weights, model, base))
     if config.float8 is not None:
         float8.check(config)
         float8.convert(model, config.float8)

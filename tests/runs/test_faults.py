@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -231,10 +232,10 @@ def _watch_rebuilds() -> None:
     """Fails a rank where the engine before is still held when the next one is built: both would have to fit."""
     make, earlier = make_engine.make_engine, []
 
-    def watched(settings: Any, drawn: bool) -> Engine:
+    def watched(settings: Any, drawn: bool, *more: Any) -> Engine:
         held = [engine for engine in earlier if engine() is not None]
         assert not held, "the old engine is alive while the new one is built"
-        made = make(settings, drawn)
+        made = make(settings, drawn, *more)
         earlier.append(weakref.ref(made.ds))
         return made
 
@@ -559,3 +560,27 @@ def test_an_emergency_of_one_rank_alone_saves_nothing(
     assert [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")] == [checkpoint.name_of(EVERY)]
     assert checkpoint.integrity_error(real.newest(run)) is None
     assert events(run, rule="exception")
+
+
+def _unreadable(rank: int) -> None:
+    """Rank 1 reads for longer than the other one, and then its disk fails."""
+    whole = checkpoint.CheckpointReader.read
+
+    def read(self: checkpoint.CheckpointReader, *given: Any) -> None:
+        if rank == 1:
+            time.sleep(1.0)
+            raise OSError(5, "Input/output error", "shard")
+        whole(self, *given)
+
+    checkpoint.CheckpointReader.read = read  # type: ignore[method-assign]
+
+
+@pytest.mark.long  # tests/train/saving/test_snapshot.py has the order, and this that a start goes by it
+def test_a_checkpoint_that_one_rank_cannot_read_ends_both(runs: Runs, conversations: Path, place: Path) -> None:
+    line = arguments(place / "run", conversations, stage=2, **SETTINGS | {"max_steps": 2, "save_every_n_batches": 1})
+    runs.train([*line, "--set", "max_steps=1"], 2)
+    job = runs.start([*line, "--resume", "auto"], 2, patch=_unreadable)
+    assert job.wait() == [2, 2], job.stderr()
+    assert "rank 1 on" in job.stderr()
+    assert "Input/output error" in job.stderr()
+    assert "Traceback" not in job.stderr()

@@ -56,24 +56,44 @@ def take_snapshot(engine: Engine, state: TrainerState, copies: StagingBuffer | N
 OnProgress = Callable[[int, int], None]  # ranges read, ranges that this rank reads in all
 
 
+# Calls what it is given, which has no collective in it: also so that the ranks have all done so when it returns.
+Together = Callable[[Callable[[], None]], object]
+
+
 def silent(done: int, total: int) -> None:
     """Progress that nobody is shown."""
 
 
+def alone(read: Callable[[], None]) -> None:
+    """The ranks meet in the next collective, or not at all."""
+    read()
+
+
 @torch.no_grad()
-def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any], progress: OnProgress = silent) -> None:
-    """Load weights and optimizer state into an engine of any world size and ZeRO stage; collective."""
+def load_checkpoint(
+    checkpoint: Path,
+    engine: Engine,
+    trainer: dict[str, Any],
+    progress: OnProgress = silent,
+    together: Together = alone,
+) -> None:
+    """Load weights and optimizer state into an engine of any world size and ZeRO stage; collective. `together`: how the
+    ranks come out of reading, which may take one of them longer than a collective waits."""
     reader = CheckpointReader(checkpoint)
     init_optimizer_state(engine, reader.keys, int(trainer["optimizer_step"]))
-    fragments = fragments_to_load(engine)
-    for number, fragment in enumerate(fragments, 1):
-        targets = {MASTER: fragment.view(fragment.owner)}
-        targets |= {key: fragment.view(engine.optimizer.state[fragment.owner][key]) for key in reader.keys}
-        for key, view in targets.items():
-            host = torch.empty(fragment.numel, dtype=torch.float32)
-            reader.read(key, fragment.name, fragment.start, host)
-            view.copy_(host)
-        progress(number, len(fragments))
+
+    def read() -> None:
+        fragments = fragments_to_load(engine)
+        for number, fragment in enumerate(fragments, 1):
+            targets = {MASTER: fragment.view(fragment.owner)}
+            targets |= {key: fragment.view(engine.optimizer.state[fragment.owner][key]) for key in reader.keys}
+            for key, view in targets.items():
+                host = torch.empty(fragment.numel, dtype=torch.float32)
+                reader.read(key, fragment.name, fragment.start, host)
+                view.copy_(host)
+            progress(number, len(fragments))
+
+    together(read)
     engine.set_loss_scale(trainer["loss_scale"])
     if reader.world == dist.get_world_size():
         torch.set_rng_state(reader.rng(dist.get_rank()))
@@ -82,15 +102,19 @@ def load_checkpoint(checkpoint: Path, engine: Engine, trainer: dict[str, Any], p
 
 
 @torch.no_grad()
-def load_weights(checkpoint: Path, engine: Engine, progress: OnProgress = silent) -> None:
-    """Load the weights alone into a fresh engine, adapters merged; collective."""
+def load_weights(checkpoint: Path, engine: Engine, progress: OnProgress = silent, together: Together = alone) -> None:
+    """Load the weights alone into a fresh engine, adapters merged; collective. `together`: as in `load_checkpoint`."""
     reader = open_weights(checkpoint)
-    fragments = fragments_to_load(engine)
-    for number, fragment in enumerate(fragments, 1):
-        host = torch.empty(fragment.numel, dtype=torch.float32)
-        reader.read(MASTER, fragment.name, fragment.start, host)
-        fragment.view(fragment.owner).copy_(host)
-        progress(number, len(fragments))
+
+    def read() -> None:
+        fragments = fragments_to_load(engine)
+        for number, fragment in enumerate(fragments, 1):
+            host = torch.empty(fragment.numel, dtype=torch.float32)
+            reader.read(MASTER, fragment.name, fragment.start, host)
+            fragment.view(fragment.owner).copy_(host)
+            progress(number, len(fragments))
+
+    together(read)
     sync_weights(engine)
     dist.barrier()
 

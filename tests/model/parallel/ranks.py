@@ -197,11 +197,12 @@ def main(meeting: str) -> None:
     assert sequence is not None
     assert sequence is sequence_group(2)
     sum_of_two = sequence.sum(torch.ones(1)).item()
+    known = sequence.group in torch.distributed.distributed_c10d._world.pg_map
     if rank == 0:
         worst = {
             name: {kind: max(one[name][kind] for one in every) for kind in sizes} for name, sizes in results.items()
         }
-        worst["another process group"] = {"sum": sum_of_two}
+        worst["another process group"] = {"sum": sum_of_two, "known": float(known)}
         print(json.dumps(worst), flush=True)
         for _ in range(1, WORLD):
             os.wait()

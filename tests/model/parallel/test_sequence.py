@@ -55,7 +55,8 @@ def test_the_bytes_that_documentation_names(size: int, kv_heads: int, difference
 
 
 def test_a_program_may_join_another_process_group(differences: dict[str, dict[str, float]]) -> None:
-    assert differences["another process group"]["sum"] == 2.0
+    """Over gloo a group still sums when it was given back; torch knows it no more, and sets no timeout for it."""
+    assert differences["another process group"] == {"sum": 2.0, "known": 1.0}
 
 
 def test_every_collective_counts_as_communication(differences: dict[str, dict[str, float]]) -> None:

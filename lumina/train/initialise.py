@@ -86,8 +86,8 @@ def find_start(config: Config, folder: Path, ranks: Ranks, job: str | None) -> S
     if before is not None:
         if source is not None:
             refuse_changes(before, config, source)
-        if config.init_from is None and isinstance(began := before.get("init_from"), str):
-            config = config.replace(init_from=began)
+        if config.init_from is None and isinstance(weights_from := before.get("init_from"), str):
+            config = config.replace(init_from=weights_from)
     if trainer_state.step:
         config = same_batch(config, trainer_state.global_batch_size)
     record = decided_by_rank_0(ranks, lambda: _recovery_record(config, folder))

@@ -28,13 +28,14 @@ SHORT = 512  # tokens of a rank's first step
 MAPPED = 1 << 16  # bytes from which on a tensor is mapped by itself
 
 
-def configuration(tokens: int, ranks: int, layers: int, tile: int) -> Any:
+def configuration(tokens: int, ranks: int, layers: int, tile: int, groups: int) -> Any:
     from lumina.config import load
 
     sets = [f"seq_length={tokens}", f"num_layers={layers}", "precision=bf16", "gradient_checkpointing=true"]
     sets += ["tie_word_embeddings=false", "gradient_accumulation_steps=1", f"sequence_parallel_size={ranks}"]
     if tile:
         sets.append(f"mlp_tile_tokens={tile}")
+    sets.append(f"attention_head_groups={groups}")
     return load("nano", {"batch_size": 1}, sets).replace(vocab_size=VOCABULARY)
 
 
@@ -71,12 +72,13 @@ def worker(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     ranks = startup.init_process_group()
     (tokens,) = arguments.tokens
-    config = configuration(tokens, ranks.world, arguments.layers, arguments.tile)
+    config = configuration(tokens, ranks.world, arguments.layers, arguments.tile, arguments.groups)
     resolved = ds_json.resolve(config, ranks.world, "cpu", document=ds_json.default_json(ranks.world, 0))
     model = Transformer(resolved.config)
     model.checkpoint_every = 1
     if arguments.tile:
         model.tile_feed_forward(arguments.tile)
+    model.group_heads(arguments.groups)
     sequence = sequence_group(ranks.world)
     if sequence is not None:
         model.share_rows(sequence)
@@ -98,13 +100,13 @@ def worker(arguments: argparse.Namespace) -> None:
     startup.end_process(0)
 
 
-def measured(tokens: int, ranks: int, tile: int, arguments: argparse.Namespace) -> float:
+def measured(tokens: int, ranks: int, tile: int, groups: int, arguments: argparse.Namespace) -> float:
     """Bytes of the rank that took the most."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     line = [sys.executable, str(Path(__file__).resolve()), "--worker", "--tokens", str(tokens), "--tile", str(tile)]
-    line += ["--layers", str(arguments.layers), "--document", str(arguments.document)]
+    line += ["--groups", str(groups), "--layers", str(arguments.layers), "--document", str(arguments.document)]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     common |= {"MALLOC_MMAP_THRESHOLD_": str(MAPPED), "LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
     started = [
@@ -124,43 +126,65 @@ def measured(tokens: int, ranks: int, tile: int, arguments: argparse.Namespace) 
     return max(float(match[1]) for match in found if match)
 
 
-def predicted(tokens: int, ranks: int, tile: int, arguments: argparse.Namespace) -> tuple[float, str]:
+def predicted(tokens: int, ranks: int, tile: int, groups: int, arguments: argparse.Namespace) -> tuple[float, str]:
     """Bytes of activations and output layer at the highest moment, and which that is."""
     from lumina.plan.costs.memory import peak_memory
     from lumina.plan.costs.setup import Data, Setup
 
     data = Data(tokens, arguments.document, 1.0, 1.0, "")
-    config = configuration(tokens, ranks, arguments.layers, tile)
+    config = configuration(tokens, ranks, arguments.layers, tile, groups)
     more: dict[str, Any] = {"mlp_tile": tile} if tile else {}
     setup = Setup(
         1, 1, ranks, "bf16", checkpoint_every=1, sequence_parallel=ranks, on_cpu=True,
-        document_tokens=data.document_tokens, **more,
+        document_tokens=data.document_tokens, head_groups=groups, **more,
     )  # fmt: skip
     peak = peak_memory(config, setup)
     return peak.activations + peak.output, peak.moment
+
+
+def way(text: str) -> tuple[int, int]:
+    """TILE,GROUPS"""
+    tile, groups = text.split(",")
+    return int(tile), int(groups)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[65536, 262144])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--tiles", type=int, nargs="+", default=[0, 2048], help="tokens of a tile; 0: no tiles")
+    ways = [(0, 1), (2048, 1)]
+    parser.add_argument(
+        "--ways",
+        type=way,
+        nargs="+",
+        default=ways,
+        metavar="TILE,GROUPS",
+        help="tokens of a tile (0: no tiles), and groups of heads (1: all heads at once)",
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--document", type=int, default=512)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tile", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--groups", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments)
         return
-    print("| tokens | ranks | tile | measured | predicted | error | bytes a token and rank | highest in the |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| tokens | ranks | tile | groups | measured | predicted | error | bytes a token and rank | highest in the |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for tokens in arguments.tokens:
         for ranks in arguments.ranks:
-            for tile in arguments.tiles:
-                taken = measured(tokens, ranks, tile, arguments)
-                expected, moment = predicted(tokens, ranks, tile, arguments)
-                cells = [f"{tokens:,}", ranks, tile or "none", f"{taken / 1e6:,.0f} MB", f"{expected / 1e6:,.0f} MB"]
+            for tile, groups in arguments.ways:
+                taken = measured(tokens, ranks, tile, groups, arguments)
+                expected, moment = predicted(tokens, ranks, tile, groups, arguments)
+                cells = [
+                    f"{tokens:,}",
+                    ranks,
+                    tile or "none",
+                    groups,
+                    f"{taken / 1e6:,.0f} MB",
+                    f"{expected / 1e6:,.0f} MB",
+                ]
                 cells += [f"{expected / taken - 1:+.1%}", f"{taken * ranks / tokens:,.0f}", moment]
                 print("|", " | ".join(map(str, cells)), "|", flush=True)
 

@@ -174,6 +174,22 @@ class _AddRMSNorm(torch.autograd.Function):
         return _differentiate_add_norm(ctx, *grads)
 
 
+class _SumRMSNorm(torch.autograd.Function):
+    """(norm(x), x): `add_rms_norm` where x is the sum already, which no second tensor then holds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return (_norm if plans.direct(x, weight) else norm_op)(x, weight, eps), x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        dx, _, dweight, _ = _differentiate_add_norm(ctx, *grads)
+        return dx, dweight, None
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of x [..., W] by weight [W]; returns a contiguous tensor of x's shape and type.
 
@@ -191,9 +207,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """s = x + residual, and its RMSNorm: returns (norm(s), s), both [..., W] of x's type. Raises as `rms_norm` does."""
+    """s = x + residual, and its RMSNorm: returns (norm(s), s), both [..., W] of x's type. Without a residual x is s and
+    comes back; the bits are those of a residual of zeros, backward too. Raises as `rms_norm` does."""
+    if residual is None:
+        if not torch.is_grad_enabled():
+            return rms_norm(x, weight, eps), x
+        _check_shapes(x, None, weight)
+        normed, total = _SumRMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return normed, total
     if plans.direct(x, residual, weight):
         if not torch.is_grad_enabled():
             return _add_norm(x, residual, weight, eps)

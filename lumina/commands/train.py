@@ -130,6 +130,12 @@ def train_options(parser: Parser) -> None:
         help="compute the feed-forward N tokens at a time, again in the backward pass, for long contexts (all)",
     )
     optim.add_argument(
+        "--attention-head-groups",
+        type=int,
+        metavar="G",
+        help="compute attention for one of G groups of heads at a time, for long contexts (1: all at once)",
+    )
+    optim.add_argument(
         "--sequence-parallel",
         dest="sequence_parallel_size",
         type=int,

@@ -44,7 +44,7 @@ _NAMES: dict[OnResume, str] = {
     OnResume.FREE: """
         model_name experiment_name output_dir resume init_from trained_seq_length ds_config init_std
         batch_size gradient_accumulation_steps sequence_parallel_size compile deterministic gradient_checkpointing
-        activation_offloading mlp_tile_tokens cache_dir num_workers
+        activation_offloading mlp_tile_tokens attention_head_groups cache_dir num_workers
         save_every_n_batches hang_timeout stop_timeout straggler_interval straggler_factor keep_last
         grad_vanishing_factor plateau_steps plateau_gain divergence_evaluations loss_scale_floor layer_stats_every
         layer_dead_fraction layer_update_ratio layer_gradient_factor throughput_fall data_wait_fraction memory_growth

@@ -66,8 +66,7 @@ class Documents:
         bounds: tuple[int, ...] | None = None,
         sequence: SequenceGroup | None = None,
     ) -> Documents:
-        if cu_seqlens_D is None:
-            assert sequence is None, "only a row of documents is shared"
+        if cu_seqlens_D is None:  # whole rows, which this rank has for itself: shared ones come with their documents
             return cls(None, None, ids_BS.shape[1])
         assert ids_BS.shape[0] == 1, "documents are laid end to end in one row"
         if cu_seqlens_D.device.type == "cpu" and bounds is None:

@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from lumina.config import Config, UserError
+from lumina.model.layers.linear import Linear
 from lumina.model.transformer import Transformer
 
 Recipe = Literal["tensorwise", "rowwise"]
@@ -86,7 +87,7 @@ class _Float8Product(torch.autograd.Function):
         return dx_TI, dweight_OI, None
 
 
-class Float8Linear(nn.Linear):
+class Float8Linear(Linear):
     """A linear layer that multiplies in 8 bits while it trains."""
 
     recipe: Recipe
@@ -98,12 +99,19 @@ class Float8Linear(nn.Linear):
         y_BSO = y_TO.view(*x_BSI.shape[:-1], self.out_features)
         return y_BSO if self.bias is None else y_BSO + self.bias
 
+    def of_rows(self, x_BSI: Tensor, rows: slice) -> Tensor:
+        """As the whole product gives them by `rowwise`, where each row has a scale of its own."""
+        if not self.training:
+            return super().of_rows(x_BSI, rows)
+        y_BSr = multiply(x_BSI.flatten(0, -2), self.weight[rows], self.recipe).view(*x_BSI.shape[:-1], -1)
+        return y_BSr if self.bias is None else y_BSr + self.bias[rows]
+
 
 def convert(model: Transformer, recipe: Recipe) -> None:
     """Make the blocks' linear layers multiply in 8 bits; their parameters, names and draws stay. UserError for a width
     that matrix units do not take."""
     for name, layer in model.blocks.named_modules():
-        if type(layer) is not nn.Linear:
+        if not isinstance(layer, Linear):
             continue
         if layer.in_features % TILE or layer.out_features % TILE:
             raise UserError(

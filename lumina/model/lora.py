@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lumina.config import Config, LoraConfig, ModelConfig, UserError
 from lumina.model.families import family_of
 from lumina.model.fused import RowSlice, projections
+from lumina.model.layers.linear import Linear
 from lumina.model.transformer import Transformer
 
 
@@ -55,8 +56,12 @@ class Adapter(nn.Module):
         x_BSI = F.dropout(x_BSI, self.dropout, self.training) if self.dropout else x_BSI
         return F.linear(F.linear(x_BSI, self.a), self.b) * self.scale
 
+    def of_rows(self, x_BSI: Tensor, rows: slice) -> Tensor:
+        """These of its outputs, without dropout."""
+        return F.linear(F.linear(x_BSI, self.a), self.b[rows]) * self.scale
 
-class AdaptedLinear(nn.Linear):
+
+class AdaptedLinear(Linear):
     """A linear layer whose own weights stay as they are, with an adapter for each projection that has one. Adapters are
     modules because ZeRO-3 gathers a weight around its owner's forward."""
 
@@ -77,6 +82,17 @@ class AdaptedLinear(nn.Linear):
             for part in self.parts
         ]
         return y_BSO + (gains[0] if len(gains) == 1 else torch.cat(gains, -1))
+
+    def of_rows(self, x_BSI: Tensor, rows: slice) -> Tensor:
+        """Rows of the first part."""
+        first = self.parts[0]
+        assert rows.stop <= first.rows, "of one adapter"
+        y_BSr = super().of_rows(x_BSI, rows)
+        if first.name not in self.adapters:
+            return y_BSr
+        adapter = self.adapters[first.name]
+        assert isinstance(adapter, Adapter)
+        return y_BSr + adapter.of_rows(x_BSI, rows)
 
 
 def attach(model: Transformer, lora: LoraConfig) -> None:

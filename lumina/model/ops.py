@@ -109,15 +109,16 @@ class _CpuRMSNorm(torch.autograd.Function):
 
 class _CpuAddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, total, rstd = _cpu_norm(x, residual, weight_D, eps)
         ctx.save_for_backward(total, weight_D, rstd)
+        ctx.added = residual is not None
         return y, total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight_D = _cpu_norm_backward(ctx, grads[0], grads[1])
-        return dx, dx, dweight_D, None
+        return dx, dx if ctx.added else None, dweight_D, None
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -130,13 +131,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_D.to(wide.dtype)).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual), the sum rounded to the dtype of x before it is normed."""
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), the sum rounded to the dtype of x before it is normed. Without a residual
+    x is the sum and comes back as it is: no second tensor holds it, and the bits are those of a residual of zeros."""
     if _use_triton(x):
         return _triton().add_rms_norm(x, residual, weight_D, eps)  # type: ignore[no-any-return]
-    if _use_cpu(x, residual, weight_D):
+    if _use_cpu(x, weight_D) and (residual is None or _use_cpu(residual)):
         return _CpuAddRMSNorm.apply(x, residual, weight_D, eps)  # type: ignore[no-any-return, no-untyped-call]
-    total = x + residual
+    total = x if residual is None else x + residual
     return rms_norm(total, weight_D, eps), total
 
 

@@ -13,6 +13,8 @@ A training batch is one row (B = 1) of documents laid end to end without padding
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +26,10 @@ from lumina.model.attention import Documents, Scoring, attention, refuse_cudnn
 from lumina.model.attention import bind as bind_attention
 from lumina.model.experts import ExpertFeedForward
 from lumina.model.experts import bind as bind_experts
+from lumina.model.layers.linear import draw, linear
+from lumina.model.layers.norm import RMSNorm, Sum
 from lumina.model.loss import loss_by_position, output_loss
+from lumina.model.memory.head_groups import HeadGroups, by_head_groups
 from lumina.model.memory.offload import HostCopies
 from lumina.model.memory.recompute import recomputed
 from lumina.model.memory.tiles import tiled
@@ -34,49 +39,6 @@ from lumina.model.routing import DocumentMembers, Routing
 
 if TYPE_CHECKING:
     from lumina.model.cache import KVCache
-
-
-def _draw(weight: Tensor, std: float) -> None:
-    """Fill with draws from N(0, std^2). A tensor without memory (device meta) is left alone: drawing for it would
-    import torch's compiler, four seconds, and every command that uses a trained model makes one."""
-    if not weight.is_meta:
-        nn.init.normal_(weight, std=std)
-
-
-def _linear(fan_in: int, fan_out: int, std: float, bias: bool = False) -> nn.Linear:
-    """A linear layer drawn from N(0, std^2); a bias begins at 0."""
-    layer = nn.Linear(fan_in, fan_out, bias=bias)
-    _draw(layer.weight, std)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm; adds the residual first when there is one, since both touch the same memory."""
-
-    def __init__(self, width: int, config: ModelConfig) -> None:
-        super().__init__()
-        self.offset = config.structure.norm_offset
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x_BSD: Tensor, residual_BSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (normed, new residual): norm(x + residual) and x + residual."""
-        weight_D: Tensor = self.weight
-        if self.offset:  # in float32: near 1, half precision would round away what was learned
-            weight_D = self.offset + weight_D.to(torch.promote_types(weight_D.dtype, torch.float32))
-        if residual_BSD is None:
-            return ops.rms_norm(x_BSD, weight_D, self.eps), x_BSD
-        return ops.add_rms_norm(x_BSD, residual_BSD, weight_D, self.eps)
-
-
-class Sum(nn.Module):
-    """In a norm's place where a sublayer reads the residual itself."""
-
-    def forward(self, x_BSD: Tensor, residual_BSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total_BSD = x_BSD if residual_BSD is None else x_BSD + residual_BSD
-        return total_BSD, total_BSD
 
 
 class Attention(nn.Module):
@@ -90,29 +52,57 @@ class Attention(nn.Module):
         window = config.layers[layer].window
         self.scoring = Scoring(window, config.attention_scale, config.attention_softcap)
         biased, std = config.structure.qkv_bias, config.init_std
-        self.qkv = _linear(config.hidden_size, sum(self.heads) * self.head_dim, std, biased)
-        self.out = _linear(config.num_heads * self.head_dim, config.hidden_size, std / math.sqrt(2 * config.num_layers))
+        self.qkv = linear(config.hidden_size, sum(self.heads) * self.head_dim, std, biased)
+        self.out = linear(config.num_heads * self.head_dim, config.hidden_size, std / math.sqrt(2 * config.num_layers))
         self.qk_norm = config.structure.qk_norm
         normed = {"head": (1, 1), "width": self.heads[:2], None: ()}[self.qk_norm]
         norms = [RMSNorm(heads * self.head_dim, config) for heads in normed]
         self.q_norm = norms[0] if norms else None
         self.k_norm = norms[1] if norms else None
+        self.groups = 1  # of heads, one at a time
 
     def forward(
         self, x_BSD: Tensor, rotary: ops.Rotary | None, docs: Documents | None, cache: KVCache | None
     ) -> Tensor:
-        q_BSHd, k_BSKd, v_BSKd = self.qkv(x_BSD).view(*x_BSD.shape[:2], -1, self.head_dim).split(self.heads, dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSHd, k_BSKd = self._normed(self.q_norm, q_BSHd), self._normed(self.k_norm, k_BSKd)
-        elif rotary is not None and docs is not None and docs.sequence is None and torch.is_grad_enabled():
+        qkv_BSnd = self.qkv(x_BSD).view(*x_BSD.shape[:2], -1, self.head_dim)
+        if self.groups > 1 and cache is None:
+            normed = [
+                parameter for norm in (self.q_norm, self.k_norm) if norm is not None for parameter in norm.parameters()
+            ]
+            o_BSHd = by_head_groups(self._in_groups(x_BSD.detach(), rotary, docs), qkv_BSnd, normed)
+            return self.out(o_BSHd.flatten(2))  # type: ignore[no-any-return]
+        q_BSHd, k_BSKd, v_BSKd = qkv_BSnd.split(self.heads, dim=2)
+        del qkv_BSnd
+        alone = docs is not None and docs.sequence is None
+        if alone and rotary is not None and self.q_norm is None and torch.is_grad_enabled():
             v_BSKd = v_BSKd.clone()  # attention keeps it, and a view would keep the projection of all three
-        if rotary is not None:
-            q_BSHd, k_BSKd = ops.rope(q_BSHd, k_BSKd, rotary)
+        q_BSHd, k_BSKd = self._turned(q_BSHd, k_BSKd, rotary)
         if cache is not None:
             o_BSHd = cache.attend(self.layer, q_BSHd, k_BSKd, v_BSKd, self.scoring)
         else:
             o_BSHd = attention(q_BSHd, k_BSKd, v_BSKd, docs, self.scoring)
         return self.out(o_BSHd.flatten(2))  # type: ignore[no-any-return]
+
+    def _in_groups(self, x_BSD: Tensor, rotary: ops.Rotary | None, docs: Documents | None) -> HeadGroups:
+        def project(heads: slice) -> Tensor:
+            rows = slice(heads.start * self.head_dim, heads.stop * self.head_dim)
+            return self.qkv.of_rows(x_BSD, rows).view(*x_BSD.shape[:2], -1, self.head_dim)
+
+        own = docs if docs is None or docs.sequence is None else replace(docs, sequence=None)
+        return HeadGroups(
+            self.groups,
+            self.heads[:2],
+            project,
+            partial(self._turned, rotary=rotary),
+            partial(attention, docs=own, scoring=self.scoring),
+            None if docs is None else docs.sequence,
+        )
+
+    def _turned(self, q_BSHd: Tensor, k_BSKd: Tensor, rotary: ops.Rotary | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normed where the family does and rotated."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHd, k_BSKd = self._normed(self.q_norm, q_BSHd), self._normed(self.k_norm, k_BSKd)
+        return (q_BSHd, k_BSKd) if rotary is None else ops.rope(q_BSHd, k_BSKd, rotary)
 
     def _normed(self, norm: RMSNorm, x_BSnd: Tensor) -> Tensor:
         normed: Tensor = norm(x_BSnd if self.qk_norm == "head" else x_BSnd.flatten(2))[0]
@@ -124,8 +114,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = _linear(config.hidden_size, 2 * config.ffn_size, config.init_std)
-        self.down = _linear(config.ffn_size, config.hidden_size, config.init_std / math.sqrt(2 * config.num_layers))
+        self.gate_up = linear(config.hidden_size, 2 * config.ffn_size, config.init_std)
+        self.down = linear(config.ffn_size, config.hidden_size, config.init_std / math.sqrt(2 * config.num_layers))
         self.activation = config.structure.activation
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -158,11 +148,13 @@ class Block(nn.Module):
         docs: Documents | None = None,
         cache: KVCache | None = None,
         members: DocumentMembers | None = None,
+        summed: bool = False,
         recomputing: bool = False,
     ) -> tuple[Tensor, ...]:
         """(delta, residual); with `members` and in a layer that has experts, also what they sum up of the routing.
-        recomputing: only the graph is wanted, so that a tiled feed-forward's delta is NaN."""
-        normed_BSD, residual_BSD = self.attention_norm(delta_BSD, residual_BSD)
+        summed: delta is the sum of both already. recomputing: only the graph is wanted, so that a tiled feed-forward's
+        delta is NaN."""
+        normed_BSD, residual_BSD = self.attention_norm(delta_BSD, residual_BSD, summed)
         delta_BSD = self.attention(normed_BSD, rotary, docs, cache)
         if self.arrangement != "pre-norm":
             delta_BSD, _ = self.attention_post_norm(delta_BSD)
@@ -201,7 +193,7 @@ class Embedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        _draw(self.weight, config.init_std)
+        draw(self.weight, config.init_std)
         self.sparse = config.tie_word_embeddings
         self.scale = config.embedding_scale
 
@@ -275,11 +267,11 @@ class Transformer(nn.Module):
             self.output = Output(self.embedding.weight, config)
         else:
             weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-            _draw(weight, config.init_std)
+            draw(weight, config.init_std)
             self.output = Output(weight, config)
         self.checkpoint_every = 0  # 0: keep all activations; n: recompute every nth layer in the backward pass
         self.host_copies: HostCopies | None = None  # where recomputed layers' inputs wait; None: on the device
-        self.tile_tokens = 0
+        self.tile_tokens, self.head_groups = 0, 1
         self.sequence: SequenceGroup | None = None
         self.at_layer: Any = lambda layer, out_BSD: None  # called with each layer's number and what comes out of it
         self._routing_counts: Tensor | None = None
@@ -297,6 +289,13 @@ class Transformer(nn.Module):
         self.tile_tokens = tokens
         for block in self.blocks:
             block.tile_tokens = tokens  # type: ignore[assignment]
+
+    def group_heads(self, groups: int) -> None:
+        """From now on compute attention for a group of heads at a time, of so many groups; 1: for all at once. The
+        results are the same."""
+        self.head_groups = groups
+        for block in self.blocks:
+            block.attention.groups = groups  # type: ignore[union-attr]
 
     def forward(
         self,

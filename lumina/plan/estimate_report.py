@@ -215,6 +215,7 @@ def run_lines(config: Config, each: RunEstimate, price: float | None) -> list[st
     layers = f", every {setup.checkpoint_every}. layer recomputed" if setup.checkpoint_every > 1 else ""
     layers = ", every layer recomputed" if setup.checkpoint_every == 1 else layers
     layers += f", tiles of {setup.mlp_tile:,} tokens" if setup.mlp_tile else ""
+    layers += f", heads in {setup.head_groups} groups" if setup.head_groups > 1 else ""
     layers += ", activations on the host" if setup.activation_offloading else ""
     parts = ", ".join(f"{part} {_size(getattr(memory, part))}" for part in PARTS if getattr(memory, part))
     stages = ", ".join(f"{name} {_size(total)}" for name, total in by_stage(config, each).items())

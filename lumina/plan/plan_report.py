@@ -92,11 +92,12 @@ def _verdict(members: list[Candidate], best: Candidate | None, chosen: bool) -> 
     return f"{how} ({describe(fitting)})"
 
 
-def _describe_way(way: tuple[int, bool, bool]) -> str:
-    """`rows shared by 4 ranks, tiles, activations on the host`."""
-    shared, tiles, offloaded = way
+def _describe_way(way: tuple[int, bool, bool, bool]) -> str:
+    """`rows shared by 4 ranks, tiles, groups of heads, activations on the host`."""
+    shared, tiles, grouped, offloaded = way
     parts = [f"rows shared by {shared} ranks" if shared > 1 else "rows not shared"]
     parts += ["tiles"] if tiles else []
+    parts += ["groups of heads"] if grouped else []
     parts += ["activations on the host"] if offloaded else []
     return ", ".join(parts)
 
@@ -109,6 +110,7 @@ def describe(candidate: Candidate) -> str:
     )
     parts = [f"micro-batch {setup.micro_batch} x {setup.accumulation}", every]
     parts += [f"tiles of {setup.mlp_tile:,} tokens"] if setup.mlp_tile else []
+    parts += [f"heads in {setup.head_groups} groups"] if setup.head_groups > 1 else []
     on_host = f" and {memory.host / 1e9:.1f} GB of each rank on the host" if memory.host else ""
     return ", ".join(parts) + f", {memory.device / 1e9:.1f} GB{on_host}"
 
@@ -175,6 +177,7 @@ def write(folder: Path, config: Config, cluster: Cluster, best: Candidate, batch
         gradient_checkpointing=setup.checkpoint_every if setup.checkpoint_every > 1 else bool(setup.checkpoint_every),
         sequence_parallel_size=setup.sequence_parallel,
         mlp_tile_tokens=setup.mlp_tile or None,
+        attention_head_groups=setup.head_groups,
         activation_offloading=setup.activation_offloading,  # where nothing is recomputed there is none
     )
     hosts = "".join(f"node{number} slots={cluster.gpus_per_node}\n" for number in range(1, cluster.nodes + 1))

@@ -9,6 +9,7 @@ memory free (more work per kernel launch, which the model does not price).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,10 +55,11 @@ class Candidate:
         return f"ZeRO {self.setup.stage}, {what} on the host"
 
     @property
-    def way(self) -> tuple[int, bool, bool]:
+    def way(self) -> tuple[int, bool, bool, bool]:
         """What brings activations down beside recomputation: ranks that share a row, whether the feed-forward is in
-        tiles, and whether recomputed layers' inputs wait on the host."""
-        return self.setup.sequence_parallel, self.setup.mlp_tile > 0, self.setup.activation_offloading
+        tiles, whether attention is in groups of heads, and whether recomputed layers' inputs wait on the host."""
+        setup = self.setup
+        return setup.sequence_parallel, setup.mlp_tile > 0, setup.head_groups > 1, setup.activation_offloading
 
 
 def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
@@ -73,6 +75,7 @@ def choose(found: list[Candidate], cluster: Cluster) -> Candidate | None:
         return (
             setup.activation_offloading,
             setup.mlp_tile > 0,
+            setup.head_groups > 1,
             setup.sequence_parallel,
             setup.stage,
             setup.quantized_weights,
@@ -165,6 +168,7 @@ def candidates(
                     reuse=buffers.live if stage == 3 else 0,  # the two are equal, see zero_sizes
                     sequence_parallel=shared,
                     mlp_tile=config.mlp_tile_tokens or 0,
+                    head_groups=config.attention_head_groups,
                     activation_offloading=config.activation_offloading and every > 0,
                 )
                 memory = peak_memory(config, setup, buffers, cluster.device.memory)
@@ -184,15 +188,22 @@ def _sequence_sizes(config: Config, cluster: Cluster) -> list[int]:
 
 
 def _leaner(config: Config) -> Iterator[Config]:
-    """The configuration with tiles, with activations on the host, and with both; what was asked for stays."""
-    tiles, host = [config.mlp_tile_tokens], [config.activation_offloading]
+    """The configuration with tiles, also with attention in as many groups of heads as there can be beside them, with
+    activations on the host, and with all of these; what was asked for stays."""
+    tiles, host, groups = [config.mlp_tile_tokens], [config.activation_offloading], [config.attention_head_groups]
     if "mlp_tile_tokens" not in config.explicit and not config.untiled:
         tiles += [tile for tile in TILES if tile < config.seq_length]
     if "activation_offloading" not in config.explicit:
         host += [True]
-    for offloading in host:
-        for tile in tiles:
-            changes = {"mlp_tile_tokens": tile, "activation_offloading": offloading}
+    if "attention_head_groups" not in config.explicit and not config.ungrouped:
+        groups += [count for count in config.fitting_head_groups(config.sequence_parallel_size)[-1:] if count > 1]
+    for offloading, tile, count in itertools.product(host, tiles, groups):
+        if tile or count == config.attention_head_groups:
+            changes = {
+                "mlp_tile_tokens": tile,
+                "attention_head_groups": count,
+                "activation_offloading": offloading,
+            }
             if any(getattr(config, name) != value for name, value in changes.items()):
                 # Which layers are recomputed is the search's to choose; without one there is nothing to offload.
                 yield config.replace(gradient_checkpointing=config.gradient_checkpointing or offloading, **changes)

@@ -1,8 +1,9 @@
 """The table (docs/long-context.md) of the longest rows of the 8b preset on H100s: `python -m lumina.plan.windows`.
 
 One sample a micro-batch, bfloat16, ZeRO 3 over all ranks, which all share the row; every layer recomputed, the
-feed-forward in tiles of 8,192 tokens, recomputed layers' inputs on the host. One GPU keeps weights and optimizer on
-the host too. By memory alone: attention over such a row takes its time.
+feed-forward in tiles of 8,192 tokens, attention in as many groups of heads as there can be, recomputed layers' inputs
+on the host. One GPU keeps weights and optimizer on the host too. By memory alone: attention over such a row takes its
+time.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def peak(tokens: int, gpus: int) -> PeakMemory:
         checkpoint_every=1,
         sequence_parallel=gpus,
         mlp_tile=TILE,
+        head_groups=config.fitting_head_groups(gpus)[-1],
         activation_offloading=True,
     )
     buffers: Buffers = buffers_for(config)
@@ -54,15 +56,16 @@ def longest(gpus: int) -> int:
 
 def table() -> Iterator[str]:
     """The lines, in Markdown."""
-    yield "| H100 80GB | longest row | arXiv:2506.13996 | activations | states | other | host | highest in the |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| H100 80GB | groups | longest row | arXiv:2506.13996 | activations | states | other | host | highest in |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for gpus, published in GPUS.items():
         tokens = longest(gpus)
         found = peak(tokens, gpus)
         states = found.weights + found.gathered + found.gradients + found.master + found.moments
         other = found.output + found.buffers + found.margin
         sizes = [f"{size / 1e9:.1f} GB" for size in (found.activations, states, other, found.host)]
-        cells = [str(gpus), f"{tokens:,}", f"{published:,}", *sizes, found.moment]
+        groups = load("8b").fitting_head_groups(gpus)[-1]
+        cells = [str(gpus), str(groups), f"{tokens:,}", f"{published:,}", *sizes, found.moment]
         yield f"| {' | '.join(cells)} |"
 
 

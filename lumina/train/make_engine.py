@@ -132,6 +132,7 @@ def make_engine(settings: Settings, drawn: bool, together: Together = alone) -> 
     model.checkpoint_every = config.checkpoint_every
     model.host_copies = HostCopies() if config.activation_offloading else None
     model.tile_feed_forward(config.mlp_tile_tokens or 0)
+    model.group_heads(config.attention_head_groups)
     sequence = sequence_group(config.sequence_parallel_size)
     if sequence is not None:
         model.share_rows(sequence)

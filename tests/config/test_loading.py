@@ -320,6 +320,25 @@ def test_feed_forwards_that_cannot_be_tiled(settings: dict[str, Any], told: str)
         load("nano", settings | {"mlp_tile_tokens": 64})
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"compile": True}, "does not work together with compile; leave one of the two"),
+        ({"lora_rank": 4, "lora_dropout": 0.1}, "does not work together with lora_dropout"),
+        ({"float8": "tensorwise"}, "does not work together with float8 tensorwise"),
+        ({"family": "olmo2"}, "does not work together with family olmo2"),
+        (
+            {"num_kv_heads": 1},
+            "2 does not divide the 4 query heads and 1 key/value heads into groups; set it to one of 1",
+        ),
+        ({"sequence_parallel_size": 4}, "2 does not divide .* groups, each of which 4 ranks share; set it to one of 1"),
+    ],
+)
+def test_heads_that_cannot_be_grouped(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=f"attention_head_groups {told}"):
+        load("nano", settings | {"attention_head_groups": 2})
+
+
 def test_only_recomputed_layers_have_inputs_to_offload() -> None:
     assert load("nano", {"activation_offloading": True, "gradient_checkpointing": 2}).activation_offloading
     with pytest.raises(UserError, match=r"activation_offloading.*set gradient_checkpointing"):

@@ -154,14 +154,15 @@ def test_recomputed_layers_multiply_as_the_others(recipe: Any) -> None:
     assert found[0] == found[1]
 
 
-def test_rowwise_in_tiles_of_tokens() -> None:
-    """A token's scale is its own: the loss is the same to the bit, and the weights' gradients to the rounding of each
-    tile's product."""
+def test_rowwise_in_tiles_of_tokens_and_groups_of_heads() -> None:
+    """A token's scale is its own, and so is a row's of the weights: the loss is the same to the bit, and the weights'
+    gradients to the rounding of each tile's product."""
     found = []
-    for tile in (0, 24):
+    for tile, groups in ((0, 1), (24, 2)):
         model = make_model(dtype=torch.bfloat16, **SHAPE)
         float8.convert(model, "rowwise")
         model.tile_feed_forward(tile)
+        model.group_heads(groups)
         loss = model(*pack((40, 24), seed=1))
         loss.backward()
         found.append((loss, [p.grad.double() for p in model.parameters() if p.grad is not None]))

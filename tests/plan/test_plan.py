@@ -201,6 +201,18 @@ def test_tiles_and_activations_on_the_host_where_nothing_else_fits(
         assert planned(capsys, *LONG, "--set", f"{name}={value}")[0] == 1, name
 
 
+def test_heads_are_taken_in_groups_where_nothing_else_fits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A row of 900,000 tokens on one card."""
+    longer = [*LONG[:-1], "seq_length=900000"]
+    code, text = planned(capsys, *longer, "--write", str(tmp_path))
+    assert code == 0
+    assert "rows not shared, tiles, activations on the host: does not fit, " in text
+    assert "rows not shared, tiles, groups of heads, activations on the host: chosen (" in text
+    assert ", heads in 8 groups, activations on the host; 1 per" in text
+    assert load(str(tmp_path / "config.yaml")).attention_head_groups == 8
+    assert planned(capsys, *longer, "--attention-head-groups", "1")[0] == 1
+
+
 def test_fewer_ranks_share_a_row_where_that_is_faster() -> None:
     """Eight cards of one node exchange over its links: four that share a row are as fast as two whose activations are
     brought down, and the plain way is taken. Eight nodes of a card exchange over the network."""
@@ -211,11 +223,11 @@ def test_fewer_ranks_share_a_row_where_that_is_faster() -> None:
         assert len({candidate.setup for candidate in found}) == len(found)
         best = choose(found, cluster)
         assert best is not None
-        plain = max(c.rate for c in found if c.fits and c.way == (4, False, False))
+        plain = max(c.rate for c in found if c.fits and c.way == (4, False, False, False))
         fewer = max(c.rate for c in found if c.fits and c.way[0] < 4)
         assert max(c.way[0] for c in found) == 4, "more ranks than one must share only exchange more"
         if nodes == 1:
-            assert best.way == (4, False, False)
+            assert best.way == (4, False, False, False)
             assert fewer * (1 - NOISE) < plain
         else:
             assert best.way[0] < 4
@@ -228,7 +240,7 @@ def test_what_a_model_cannot_do_is_not_tried() -> None:
     config = load("nano", {"seq_length": 1 << 20, "compile": True})
     cluster = Cluster(replace(find_device("h100"), memory=4e9), 1, 4)
     found = search(config, cluster, DATA, 4, "bf16")
-    assert {c.way for c in found} == {(1, False, False), (1, False, True)}
+    assert {c.way for c in found} == {(1, False, False, False), (1, False, False, True)}
 
 
 @pytest.mark.long  # a whole run of two processes
@@ -261,7 +273,8 @@ def test_what_is_written_trains(runs: Runs, conversations: Path, tmp_path: Path)
     assert len(steps(tmp_path / "run")) == 2
     trained = load(str(tmp_path / "run/config.yaml"))
     assert (trained.sequence_parallel_size, trained.mlp_tile_tokens or 0) == (best.way[0], best.setup.mlp_tile)
-    assert trained.activation_offloading == best.way[2]
+    assert trained.attention_head_groups == best.setup.head_groups
+    assert trained.activation_offloading == best.way[3]
     assert f"ZeRO-{best.setup.stage}, 2 process(es)" in job.stdout()
 
 

@@ -104,6 +104,40 @@ class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, Health
             raise ValueError(f"mlp_tile_tokens does not work together with {name}; leave one of the two out")
         return self
 
+    @model_validator(mode="after")
+    def _heads_can_be_grouped(self) -> Config:
+        groups = self.attention_head_groups
+        if groups == 1:
+            return self
+        if self.ungrouped:
+            name = self.ungrouped[0]
+            raise ValueError(f"attention_head_groups does not work together with {name}; leave one of the two out")
+        fitting = self.fitting_head_groups(self.sequence_parallel_size)
+        if groups not in fitting:
+            shared = f", each of which {self.sequence_parallel_size} ranks share" * (self.sequence_parallel_size > 1)
+            raise ValueError(
+                f"attention_head_groups {groups} does not divide the {self.num_heads} query heads and "
+                f"{self.num_kv_heads} key/value heads into groups{shared}; set it to one of "
+                f"{', '.join(map(str, fitting))}"
+            )
+        return self
+
+    def fitting_head_groups(self, ranks: int) -> list[int]:
+        """Numbers of groups that attention's heads can be taken in where so many ranks share rows, fewest first."""
+        divisors = (n for n in range(1, self.num_kv_heads + 1) if self.num_kv_heads % n == 0)
+        return [n for n in divisors if self.num_heads // n % ranks == 0]
+
+    @property
+    def ungrouped(self) -> list[str]:
+        """What of this configuration attention_head_groups does not work together with."""
+        refused = {
+            "compile": self.compile,
+            "lora_dropout": self.lora_rank > 0 and self.lora_dropout > 0,  # queries are projected twice, drawn anew
+            "float8 tensorwise": self.float8 == "tensorwise",  # whose scale is that of all rows
+            f"family {self.family}": self.structure.qk_norm == "width",  # which norms all heads together
+        }
+        return [name for name, there in refused.items() if there]
+
     @property
     def untiled(self) -> list[str]:
         """What of this configuration mlp_tile_tokens does not work together with."""

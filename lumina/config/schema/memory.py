@@ -34,4 +34,10 @@ MEMORY_SETTINGS = (
         lambda config: 1 / config.mlp_tile_tokens if config.mlp_tile_tokens else 0.0,
         lambda config: not config.untiled,
     ),
+    MemorySetting(
+        "attention_head_groups",
+        "--attention-head-groups 2",
+        lambda config: config.attention_head_groups - 1.0,
+        lambda config: not config.ungrouped and 2 in config.fitting_head_groups(config.sequence_parallel_size),
+    ),
 )

@@ -62,6 +62,8 @@ class OptimConfig(Strict):
     activation_offloading: bool = False
     # The feed-forward so many tokens at a time, computed again in the backward pass (docs/long-context.md); None: all.
     mlp_tile_tokens: PositiveInt | None = None
+    # Attention for a group of heads at a time, of so many groups (docs/long-context.md); 1: for all at once.
+    attention_head_groups: PositiveInt = 1
     # Neighbouring ranks that share each micro-batch's tokens (docs/long-context.md); 1: every rank has its own.
     sequence_parallel_size: PositiveInt = 1
     early_stopping_patience: PositiveInt | None = None

@@ -63,16 +63,21 @@ class SequenceGroup:
     ) -> Tensor:
         """attention(q, k, v) of the whole row, at this rank's tokens: (1, T, H, d). `attention` is called with the
         whole row's tokens and this rank's heads. Collective over the group, backward too."""
-        size = self.size
-        k_1TKd, v_1TKd = (_repeated(x, size) for x in (k_1TKd, v_1TKd))
-        (_, length, heads, width), kv_heads = q_1THd.shape, k_1TKd.shape[2]
-        parts_PTnd = [x.reshape(length, size, -1, width).transpose(0, 1) for x in (q_1THd, k_1TKd, v_1TKd)]
+        return self.to_tokens(attention(*self.to_heads(q_1THd, k_1TKd, v_1TKd)))
+
+    def to_heads(self, *x_1Tnd: Tensor) -> tuple[Tensor, ...]:
+        """Of each, this rank's heads at the whole row's tokens, (1, P * T, n / P, d), in one exchange. Heads that P
+        does not divide are repeated."""
+        size, length, width = self.size, x_1Tnd[0].shape[1], x_1Tnd[0].shape[3]
+        parts_PTnd = [_repeated(x, size).reshape(length, size, -1, width).transpose(0, 1) for x in x_1Tnd]
         whole_Snd = self._exchange(torch.cat(parts_PTnd, 2)).flatten(0, 1)
-        own = heads // size, kv_heads // size, kv_heads // size
-        q_Snd, k_Snd, v_Snd = torch.split(whole_Snd, list(own), 1)
-        o_Snd = attention(q_Snd[None], k_Snd[None], v_Snd[None])[0]
-        o_PTnd = self._exchange(o_Snd.reshape(size, length, -1, width))
-        return o_PTnd.transpose(0, 1).reshape(1, length, heads, width)
+        return torch.split(whole_Snd[None], [part.shape[2] for part in parts_PTnd], 2)
+
+    def to_tokens(self, x_1Snd: Tensor) -> Tensor:
+        """All heads at this rank's tokens, (1, T, P * n, d): what `to_heads` does, back."""
+        _, tokens, heads, width = x_1Snd.shape
+        parts_PTnd = self._exchange(x_1Snd.reshape(self.size, tokens // self.size, heads, width))
+        return parts_PTnd.transpose(0, 1).reshape(1, tokens // self.size, self.size * heads, width)
 
     def _exchange(self, parts_P: Tensor) -> Tensor:
         """What every rank of the group has for this one, in their order; `parts_P[p]`: what this one has for rank p."""

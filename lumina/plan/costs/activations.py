@@ -63,10 +63,12 @@ def outside_bytes_per_token(model: ModelConfig) -> int:
 
 def last_layers_backward(model: ModelConfig, setup: Setup) -> float:
     """What is alive in the backward pass of the last layer, and of the last that is recomputed, beside what autograd
-    keeps: the recomputed layer itself, where none above it has given up as much, its results and their gradient."""
+    keeps: the recomputed layer itself, where none above it has given up as much, and its results' gradient."""
     above = (model.num_layers - 1) % setup.checkpoint_every if setup.checkpoint_every else 0
     recomputed = bool(setup.checkpoint_every) and not above
-    kept = 0.0 if recomputed else layer_bytes_per_token(model, setup)
+    kept = layer_bytes_per_token(model, setup)
+    if recomputed:  # its first residual sum is its input, which is counted among what autograd keeps, or on its way
+        kept = float(setup.element * model.hidden_size)
     # From the host: this layer's input, and that of the one below. Above the last that is recomputed, in their place:
     # those that were copied last.
     return _backward(model, setup, recomputed) - kept + under_way_bytes_per_token(model, setup)
@@ -104,12 +106,26 @@ def _attention(model: ModelConfig, setup: Setup) -> float:
     after its own exchange. Norms of queries and keys keep the projection of all three besides, of which the values are
     a view unless they were exchanged."""
     queries, keys, exchanged = _widths(model, setup)
+    if setup.head_groups > 1:  # the projection, whose queries have given way to the result
+        return queries + 2 * keys + FP32 * model.num_heads + _scores(model, setup)
     kept: float = queries + 2 * exchanged + queries + FP32 * model.num_heads
     if setup.sequence_parallel > 1 and not setup.on_cpu:
         kept += queries
     if model.structure.qk_norm:
         kept += queries + 2 * keys - (keys if setup.sequence_parallel == 1 else 0)
     return kept + _scores(model, setup)
+
+
+def _workspace(model: ModelConfig, setup: Setup) -> float:
+    """What FlashAttention 2 allocates for its backward pass (flash_api.cpp, mha_varlen_bwd): the queries' gradient and
+    a sum per head in float32, and where key/value heads are fewer than query heads a gradient of either for each of
+    these. Version 3 takes less. With `deterministic: true` the first is there once for every block that works on a
+    head, which is not counted."""
+    if setup.on_cpu or setup.element == FP32 or model.attention_softcap is not None:
+        return 0.0
+    queries, keys, exchanged = _widths(model, setup)
+    grouped = (exchanged if setup.sequence_parallel > 1 else keys) < queries
+    return queries * FP32 / setup.element + FP32 * model.num_heads + (2 * queries if grouped else 0)
 
 
 def _scores(model: ModelConfig, setup: Setup) -> float:
@@ -134,18 +150,37 @@ def _backward(model: ModelConfig, setup: Setup, recomputed: bool) -> float:
     e, hidden = setup.element, setup.element * model.hidden_size
     queries, keys, exchanged = _widths(model, setup)
     first, second = _norms(model, setup)
-    # The gradient of its result; recomputed, the result again, which tiles leave out.
-    outside = hidden * (2 if recomputed and not setup.mlp_tile else 1)
+    outside = hidden  # the gradient of its result
     feed_forward = first + second + _attention(model, setup) + _feed_forward(model, setup)
-    feed_forward += e * 2 * feed_forward_width(model)
+    # Or, of a narrow one, the gradient of its input; recomputed, attention's result and its own.
+    feed_forward += max(e * 2 * feed_forward_width(model), hidden * (2 if recomputed else 1))
     if setup.mlp_tile:  # the residual sum and its gradient, and one tile
         feed_forward = first + _attention(model, setup) + 2 * hidden + _tile(model, setup) / setup.tokens(model)
     # Of attention: gradients of its result, queries, keys and values, and of the residual.
-    attention = first + hidden * (2 if recomputed else 1) + _attention(model, setup) + queries + 2 * keys
+    attention = first + hidden + _attention(model, setup) + queries + 2 * keys
     attention += queries if setup.sequence_parallel == 1 else 2 * (exchanged - keys)
-    attention += outside if recomputed else 0  # which is needed no more, but held
     attention -= queries if setup.on_cpu and setup.sequence_parallel == 1 else 0  # the result
-    return max(outside + feed_forward, attention, _exchange(model, setup) if recomputed else 0.0)
+    attention += _workspace(model, setup)
+    if setup.head_groups > 1:
+        attention = first + hidden + _attention(model, setup) + queries + _group(model, setup)
+    attention += outside if recomputed else 0  # which is needed no more, but held
+    exchange = _exchange(model, setup) if recomputed and setup.head_groups == 1 else 0.0
+    return max(outside + feed_forward, attention, exchange)
+
+
+def _group(model: ModelConfig, setup: Setup) -> float:
+    """Of one group of heads in its backward pass, in that of attention: queries, keys and values made again and their
+    gradients, attention's result and its gradient; where ranks share rows, as they are exchanged, or, if keys and
+    values are repeated, what comes back. Norms of queries keep the projection of these besides."""
+    queries, keys, exchanged = _widths(model, setup)
+    result, workspace = 0 if setup.on_cpu else queries, _workspace(model, setup)
+    if setup.sequence_parallel == 1:
+        found = 3 * queries + 3 * keys + result + workspace
+    else:
+        found = 4 * queries + 4 * exchanged + result + workspace
+        if exchanged > keys:
+            found = max(found, 3 * queries + 7 * exchanged + keys)
+    return (found + (queries if model.structure.qk_norm else 0)) / setup.head_groups
 
 
 def _tile(model: ModelConfig, setup: Setup) -> float:

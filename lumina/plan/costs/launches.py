@@ -38,10 +38,16 @@ SHARED = 6, 6
 FEED_FORWARD = 1 + 1 + 2, 2 + 1 + 4
 TILE = 2, 6
 SUMS = 3
-# More, where a layer is recomputed: its input is summed before it, and a zero is made and laid out in the residual's
-# place, both times; where that input waits on the host it is copied there and back.
-RECOMPUTED = 5
+# More, where a layer is recomputed: its input is summed before it, and in the place of its two results, the second
+# time, is a number; where that input waits on the host it is copied there and back.
+RECOMPUTED = 3
 COPIED = 2
+# More, of a group of heads: its result is put in place; backward its queries are projected and, with keys, rotated, its
+# result and the result's gradient are laid out, and three gradients put in place. Attention and rotation, and what
+# norms of queries and keys launch, are once for each group. Weights of these norms: two sums are begun and rounded.
+GROUP = 1, 1 + 1 + 2 + 3
+EACH = 1 + 1, 3 + 1
+GROUP_SUMS = 4
 TENSORS = 6  # weights of a layer, whose gradients are added or copied after a micro-batch
 
 # Launches of a micro-batch outside the layers: ids to embedding, angles, last norm, rows of the loss; their gradients.
@@ -69,18 +75,26 @@ class LaunchCost:
 
 
 def layer_launches(
-    model: ModelConfig, recomputed: float = 0.0, shared: bool = False, tiles: int = 0, offloaded: bool = False
+    model: ModelConfig,
+    recomputed: float = 0.0,
+    shared: bool = False,
+    tiles: int = 0,
+    offloaded: bool = False,
+    groups: int = 1,
 ) -> tuple[float, float]:
     """Launches of one layer, forward (the recomputed share of the layers twice) and backward. shared: ranks share
     rows. tiles: of tokens, in the feed-forward; 0: all at once. Their backward pass makes each tile again itself.
-    offloaded: recomputed layers' inputs wait on the host."""
+    offloaded: recomputed layers' inputs wait on the host. groups: of heads."""
     share = model.expert_layers / model.num_layers
     sequence, biased = int(shared), int(model.structure.qkv_bias)
     first, second = _unfused(model)
     half = [base + more for base, more in zip(FEED_FORWARD, second, strict=True)]
     forward = FORWARD - 1 + first[0] + second[0] + share * EXPERTS[0] + sequence * SHARED[0]
     backward = BACKWARD + first[1] + second[1] + share * EXPERTS[1] + sequence * SHARED[1] + biased
-    copied = int(not shared and model.structure.qk_norm is None)  # the values, where there is a graph
+    copied = int(not shared and model.structure.qk_norm is None and groups == 1)  # the values, where there is a graph
+    if groups > 1:
+        more = _grouped(model, groups, sequence)
+        forward, backward = forward + more[0], backward + more[1]
     around = recomputed * (RECOMPUTED + offloaded * COPIED) + copied
     if not tiles:
         return forward * (1 + recomputed) + around, backward
@@ -91,6 +105,16 @@ def layer_launches(
         outside + around + tiles * (half[0] + TILE[0]),
         backward - half[1] + tiles * made + SUMS + post,
     )
+
+
+def _grouped(model: ModelConfig, groups: int, shared: int) -> tuple[int, int]:
+    """Launches of so many groups of heads, forward and backward, beside those of all at once."""
+    norms = 2 if model.structure.qk_norm else 0
+    way = [NORM[i] + (model.structure.norm_offset != 0) * OFFSET[i] for i in (0, 1)]
+    forward = groups * GROUP[0] + (groups - 1) * (EACH[0] + norms * way[0] + shared * SHARED[0])
+    backward = groups * (GROUP[1] + norms * (way[0] + 1) + shared * SHARED[0])  # what is made again; two sums
+    backward += (groups - 1) * (EACH[1] + norms * way[1] + shared * SHARED[1]) + (GROUP_SUMS if norms else 0)
+    return forward, backward
 
 
 def _unfused(model: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -117,7 +141,7 @@ def host_seconds(model: ModelConfig, setup: Setup, recomputed: float, capacity: 
     tokens = setup.tokens(model)
     tiles = -(-tokens // setup.mlp_tile) if setup.mlp_tile else 0
     forward, backward = layer_launches(
-        model, recomputed, setup.sequence_parallel > 1, tiles, setup.activation_offloading
+        model, recomputed, setup.sequence_parallel > 1, tiles, setup.activation_offloading, setup.head_groups
     )
     layer = forward * cost.forward / FORWARD + backward * cost.backward / BACKWARD
     rows = tokens * setup.supervised

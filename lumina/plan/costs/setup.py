@@ -36,6 +36,7 @@ class Setup:
     quantized_weights: bool = False  # stage 3 gathers weights as 8-bit integers (qwZ, arXiv:2306.10209)
     sequence_parallel: int = 1  # neighbouring ranks that share the tokens of a micro-batch
     mlp_tile: int = 0  # tokens of a tile of the feed-forward; 0: all at once
+    head_groups: int = 1  # of attention's heads, one at a time
     activation_offloading: bool = False  # recomputed layers' inputs wait on the host
     # In bfloat16 on a CPU attention's backward pass does not read its result, and the logits' memory is kept.
     on_cpu: bool = False
@@ -60,9 +61,10 @@ class Setup:
         return self.micro_batch * model.seq_length * self.fill * self.accumulation * self.groups
 
     def exchanged_heads(self, model: ModelConfig) -> tuple[int, int]:
-        """Query heads, and key heads as ranks that share rows exchange them: repeated until these divide their number
-        (lumina.model.parallel)."""
-        return model.num_heads, math.lcm(model.num_kv_heads, self.sequence_parallel)
+        """Query heads, and key heads as ranks that share rows exchange them: those of each group repeated until these
+        divide their number (lumina.model.parallel)."""
+        groups = self.head_groups
+        return model.num_heads, groups * math.lcm(model.num_kv_heads // groups, self.sequence_parallel)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def read_setup(config: Config, document: dict[str, Any], world: int, data: Data)
         quantized_weights=stage == 3 and bool(zero.get("zero_quantized_weights")),
         sequence_parallel=config.sequence_parallel_size,
         mlp_tile=config.mlp_tile_tokens or 0,
+        head_groups=config.attention_head_groups,
         activation_offloading=config.activation_offloading,
     )
     buffers = Buffers(

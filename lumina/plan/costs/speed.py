@@ -92,6 +92,8 @@ def predict(
     matrix = flops.layers * (3 + again) + flops.output * 3
     if setup.mlp_tile:  # computed once more in the backward pass of layers that are not recomputed whole
         matrix += (1 - again) * 6 * model.num_layers * model.hidden_size * feed_forward_width(model)
+    if setup.head_groups > 1:  # queries are projected anew in the backward pass
+        matrix += 2 * model.num_layers * model.hidden_size * model.num_heads * model.head_dim
     scores = flops.attention * (3.5 + again) / (attention or device.attention)
     products = setup.accumulation * tokens * (matrix / device.matmul + scores) / peak
     stream = device.bandwidth * STREAM

@@ -115,12 +115,17 @@ def memory_bytes_per_token(model: ModelConfig, setup: Setup, values_copied: bool
     # To the experts and back: two gathers, and the weighted sum, which reads every copy once more.
     forward += 10 * h * dispatched(model)
     backward += 10 * h * dispatched(model)
-    if values_copied and setup.sequence_parallel == 1 and not model.structure.qk_norm:  # where there is a graph
+    alone = setup.sequence_parallel == 1 and setup.head_groups == 1
+    if values_copied and alone and not model.structure.qk_norm:  # where there is a graph
         backward += 4 * model.num_kv_heads * model.head_dim
     if setup.sequence_parallel > 1:  # joined by rank, and the result laid out again; as much on the way back
         queries, keys = (heads * model.head_dim for heads in setup.exchanged_heads(model))
         forward += 4 * (queries + 2 * keys) + 4 * queries
-        backward += 4 * (queries + 2 * keys) + 4 * queries
+        backward += (4 * (queries + 2 * keys) + 4 * queries) * (2 if setup.head_groups > 1 else 1)
+    if setup.head_groups > 1:  # the result put in place; queries and keys normed and rotated again, the result and its
+        queries, keys = (heads * model.head_dim for heads in (model.num_heads, model.num_kv_heads))  # gradient laid out
+        forward += 4 * queries
+        backward += 4 * rotated * (2 if model.structure.qk_norm else 1) + 8 * queries + 4 * (queries + 2 * keys)
     if setup.mlp_tile:
         again = recomputed_share(model, setup)
         # Results and gradient put in place, the zero residual, and the sum that a recomputed layer makes alone; where
@@ -173,10 +178,11 @@ class Traffic:
 
 def exchanged_bytes(model: ModelConfig, setup: Setup) -> float:
     """Bytes that a rank receives in one step from those that it shares rows with (docs/long-context.md): per token of
-    its own and layer, forward, backward, and forward again where the layer is recomputed."""
+    its own and layer, forward, backward, and forward again where the layer is recomputed; once more in the backward
+    pass where heads are taken in groups."""
     share = (setup.sequence_parallel - 1) / setup.sequence_parallel
     numbers = 2 * sum(setup.exchanged_heads(model)) * model.head_dim * share
-    passes = model.num_layers * (2 + recomputed_share(model, setup))
+    passes = model.num_layers * (2 + recomputed_share(model, setup) + (setup.head_groups > 1))
     return setup.accumulation * setup.tokens(model) * passes * numbers * setup.element
 
 

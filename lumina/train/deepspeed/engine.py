@@ -50,7 +50,7 @@ class Engine:
         optimizer = build_optimizer(model, config, ds_config)
         allowed: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         allowed["timers"] = {"throughput": {"enabled": False}}  # it waits for the device at each micro-batch
-        if self.stage == 3 and model.tile_tokens:
+        if self.stage == 3 and (model.tile_tokens or model.head_groups > 1):
             # Else DeepSpeed would gather weights around each module's call, tile by tile, and in another order on each
             # rank: a layer's weights are gathered together, around the layer.
             deepspeed.utils.set_z3_leaf_modules(model, [type(model.blocks[0])])

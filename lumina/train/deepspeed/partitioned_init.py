@@ -11,8 +11,8 @@ Why `zero.Init` is not entered as a context, its documented use (read and tried 
 - Inside, torch.empty and its like give tensors of the engine's type on the engine's device. A normal distribution drawn
   in bfloat16, or by a GPU's generator, is not the float32 draw rounded: the seed would mean other weights than under
   the other stages.
-- It partitions a module right after its own `__init__`. `_linear` draws after `nn.Linear.__init__`, into what would be
-  an empty tensor by then, and torch reports nothing.
+- It partitions a module right after its own `__init__`. `linear` (lumina.model.layers) draws after
+  `nn.Linear.__init__`, into what would be an empty tensor by then, and torch reports nothing.
 - Without its `module` argument `zero.Init` does not replace `torch.nn.functional.linear`, which `deepspeed.initialize`
   does for a model that it partitions itself. The plain one keeps every gathered weight until the backward pass (it
   saves the transposed view): the memory that ZeRO-3 is there to save.

@@ -26,6 +26,7 @@ MODEL = "tests/model/parallel/test_sequence.py"
 LOADER = "tests/data/loading/test_loader.py"
 TENSORS = "tests/data/loading/test_tensors.py"
 TILES = "tests/model/memory/test_tiles.py"
+HEADS = "tests/model/memory/test_head_groups.py"
 OFFLOAD = "tests/model/memory/test_offload.py"
 RUN = "tests/runs/test_sequence.py::test_two_ranks_that_share_rows"
 
@@ -43,17 +44,18 @@ class Mutation:
 
 _SEQUENCE, _TENSORS, _PAIRS = "model/parallel/sequence.py", "data/loading/tensors.py", "model/preference.py"
 _ROWS, _PART = "data/loading/dataset.py", "data/loading/part.py"
-_TILES, _OFFLOAD = "model/memory/tiles.py", "model/memory/offload.py"
+_TILES, _OFFLOAD, _GROUPS = "model/memory/tiles.py", "model/memory/offload.py", "model/memory/head_groups.py"
 MUTATIONS = (
     # --- the exchange
-    Mutation("heads dealt out in turn", _SEQUENCE, "x.reshape(length, size, -1, width)",
-             "x.reshape(length, -1, size, width).transpose(1, 2)"),
-    Mutation("heads put back in another order", _SEQUENCE, "o_PTnd.transpose(0, 1).reshape(", "o_PTnd.reshape("),
+    Mutation("heads dealt out in turn", _SEQUENCE, "_repeated(x, size).reshape(length, size, -1, width)",
+             "_repeated(x, size).reshape(length, -1, size, width).transpose(1, 2)"),
+    Mutation("heads put back in another order", _SEQUENCE, "parts_PTnd.transpose(0, 1).reshape(",
+             "parts_PTnd.reshape("),
     Mutation("tokens interleaved", _SEQUENCE, "parts_PTnd, 2)).flatten(0, 1)",
              "parts_PTnd, 2)).transpose(0, 1).flatten(0, 1)"),
     Mutation("key/value heads repeated in turn", _SEQUENCE, "x_1TKd.repeat_interleave(times, 2)",
              "x_1TKd.repeat(1, 1, times, 1)"),
-    Mutation("keys and values swapped", _SEQUENCE, "q_Snd, k_Snd, v_Snd = ", "q_Snd, v_Snd, k_Snd = "),
+    Mutation("keys and values swapped", _SEQUENCE, "(q_1THd, k_1TKd, v_1TKd)))", "(q_1THd, v_1TKd, k_1TKd)))"),
     Mutation("gradients not sent back", _SEQUENCE, "_all_to_all(grads[0], ctx.sequence)", "grads[0]"),
     # --- attention
     Mutation("documents' mask ignored", "model/attention.py", "docs=replace(docs, sequence=None)", "docs=None"),
@@ -91,6 +93,29 @@ MUTATIONS = (
     Mutation("the residual's gradient lost", _TILES, "ddelta_TD[part][None], dtotal_TD[part][None]",
              "ddelta_TD[part][None], 0 * dtotal_TD[part][None]", TILES),
     Mutation("what is recomputed is computed again", _TILES, "        if recomputing:", "        if False:", TILES),
+    # --- groups of heads
+    Mutation("queries of the first group for all", _GROUPS, "slice(number * count, (number + 1) * count)",
+             "slice(0, count)", HEADS),
+    Mutation("keys of the first group for all", _GROUPS, "first = queries + number * count", "first = queries", HEADS),
+    Mutation("values where keys are", _GROUPS, "slice(first + keys, first + keys + count))",
+             "slice(first, first + count))", HEADS),
+    Mutation("attention's result for queries", _GROUPS, "projected = heads.project(heads.queries(number))",
+             "projected = o_BShd.clone()", HEADS),
+    Mutation("queries projected for the group before", _GROUPS, "heads.project(heads.queries(number))",
+             "heads.project(heads.queries(max(number - 1, 0)))", HEADS),
+    Mutation("the gradient of the first group's result", _GROUPS, "grads[0][:, :, heads.queries(number)]",
+             "grads[0][:, :, heads.queries(0)]", HEADS),
+    Mutation("values' gradient lost", _GROUPS, "strict=True):\n            slot.copy_(gradient)",
+             "strict=True):\n            slot.copy_(gradient * (slot is not v_BShd))", HEADS),
+    Mutation("norms' gradient of the last group alone", _GROUPS, "total.add_(gradient)", "total.copy_(gradient)",
+             HEADS),
+    Mutation("operands kept", _GROUPS, "            kept.tensor, kept.layout = None, _Layout(name,",
+             "            kept.layout = _Layout(name,", HEADS),
+    Mutation("the exchange's result for this rank's tokens", _GROUPS, "else self.sequence.to_tokens(o_BShd)",
+             "else self.sequence.to_tokens(o_BShd).flip(1)"),
+    # --- recomputed layers
+    Mutation("what is a sum already is not told", "model/memory/recompute.py", "summed=not first", "summed=False",
+             "tests/model/test_recompute.py"),
     # --- inputs on the host
     Mutation("a buffer given up while it is used", _OFFLOAD, "        self._begin(copy.view(), tensor, tensor)\n",
              "        self._begin(copy.view(), tensor, tensor)\n        self._free.append(copy.buffer)\n", OFFLOAD),

@@ -34,13 +34,14 @@ VOCABULARY = 61
 @dataclass(frozen=True)
 class Case:
     """lengths: of the documents; learned: the tokens that may be supervised, half of which are; pairs: the documents
-    are answers, two a pair."""
+    are answers, two a pair; groups: of heads, one at a time."""
 
     size: int
     shape: dict[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] = (70, 1, 40, 150, 33)  # 294 tokens: no size divides them, and bounds lie inside parts
     learned: tuple[int, int] = (0, 1000)
     pairs: bool = False
+    groups: int = 1
     dtype: torch.dtype = torch.float64
 
 
@@ -63,6 +64,10 @@ CASES = {
     "biases": Case(4, {"family": "qwen2"}),
     "pairs": Case(2, lengths=(30, 44, 90, 61), pairs=True),
     "pairs, 4 ranks": Case(4, lengths=(30, 44, 90, 61), pairs=True),
+    "groups of heads": Case(2, {"num_kv_heads": 2}, groups=2),
+    "groups of heads, norms": Case(
+        4, {"hidden_size": 64, "num_heads": 8, "num_kv_heads": 4, "family": "qwen3"}, groups=2
+    ),
     "bfloat16": Case(2, dtype=torch.bfloat16),
 }
 
@@ -119,6 +124,7 @@ def compare(case: Case) -> dict[str, float]:
     expected = computed(model(**exact), case, None)
     shared = model(case.dtype)
     shared.share_rows(sequence)
+    shared.group_heads(case.groups)
     sizes = {"shared": difference(computed(shared, case, sequence), expected)}
     if case.dtype is not torch.float64:
         sizes["whole"] = difference(computed(model(case.dtype), case, None), expected)
@@ -184,7 +190,7 @@ def untimed() -> dict[str, float]:
 def main(meeting: str) -> None:
     torch.set_num_threads(1)
     rank = next((number for number in range(1, WORLD) if os.fork() == 0), 0)
-    patience = timedelta(seconds=60)  # of ranks that do not do the same
+    patience = timedelta(seconds=300)  # of ranks that do not do the same
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD, timeout=patience)
     results = {name: compare(case) for name, case in CASES.items()}
     results |= {f"sent, {size} ranks": sent(size) for size in (2, 4)}

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lumina.model import SequenceGroup
 from lumina.train.deepspeed import init_process_group
 from tests.model.parallel.ranks import CASES
+from tests.model.tiny_models import make_model
 from tests.runs import clean_environment
 
 ROOT = Path(__file__).parents[3]
@@ -52,6 +53,15 @@ def test_the_bytes_that_documentation_names(size: int, kv_heads: int, difference
     sent = differences[f"sent, {size} ranks"]
     assert sent["bytes"] == 2 * 8 * numbers, "forward and backward, eight bytes each"
     assert sent["told"] == sent["bytes"], "what a step's record says"
+
+
+def test_whole_rows_are_a_ranks_own() -> None:
+    """A pass over rows that come without their documents is not shared, as one with a cache is not."""
+    model, ids = make_model(), torch.arange(20).view(2, 10)
+    positions = torch.arange(10).expand(2, -1)
+    expected = model(ids, positions)
+    model.share_rows(SequenceGroup(0, 2, None))  # type: ignore[arg-type]
+    assert torch.equal(model(ids, positions), expected)
 
 
 def test_a_program_may_join_another_process_group(differences: dict[str, dict[str, float]]) -> None:

@@ -1,7 +1,9 @@
 """The activation model against what autograd keeps for the real model, built of fake tensors: no memory, no GPU.
 
 The Triton path's operators run as on a GPU, by their setup functions; attention stands for the variable-length kernels,
-which keep q, k, v, their result and a float32 log-sum per head and position (flash_attn_varlen_func's own backward).
+which keep q, k, v, their result and a float32 log-sum per head and position (flash_attn_varlen_func's own backward),
+and whose backward pass allocates a float32 gradient and a sum per head, and gradients of keys and values for each query
+head (flash_api.cpp, mha_varlen_bwd).
 Of ranks that share rows one is there, whose exchanges bring nothing.
 """
 
@@ -30,10 +32,13 @@ class VariableLengthAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, k, v, *_ = ctx.saved_tensors
+        workspace = [torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:2], dtype=torch.float32)]
+        if k.shape != q.shape:
+            workspace += [torch.empty_like(q) for _ in range(2)]
         return torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype), torch.empty_like(v)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, docs: Any, *rest: Any) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, docs: Any, scoring: Any) -> torch.Tensor:
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = VariableLengthAttention.apply(q[0], k[0], v[0])  # type: ignore[no-untyped-call]
         return out[None]
@@ -153,10 +158,14 @@ class Alive(TorchDispatchMode):
 
 NARROW = {"intermediate_size": 64}  # attention's part is the highest then
 HALF, MANY = {"mlp_tile_tokens": 1 << 19}, {"mlp_tile_tokens": 1 << 16}
+GROUPS = {"num_heads": 8, "num_kv_heads": 4, "attention_head_groups": 4}
+FEW = GROUPS | {"mlp_tile_tokens": 1 << 14}
 OFFLOADED = {"activation_offloading": True, "gradient_checkpointing": True}
 PASSES = [
     ({}, 0, 1), ({}, 1, 1), ({}, 1, 2), ({}, 1, 4), (NARROW, 1, 1), (NARROW, 1, 2), (NARROW, 1, 4), ({}, 0, 2),
     ({"family": "qwen3"}, 1, 2), (HALF, 1, 1), (MANY, 1, 1), (MANY, 1, 2), (MANY, 0, 1), (OFFLOADED, 1, 1),
+    (NARROW | GROUPS, 1, 1), (FEW, 1, 1), (FEW, 1, 2), (FEW, 0, 1), (FEW | {"family": "qwen3"}, 1, 1),
+    (FEW | OFFLOADED | {"num_heads": 16, "num_kv_heads": 8}, 1, 4),
 ]  # fmt: skip
 
 
@@ -173,12 +182,14 @@ def test_backward_passes(gpu_path: None, changes: dict[str, Any], checkpoint_eve
         checkpoint_every=checkpoint_every,
         sequence_parallel=ranks,
         mlp_tile=config.mlp_tile_tokens or 0,
+        head_groups=config.attention_head_groups,
         activation_offloading=config.activation_offloading,
     )
     tokens = setup.tokens(config)
     with FakeTensorMode():
         model = made(config, checkpoint_every, ranks)
         model.tile_feed_forward(setup.mlp_tile)
+        model.group_heads(setup.head_groups)
         model.host_copies = HostCopies() if setup.activation_offloading else None
         ids, edges = torch.zeros(1, tokens, dtype=torch.long), torch.tensor([0, config.seq_length])
         gradient = torch.empty(1, tokens, config.hidden_size, dtype=torch.bfloat16)

@@ -28,7 +28,7 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("LUMINA_KERNELS", "triton")
     monkeypatch.setattr(ops, "_chosen", None)  # read anew, and afterwards what it was
-    monkeypatch.setattr(transformer, "attention", lambda q, *rest: q)  # one launch, three backward: not counted
+    monkeypatch.setattr(transformer, "attention", lambda q, *rest, **more: q)  # one launch, three backward: not counted
 
 
 # What launches nothing.
@@ -89,14 +89,16 @@ FAMILIES: list[dict[str, Any]] = [
 named = pytest.mark.parametrize("changes", FAMILIES, ids=[str(one.get("family", "llama")) for one in FAMILIES])
 
 
-def counted(config: Config, tile: int = 0, copies: HostCopies | None = None) -> tuple[Counted, Counted]:
+def counted(
+    config: Config, tile: int = 0, copies: HostCopies | None = None, groups: int = 1
+) -> tuple[Counted, Counted]:
     """What a layer launches forward and backward, in bfloat16, without attention. copies: of a recomputed layer."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with FakeTensorMode():
             block = transformer.Block(config, 0)
-            block.tile_tokens = tile
+            block.tile_tokens, block.attention.groups = tile, groups
             rotary = ops.Rotary.of(torch.arange(TOKENS)[None], config.head_dim, config.rope_theta)
             x, residual = (torch.randn(1, TOKENS, config.hidden_size, requires_grad=True) for _ in range(2))
             with Counted() as forward:
@@ -130,6 +132,22 @@ def test_tiles_launches(triton_path: None, changes: dict[str, Any]) -> None:
     assert forward.names["copy_"] == 3 * TILE[0]
     assert forward.launches == planned[0] - 1, forward.names
     assert backward.launches == planned[1] - 3, backward.names
+
+
+@pytest.mark.parametrize("changes", [{}, {"family": "gemma3_text"}], ids=["llama", "gemma3_text"])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_of_heads(triton_path: None, changes: dict[str, Any], groups: int) -> None:
+    """Without attention's own, and without its result's copy, which what is in its place does not keep; bytes too."""
+    config = load("nano", {"num_heads": 8, "num_kv_heads": 4, "seq_length": TOKENS, "num_layers": 1} | changes)
+    forward, backward = counted(config, groups=groups)
+    planned = layer_launches(config, groups=groups)
+    assert forward.launches == planned[0] - groups, forward.names
+    assert backward.launches == planned[1] - 4 * groups, backward.names
+    setup = Setup(1, 1, 1, "bf16", supervised=0.0, head_groups=groups)
+    copied = 4 * config.hidden_size
+    assert memory_bytes_per_token(config, setup) == pytest.approx(
+        (forward.bytes + backward.bytes) / TOKENS + copied, rel=0.04
+    )
 
 
 @pytest.mark.parametrize("tiles", [0, 3])

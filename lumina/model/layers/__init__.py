@@ -1,0 +1,1 @@
+"""Linear layers and norms, of which the decoder is made."""

@@ -1,0 +1,161 @@
+"""Attention for a group of heads at a time is attention for all of them, in less memory."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lumina.config import LoraConfig
+from lumina.model import Transformer, lora
+from tests.model.tiny_models import Packed, make_model, pack
+
+LENGTHS = (20, 9, 31)
+
+
+def computed(model: Transformer, batch: Any) -> list[Tensor]:
+    """The loss and the gradient of each trained parameter."""
+    model.zero_grad()
+    loss = model(*batch)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert None not in gradients
+    return [loss.detach(), *(g.to_dense() for g in gradients if g is not None)]
+
+
+FAMILIES: list[dict[str, Any]] = [
+    {},
+    {"family": "qwen2"},
+    {"family": "qwen3"},
+    {"family": "mistral", "sliding_window": 9},
+    {"family": "gemma2", "attention_softcap": 4.0, "attention_scale": 0.2},
+    {"family": "gemma3_text"},
+    {"family": "smollm3", "nope_layers": [0]},
+    {"partial_rotary_factor": 0.5, "family": "phi3"},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=[str(one.get("family", "llama")) for one in FAMILIES])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_bit_for_bit(family: dict[str, Any], dtype: torch.dtype) -> None:
+    """Each head's numbers are its own, and the projection's gradients are one product's; but for weights of norms of
+    queries and keys, whose gradients add up by group. One row of documents and two rows; recomputed or not."""
+    model, batch = make_model(dtype=dtype, num_heads=4, num_kv_heads=4, **family), pack(LENGTHS)
+    names = ["loss", *(name for name, _ in model.named_parameters())]
+    two_rows = Packed(batch.ids.view(2, -1), batch.positions.view(2, -1) % 30, *batch[2:])
+    for args in (batch, (*two_rows[:2], None, None, *(x.view(2, -1) for x in batch[4:]))):
+        model.group_heads(1)
+        model.checkpoint_every = 0
+        expected = computed(model, args)
+        for groups, every in ((2, 0), (4, 1)):
+            model.group_heads(groups)
+            model.checkpoint_every = every
+            for name, a, b in zip(names, computed(model, args), expected, strict=True):
+                if "attention.q_norm" in name or "attention.k_norm" in name:
+                    assert (a - b).norm() <= 4 * torch.finfo(dtype).eps * b.norm(), name
+                else:
+                    assert torch.equal(a, b), name
+
+
+@pytest.mark.usefixtures("path")
+def test_every_kernel() -> None:
+    """Of one key/value head for two queries."""
+    model, batch = make_model(dtype=torch.bfloat16), pack(LENGTHS)
+    expected = computed(model, batch)
+    model.group_heads(2)
+    for a, b in zip(computed(model, batch), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "o_proj"]])
+def test_adapters(targets: Any) -> None:
+    """Over frozen weights; with one of the queries, and without."""
+    found = []
+    for groups in (1, 2):
+        torch.manual_seed(1)
+        model = make_model(dtype=torch.float64)
+        lora.attach(model, LoraConfig(lora_rank=3, lora_targets=targets))
+        for name, parameter in model.named_parameters():
+            if name.endswith(".b"):
+                torch.nn.init.normal_(parameter)
+        model.double().group_heads(groups)
+        model.checkpoint_every = 1
+        found.append(computed(model, pack(LENGTHS)))
+    for a, b in zip(found[1], found[0], strict=True):
+        assert (a - b).norm() <= 1e-15 * b.norm()
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_attention_runs_once_a_pass_and_each_gradient_is_given_once(
+    every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed reduces a gradient whenever autograd has one. A recomputed layer runs twice forward, as ever."""
+    from lumina.model import transformer
+
+    model = make_model(family="qwen3", num_heads=4, num_kv_heads=4)
+    model.group_heads(2)
+    model.checkpoint_every = every
+    heads: list[int] = []
+    given: dict[str, int] = {}
+    real = transformer.attention
+
+    def noted(q: Tensor, *rest: Any, **more: Any) -> Tensor:
+        heads.append(q.shape[2])
+        return real(q, *rest, **more)
+
+    def note(name: str) -> Any:
+        return lambda _: given.update({name: given.get(name, 0) + 1})
+
+    monkeypatch.setattr(transformer, "attention", noted)
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(note(name))
+    computed(model, pack(LENGTHS))
+    assert heads == [2] * 2 * 2 * (1 + every)
+    assert given == {name: 1 for name, _ in model.named_parameters()}
+
+
+def test_nothing_as_wide_as_a_group_is_kept() -> None:
+    """Between the passes there is the projection's memory, and what attention sums up of each row of scores; and all of
+    it is given up without a backward pass, though nobody looks for cycles."""
+    model, made = make_model(dtype=torch.bfloat16, num_layers=1), []
+    model.group_heads(2)
+    real = torch.Tensor.copy_
+
+    def copied(to: Tensor, source: Tensor, *rest: Any) -> Tensor:
+        made.append(weakref.ref(source.untyped_storage()))  # a group's result, as it is put in its place
+        return real(to, source, *rest)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", copied)
+            loss = model(*pack(LENGTHS))
+        node = weakref.ref(loss.grad_fn)
+        assert len(made) >= 2
+        assert [one() for one in made] == [None] * len(made)
+        del loss
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_runs_backward_once() -> None:
+    model = make_model(num_layers=1)
+    model.group_heads(2)
+    loss = model(*pack(LENGTHS))
+    loss.backward(retain_graph=True)
+    with pytest.raises((AssertionError, RuntimeError), match=r"runs backward once|modified inplace"):
+        loss.backward()
+
+
+def test_in_evaluation() -> None:
+    model, batch = make_model(dtype=torch.float64).eval(), pack(LENGTHS)
+    with torch.no_grad():
+        expected = model(*batch)
+        model.group_heads(2)
+        assert torch.equal(model(*batch), expected)

@@ -46,8 +46,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-# Of a micro-batch's tokens, in tiles that do not divide them and differ in number from rank to rank where P = 1.
-TILES: dict[str, Any] = {"mlp_tile_tokens": 24}
+# Of a micro-batch's tokens, in tiles that do not divide them and differ in number from rank to rank where P = 1; and of
+# heads, in groups.
+TILES: dict[str, Any] = {"mlp_tile_tokens": 24, "attention_head_groups": 2}
 UNPACKED: dict[str, Any] = {"packing": False}
 SHARED = ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))  # (world, ranks of a row): of two and four ranks every way
 OFFLOADED: dict[str, Any] = TILES | {"gradient_checkpointing": True, "activation_offloading": True}

@@ -28,14 +28,15 @@ SHORT = 512  # tokens of a rank's first step
 MAPPED = 1 << 16  # bytes from which on a tensor is mapped by itself
 
 
-def configuration(tokens: int, ranks: int, layers: int, tile: int, groups: int) -> Any:
+def configuration(tokens: int, ranks: int, tile: int, groups: int, arguments: argparse.Namespace) -> Any:
     from lumina.config import load
 
-    sets = [f"seq_length={tokens}", f"num_layers={layers}", "precision=bf16", "gradient_checkpointing=true"]
+    sets = [f"seq_length={tokens}", f"num_layers={arguments.layers}", "precision=bf16", "gradient_checkpointing=true"]
     sets += ["tie_word_embeddings=false", "gradient_accumulation_steps=1", f"sequence_parallel_size={ranks}"]
     if tile:
         sets.append(f"mlp_tile_tokens={tile}")
-    sets.append(f"attention_head_groups={groups}")
+    queries, keys = arguments.heads
+    sets += [f"num_heads={queries}", f"num_kv_heads={keys}", f"attention_head_groups={groups}"]
     return load("nano", {"batch_size": 1}, sets).replace(vocab_size=VOCABULARY)
 
 
@@ -72,7 +73,7 @@ def worker(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     ranks = startup.init_process_group()
     (tokens,) = arguments.tokens
-    config = configuration(tokens, ranks.world, arguments.layers, arguments.tile, arguments.groups)
+    config = configuration(tokens, ranks.world, arguments.tile, arguments.groups, arguments)
     resolved = ds_json.resolve(config, ranks.world, "cpu", document=ds_json.default_json(ranks.world, 0))
     model = Transformer(resolved.config)
     model.checkpoint_every = 1
@@ -106,7 +107,16 @@ def measured(tokens: int, ranks: int, tile: int, groups: int, arguments: argpars
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     line = [sys.executable, str(Path(__file__).resolve()), "--worker", "--tokens", str(tokens), "--tile", str(tile)]
-    line += ["--groups", str(groups), "--layers", str(arguments.layers), "--document", str(arguments.document)]
+    line += [
+        "--groups",
+        str(groups),
+        "--heads",
+        *map(str, arguments.heads),
+        "--layers",
+        str(arguments.layers),
+        "--document",
+        str(arguments.document),
+    ]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     common |= {"MALLOC_MMAP_THRESHOLD_": str(MAPPED), "LOCAL_WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"}
     started = [
@@ -132,7 +142,7 @@ def predicted(tokens: int, ranks: int, tile: int, groups: int, arguments: argpar
     from lumina.plan.costs.setup import Data, Setup
 
     data = Data(tokens, arguments.document, 1.0, 1.0, "")
-    config = configuration(tokens, ranks, arguments.layers, tile, groups)
+    config = configuration(tokens, ranks, tile, groups, arguments)
     more: dict[str, Any] = {"mlp_tile": tile} if tile else {}
     setup = Setup(
         1, 1, ranks, "bf16", checkpoint_every=1, sequence_parallel=ranks, on_cpu=True,
@@ -162,6 +172,7 @@ def main() -> None:
         help="tokens of a tile (0: no tiles), and groups of heads (1: all heads at once)",
     )
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--heads", type=int, nargs=2, default=[4, 2], metavar=("H", "K"), help="query, key/value heads")
     parser.add_argument("--document", type=int, default=512)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tile", type=int, default=0, help=argparse.SUPPRESS)

@@ -55,9 +55,8 @@ def chosen_lines(
 ) -> list[str]:
     """The winner as estimate-time would show it."""
     if best is None:
-        untried = (
-            f"; what shares rows or tiles was not tried, for {', '.join(config.untiled)}" if config.untiled else ""
-        )
+        left = {"what shares rows or tiles": config.untiled, "groups of heads": config.ungrouped}
+        untried = "".join(f"; {way} not tried, for {', '.join(names)}" for way, names in left.items() if names)
         return [f"nothing fits on {cluster}: more or larger GPUs, a shorter context or a smaller model would{untried}"]
     return run_lines(config, estimate_setup(config, best.setup, buffers_for(config), cluster, data, batch), price)
 

@@ -184,7 +184,8 @@ def _sequence_sizes(config: Config, cluster: Cluster) -> list[int]:
     if size > 1 or "sequence_parallel_size" in config.explicit or config.experts is not None or config.compile:
         return [size]
     most = math.gcd(cluster.world_size, config.num_heads)
-    return [size for size in range(1, most + 1) if most % size == 0]
+    sizes = (size for size in range(1, most + 1) if most % size == 0)
+    return [size for size in sizes if config.attention_head_groups in (1, *config.fitting_head_groups(size))]
 
 
 def _leaner(config: Config) -> Iterator[Config]:

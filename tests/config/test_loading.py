@@ -331,6 +331,10 @@ def test_feed_forwards_that_cannot_be_tiled(settings: dict[str, Any], told: str)
             {"num_kv_heads": 1},
             "2 does not divide the 4 query heads and 1 key/value heads into groups; set it to one of 1",
         ),
+        (
+            {"float8": "rowwise", "head_size": 24, "num_heads": 6, "num_kv_heads": 6},
+            "2 does not divide .* one of 1, 3$",
+        ),
         ({"sequence_parallel_size": 4}, "2 does not divide .* groups, each of which 4 ranks share; set it to one of 1"),
     ],
 )

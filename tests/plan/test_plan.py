@@ -211,6 +211,8 @@ def test_heads_are_taken_in_groups_where_nothing_else_fits(capsys: pytest.Captur
     assert ", heads in 8 groups, activations on the host; 1 per" in text
     assert load(str(tmp_path / "config.yaml")).attention_head_groups == 8
     assert planned(capsys, *longer, "--attention-head-groups", "1")[0] == 1
+    eight = [*LONG[:-1], "seq_length=3000000", "--gpus-per-node", "8", "--attention-head-groups", "8"]
+    assert "rows shared by 4 ranks" in planned(capsys, *eight)[1], "8 ranks cannot share groups of 4 query heads"
 
 
 def test_fewer_ranks_share_a_row_where_that_is_faster() -> None:

@@ -125,7 +125,10 @@ class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, Health
     def fitting_head_groups(self, ranks: int) -> list[int]:
         """Numbers of groups that attention's heads can be taken in where so many ranks share rows, fewest first."""
         divisors = (n for n in range(1, self.num_kv_heads + 1) if self.num_kv_heads % n == 0)
-        return [n for n in divisors if self.num_heads // n % ranks == 0]
+        # Products in 8 bits take sides that are multiples of 16, a group's queries too.
+        multiple = 16 if self.float8 else 1
+        fitting = (n for n in divisors if self.num_heads // n % ranks == 0)
+        return [n for n in fitting if n == 1 or self.num_heads // n * self.head_dim % multiple == 0]
 
     @property
     def ungrouped(self) -> list[str]:

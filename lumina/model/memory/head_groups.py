@@ -69,7 +69,7 @@ class HeadGroups:
 
 def by_head_groups(heads: HeadGroups, qkv_BSnd: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Attention's result (B, S, H, d) of the projection's, whose memory it is given. parameters: those of `turn`."""
-    wanted = torch.is_grad_enabled() and qkv_BSnd.requires_grad
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv_BSnd, *parameters))
     o_BSHd: Tensor = _ByHeadGroups.apply(heads, wanted, qkv_BSnd, *parameters)  # type: ignore[no-untyped-call]
     return o_BSHd
 
@@ -136,6 +136,10 @@ class _Ends:
             return kept.tensor
         assert kept.layout is not None
         name, size, stride, offset = kept.layout
+        if name not in self.again:
+            raise RuntimeError(
+                "attention's kernel reads what it saved more often than it saved it: set attention_head_groups to 1"
+            )
         self.uses[name] -= 1
         base = self.again[name] if self.uses[name] else self.again.pop(name)
         if name == "projected":  # lies otherwise than the operand did, in whose place attention's result is now
@@ -174,9 +178,9 @@ class _Graph(NamedTuple):
         projected = heads.project(heads.queries(number))
         operands = heads.operands(projected, k_BShd, v_BShd)
         again = dict(zip(("projected", *"qkv"), (projected, *operands), strict=True))
+        if heads.sequence is not None:  # whatever this rank's kernel has kept: another's may be another one
+            (o_BShd,) = heads.sequence.to_heads(o_BShd)
         if ends.uses["o"]:
-            if heads.sequence is not None:
-                (o_BShd,) = heads.sequence.to_heads(o_BShd)
             again["o"] = torch.empty_strided(size, stride, dtype=o_BShd.dtype, device=o_BShd.device).copy_(o_BShd)
         ends.again = {name: tensor for name, tensor in again.items() if ends.uses[name]}
         del projected, operands, o_BShd, again
@@ -224,10 +228,17 @@ def _note(kept: _Kept, made: dict[str, Tensor], buffer_BSnd: Tensor, slots: tupl
             kept.tensor = tensor.clone()
         return
     for name, base in made.items():
-        if memory == base.untyped_storage()._cdata:
-            offset = int(tensor.storage_offset() - base.storage_offset())
+        offset = int(tensor.storage_offset() - base.storage_offset())
+        # Of a result that is a part of what a kernel saves (heads filled up to a width that it takes) the part alone
+        # can be made again.
+        if memory == base.untyped_storage()._cdata and offset >= 0 and offset + _extent(tensor) <= _extent(base):
             kept.tensor, kept.layout = None, _Layout(name, tensor.shape, tensor.stride(), offset)
             return
+
+
+def _extent(x: Tensor) -> int:
+    """How many numbers of memory lie between the first and the last of a tensor, both counted."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:

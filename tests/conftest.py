@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -19,8 +20,17 @@ if TYPE_CHECKING:
 # A shell ignores SIGINT in what it starts in the background, and so do all that inherit it: tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# How long an example takes says nothing on a machine that does other things too.
-settings.register_profile("untimed", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says nothing on a machine that does other things too. The same examples on every run, so
+# that a failure is of the change at hand; with LUMINA_NEW_DRAWS=1 they are others each time, which finds what these do
+# not.
+settings.register_profile(
+    "untimed",
+    settings.default,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=not os.environ.get("LUMINA_NEW_DRAWS"),
+    database=None,
+)
 settings.load_profile("untimed")
 
 

@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 
 from lumina.checkpoint import integrity_error, list_checkpoints
-from tests.runs import PATIENCE, ROOT, Runs, arguments, clean_environment, differing, final, newest, write_conversations
+from tests.runs import (
+    PATIENCE,
+    ROOT,
+    Runs,
+    arguments,
+    clean_environment,
+    differing,
+    final,
+    held_at,
+    newest,
+    write_conversations,
+)
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -103,7 +114,7 @@ def test_twenty_kills_in_saves_of_two_ranks(runs: Runs, conversations: Path, pla
     argv = [*arguments(run, conversations, stage=2, max_steps=steps, **settings), "--resume", "auto"]
     kills = 0
     while kills < 20:
-        job = runs.start(argv, 2)
+        job = runs.start(argv, 2, patch=partial(held_at, steps - 1))
         job.wait_for_step(1)
         deadline = time.monotonic() + PATIENCE
         while not list((run / "checkpoints").glob(".*.partial")):

@@ -47,7 +47,8 @@ def test_events_come_in_order_and_once(launcher: LauncherControl) -> None:
 
 def test_ranks_hear_how_many_there_were_at_first(launcher: LauncherControl, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those of an agent that was not there then."""
-    monkeypatch.delenv("LUMINA_FIRST_WORLD", raising=False)
+    monkeypatch.setenv("LUMINA_FIRST_WORLD", "0")  # which is put back to what it was, whatever is set below
+    monkeypatch.delenv("LUMINA_FIRST_WORLD")
     assert first_world() is None
     late = agent(launcher, "n0")
     launcher.send(ControlCommand("generation", 2, (late.index,), 4))

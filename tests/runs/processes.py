@@ -271,6 +271,20 @@ def held_at(step: int, rank: int) -> None:
     loop.take_step = held
 
 
+def held_until(step: int, path: Path, rank: int) -> None:
+    """In a rank's process: the step after `step` begins once the file is there."""
+    from lumina.train import loop
+
+    plain = loop.take_step
+
+    def held(run: loop.Run, data: Any) -> Any:
+        while data.step >= step and not path.exists():
+            time.sleep(0.01)
+        return plain(run, data)
+
+    loop.take_step = held
+
+
 # --- Results --------------------------------------------------------------------------------------
 
 State = dict[tuple[str, str], torch.Tensor]

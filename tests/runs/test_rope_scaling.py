@@ -4,6 +4,7 @@ resumed by the command that began them, and then used."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lumina.cli import main
 from lumina.infer import import_hf, load
 from lumina.monitor import read_run
 from tests.infer.hf_models import make_hf
-from tests.runs import Runs, differing, final, losses, write_conversations
+from tests.runs import Runs, differing, final, held_at, losses, write_conversations
 from tests.runs.pairs import write_pairs
 
 pytestmark = [
@@ -55,10 +56,10 @@ def test_the_same_command_resumes_it(
 
     whole, run = place / "whole", place / "run"
     runs.train(line("whole"))
-    job = runs.start(line("run", "--resume", "auto"))  # which begins it
+    job = runs.start(line("run", "--resume", "auto"), patch=partial(held_at, 5))  # which begins it
     job.wait_for_step(1)
     job.kill()  # without a checkpoint, or with that of step 3
-    job = runs.start(line("run", "--resume", "auto"))
+    job = runs.start(line("run", "--resume", "auto"), patch=partial(held_at, 5))
     job.wait_for_step(4)
     job.kill()
     runs.train(line("run", "--resume", "auto"))

@@ -243,9 +243,12 @@ def test_a_read_only_disk(runs: Runs, conversations: Path, place: Path, tmpfs: P
     run = place / "run"
     link_checkpoints(run, tmpfs)
     argv = arguments(run, conversations, stage=1, max_steps=12, **SETTINGS)
-    job = runs.start([*argv, "--set", "save_async=false"])
+    told = place / "read-only"
+    job = runs.start([*argv, "--set", "save_async=false"], patch=partial(real.held_until, 3, told))
     until(lambda: names(run), job)
+    # While a file is written there the disk is busy: the next step waits for this one.
     subprocess.run(["mount", "-o", "remount,ro", tmpfs], check=True)
+    told.touch()
     kept = names(run)
     assert job.wait() == [1]
     assert "Traceback" not in job.stderr()

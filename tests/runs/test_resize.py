@@ -36,8 +36,8 @@ def watch(groups: Path, last: int, rank: int) -> None:
 
     resume, compare = build.load_resumed, Stragglers.compare
 
-    def noted(start: Any, engine: Any, progress: Any) -> None:
-        resume(start, engine, progress)
+    def noted(start: Any, ranks: Any, engine: Any, progress: Any) -> None:
+        resume(start, ranks, engine, progress)
         decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
         groups.with_suffix(f".{rank}").write_text(json.dumps(decays))
 

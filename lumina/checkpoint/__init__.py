@@ -31,7 +31,7 @@ from lumina.checkpoint.integrity import (
     manifest_entry,
     rank_files,
 )
-from lumina.checkpoint.lock import RunLock, last_global_batch, last_launch, owned_by, refuse_owned
+from lumina.checkpoint.lock import RunLock, has_begun, last_global_batch, last_launch, owned_by, refuse_owned
 from lumina.checkpoint.model_shape import check_same_model, model_shape, other_angles, rotary_angles
 from lumina.checkpoint.requests import SaveReply, SaveRequests, request_save
 from lumina.checkpoint.retention import Retention, best_step, clear_leftovers, discard, prune, record_best
@@ -124,6 +124,7 @@ __all__ = [
     "commit",
     "copy_checkpoint",
     "discard",
+    "has_begun",
     "integrity_error",
     "iter_weights",
     "last_global_batch",

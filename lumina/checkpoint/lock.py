@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lumina.checkpoint.format import list_checkpoints
 from lumina.config import UserError, user_error
 from lumina.files import read_json, write_json
 from lumina.processes import is_there, machine, this_process
@@ -156,6 +157,14 @@ def _owner(folder: Path, token: str) -> dict[str, Any]:
         return _read(folder / NAME, _PASSING)
     except OSError:
         return {"token": token}
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a start of the run in `folder` has claimed it, if only before its first checkpoint, as far as its files
+    can be read."""
+    with suppress(OSError):
+        return bool(_read(folder / NAME) or list_checkpoints(folder / "checkpoints"))
+    return False
 
 
 def last_launch(folder: Path) -> str | None:

@@ -48,7 +48,7 @@ from lumina.train.initialise import (
 )
 from lumina.train.liveness.stragglers import Stragglers
 from lumina.train.liveness.watchdog import Watchdog
-from lumina.train.liveness.watching import watched_evaluation
+from lumina.train.liveness.watching import beat_between_passes, watched_evaluation
 from lumina.train.make_engine import Settings, make_engine, resolve
 from lumina.train.objectives import Preparation, objective
 from lumina.train.outputs.outputs import Outputs, RunOutputs
@@ -148,8 +148,8 @@ def _prepare(config: Config, ranks: Ranks, stop: StopRequest, console: Console) 
         "resolving the settings",
         lambda: resolve(start, ranks.world, device),
     )
-    config, resumed = settings.config, start.checkpoint is not None
-    backups = decided_by_rank_0(ranks, lambda: check_backups(config, resumed))
+    config = settings.config
+    backups = decided_by_rank_0(ranks, lambda: check_backups(config))
     _say(ranks, "preparing the data")
     # Bytes of input, as `Preparing 12/341 MB`. Without a live view the log tells.
     preparing = partial(console.progress, "Preparing", unit=" MB", size=10**6)
@@ -297,7 +297,7 @@ def _initialise(
             forward=engine.forward,
             evaluation=partial(watched_evaluation, watchdog, engine),
             device=engine.device,
-            heartbeat=watchdog.heartbeat,
+            heartbeat=partial(beat_between_passes, watchdog, engine),
             progress=progress,
             by_rank_0=partial(decided_by_rank_0, ranks),
         )
@@ -352,8 +352,8 @@ def _open_outputs(
         return Outputs()
     for name in ("checkpoints", "backups"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    kept = config.replace(sequence_parallel_size=settings.sequence_parallel_size)  # run.json has this start's
-    write_text(folder / "config.yaml", keep_tokenizer(kept, folder).to_yaml("init_from"))
+    # run.json has what this start trains with
+    write_text(folder / "config.yaml", keep_tokenizer(settings.kept, folder).to_yaml("init_from"))
     disks = [folder / "checkpoints"] + ([Path(config.backup_dir)] if config.backup_dir is not None else [])
     trained = lora.trained_parameters(config)
     outputs = RunOutputs(

@@ -68,7 +68,8 @@ class Readback:
 class StepTaken:
     """A step whose numbers are under way. times: of its phases; ended: seconds since 1970; figures: how many the
     objective has; layers: figures of each layer, at the steps that are due for them; memory: bytes in use on the rank
-    that has the most, and experts: how evenly the tokens went to them, once they are read."""
+    that has the most, memory_total: bytes that it has, and experts: how evenly the tokens went to them, once they
+    are read."""
 
     data: StepData
     lr: float
@@ -78,19 +79,21 @@ class StepTaken:
     figures: int = 0
     layers: dict[str, LayerFigures] | None = None
     memory: int = 0
+    memory_total: int = 0
     has_experts: bool = False
     experts: ExpertBalance | None = None
 
     def read(self) -> tuple[UpdateNumbers, StepSums, list[float]]:
         """What the update tells, what the ranks added up, and the means of the objective's figures. Waits for the
-        device. Fills in `memory`, and `experts` where the model has any."""
+        device. Fills in both of `memory`, and `experts` where the model has any."""
         numbers, own = self.numbers.read(), len(fields(UpdateNumbers))
         end = own + len(fields(StepSums))
         if self.has_experts:
             balance = len(fields(ExpertBalance))
             numbers, self.experts = numbers[:-balance], unpack(ExpertBalance, numbers[-balance:])
         means, memory = numbers[end : end + self.figures], numbers[end + self.figures :]
-        self.memory = int(max(memory, default=0))
+        pairs = zip(memory[::2], memory[1::2], strict=True)
+        self.memory, self.memory_total = map(int, max(pairs, default=(0, 0)))
         return unpack(UpdateNumbers, numbers[:own]), unpack(StepSums, numbers[own:end]), means
 
 
@@ -116,8 +119,8 @@ class Deferred:
         experts: Tensor | None = None,
     ) -> None:
         """After a step's update. sums: the `StepSums` of all ranks, packed, after them the objective's figures, and the
-        bytes in use on each rank; norm and applied: 0-dimensional; experts: lumina.model.expert_balance of all ranks;
-        all on the device."""
+        bytes in use and the bytes there are of each rank; norm and applied: 0-dimensional; experts:
+        lumina.model.expert_balance of all ranks; all on the device."""
         assert self._taken is None, "the numbers of the step before were not read"
         scale = engine.gradient_scale()  # fp16's under stage 0 is on the device
         if not isinstance(scale, Tensor):

@@ -32,19 +32,27 @@ log = logging.getLogger(__name__)
 class Settings:
     """config: resolved, nothing in it depends on the machine any more; ds_config: DeepSpeed's; report: what was
     resolved, for people; base: the checkpoint under the adapters, None where every weight is trained;
-    sequence_parallel_size: the run's own, where `config` has what fits the ranks of this start; memory: what decides
-    how large a micro-batch fits a rank, numbers by name: more of one is more room (lumina.train.recovery.record)."""
+    sequence_parallel_size: the run's own, where `config` has what fits the ranks of this start; batches: the run's own
+    micro-batch and accumulation, by the names of their settings, where `config` has what fits their memory; memory:
+    what decides how large a micro-batch fits a rank, numbers by name: more of one is more room
+    (lumina.train.recovery.record)."""
 
     config: Config
     ds_config: dict[str, Any]
     report: Sequence[str] = ()
     base: Path | None = None
     sequence_parallel_size: int = 1
+    batches: Mapping[str, int] = field(default_factory=dict)
     memory: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
         return next((name for name in ("bf16", "fp16") if self.ds_config.get(name, {}).get("enabled")), "fp32")
+
+    @property
+    def kept(self) -> Config:
+        """What config.yaml is to have, for later starts, which may have more ranks or more memory than this one."""
+        return self.config.replace(sequence_parallel_size=self.sequence_parallel_size, **self.batches)
 
     def with_micro_batch(self, size: int, world: int) -> Settings:
         """The same with another micro-batch; the global batch, which laws 1 and 2 hang on, stays."""
@@ -62,17 +70,25 @@ class Settings:
 
 def resolve(start: Start, world: int, device: str) -> Settings:
     """The settings of a start of `world` processes. `device`: cuda or cpu."""
-    config, memory = _with_first_batch(start, world, device), smallest_memory()
+    memory = smallest_memory()  # of all ranks: before what one of them may fail at alone, which the others would miss
+    config = _with_first_batch(start, world, device)
     document = default_document(config, world, memory)
     ds_config, report, resolved = ds_json.resolve(config, world, device, document=document)
     refuse_what_deepspeed_does(ds_config, config.ds_config or "the built-in DeepSpeed configuration")
     room = _room(resolved, ds_config, world, memory)
     report = [*report, *_rope_scaling(resolved)]
-    settings = Settings(resolved, ds_config, report, sequence_parallel_size=start.ranks_of_row, memory=room)
-    micro_batch_size = start.recovery.largest_micro_batch(room)
-    if micro_batch_size is not None and micro_batch_size < resolved.batch_size:
-        return settings.with_micro_batch(micro_batch_size, world)
-    return settings
+    batches = {name: getattr(resolved, name) for name in ("batch_size", "gradient_accumulation_steps")}
+    settings = Settings(resolved, ds_config, report, None, start.ranks_of_row, batches, room)
+    fitting, old = start.recovery.largest_micro_batch(room), start.recovery.micro_batch_size
+    if fitting is None or fitting >= resolved.batch_size:
+        return settings
+    if fitting == old:
+        line = (
+            f"micro-batches of {old}, not {resolved.batch_size}: recovery.json has them from a version that did not "
+            "record the memory; where there is more by now, remove `micro_batch_size` from that file"
+        )
+        settings = replace(settings, report=[*report, line])
+    return settings.with_micro_batch(fitting, world)
 
 
 def _room(config: Config, ds_config: dict[str, Any], world: int, memory: float | None) -> dict[str, float]:
@@ -80,10 +96,12 @@ def _room(config: Config, ds_config: dict[str, Any], world: int, memory: float |
     zero = ds_config.get("zero_optimization", {})
     stage = int(zero.get("stage", 0))
     offloaded = [(zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")]
+    # The default stage rises where ranks are lost, as what they divide does not fit otherwise: that is no more room.
+    chosen = {} if config.ds_config is None else {"zero_stage": float(stage)}
     return {
         "device_bytes": float(memory or 0),
         "sequence_parallel_size": float(config.sequence_parallel_size),
-        "zero_stage": float(stage),
+        **chosen,
         "zero_ranks": float(world if stage else 1),  # between which the weights' state is divided
         "offloaded": float(sum(offloaded)),
         "half_precision": float(config.precision != "fp32"),

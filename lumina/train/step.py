@@ -99,11 +99,11 @@ def _dropout_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _sums(run: Run, data: StepData, own: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Over all ranks: the step's `StepSums`, packed, after them the objective's figures, and the bytes in use on each
-    rank, of which a sum would say nothing; and the expert balance where there are experts; on the device. own: as
-    `accumulate` returns it."""
-    memory = [0.0] * run.ranks.world
-    memory[run.ranks.rank] = float(used_memory(own.device)[0])
+    """Over all ranks: the step's `StepSums`, packed, after them the objective's figures, and the bytes in use and the
+    bytes there are of each rank, of which a sum would say nothing; and the expert balance where there are experts; on
+    the device. own: as `accumulate` returns it."""
+    memory = [0.0] * (2 * run.ranks.world)
+    memory[2 * run.ranks.rank : 2 * run.ranks.rank + 2] = map(float, used_memory(own.device))
     figures = own[1:].double() / run.ranks.world
     sums = torch.cat((pack(_own_sums(run, data, own[0]), own.device), figures, send(memory, own.device)))
     count, counts = len(sums), run.state.engine.take_routing_counts()
@@ -241,6 +241,7 @@ def _record(
         taken.times.exchanged or None,
         flops=sums.flops / run.ranks.world,
         memory=taken.memory,
+        memory_total=taken.memory_total,
     )
     try:
         run.outputs.step(figures)

@@ -44,7 +44,8 @@ def test_killed_and_resumed_on_two_ranks(runs: Runs, tmp_path: Path) -> None:
 
     taken = steps(run)
     assert [record["step"] for record in taken] == list(range(1, 10))
-    assert {record["memory"] for record in taken[-3:]} == {2 * 10**9}, "of the rank that has the most in use"
+    memory = {(record["memory"], record["memory_total"]) for record in taken[-3:]}
+    assert memory == {(2 * 10**9, 4 * 10**10)}, "of the rank that has the most in use"
     reader = event_accumulator.EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     reader.Reload()
     for name in ("loss", "lr", "grad_norm", "tokens_per_s", "seconds/forward"):
@@ -68,10 +69,10 @@ def test_killed_and_resumed_on_two_ranks(runs: Runs, tmp_path: Path) -> None:
 
 
 def _other_memory(rank: int) -> None:
-    """Each rank has another amount in use."""
+    """Each rank has another amount in use, and of another amount."""
     from lumina.train import step
 
-    step.used_memory = lambda device: ((rank + 1) * 10**9, 10**11, "Mem")
+    step.used_memory = lambda device: ((rank + 1) * 10**9, (5 - rank) * 10**10)
 
 
 def _out_of_reach(rank: int) -> None:

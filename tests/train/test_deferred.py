@@ -76,7 +76,7 @@ def make_batch() -> Any:
     return SimpleNamespace(**arrays, part=SimpleNamespace(count=1), torch=lambda: None)
 
 
-def put(run: Any, flops: float = 0.0, memory: Sequence[float] = (0.0,)) -> None:
+def put(run: Any, flops: float = 0.0, memory: Sequence[float] = (0.0, 0.0)) -> None:
     sums = pack(StepSums(torch.tensor(1.0), flops=flops), torch.device("cpu"))
     sums = torch.cat((sums, torch.tensor(memory, dtype=torch.float64)))
     data: Any = SimpleNamespace(step=4, supervised_tokens=1.0, micro_batches=[make_batch()])
@@ -119,9 +119,9 @@ def test_work_and_memory_are_those_of_all_ranks() -> None:
 
     run = make_run([])
     run.outputs, run.ranks.world = Seeing(), 2
-    put(run, flops=10.0, memory=(3.0, 7.0))
+    put(run, flops=10.0, memory=(3.0, 4.0, 7.0, 8.0, 6.0, 9.0))  # three ranks: in use, and there
     step.record_last(run, wait=True)
-    assert [(one.flops, one.memory) for one in seen] == [(5.0, 7)]
+    assert [(one.flops, one.memory, one.memory_total) for one in seen] == [(5.0, 7, 8)], "of one rank"
 
 
 @pytest.fixture

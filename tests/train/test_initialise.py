@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from lumina.checkpoint import TrainerState, model_shape
-from lumina.config import MEMORY_SETTINGS, UserError
+from lumina.config import MEMORY_SETTINGS, Config, UserError, load
+from lumina.train import make_engine
 from lumina.train.deepspeed import Ranks
 from lumina.train.initialise import Start, check_resumed, find_start, sequence_groups
 from lumina.train.make_engine import resolve
@@ -87,5 +89,56 @@ def test_more_room_is_tried_with_the_micro_batch_that_was_configured(tmp_path: P
     assert size(record, lean) == size(record, {}) == size(record, {"mlp_tile_tokens": 24}) == 2
     for name, changed in more.items():
         assert size(record, lean | changed) == 8, name
-    for name in ("sequence_parallel_size", "zero_stage", "half_precision"):  # a start that had less of these
+    for name in ("sequence_parallel_size", "half_precision"):  # a start that had less of these
         assert size(RecoveryRecord(micro_batches=[{"size": 2, "memory": room | {name: -1.0}}]), lean) == 8, name
+
+
+def start_of(config: Config, record: RecoveryRecord | None = None, **changes: Any) -> Start:
+    return Start(config, None, TrainerState(), {}, record or RecoveryRecord(), **changes)
+
+
+def test_a_default_stage_that_rises_with_lost_ranks_is_no_more_room(tmp_path: Path) -> None:
+    """It rises because what the ranks divide no longer fits; a stage that the user has chosen is another matter."""
+    document = tmp_path / "zero3.json"
+    document.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}}))
+    plain, record = make_config(batch_size=8, global_batch_size=64), RecoveryRecord()
+    of_more_ranks = {"zero_ranks": 8.0, "zero_stage": -1.0}  # below the one that these tests' single rank has
+    record.keep_micro_batch(4, resolve(start_of(plain), 1, "cpu").memory | of_more_ranks)
+    assert resolve(start_of(plain, record), 1, "cpu").config.batch_size == 4
+    assert resolve(start_of(plain.replace(ds_config=str(document)), record), 1, "cpu").config.batch_size == 8
+
+
+def test_the_configured_micro_batch_is_kept_for_a_later_start(tmp_path: Path) -> None:
+    """By config.yaml, which `--resume RUN` reads, as the ranks of a row are."""
+    config, record = make_config(batch_size=8, global_batch_size=32, sequence_parallel_size=2), RecoveryRecord()
+    few = start_of(config.replace(sequence_parallel_size=1), record, ranks_of_row=2)
+    record.keep_micro_batch(4, resolve(few, 1, "cpu").memory)
+    found = resolve(few, 1, "cpu").with_micro_batch(2, 1)  # once more, while it trains
+    assert (found.config.batch_size, found.config.gradient_accumulation_steps) == (2, 16)
+    file = tmp_path / "config.yaml"
+    file.write_text(found.kept.to_yaml())
+    again = load(str(file), {})
+    assert (again.batch_size, again.gradient_accumulation_steps, again.sequence_parallel_size) == (8, 4, 2)
+    roomy = again.replace(sequence_parallel_size=1, gradient_checkpointing=True)
+    later = resolve(start_of(roomy, record, ranks_of_row=2), 1, "cpu").config
+    assert (later.batch_size, later.global_batch_size) == (8, 32)
+
+
+def test_a_record_without_the_memory_is_said_to_hold() -> None:
+    config = make_config(batch_size=8, global_batch_size=32)
+    found = resolve(start_of(config, RecoveryRecord(micro_batch_size=4)), 1, "cpu")
+    assert found.config.batch_size == 4
+    assert sum("remove `micro_batch_size` from that file" in line for line in found.report) == 1
+    for batch_size, record in [(4, RecoveryRecord(micro_batch_size=4)), (8, RecoveryRecord())]:
+        found = resolve(start_of(config.replace(batch_size=batch_size), record), 1, "cpu")
+        assert not any("recovery.json" in line for line in found.report)
+
+
+def test_a_rank_that_cannot_read_its_files_has_met_the_others_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ask each other for the smallest GPU; one that failed before would leave them waiting."""
+    asked: list[bool] = []
+    monkeypatch.setattr(make_engine, "smallest_memory", lambda: asked.append(True))
+    config = make_config(ds_config="nowhere.json")
+    with pytest.raises(UserError, match="nowhere"):
+        resolve(start_of(config, first_world=4), 2, "cpu")
+    assert asked == [True]

@@ -217,7 +217,8 @@ def _name(ranks: Ranks) -> str:
 
 def _leave_marks(config: Config, ranks: Ranks, marks: dict[str, str], made: list[Path]) -> UserError | None:
     """Leave a file in every folder that the ranks of several machines write to: by the first rank of each. Returns what
-    keeps it from that; `made`: the folders that were not there."""
+    keeps it from that, for backups only where the run begins and no later try could do better; `made`: the folders that
+    were not there."""
     if ranks.local_rank != 0 or ranks.local_world == ranks.world:
         return None
     for name in ("output_dir", "backup_dir"):
@@ -231,9 +232,19 @@ def _leave_marks(config: Config, ranks: Ranks, marks: dict[str, str], made: list
             made += reversed(missing)
             (path / _name(ranks)).touch()
         except OSError as error:
-            return UserError(f"{name} {folder} cannot be written: {error.strerror or error}", _remedy(name))
+            found = checkpoint.unwritable(path)
+            why = f"{name} {folder} cannot be written: {found or error.strerror or error}"
+            may_pass = found is None or found.retry
+            if name == "backup_dir" and (may_pass or _has_begun(config.output_dir, config.experiment_name)):
+                log.warning("%s: %s; each backup that is due is tried", socket.gethostname(), why)
+                continue
+            return UserError(why, _remedy(name))
         marks[str(folder)] = _name(ranks)
     return None
+
+
+def _has_begun(output_dir: str, experiment_name: str) -> bool:
+    return checkpoint.has_begun(Path(output_dir, experiment_name))
 
 
 def _remedy(name: str) -> str:
@@ -284,17 +295,24 @@ def _by_rank(values: Sequence[str | None], answers: Sequence[_Answer]) -> str:
 
 
 def _refuse_unshared(answers: Sequence[_Answer]) -> None:
-    """UserError where a node's file is not to be seen here."""
+    """UserError where a node's file is not to be seen here. A warning for the backups of a run that began before, which
+    they do not end; nothing where none can be written here at present, as was said."""
+    facts, deadline = answers[0].facts, time.monotonic() + _VISIBLE
     wanted = [(rank, folder, mark) for rank, one in enumerate(answers) for folder, mark in one.marks.items()]
-    deadline = time.monotonic() + _VISIBLE
     for rank, folder, mark in wanted:
+        backups = facts.get("output_dir") != folder
         while not Path(folder, mark).exists():
-            if time.monotonic() > deadline:
-                name = "output_dir" if answers[0].facts.get("output_dir") == folder else "backup_dir"
-                raise UserError(
-                    f"{name} {Path(folder).absolute()} is not one folder of all machines: a file that rank {rank} "
-                    f"wrote there on {answers[rank].host} is not to be seen on {answers[0].host}, so no checkpoint "
-                    "could be completed",
-                    _remedy(name),
-                )
-            time.sleep(0.1)
+            if backups and folder not in answers[0].marks:
+                break
+            if time.monotonic() <= deadline:
+                time.sleep(0.1)
+                continue
+            name = "backup_dir" if backups else "output_dir"
+            what = (
+                f"{name} {Path(folder).absolute()} is not one folder of all machines: a file that rank {rank} wrote "
+                f"there on {answers[rank].host} is not to be seen on {answers[0].host}"
+            )
+            if backups and _has_begun(facts["output_dir"], facts["experiment_name"]):
+                log.warning("%s: no backup can be completed", what)
+                break
+            raise UserError(f"{what}, so no checkpoint could be completed", _remedy(name))

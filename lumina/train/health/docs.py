@@ -53,6 +53,7 @@ _RECOVERY = """
   under `lumina launch`, else with `--resume auto`. A micro-batch of one sample that does not fit is a failure. What
   fitted is kept in `recovery.json` with what made the room: a start that has more of it (more ranks to a row or to
   divide the weights' state between, more recomputation, offloading or smaller tiles) takes the configured one again.
+  What version 0.2.0 left there as `micro_batch_size` holds whatever the room, and the log says so: remove that key.
   Inside an update the same holds: the step is taken again where every rank runs out at the same place and has changed
   nothing yet, under every stage; otherwise the next start goes on from the last checkpoint.
 - **A sample that cannot be read** (`on_corrupt_sample`) becomes one of weight zero and is counted; the step still
@@ -119,9 +120,9 @@ ranks, kept for the whole run.
 
 Before the first step a start sees whether checkpoints and backups can be written. Where checkpoints cannot, it is
 refused. Where backups cannot, a run that begins is refused if no later try could do better (a read-only disk, no
-permission, a file in the way); if it may pass (a disk that is away or full), and for a run that goes on, a warning says
-so, each backup that is due is tried, and a failure is `backup-failed`. A `backup_dir` on the file system of the run's
-folder, as of a disk that is not mounted at the moment, is a warning too.
+permission, a file in the way); if it may pass (a disk that is away or full), and for a run that began before, a warning
+says so, on whichever machine it is, each backup that is due is tried, and a failure is `backup-failed`. A `backup_dir`
+on the file system of the run's folder, as of a disk that is not mounted at the moment, is a warning too.
 
 `lumina checkpoints list|verify|prune|restore|save RUN` works on a run's checkpoints and backups; `save` asks the job
 that trains it, on whatever node, through a file in `RUN/requests`, honoured within two steps.

@@ -17,6 +17,13 @@ def watch_passes(watchdog: Watchdog, engine: Engine) -> None:
     set_collective_timeout(watched=watchdog.ends_hangs)
 
 
+def beat_between_passes(watchdog: Watchdog, engine: Engine, what: str) -> None:
+    """The watchdog's heartbeat between passes before the training. What the timer has measured of them is no step's,
+    and is let go of: on a GPU it is an event at each collective, of a whole data set's passes."""
+    watchdog.heartbeat(what)
+    engine.timer.lap()
+
+
 @contextmanager
 def watched_evaluation(watchdog: Watchdog, engine: Engine) -> Iterator[None]:
     """`engine.evaluation()` before the training, watched as a step is: a pass over rows of millions of tokens takes

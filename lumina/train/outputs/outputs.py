@@ -42,7 +42,8 @@ class StepFigures:
     lumina.data.loading.order.samples_id; ended: seconds since 1970; loss_scale: fp16's, None elsewhere;
     of_objective: means of the objective's figures by name; experts: how evenly the tokens went to them, if any;
     exchanged_bytes: that left this rank for those that it shares rows with, if any; flops: of what a rank computed, the
-    mean of all ranks; memory: bytes in use on the rank that has the most: ranks that share rows have different work."""
+    mean of all ranks; memory: bytes in use on the rank that has the most, of memory_total: ranks that share rows have
+    different work."""
 
     data: StepData
     loss: float
@@ -59,6 +60,7 @@ class StepFigures:
     exchanged_bytes: int | None = None
     flops: float = 0.0
     memory: int = 0
+    memory_total: int = 0
 
 
 class Outputs:
@@ -178,7 +180,6 @@ class RunOutputs(Outputs):
         if (machine := self._machine.latest()) is not None:
             self._health.machine(machine)
         seconds = sum(split.get(phase, 0.0) for phase in PHASES if phase not in APART)
-        _, total, kind = used_memory(self._device)
         seen = StepObservation(
             data.step + 1,
             figures.loss,
@@ -204,8 +205,8 @@ class RunOutputs(Outputs):
             supervised_tokens=int(data.supervised_tokens),
             tokens_per_s=data.tokens / seconds,
             memory=figures.memory,
-            memory_total=total,
-            memory_kind=kind,
+            memory_total=figures.memory_total,
+            memory_kind="GPU" if self._device.type == "cuda" else "Mem",
             health=self._health.step(seen),
             time=figures.ended,
             applied=figures.applied,
@@ -270,8 +271,8 @@ class RunOutputs(Outputs):
         self._ended = state, step, reason
 
 
-def used_memory(device: torch.device) -> tuple[int, int, str]:
-    """(bytes used, bytes there are, label for the console): a GPU's most, or this process's resident set."""
+def used_memory(device: torch.device) -> tuple[int, int]:
+    """(bytes used, bytes there are): a GPU's most, or this process's resident set."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(device).total_memory, "GPU"
-    return psutil.Process().memory_info().rss, psutil.virtual_memory().total, "Mem"
+        return torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(device).total_memory
+    return psutil.Process().memory_info().rss, psutil.virtual_memory().total

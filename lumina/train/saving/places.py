@@ -20,11 +20,11 @@ def refuse_unwritable(folder: Path) -> None:
         )
 
 
-def check_backups(config: Config, resumed: bool) -> list[str]:
-    """What is wrong with where the run's backups go, for people; nothing where it has none.
+def check_backups(config: Config) -> list[str]:
+    """What is wrong with where the run's backups go, for people; nothing where it has none. Before the run is claimed.
 
-    Raises UserError for a run that begins where no later try could do better. One that goes on (`resumed`) is not ended
-    by its backups, here as little as while it trains, and what may pass, a disk that is away or full, ends none."""
+    Raises UserError for a run that begins where no later try could do better. One that began before is not ended by its
+    backups, here as little as while it trains, and what may pass, a disk that is away or full, ends none."""
     if config.backup_dir is None:
         return []
     folder, run = (Path(parent) / config.experiment_name for parent in (config.backup_dir, config.output_dir))
@@ -33,7 +33,7 @@ def check_backups(config: Config, resumed: bool) -> list[str]:
         with suppress(OSError):  # looked at a moment ago; if it is away now, a backup that fails says so
             return _same_disk(config) if checkpoint.one_disk(folder, run) else []
         return []
-    if resumed or error.retry:
+    if error.retry or checkpoint.has_begun(run):
         return [f"WARNING: no backup can be written to {folder} at present: {error}; each one that is due is tried"]
     raise UserError(
         f"no backup can be written to {folder}: {error}",

@@ -162,7 +162,7 @@ class Saves:
         for wait in (0.0, 1.0, 4.0, None):
             settled = self._settled()
             self.collect()
-            state = [self._named(), self._retry.hopeful]
+            state = [self._named(), self._retry.hopeful.get("checkpoint", True)]
             dist.broadcast_object_list(state)
             named, hopeful = state
             if named or not settled or wait is None or (tried and not hopeful):
@@ -371,12 +371,12 @@ class _Retry:
     def __init__(self) -> None:
         self._at: dict[str, float | None] = {}
         self._count: dict[str, int] = {}
-        self.hopeful = True
+        self.hopeful: dict[str, bool] = {}  # whether another try can help
 
     def failed(self, kind: str, retry: bool) -> float | None:
         """Seconds until the next try; None for no further try before the next save is due anyway."""
         self._count[kind] = self._count.get(kind, 0) + 1
-        self.hopeful = retry
+        self.hopeful[kind] = retry
         wait = _BACK_OFF * 2 ** (self._count[kind] - 1)
         hopeless = not retry or self._count[kind] > _RETRIES
         self._at[kind] = None if hopeless else time.monotonic() + wait
@@ -385,7 +385,7 @@ class _Retry:
     def succeeded(self, kind: str) -> None:
         self._at.pop(kind, None)
         self._count.pop(kind, None)
-        self.hopeful = True
+        self.hopeful[kind] = True
 
     def begun(self, kind: str) -> None:
         if kind in self._at:

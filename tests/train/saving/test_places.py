@@ -20,23 +20,28 @@ def test_what_will_be_so_for_every_try_refuses_a_run_that_begins(tmp_path: Path)
     (tmp_path / "file").touch()
     config = with_backups(tmp_path, tmp_path / "file/backups")
     with pytest.raises(UserError, match=r"no backup can be written to .*/file/backups/.*: Not a directory") as refused:
-        check_backups(config, resumed=False)
+        check_backups(config)
     assert "backup_dir" in refused.value.remedy
-    (line,) = check_backups(config, resumed=True)
-    assert line.startswith(f"WARNING: no backup can be written to {tmp_path}/file/backups/")
+    # Claimed, if only before its first checkpoint; or of a version without a lock, or copied without it.
+    for begun in (".owner.json", "checkpoints/step-00000002"):
+        run = tmp_path / begun.replace("/", "-")
+        folder = run / config.experiment_name
+        (folder / begun).parent.mkdir(parents=True)
+        (folder / begun).write_text('{"token": "a"}') if begun.endswith("json") else (folder / begun).mkdir()
+        (line,) = check_backups(with_backups(run, tmp_path / "file/backups"))
+        assert line.startswith(f"WARNING: no backup can be written to {tmp_path}/file/backups/")
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_what_may_pass_refuses_none(resumed: bool, tmp_path: Path) -> None:
+def test_what_may_pass_refuses_none(tmp_path: Path) -> None:
     """A link whose disk is away."""
     (tmp_path / "backups").symlink_to(tmp_path / "away/backups")
-    (line,) = check_backups(with_backups(tmp_path, tmp_path / "backups"), resumed)
+    (line,) = check_backups(with_backups(tmp_path, tmp_path / "backups"))
     assert "No such file or directory; each one that is due is tried" in line
 
 
 def test_backups_on_the_disk_of_the_checkpoints(tmp_path: Path) -> None:
     """As into the folder that a disk is not mounted on at the moment; the folders need not be there yet."""
-    (line,) = check_backups(with_backups(tmp_path / "runs", tmp_path / "mnt/disk"), resumed=False)
+    (line,) = check_backups(with_backups(tmp_path / "runs", tmp_path / "mnt/disk"))
     assert f"WARNING: backup_dir {tmp_path}/mnt/disk is on the file system of the run's own folder" in line
     assert not any(tmp_path.iterdir())
 
@@ -46,9 +51,9 @@ def test_backups_on_another_disk(tmp_path: Path) -> None:
     if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("no second file system to write to")
     with tempfile.TemporaryDirectory(dir=memory) as disk:
-        assert check_backups(with_backups(tmp_path, Path(disk, "backups")), resumed=False) == []
+        assert check_backups(with_backups(tmp_path, Path(disk, "backups"))) == []
         assert not any(Path(disk).iterdir())
 
 
 def test_no_backups(tmp_path: Path) -> None:
-    assert check_backups(make_config(output_dir=str(tmp_path)), resumed=False) == []
+    assert check_backups(make_config(output_dir=str(tmp_path))) == []

@@ -35,7 +35,8 @@ def agree_with_another(config: Config, monkeypatch: pytest.MonkeyPatch, unseen: 
     """On the first of two machines with a rank each. unseen: a folder of which the other has one of its own."""
 
     def both(ranks: Ranks, what: str, own: Any, conclude: Callable[[list[Any]], None]) -> None:
-        marks = {folder: "elsewhere" if Path(folder).name == unseen else mark for folder, mark in own.marks.items()}
+        theirs = {str(folder): "elsewhere" for folder in (config.output_dir, config.backup_dir)}
+        marks = own.marks | {folder: mark for folder, mark in theirs.items() if Path(folder).name == unseen}
         conclude([own, replace(own, host="n1", marks=marks)])
 
     monkeypatch.setattr(start, "gathered", both)
@@ -57,7 +58,7 @@ def with_backups(folder: Path, name: str) -> Config:
     ("name", "unseen", "refused", "warned"),
     [
         ("file/backups", "", "Not a directory", "Not a directory; each backup that is due is tried"),
-        ("away", "", None, "No such file or directory; each backup that is due is tried"),
+        ("away", "away", None, "No such file or directory; each backup that is due is tried"),
         ("disk", "disk", "disk is not one folder of all machines", "disk is not one folder of all machines"),
     ],
 )

@@ -41,7 +41,7 @@ class TrainerState:
     guard: dict[str, Any] = field(default_factory=dict)  # of the spike detector, by the key that 0.1.0 wrote
     lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha and targets of the adapters that are all it holds
     chat_template: str = ""  # Lumina's own that it was trained with; none of an imported model, or of before 0.3.0
-    rotary_angles: str = ""  # the dtype in which they are computed; none of before there was a choice: float32
+    rotary_angles: str = ""  # the dtype in which they are computed; none of before it was recorded: either
     base: dict[str, str] = field(default_factory=dict)  # the checkpoint under them (lumina.checkpoint.base_reference)
 
 

@@ -44,11 +44,14 @@ def rotary_angles(config: ModelConfig) -> str:
 
 
 def other_angles(saved: TrainerState, config: ModelConfig) -> str:
-    """For people: that an earlier version trained a checkpoint with float32's rotary angles, where the model has
-    float64's now; empty where that is not so."""
+    """For people: that a checkpoint was trained with float32's rotary angles, where the model has float64's now, or may
+    have been, by a version that recorded neither; empty where that is not so."""
     if not saved.step or saved.rotary_angles == rotary_angles(config) or rotary_angles(config) == "float32":
         return ""
+    how = "were trained" if saved.rotary_angles else "may have been trained, by an earlier version,"
+    doubt = "" if saved.rotary_angles else "if so, "
     return (
-        f"its {saved.step:,} steps, or the first of them, were trained with rotary angles in float32; here they are in "
-        "float64, as of every context above 131,072 tokens (docs/long-context.md): expect a higher loss at first"
+        f"its {saved.step:,} steps, or the first of them, {how} with rotary angles in float32; here they are in "
+        "float64, as of every context above 131,072 tokens (docs/long-context.md): "
+        f"{doubt}expect a higher loss at first"
     )

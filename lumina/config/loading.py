@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,24 +30,16 @@ PRESETS = ("nano", "debug", "small", "medium", "1b", "large", "3b", "8b")
 
 # Names people type for a key that is called something else: the command line's flags and other trainers' names.
 SYNONYMS = {
-    "lr": "learning_rate",
-    "grad_accum": "gradient_accumulation_steps",
-    "accumulation_steps": "gradient_accumulation_steps",
-    "micro_batch_size": "batch_size",
-    "n_layers": "num_layers",
-    "n_heads": "num_heads",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_size",
-    "model_type": "family",
-    "max_seq_len": "seq_length",
-    "dtype": "precision",
-    "scheduler": "lr_scheduler",
-    "patience": "early_stopping_patience",
-    "r": "lora_rank",
+    "lr": "learning_rate", "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps", "micro_batch_size": "batch_size",
+    "n_layers": "num_layers", "n_heads": "num_heads",
+    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads", "head_dim": "head_size",
+    "model_type": "family", "max_seq_len": "seq_length",
+    "dtype": "precision", "scheduler": "lr_scheduler",
+    "patience": "early_stopping_patience", "r": "lora_rank",
     "target_modules": "lora_targets",
-}
+}  # fmt: skip
 
 # What a preset's name stands for: a model of other sizes does not go by it.
 _SIZES = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
@@ -132,13 +124,13 @@ def load(
 
 
 def _goes_on_from(given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """`trained_as` of the run that is resumed, empty where there is none or `auto` begins it; and what the run begins
+    """`_settings_of` the run that is resumed, empty where there is none or `auto` begins it; and what the run begins
     with, or began with where it is resumed without naming that again. `given`: what the user wrote down."""
     began, resume = given.get("init_from"), given.get("resume")
     own: dict[str, Any] = {}
     if resume is not None:
         folder, has_checkpoint = _resumed(str(resume), given)
-        own = trained_as(str(folder)) if has_checkpoint else {}
+        own = _settings_of(folder) if has_checkpoint else {}
         began = _began_with(folder) if began is None else began
     return own, began if isinstance(began, str) else None
 
@@ -159,19 +151,19 @@ def _long_form(
 
 
 def _resumed(resume: str, given: Mapping[str, Any]) -> tuple[Path, bool]:
-    """The path of the run that is resumed, and whether it has a checkpoint; without one, `auto` begins it."""
+    """The folder of the run that is resumed, and whether it has a checkpoint; without one, `auto` begins it."""
     if resume != "auto":
-        return Path(resume), True
+        config = run_config(resume)
+        return (Path(resume) if config is None else config.parent), True
     folder = Path(*(str(given.get(key, Config.model_fields[key].default)) for key in ("output_dir", "experiment_name")))
     return folder, any((folder / "checkpoints").glob("step-*"))
 
 
 def _began_with(run: Path) -> str | None:
-    """What a run's last start began with, by its run.json; None for weights that were drawn, or where that is lost."""
-    config = run_config(str(run))
+    """What the last start of the run in this folder began with, by its run.json; None for weights that were drawn, or
+    where that is lost."""
     try:
-        recorded = read_json((run if config is None else config.parent) / "run.json")
-        began = recorded["config"]["init_from"]
+        began = read_json(run / "run.json")["config"]["init_from"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return began if isinstance(began, str) else None
@@ -221,8 +213,8 @@ def _base(preset_or_yaml: str, resuming: bool) -> tuple[dict[str, Any], dict[str
 def _drop_one_starts(values: dict[str, Any], lines: Mapping[str, int], path: Path, resuming: bool) -> None:
     """Take `resume` out of a file's values, and `init_from` of one that a run wrote (up to 0.2.0, with `resume` in it):
     they belong to one start, and a copy of the file would go on with the other run. Said, unless the start resumes. And
-    trained_seq_length, of weights that another run need not begin with."""
-    if not resuming:
+    trained_seq_length of a file that a run wrote, of weights that another need not begin with; it has every setting."""
+    if not resuming and {"init_std", "adam_eps", "plateau_gain", "keep_last"} <= values.keys():
         values.pop("trained_seq_length", None)
     by_a_run = {"resume", "experiment_name", "output_dir", "keep_last"} <= values.keys()
     for name, flag in (("resume", "--resume"), ("init_from", "--init-from")):
@@ -266,27 +258,37 @@ def inherited(given: str, context_length: int) -> dict[str, Any]:
     return taken
 
 
-def trained_as(given: str, links: int = 8) -> dict[str, Any]:
-    """The model's settings of a run whose weights another begins with, its tokenizer or chat template, and the length
-    of what it began with itself, `links` runs back at most. Nothing when there is no such run: whoever reads its
-    weights says so.
-
-    Raises:
-        UserError: its config.yaml is not valid YAML.
-    """
+def trained_as(given: str) -> dict[str, Any]:
+    """`_settings_of` a run whose weights another begins with, with the longest context of what it began with itself.
+    Nothing when there is no such run: whoever reads its weights says so."""
     path = run_config(given)
-    if path is None:
+    return {} if path is None else _with_length(_settings_of(path.parent), path.parent)
+
+
+def _settings_of(run: Path) -> dict[str, Any]:
+    """The model's settings by the config.yaml in a run's folder, and its tokenizer or chat template. Raises UserError
+    where that cannot be read."""
+    path = run / "config.yaml"
+    if not path.is_file():
         return {}
     try:
         values, _ = parse_settings(read_text(path, MOST_YAML), str(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    _find_tokenizer(values, path.parent)
+    _find_tokenizer(values, run)
     _name_template(values)
     kept = (*ModelConfig.model_fields, "tokenizer", "chat_template", "trained_seq_length")
-    taken = {name: values[name] for name in kept if name in values}
-    if "trained_seq_length" not in taken and links and (began := _began_with(path.parent)) is not None:
-        taken["trained_seq_length"] = trained_length(trained_as(began, links - 1))  # a run of an earlier version
+    return {name: values[name] for name in kept if name in values}
+
+
+def _with_length(taken: dict[str, Any], run: Path, links: int = 8) -> dict[str, Any]:
+    """`_settings_of` the run, with trained_seq_length where an earlier version wrote none: by what it began with,
+    `links` runs back at most. Of a run that is gone, or that cannot be read here, it is not known."""
+    if taken.get("trained_seq_length") is None and links and (began := _began_with(run)) is not None:
+        start = Path(began)  # not `run_config`: above a folder that is gone there are other people's files
+        before = next((f.parent for f in (start, start.parent) if f.name == "checkpoints"), start)
+        with suppress(OSError, ValueError, UserError):
+            taken["trained_seq_length"] = trained_length(_with_length(_settings_of(before), before, links - 1))
     return taken
 
 
@@ -391,8 +393,6 @@ def _with_room_for_the_tokenizer(config: Config) -> Config:
         return config
     log.warning(
         "vocab_size %d is smaller than the tokenizer's %d ids (cl100k_base and the special tokens): raised to %d",
-        config.vocab_size,
-        MIN_VOCAB,
-        MIN_VOCAB,
-    )
+        config.vocab_size, MIN_VOCAB, MIN_VOCAB,
+    )  # fmt: skip
     return config.replace(vocab_size=MIN_VOCAB)

@@ -162,9 +162,7 @@ def load_initial_weights(
     collective."""
     if source is None:
         source = decided_by_rank_0(ranks, lambda: weights_of(given, config.tokenizer))
-    began = source
-    shape = lambda: checkpoint.read_trainer_state(began)[0].model
-    checkpoint.check_same_model(together(ranks, "reading the checkpoint", shape), checkpoint.model_shape(config), began)
+    _check_weights(source, config, ranks, begins=True)
     load_weights(source, engine, progress, partial(together, ranks, "loading the weights"))
 
 
@@ -193,9 +191,19 @@ def base_of_adapters(
     found = decided_by_rank_0(ranks, chosen)
     if ranks.main and source is None:
         say_taught(found, config)
-    shape = lambda: checkpoint.read_trainer_state(found)[0].model
-    checkpoint.check_same_model(together(ranks, "reading the checkpoint", shape), checkpoint.model_shape(config), found)
+    _check_weights(found, config, ranks, begins=source is None)
     return found
+
+
+def _check_weights(weights: Path, config: Config, ranks: Ranks, begins: bool) -> None:
+    """UserError where the checkpoint that a run begins with is of another shape. Where the run `begins` now, say if it
+    may have been trained with other rotary angles, at a context too long for them; collective."""
+    state = together(ranks, "reading the checkpoint", lambda: checkpoint.read_trainer_state(weights)[0])
+    checkpoint.check_same_model(state.model, checkpoint.model_shape(config), weights)
+    as_trained = config.model_copy(update={"seq_length": config.trained_seq_length or 0})
+    told = [checkpoint.other_angles(state, one) for one in (as_trained, config)]
+    if begins and ranks.main and all(told):
+        log.warning("%s: %s", weights, told[0])
 
 
 def _same_adapters(trainer_state: checkpoint.TrainerState, config: Config, source: Path) -> None:

@@ -434,3 +434,18 @@ def test_a_run_from_scratch_is_resumed_by_its_own_preset(tmp_path: Path) -> None
     (tmp_path / "run/config.yaml").write_text(first.to_yaml("init_from"))
     (tmp_path / "run/run.json").write_text(json.dumps({"config": first.model_dump(mode="json")}))
     assert load("debug", {**place, "resume": "auto"}).hidden_size == load("debug").hidden_size
+
+
+def test_a_run_within_another_runs_folder_is_no_part_of_it(tmp_path: Path) -> None:
+    """`--resume auto` looks at that folder alone, whether it begins the run or goes on."""
+    outer = tmp_path / "outer"
+    for folder, settings in ((tmp_path / "base", _BASE), (outer, {"seq_length": 1024, **_BASE})):
+        folder.mkdir()
+        (folder / "config.yaml").write_text(load("nano", settings).to_yaml())
+    (outer / "run.json").write_text(json.dumps({"config": {"init_from": str(tmp_path / "base")}}))
+    fresh = load("nano", place := {"output_dir": str(outer), "experiment_name": "inner"})
+    assert load("nano", {**place, "resume": "auto"}).values() == fresh.values() | {"resume": "auto"}
+    (outer / "inner/checkpoints/step-00000003").mkdir(parents=True)
+    assert load("nano", {**place, "resume": "auto"}).hidden_size == fresh.hidden_size
+    began = load("nano", {"resume": str(outer / "checkpoints/step-00000001")})
+    assert began.num_layers == _BASE["num_layers"], "a checkpoint of the outer run means that"

@@ -133,11 +133,51 @@ def test_runs_of_earlier_versions_say_what_they_began_with_in_run_json(tmp_path:
         assert load("nano", {"init_from": began}).trained_seq_length == 256, broken
 
 
+def test_what_an_earlier_run_began_with_is_looked_for_where_lengths_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by a resume, and nowhere but in that very run: gone, damaged or out of reach, its length is not known."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("preset: nano\nseq_length: 65536\n")
+    run, base = tmp_path / "runs/run", tmp_path / "runs/base"
+    (run / "checkpoints/step-00000003").mkdir(parents=True)
+    (run / "config.yaml").write_text(load("nano").to_yaml("init_from", "trained_seq_length"))
+    for began in ("runs/base", "runs/base/checkpoints/step-00000001"):
+        (run / "run.json").write_text(json.dumps({"config": {"init_from": began}}))
+        for given, flags in (
+            ("runs/run/config.yaml", {"resume": "runs/run"}),
+            ("nano", {"resume": "auto", "output_dir": "runs", "experiment_name": "run"}),
+            ("nano", {"init_from": "runs/run"}),
+        ):
+            begins = "init_from" in flags
+            assert load(given, flags).trained_seq_length == (512 if begins else None), "it is gone"
+            base.mkdir()
+            for text, length in (("lr: [", 512), ("\udcff", 512), ("preset: nano\nseq_length: 2048\n", 2048)):
+                (base / "config.yaml").write_bytes(text.encode(errors="surrogateescape"))
+                assert load(given, flags).trained_seq_length == (length if begins else None), text
+            (base / "config.yaml").unlink()
+            base.rmdir()
+    base.mkdir()
+    (base / "config.yaml").write_text("preset: nano\nseq_length: 2048\n")
+    (run / "config.yaml").write_text(load("runs/run/config.yaml", {"resume": "runs/run"}).to_yaml("init_from"))
+    assert load("nano", {"init_from": "runs/run"}).trained_seq_length == 2048, "also of a run that was resumed since"
+
+
+def test_a_users_file_says_what_weights_were_trained_at(tmp_path: Path) -> None:
+    mine, base = tmp_path / "mine.yaml", trained(tmp_path / "base", seq_length=256)
+    mine.write_text("preset: nano\ntrained_seq_length: 8192\n")
+    for flags in ({}, {"init_from": base}, {"resume": "auto", "output_dir": str(tmp_path)}):
+        assert load(str(mine), flags).trained_seq_length == 8192, flags
+
+
 def test_a_copy_of_a_runs_settings_says_nothing_of_other_weights(tmp_path: Path) -> None:
     """trained_seq_length stands in config.yaml, which another run may be started by."""
     first = trained(tmp_path / "first", seq_length=4096)
     run = Path(trained(tmp_path / "run", **load("nano", {"init_from": first}).values() | {"init_from": None}))
     assert load(str(run / "config.yaml"), {"resume": "auto"}).trained_seq_length == 4096
+    assert load(str(run / "config.yaml")).trained_seq_length is None
+    kept = load(str(run / "config.yaml"), {"resume": "auto"}).to_yaml("init_from")
+    (run / "config.yaml").write_text(kept)  # without `resume`, as a run writes it
     assert load(str(run / "config.yaml")).trained_seq_length is None
     other = trained(tmp_path / "other", seq_length=128)
     assert load(str(run / "config.yaml"), {"init_from": other}).trained_seq_length == 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 
 from lumina.checkpoint import TrainerState, model_shape
 from lumina.config import MEMORY_SETTINGS, Config, UserError, load
+from lumina.files import write_json
 from lumina.train import make_engine
 from lumina.train.deepspeed import Ranks
-from lumina.train.initialise import Start, check_resumed, find_start, sequence_groups
+from lumina.train.initialise import Start, base_of_adapters, check_resumed, find_start, sequence_groups
 from lumina.train.make_engine import resolve
 from lumina.train.recovery.record import RecoveryRecord
+from tests.infer.adapters import rehash
 from tests.train.tiny_engines import make_config
 
 
@@ -48,6 +51,30 @@ def test_a_resume_says_that_its_rotary_angles_are_others(recorded: str, lines: i
     said = check_resumed(start, config, given, unused)
     assert len(said) == lines
     assert all(line.startswith(f"WARNING: {start.checkpoint}: its 7 steps") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "trained", "now", "said"),
+    [
+        ("", 2**17 + 1, 2**18, True),
+        ("float64", 2**17 + 1, 2**18, False),
+        ("", 2**17, 2**18, False),  # theirs were right up to there
+        ("", 2**17 + 1, 512, False),  # and are float32's here too
+        ("", None, 2**18, False),
+    ],
+)
+def test_so_does_a_run_that_begins_with_such_weights(
+    recorded: str, trained: int | None, now: int, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(seq_length=now, trained_seq_length=trained, lora_rank=2, init_from=str(tmp_path))
+    weights = tmp_path / "checkpoints/step-00000007"
+    weights.mkdir(parents=True)
+    state = TrainerState(step=7, model=model_shape(config), chat_template="im-roles-2", rotary_angles=recorded)
+    write_json(weights / "trainer.json", asdict(state))
+    (weights / "rank-00000-of-00001.safetensors").touch()
+    rehash(weights)
+    assert base_of_adapters(config, Ranks(0, 1, 0, 1), None, TrainerState()) == weights
+    assert any("may have been" in text and str(weights) in text for text in caplog.messages) == said
 
 
 def test_ranks_lost_before_the_run_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

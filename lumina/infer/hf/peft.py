@@ -5,6 +5,7 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint (LoraConfig
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,22 @@ import torch
 from safetensors import SafetensorError
 
 from lumina.chat import ChatTokenizer
-from lumina.checkpoint import MergedWeights, base_checkpoint, open_weights, saved_adapter_settings
+from lumina.checkpoint import (
+    MergedWeights,
+    base_checkpoint,
+    check_same_model,
+    model_shape,
+    open_weights,
+    saved_adapter_settings,
+)
 from lumina.config import LoraConfig, ModelConfig, UserError
 from lumina.files import write_json, write_text
 from lumina.infer.hf.description import tokenizer_files
 from lumina.infer.hf.safetensors_file import write_safetensors
 from lumina.infer.loading import read_config, read_tokenizer, trainer_state_of
 from lumina.model import lora
+
+log = logging.getLogger("lumina")
 
 USAGE = """```python
 from peft import PeftModel
@@ -31,7 +41,8 @@ model = PeftModel.from_pretrained(model, FOLDER)
 
 
 TOKENIZER_USAGE = """
-Trained with another tokenizer or chat template than the base model's, which is in this folder:
+The tokenizer and chat template that they were trained with are in this folder: those of the base model are others, or
+are not known.
 
 ```python
 from transformers import AutoTokenizer
@@ -48,8 +59,8 @@ _NOT_COMPUTED_WITH = {"seq_length", "init_std", "router_aux_loss_coef", "router_
 def write_adapter(
     folder: Path, checkpoint: Path, config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dtype
 ) -> tuple[list[str], int]:
-    """Write the adapters, and the tokenizer where it is not the base's. Returns the name of the file of weights and the
-    bytes of weights in it.
+    """Write the adapters, and the tokenizer where it is not known to be the base's. Returns the name of the file of
+    weights and the bytes of weights in it.
 
     Raises:
         UserError: the checkpoint holds whole weights, or the base's export would compute another model.
@@ -61,8 +72,15 @@ def write_adapter(
         )
     base = base_checkpoint(checkpoint, state)
     assert base is not None
-    of_base = read_config(base)
-    if other := _other_settings(config, of_base):
+    of_base = _config_of_base(base)
+    if of_base is None:
+        check_same_model(trainer_state_of(base).model, model_shape(config), base)
+        log.warning(
+            "no config.yaml says what the base %s computes: if the adapters were trained with other settings than that "
+            "(rope_scaling, rope_theta, ...), readers of them cannot know; export them merged then, with --format hf",
+            base,
+        )
+    elif other := _other_settings(config, of_base):
         raise UserError(
             f"{checkpoint} was trained with {'; '.join(other)}: adapter_config.json has no place for what the model "
             "under the adapters computes, and readers take that from the base",
@@ -77,10 +95,18 @@ def write_adapter(
         raise UserError(f"{checkpoint} cannot be read: {error}") from None
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", _description(settings), indent=2, sort_keys=False)
-    if tokenizer.fingerprint != read_tokenizer(base).fingerprint:
+    if of_base is None or tokenizer.fingerprint != read_tokenizer(base).fingerprint:
         for name, text in tokenizer_files(tokenizer, config).items():
             write_text(folder / name, text)
     return ["adapter_model.safetensors"], sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _config_of_base(base: Path) -> ModelConfig | None:
+    """None of a base in a backup, which has no run around it, or whose run's config.yaml cannot be read."""
+    try:
+        return read_config(base) if base.parent.name == "checkpoints" else None
+    except UserError:
+        return None
 
 
 def _other_settings(config: ModelConfig, of_base: ModelConfig) -> list[str]:

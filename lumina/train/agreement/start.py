@@ -36,8 +36,9 @@ from lumina.processes import machine
 from lumina.train.agreement.store import gathered, refuse_together, together
 from lumina.train.deepspeed import Ranks
 
-#: Settings that say where and how a rank prepares, or whose contents are compared instead.
+#: Settings that say where and how a rank prepares, whose contents are compared instead, or which change no step.
 OWN = frozenset({"cache_dir", "num_workers", "train_data", "eval_data", "data", "tokenizer", "ds_config", "live_view"})
+OWN |= {"trained_seq_length"}  # where it is counted from, rope_scaling is compared
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "pyarrow", "tokenizers", "tiktoken", "safetensors", "jinja2")
 _VISIBLE = 10.0  # seconds in which a file must be seen on another machine: network file systems cache
 _MOST = 8  # differences that are named

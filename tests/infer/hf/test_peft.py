@@ -175,6 +175,37 @@ def test_another_chat_template_goes_with_the_adapters(tmp_path: Path) -> None:
     assert "AutoTokenizer.from_pretrained(FOLDER)" in (tmp_path / "adapter/README.md").read_text()
 
 
+@pytest.mark.parametrize("where", ["backup", "gone", "damaged"])
+def test_a_base_without_its_runs_settings(where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing tells whether the base's export is the adapters' model, or what its tokenizer is. Another's file in the
+    place where a run's would be is not taken for it."""
+    base = write_base(tmp_path / "base")
+    saved, model = base / "checkpoints" / checkpoint.name_of(5), make_model(vocab_size=VOCABULARY)
+    facts = json.loads((saved / "trainer.json").read_text()) | {"model": checkpoint.model_shape(model.config)}
+    write_json(saved / "trainer.json", facts)
+    rehash(saved)
+    run = write_adapters(tmp_path / "run", base, adapt(model, SOME), SOME)
+    if where == "backup":
+        moved = (tmp_path / "backups/base").joinpath(saved.name)
+        moved.parent.mkdir(parents=True)
+        saved.rename(moved)
+        (tmp_path / "backups/config.yaml").write_text("preset: nano\nrope_theta: 7.0\n")
+        facts = json.loads((run / "checkpoints" / saved.name / "trainer.json").read_text())
+        facts["base"] |= checkpoint.base_reference(moved, run)
+        write_json(run / "checkpoints" / saved.name / "trainer.json", facts)
+        rehash(run / "checkpoints" / saved.name)
+    elif where == "gone":
+        (base / "config.yaml").unlink()
+    else:
+        (base / "config.yaml").write_text("a: [")
+    export(run, tmp_path / "adapter", form="peft")
+    assert load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert (tmp_path / "adapter/tokenizer.json").exists()
+    assert "are not known" in (tmp_path / "adapter/README.md").read_text()
+    (said,) = [text for text in caplog.messages if "config.yaml" in text]
+    assert "--format hf" in said
+
+
 def write_base(folder: Path, **changes: Any) -> Path:
     write_tokenizer(folder / "tokenizer")
     return write_run(folder, make_model(vocab_size=VOCABULARY, **changes))

@@ -10,11 +10,18 @@ from typing import Any
 
 import pytest
 
-from lumina.config import Config, UserError
+from lumina.config import Config, UserError, load
 from lumina.train.agreement import start
-from lumina.train.agreement.start import agree_on_contents, agree_on_start, readers_of
+from lumina.train.agreement.start import _facts, agree_on_contents, agree_on_start, readers_of
 from lumina.train.deepspeed import Ranks
 from tests.train.tiny_engines import make_config
+
+
+def test_what_a_base_was_trained_at_may_be_known_on_some_nodes_only() -> None:
+    """No step hangs on it; the scaling that was counted from it is compared."""
+    one = load("nano", {"trained_seq_length": 2048, "rope_scaling": {"type": "linear", "factor": 2}})
+    assert _facts(one) == _facts(one.replace(trained_seq_length=None))
+    assert _facts(one) != _facts(one.replace(rope_scaling={"type": "linear", "factor": 4}))
 
 
 def test_data_that_a_rank_cannot_look_at_is_told_to_all(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def search(
             if size * global_batch >= cluster.world_size:
                 break
             continue
-        for lean in _leaner(shared):
+        for lean in _leaner(shared, precision):
             found += candidates(lean, cluster, data, global_batch, precision, stages, quantized)
     # Without a recomputed layer nothing is offloaded: such a way was there before.
     different = {candidate.setup: candidate for candidate in found}
@@ -188,7 +188,7 @@ def _sequence_sizes(config: Config, cluster: Cluster) -> list[int]:
     return [size for size in sizes if config.attention_head_groups in (1, *config.fitting_head_groups(size))]
 
 
-def _leaner(config: Config) -> Iterator[Config]:
+def _leaner(config: Config, precision: str) -> Iterator[Config]:
     """The configuration with tiles, also with attention in as many groups of heads as there can be beside them, with
     activations on the host, and with all of these; what was asked for stays."""
     tiles, host, groups = [config.mlp_tile_tokens], [config.activation_offloading], [config.attention_head_groups]
@@ -196,7 +196,7 @@ def _leaner(config: Config) -> Iterator[Config]:
         tiles += [tile for tile in TILES if tile < config.seq_length]
     if "activation_offloading" not in config.explicit:
         host += [True]
-    if "attention_head_groups" not in config.explicit and not config.ungrouped:
+    if "attention_head_groups" not in config.explicit and config.saves_by_head_groups(precision):
         groups += [count for count in config.fitting_head_groups(config.sequence_parallel_size)[-1:] if count > 1]
     for offloading, tile, count in itertools.product(host, tiles, groups):
         if tile or count == config.attention_head_groups:

@@ -130,6 +130,11 @@ class Config(ModelConfig, OptimConfig, LoraConfig, DataConfig, RunConfig, Health
         fitting = (n for n in divisors if self.num_heads // n % ranks == 0)
         return [n for n in fitting if n == 1 or self.num_heads // n * self.head_dim % multiple == 0]
 
+    def saves_by_head_groups(self, precision: str) -> bool:
+        """Whether attention in groups of heads takes less memory on a GPU: it needs a kernel for documents of any
+        length, which there is in half precision and without a soft cap."""
+        return not self.ungrouped and precision != "fp32" and self.attention_softcap is None
+
     @property
     def ungrouped(self) -> list[str]:
         """What of this configuration attention_head_groups does not work together with."""

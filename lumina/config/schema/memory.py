@@ -38,6 +38,9 @@ MEMORY_SETTINGS = (
         "attention_head_groups",
         "--attention-head-groups 2",
         lambda config: config.attention_head_groups - 1.0,
-        lambda config: not config.ungrouped and 2 in config.fitting_head_groups(config.sequence_parallel_size),
+        lambda config: (
+            config.saves_by_head_groups(config.precision)
+            and 2 in config.fitting_head_groups(config.sequence_parallel_size)
+        ),
     ),
 )
